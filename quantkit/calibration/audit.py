@@ -1,0 +1,124 @@
+"""The audit: what became of every record and every token, as JSON data."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+from quantkit.calibration.draw import Drawn, Dropped
+from quantkit.calibration.model import ModelLimits
+from quantkit.calibration.pack import Packed
+from quantkit.recipe import CalibrationSpec
+from quantkit.records import RecordSet
+
+HISTOGRAM_BINS = 10
+_INDICES_SHOWN = 20
+
+
+def make_audit(
+    spec: CalibrationSpec,
+    found: RecordSet,
+    drawn: Drawn,
+    packed: Packed,
+    *,
+    template: str | dict[str, str],
+    limits: ModelLimits,
+    sha256: str,
+) -> dict[str, Any]:
+    """The audit of a calibration set.
+
+    Of records: ``read = usable + skipped`` and ``usable = used + dropped + unused``. Of tokens:
+    ``encoded_tokens = tokens + truncated_tokens + dropped_tokens``, where ``encoded_tokens`` counts the records that
+    were drawn and the separators between them. ``length`` is that of the used records before they were cut or packed.
+    """
+    dropped = [*drawn.dropped, *packed.dropped]
+    separate = sum(record.tokens for record in drawn.dropped)
+    return {
+        "dataset": {"name": found.name, **found.origin, "sha256": found.sha256},
+        "records": _records(found, packed, dropped),
+        "encoded_tokens": sum(len(record.ids) for record in drawn.encoded) + separate + packed.separators,
+        "separator_tokens": packed.separators,
+        "truncated_tokens": packed.truncated_tokens,
+        "dropped_tokens": separate + packed.remainder_tokens,
+        "rows": len(packed.rows),
+        "tokens": sum(map(len, packed.rows)),
+        "length": _lengths([len(record.ids) for record in packed.used]),
+        "token_ids_sha256": sha256,
+        "seed": spec.seed,
+        "samples": spec.samples,
+        "packing": spec.packing,
+        "max_length": spec.max_length,
+        "chat_template": template,
+        "warnings": _warnings(spec, found, packed, dropped, template, limits),
+    }
+
+
+def _records(found: RecordSet, packed: Packed, dropped: list[Dropped]) -> dict[str, Any]:
+    used, usable = len(packed.used), len(found.records)
+    return {
+        "read": found.read,
+        "usable": usable,
+        "used": used,
+        "unused": usable - used - len(dropped),
+        "truncated": len(packed.truncated),
+        "dropped": dict(sorted(Counter(record.reason for record in dropped).items())),
+        "skipped": len(found.skipped),
+        "used_indices": [record.index for record in packed.used],
+        "truncated_lengths": {str(record.index): len(record.ids) for record in packed.truncated},
+        "dropped_indices": _by_reason((record.index, record.reason) for record in dropped),
+        "skipped_indices": _by_reason((row.index, row.reason) for row in found.skipped),
+    }
+
+
+def _by_reason(rows: Iterable[tuple[int, str]]) -> dict[str, dict[str, Any]]:
+    """For each reason how many rows have it, and the first of their indices."""
+    groups: dict[str, list[int]] = {}
+    for index, reason in rows:
+        groups.setdefault(reason, []).append(index)
+    return {
+        reason: {"count": len(groups[reason]), "first": sorted(groups[reason])[:_INDICES_SHOWN]}
+        for reason in sorted(groups)
+    }
+
+
+def _lengths(lengths: list[int]) -> dict[str, Any]:
+    low, high = min(lengths), max(lengths)
+    width = -(-(high - low + 1) // HISTOGRAM_BINS)
+    counts = Counter((length - low) // width for length in lengths)
+    bins = range((high - low) // width + 1)
+    return {
+        "min": low,
+        "mean": statistics.fmean(lengths),
+        "median": statistics.median(lengths),
+        "max": high,
+        "histogram": [
+            {"from": low + place * width, "to": low + (place + 1) * width - 1, "count": counts[place]} for place in bins
+        ],
+    }
+
+
+def _warnings(
+    spec: CalibrationSpec,
+    found: RecordSet,
+    packed: Packed,
+    dropped: list[Dropped],
+    template: str | dict[str, str],
+    limits: ModelLimits,
+) -> list[str]:
+    used, longest = len(packed.used), max(map(len, packed.rows))
+    chats = any(record.messages for record in found.records)
+    checks = {
+        f"fewer records than asked for: {used} of {spec.samples}": used < spec.samples,
+        f"records skipped as unusable: {len(found.skipped)} of {found.read}": bool(found.skipped),
+        f"records dropped: {len(dropped)}": bool(dropped),
+        f"records cut to {spec.max_length} tokens: {len(packed.truncated)} of {used}": bool(packed.truncated),
+        "the model has no chat template: messages are joined plainly": (
+            chats and spec.chat_template == "auto" and template == "none"
+        ),
+        f"rows of {longest} tokens exceed the model's {limits.positions} positions": (
+            limits.positions is not None and longest > limits.positions
+        ),
+    }
+    return [text for text, holds in checks.items() if holds]

@@ -1,0 +1,89 @@
+"""What calibration needs to know of a model: its tokenizer and how many tokens it has."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantkit.artifacts import file_sha256, read_json
+from quantkit.errors import CalibrationError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "*.model",
+    "vocab*",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template*",
+    "additional_chat_templates/*",
+    "*.tiktoken",
+    "tekken.json",
+    "*.py",
+)
+_REMEDY = "copy the tokenizer's files from the model's repository into the folder"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelLimits:
+    """What a model can take.
+
+    Attributes:
+        vocabulary: rows of its embedding; every token id is below.
+        positions: the longest row that it was made for, where its config says so.
+    """
+
+    vocabulary: int
+    positions: int | None
+
+
+def model_limits(folder: Path, trust_remote_code: bool = False) -> ModelLimits:
+    """Read a model's limits from its ``config.json``.
+
+    Raises:
+        CalibrationError: there is no config that ``transformers`` knows, or it has no ``vocab_size``.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise CalibrationError(f"cannot read the model's config in {folder}: {error}", "check the model") from error
+    text = config.get_text_config()
+    vocabulary: Any = getattr(text, "vocab_size", None)
+    if not isinstance(vocabulary, int) or vocabulary < 1:
+        raise CalibrationError(f"{folder / 'config.json'} has no vocab_size", "use a causal language model")
+    positions: Any = getattr(text, "max_position_embeddings", None)
+    return ModelLimits(vocabulary, positions if isinstance(positions, int) else None)
+
+
+def tokenizer_files(folder: Path) -> dict[str, str]:
+    """SHA-256 of each file that a tokenizer can be made of, by its path in ``folder``.
+
+    Raises:
+        CalibrationError: there is none.
+    """
+    found = {path for pattern in TOKENIZER_FILES for path in folder.glob(pattern) if path.is_file()}
+    if not any(path.suffix != ".py" for path in found):
+        raise CalibrationError(f"{folder} holds no tokenizer", _REMEDY)
+    return {path.relative_to(folder).as_posix(): file_sha256(path) for path in sorted(found)}
+
+
+def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of the model in ``folder``; nothing is fetched.
+
+    Raises:
+        CalibrationError: it is missing, broken or of an unknown kind.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        if (folder / "tokenizer.json").exists():
+            read_json(folder / "tokenizer.json")
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise CalibrationError(f"cannot load the tokenizer in {folder}: {error}", _REMEDY) from error

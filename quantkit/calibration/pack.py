@@ -1,0 +1,89 @@
+"""Records to rows of at most ``max_length`` tokens, with every token accounted for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from quantkit.calibration.draw import Dropped, Encoded
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+NO_ROW = "in the remainder that fills no row"
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """Rows and what is not in them.
+
+    ``sum(row lengths) + truncated_tokens + remainder_tokens`` equals the records' tokens and ``separators``.
+
+    Attributes:
+        rows: token ids; no row is longer than ``max_length``.
+        used: the records that are in the rows, wholly or in part.
+        truncated: those of them that were cut to ``max_length``.
+        truncated_tokens: how many tokens that cost.
+        dropped: records of which no token is in a row.
+        remainder_tokens: tokens at the end that fill no row.
+        separators: end-of-text tokens that were put between records.
+    """
+
+    rows: list[list[int]]
+    used: list[Encoded]
+    truncated: list[Encoded] = field(default_factory=list)
+    truncated_tokens: int = 0
+    dropped: list[Dropped] = field(default_factory=list)
+    remainder_tokens: int = 0
+    separators: int = 0
+
+
+def pack_none(encoded: list[Encoded], max_length: int) -> Packed:
+    """One record a row; the tokens of a longer record beyond ``max_length`` are cut off."""
+    longer = [record for record in encoded if len(record.ids) > max_length]
+    return Packed(
+        rows=[record.ids[:max_length] for record in encoded],
+        used=encoded,
+        truncated=longer,
+        truncated_tokens=sum(len(record.ids) - max_length for record in longer),
+    )
+
+
+def pack_full(encoded: list[Encoded], max_length: int, tokenizer: PreTrainedTokenizerBase) -> Packed:
+    """All records in one stream, cut into rows of exactly ``max_length``; a last part that is shorter is dropped.
+
+    Between two records stands the end-of-text token, unless the first ends with it (white space aside) or the
+    tokenizer has none.
+    """
+    stream: list[int] = []
+    starts: list[int] = []
+    separators = 0
+    for place, record in enumerate(encoded):
+        if place and _needs_separator(encoded[place - 1].ids, tokenizer):
+            stream.append(tokenizer.eos_token_id)
+            separators += 1
+        starts.append(len(stream))
+        stream += record.ids
+    kept = len(stream) - len(stream) % max_length
+    within = [start < kept for start in starts]
+    return Packed(
+        rows=[stream[start : start + max_length] for start in range(0, kept, max_length)],
+        used=[record for record, inside in zip(encoded, within, strict=True) if inside],
+        dropped=[
+            Dropped(record.index, NO_ROW, len(record.ids))
+            for record, inside in zip(encoded, within, strict=True)
+            if not inside
+        ],
+        remainder_tokens=len(stream) - kept,
+        separators=separators,
+    )
+
+
+def _needs_separator(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> bool:
+    end = tokenizer.eos_token_id
+    if end is None:
+        return False
+    if end not in ids:
+        return True
+    after_last_end = len(ids) - ids[::-1].index(end)
+    return bool(tokenizer.decode(ids[after_last_end:]).strip())

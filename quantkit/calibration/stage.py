@@ -1,0 +1,118 @@
+"""Build a calibration set from a recipe's ``calibration`` section, or reuse the one that is there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantkit import records
+from quantkit.artifacts import check_writable, file_sha256, new_folder, read_stage, write_stage
+from quantkit.calibration.audit import make_audit
+from quantkit.calibration.draw import draw
+from quantkit.calibration.model import ModelLimits, load_tokenizer, model_limits, tokenizer_files
+from quantkit.calibration.pack import Packed, pack_full, pack_none
+from quantkit.calibration.stored import CalibrationSet, load, save, token_ids_sha256
+from quantkit.errors import CalibrationError
+from quantkit.recipe import CalibrationSpec
+from quantkit.records import Record, RecordSet
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+STAGE = "calibration"
+CODE_VERSION = 1
+"""Part of the fingerprint: raised when the same inputs would give other tokens or another audit."""
+
+
+def build(spec: CalibrationSpec, model_folder: Path, out: Path, *, trust_remote_code: bool = False) -> CalibrationSet:
+    """Turn a data set into the token rows that every method of a recipe is calibrated on.
+
+    Records are drawn in the order ``random.Random(seed).sample`` gives their indices until ``samples`` of them are
+    usable, then packed. ``out`` is reused if it was made from the same data set, tokenizer, and settings;
+    ``spec.inputs`` is not among them, for it says how the rows are used.
+
+    Args:
+        spec: the recipe's section.
+        model_folder: the model's files, with its tokenizer and ``config.json``.
+        out: the stage's folder: ``tokens.safetensors``, ``audit.json``, ``stage.json``.
+        trust_remote_code: run Python code that comes with the tokenizer.
+
+    Raises:
+        CalibrationError: the data set, tokenizer or template cannot be used, or tokenizer and model disagree.
+        OutputError: ``out`` cannot be written.
+    """
+    check_writable(out)
+    limits = model_limits(model_folder, trust_remote_code)
+    fixed = _settings(spec, model_folder, limits)
+    if read_stage(out, STAGE, {**fixed, "dataset": records.identify(spec.dataset)}) is not None:
+        return load(out)
+    found = records.load(spec.dataset)
+    built = _built(spec, found, load_tokenizer(model_folder, trust_remote_code), limits)
+    with new_folder(out) as folder:
+        save(folder, built)
+        write_stage(folder, STAGE, {**fixed, "dataset": found.origin}, token_ids_sha256=built.sha256)
+    return built
+
+
+def _settings(spec: CalibrationSpec, model_folder: Path, limits: ModelLimits) -> dict[str, Any]:
+    """What the tokens depend on beside the data set."""
+    settings = spec.model_dump(mode="json", exclude={"inputs", "dataset", "chat_template"})
+    return {
+        "code": CODE_VERSION,
+        "settings": settings,
+        "chat_template": _template_identity(spec.chat_template),
+        "tokenizer": tokenizer_files(model_folder),
+        "vocabulary": limits.vocabulary,
+        "positions": limits.positions,
+    }
+
+
+def _template_identity(choice: str) -> str | dict[str, str]:
+    if choice in ("auto", "none"):
+        return choice
+    path = Path(choice)
+    try:
+        return {"file": path.name, "sha256": file_sha256(path)}
+    except OSError as error:
+        remedy = "'chat_template' is auto, none, or the path of a Jinja file"
+        raise CalibrationError(f"cannot read the chat template {path}: {error.strerror}", remedy) from error
+
+
+def _built(
+    spec: CalibrationSpec, found: RecordSet, tokenizer: PreTrainedTokenizerBase, limits: ModelLimits
+) -> CalibrationSet:
+    drawn = draw(found, spec.samples, spec.seed, _encoder(spec, tokenizer, limits))
+    packed: Packed
+    if spec.packing == "full":
+        packed = pack_full(drawn.encoded, spec.max_length, tokenizer)
+    else:
+        packed = pack_none(drawn.encoded, spec.max_length)
+    if not packed.rows:
+        tokens = sum(len(record.ids) for record in drawn.encoded)
+        raise CalibrationError(
+            f"data set '{found.name}' gives {tokens} tokens, which do not fill one row of {spec.max_length}",
+            "use more samples, a smaller max_length or 'packing: none'",
+        )
+    template = records.describe_template(spec.chat_template, tokenizer)
+    sha256 = token_ids_sha256(packed.rows)
+    audit = make_audit(spec, found, drawn, packed, template=template, limits=limits, sha256=sha256)
+    return CalibrationSet(packed.rows, audit, sha256, sum(map(len, packed.rows)))
+
+
+def _encoder(
+    spec: CalibrationSpec, tokenizer: PreTrainedTokenizerBase, limits: ModelLimits
+) -> Callable[[Record, int], list[int]]:
+    def encode(record: Record, index: int) -> list[int]:
+        ids = records.encode(record, tokenizer, spec.chat_template, index=index)
+        largest = max(ids, default=0)
+        if largest >= limits.vocabulary:
+            token = tokenizer.convert_ids_to_tokens(largest)
+            raise CalibrationError(
+                f"the tokenizer gives token {largest} ('{token}') for record {index}, "
+                f"but the model's vocabulary is {limits.vocabulary}",
+                "the tokenizer belongs to another model: put the model's own files beside it",
+            )
+        return ids
+
+    return encode

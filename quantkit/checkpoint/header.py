@@ -1,0 +1,110 @@
+"""The head of a safetensors file and the index of a sharded checkpoint, both checked before they are believed."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quantkit.artifacts import read_json
+from quantkit.errors import CheckpointError
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+MAX_HEADER_BYTES = 100_000_000
+COPY_AGAIN = "download or copy the file again"
+DTYPES: dict[str, torch.dtype] = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "U16": torch.uint16,
+    "I32": torch.int32,
+    "U32": torch.uint32,
+    "I64": torch.int64,
+    "U64": torch.uint64,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """Where a tensor lies: ``nbytes`` bytes from byte ``start`` of ``file``."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+
+def read_header(file: Path) -> dict[str, TensorEntry]:
+    """The entries of a safetensors file by name, in the order of their bytes, checked against its size.
+
+    Raises:
+        CheckpointError: the file is missing, truncated or not safetensors.
+    """
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+                raise CheckpointError(f"{file} is truncated or is not a safetensors file", COPY_AGAIN)
+            header = json.loads(stream.read(length))
+        entries = [_entry_of(name, facts, file, 8 + length) for name, facts in header.items() if name != "__metadata__"]
+    except OSError as error:
+        raise CheckpointError(f"cannot read {file}: {error.strerror}", COPY_AGAIN) from error
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{file} has no valid safetensors header", COPY_AGAIN) from error
+    entries.sort(key=lambda named: (named[1].start, named[1].nbytes))
+    end = 8 + length
+    for name, entry in entries:
+        if entry.start != end:
+            raise CheckpointError(f"{file}: tensor '{name}' does not begin where the one before it ends", COPY_AGAIN)
+        end += entry.nbytes
+    if end != size:
+        raise CheckpointError(f"{file} has {size} bytes where its header says {end}", COPY_AGAIN)
+    return dict(entries)
+
+
+def read_index(index: Path) -> dict[str, str]:
+    """Tensor name to the name of its shard, a plain file name beside the index.
+
+    Raises:
+        CheckpointError: the index is broken, or names files outside its folder.
+    """
+    try:
+        placed: dict[str, str] = dict(read_json(index)["weight_map"])
+        shards = set(placed.values())
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise CheckpointError(f"{index} is not a valid index of shards", COPY_AGAIN) from error
+    for shard in shards:
+        if not isinstance(shard, str) or shard in ("", "..") or "\\" in shard or Path(shard).name != shard:
+            raise CheckpointError(
+                f"{index} names the shard {shard!r}, which is not a plain file name", "get the model from its source"
+            )
+    return placed
+
+
+def _entry_of(name: str, facts: dict[str, Any], file: Path, data_start: int) -> tuple[str, TensorEntry]:
+    if facts["dtype"] not in DTYPES:
+        raise CheckpointError(f"{file}: tensor '{name}' has dtype {facts['dtype']}, which quantkit does not know")
+    dtype, shape = DTYPES[facts["dtype"]], tuple(facts["shape"])
+    begin, end = facts["data_offsets"]
+    if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
+        raise ValueError("sizes and offsets are counts")
+    if end - begin != math.prod(shape) * dtype.itemsize:
+        raise CheckpointError(f"{file}: the byte range of tensor '{name}' does not fit its shape", COPY_AGAIN)
+    return name, TensorEntry(file, dtype, shape, data_start + begin, end - begin)

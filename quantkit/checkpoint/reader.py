@@ -1,0 +1,141 @@
+"""Reading a checkpoint one tensor at a time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from quantkit.checkpoint.header import COPY_AGAIN, INDEX_FILE, SINGLE_FILE, TensorEntry, read_header, read_index
+from quantkit.errors import CheckpointError
+
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+class CheckpointReader:
+    """The tensors of a folder that holds ``model.safetensors``, or an index and its shards.
+
+    All headers are read and checked against the files' sizes at once; a tensor is read when it is asked for.
+
+    Args:
+        folder: the checkpoint's folder.
+
+    Raises:
+        CheckpointError: there is no checkpoint, only a pickled one, or a broken or incomplete one.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.index = _find_index(folder)
+        if self.index is None:
+            self._entries = read_header(folder / SINGLE_FILE)
+            return
+        placed = read_index(self.index)
+        headers = {shard: read_header(folder / shard) for shard in dict.fromkeys(placed.values())}
+        for name, shard in placed.items():
+            if name not in headers[shard]:
+                raise CheckpointError(
+                    f"{self.index} places tensor '{name}' in {shard}, which does not hold it",
+                    "download or copy both files again",
+                )
+        self._entries = {
+            name: entry
+            for shard, entries in headers.items()
+            for name, entry in entries.items()
+            if placed.get(name) == shard
+        }
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def names(self) -> list[str]:
+        """All tensors' names, in the order in which they lie on disk."""
+        return list(self._entries)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor."""
+        return self._entry(name).shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype of a tensor."""
+        return self._entry(name).dtype
+
+    def nbytes(self, name: str) -> int:
+        """Bytes that a tensor takes on disk."""
+        return self._entry(name).nbytes
+
+    def file_of(self, name: str) -> Path:
+        """The file that holds a tensor."""
+        return self._entry(name).file
+
+    def files(self) -> list[Path]:
+        """The index, if there is one, and the files that hold the tensors."""
+        shards = dict.fromkeys(entry.file for entry in self._entries.values())
+        return [*([self.index] if self.index else []), *shards]
+
+    def read(self, name: str) -> torch.Tensor:
+        """A tensor, in memory of its own on the CPU.
+
+        Raises:
+            CheckpointError: there is no such tensor, or its file became shorter since the header was read.
+        """
+        entry = self._entry(name)
+        tensor = torch.empty(entry.shape, dtype=entry.dtype)
+        view = tensor.reshape(-1).view(torch.uint8).numpy().data
+        with entry.file.open("rb", buffering=0) as file:
+            file.seek(entry.start)
+            done = 0
+            while done < entry.nbytes:
+                count = file.readinto(view[done:])
+                if not count:
+                    raise CheckpointError(f"{entry.file} ends inside tensor '{name}'", COPY_AGAIN)
+                done += count
+        return tensor
+
+    def read_finite(self, name: str) -> torch.Tensor:
+        """A tensor, like :meth:`read`, whose values are all finite.
+
+        Raises:
+            CheckpointError: it holds a NaN or an infinity; names the tensor and the first such index.
+        """
+        tensor = self.read(name)
+        if not (tensor.is_floating_point() or tensor.is_complex()):
+            return tensor
+        finite = torch.isfinite(tensor.float() if tensor.itemsize == 1 else tensor)
+        if finite.all():
+            return tensor
+        first = finite.flatten().to(torch.uint8).argmin()
+        index = [int(place) for place in torch.unravel_index(first, finite.shape)]
+        raise CheckpointError(
+            f"tensor '{name}' of {self.file_of(name)} is {tensor.flatten()[first].item()} at index {index}",
+            "the checkpoint is broken: get it again from its source",
+        )
+
+    def _entry(self, name: str) -> TensorEntry:
+        try:
+            return self._entries[name]
+        except KeyError:
+            raise CheckpointError(f"{self.folder} holds no tensor '{name}'", "is this the model you mean?") from None
+
+
+def _find_index(folder: Path) -> Path | None:
+    """The index to read; None where the checkpoint is a single file."""
+    if (folder / SINGLE_FILE).exists():
+        return None
+    if (folder / INDEX_FILE).exists():
+        return folder / INDEX_FILE
+    indices = sorted(folder.glob("*.safetensors.index.json"))
+    if len(indices) == 1:
+        return indices[0]
+    if indices:
+        names = ", ".join(index.name for index in indices)
+        raise CheckpointError(f"{folder} holds several checkpoints: {names}", "keep one of them in the folder")
+    pickles = sorted(file.name for pattern in PICKLES for file in folder.glob(pattern))
+    if pickles:
+        raise CheckpointError(
+            f"{folder} holds only pickled weights ({pickles[0]}), which can run code when they are read",
+            "convert them to safetensors: load the model where you trust it and call save_pretrained",
+        )
+    raise CheckpointError(
+        f"{folder} holds no safetensors checkpoint", f"it needs {SINGLE_FILE}, or {INDEX_FILE} and its shards"
+    )

@@ -1,0 +1,76 @@
+"""Forward passes that can stand still: one coroutine a batch.
+
+Every batch's forward through the whole model is a greenlet. It pauses before each segment and wherever a
+hook asks it to, and goes on when the walk resumes it, so the model's own code decides what each block is
+given (masks, rotary embeddings, sliding windows) and no block is run twice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from greenlet import getcurrent, greenlet
+from torch import nn
+
+
+@dataclass(frozen=True, slots=True)
+class AtSegment:
+    """A pass stands before a segment and would call it with these arguments."""
+
+    index: int
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class AtGroup:
+    """A pass stands inside a segment, before the first layer of a group."""
+
+    group: int
+
+
+@dataclass(frozen=True, slots=True)
+class AtEnd:
+    """A pass stands behind the last segment."""
+
+
+Place = AtSegment | AtGroup | AtEnd
+
+
+class Pass(greenlet):  # type: ignore[misc] - greenlet's stubs are skipped
+    """One batch on its way through the model.
+
+    Attributes:
+        place: where it stands; None before it has started.
+    """
+
+    def __init__(self, model: nn.Module, token_ids: torch.Tensor) -> None:
+        super().__init__()
+        self._model = model
+        self._token_ids = token_ids
+        self.place: Place | None = None
+
+    def run(self) -> None:
+        """The body of the coroutine: the model's forward, without a cache."""
+        self._model(input_ids=self._token_ids, use_cache=False)
+
+    def resume(self) -> None:
+        """Go on until the next pause."""
+        self.place = self.switch()
+        if isinstance(self.place, AtEnd):
+            self.stop()
+
+    def stop(self) -> None:
+        """End the pass where it stands and let go of its activations."""
+        if self.place is not None and not self.dead:
+            self.throw()
+        self.place = AtEnd()
+
+
+def pause(place: Place) -> None:
+    """Called from a hook: if a pass runs it, stand still here until resumed."""
+    current = getcurrent()
+    if isinstance(current, Pass):
+        current.parent.switch(place)

@@ -1,0 +1,206 @@
+"""A model without its weights, filled one segment at a time.
+
+A segment is a decoder block, or the output head where that is to be quantized. Its weights come from the
+checkpoint when the walk reaches it and go again when the walk moves on, so that memory holds one segment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from quantkit.errors import CheckpointError, SourceError
+
+
+class WeightReader(Protocol):
+    """Where weights come from: a checkpoint's tensors by name."""
+
+    def __contains__(self, name: str) -> bool:
+        """Whether the checkpoint has a tensor called ``name``."""
+
+    def read_finite(self, name: str) -> torch.Tensor:
+        """The tensor on CPU; raises CheckpointError if it holds NaN or infinities."""
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A part of the model that is loaded as one.
+
+    Attributes:
+        prefix: its name in the model and the checkpoint, such as ``model.layers.3``.
+        module: the module, on meta until loaded.
+        linears: full names of its Linear layers, in the order of the model.
+    """
+
+    prefix: str
+    module: nn.Module
+    linears: tuple[str, ...]
+
+
+class Skeleton:
+    """A causal language model whose parameters lie on meta until asked for.
+
+    Args:
+        folder: checkpoint folder with ``config.json``.
+        trust_remote_code: run model code that comes with the checkpoint.
+    """
+
+    def __init__(self, folder: Path, trust_remote_code: bool = False) -> None:
+        self.model = empty_model(folder, trust_remote_code)
+        prefix, self.blocks = find_blocks(self.model)
+        self.segments = [
+            segment_of(self.model, f"{prefix}.{index}", block) for index, block in enumerate(self.blocks)
+        ]
+        self.head = self._head()
+        self._empty: dict[str, nn.Parameter] = {}
+
+    def _head(self) -> Segment | None:
+        """The output head as a segment, if it is a Linear."""
+        module = self.model.get_output_embeddings()
+        if not isinstance(module, nn.Linear):
+            return None
+        name = next(name for name, candidate in self.model.named_modules() if candidate is module)
+        return Segment(name, module, (name,))
+
+    def all_linears(self) -> list[str]:
+        """Full names of every Linear of the model."""
+        return [name for name, module in self.model.named_modules() if isinstance(module, nn.Linear)]
+
+    def load(self, segment: Segment, reader: WeightReader, device: torch.device, dtype: torch.dtype) -> None:
+        """Fill a segment from the checkpoint."""
+        self._fill(segment.prefix, segment.module, reader, device, dtype)
+
+    def unload(self, segment: Segment) -> None:
+        """Send a segment's parameters back to meta."""
+        for name, _ in list(segment.module.named_parameters()):
+            owner, leaf = _owner(segment.module, name)
+            setattr(owner, leaf, self._empty.pop(_joined(segment.prefix, name)))
+
+    def load_frame(self, reader: WeightReader, device: torch.device, dtype: torch.dtype) -> None:
+        """Fill what runs before, between and after the blocks: embeddings, norms; not the head."""
+        inside = {id(module) for segment in self.segments for module in segment.module.modules()}
+        if self.head is not None:
+            inside.add(id(self.head.module))
+        for name, module in self.model.named_modules():
+            if id(module) not in inside:
+                self._fill(name, module, reader, device, dtype, recurse=False)
+
+    def _fill(
+        self,
+        prefix: str,
+        module: nn.Module,
+        reader: WeightReader,
+        device: torch.device,
+        dtype: torch.dtype,
+        recurse: bool = True,
+    ) -> None:
+        for name, parameter in list(module.named_parameters(recurse=recurse)):
+            full = self._stored_name(_joined(prefix, name), reader)
+            value = reader.read_finite(full)
+            if value.shape != parameter.shape:
+                raise CheckpointError(
+                    f"tensor {full} has shape {tuple(value.shape)}, the model expects {tuple(parameter.shape)}",
+                    "config.json and the weights are of different models",
+                )
+            self._empty.setdefault(_joined(prefix, name), parameter)
+            owner, leaf = _owner(module, name)
+            setattr(owner, leaf, nn.Parameter(value.to(device=device, dtype=dtype), requires_grad=False))
+        for name, buffer in list(module.named_buffers(recurse=recurse)):
+            owner, leaf = _owner(module, name)
+            full = _joined(prefix, name)
+            stored = reader.read_finite(full) if full in reader else buffer
+            setattr(owner, leaf, stored.to(device))
+
+    def _stored_name(self, name: str, reader: WeightReader) -> str:
+        if name in reader:
+            return name
+        tied = self.model.get_input_embeddings()
+        if self.head is not None and name == f"{self.head.prefix}.weight":
+            for candidate, module in self.model.named_modules():
+                if module is tied and f"{candidate}.weight" in reader:
+                    return f"{candidate}.weight"
+        raise CheckpointError(
+            f"tensor {name} is not in the checkpoint", "download it again, or check that config.json belongs to it"
+        )
+
+
+def empty_model(folder: Path, trust_remote_code: bool = False) -> nn.Module:
+    """The model of a folder's ``config.json``, its large tensors on meta and its small ones computed.
+
+    Raises:
+        SourceError: transformers does not know the architecture.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+        with _ParametersOnMeta():
+            model: nn.Module = AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, trust_remote_code=trust_remote_code, attn_implementation="sdpa"
+            )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise SourceError(
+            f"transformers cannot build the model of {folder / 'config.json'}: {error}",
+            "check that it is a decoder-only language model that the installed transformers knows",
+        ) from error
+    return model.eval()
+
+
+def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The list of decoder blocks: the outermost ModuleList that holds the most Linear layers.
+
+    Raises:
+        SourceError: there is none.
+    """
+    best: tuple[int, str, nn.ModuleList] | None = None
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList):
+            linears = sum(isinstance(child, nn.Linear) for child in module.modules())
+            if linears and (best is None or linears > best[0]):
+                best = (linears, name, module)
+    if best is None:
+        raise SourceError(
+            f"{type(model).__name__} has no list of decoder blocks with Linear layers",
+            "quantkit quantizes decoder-only transformers",
+        )
+    return best[1], best[2]
+
+
+def segment_of(model: nn.Module, prefix: str, module: nn.Module) -> Segment:
+    """A segment with the full names of its Linear layers."""
+    linears = [name for name, child in module.named_modules() if isinstance(child, nn.Linear)]
+    return Segment(prefix, module, tuple(_joined(prefix, name) for name in linears))
+
+
+def linear_modules(segment: Segment) -> Iterator[tuple[str, nn.Linear]]:
+    """Full name and module of each Linear of a segment."""
+    for name, module in segment.module.named_modules():
+        if isinstance(module, nn.Linear):
+            yield _joined(segment.prefix, name), module
+
+
+class _ParametersOnMeta(TorchFunctionMode):
+    """Makes ``torch.empty`` give meta tensors: parameters are made so, computed buffers are not."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.empty:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, leaf = name.rpartition(".")
+    return module.get_submodule(path), leaf
+
+
+def _joined(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix and name else prefix or name

@@ -1,0 +1,278 @@
+"""The walk: segment by segment, gather the statistics of every input, solve, go on with the result.
+
+Within a segment the layers that share an input form a group. In a quantized feed (``inputs: quantized``) all
+passes pause before the first layer of a group; when every pass stands there or beyond, the statistics are
+complete, the group is solved, its weights are replaced, and the same passes go on with them: true
+sequential calibration in one forward pass. Where the activations of all batches inside a segment would not
+fit in memory, the segment is run anew for each group instead, one batch at a time. In a float feed nothing
+is replaced and nothing pauses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from quantkit.engine.passes import AtEnd, AtGroup, AtSegment, Pass, pause
+from quantkit.engine.precision import products
+from quantkit.engine.skeleton import Segment, Skeleton, WeightReader, linear_modules
+from quantkit.engine.statistics import Gatherer
+from quantkit.engine.tasks import Task, solve_group
+from quantkit.methods.base import Statistic
+
+Feed = Literal["quantized", "float"]
+Strategy = Literal["one-pass", "recompute"]
+
+
+@dataclass(frozen=True, slots=True)
+class WalkSettings:
+    """How a walk computes.
+
+    Attributes:
+        device: where segments are loaded and solved.
+        dtype: of weights and activations in the forward passes.
+        feed: what a layer is calibrated on, see :class:`quantkit.recipe.CalibrationSpec`.
+        strategy: ``one-pass`` keeps the activations of all batches alive at a pause, ``recompute`` those of one.
+        fast_products: see :mod:`quantkit.engine.precision`.
+    """
+
+    device: torch.device
+    dtype: torch.dtype = torch.float32
+    feed: Feed = "quantized"
+    strategy: Strategy = "one-pass"
+    fast_products: bool = False
+
+
+@dataclass(slots=True)
+class _Group:
+    """Layers of a segment that share an input, the one that is called first at the head."""
+
+    linears: dict[str, nn.Linear]
+    gatherer: Gatherer
+    solved: bool = False
+
+    @property
+    def leader(self) -> nn.Linear:
+        return next(iter(self.linears.values()))
+
+
+class _Enough(Exception):  # noqa: N818 - not an error: it ends a trial run
+    """A trial run of a segment has shown what it was run for."""
+
+
+@dataclass(slots=True)
+class Walk:
+    """One walk over a model.
+
+    Args:
+        skeleton: the model.
+        reader: where weights come from.
+        rows: calibration token ids, int64 ``[tokens]`` each; each is one batch.
+        tasks: what is solved; a quantized feed is the stream of one variant and takes one task.
+        settings: how.
+        on_segment: called with the number of finished segments and how many there are.
+    """
+
+    skeleton: Skeleton
+    reader: WeightReader
+    rows: Sequence[torch.Tensor]
+    tasks: Sequence[Task]
+    settings: WalkSettings
+    on_segment: Callable[[int, int], None] = lambda done, total: None
+    _passes: list[Pass] = field(default_factory=list)
+
+    def run(self) -> None:
+        """Walk through all segments.
+
+        Raises:
+            CheckpointError: a tensor is missing, of the wrong shape, or not finite.
+            QuantizationError: a layer cannot be solved.
+        """
+        if self.settings.feed == "quantized" and len(self.tasks) > 1:
+            raise ValueError("a quantized feed is the stream of one variant: give one task per walk")
+        segments = self._wanted_segments()
+        calibrated = bool(self._needs()) and bool(self.rows)
+        with torch.no_grad(), ExitStack() as cleanup:
+            cleanup.callback(self._stop_passes)
+            if calibrated:
+                self._start_passes(segments, cleanup)
+            for index, segment in enumerate(segments):
+                self.skeleton.load(segment, self.reader, self.settings.device, self.settings.dtype)
+                if calibrated:
+                    self._calibrate(segment, last=index == len(segments) - 1)
+                else:
+                    self._solve_uncalibrated(segment)
+                self.skeleton.unload(segment)
+                for task in self.tasks:
+                    task.sink.segment_done(segment.prefix)
+                self.on_segment(index + 1, len(segments))
+
+    def _wanted_segments(self) -> list[Segment]:
+        head = self.skeleton.head
+        wants_head = head is not None and any(head.prefix in task.schemes for task in self.tasks)
+        return [*self.skeleton.segments, *([head] if head is not None and wants_head else [])]
+
+    def _needs(self) -> frozenset[Statistic]:
+        return frozenset[Statistic]().union(*(task.method.needs for task in self.tasks))
+
+    def _start_passes(self, segments: Sequence[Segment], cleanup: ExitStack) -> None:
+        """Run every pass up to the first segment."""
+        self.skeleton.load_frame(self.reader, self.settings.device, self.settings.dtype)
+        for index, segment in enumerate(segments):
+            hook = segment.module.register_forward_pre_hook(_pause_before(index), with_kwargs=True)
+            cleanup.callback(hook.remove)
+        end = segments[-1].module.register_forward_hook(lambda *_: pause(AtEnd()))
+        cleanup.callback(end.remove)
+        self._passes = [Pass(self.skeleton.model, row.to(self.settings.device).unsqueeze(0)) for row in self.rows]
+        self._advance()
+
+    def _stop_passes(self) -> None:
+        for each in self._passes:
+            each.stop()
+
+    def _advance(self) -> None:
+        for each in self._passes:
+            self._resume(each)
+
+    def _resume(self, each: Pass) -> None:
+        with products(self.settings.fast_products):
+            each.resume()
+
+    def _calibrate(self, segment: Segment, last: bool) -> None:
+        """Solve a segment before which every pass stands, and bring them to the next."""
+        groups = self._groups(segment)
+        if self.settings.feed == "float":
+            with self._gathering(groups, pausing=False):
+                self._advance()
+            for group in groups:
+                self._solve(group)
+        elif self.settings.strategy == "one-pass":
+            with self._gathering(groups, pausing=True):
+                self._one_pass(groups, last)
+        else:
+            self._recompute(segment, groups)
+            if not last:
+                self._advance()
+
+    def _solve_uncalibrated(self, segment: Segment) -> None:
+        for name, module in linear_modules(segment):
+            if any(name in task.schemes for task in self.tasks):
+                self._solve(_Group({name: module}, Gatherer(frozenset())))
+
+    def _groups(self, segment: Segment) -> list[_Group]:
+        """The groups of a segment in the order of their calls, found by trying batches until all layers were seen.
+
+        Layers that no batch reaches, such as experts that get no token, come last, each by itself.
+        """
+        wanted = {
+            name: module
+            for name, module in linear_modules(segment)
+            if any(name in task.schemes for task in self.tasks)
+        }
+        missing = set(wanted)
+        found: list[list[str]] = []
+        for each in self._passes:
+            if not missing:
+                break
+            for members in self._members(segment, each, wanted):
+                fresh = [name for name in members if name in missing]
+                missing.difference_update(fresh)
+                if fresh:
+                    found.append(fresh)
+        found += [[name] for name in wanted if name in missing]
+        return [_Group({name: wanted[name] for name in names}, Gatherer(self._needs())) for names in found]
+
+    def _members(self, segment: Segment, each: Pass, wanted: dict[str, nn.Linear]) -> list[list[str]]:
+        """The layers of each input that one batch shows, in the order of their calls."""
+        shown: dict[int, list[str]] = {}
+        kept: list[torch.Tensor] = []  # an input that is let go could give its identity to another
+
+        def record(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+            def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+                kept.append(args[0])
+                members = shown.setdefault(id(args[0]), [])
+                if name not in members:
+                    members.append(name)
+
+            return hook
+
+        with _hooked([(module, record(name)) for name, module in wanted.items()]):
+            self._try(segment, each)
+        return list(shown.values())
+
+    def _try(self, segment: Segment, each: Pass) -> None:
+        """Run a segment with the arguments of a pass that stands before it, which stays where it is."""
+        if not isinstance(each.place, AtSegment):
+            raise RuntimeError(f"a pass stands at {each.place}, not before {segment.prefix}")
+        with products(self.settings.fast_products):
+            try:
+                segment.module(*each.place.args, **each.place.kwargs)
+            except _Enough:
+                return
+
+    @contextmanager
+    def _gathering(self, groups: Sequence[_Group], pausing: bool) -> Iterator[None]:
+        def gather(index: int, group: _Group) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+            def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+                if not group.solved:
+                    group.gatherer.add(args[0])
+                    if pausing:
+                        pause(AtGroup(index))
+
+            return hook
+
+        with _hooked([(group.leader, gather(index, group)) for index, group in enumerate(groups)]):
+            yield
+
+    def _one_pass(self, groups: Sequence[_Group], last: bool) -> None:
+        """Solve the groups in their order, each when all passes stand at it or beyond."""
+        self._advance()
+        for index, group in enumerate(groups):
+            self._solve(group)
+            if last and index == len(groups) - 1:
+                self._stop_passes()
+            for each in self._passes:
+                if each.place == AtGroup(index):
+                    self._resume(each)
+
+    def _recompute(self, segment: Segment, groups: Sequence[_Group]) -> None:
+        """Run the segment anew for each group, one batch at a time, with all earlier groups solved."""
+        for group in groups:
+
+            def gather(_: nn.Module, args: tuple[Any, ...], group: _Group = group) -> None:
+                group.gatherer.add(args[0].clone())
+                raise _Enough
+
+            with _hooked([(group.leader, gather)]):
+                for each in self._passes:
+                    self._try(segment, each)
+            self._solve(group)
+
+    def _solve(self, group: _Group) -> None:
+        with products(fast=False):
+            statistics = group.gatherer.result()
+            for task in self.tasks:
+                for name, weight in solve_group(task, group.linears, statistics).items():
+                    if self.settings.feed == "quantized":
+                        group.linears[name].weight.data = weight.to(self.settings.dtype)
+        group.solved = True
+
+
+def _pause_before(index: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        pause(AtSegment(index, args, kwargs))
+
+    return hook
+
+
+@contextmanager
+def _hooked(hooks: Sequence[tuple[nn.Module, Callable[[nn.Module, tuple[Any, ...]], None]]]) -> Iterator[None]:
+    with ExitStack() as removal:
+        for module, hook in hooks:
+            removal.callback(module.register_forward_pre_hook(hook).remove)
+        yield

@@ -1,0 +1,66 @@
+"""What is to be scored, in a form that travels to another process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quantkit.recipe import EvaluationSpec
+
+Progress = Callable[[str, int, int], None]
+"""Called with the name of a step, how much of it is done, and how much there is."""
+
+COMPARING_METRICS = frozenset({"kl_divergence", "top1_agreement"})
+"""Metrics that need the float model's log-probabilities."""
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationJob:
+    """One checkpoint to score.
+
+    Attributes:
+        checkpoint: folder with ``config.json``, safetensors files and the tokenizer.
+        spec: texts, window length, metrics, device and dtype.
+        reference: folder of the float model's log-probabilities; None where no metric needs them.
+        writes_reference: this is the float model, and ``reference`` is written instead of read.
+        trust_remote_code: run Python code that comes with the checkpoint.
+    """
+
+    checkpoint: Path
+    spec: EvaluationSpec
+    reference: Path | None = None
+    writes_reference: bool = False
+    trust_remote_code: bool = False
+
+    @property
+    def compares(self) -> bool:
+        """Whether the job compares with the float model's log-probabilities."""
+        return not self.writes_reference and bool(COMPARING_METRICS & set(self.spec.metrics))
+
+    @property
+    def is_local(self) -> bool:
+        """Whether nothing of the job comes from the network."""
+        return not self.trust_remote_code and all(text.dataset is None for text in self.spec.texts)
+
+    def to_json(self) -> dict[str, Any]:
+        """The job as JSON data."""
+        return {
+            "checkpoint": str(self.checkpoint),
+            "spec": self.spec.model_dump(mode="json"),
+            "reference": None if self.reference is None else str(self.reference),
+            "writes_reference": self.writes_reference,
+            "trust_remote_code": self.trust_remote_code,
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> EvaluationJob:
+        """The inverse of :meth:`to_json`."""
+        return cls(
+            checkpoint=Path(data["checkpoint"]),
+            spec=EvaluationSpec.model_validate(data["spec"]),
+            reference=None if data["reference"] is None else Path(data["reference"]),
+            writes_reference=data["writes_reference"],
+            trust_remote_code=data["trust_remote_code"],
+        )

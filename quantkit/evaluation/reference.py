@@ -1,0 +1,154 @@
+"""The float model's distributions on disk: computed once for a recipe, read by every variant.
+
+A text's file is a NumPy array, float16 ``[positions, vocabulary]``, which a reader maps into memory. A row
+holds a position's log-probabilities minus the largest of them. Zero is the likeliest token, so float16 is
+finest where the probability is, and whoever reads a row normalizes it again; the divergence of a
+distribution from itself as stored stays below 1e-6 nats. ``reference.json``, written last, names the texts.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+
+from quantkit.artifacts import read_json, translated_os_errors, write_json
+from quantkit.errors import EvaluationError
+from quantkit.evaluation.windows import Windows
+
+INDEX_FILE = "reference.json"
+STORED = np.dtype("<f2")
+LOWEST = -60000.0
+"""Log-probability of tokens that a model masks out; float16 ends at -65504."""
+
+
+def reference_bytes(windows: Mapping[str, Windows], vocabulary: int) -> int:
+    """Bytes that the distributions of all texts take on disk."""
+    return sum(text.positions for text in windows.values()) * vocabulary * STORED.itemsize
+
+
+def prepare_folder(folder: Path, windows: Mapping[str, Windows], vocabulary: int, limit: int) -> None:
+    """Check before any work that the distributions may and can be stored, and make the folder.
+
+    A reference that stood there before is no longer complete.
+
+    Raises:
+        EvaluationError: they need more than ``limit`` bytes, or than the disk has.
+        OutputError: the folder cannot be written.
+    """
+    needed = reference_bytes(windows, vocabulary)
+    if needed > limit:
+        raise EvaluationError(
+            f"the float model's log-probabilities need {needed} bytes, and reference_limit is {limit}",
+            "lower evaluation.max_tokens or raise evaluation.reference_limit",
+        )
+    with translated_os_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / INDEX_FILE).unlink(missing_ok=True)
+        free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise EvaluationError(
+            f"the float model's log-probabilities need {needed} bytes, and {folder} has {free} free",
+            "free some disk space or lower evaluation.max_tokens",
+        )
+
+
+class TextWriter:
+    """Appends the distributions of one text to its file.
+
+    Args:
+        file: open for writing.
+        positions: rows that will come.
+        vocabulary: log-probabilities in a row.
+    """
+
+    def __init__(self, file: IO[bytes], positions: int, vocabulary: int) -> None:
+        self.vocabulary = vocabulary
+        self._file = file
+        self._missing = positions
+        header = {"descr": STORED.str, "fortran_order": False, "shape": (positions, vocabulary)}
+        np.lib.format.write_array_header_1_0(file, header)
+
+    def append(self, log_probs: torch.Tensor) -> None:
+        """Store float ``[rows, vocabulary]`` log-probabilities."""
+        shifted = (log_probs - log_probs.amax(dim=-1, keepdim=True)).clamp_(min=LOWEST)
+        self._file.write(shifted.to("cpu", torch.float16).numpy().astype(STORED, copy=False).tobytes())
+        self._missing -= len(log_probs)
+
+    def close(self) -> None:
+        """Check that the rows that were announced have come.
+
+        Raises:
+            ValueError: there are more or fewer.
+        """
+        if self._missing:
+            raise ValueError(f"{self._missing} of the announced rows did not come")
+
+
+@contextmanager
+def text_writer(folder: Path, text: Windows, vocabulary: int) -> Iterator[TextWriter]:
+    """A writer for one text's file in ``folder``.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    path = folder / _file_name(text.name)
+    with translated_os_errors(path), path.open("wb") as file:
+        writer = TextWriter(file, text.positions, vocabulary)
+        yield writer
+        writer.close()
+
+
+def write_index(folder: Path, windows: Mapping[str, Windows], vocabulary: int) -> None:
+    """Write ``reference.json``, which says that the folder is complete."""
+    texts = {name: {"token_ids_sha256": text.sha256, "positions": text.positions} for name, text in windows.items()}
+    write_json(folder / INDEX_FILE, {"vocabulary": vocabulary, "texts": texts})
+
+
+def check_reference(folder: Path, windows: Mapping[str, Windows], vocabulary: int) -> None:
+    """Check that a finished reference is there and was made from the same tokens.
+
+    Raises:
+        EvaluationError: it is absent or incomplete, lacks a text, or its tokens or vocabulary differ.
+    """
+    try:
+        index: dict[str, Any] = read_json(folder / INDEX_FILE)
+    except (OSError, ValueError) as error:
+        raise EvaluationError(
+            f"{folder} holds no complete reference of the float model", "score the float model first"
+        ) from error
+    for name, text in windows.items():
+        stored = index["texts"].get(name)
+        if stored is None:
+            raise EvaluationError(f"{folder} holds no reference for text '{name}'", "score the float model again")
+        if stored["token_ids_sha256"] != text.sha256:
+            raise EvaluationError(
+                f"the token ids of text '{name}' differ from the float model's, so the two cannot be compared",
+                "the tokenizers disagree: copy the float model's tokenizer files to the checkpoint",
+            )
+    if index["vocabulary"] != vocabulary:
+        raise EvaluationError(
+            f"the model has {vocabulary} logits a token and the float model {index['vocabulary']}",
+            "compare checkpoints of the same model",
+        )
+
+
+class TextReader:
+    """The stored distributions of one text."""
+
+    def __init__(self, folder: Path, text: Windows) -> None:
+        self._rows = np.load(folder / _file_name(text.name), mmap_mode="r", allow_pickle=False)
+        self.vocabulary: int = self._rows.shape[1]
+
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        """Float16 ``[stop - start, vocabulary]``: log-probabilities minus the largest of their row."""
+        return torch.from_numpy(self._rows[start:stop].astype(np.float16))
+
+
+def _file_name(text: str) -> str:
+    return f"{text}.npy"

@@ -1,0 +1,8 @@
+"""Methods: how the codes of a weight are chosen. One file each."""
+
+from __future__ import annotations
+
+from quantkit.methods.base import Method
+from quantkit.registry import Registry
+
+METHODS: Registry[Method] = Registry("method", "quantkit.methods", "quantkit.methods")

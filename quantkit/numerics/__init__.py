@@ -1,0 +1,1 @@
+"""The arithmetic that methods share: grids, factorizations, the column solver, the refinement."""

@@ -1,0 +1,53 @@
+"""The factor of the inverse Hessian that drives the column solver."""
+
+from __future__ import annotations
+
+import torch
+
+from quantkit.errors import QuantizationError
+from quantkit.numerics.host import decide
+
+MAX_DAMPING = 10.0
+
+
+def damped(gram: torch.Tensor, damping: float) -> torch.Tensor:
+    """``gram`` with ``damping`` times its mean diagonal added to the diagonal.
+
+    Inputs that were never active have a zero diagonal; they get one, so that their weights are rounded and
+    disturb nothing.
+    """
+    diagonal = gram.diagonal()
+    ridge = diagonal.mean() * damping
+    raised = gram.clone()
+    floor = torch.where(diagonal > 0, 0.0, torch.where(ridge > 0, ridge, 1.0))
+    raised.diagonal().add_(ridge + floor)
+    return raised
+
+
+def inverse_factor(gram: torch.Tensor, damping: float) -> tuple[torch.Tensor, float]:
+    """The upper Cholesky factor of the inverse of the damped Gram matrix.
+
+    Where the factorization fails the damping is raised tenfold and tried again.
+
+    Args:
+        gram: float32 ``[in_features, in_features]``, symmetric.
+        damping: fraction of the mean diagonal that is added.
+
+    Returns:
+        ``U`` with ``Uᵀ U = H⁻¹``, and the damping that was needed.
+
+    Raises:
+        QuantizationError: the matrix holds NaN or infinities, or no damping helps.
+    """
+    tried = damping
+    while tried <= MAX_DAMPING:
+        lower, failed = torch.linalg.cholesky_ex(damped(gram, tried))
+        if not decide(failed.any()):
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not decide(failed.any() | ~upper.isfinite().all()):
+                return upper, tried
+        tried = max(tried * 10, 1e-4)
+    raise QuantizationError(
+        "the statistics of a layer's inputs cannot be factorized at any damping",
+        "they hold NaN or infinities: check the model and the calibration texts",
+    )

@@ -1,0 +1,151 @@
+"""Scales and zero points: from the range of a group, or by a weighted search.
+
+Weights come grouped, ``[rows, groups, columns_per_group]``; scales and zeros are ``[rows, groups]``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from quantkit.schemes import IntScheme, QuantizedWeight
+
+SEARCH_CHUNK = 1 << 16
+"""Weights searched at a time: what fits the cache of one core, so that the passes stay cheap."""
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """Scales in the dtype in which they are stored, and zeros as float32 whole numbers; ``[rows, groups]``."""
+
+    scales: torch.Tensor
+    zeros: torch.Tensor
+
+
+def grouped(weight: torch.Tensor, scheme: IntScheme) -> torch.Tensor:
+    """View ``[rows, columns]`` as ``[rows, groups, columns_per_group]``."""
+    rows, columns = weight.shape
+    return weight.view(rows, scheme.groups(columns), scheme.columns_per_group(columns))
+
+
+def range_grid(weight: torch.Tensor, scheme: IntScheme, scale_dtype: torch.dtype) -> Grid:
+    """The grid that just spans each group's range, zero included: round-to-nearest's usual choice.
+
+    Symmetric: ``scale = 2 max|w| / (2**bits - 1)``; asymmetric: ``(max - min) / (2**bits - 1)``. These are
+    the formulas of compressed-tensors' ``calculate_qparams``, so that its quantizer gives the same grid.
+    """
+    parts = grouped(weight, scheme)
+    low = parts.amin(-1).clamp_(max=0)
+    high = parts.amax(-1).clamp_(min=0)
+    if scheme.symmetric:
+        scales = stored(torch.maximum(-low, high) / ((scheme.levels - 1) / 2), scale_dtype)
+        return Grid(scales, torch.full_like(low, scheme.zero))
+    scales = stored((high - low) / (scheme.levels - 1), scale_dtype)
+    zeros = (-low / scales.float()).round_().clamp_(0, scheme.levels - 1)
+    return Grid(scales, zeros)
+
+
+def stored(scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Scales rounded to the dtype in which they are stored; where they vanish, the smallest normal number.
+
+    A group of zeros has scale zero, and one of tiny weights may underflow to it; dividing by it must not
+    give NaN.
+    """
+    rounded = scales.to(dtype)
+    tiny = torch.finfo(dtype).tiny
+    return torch.where(rounded.abs() < tiny, tiny, rounded)
+
+
+def spread(values: torch.Tensor, columns: int) -> torch.Tensor:
+    """``[rows, groups]`` to ``[columns, rows]``: the value of each weight, transposed."""
+    return values.T.repeat_interleave(columns // values.shape[1], dim=0)
+
+
+def encode(weight: torch.Tensor, grid: Grid, scheme: IntScheme) -> torch.Tensor:
+    """The nearest codes as uint8 ``[rows, columns]``; ties go to the even code before the zero is added."""
+    parts = grouped(weight, scheme)
+    codes = (parts / grid.scales.float().unsqueeze(-1)).add_(grid.zeros.unsqueeze(-1))
+    return codes.round_().clamp_(0, scheme.levels - 1).to(torch.uint8).view(weight.shape)
+
+
+def quantized(codes: torch.Tensor, grid: Grid, scheme: IntScheme) -> QuantizedWeight:
+    """Pack codes and grid into what formats take."""
+    return QuantizedWeight(scheme, codes, grid.scales, grid.zeros.to(torch.uint8))
+
+
+def search_grid(
+    weight: torch.Tensor,
+    importance: torch.Tensor | None,
+    scheme: IntScheme,
+    scale_dtype: torch.dtype,
+    candidates: int,
+) -> Grid:
+    """The grid of least weighted square error among shrunken ranges, each with its best scale.
+
+    For every candidate range the codes are rounded, and for these codes the scale of least squares is
+    known in closed form, ``s = Σ h w q / Σ h q²`` with ``q = code - zero``; it lowers the error by
+    ``(Σ h w q)² / Σ h q²``, so the best candidate is the one where that is largest.
+
+    Args:
+        weight: float32 ``[rows, columns]``.
+        importance: ``h``, float32 ``[columns]`` such as the mean square of each input; None weighs all alike.
+        scheme: the grid.
+        scale_dtype: dtype in which scales are stored.
+        candidates: ranges tried per group.
+    """
+    rows, columns = weight.shape
+    groups = scheme.groups(columns)
+    heights = torch.ones(columns, device=weight.device) if importance is None else importance.float()
+    heights = heights.view(1, groups, -1)
+    step = max(1, SEARCH_CHUNK // columns) if weight.device.type == "cpu" else rows
+    parts = [
+        _search(grouped(weight[start : start + step], scheme), heights, scheme, candidates)
+        for start in range(0, rows, step)
+    ]
+    scales = stored(torch.cat([scales for scales, _ in parts]), scale_dtype)
+    return Grid(scales, torch.cat([zeros for _, zeros in parts]))
+
+
+def _search(
+    parts: torch.Tensor, heights: torch.Tensor, scheme: IntScheme, candidates: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    weighted = parts * heights
+    best_gain = torch.full(parts.shape[:2], -1.0, device=parts.device)
+    best_scale = torch.zeros_like(best_gain)
+    best_zero = torch.full_like(best_gain, scheme.zero)
+    for scale, zero in _candidates(parts, scheme, candidates):
+        codes = (parts * (1 / scale).unsqueeze(-1)).round_()
+        codes = codes.clamp_((-zero).unsqueeze(-1), (scheme.levels - 1 - zero).unsqueeze(-1))
+        along = (weighted * codes).sum(-1)
+        norm = (codes.square_() * heights).sum(-1)
+        gain = torch.where(norm > 0, along * along / norm, 0.0)
+        better = gain > best_gain
+        best_gain = torch.where(better, gain, best_gain)
+        best_scale = torch.where(better, torch.where(norm > 0, along / norm, 0.0), best_scale)
+        best_zero = torch.where(better, zero, best_zero)
+    return best_scale, best_zero
+
+
+def _candidates(parts: torch.Tensor, scheme: IntScheme, count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Scales and zeros of ranges from the full one down; narrower for fewer bits, which clip more."""
+    narrowest = {2: 0.45, 3: 0.6, 4: 0.7, 8: 0.96}[scheme.bits]
+    shrinks = [1 - (1 - narrowest) * index / max(1, count - 1) for index in range(count)]
+    tiny = torch.finfo(torch.float32).tiny
+    if scheme.symmetric:
+        # The grid reaches one step further down than up, so the sign of the scale is turned to let the
+        # weight of largest magnitude have that step.
+        low, high = parts.amin(-1), parts.amax(-1)
+        extreme = torch.where(-low >= high, low, high)
+        zero = torch.full_like(low, scheme.zero)
+        full = -extreme / scheme.zero
+        full = torch.where(full.abs() < tiny, tiny, full)
+        return [(full * shrink, zero) for shrink in shrinks]
+    low = parts.amin(-1).clamp_(max=0)
+    high = parts.amax(-1).clamp_(min=0)
+    found = []
+    for shrink in shrinks:
+        scale = ((high - low) * (shrink / (scheme.levels - 1))).clamp_(min=tiny)
+        zero = (-low * shrink / scale).round_().clamp_(0, scheme.levels - 1)
+        found.append((scale, zero))
+    return found

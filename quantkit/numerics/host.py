@@ -1,0 +1,19 @@
+"""The one place where the host asks the device a question.
+
+A question waits for the device, so every one is made here and can be counted; and a trace without real
+numbers (fake tensors) can answer them in its own way.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def decide(answer: torch.Tensor) -> bool:
+    """The truth of a boolean tensor of one element."""
+    return bool(answer.item())
+
+
+def number(value: torch.Tensor) -> float:
+    """The value of a tensor of one element."""
+    return float(value.item())

@@ -1,0 +1,103 @@
+"""A record, a set of records, and how one is made from rows without losing any silently."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from quantkit.errors import CalibrationError
+from quantkit.records.formats import Message, Record, UnusableError, check_columns, parse
+
+FORMATS_HELP = (
+    "a record has 'instruction' and 'output', or 'messages', or 'conversations', or 'text'; "
+    "rename other columns in the data set"
+)
+_REASONS_SHOWN = 3
+
+__all__ = ["Message", "Record", "RecordSet", "Skipped", "collect", "records_sha256"]
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """A row that could not be used.
+
+    Attributes:
+        index: its place among the rows of the data set, from 0.
+        reason: why.
+    """
+
+    index: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class RecordSet:
+    """The usable records of a data set, and the rows that were not.
+
+    Attributes:
+        name: what messages and reports call it.
+        origin: where it came from, as JSON data: ``kind`` (file, bundled or hub) and what identifies the content,
+            the file's SHA-256 or the hub id with its commit. Equal to what :func:`quantkit.records.identify` gives.
+        sha256: of the file's bytes; for a hub data set, of the records as :func:`records_sha256` defines.
+        records: in the order of the data set.
+        skipped: in the order of the data set.
+    """
+
+    name: str
+    origin: dict[str, Any]
+    sha256: str
+    records: list[Record]
+    skipped: list[Skipped]
+
+    @property
+    def read(self) -> int:
+        """Rows in the data set, usable or not."""
+        return len(self.records) + len(self.skipped)
+
+    def indices(self) -> list[int]:
+        """For each of ``records``, its row's index in the data set."""
+        left_out = {skipped.index for skipped in self.skipped}
+        return [index for index in range(self.read) if index not in left_out]
+
+
+def collect(
+    name: str, rows: Iterable[object], columns: Mapping[str, str] | None = None
+) -> tuple[list[Record], list[Skipped]]:
+    """Parse every row of a data set called ``name``.
+
+    Raises:
+        CalibrationError: ``columns`` has an unknown key, or no row is usable.
+    """
+    check_columns(columns)
+    records: list[Record] = []
+    skipped: list[Skipped] = []
+    for index, row in enumerate(rows):
+        try:
+            records.append(parse(row, columns))
+        except UnusableError as error:
+            skipped.append(Skipped(index, error.reason))
+    if not records:
+        raise _nothing_usable(name, skipped)
+    return records, skipped
+
+
+def records_sha256(records: Iterable[Record]) -> str:
+    """SHA-256 over one line of JSON a record: ``[[[role, content], ...], text]``, UTF-8, each ended by a newline."""
+    digest = hashlib.sha256()
+    for record in records:
+        turns = [[message.role, message.content] for message in record.messages]
+        line = json.dumps([turns, record.text], ensure_ascii=False, separators=(",", ":"))
+        digest.update(line.encode() + b"\n")
+    return digest.hexdigest()
+
+
+def _nothing_usable(name: str, skipped: list[Skipped]) -> CalibrationError:
+    if not skipped:
+        return CalibrationError(f"{name} holds no records", FORMATS_HELP)
+    counts = Counter(row.reason for row in skipped).most_common(_REASONS_SHOWN)
+    reasons = "; ".join(f"{count} x {reason}" for reason, count in counts)
+    return CalibrationError(f"{name}: none of its {len(skipped)} records can be used: {reasons}", FORMATS_HELP)

@@ -1,0 +1,110 @@
+"""Data sets from the Hugging Face hub, at a commit that the origin records."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from quantkit.errors import CalibrationError
+from quantkit.records.dataset import RecordSet, collect, records_sha256
+
+HUB_PREFIX = "hub:"
+_REMEDY = "check the id and the network, or use a local file, or 'dataset: instructions_mini', which needs no network"
+_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+def read_hub(
+    dataset: str,
+    *,
+    config: str | None = None,
+    split: str = "train",
+    revision: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    data_files: str | None = None,
+) -> RecordSet:
+    """Read a data set of the hub through ``datasets``, from its cache where it is there.
+
+    Args:
+        dataset: the id, ``org/name``.
+        config: which of its configurations.
+        split: which split, with a slice where wanted: ``train[:1000]``.
+        revision: branch, tag or commit.
+        columns: see :func:`quantkit.records.formats.parse`.
+        data_files: a file of the data set, to read that instead of all.
+
+    Raises:
+        CalibrationError: it cannot be reached or found, lacks the configuration, split or revision, or has no
+            usable record.
+    """
+    builder = _builder(dataset, config, split, revision, data_files)
+    # The split sizes that a data set announces are those of all its files.
+    checks = "no_checks" if data_files else None
+    with _translated(dataset):
+        builder.download_and_prepare(verification_mode=checks)
+        rows = builder.as_dataset(split=split)
+    records, skipped = collect(f"{HUB_PREFIX}{dataset}", rows, columns)
+    origin = _origin(dataset, config, split, builder.hash, columns, data_files)
+    return RecordSet(dataset.split("/")[1], origin, records_sha256(records), records, skipped)
+
+
+def identify_hub(
+    dataset: str,
+    *,
+    config: str | None = None,
+    split: str = "train",
+    revision: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    data_files: str | None = None,
+) -> dict[str, Any]:
+    """The origin that :func:`read_hub` would give, without the records; see there for arguments and errors."""
+    builder = _builder(dataset, config, split, revision, data_files)
+    return _origin(dataset, config, split, builder.hash, columns, data_files)
+
+
+def _origin(
+    dataset: str,
+    config: str | None,
+    split: str,
+    commit: str,
+    columns: Mapping[str, str] | None,
+    data_files: str | None,
+) -> dict[str, Any]:
+    given = {"config": config, "columns": dict(columns) if columns else None, "data_files": data_files}
+    chosen = {key: value for key, value in given.items() if value is not None}
+    return {"kind": "hub", "dataset": dataset, "split": split, "revision": commit, **chosen}
+
+
+def _builder(dataset: str, config: str | None, split: str, revision: str | None, data_files: str | None) -> Any:
+    """A ``DatasetBuilder``; its ``hash`` is the commit that the data set was found at."""
+    if not _ID.fullmatch(dataset):
+        raise CalibrationError(f"'{dataset}' is not a hub id", "write hub:org/name")
+    if Path(dataset).exists():
+        raise CalibrationError(
+            f"hub data set '{dataset}' would be read from the local folder of that name", "run from another folder"
+        )
+    import datasets
+
+    files = {split.partition("[")[0]: data_files} if data_files else None
+    with _translated(dataset):
+        builder = datasets.load_dataset_builder(dataset, config, data_files=files, revision=revision)
+    if revision and _COMMIT.fullmatch(revision) and builder.hash != revision:
+        raise CalibrationError(
+            f"hub data set '{dataset}' is here at commit {builder.hash}, not at {revision}", "check the network"
+        )
+    return builder
+
+
+@contextmanager
+def _translated(dataset: str) -> Iterator[None]:
+    """Turn what ``datasets`` raises for a data set that is not to be had into one line."""
+    from datasets.exceptions import DatasetsError
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of httpx or httpx2, by hub version
+
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, HTTPError, DatasetsError) as error:
+        raise CalibrationError(f"cannot read the hub data set '{dataset}': {error}", _REMEDY) from error

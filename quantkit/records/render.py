@@ -1,0 +1,146 @@
+"""Records to text, and text to tokens, as the model's chat template wants them.
+
+Templates run in the sandbox of ``transformers``, which refuses access to Python's internals. Its one source of
+change, today's date, is replaced by a fixed date, so that a record gives the same tokens on every day.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantkit.artifacts import file_sha256
+from quantkit.errors import CalibrationError
+from quantkit.records.formats import Record
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+AUTO = "auto"
+NONE = "none"
+_CLOCK = {
+    "%Y": "2024",
+    "%y": "24",
+    "%m": "07",
+    "%B": "July",
+    "%b": "Jul",
+    "%-d": "26",
+    "%d": "26",
+    "%e": "26",
+    "%j": "208",
+    "%A": "Friday",
+    "%a": "Fri",
+    "%H": "00",
+    "%I": "12",
+    "%M": "00",
+    "%S": "00",
+    "%p": "AM",
+}
+"""26 July 2024, the date that the Llama 3 templates use where they have no clock."""
+
+
+def template_text(chat_template: str | None, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The Jinja source that a recipe's choice stands for, or None where messages are joined plainly.
+
+    Args:
+        chat_template: ``auto`` for the tokenizer's where it has one, ``none`` or None for none, else a file.
+        tokenizer: the model's.
+
+    Raises:
+        CalibrationError: the file cannot be read, or the tokenizer has several templates and no default.
+    """
+    if chat_template in (None, NONE):
+        return None
+    if chat_template != AUTO:
+        return _read(Path(str(chat_template)))
+    if not tokenizer.chat_template:
+        return None
+    try:
+        return str(tokenizer.get_chat_template())
+    except ValueError as error:
+        remedy = "give one as a file: 'chat_template: path/to/template.jinja'"
+        raise CalibrationError(f"the model has several chat templates and no default: {error}", remedy) from error
+
+
+def describe_template(chat_template: str | None, tokenizer: PreTrainedTokenizerBase) -> str | dict[str, str]:
+    """Which template a choice stands for, as JSON data: ``model``, ``none``, or a file's name and SHA-256.
+
+    Raises:
+        CalibrationError: see :func:`template_text`.
+    """
+    if template_text(chat_template, tokenizer) is None:
+        return "none"
+    if chat_template == AUTO:
+        return "model"
+    path = Path(str(chat_template))
+    return {"file": path.name, "sha256": file_sha256(path)}
+
+
+def render(
+    record: Record, tokenizer: PreTrainedTokenizerBase, chat_template: str | None = AUTO, *, index: int | None = None
+) -> str:
+    """The text of a record: a plain text as it is, a conversation through the template.
+
+    Without a template the messages' contents are joined with a blank line between them.
+
+    Args:
+        record: what to render.
+        tokenizer: the model's.
+        chat_template: see :func:`template_text`.
+        index: the record's, for messages.
+
+    Raises:
+        CalibrationError: the template cannot be read, is broken, or refuses the record.
+    """
+    if record.text is not None:
+        return record.text
+    template = template_text(chat_template, tokenizer)
+    if template is None:
+        return "\n\n".join(message.content for message in record.messages)
+    return _applied(template, record, tokenizer, index)
+
+
+def encode(
+    record: Record, tokenizer: PreTrainedTokenizerBase, chat_template: str | None = AUTO, *, index: int | None = None
+) -> list[int]:
+    """The token ids of a record.
+
+    A template writes its special tokens itself, so the tokenizer adds none; it adds its usual ones to a plain text.
+
+    Raises:
+        CalibrationError: see :func:`render`.
+    """
+    templated = record.text is None and template_text(chat_template, tokenizer) is not None
+    text = render(record, tokenizer, chat_template, index=index)
+    encoded = tokenizer(text, add_special_tokens=not templated, return_attention_mask=False, verbose=False)
+    return [int(token) for token in encoded["input_ids"]]
+
+
+def _applied(template: str, record: Record, tokenizer: PreTrainedTokenizerBase, index: int | None) -> str:
+    import jinja2
+
+    messages: list[Any] = [{"role": message.role, "content": message.content} for message in record.messages]
+    try:
+        return str(tokenizer.apply_chat_template(messages, chat_template=_with_fixed_clock(template), tokenize=False))
+    except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, RecursionError) as error:
+        where = "" if index is None else f" on record {index}"
+        remedy = "mend the template, remove the record, or set 'chat_template: none'"
+        raise CalibrationError(f"the chat template fails{where}: {error}", remedy) from error
+
+
+def _with_fixed_clock(template: str) -> str:
+    """The template with a macro of its own in place of the clock that ``transformers`` gives it."""
+    if "strftime_now" not in template:
+        return template
+    filters = "".join(f" | replace('{directive}', '{value}')" for directive, value in _CLOCK.items())
+    return f"{{% macro strftime_now(pattern) +%}}{{{{ pattern{filters} }}}}{{%+ endmacro +%}}{template}"
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        remedy = "'chat_template' is auto, none, or the path of a Jinja file"
+        raise CalibrationError(f"cannot read the chat template {path}: {error.strerror}", remedy) from error
+    except UnicodeDecodeError as error:
+        raise CalibrationError(f"the chat template {path} is not UTF-8 text", "convert it to UTF-8") from error

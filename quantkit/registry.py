@@ -1,0 +1,86 @@
+"""A registry: names to classes, filled by one file per entry and by installed entry points.
+
+A plugin that cannot be imported is kept with the reason, and asking for it says why; it never vanishes.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Iterator
+from importlib.metadata import entry_points
+from typing import Generic, TypeVar
+
+from quantkit.errors import MissingDependencyError, QuantkitError, RecipeError, did_you_mean
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """All implementations of one part, found on first use.
+
+    Args:
+        kind: the word used in messages, such as "method".
+        package: the package whose modules each hold one implementation.
+        group: the entry-point group through which other packages add theirs.
+    """
+
+    def __init__(self, kind: str, package: str, group: str) -> None:
+        self.kind = kind
+        self._package = package
+        self._group = group
+        self._entries: dict[str, type[T]] = {}
+        self._broken: dict[str, str] = {}
+        self._loaded = False
+
+    def register(self, cls: type[T]) -> type[T]:
+        """Class decorator: add an implementation under its ``name`` attribute."""
+        name = str(getattr(cls, "name"))  # noqa: B009 - T has no bound that declares it
+        if name in self._entries and self._entries[name] is not cls:
+            raise RuntimeError(f"two implementations of {self.kind} '{name}'")
+        self._entries[name] = cls
+        return cls
+
+    def get(self, name: str) -> type[T]:
+        """The implementation called ``name``.
+
+        Raises:
+            RecipeError: no such name; the remedy lists the names there are.
+            MissingDependencyError, QuantkitError: the plugin is there but cannot be imported.
+        """
+        self._load()
+        if name in self._entries:
+            return self._entries[name]
+        if name in self._broken:
+            raise QuantkitError(f"{self.kind} '{name}' cannot be used: {self._broken[name]}")
+        raise RecipeError(f"unknown {self.kind} '{name}'", did_you_mean(name, self._entries))
+
+    def names(self) -> list[str]:
+        """The usable names, sorted."""
+        self._load()
+        return sorted(self._entries)
+
+    def broken(self) -> dict[str, str]:
+        """Plugins that could not be imported: name to reason."""
+        self._load()
+        return dict(self._broken)
+
+    def __iter__(self) -> Iterator[type[T]]:
+        self._load()
+        return iter([self._entries[name] for name in sorted(self._entries)])
+
+    def _load(self) -> None:
+        if self._loaded:
+            return
+        self._loaded = True
+        package = importlib.import_module(self._package)
+        for module in pkgutil.iter_modules(package.__path__):
+            if not module.name.startswith("_") and module.name != "base":
+                importlib.import_module(f"{self._package}.{module.name}")
+        for entry in entry_points(group=self._group):
+            try:
+                loaded = entry.load()
+            except (ImportError, AttributeError, MissingDependencyError) as error:
+                self._broken[entry.name] = f"{type(error).__name__}: {error}"
+                continue
+            self.register(loaded)

@@ -1,0 +1,9 @@
+"""The report: what someone chooses a variant by, as JSON, Markdown and HTML, with its gates."""
+
+from __future__ import annotations
+
+from quantkit.report.files import load, write
+from quantkit.report.gates import check_gate_syntax, evaluate_gates
+from quantkit.report.terminal import table
+
+__all__ = ["check_gate_syntax", "evaluate_gates", "load", "table", "write"]

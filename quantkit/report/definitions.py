@@ -1,0 +1,84 @@
+"""What the figures of a report mean: each metric, and each text's own definition and counts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from quantkit.report.columns import Record, reference_name, rows_of
+from quantkit.report.facts import Facts, present, words
+from quantkit.report.numbers import count, figure, fixed, pick
+
+
+def text_definitions(report: Record) -> list[tuple[str, str, Facts]]:
+    """For each text its name, how its perplexity is defined, and the counts behind it."""
+    found = []
+    for name, about in (pick(report, "baseline", "texts") or {}).items():
+        about = about if isinstance(about, Mapping) else {}
+        facts = present(
+            ("Tokens", count(about.get("tokens"))),
+            ("Tokens scored", count(about.get("nll_count"))),
+            ("Context length", count(about.get("context_length"))),
+            ("Stride", count(about.get("stride"))),
+            ("BOS", words(about.get("bos"))),
+            ("Sum of negative log-likelihood, nats", fixed(figure(about, "nll_sum"), 4)),
+        )
+        found.append((str(name), words(about.get("definition")), facts))
+    return found
+
+
+def definitions(report: Record) -> Facts:
+    """What each metric of this report means."""
+    reference = reference_name(report)
+    rows = rows_of(report)
+    found = [
+        ("Size", "Bytes of the checkpoint's weight files on disk."),
+        ("Bits per weight", "Stored bits per quantized weight, with the shares of scales and zero points."),
+    ]
+    if any(pick(row, "metrics", "perplexity") for row in rows):
+        meaning = f"exp(sum of negative log-likelihood / tokens scored), as below; Δ is the change against {reference}."
+        found.append(("Perplexity", meaning))
+    if any(pick(row, "metrics", "kl_divergence") for row in rows):
+        meaning = (
+            f"KL({reference} ‖ quantized): how far the next-token distribution of the quantized model is from that "
+            f"of {reference}, in nats per token, over the whole vocabulary; 0 is no loss. The mean over all scored "
+            "tokens with its standard error, the median, and the 99th percentile (p99)."
+        )
+        found.append(("KL divergence", meaning))
+    if any(pick(row, "metrics", "top1_agreement") for row in rows):
+        meaning = f"Share of scored tokens at which the most likely next token is the same as that of {reference}."
+        found.append(("Top-1", meaning))
+    found += _memory_definitions(rows) + _speed_definitions(rows)
+    if any(row.get("layers") for row in rows):
+        meaning = (
+            "Squared error of a layer's output on the calibration tokens, as its method reports it; before is "
+            "ahead of the method's own refinement, where it has one."
+        )
+        found.append(("Layer error", meaning))
+    return found
+
+
+def _memory_definitions(rows: list[Record]) -> Facts:
+    kinds = dict.fromkeys((pick(row, "memory", "peak_kind"), pick(row, "memory", "device")) for row in rows)
+    found: Facts = []
+    for kind, device in kinds:
+        if kind is None:
+            continue
+        where = f" on {device}" if device else ""
+        meaning = {
+            "RSS": f"Peak resident set size (RSS) of the evaluating process{where}: its code and libraries included.",
+            "CUDA allocator": f"Peak bytes that PyTorch's CUDA allocator held{where}; the CUDA context is not in it.",
+        }
+        found.append((f"Peak memory ({kind})", meaning.get(kind, f"Peak by {kind}{where}.")))
+    weights = any(figure(row, "memory", "weights_bytes") is not None for row in rows)
+    return [("Weights memory", "Bytes that the weights take once loaded."), *found] if weights else found
+
+
+def _speed_definitions(rows: list[Record]) -> Facts:
+    places = dict.fromkeys((pick(row, "speed", "device"), pick(row, "speed", "threads")) for row in rows)
+    found: Facts = []
+    for device, threads in places:
+        if device is not None:
+            on = f" on {device}" + (f" with {threads} threads" if threads else "")
+            meaning = f"Tokens per second{on}: prefill reads a prompt, decode writes one token after another."
+            found.append(("Speed", meaning))
+    return found

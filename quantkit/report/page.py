@@ -1,0 +1,93 @@
+"""What both renderings show, and the template engine that renders it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jinja2
+
+from quantkit.report.choice import findings, frontier
+from quantkit.report.columns import Record, reference_name, reference_word, scheme_name
+from quantkit.report.comparison import build_comparison, failure
+from quantkit.report.definitions import definitions, text_definitions
+from quantkit.report.numbers import figure, fixed, pick
+from quantkit.report.plot import Plot
+from quantkit.report.sections import (
+    calibration_facts,
+    environment_facts,
+    gate_table,
+    histogram,
+    loading,
+    source_facts,
+    variant_facts,
+    worst_layers,
+    written_date,
+)
+
+
+def environment(**options: Any) -> jinja2.Environment:
+    """The engine for the templates of this package."""
+    engine = jinja2.Environment(
+        loader=jinja2.PackageLoader("quantkit.report"),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        **options,
+    )
+    engine.filters["px"] = pixels
+    return engine
+
+
+def template_text(engine: jinja2.Environment, name: str) -> str:
+    """A file of this package's templates, as it stands."""
+    if engine.loader is None:
+        raise RuntimeError("the engine has no templates")
+    return engine.loader.get_source(engine, name)[0]
+
+
+def pixels(value: float) -> str:
+    """A length in pixels with at most one decimal."""
+    text = f"{value:.1f}"
+    return text.removesuffix(".0") if text != "-0.0" else "0"
+
+
+def context(report: Record, plot: Plot | None) -> dict[str, Any]:
+    """Everything that the templates show; the plot is laid out by who draws it."""
+    return {
+        "report": {"source": None, "recipe_text": "", "quantkit_version": "", "status": "", **report},
+        "created": written_date(report),
+        "reference": reference_name(report),
+        "dequantized": reference_word(report) == "source",
+        "findings": findings(report),
+        "frontier": frontier(report),
+        "has_divergence": any(pick(row, "metrics", "kl_divergence") for row in report["variants"]),
+        "table": build_comparison(report),
+        "plot": plot,
+        "gates": gate_table(report),
+        "variants": [_variant(variant) for variant in report["variants"]],
+        "calibrated": isinstance(report.get("calibration"), Mapping),
+        "calibration": calibration_facts(report),
+        "warnings": [str(warning) for warning in pick(report, "calibration", "warnings") or []],
+        "bars": histogram(report),
+        "definitions": definitions(report),
+        "texts": text_definitions(report),
+        "source": source_facts(report),
+        "environment": environment_facts(report),
+        "loading": loading(report),
+    }
+
+
+def _variant(variant: Record) -> dict[str, Any]:
+    bits = figure(variant, "bits_per_weight")
+    tags = [str(variant.get("method") or ""), scheme_name(variant), str(variant.get("format") or "")]
+    tags += [] if bits is None else [f"{fixed(bits, 2)} bits per weight"]
+    return {
+        "name": str(variant["name"]),
+        "tags": " · ".join(tag for tag in tags if tag),
+        "error": failure(variant),
+        "notes": [str(note) for note in variant.get("notes") or []],
+        "facts": variant_facts(variant),
+        "layers": worst_layers(variant),
+    }

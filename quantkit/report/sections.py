@@ -1,0 +1,215 @@
+"""The parts of a report below the comparison, as rows of words that Markdown and HTML both show."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from quantkit.formats import FORMATS
+from quantkit.report.columns import Record, reference_name
+from quantkit.report.facts import Facts, present, words
+from quantkit.report.numbers import (
+    ABSENT,
+    MINUS,
+    count,
+    figure,
+    finite,
+    in_bytes,
+    padded,
+    parameters,
+    percent,
+    pick,
+    significant,
+)
+
+LAYERS_SHOWN = 15
+
+
+@dataclass(frozen=True, slots=True)
+class Layers:
+    """A variant's layers, those with the largest error first.
+
+    Attributes:
+        total: how many it has.
+        rows: of at most :data:`LAYERS_SHOWN` layers the name, scheme, error before, error after, change.
+        refined: whether any layer has an error before.
+    """
+
+    total: int
+    rows: list[tuple[str, str, str, str, str]]
+    refined: bool
+
+
+@dataclass(frozen=True, slots=True)
+class GateTable:
+    """Verdicts, variant by gate.
+
+    Attributes:
+        gates: the conditions.
+        rows: a variant's name and for each gate ``(figure, passed)``.
+        failures: variant, gate and reason of each failed verdict on a variant that did not itself fail.
+        passed: how many variants meet every gate.
+    """
+
+    gates: list[str]
+    rows: list[tuple[str, list[tuple[str, bool]]]]
+    failures: list[tuple[str, str, str]]
+    passed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """A bar of the histogram of record lengths; ``share`` is of the highest bar."""
+
+    label: str
+    count: str
+    share: float
+
+
+def written_date(report: Record) -> str:
+    """The date and time of the report, or what stands in its place if that is no date."""
+    given = str(report.get("created") or "")
+    try:
+        moment = datetime.fromisoformat(given)
+    except ValueError:
+        return given
+    return f"{moment:%Y-%m-%d %H:%M} {moment.tzname() or ''}".strip()
+
+
+def source_facts(report: Record) -> Facts:
+    """Where the float model comes from."""
+    source = report.get("source") or {}
+    return present(
+        ("Model", words(source.get("reference"))),
+        ("Revision", words(source.get("revision"))),
+        ("Kind", words(source.get("kind"))),
+        ("Parameters", parameters(figure(source, "parameters"))),
+        ("Size of the source", in_bytes(figure(source, "size_bytes"))),
+        ("Dtype", words(source.get("dtype"))),
+        ("Compared with", reference_name(report)),
+        ("Size of that model", in_bytes(figure(report, "baseline", "size_bytes"))),
+    )
+
+
+def calibration_facts(report: Record) -> Facts:
+    """The audit of the calibration set: origin, what was read, used and left out."""
+    audit = report.get("calibration") or {}
+    records = audit.get("records") or {}
+    lengths = audit.get("length") or {}
+    origin = audit.get("origin") or {}
+    length = ", ".join(f"{name} {significant(figure(lengths, name), 4)}" for name in ("min", "mean", "median", "max"))
+    return present(
+        *((f"Origin: {words(key)}", words(value)) for key, value in origin.items()),
+        ("Records", ", ".join(f"{count(n)} {key}" for key, n in records.items() if finite(n) is not None)),
+        *((f"Dropped: {reason}", count(n)) for reason, n in (records.get("dropped") or {}).items()),
+        ("Rows", count(audit.get("rows"))),
+        ("Tokens", count(audit.get("tokens"))),
+        ("Tokens cut off by max_length", count(audit.get("truncated_tokens"))),
+        ("Record length, tokens", length if lengths else ABSENT),
+        *((name, words(audit.get(name))) for name in ("seed", "packing", "max_length", "chat_template")),
+        ("SHA-256 of the token ids", words(audit.get("token_ids_sha256"))),
+    )
+
+
+def histogram(report: Record) -> list[Bar]:
+    """How long the calibration records are."""
+    bins = [entry for entry in pick(report, "calibration", "length", "histogram") or [] if isinstance(entry, Mapping)]
+    highest = max((figure(entry, "count") or 0.0 for entry in bins), default=0.0) or 1.0
+    return [
+        Bar(
+            f"{count(entry.get('from'))}\N{EN DASH}{count(entry.get('to'))}",
+            count(entry.get("count")),
+            (figure(entry, "count") or 0.0) / highest,
+        )
+        for entry in bins
+    ]
+
+
+def worst_layers(variant: Record) -> Layers:
+    """The layers of ``variant`` with the largest errors."""
+    layers = [layer for layer in variant.get("layers") or [] if isinstance(layer, Mapping)]
+    ranked = sorted(layers, key=lambda layer: -(figure(layer, "error_after") or 0.0))[:LAYERS_SHOWN]
+    rows = []
+    for layer in ranked:
+        before, after = figure(layer, "error_before"), figure(layer, "error_after")
+        change = ABSENT if not before or after is None else f"{100 * (after / before - 1):+.1f}%".replace("-", MINUS)
+        name, scheme = words(layer.get("name")), words(layer.get("scheme"))
+        rows.append((name, scheme, padded(before), padded(after), change))
+    return Layers(len(layers), rows, any(row[2] != ABSENT for row in rows))
+
+
+def variant_facts(variant: Record) -> Facts:
+    """A variant's checkpoint and the options of its method."""
+    options = variant.get("options") or {}
+    return present(
+        ("checkpoint", words(variant.get("checkpoint"))),
+        *((str(key), words(value)) for key, value in options.items()),
+    )
+
+
+def gate_table(report: Record) -> GateTable:
+    """All verdicts of the report."""
+    verdicts = report.get("gates") or []
+    gates = list(dict.fromkeys(str(verdict["gate"]) for verdict in verdicts))
+    names = list(dict.fromkeys(str(verdict["variant"]) for verdict in verdicts))
+    by_pair = {(str(verdict["variant"]), str(verdict["gate"])): verdict for verdict in verdicts}
+    rows = []
+    for name in names:
+        found = [by_pair.get((name, gate), {}) for gate in gates]
+        rows.append((name, [(_gate_figure(verdict), verdict.get("passed") is True) for verdict in found]))
+    done = {str(variant["name"]) for variant in report["variants"] if variant.get("status") == "ok"}
+    failures = [
+        (str(verdict["variant"]), str(verdict["gate"]), words(verdict.get("reason")))
+        for verdict in verdicts
+        if verdict.get("passed") is not True and str(verdict["variant"]) in done
+    ]
+    return GateTable(gates, rows, failures, sum(all(passed for _, passed in cells) for _, cells in rows))
+
+
+def environment_facts(report: Record) -> Facts:
+    """The machine and the packages."""
+    environment = report.get("environment") or {}
+    packages = environment.get("packages") or {}
+    known = [(key, words(environment.get(key))) for key in ("platform", "cpu", "cores")]
+    return present(
+        *known,
+        ("memory", in_bytes(figure(environment, "memory_bytes"))),
+        ("device", words(environment.get("device"))),
+        ("python", words(environment.get("python"))),
+        *((str(name), words(version)) for name, version in packages.items()),
+    )
+
+
+def loading(report: Record) -> list[tuple[str, list[tuple[str, str]]]]:
+    """For each format of a finished variant the commands that load its first checkpoint, by runtime."""
+    first: dict[str, str] = {}
+    for variant in report["variants"]:
+        if variant.get("status") == "ok" and variant.get("checkpoint") and variant.get("format"):
+            first.setdefault(str(variant.get("format")), str(variant["checkpoint"]))
+    return [(name, _commands(name, folder)) for name, folder in first.items()]
+
+
+def _commands(format_name: str, folder: str) -> list[tuple[str, str]]:
+    runtimes = FORMATS.get(format_name).runtimes if format_name in FORMATS.names() else ("transformers",)
+    path = json.dumps(folder, ensure_ascii=False)
+    known = {
+        "transformers": "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f"model = AutoModelForCausalLM.from_pretrained({path})\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({path})",
+        "vllm": f"vllm serve {shlex.quote(folder)}",
+    }
+    return [(runtime, known[runtime]) for runtime in runtimes if runtime in known]
+
+
+def _gate_figure(verdict: Mapping[str, Any]) -> str:
+    value = finite(verdict.get("value"))
+    path = str(verdict.get("gate", "")).removeprefix("metrics.")
+    if value is None:
+        return "no figure"
+    if path.startswith(("size_bytes", "memory.")):
+        return in_bytes(value)
+    return percent(value) if path.startswith("top1_agreement") else significant(value, 4)

@@ -1,0 +1,135 @@
+"""A folder that holds a float model: checked, identified, and copied in another dtype where one is wanted."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quantkit.artifacts import file_sha256, read_json, translated_os_errors, write_json
+from quantkit.checkpoint import CheckpointReader, ShardWriter
+from quantkit.errors import SourceError
+
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+FLOATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+IDENTITY = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "*.jinja",
+    "chat_template.json",
+)
+
+
+class FloatFolder:
+    """A folder with ``config.json``, a tokenizer and float safetensors.
+
+    Attributes:
+        folder: the folder.
+        reader: its checkpoint.
+        config: its ``config.json``.
+        dtype: of most of its weights: ``float32``, ``float16``, ``bfloat16`` or ``float64``.
+
+    Raises:
+        SourceError: the folder lacks a part, is quantized already, or needs code that may not run.
+        CheckpointError: the checkpoint is missing or broken.
+    """
+
+    def __init__(self, folder: Path, *, trust_remote_code: bool) -> None:
+        self.folder = folder
+        self.config = _json_object(folder / "config.json", "a model's folder has one; is this the folder?")
+        _refuse_quantized(folder, self.config)
+        if not any((folder / name).exists() for name in TOKENIZERS):
+            raise SourceError(f"{folder} holds no tokenizer", f"it needs one of {', '.join(TOKENIZERS)}")
+        self.runs_code = _runs_code(folder, self.config)
+        if self.runs_code and not trust_remote_code:
+            raise SourceError(
+                f"{folder} needs Python code that comes with the model (auto_map)",
+                "read that code, and set model.trust_remote_code: true if you trust it",
+            )
+        self.reader = CheckpointReader(folder)
+        self.dtype = _float_dtype(folder, self.reader)
+
+    def sha256(self) -> dict[str, str]:
+        """File name to hash, of everything that makes up the model."""
+        return {file.name: file_sha256(file) for file in [*self._side_files(), *self.reader.files()]}
+
+    def copy_as(self, dtype: str, target: Path) -> None:
+        """Write the model to ``target`` with all its floating-point tensors in ``dtype``.
+
+        Raises:
+            SourceError: a value is too large for ``dtype``.
+            OutputError: ``target`` cannot be written.
+        """
+        with translated_os_errors(target):
+            for file in self._side_files():
+                shutil.copyfile(file, target / file.name)
+        config = {key: value for key, value in self.config.items() if key != "torch_dtype"}
+        write_json(target / "config.json", {**config, "dtype": dtype})
+        with ShardWriter(target) as writer:
+            for name in self.reader.names():
+                writer.declare(name, self._dtype_as(name, dtype), self.reader.shape(name))
+            for name in self.reader.names():
+                writer.write(name, self._read_as(name, dtype))
+
+    def _dtype_as(self, name: str, dtype: str) -> torch.dtype:
+        stored = self.reader.dtype(name)
+        return FLOATS[dtype] if stored.is_floating_point else stored
+
+    def _read_as(self, name: str, dtype: str) -> torch.Tensor:
+        tensor = self.reader.read(name)
+        converted = tensor.to(self._dtype_as(name, dtype))
+        if tensor.is_floating_point() and bool((converted.isinf() & tensor.isfinite()).any()):
+            raise SourceError(
+                f"{self.folder}: tensor '{name}' holds values too large for {dtype}", "set model.dtype: float32"
+            )
+        return converted
+
+    def _side_files(self) -> list[Path]:
+        patterns = (*IDENTITY, "*.py") if self.runs_code else IDENTITY
+        return sorted({file for pattern in patterns for file in self.folder.glob(pattern) if file.is_file()})
+
+
+def _refuse_quantized(folder: Path, config: dict[str, Any]) -> None:
+    nested = [value for value in config.values() if isinstance(value, dict)]
+    for part in (config, *nested):
+        if part.get("quantization_config"):
+            raise SourceError(f"{folder} is quantized already (quantization_config)", "give the float model")
+
+
+def _runs_code(folder: Path, config: dict[str, Any]) -> bool:
+    tokenizer = folder / "tokenizer_config.json"
+    parts = [config, _json_object(tokenizer, "get the file again")] if tokenizer.exists() else [config]
+    return any("auto_map" in part for part in parts)
+
+
+def _float_dtype(folder: Path, reader: CheckpointReader) -> str:
+    """The dtype of most of the weights' bytes."""
+    held: Counter[torch.dtype] = Counter()
+    for name in reader.names():
+        held[reader.dtype(name)] += reader.nbytes(name)
+    packed = sum(count for dtype, count in held.items() if not (dtype.is_floating_point and dtype.itemsize > 1))
+    most = max((dtype for dtype in held if dtype.is_floating_point), key=lambda dtype: held[dtype], default=None)
+    if most is None or most.itemsize < 2 or packed > held[most]:
+        kinds = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in held)) or "nothing"
+        raise SourceError(f"{folder} holds no float model: its tensors are {kinds}", "give the float model")
+    return str(most).removeprefix("torch.")
+
+
+def _json_object(file: Path, remedy: str) -> dict[str, Any]:
+    try:
+        content = read_json(file)
+    except FileNotFoundError as error:
+        raise SourceError(f"{file.parent} holds no {file.name}", remedy) from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise SourceError(f"{file} cannot be read as JSON: {error}", remedy) from error
+    if not isinstance(content, dict):
+        raise SourceError(f"{file} is not a JSON object", remedy)
+    return content

@@ -1,0 +1,181 @@
+"""The head of a GGUF file: its metadata, and where its tensors lie.
+
+The layout is https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Every count is checked before it is
+followed, so that a broken or hostile file is refused at once.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy
+
+from quantkit.errors import SourceError
+
+GIVE_FLOAT = "give the float model that the file was made from"
+MAGIC = b"GGUF"
+VERSIONS = (2, 3)
+ALIGNMENT = 32
+MAX_KEYS = 1 << 16
+MAX_TENSORS = 1 << 17
+MAX_DIMENSIONS = 4
+MAX_ARRAY_ITEMS = 1 << 22
+FLOAT32, STRING, ARRAY = 6, 8, 9
+SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", FLOAT32: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+
+
+@dataclass(frozen=True, slots=True)
+class GGUFTensor:
+    """A tensor of a GGUF file: ``nbytes`` bytes from byte ``start``; ``shape`` is in torch's order."""
+
+    name: str
+    kind: gguf.GGMLQuantizationType
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class GGUFHead:
+    """What a GGUF file says of itself.
+
+    Attributes:
+        path: the file.
+        metadata: keys and values; a float32 is the shortest decimal that rounds to it.
+        tensors: by name, in the order of the file.
+    """
+
+    path: Path
+    metadata: dict[str, Any]
+    tensors: dict[str, GGUFTensor]
+
+
+def read_head(path: Path) -> GGUFHead:
+    """Read and check the head of a GGUF file.
+
+    Raises:
+        SourceError: the file cannot be read, is not GGUF, or is broken or truncated.
+    """
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            cursor = _Cursor(data)
+            metadata, tensor_count = _read_metadata(cursor)
+            return GGUFHead(path, metadata, _read_tensors(cursor, tensor_count, metadata))
+    except OSError as error:
+        raise SourceError(f"cannot read {path}: {error.strerror}", "check the path") from error
+    except ValueError as error:
+        raise SourceError(
+            f"{path} is not a whole GGUF file: {error}", "download the file again and compare its size"
+        ) from error
+
+
+class _Cursor:
+    """Reads forward through bytes and never past their end."""
+
+    def __init__(self, data: mmap.mmap) -> None:
+        self.data = data
+        self.size = len(data)
+        self.place = 0
+        self.items_left = MAX_ARRAY_ITEMS
+
+    def take(self, count: int) -> int:
+        """Step over ``count`` bytes; where they begin."""
+        begin = self.place
+        if count > self.size - begin:
+            raise ValueError(f"it ends inside its header, at byte {self.size}")
+        self.place = begin + count
+        return begin
+
+    def numbers(self, layout: str) -> tuple[Any, ...]:
+        begin = self.take(struct.calcsize(f"<{layout}"))
+        return struct.unpack_from(f"<{layout}", self.data, begin)
+
+    def string(self) -> str:
+        (length,) = self.numbers("Q")
+        begin = self.take(length)
+        return str(self.data[begin : begin + length], "utf-8")
+
+    def value(self, kind: int) -> Any:
+        if kind == STRING:
+            return self.string()
+        if kind == ARRAY:
+            return self.array()
+        if kind not in SCALARS:
+            raise ValueError(f"its metadata has a value of the unknown type {kind}")
+        (number,) = self.numbers(SCALARS[kind])
+        return float(str(numpy.float32(number))) if kind == FLOAT32 else number
+
+    def array(self) -> list[Any]:
+        kind, count = self.numbers("IQ")
+        self.items_left -= count
+        if self.items_left < 0:
+            raise ValueError(f"its metadata has more than {MAX_ARRAY_ITEMS} array items")
+        if kind == STRING:
+            return [self.string() for _ in range(count)]
+        if kind not in SCALARS:
+            raise ValueError(f"its metadata has an array of the unknown type {kind}")
+        return list(self.numbers(f"{count}{SCALARS[kind]}"))
+
+
+def _read_metadata(cursor: _Cursor) -> tuple[dict[str, Any], int]:
+    begin = cursor.take(4)
+    if cursor.data[begin : begin + 4] != MAGIC:
+        raise ValueError("it does not begin with 'GGUF'")
+    (version,) = cursor.numbers("I")
+    if version not in VERSIONS:
+        raise ValueError(f"it has version {version}, or another byte order; versions 2 and 3 can be read")
+    tensor_count, key_count = cursor.numbers("QQ")
+    if tensor_count > MAX_TENSORS or key_count > MAX_KEYS:
+        raise ValueError(f"it claims {tensor_count} tensors and {key_count} metadata keys")
+    metadata: dict[str, Any] = {}
+    for _ in range(key_count):
+        key = cursor.string()
+        (kind,) = cursor.numbers("I")
+        if key in metadata:
+            raise ValueError(f"its metadata has the key '{key}' twice")
+        metadata[key] = cursor.value(kind)
+    return metadata, tensor_count
+
+
+def _read_tensors(cursor: _Cursor, count: int, metadata: dict[str, Any]) -> dict[str, GGUFTensor]:
+    rows = [_read_row(cursor) for _ in range(count)]
+    alignment = metadata.get("general.alignment", ALIGNMENT)
+    if not isinstance(alignment, int) or alignment < 1:
+        raise ValueError(f"its alignment is {alignment!r}")
+    data_start = -(-cursor.place // alignment) * alignment
+    tensors: dict[str, GGUFTensor] = {}
+    for name, kind, shape, offset in rows:
+        if name in tensors:
+            raise ValueError(f"it has the tensor '{name}' twice")
+        tensor = GGUFTensor(name, kind, shape, data_start + offset, _bytes_of(name, kind, shape))
+        if tensor.start + tensor.nbytes > cursor.size:
+            raise ValueError(
+                f"its tensor '{name}' ends at byte {tensor.start + tensor.nbytes}, and it has {cursor.size} bytes"
+            )
+        tensors[name] = tensor
+    if sum(tensor.nbytes for tensor in tensors.values()) > cursor.size:
+        raise ValueError("its tensors overlap")
+    return tensors
+
+
+def _read_row(cursor: _Cursor) -> tuple[str, gguf.GGMLQuantizationType, tuple[int, ...], int]:
+    name = cursor.string()
+    (dimensions,) = cursor.numbers("I")
+    if not 1 <= dimensions <= MAX_DIMENSIONS:
+        raise ValueError(f"its tensor '{name}' has {dimensions} dimensions")
+    shape = tuple(reversed(cursor.numbers(f"{dimensions}Q")))
+    kind, offset = cursor.numbers("IQ")
+    return name, gguf.GGMLQuantizationType(kind), shape, offset
+
+
+def _bytes_of(name: str, kind: gguf.GGMLQuantizationType, shape: tuple[int, ...]) -> int:
+    block, block_bytes = gguf.GGML_QUANT_SIZES.get(kind, (0, 0))
+    if not block or 0 in shape or shape[-1] % block:
+        raise ValueError(f"its tensor '{name}' has the shape {list(shape)}, which {kind.name} cannot store")
+    return math.prod(shape) // int(block) * int(block_bytes)

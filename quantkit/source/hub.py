@@ -1,0 +1,101 @@
+"""A model of the Hugging Face hub, downloaded to its cache."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from quantkit.artifacts import translated_os_errors
+from quantkit.errors import SourceError
+
+REFERENCE = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(?P<revision>[\w./-]+))?", re.ASCII)
+WANTED = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+UNWANTED = ["*/*", "consolidated*", "README*", "LICENSE*"]
+# huggingface_hub has changed the HTTP package beneath it; its own errors derive from that package's base error.
+TRANSPORT_ERROR: type[BaseException] = next(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A downloaded revision: its folder and its commit."""
+
+    folder: Path
+    revision: str
+
+
+def download(reference: str, revision: str | None, *, trust_remote_code: bool) -> Snapshot:
+    """Download the model ``org/name`` or ``org/name@revision``, or find it in the cache.
+
+    Pickled weights are never downloaded, and Python files only with ``trust_remote_code``.
+
+    Raises:
+        SourceError: the hub cannot be reached and the model is not in the cache, there is no such model or
+            revision, it may not be read without a token, or it has no safetensors.
+        OutputError: the cache cannot be written.
+    """
+    match = REFERENCE.fullmatch(reference)
+    if match is None:
+        raise SourceError(f"'{reference}' is not the name of a hub model", "write org/name or org/name@revision")
+    if revision and match["revision"] and revision != match["revision"]:
+        raise SourceError(
+            f"model.source asks for revision '{match['revision']}' and model.revision for '{revision}'", "keep one"
+        )
+    name, revision = match["id"], revision or match["revision"]
+    try:
+        with translated_os_errors(Path(constants.HF_HUB_CACHE)):
+            folder = Path(
+                snapshot_download(
+                    name,
+                    revision=revision,
+                    endpoint=os.environ.get("HF_ENDPOINT"),
+                    allow_patterns=[*WANTED, "*.py"] if trust_remote_code else WANTED,
+                    ignore_patterns=UNWANTED,
+                )
+            )
+    except (HFValidationError, OSError, TRANSPORT_ERROR) as error:
+        raise _translated(name, revision, error) from error
+    if not any(folder.glob("*.safetensors")):
+        raise SourceError(
+            f"hub model {name} has no safetensors at the top of its repository",
+            "choose a model or revision that has, or convert the weights where you trust them",
+        )
+    return Snapshot(folder, folder.name)
+
+
+def _translated(name: str, revision: str | None, error: BaseException) -> SourceError:
+    """One line with the remedy; the foreign message stays behind, since it can be long and hold request headers."""
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+    if isinstance(error, RevisionNotFoundError):
+        return SourceError(f"hub model {name} has no revision '{revision}'", "check the branch, tag or commit")
+    if isinstance(error, GatedRepoError):
+        return SourceError(
+            f"hub model {name} is gated",
+            "accept its terms on its page, then set the environment variable HF_TOKEN to a token that may read it",
+        )
+    if isinstance(error, RepositoryNotFoundError) or status in (401, 403, 404):
+        return SourceError(
+            f"there is no hub model {name} that you may read, and no folder of that name here",
+            "check the name; for a private model set the environment variable HF_TOKEN",
+        )
+    if isinstance(error, HFValidationError):
+        return SourceError(f"'{name}' is not the name of a hub model", "write org/name or org/name@revision")
+    if isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled):
+        return SourceError(
+            f"the hub cannot be reached, and {name} is not in its cache",
+            "check the network and HF_HUB_OFFLINE, or give the folder of a model that is here",
+        )
+    cause = f"status {status}" if status else type(error).__name__
+    return SourceError(f"downloading {name} from the hub failed: {cause}", "run the same command again")

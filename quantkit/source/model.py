@@ -1,0 +1,38 @@
+"""What the source stage gives to the others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+GGUF_CONVERTER = 1
+"""Raised when the conversion of GGUF files would write other values or tokens than before."""
+
+
+@dataclass(frozen=True)
+class SourceModel:
+    """A float checkpoint on disk, and where it came from.
+
+    Attributes:
+        folder: holds ``config.json``, a tokenizer and float safetensors.
+        reference: what the recipe calls the model.
+        kind: what the reference turned out to be.
+        relative_to: what the quantized variants are compared with, for the report.
+        dtype: of the weights in ``folder``: ``float32``, ``float16`` or ``bfloat16``.
+        sha256: file name to hash, of all files of the source that make up the model.
+        revision: commit of a hub model.
+    """
+
+    folder: Path
+    reference: str
+    kind: Literal["folder", "hub", "gguf"]
+    relative_to: str
+    dtype: str
+    sha256: dict[str, str]
+    revision: str | None = None
+
+    def made_from(self) -> dict[str, Any]:
+        """What the model's values and tokens depend on, for fingerprints; not where the model lies."""
+        content: dict[str, Any] = {"dtype": self.dtype, "sha256": dict(sorted(self.sha256.items()))}
+        return content | ({"gguf_converter": GGUF_CONVERTER} if self.kind == "gguf" else {})

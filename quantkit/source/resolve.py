@@ -1,0 +1,99 @@
+"""Which kind of reference a model's source is, and the float checkpoint that it leads to."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+from quantkit.artifacts import file_sha256, new_folder, read_stage, write_stage
+from quantkit.checkpoint import CheckpointReader
+from quantkit.errors import CheckpointError, SourceError
+from quantkit.recipe import ModelSpec
+from quantkit.source import gguf_tensors, hub, package
+from quantkit.source.folder import FLOATS, FloatFolder
+from quantkit.source.gguf_convert import convert_gguf
+from quantkit.source.gguf_head import read_head
+from quantkit.source.model import SourceModel
+
+STAGE = "source"
+
+
+def resolve(spec: ModelSpec, work: Path) -> SourceModel:
+    """The float checkpoint that a recipe's model means.
+
+    A folder or hub model whose dtype is the wanted one is used where it lies; a GGUF file is dequantized, and
+    another dtype converted, to ``work/source``, once for the same content.
+
+    Raises:
+        SourceError: the reference leads to no float model, with the remedy.
+        CheckpointError: the model's safetensors are broken.
+        OutputError: ``work`` or the hub's cache cannot be written.
+    """
+    reference = spec.source
+    path = package.locate(reference) if reference.startswith(package.PREFIX) else Path(reference).expanduser()
+    if not path.exists() and hub.REFERENCE.fullmatch(reference) and path.suffix != ".gguf":
+        snapshot = hub.download(reference, spec.revision, trust_remote_code=spec.trust_remote_code)
+        return _from_folder(snapshot.folder, spec, work, "hub", snapshot.revision)
+    if not path.exists():
+        raise SourceError(f"there is no file or folder {path}", _near(path))
+    if spec.revision:
+        raise SourceError(f"model.revision '{spec.revision}' has no meaning for {path}", "remove it")
+    if path.is_dir():
+        return _from_folder(path, spec, work, "folder", None)
+    if path.suffix.lower() != ".gguf":
+        raise SourceError(f"{path} is not a GGUF file", "give a .gguf file, or the folder that holds config.json")
+    return _from_gguf(path, spec, work)
+
+
+def _from_folder(
+    folder: Path, spec: ModelSpec, work: Path, kind: Literal["folder", "hub"], revision: str | None
+) -> SourceModel:
+    model = FloatFolder(folder, trust_remote_code=spec.trust_remote_code)
+    dtype = model.dtype if spec.dtype == "auto" else spec.dtype
+    if dtype not in FLOATS:
+        raise SourceError(f"{folder} holds {dtype} weights", f"set model.dtype to one of {', '.join(FLOATS)}")
+    target = folder if dtype == model.dtype else work / STAGE
+    source = SourceModel(target, spec.source, kind, "the float model", dtype, model.sha256(), revision)
+    if target != folder and not _is_done(target, source.made_from()):
+        with new_folder(target) as partial:
+            model.copy_as(dtype, partial)
+            write_stage(partial, STAGE, source.made_from(), reference=spec.source)
+    return source
+
+
+def _from_gguf(path: Path, spec: ModelSpec, work: Path) -> SourceModel:
+    head = read_head(path)
+    dtype = gguf_tensors.natural_dtype(head) if spec.dtype == "auto" else FLOATS[spec.dtype]
+    source = SourceModel(
+        folder=work / STAGE,
+        reference=spec.source,
+        kind="gguf",
+        relative_to="the dequantized source" if gguf_tensors.is_quantized(head) else "the float model",
+        dtype=str(dtype).removeprefix("torch."),
+        sha256={path.name: file_sha256(path)},
+    )
+    if not _is_done(source.folder, source.made_from()):
+        with new_folder(source.folder) as partial:
+            convert_gguf(head, partial, dtype)
+            write_stage(partial, STAGE, source.made_from(), reference=spec.source)
+    return source
+
+
+def _is_done(folder: Path, made_from: dict[str, Any]) -> bool:
+    """Whether the stage stands there whole; one that was damaged since is made again."""
+    if read_stage(folder, STAGE, made_from) is None:
+        return False
+    try:
+        CheckpointReader(folder)
+    except CheckpointError:
+        return False
+    return True
+
+
+def _near(path: Path) -> str:
+    """A remedy for a path that is not there: the nearest name beside it."""
+    names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.5)
+    hint = f"did you mean '{path.parent / near[0]}'? " if near else ""
+    return f"{hint}give a folder, a .gguf file, org/name of a hub model, or {package.PREFIX}NAME/path/inside"
