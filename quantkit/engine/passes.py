@@ -10,9 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from greenlet import getcurrent, greenlet
 from torch import nn
+
+from quantkit.engine.batches import Batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,18 +44,19 @@ class Pass(greenlet):  # type: ignore[misc] - greenlet's stubs are skipped
     """One batch on its way through the model.
 
     Attributes:
+        batch: its tokens.
         place: where it stands; None before it has started.
     """
 
-    def __init__(self, model: nn.Module, token_ids: torch.Tensor) -> None:
+    def __init__(self, model: nn.Module, batch: Batch) -> None:
         super().__init__()
         self._model = model
-        self._token_ids = token_ids
+        self.batch = batch
         self.place: Place | None = None
 
     def run(self) -> None:
         """The body of the coroutine: the model's forward, without a cache."""
-        self._model(input_ids=self._token_ids, use_cache=False)
+        self._model(input_ids=self.batch.token_ids, use_cache=False)
 
     def resume(self) -> None:
         """Go on until the next pause."""
@@ -74,3 +76,11 @@ def pause(place: Place) -> None:
     current = getcurrent()
     if isinstance(current, Pass):
         current.parent.switch(place)
+
+
+def running_batch() -> Batch:
+    """The batch of the pass that runs the hook that calls this."""
+    current = getcurrent()
+    if not isinstance(current, Pass):
+        raise RuntimeError("no pass is running")
+    return current.batch

@@ -1,36 +1,23 @@
-"""How precisely the calibration pass multiplies.
+"""How precisely the calibration pass computes.
 
-Statistics of inputs and the activations that give them need far less precision than the solve: a rounding
-of 2⁻⁹ per product averages out over tens of thousands of tokens, and the damping is thousands of times
-larger. Where the processor multiplies bfloat16 several times faster than float32 (AMX on CPUs, tensor
-cores on GPUs), the pass lets matrix products round their inputs so, while everything else, accumulation
-included, stays float32. The solve itself always runs in full float32.
+The activations that a layer is calibrated on, and the statistics of them, need far less precision than the
+solve: a rounding of 2⁻⁹ per value averages out over tens of thousands of tokens, and the damping is many
+times larger. So where the hardware multiplies 16-bit matrices several times faster than float32 (AMX on
+CPUs, the tensor cores of GPUs), the forward passes run in 16 bits. The layers themselves are solved in
+full float32, from the weights as they are in the checkpoint.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 
 
-def fast_products() -> bool:
-    """Whether matrix products of float32 on CPU are set to run in bfloat16."""
-    return torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+def pass_dtype(device: torch.device, checkpoint: torch.dtype) -> torch.dtype:
+    """The dtype of the forward passes: bfloat16 where it is fast, else float32.
 
-
-def supports_fast_products() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices in hardware tiles."""
-    return bool(torch.cpu._is_amx_tile_supported()) and torch.backends.mkldnn.is_available()
-
-
-@contextmanager
-def products(fast: bool) -> Iterator[None]:
-    """Matrix products of float32 on CPU in bfloat16 inside the block, as before outside of it."""
-    before = torch.backends.mkldnn.matmul.fp32_precision
-    torch.backends.mkldnn.matmul.fp32_precision = "bf16" if fast else "ieee"
-    try:
-        yield
-    finally:
-        torch.backends.mkldnn.matmul.fp32_precision = before
+    On CUDA a float16 checkpoint stays in float16, which its weights are known to fit.
+    """
+    if device.type == "cuda":
+        return checkpoint if checkpoint in (torch.float16, torch.bfloat16) else torch.bfloat16
+    fast = torch.cpu._is_amx_tile_supported() and torch.backends.mkldnn.is_available()
+    return torch.bfloat16 if fast else torch.float32

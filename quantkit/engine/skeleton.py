@@ -24,6 +24,9 @@ class WeightReader(Protocol):
     def __contains__(self, name: str) -> bool:
         """Whether the checkpoint has a tensor called ``name``."""
 
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor on CPU."""
+
     def read_finite(self, name: str) -> torch.Tensor:
         """The tensor on CPU; raises CheckpointError if it holds NaN or infinities."""
 
@@ -101,7 +104,7 @@ class Skeleton:
         recurse: bool = True,
     ) -> None:
         for name, parameter in list(module.named_parameters(recurse=recurse)):
-            full = self._stored_name(_joined(prefix, name), reader)
+            full = self.stored_name(_joined(prefix, name), reader)
             value = reader.read_finite(full)
             if value.shape != parameter.shape:
                 raise CheckpointError(
@@ -117,7 +120,12 @@ class Skeleton:
             stored = reader.read_finite(full) if full in reader else buffer
             setattr(owner, leaf, stored.to(device))
 
-    def _stored_name(self, name: str, reader: WeightReader) -> str:
+    def stored_name(self, name: str, reader: WeightReader) -> str:
+        """The name under which the checkpoint holds a parameter: its own, or for a tied head the embedding's.
+
+        Raises:
+            CheckpointError: it does not hold it.
+        """
         if name in reader:
             return name
         tied = self.model.get_input_embeddings()

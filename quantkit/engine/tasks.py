@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import nn
 
 from quantkit.errors import QuantizationError
 from quantkit.methods.base import InputStatistics, Method, Solution
@@ -65,9 +64,14 @@ class Task:
 
 
 def solve_group(
-    task: Task, linears: Mapping[str, nn.Linear], statistics: InputStatistics
+    task: Task, weights: Mapping[str, torch.Tensor], statistics: InputStatistics
 ) -> dict[str, torch.Tensor]:
     """Solve the layers of a group that a task wants; those of one scheme are stacked and solved as one.
+
+    Args:
+        task: the variant.
+        weights: float32 ``[out_features, in_features]`` of each layer of the group.
+        statistics: of their common input.
 
     Returns:
         The dequantized weights by layer, float32.
@@ -76,16 +80,16 @@ def solve_group(
         QuantizationError: naming the layer.
     """
     replaced: dict[str, torch.Tensor] = {}
-    for scheme in dict.fromkeys(task.schemes[name] for name in linears if name in task.schemes):
-        names = [name for name in linears if task.schemes.get(name) == scheme]
-        stacked = torch.cat([linears[name].weight.data.float() for name in names])
+    for scheme in dict.fromkeys(task.schemes[name] for name in weights if name in task.schemes):
+        names = [name for name in weights if task.schemes.get(name) == scheme]
+        stacked = torch.cat([weights[name] for name in names])
         try:
             solution = task.method.quantize(stacked, statistics, scheme, task.scale_dtype)
         except QuantizationError as error:
             raise QuantizationError(f"{task.name}: {names[0]}: {error.problem}", error.remedy) from error
         start = 0
         for name in names:
-            stop = start + linears[name].weight.shape[0]
+            stop = start + weights[name].shape[0]
             result = _layer(name, solution, start, stop, statistics, needs=bool(task.method.needs))
             task.sink.take(result)
             replaced[name] = result.weight.dequantize(torch.float32)

@@ -11,15 +11,15 @@ is replaced and nothing pauses.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from quantkit.engine.passes import AtEnd, AtGroup, AtSegment, Pass, pause
-from quantkit.engine.precision import products
+from quantkit.engine.batches import Batch
+from quantkit.engine.passes import AtEnd, AtGroup, AtSegment, Pass, pause, running_batch
 from quantkit.engine.skeleton import Segment, Skeleton, WeightReader, linear_modules
 from quantkit.engine.statistics import Gatherer
 from quantkit.engine.tasks import Task, solve_group
@@ -35,17 +35,15 @@ class WalkSettings:
 
     Attributes:
         device: where segments are loaded and solved.
-        dtype: of weights and activations in the forward passes.
+        dtype: of weights and activations in the forward passes; layers are solved in float32.
         feed: what a layer is calibrated on, see :class:`quantkit.recipe.CalibrationSpec`.
         strategy: ``one-pass`` keeps the activations of all batches alive at a pause, ``recompute`` those of one.
-        fast_products: see :mod:`quantkit.engine.precision`.
     """
 
     device: torch.device
     dtype: torch.dtype = torch.float32
     feed: Feed = "quantized"
     strategy: Strategy = "one-pass"
-    fast_products: bool = False
 
 
 @dataclass(slots=True)
@@ -72,7 +70,7 @@ class Walk:
     Args:
         skeleton: the model.
         reader: where weights come from.
-        rows: calibration token ids, int64 ``[tokens]`` each; each is one batch.
+        batches: the calibration tokens, on the device of the walk.
         tasks: what is solved; a quantized feed is the stream of one variant and takes one task.
         settings: how.
         on_segment: called with the number of finished segments and how many there are.
@@ -80,7 +78,7 @@ class Walk:
 
     skeleton: Skeleton
     reader: WeightReader
-    rows: Sequence[torch.Tensor]
+    batches: Sequence[Batch]
     tasks: Sequence[Task]
     settings: WalkSettings
     on_segment: Callable[[int, int], None] = lambda done, total: None
@@ -96,7 +94,7 @@ class Walk:
         if self.settings.feed == "quantized" and len(self.tasks) > 1:
             raise ValueError("a quantized feed is the stream of one variant: give one task per walk")
         segments = self._wanted_segments()
-        calibrated = bool(self._needs()) and bool(self.rows)
+        calibrated = bool(self._needs()) and bool(self.batches)
         with torch.no_grad(), ExitStack() as cleanup:
             cleanup.callback(self._stop_passes)
             if calibrated:
@@ -128,7 +126,7 @@ class Walk:
             cleanup.callback(hook.remove)
         end = segments[-1].module.register_forward_hook(lambda *_: pause(AtEnd()))
         cleanup.callback(end.remove)
-        self._passes = [Pass(self.skeleton.model, row.to(self.settings.device).unsqueeze(0)) for row in self.rows]
+        self._passes = [Pass(self.skeleton.model, batch) for batch in self.batches]
         self._advance()
 
     def _stop_passes(self) -> None:
@@ -137,10 +135,6 @@ class Walk:
 
     def _advance(self) -> None:
         for each in self._passes:
-            self._resume(each)
-
-    def _resume(self, each: Pass) -> None:
-        with products(self.settings.fast_products):
             each.resume()
 
     def _calibrate(self, segment: Segment, last: bool) -> None:
@@ -209,18 +203,15 @@ class Walk:
         """Run a segment with the arguments of a pass that stands before it, which stays where it is."""
         if not isinstance(each.place, AtSegment):
             raise RuntimeError(f"a pass stands at {each.place}, not before {segment.prefix}")
-        with products(self.settings.fast_products):
-            try:
-                segment.module(*each.place.args, **each.place.kwargs)
-            except _Enough:
-                return
+        with suppress(_Enough):
+            segment.module(*each.place.args, **each.place.kwargs)
 
     @contextmanager
     def _gathering(self, groups: Sequence[_Group], pausing: bool) -> Iterator[None]:
         def gather(index: int, group: _Group) -> Callable[[nn.Module, tuple[Any, ...]], None]:
             def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
                 if not group.solved:
-                    group.gatherer.add(args[0])
+                    group.gatherer.add(args[0], running_batch())
                     if pausing:
                         pause(AtGroup(index))
 
@@ -238,29 +229,34 @@ class Walk:
                 self._stop_passes()
             for each in self._passes:
                 if each.place == AtGroup(index):
-                    self._resume(each)
+                    each.resume()
 
     def _recompute(self, segment: Segment, groups: Sequence[_Group]) -> None:
         """Run the segment anew for each group, one batch at a time, with all earlier groups solved."""
         for group in groups:
+            for each in self._passes:
 
-            def gather(_: nn.Module, args: tuple[Any, ...], group: _Group = group) -> None:
-                group.gatherer.add(args[0].clone())
-                raise _Enough
+                def gather(_: nn.Module, args: tuple[Any, ...], group: _Group = group, each: Pass = each) -> None:
+                    group.gatherer.add(args[0], each.batch)
+                    raise _Enough
 
-            with _hooked([(group.leader, gather)]):
-                for each in self._passes:
+                with _hooked([(group.leader, gather)]):
                     self._try(segment, each)
             self._solve(group)
 
     def _solve(self, group: _Group) -> None:
-        with products(fast=False):
-            statistics = group.gatherer.result()
-            for task in self.tasks:
-                for name, weight in solve_group(task, group.linears, statistics).items():
-                    if self.settings.feed == "quantized":
-                        group.linears[name].weight.data = weight.to(self.settings.dtype)
+        statistics = group.gatherer.result()
+        weights = {name: self._original(name) for name in group.linears}
+        for task in self.tasks:
+            for name, weight in solve_group(task, weights, statistics).items():
+                if self.settings.feed == "quantized":
+                    group.linears[name].weight.data = weight.to(self.settings.dtype)
         group.solved = True
+
+    def _original(self, name: str) -> torch.Tensor:
+        """The weight of a layer as it is in the checkpoint, in float32 whatever the passes compute in."""
+        stored = self.skeleton.stored_name(f"{name}.weight", self.reader)
+        return self.reader.read(stored).to(self.settings.device, torch.float32)
 
 
 def _pause_before(index: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:

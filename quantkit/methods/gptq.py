@@ -64,15 +64,16 @@ class Gptq(Method):
         order = gram.diagonal().argsort(descending=True, stable=True) if self.options.activation_order else None
         factor, used = inverse_factor(gram if order is None else gram[order][:, order], self.options.damping)
         grid = search_grid(weight, gram.diagonal(), scheme, scale_dtype, self.options.search)
-        problem = Problem(weight.T.contiguous(), gram, damped(gram, used), spread(grid.zeros, weight.shape[1]), scheme)
+        hessian, columns = damped(gram, used), weight.T.contiguous()
+        problem = Problem(columns, gram, hessian, hessian @ columns, spread(grid.zeros, weight.shape[1]), scheme)
         steps = _solve(problem, factor, order, spread(grid.scales.float(), weight.shape[1]))
-        before = problem.errors(steps, grid.scales)
-        steps, scales = refine(problem, steps, grid.scales, self.options.refinements, scale_dtype)
+        solved = problem.attempt(steps, grid.scales)
+        refined = refine(problem, solved, self.options.refinements)
         return Solution(
-            QuantizedWeight(scheme, problem.codes(steps), scales, grid.zeros.to(torch.uint8)),
-            error=problem.errors(steps, scales),
+            QuantizedWeight(scheme, problem.codes(refined.steps), refined.scales, grid.zeros.to(torch.uint8)),
+            error=refined.error,
             energy=problem.energy(),
-            error_before=before,
+            error_before=solved.error,
             notes=(f"damping raised from {self.options.damping:g} to {used:g}",) if used > self.options.damping else (),
         )
 

@@ -35,17 +35,19 @@ def solve_columns(
     columns, _ = weight.shape
     steps = torch.empty_like(weight)
     errors = torch.empty_like(weight)
-    inverse_scales = 1 / scales
     push = factor / factor.diagonal().unsqueeze(1)
+    columns_of = zip(*(each.unbind(0) for each in (weight, steps, errors, scales, 1 / scales, *limits)), strict=True)
     for start in range(0, columns, BLOCK):
         stop = min(start + BLOCK, columns)
         if start:
             weight[start:stop].addmm_(push[:start, start:stop].T, errors[:start], alpha=-1)
-        for column in range(start, stop):
-            current, nearest = weight[column], steps[column]
-            if column > start:
-                current.addmv_(errors[start:column].T, push[start:column, column], alpha=-1)
-            torch.mul(current, inverse_scales[column], out=nearest).round_()
-            torch.clamp(nearest, limits[0][column], limits[1][column], out=nearest)
-            torch.addcmul(current, nearest, scales[column], value=-1, out=errors[column])
+        within = push[start:stop, start:stop].T.contiguous().unbind(0)
+        earlier = errors[start:stop].T
+        for done, weights in enumerate(within):
+            current, nearest, error, scale, inverse_scale, low, high = next(columns_of)
+            if done:
+                current.addmv_(earlier[:, :done], weights[:done], alpha=-1)
+            torch.mul(current, inverse_scale, out=nearest).round_()
+            torch.clamp(nearest, low, high, out=nearest)
+            torch.addcmul(current, nearest, scale, value=-1, out=error)
     return steps

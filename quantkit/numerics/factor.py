@@ -41,11 +41,14 @@ def inverse_factor(gram: torch.Tensor, damping: float) -> tuple[torch.Tensor, fl
     """
     tried = damping
     while tried <= MAX_DAMPING:
-        lower, failed = torch.linalg.cholesky_ex(damped(gram, tried))
+        # With the order of rows and columns reversed, H = L Lᵀ becomes H = R Rᵀ with R upper, and U = R⁻¹.
+        lower, failed = torch.linalg.cholesky_ex(damped(gram, tried).flip(0, 1))
         if not decide(failed.any()):
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not decide(failed.any() | ~upper.isfinite().all()):
-                return upper, tried
+            upper = lower.flip(0, 1)
+            identity = torch.eye(upper.shape[0], device=upper.device)
+            factor = torch.linalg.solve_triangular(upper, identity, upper=True)
+            if decide(factor.isfinite().all()):
+                return factor, tried
         tried = max(tried * 10, 1e-4)
     raise QuantizationError(
         "the statistics of a layer's inputs cannot be factorized at any damping",

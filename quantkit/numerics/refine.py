@@ -29,6 +29,7 @@ class Problem:
         weight: float32 ``[columns, rows]``, the float weight.
         gram: float32 ``[columns, columns]``, by which errors are told.
         hessian: the same, damped, which is what the refinement lowers.
+        response: ``hessian @ weight``, ``[columns, rows]``.
         zeros: float32 ``[columns, rows]``.
         scheme: the grid.
     """
@@ -36,6 +37,7 @@ class Problem:
     weight: torch.Tensor
     gram: torch.Tensor
     hessian: torch.Tensor
+    response: torch.Tensor
     zeros: torch.Tensor
     scheme: IntScheme
 
@@ -48,49 +50,49 @@ class Problem:
         """uint8 ``[rows, columns]``."""
         return (steps + self.zeros).to(torch.uint8).T.contiguous()
 
-    def errors(self, steps: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-        """Error of each row for steps ``[columns, rows]`` and scales ``[rows, groups]``."""
-        spread_scales = spread(scales.float(), self.weight.shape[0])
-        return row_errors(torch.addcmul(self.weight, steps, spread_scales, value=-1), self.gram)
-
     def energy(self) -> torch.Tensor:
         """The error of leaving the layer out, ``[rows]``."""
-        return row_errors(self.weight, self.gram)
+        ridge = (self.hessian.diagonal() - self.gram.diagonal()).unsqueeze(1)
+        return torch.addcmul(self.response, ridge, self.weight, value=-1).mul_(self.weight).sum(0).clamp_(min=0)
+
+    def attempt(self, steps: torch.Tensor, scales: torch.Tensor) -> Attempt:
+        """Steps ``[columns, rows]`` and scales ``[rows, groups]`` with the error of each row."""
+        missing = torch.addcmul(self.weight, steps, spread(scales.float(), self.weight.shape[0]), value=-1)
+        return Attempt(steps, scales, row_errors(missing, self.gram))
 
 
-def refine(
-    problem: Problem, steps: torch.Tensor, scales: torch.Tensor, rounds: int, scale_dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Refit scales and descend over codes, ``rounds`` times; a row that this does not improve is left alone.
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """Steps ``[columns, rows]``, scales ``[rows, groups]`` as stored, and the error of each row."""
 
-    Args:
-        problem: the layer.
-        steps: ``[columns, rows]``, from the solver.
-        scales: ``[rows, groups]`` in ``scale_dtype``.
-        rounds: how often.
-        scale_dtype: dtype in which scales are stored.
+    steps: torch.Tensor
+    scales: torch.Tensor
+    error: torch.Tensor
 
-    Returns:
-        The steps and scales found, as they came.
-    """
+
+def refine(problem: Problem, solved: Attempt, rounds: int) -> Attempt:
+    """Refit scales and descend over codes, ``rounds`` times; a row that this does not improve is left alone."""
     if rounds == 0:
-        return steps, scales
-    columns, groups = problem.weight.shape[0], scales.shape[1]
-    found, refitted = steps.clone(), scales
+        return solved
+    columns, groups = problem.weight.shape[0], solved.scales.shape[1]
+    steps, scales = solved.steps.clone(), solved.scales
     for _ in range(rounds):
-        refitted = stored(refit_scales(problem.weight, found, problem.hessian, groups).T, scale_dtype)
-        descend(problem.weight, found, spread(refitted.float(), columns), problem.limits, problem.hessian)
-    better = problem.errors(found, refitted) < problem.errors(steps, scales)
-    return torch.where(better, found, steps), torch.where(better.unsqueeze(1), refitted, scales)
+        scales = stored(refit_scales(problem.response, steps, problem.hessian, groups).T, scales.dtype)
+        descend(problem.weight, steps, spread(scales.float(), columns), problem.limits, problem.hessian)
+    found = problem.attempt(steps, scales)
+    better = found.error < solved.error
+    return Attempt(
+        torch.where(better, found.steps, solved.steps),
+        torch.where(better.unsqueeze(1), found.scales, solved.scales),
+        torch.where(better, found.error, solved.error),
+    )
 
 
-def refit_scales(
-    weight: torch.Tensor, steps: torch.Tensor, hessian: torch.Tensor, groups: int
-) -> torch.Tensor:
+def refit_scales(response: torch.Tensor, steps: torch.Tensor, hessian: torch.Tensor, groups: int) -> torch.Tensor:
     """The scales of least layer error for given codes.
 
     Args:
-        weight: float32 ``[columns, rows]``, the float weight.
+        response: float32 ``[columns, rows]``, ``hessian @ weight``.
         steps: float32 ``[columns, rows]``.
         hessian: float32 ``[columns, columns]``, positive definite.
         groups: number of groups; each holds ``columns / groups`` neighbouring columns.
@@ -98,10 +100,10 @@ def refit_scales(
     Returns:
         float32 ``[groups, rows]``.
     """
-    columns, rows = weight.shape
+    columns, rows = response.shape
     size = columns // groups
-    target = (hessian @ weight).mul_(steps).view(groups, size, rows).sum(1)
-    system = torch.empty(groups, groups, rows, device=weight.device)
+    target = (response * steps).view(groups, size, rows).sum(1)
+    system = torch.empty(groups, groups, rows, device=response.device)
     for group in range(groups):
         start, stop = group * size, (group + 1) * size
         response = hessian[start:, start:stop] @ steps[start:stop]
@@ -133,23 +135,24 @@ def descend(
         hessian: float32 ``[columns, columns]``, positive definite.
     """
     columns, rows = weight.shape
-    inverse_scales = 1 / scales
     missing = torch.addcmul(weight, steps, scales, value=-1)
     pull = hessian / hessian.diagonal().unsqueeze(1)
     moves = torch.empty(BLOCK, rows, device=weight.device)
     nearest = torch.empty(rows, device=weight.device)
+    earlier = [moves[:done].T for done in range(BLOCK)]
+    columns_of = zip(*(each.unbind(0) for each in (steps, scales, 1 / scales, *limits)), strict=True)
     for start in range(0, columns, BLOCK):
         stop = min(start + BLOCK, columns)
-        wanted = pull[start:stop] @ missing
-        for column in range(start, stop):
-            done = column - start
-            current = wanted[done]
+        wanted = (pull[start:stop] @ missing).unbind(0)
+        within = pull[start:stop, start:stop].unbind(0)
+        for done, current in enumerate(wanted):
+            step, scale, inverse_scale, low, high = next(columns_of)
             if done:
-                current.addmv_(moves[:done].T, pull[column, start:column], alpha=-1)
-            torch.addcmul(steps[column], current, inverse_scales[column], out=nearest).round_()
-            torch.clamp(nearest, limits[0][column], limits[1][column], out=nearest)
-            torch.sub(nearest, steps[column], out=moves[done]).mul_(scales[column])
-            steps[column].copy_(nearest)
+                current.addmv_(earlier[done], within[done][:done], alpha=-1)
+            torch.addcmul(step, current, inverse_scale, out=nearest).round_()
+            torch.clamp(nearest, low, high, out=nearest)
+            torch.sub(nearest, step, out=moves[done]).mul_(scale)
+            step.copy_(nearest)
         missing[start:stop].sub_(moves[: stop - start])
 
 

@@ -1,0 +1,75 @@
+"""Rows of tokens to batches.
+
+Rows of similar length go into one batch, padded on the right. In a causal model no token sees what is to its
+right, so padding needs no mask: it changes nothing but its own activations, which the statistics leave out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from quantkit.errors import QuantizationError
+
+BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
+"""Tokens of a batch: enough that the products are efficient, few enough that a CPU's cache helps."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Rows that pass through the model together.
+
+    Attributes:
+        token_ids: int64 ``[rows, length]``, padded on the right.
+        valid: int64 ``[tokens]``, the flat positions that are not padding; None if there is no padding.
+    """
+
+    token_ids: torch.Tensor
+    valid: torch.Tensor | None
+
+    def without_padding(self, flat: torch.Tensor) -> torch.Tensor:
+        """The rows of ``[rows * length, features]`` that belong to tokens.
+
+        Raises:
+            QuantizationError: the rows are not those of the batch, as in a layer that is given some tokens only.
+        """
+        if self.valid is None:
+            return flat
+        if flat.shape[0] != self.token_ids.numel():
+            raise QuantizationError(
+                f"a layer was given {flat.shape[0]} of a batch's {self.token_ids.numel()} positions, so that padding "
+                "cannot be told from tokens",
+                "set calibration.packing: full, which needs no padding",
+            )
+        return flat.index_select(0, self.valid)
+
+
+def make_batches(rows: Sequence[Sequence[int]], device: torch.device, may_pad: bool) -> list[Batch]:
+    """Batches of rows sorted by length, the longest first.
+
+    Args:
+        rows: token ids.
+        device: where the batches go.
+        may_pad: whether rows of different length may share a batch; without it, only equal ones do.
+    """
+    limit = BATCH_TOKENS[device.type]
+    batches: list[list[Sequence[int]]] = []
+    for row in sorted(rows, key=len, reverse=True):
+        last = batches[-1] if batches else []
+        fits = bool(last) and (len(last) + 1) * len(last[0]) <= limit
+        if fits and (may_pad or len(last[0]) == len(row)):
+            last.append(row)
+        else:
+            batches.append([row])
+    return [_batch(members, device) for members in batches]
+
+
+def _batch(rows: Sequence[Sequence[int]], device: torch.device) -> Batch:
+    length = len(rows[0])
+    padded = torch.tensor([[*row, *[0] * (length - len(row))] for row in rows], dtype=torch.int64)
+    if all(len(row) == length for row in rows):
+        return Batch(padded.to(device), None)
+    valid = torch.cat([torch.arange(len(row)) + index * length for index, row in enumerate(rows)])
+    return Batch(padded.to(device), valid.to(device))
