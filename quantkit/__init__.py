@@ -1,1 +1,32 @@
-"""quantkit."""
+"""quantkit: post-training quantization, export and comparison of large language models.
+
+One recipe names a model, a calibration set and variants; :func:`run` quantizes the model in every one of
+them, scores each exported file against the float model and writes a report to choose by.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from quantkit.errors import QuantkitError
+
+if TYPE_CHECKING:
+    from quantkit.api import evaluate, plan, quantize, run
+    from quantkit.recipe import Recipe
+
+__all__ = ["QuantkitError", "Recipe", "evaluate", "plan", "quantize", "run"]
+
+_HOMES = {"Recipe": "quantkit.recipe", **dict.fromkeys(("evaluate", "plan", "quantize", "run"), "quantkit.api")}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used, so that ``import quantkit`` stays light."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'quantkit' has no attribute '{name}'")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

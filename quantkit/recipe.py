@@ -18,10 +18,12 @@ from quantkit.errors import QuantkitError, RecipeError, SchemeError, did_you_mea
 from quantkit.formats import FORMATS
 from quantkit.methods import METHODS
 from quantkit.methods.base import MethodOptions
+from quantkit.report.gates import check_gate_syntax
 from quantkit.schemes import IntScheme
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)]
-METRICS = ("perplexity", "kl_divergence", "top1_agreement", "memory", "speed")
+Metric = Literal["perplexity", "kl_divergence", "top1_agreement", "memory", "speed"]
+METRICS: tuple[Metric, ...] = ("perplexity", "kl_divergence", "top1_agreement", "memory", "speed")
 BUNDLED_TEXTS = ("prose", "answers")
 MAX_RECIPE_BYTES = 1 << 20
 
@@ -37,7 +39,7 @@ class ModelSpec(Section):
 
     Attributes:
         source: hub id (``org/name``), folder, GGUF file, or ``package:NAME/path/inside.gguf``.
-        adapter: a LoRA adapter to merge first.
+        adapter: a LoRA adapter to merge first; not built yet, so it is refused.
         revision: branch, tag or commit of a hub model.
         dtype: float dtype of the checkpoint that is quantized; ``auto`` keeps the model's own.
         trust_remote_code: run Python code that comes with the model.
@@ -48,6 +50,13 @@ class ModelSpec(Section):
     revision: str | None = None
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     trust_remote_code: bool = False
+
+    @field_validator("adapter")
+    @classmethod
+    def _no_adapter_yet(cls, adapter: str | None) -> str | None:
+        if adapter is not None:
+            raise ValueError("this version does not merge adapters: merge with PEFT and give the merged folder")
+        return adapter
 
 
 class CalibrationSpec(Section):
@@ -215,7 +224,7 @@ class EvaluationSpec(Section):
     )
     context_length: Annotated[int, Field(ge=16)] = 512
     max_tokens: Annotated[int, Field(ge=16)] = 8192
-    metrics: tuple[Literal["perplexity", "kl_divergence", "top1_agreement", "memory", "speed"], ...] = METRICS
+    metrics: tuple[Metric, ...] = METRICS
     device: str = "auto"
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     reference_limit: Annotated[int, Field(ge=1 << 20)] = 8 << 30
@@ -231,7 +240,7 @@ class ReportSpec(Section):
     """Where results go and as what.
 
     Attributes:
-        folder: everything of the run lies here; ``reports/NAME`` if not given.
+        folder: everything of the run lies here; ``reports/NAME`` if not given. Relative to where quantkit is run.
         formats: which files are written; the JSON always is.
     """
 
@@ -275,6 +284,12 @@ class Recipe(Section):
     def _names_differ(cls, variants: tuple[VariantSpec, ...]) -> tuple[VariantSpec, ...]:
         require_distinct([variant.name for variant in variants], "variants")
         return variants
+
+    @model_validator(mode="after")
+    def _gates_parse(self) -> Recipe:
+        for gate in self.gates:
+            check_gate_syntax(gate, [text.name for text in self.evaluation.texts])
+        return self
 
     @property
     def folder(self) -> Path:
@@ -367,7 +382,7 @@ class _StrictLoader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for key in keys:
             if isinstance(key, list | dict | set):
                 raise yaml.YAMLError("a key must be a plain name")

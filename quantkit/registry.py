@@ -46,7 +46,7 @@ class Registry(Generic[T]):
 
         Raises:
             RecipeError: no such name; the remedy lists the names there are.
-            MissingDependencyError, QuantkitError: the plugin is there but cannot be imported.
+            QuantkitError: the plugin is there but cannot be imported.
         """
         self._load()
         if name in self._entries:
@@ -72,7 +72,6 @@ class Registry(Generic[T]):
     def _load(self) -> None:
         if self._loaded:
             return
-        self._loaded = True
         package = importlib.import_module(self._package)
         for module in pkgutil.iter_modules(package.__path__):
             if not module.name.startswith("_") and module.name != "base":
@@ -84,3 +83,4 @@ class Registry(Generic[T]):
                 self._broken[entry.name] = f"{type(error).__name__}: {error}"
                 continue
             self.register(loaded)
+        self._loaded = True

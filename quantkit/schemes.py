@@ -63,10 +63,10 @@ class IntScheme:
         """
         size = self.columns_per_group(in_features)
         if in_features % size:
-            sizes = ", ".join(str(s) for s in dividing_group_sizes(in_features))
+            sizes = ", ".join([*map(str, dividing_group_sizes(in_features)), "-1 (one scale per channel)"])
             raise SchemeError(
                 f"group_size {size} does not divide the {in_features} input columns",
-                f"sizes that do: {sizes}, or -1 for one scale per channel",
+                f"sizes that do: {sizes}",
             )
         return in_features // size
 
@@ -82,10 +82,10 @@ class IntScheme:
 
 
 def dividing_group_sizes(in_features: int) -> list[int]:
-    """Group sizes from 16 to 512 that divide ``in_features``, those of common kernels first."""
+    """Group sizes of common kernels that divide ``in_features``, or else the nearest to 64 that do; may be none."""
     common = [size for size in (128, 64, 32, 256, 16) if in_features % size == 0]
-    others = [size for size in range(16, min(in_features, 512) + 1) if in_features % size == 0]
-    return common if common else others[:8] or [1]
+    others = [size for size in range(8, min(in_features - 1, 512) + 1) if in_features % size == 0]
+    return common or sorted(others, key=lambda size: abs(size - 64))[:8]
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,12 +117,8 @@ class QuantizedWeight:
 
     def rows(self, start: int, stop: int) -> QuantizedWeight:
         """The rows ``start .. stop - 1``, for layers that were solved stacked."""
-        return replace(
-            self, codes=self.codes[start:stop], scales=self.scales[start:stop], zeros=self.zeros[start:stop]
-        )
+        return replace(self, codes=self.codes[start:stop], scales=self.scales[start:stop], zeros=self.zeros[start:stop])
 
     def to(self, device: torch.device | str) -> QuantizedWeight:
         """The same on another device."""
-        return replace(
-            self, codes=self.codes.to(device), scales=self.scales.to(device), zeros=self.zeros.to(device)
-        )
+        return replace(self, codes=self.codes.to(device), scales=self.scales.to(device), zeros=self.zeros.to(device))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,15 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
+
+from quantkit.checkpoint import CheckpointReader
+from quantkit.engine.batches import make_batches
+from quantkit.engine.skeleton import Skeleton
+from quantkit.engine.tasks import LayerResult, Task
+from quantkit.engine.walk import Walk, WalkSettings
+from quantkit.methods import METHODS
+from quantkit.methods.base import Method
+from quantkit.schemes import IntScheme
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
@@ -95,3 +106,56 @@ def make_model(
     model.save_pretrained(folder, max_shard_size=f"{max(1, size // shards // 1000)}KB" if shards > 1 else "5GB")
     tiny_tokenizer(chat_template).save_pretrained(folder)
     return folder
+
+
+def tiny_rows(count: int = 6, shortest: int = 24, longest: int = 48, seed: int = 0) -> list[list[int]]:
+    """Rows of random tokens, the first as long as any may be."""
+    draw = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(shortest, longest + 1, (count,), generator=draw).tolist()
+    return [
+        torch.randint(len(SPECIAL), VOCABULARY, (length,), generator=draw).tolist()
+        for length in [longest, *lengths[1:]]
+    ]
+
+
+@dataclass
+class Collected:
+    """A sink that keeps all that it is given."""
+
+    results: dict[str, LayerResult] = field(default_factory=dict)
+    segments: list[str] = field(default_factory=list)
+
+    def take(self, result: LayerResult) -> None:
+        assert result.name not in self.results
+        self.results[result.name] = result
+
+    def segment_done(self, prefix: str) -> None:
+        self.segments.append(prefix)
+
+
+def tiny_method(name: str = "gptq", **options: Any) -> Method:
+    """A method by name, with options."""
+    chosen = METHODS.get(name)
+    return chosen(chosen.Options(**options))
+
+
+def tiny_task(
+    skeleton: Skeleton, method: Method, scheme: IntScheme | None = None, *, head: bool = False, name: str = "variant"
+) -> tuple[Task, Collected]:
+    """A task for all Linear layers, the head only if asked for, and what will hold its results."""
+    blocks = [linear for segment in skeleton.segments for linear in segment.linears]
+    wanted = [*blocks, *(skeleton.head.linears if head and skeleton.head else [])]
+    sink = Collected()
+    return Task(name, method, dict.fromkeys(wanted, scheme or IntScheme(4, 32, True)), torch.float16, sink), sink
+
+
+def walk(
+    folder: Path, rows: Sequence[Sequence[int]], method: Method, *, head: bool = False, **settings: Any
+) -> Collected:
+    """Solve one variant of a model on the CPU."""
+    skeleton = Skeleton(folder)
+    task, sink = tiny_task(skeleton, method, head=head)
+    cpu = torch.device("cpu")
+    batches = make_batches(rows, cpu, may_pad=True)
+    Walk(skeleton, CheckpointReader(folder), batches, [task], WalkSettings(cpu, **settings)).run()
+    return sink

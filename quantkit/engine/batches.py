@@ -50,13 +50,13 @@ def make_batches(rows: Sequence[Sequence[int]], device: torch.device, may_pad: b
     """Batches of rows sorted by length, the longest first.
 
     Args:
-        rows: token ids.
+        rows: token ids; an empty row adds nothing.
         device: where the batches go.
         may_pad: whether rows of different length may share a batch; without it, only equal ones do.
     """
     limit = BATCH_TOKENS[device.type]
     batches: list[list[Sequence[int]]] = []
-    for row in sorted(rows, key=len, reverse=True):
+    for row in sorted(filter(len, rows), key=len, reverse=True):
         last = batches[-1] if batches else []
         fits = bool(last) and (len(last) + 1) * len(last[0]) <= limit
         if fits and (may_pad or len(last[0]) == len(row)):

@@ -40,7 +40,7 @@ class AtEnd:
 Place = AtSegment | AtGroup | AtEnd
 
 
-class Pass(greenlet):  # type: ignore[misc] - greenlet's stubs are skipped
+class Pass(greenlet):  # type: ignore[misc]  # greenlet has no type hints
     """One batch on its way through the model.
 
     Attributes:

@@ -9,6 +9,8 @@ full float32, from the weights as they are in the checkpoint.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 
@@ -19,5 +21,5 @@ def pass_dtype(device: torch.device, checkpoint: torch.dtype) -> torch.dtype:
     """
     if device.type == "cuda":
         return checkpoint if checkpoint in (torch.float16, torch.bfloat16) else torch.bfloat16
-    fast = torch.cpu._is_amx_tile_supported() and torch.backends.mkldnn.is_available()
-    return torch.bfloat16 if fast else torch.float32
+    has_onednn: Callable[[], bool] = torch.backends.mkldnn.is_available
+    return torch.bfloat16 if torch.cpu._is_amx_tile_supported() and has_onednn() else torch.float32

@@ -9,13 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from quantkit.errors import CheckpointError, SourceError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class WeightReader(Protocol):
@@ -52,31 +55,56 @@ class Skeleton:
     Args:
         folder: checkpoint folder with ``config.json``.
         trust_remote_code: run model code that comes with the checkpoint.
+
+    Attributes:
+        model: the whole model.
+        blocks: its list of decoder blocks.
+        segments: the blocks, each to be loaded by itself.
+        head: the output head, if it is a Linear.
+
+    Raises:
+        SourceError: transformers cannot build the model, or it has no decoder blocks.
     """
 
     def __init__(self, folder: Path, trust_remote_code: bool = False) -> None:
         self.model = empty_model(folder, trust_remote_code)
         prefix, self.blocks = find_blocks(self.model)
-        self.segments = [
-            segment_of(self.model, f"{prefix}.{index}", block) for index, block in enumerate(self.blocks)
-        ]
+        self.segments = [segment_of(f"{prefix}.{index}", block) for index, block in enumerate(self.blocks)]
         self.head = self._head()
+        self._twins = self._tied_names()
+        self._persistent = frozenset(self.model.state_dict())
         self._empty: dict[str, nn.Parameter] = {}
 
     def _head(self) -> Segment | None:
-        """The output head as a segment, if it is a Linear."""
         module = self.model.get_output_embeddings()
-        if not isinstance(module, nn.Linear):
-            return None
-        name = next(name for name, candidate in self.model.named_modules() if candidate is module)
-        return Segment(name, module, (name,))
+        return segment_of(self._name(module), module) if isinstance(module, nn.Linear) else None
+
+    def _tied_names(self) -> dict[str, str]:
+        """The weights of a tied head and its embedding, each to the other."""
+        embedding = self.model.get_input_embeddings()
+        if self.head is None or embedding is None or embedding.weight is not self.head.module.weight:
+            return {}
+        head, tied = f"{self.head.prefix}.weight", f"{self._name(embedding)}.weight"
+        return {head: tied, tied: head}
+
+    def _name(self, module: nn.Module) -> str:
+        names: dict[nn.Module, str] = {candidate: name for name, candidate in self.model.named_modules()}
+        return names[module]
 
     def all_linears(self) -> list[str]:
         """Full names of every Linear of the model."""
         return [name for name, module in self.model.named_modules() if isinstance(module, nn.Linear)]
 
+    def has_routed_layers(self) -> bool:
+        """Whether blocks hold lists of modules, as experts are, whose members may be given some tokens only."""
+        return any(isinstance(module, nn.ModuleList) for block in self.blocks for module in block.modules())
+
     def load(self, segment: Segment, reader: WeightReader, device: torch.device, dtype: torch.dtype) -> None:
-        """Fill a segment from the checkpoint."""
+        """Fill a segment from the checkpoint.
+
+        Raises:
+            CheckpointError: a tensor is missing, of the wrong shape, or not finite.
+        """
         self._fill(segment.prefix, segment.module, reader, device, dtype)
 
     def unload(self, segment: Segment) -> None:
@@ -86,7 +114,11 @@ class Skeleton:
             setattr(owner, leaf, self._empty.pop(_joined(segment.prefix, name)))
 
     def load_frame(self, reader: WeightReader, device: torch.device, dtype: torch.dtype) -> None:
-        """Fill what runs before, between and after the blocks: embeddings, norms; not the head."""
+        """Fill what runs before, between and after the blocks: embeddings, norms; not the head.
+
+        Raises:
+            CheckpointError: a tensor is missing, of the wrong shape, or not finite.
+        """
         inside = {id(module) for segment in self.segments for module in segment.module.modules()}
         if self.head is not None:
             inside.add(id(self.head.module))
@@ -104,41 +136,45 @@ class Skeleton:
         recurse: bool = True,
     ) -> None:
         for name, parameter in list(module.named_parameters(recurse=recurse)):
-            full = self.stored_name(_joined(prefix, name), reader)
-            value = reader.read_finite(full)
-            if value.shape != parameter.shape:
-                raise CheckpointError(
-                    f"tensor {full} has shape {tuple(value.shape)}, the model expects {tuple(parameter.shape)}",
-                    "config.json and the weights are of different models",
-                )
+            value = self._read(_joined(prefix, name), parameter, reader)
             self._empty.setdefault(_joined(prefix, name), parameter)
             owner, leaf = _owner(module, name)
             setattr(owner, leaf, nn.Parameter(value.to(device=device, dtype=dtype), requires_grad=False))
         for name, buffer in list(module.named_buffers(recurse=recurse)):
+            full, value = _joined(prefix, name), buffer
+            if full in self._persistent and (buffer.is_meta or full in reader):
+                value = self._read(full, buffer, reader)
+                value = value.to(dtype) if value.is_floating_point() else value
             owner, leaf = _owner(module, name)
-            full = _joined(prefix, name)
-            stored = reader.read_finite(full) if full in reader else buffer
-            setattr(owner, leaf, stored.to(device))
+            setattr(owner, leaf, value.to(device))
+
+    def _read(self, name: str, like: torch.Tensor, reader: WeightReader) -> torch.Tensor:
+        stored = self.stored_name(name, reader)
+        value = reader.read_finite(stored)
+        if value.shape != like.shape:
+            raise CheckpointError(
+                f"tensor {stored} has shape {tuple(value.shape)}, the model expects {tuple(like.shape)}",
+                "config.json and the weights are of different models",
+            )
+        return value
 
     def stored_name(self, name: str, reader: WeightReader) -> str:
-        """The name under which the checkpoint holds a parameter: its own, or for a tied head the embedding's.
+        """The name under which the checkpoint holds a tensor: its own, or that of the one it is tied to.
 
         Raises:
             CheckpointError: it does not hold it.
         """
         if name in reader:
             return name
-        tied = self.model.get_input_embeddings()
-        if self.head is not None and name == f"{self.head.prefix}.weight":
-            for candidate, module in self.model.named_modules():
-                if module is tied and f"{candidate}.weight" in reader:
-                    return f"{candidate}.weight"
+        twin = self._twins.get(name)
+        if twin is not None and twin in reader:
+            return twin
         raise CheckpointError(
             f"tensor {name} is not in the checkpoint", "download it again, or check that config.json belongs to it"
         )
 
 
-def empty_model(folder: Path, trust_remote_code: bool = False) -> nn.Module:
+def empty_model(folder: Path, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model of a folder's ``config.json``, its large tensors on meta and its small ones computed.
 
     Raises:
@@ -149,7 +185,7 @@ def empty_model(folder: Path, trust_remote_code: bool = False) -> nn.Module:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
         with _ParametersOnMeta():
-            model: nn.Module = AutoModelForCausalLM.from_config(
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 config, dtype=torch.float32, trust_remote_code=trust_remote_code, attn_implementation="sdpa"
             )
     except (OSError, ValueError, KeyError, ImportError) as error:
@@ -180,7 +216,7 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return best[1], best[2]
 
 
-def segment_of(model: nn.Module, prefix: str, module: nn.Module) -> Segment:
+def segment_of(prefix: str, module: nn.Module) -> Segment:
     """A segment with the full names of its Linear layers."""
     linears = [name for name, child in module.named_modules() if isinstance(child, nn.Linear)]
     return Segment(prefix, module, tuple(_joined(prefix, name) for name in linears))

@@ -13,12 +13,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from quantkit.engine.batches import Batch
+from quantkit.engine.groups import PreHook, call_order, hooked, shared_inputs
 from quantkit.engine.passes import AtEnd, AtGroup, AtSegment, Pass, pause, running_batch
 from quantkit.engine.skeleton import Segment, Skeleton, WeightReader, linear_modules
 from quantkit.engine.statistics import Gatherer
@@ -81,7 +83,7 @@ class Walk:
     batches: Sequence[Batch]
     tasks: Sequence[Task]
     settings: WalkSettings
-    on_segment: Callable[[int, int], None] = lambda done, total: None
+    on_segment: Callable[[int, int], None] = lambda _done, _total: None
     _passes: list[Pass] = field(default_factory=list)
 
     def run(self) -> None:
@@ -154,50 +156,19 @@ class Walk:
                 self._advance()
 
     def _solve_uncalibrated(self, segment: Segment) -> None:
-        for name, module in linear_modules(segment):
-            if any(name in task.schemes for task in self.tasks):
-                self._solve(_Group({name: module}, Gatherer(frozenset())))
+        for name, module in self._wanted(segment).items():
+            self._solve(_Group({name: module}, Gatherer(frozenset())))
 
     def _groups(self, segment: Segment) -> list[_Group]:
-        """The groups of a segment in the order of their calls, found by trying batches until all layers were seen.
+        """The groups of a segment in the order of their calls, found by trying batches until all layers were seen."""
+        wanted = self._wanted(segment)
+        runs = (shared_inputs(wanted, partial(self._try, segment, each)) for each in self._passes)
+        order = call_order(list(wanted), runs) if wanted else []
+        return [_Group({name: wanted[name] for name in names}, Gatherer(self._needs())) for names in order]
 
-        Layers that no batch reaches, such as experts that get no token, come last, each by itself.
-        """
-        wanted = {
-            name: module
-            for name, module in linear_modules(segment)
-            if any(name in task.schemes for task in self.tasks)
-        }
-        missing = set(wanted)
-        found: list[list[str]] = []
-        for each in self._passes:
-            if not missing:
-                break
-            for members in self._members(segment, each, wanted):
-                fresh = [name for name in members if name in missing]
-                missing.difference_update(fresh)
-                if fresh:
-                    found.append(fresh)
-        found += [[name] for name in wanted if name in missing]
-        return [_Group({name: wanted[name] for name in names}, Gatherer(self._needs())) for names in found]
-
-    def _members(self, segment: Segment, each: Pass, wanted: dict[str, nn.Linear]) -> list[list[str]]:
-        """The layers of each input that one batch shows, in the order of their calls."""
-        shown: dict[int, list[str]] = {}
-        kept: list[torch.Tensor] = []  # an input that is let go could give its identity to another
-
-        def record(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-            def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-                kept.append(args[0])
-                members = shown.setdefault(id(args[0]), [])
-                if name not in members:
-                    members.append(name)
-
-            return hook
-
-        with _hooked([(module, record(name)) for name, module in wanted.items()]):
-            self._try(segment, each)
-        return list(shown.values())
+    def _wanted(self, segment: Segment) -> dict[str, nn.Linear]:
+        """The layers of a segment that a task quantizes."""
+        return {name: module for name, module in linear_modules(segment) if any(name in t.schemes for t in self.tasks)}
 
     def _try(self, segment: Segment, each: Pass) -> None:
         """Run a segment with the arguments of a pass that stands before it, which stays where it is."""
@@ -208,7 +179,7 @@ class Walk:
 
     @contextmanager
     def _gathering(self, groups: Sequence[_Group], pausing: bool) -> Iterator[None]:
-        def gather(index: int, group: _Group) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def gather(index: int, group: _Group) -> PreHook:
             def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
                 if not group.solved:
                     group.gatherer.add(args[0], running_batch())
@@ -217,7 +188,7 @@ class Walk:
 
             return hook
 
-        with _hooked([(group.leader, gather(index, group)) for index, group in enumerate(groups)]):
+        with hooked([(group.leader, gather(index, group)) for index, group in enumerate(groups)]):
             yield
 
     def _one_pass(self, groups: Sequence[_Group], last: bool) -> None:
@@ -240,7 +211,7 @@ class Walk:
                     group.gatherer.add(args[0], each.batch)
                     raise _Enough
 
-                with _hooked([(group.leader, gather)]):
+                with hooked([(group.leader, gather)]):
                     self._try(segment, each)
             self._solve(group)
 
@@ -264,11 +235,3 @@ def _pause_before(index: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str,
         pause(AtSegment(index, args, kwargs))
 
     return hook
-
-
-@contextmanager
-def _hooked(hooks: Sequence[tuple[nn.Module, Callable[[nn.Module, tuple[Any, ...]], None]]]) -> Iterator[None]:
-    with ExitStack() as removal:
-        for module, hook in hooks:
-            removal.callback(module.register_forward_pre_hook(hook).remove)
-        yield

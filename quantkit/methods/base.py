@@ -116,4 +116,7 @@ class Method(ABC):
             statistics: of the input, on the weight's device.
             scheme: the grid; its group size divides ``in_features``.
             scale_dtype: dtype in which scales will be stored; codes must suit the rounded scales.
+
+        Raises:
+            QuantizationError: the statistics or the weight are not finite, or a scale does not fit its dtype.
         """

@@ -33,8 +33,8 @@ class GptqOptions(MethodOptions):
 
     damping: Annotated[float, Field(gt=0, le=10)] = 0.01
     activation_order: bool = True
-    search: Annotated[int, Field(ge=1, le=200)] = 12
-    refinements: Annotated[int, Field(ge=0, le=20)] = 2
+    search: Annotated[int, Field(ge=1, le=200)] = 8
+    refinements: Annotated[int, Field(ge=0, le=20)] = 1
 
 
 @METHODS.register
@@ -55,7 +55,7 @@ class Gptq(Method):
         import torch
 
         from quantkit.numerics.factor import damped, inverse_factor
-        from quantkit.numerics.grids import search_grid, spread
+        from quantkit.numerics.grids import Limits, codes_of, search_grid, spread
         from quantkit.numerics.refine import Problem, refine
 
         gram = statistics.gram
@@ -63,14 +63,14 @@ class Gptq(Method):
             gram = torch.eye(weight.shape[1], device=weight.device)
         order = gram.diagonal().argsort(descending=True, stable=True) if self.options.activation_order else None
         factor, used = inverse_factor(gram if order is None else gram[order][:, order], self.options.damping)
-        grid = search_grid(weight, gram.diagonal(), scheme, scale_dtype, self.options.search)
         hessian, columns = damped(gram, used), weight.T.contiguous()
-        problem = Problem(columns, gram, hessian, hessian @ columns, spread(grid.zeros, weight.shape[1]), scheme)
+        grid = search_grid(weight, hessian.diagonal(), scheme, scale_dtype, self.options.search)
+        problem = Problem(columns, gram, hessian, hessian @ columns, Limits.of(grid, scheme, weight.shape[1]))
         steps = _solve(problem, factor, order, spread(grid.scales.float(), weight.shape[1]))
         solved = problem.attempt(steps, grid.scales)
         refined = refine(problem, solved, self.options.refinements)
         return Solution(
-            QuantizedWeight(scheme, problem.codes(refined.steps), refined.scales, grid.zeros.to(torch.uint8)),
+            QuantizedWeight(scheme, codes_of(refined.steps, grid), refined.scales, grid.zeros.to(torch.uint8)),
             error=refined.error,
             energy=problem.energy(),
             error_before=solved.error,
@@ -84,10 +84,9 @@ def _solve(problem: Problem, factor: torch.Tensor, order: torch.Tensor | None, s
 
     from quantkit.numerics.columns import solve_columns
 
-    low, high = problem.limits
     if order is None:
-        return solve_columns(problem.weight.clone(), factor, scales, (low, high))
-    solved = solve_columns(problem.weight[order], factor, scales[order], (low[order], high[order]))
+        return solve_columns(problem.weight.clone(), factor, scales, problem.limits)
+    solved = solve_columns(problem.weight[order], factor, scales[order], problem.limits.ordered(order))
     steps = torch.empty_like(solved)
     steps[order] = solved
     return steps

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import torch
 
+from quantkit.numerics.grids import Limits
+
 BLOCK = 32
 
 
@@ -19,7 +21,7 @@ def solve_columns(
     weight: torch.Tensor,
     factor: torch.Tensor,
     scales: torch.Tensor,
-    limits: tuple[torch.Tensor, torch.Tensor],
+    limits: Limits,
 ) -> torch.Tensor:
     """Quantize the columns in the order in which they lie.
 
@@ -27,7 +29,7 @@ def solve_columns(
         weight: float32 ``[columns, rows]``; it is overwritten.
         factor: upper Cholesky factor of the inverse Hessian, ``[columns, columns]``.
         scales: float32 ``[columns, rows]``, the scale of each weight.
-        limits: lowest and highest step (``code - zero``), float32 ``[columns, rows]``.
+        limits: lowest and highest step of each weight.
 
     Returns:
         Steps as float32 whole numbers ``[columns, rows]``.
@@ -36,7 +38,8 @@ def solve_columns(
     steps = torch.empty_like(weight)
     errors = torch.empty_like(weight)
     push = factor / factor.diagonal().unsqueeze(1)
-    columns_of = zip(*(each.unbind(0) for each in (weight, steps, errors, scales, 1 / scales, *limits)), strict=True)
+    # Views are made once: slicing inside the loop would cost more than the arithmetic.
+    columns_of = zip(*(each.unbind(0) for each in (weight, steps, errors, scales)), limits.columns(), strict=False)
     for start in range(0, columns, BLOCK):
         stop = min(start + BLOCK, columns)
         if start:
@@ -44,10 +47,9 @@ def solve_columns(
         within = push[start:stop, start:stop].T.contiguous().unbind(0)
         earlier = errors[start:stop].T
         for done, weights in enumerate(within):
-            current, nearest, error, scale, inverse_scale, low, high = next(columns_of)
+            current, nearest, error, scale, (low, high) = next(columns_of)
             if done:
                 current.addmv_(earlier[:, :done], weights[:done], alpha=-1)
-            torch.mul(current, inverse_scale, out=nearest).round_()
-            torch.clamp(nearest, low, high, out=nearest)
+            torch.div(current, scale, out=nearest).round_().clamp_(low, high)
             torch.addcmul(current, nearest, scale, value=-1, out=error)
     return steps

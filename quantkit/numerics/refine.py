@@ -15,8 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from quantkit.numerics.grids import spread, stored
-from quantkit.schemes import IntScheme
+from quantkit.numerics.grids import Limits, spread, stored
 
 BLOCK = 32
 
@@ -30,25 +29,14 @@ class Problem:
         gram: float32 ``[columns, columns]``, by which errors are told.
         hessian: the same, damped, which is what the refinement lowers.
         response: ``hessian @ weight``, ``[columns, rows]``.
-        zeros: float32 ``[columns, rows]``.
-        scheme: the grid.
+        limits: lowest and highest step of each weight.
     """
 
     weight: torch.Tensor
     gram: torch.Tensor
     hessian: torch.Tensor
     response: torch.Tensor
-    zeros: torch.Tensor
-    scheme: IntScheme
-
-    @property
-    def limits(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Lowest and highest step of each weight, ``[columns, rows]``."""
-        return -self.zeros, (self.scheme.levels - 1) - self.zeros
-
-    def codes(self, steps: torch.Tensor) -> torch.Tensor:
-        """uint8 ``[rows, columns]``."""
-        return (steps + self.zeros).to(torch.uint8).T.contiguous()
+    limits: Limits
 
     def energy(self) -> torch.Tensor:
         """The error of leaving the layer out, ``[rows]``."""
@@ -77,7 +65,9 @@ def refine(problem: Problem, solved: Attempt, rounds: int) -> Attempt:
     columns, groups = problem.weight.shape[0], solved.scales.shape[1]
     steps, scales = solved.steps.clone(), solved.scales
     for _ in range(rounds):
-        scales = stored(refit_scales(problem.response, steps, problem.hessian, groups).T, scales.dtype)
+        refitted = refit_scales(problem.response, steps, problem.hessian, groups).T
+        # A group without a step leaves its scale undetermined: it keeps the one that it has.
+        scales = torch.where(refitted == 0, scales, stored(refitted, scales.dtype))
         descend(problem.weight, steps, spread(scales.float(), columns), problem.limits, problem.hessian)
     found = problem.attempt(steps, scales)
     better = found.error < solved.error
@@ -98,7 +88,7 @@ def refit_scales(response: torch.Tensor, steps: torch.Tensor, hessian: torch.Ten
         groups: number of groups; each holds ``columns / groups`` neighbouring columns.
 
     Returns:
-        float32 ``[groups, rows]``.
+        float32 ``[groups, rows]``; 0 for a group whose steps are all zero.
     """
     columns, rows = response.shape
     size = columns // groups
@@ -111,9 +101,9 @@ def refit_scales(response: torch.Tensor, steps: torch.Tensor, hessian: torch.Ten
         system[group:, group] = part
         system[group, group:] = part
     system = system.permute(2, 0, 1).contiguous()
-    # A group whose codes are all zero leaves its scale undetermined.
-    ridge = system.diagonal(dim1=1, dim2=2).mean(1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny)
-    system.diagonal(dim1=1, dim2=2).add_(ridge * 1e-6)
+    # A group whose steps are all zero would make the system singular.
+    ridge = system.diagonal(dim1=1, dim2=2).mean(1, keepdim=True).mul_(1e-6)
+    system.diagonal(dim1=1, dim2=2).add_(ridge.clamp_(min=torch.finfo(torch.float32).tiny))
     solved: torch.Tensor = torch.linalg.solve(system, target.T)
     return solved.T.contiguous()
 
@@ -122,7 +112,7 @@ def descend(
     weight: torch.Tensor,
     steps: torch.Tensor,
     scales: torch.Tensor,
-    limits: tuple[torch.Tensor, torch.Tensor],
+    limits: Limits,
     hessian: torch.Tensor,
 ) -> None:
     """One sweep of coordinate descent over the codes; ``steps`` is changed in place.
@@ -131,7 +121,7 @@ def descend(
         weight: float32 ``[columns, rows]``, the float weight.
         steps: float32 ``[columns, rows]``.
         scales: float32 ``[columns, rows]``, the scale of each weight.
-        limits: lowest and highest step, float32 ``[columns, rows]``.
+        limits: lowest and highest step of each weight.
         hessian: float32 ``[columns, columns]``, positive definite.
     """
     columns, rows = weight.shape
@@ -140,17 +130,16 @@ def descend(
     moves = torch.empty(BLOCK, rows, device=weight.device)
     nearest = torch.empty(rows, device=weight.device)
     earlier = [moves[:done].T for done in range(BLOCK)]
-    columns_of = zip(*(each.unbind(0) for each in (steps, scales, 1 / scales, *limits)), strict=True)
+    columns_of = zip(steps.unbind(0), scales.unbind(0), limits.columns(), strict=False)
     for start in range(0, columns, BLOCK):
         stop = min(start + BLOCK, columns)
         wanted = (pull[start:stop] @ missing).unbind(0)
         within = pull[start:stop, start:stop].unbind(0)
         for done, current in enumerate(wanted):
-            step, scale, inverse_scale, low, high = next(columns_of)
+            step, scale, (low, high) = next(columns_of)
             if done:
                 current.addmv_(earlier[done], within[done][:done], alpha=-1)
-            torch.addcmul(step, current, inverse_scale, out=nearest).round_()
-            torch.clamp(nearest, low, high, out=nearest)
+            torch.addcdiv(step, current, scale, out=nearest).round_().clamp_(low, high)
             torch.sub(nearest, step, out=moves[done]).mul_(scale)
             step.copy_(nearest)
         missing[start:stop].sub_(moves[: stop - start])

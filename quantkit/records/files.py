@@ -91,8 +91,8 @@ def _parsed(path: Path, text: str, line: int | None = None) -> Any:
 
 
 def _parquet(path: Path) -> list[Any]:
-    import pyarrow  # type: ignore[import-untyped]  # pyarrow ships no types
-    import pyarrow.parquet  # type: ignore[import-untyped]  # pyarrow ships no types
+    import pyarrow
+    import pyarrow.parquet
 
     try:
         rows: list[Any] = pyarrow.parquet.read_table(path).to_pylist()

@@ -1,0 +1,81 @@
+"""What a run would do, before it does it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from quantkit import source
+from quantkit.artifacts import STAGE_FILE, read_json, read_stage
+from quantkit.calibration import load
+from quantkit.checkpoint import CheckpointReader
+from quantkit.engine.precision import pass_dtype
+from quantkit.engine.skeleton import Skeleton
+from quantkit.methods import METHODS
+from quantkit.pipeline import needs_calibration, quantize_job
+from quantkit.quantize.plan import choose_strategy, plan_layers
+from quantkit.quantize.stage import DTYPES, STAGE, made_from, resolve_device
+from quantkit.recipe import Recipe, VariantSpec
+
+
+def forecast(recipe: Recipe) -> dict[str, Any]:
+    """The stages of a run and the estimated bytes of its variants.
+
+    Returns:
+        ``folder``, ``source``, ``calibration`` (or None), and ``variants``, each with ``name``, ``state``
+        (``finished`` or ``to do``), ``scheme``, ``layers`` (quantized, all), ``size_bytes`` and ``strategy``.
+    """
+    model = source.resolve(recipe.model, recipe.folder)
+    skeleton = Skeleton(model.folder, recipe.model.trust_remote_code)
+    reader = CheckpointReader(model.folder)
+    total = sum(reader.nbytes(name) for name in reader.names())
+    calibrated = recipe.folder / "calibration"
+    found = load(calibrated) if needs_calibration(recipe) and (calibrated / STAGE_FILE).exists() else None
+    job = quantize_job(recipe, model, found)
+    device, dtype = resolve_device(job.device), DTYPES[model.dtype]
+    tokens = recipe.calibration.samples * recipe.calibration.max_length if found is None else found.tokens
+
+    def of(variant: VariantSpec) -> dict[str, Any]:
+        layers = plan_layers(skeleton, variant)
+        stored = read_stage(recipe.folder / "variants" / variant.name, STAGE, made_from(job, variant))
+        left = sum(reader.nbytes(f"{name}.weight") for name in layers.quantized if f"{name}.weight" in reader)
+        strategy = "weights only"
+        if METHODS.get(variant.method).needs:
+            strategy = choose_strategy(skeleton, tokens, pass_dtype(device, dtype), device)
+        return {
+            "name": variant.name,
+            "state": "finished" if stored else "to do",
+            "method": variant.method,
+            "format": variant.format,
+            "scheme": variant.schemes()[0].describe(),
+            "layers": (len(layers.quantized), len(layers.schemes)),
+            "size_bytes": total - left + layers.quantized_bytes(dtype.itemsize * 8),
+            "strategy": strategy,
+        }
+
+    return {
+        "folder": str(recipe.folder),
+        "source": {
+            "reference": model.reference,
+            "folder": str(model.folder),
+            "size_bytes": total,
+            "dtype": model.dtype,
+        },
+        "calibration": _calibration_state(recipe, calibrated),
+        "baseline": _evaluation_state(recipe.folder / "baseline"),
+        "variants": [of(variant) for variant in recipe.variants],
+    }
+
+
+def _calibration_state(recipe: Recipe, folder: Path) -> dict[str, Any] | None:
+    if not needs_calibration(recipe):
+        return None
+    spec = recipe.calibration
+    state = "there, to be checked" if (folder / STAGE_FILE).exists() else "to do"
+    return {"dataset": spec.dataset, "samples": spec.samples, "max_length": spec.max_length, "state": state}
+
+
+def _evaluation_state(folder: Path) -> str:
+    if not (folder / STAGE_FILE).exists():
+        return "to do"
+    return "there, to be checked" if read_json(folder / STAGE_FILE).get("stage") == "evaluate" else "to do"

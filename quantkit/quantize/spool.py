@@ -1,0 +1,107 @@
+"""Solved layers on their way to a checkpoint: packed and on disk as soon as a segment is done."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from quantkit.artifacts import translated_os_errors
+from quantkit.engine.tasks import LayerResult
+from quantkit.formats.base import Format
+from quantkit.numerics.host import number
+from quantkit.schemes import IntScheme, QuantizedWeight
+
+
+@dataclass(frozen=True, slots=True)
+class _Facts:
+    """What is kept of a layer once its codes are on disk; the errors stay on the device until they are asked for."""
+
+    name: str
+    scheme: str
+    tokens: int
+    before: torch.Tensor
+    after: torch.Tensor
+    notes: tuple[str, ...]
+
+
+class Spool:
+    """Packs the layers of a variant and keeps them in one file a segment.
+
+    Args:
+        folder: where the files go.
+        store: the format that packs them.
+    """
+
+    def __init__(self, folder: Path, store: Format) -> None:
+        self._folder = folder
+        self._store = store
+        self._waiting: dict[str, torch.Tensor] = {}
+        self._files: dict[str, Path] = {}
+        self._digests: dict[str, str] = {}
+        self._facts: list[_Facts] = []
+        self.stored_bytes = 0
+
+    def take(self, result: LayerResult) -> None:
+        """Pack a solved layer; see :class:`quantkit.engine.tasks.Sink`."""
+        weight = result.weight.to("cpu")
+        self._digests[result.name] = digest(weight)
+        for suffix, tensor in self._store.pack(weight).items():
+            self._waiting[f"{result.name}.{suffix}"] = tensor
+            self.stored_bytes += tensor.nbytes
+        scheme = weight.scheme.describe()
+        self._facts.append(_Facts(result.name, scheme, result.tokens, result.error_before, result.error, result.notes))
+
+    def segment_done(self, prefix: str) -> None:
+        """Write what was packed since the last segment."""
+        if not self._waiting:
+            return
+        path = self._folder / f"{prefix}.safetensors"
+        with translated_os_errors(path):
+            save_file(self._waiting, path)
+        self._files.update(dict.fromkeys(self._waiting, path))
+        self._waiting = {}
+
+    def names(self) -> list[str]:
+        """Names of all packed tensors, in the order in which they were solved."""
+        return list(self._files)
+
+    def read(self, name: str) -> torch.Tensor:
+        """A packed tensor."""
+        with safe_open(self._files[name], "pt") as file:
+            tensor: torch.Tensor = file.get_tensor(name)
+            return tensor.clone()
+
+    def digests(self) -> Mapping[str, str]:
+        """Layer name to the hash of what the method returned for it, see :func:`digest`."""
+        return self._digests
+
+    def layers(self) -> list[dict[str, Any]]:
+        """Scheme, errors and notes of each layer, for the report; asks the device twice for each."""
+        return [
+            {
+                "name": each.name,
+                "scheme": each.scheme,
+                "tokens": each.tokens,
+                "error_before": number(each.before),
+                "error_after": number(each.after),
+                "notes": list(each.notes),
+            }
+            for each in self._facts
+        ]
+
+
+def digest(weight: QuantizedWeight) -> str:
+    """SHA-256 over what a weight decodes to: the float32 values that its codes, scales and zeros stand for."""
+    return hashlib.sha256(weight.dequantize(torch.float32).numpy().tobytes()).hexdigest()
+
+
+def unpacked(store: Format, layer: str, scheme: IntScheme, read: Callable[[str], torch.Tensor]) -> QuantizedWeight:
+    """A layer as it is read back from a checkpoint."""
+    return store.unpack({suffix: read(f"{layer}.{suffix}") for suffix in store.layer_suffixes(scheme)}, scheme)

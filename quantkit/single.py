@@ -1,0 +1,42 @@
+"""One checkpoint without a recipe: what ``quantkit quantize`` does."""
+
+from __future__ import annotations
+
+import tempfile
+from functools import partial
+from pathlib import Path
+
+from quantkit import calibration, source
+from quantkit.artifacts import check_writable
+from quantkit.methods import METHODS
+from quantkit.progress import Observer
+from quantkit.quantize import Job, quantize
+from quantkit.recipe import CalibrationSpec, ModelSpec, VariantSpec
+
+
+def quantize_one(model: ModelSpec, variant: VariantSpec, spec: CalibrationSpec, out: Path, observer: Observer) -> Path:
+    """Quantize ``model`` into ``out``; source and calibration lie in a temporary folder beside it.
+
+    Raises:
+        QuantkitError: with what is wrong and the remedy.
+    """
+    check_writable(out)
+    with tempfile.TemporaryDirectory(prefix=".quantkit-", dir=_existing_parent(out)) as scratch:
+        observer.stage(f"source: {model.source}")
+        found = source.resolve(model, Path(scratch))
+        rows, sha256 = [], None
+        if METHODS.get(variant.method).needs:
+            observer.stage(f"calibration: {spec.dataset}")
+            built = calibration.build(spec, found.folder, Path(scratch) / "calibration")
+            rows, sha256 = built.rows, built.sha256
+        observer.stage(f"quantize: {variant.method}")
+        facts = {"reference": found.reference, "relative_to": found.relative_to, **found.made_from()}
+        job = Job(found.folder, facts, found.dtype, rows, sha256, spec.inputs)
+        return quantize(job, variant, out, on_segment=partial(observer.progress, "block")).folder
+
+
+def _existing_parent(path: Path) -> Path:
+    parent = path.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    return parent

@@ -1,0 +1,83 @@
+"""The factor of the inverse Hessian: exact where it can be, damped where it must be, refused where nothing helps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from quantkit.errors import QuantizationError
+from quantkit.numerics.factor import damped, inverse_factor
+
+
+def gram_of(tokens: int, columns: int, seed: int = 0) -> torch.Tensor:
+    """The Gram matrix of correlated inputs."""
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(tokens, columns, generator=generator) @ torch.randn(columns, columns, generator=generator)
+    return inputs.T @ inputs / tokens
+
+
+@pytest.mark.parametrize("columns", [1, 5, 64, 150])
+@pytest.mark.parametrize("damping", [0.01, 0.1])
+def test_the_factor_is_the_upper_cholesky_factor_of_the_inverse(columns: int, damping: float) -> None:
+    gram = gram_of(4 * columns, columns)
+    factor, used = inverse_factor(gram, damping)
+    assert used == damping
+    assert float(factor.tril(-1).abs().max()) == 0
+    assert bool((factor.diagonal() > 0).all())
+    inverse = torch.linalg.inv(damped(gram, damping).double())
+    torch.testing.assert_close((factor.T @ factor).double(), inverse, rtol=1e-3, atol=1e-4 * float(inverse.abs().max()))
+    expected = torch.linalg.cholesky(inverse, upper=True)
+    torch.testing.assert_close(factor.double(), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_damping_adds_a_fraction_of_the_mean_diagonal_and_changes_nothing_else() -> None:
+    gram = gram_of(64, 16)
+    before = gram.clone()
+    added = damped(gram, 0.05) - gram
+    torch.testing.assert_close(added, torch.eye(16) * gram.diagonal().mean() * 0.05, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(gram, before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
+def test_inputs_that_were_never_active_get_a_diagonal(scale: float) -> None:
+    gram = gram_of(64, 16) * scale
+    gram[3] = gram[:, 3] = 0
+    raised = damped(gram, 0.01)
+    ridge = float(gram.diagonal().mean()) * 0.01
+    assert float(raised[3, 3]) == pytest.approx(2 * ridge, rel=1e-4)
+    factor, used = inverse_factor(gram, 0.01)
+    assert used == 0.01
+    assert bool(factor.isfinite().all())
+    off_diagonal = torch.cat([factor[3, :3], factor[3, 4:], factor[:3, 3], factor[4:, 3]])
+    assert float(off_diagonal.abs().max()) == 0, "an inactive input passes its error on to nobody"
+
+
+def test_no_input_was_ever_active() -> None:
+    factor, used = inverse_factor(torch.zeros(8, 8), 0.01)
+    assert used == 0.01
+    torch.testing.assert_close(factor, torch.eye(8))
+
+
+@pytest.mark.parametrize("damping", [1e-12, 1e-9])
+def test_damping_is_raised_until_the_factorization_succeeds(damping: float) -> None:
+    inputs = torch.randn(3, 64, generator=torch.Generator().manual_seed(0)) * 100
+    gram = inputs.T @ inputs
+    factor, used = inverse_factor(gram, damping)
+    assert used >= 1e-4
+    inverse = torch.linalg.inv(damped(gram, used).double())
+    error = (factor.T.double() @ factor.double() - inverse).abs().max() / inverse.abs().max()
+    assert float(error) < 0.05
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("place", [(0, 0), (2, 5)])
+def test_statistics_that_are_not_finite_are_refused(value: float, place: tuple[int, int]) -> None:
+    gram = gram_of(64, 16)
+    gram[place] = gram[place[::-1]] = value
+    with pytest.raises(QuantizationError, match="cannot be factorized at any damping .*NaN or infinities"):
+        inverse_factor(gram, 0.01)
+
+
+def test_a_matrix_that_no_damping_mends_is_refused() -> None:
+    with pytest.raises(QuantizationError, match="cannot be factorized"):
+        inverse_factor(torch.tensor([[1.0, 100.0], [100.0, 1.0]]), 0.01)

@@ -1,0 +1,332 @@
+"""GPTQ: the textbook's codes, a refinement that never loses, and less error than rounding everywhere."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from quantkit.errors import QuantizationError
+from quantkit.methods.base import InputStatistics, Solution
+from quantkit.methods.gptq import Gptq, GptqOptions
+from quantkit.methods.rtn import Rtn, RtnOptions
+from quantkit.numerics.columns import solve_columns
+from quantkit.numerics.factor import damped, inverse_factor
+from quantkit.numerics.grids import Grid, Limits, codes_of, encode, search_grid, spread
+from quantkit.numerics.refine import Problem, descend, refine, refit_scales
+from quantkit.schemes import INTEGER_BITS, PER_CHANNEL, IntScheme
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+ROWS, COLUMNS = 24, 96
+SCHEMES = [
+    IntScheme(bits, group_size, symmetric)
+    for bits in INTEGER_BITS
+    for group_size in (32, PER_CHANNEL)
+    for symmetric in (True, False)
+]
+names = IntScheme.describe
+
+
+def correlated_gram(columns: int = COLUMNS, tokens: int = 400, seed: int = 1) -> torch.Tensor:
+    """Inputs that share a few directions and differ in strength, as those of real layers do."""
+    generator = torch.Generator().manual_seed(seed)
+    shared = torch.randn(tokens, 12, generator=generator) @ torch.randn(12, columns, generator=generator)
+    inputs = shared + torch.randn(tokens, columns, generator=generator)
+    inputs *= torch.randn(columns, generator=generator).exp()
+    return inputs.T @ inputs / tokens
+
+
+def random_weight(rows: int = ROWS, columns: int = COLUMNS, seed: int = 2) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, columns, generator=generator) * 0.05 + 0.02
+
+
+def solved(
+    weight: torch.Tensor, gram: torch.Tensor | None, scheme: IntScheme, dtype: torch.dtype, **options: float
+) -> Solution:
+    statistics = InputStatistics(tokens=400, gram=gram)
+    return Gptq(GptqOptions.model_validate(options)).quantize(weight, statistics, scheme, dtype)
+
+
+def layer_error(weight: torch.Tensor, solution: Solution, gram: torch.Tensor) -> torch.Tensor:
+    """Per row, in float64, from the weight that the file will give."""
+    difference = weight.double() - solution.weight.dequantize(torch.float32).double()
+    return ((difference @ gram.double()) * difference).sum(1)
+
+
+@dataclass
+class Case:
+    """A small layer with its grid, as the column solver and the refinement take it."""
+
+    weight: torch.Tensor
+    gram: torch.Tensor
+    scheme: IntScheme
+    damping: float = 0.01
+
+    def __post_init__(self) -> None:
+        self.hessian = damped(self.gram, self.damping)
+        self.grid = search_grid(self.weight, self.gram.diagonal(), self.scheme, torch.float32, 8)
+        self.columns = self.weight.shape[1]
+        self.limits = Limits.of(self.grid, self.scheme, self.columns)
+        self.scales = spread(self.grid.scales, self.columns)
+
+    def problem(self) -> Problem:
+        columns = self.weight.T.contiguous()
+        return Problem(columns, self.gram, self.hessian, self.hessian @ columns, self.limits)
+
+    def rounded_steps(self) -> torch.Tensor:
+        codes = encode(self.weight, self.grid, self.scheme).float()
+        return codes.T - spread(self.grid.zeros, self.columns)
+
+    def objective(self, steps: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        """The damped layer error of each row, in float64."""
+        missing = (self.weight.T - steps * scales).double()
+        return ((self.hessian.double() @ missing) * missing).sum(0)
+
+
+def case(scheme: IntScheme, columns: int = COLUMNS) -> Case:
+    return Case(random_weight(columns=columns), correlated_gram(columns), scheme)
+
+
+def textbook_codes(
+    weight: torch.Tensor, hessian: torch.Tensor, grid: Grid, scheme: IntScheme, order: torch.Tensor
+) -> torch.Tensor:
+    """GPTQ as its paper states it, in float64: quantize a column, push its error onto all that follow."""
+    free = weight.double()[:, order]
+    inverse = torch.linalg.inv(hessian.double()[order][:, order])
+    factor = torch.linalg.cholesky(inverse, upper=True)
+    columns = weight.shape[1]
+    scales = spread(grid.scales.double(), columns).T[:, order]
+    zeros = spread(grid.zeros.double(), columns).T[:, order]
+    codes = torch.empty_like(free)
+    for column in range(columns):
+        code = (free[:, column] / scales[:, column]).round() + zeros[:, column]
+        codes[:, column] = code.clamp(0, scheme.levels - 1)
+        value = (codes[:, column] - zeros[:, column]) * scales[:, column]
+        error = (free[:, column] - value) / factor[column, column]
+        free[:, column:] -= error.unsqueeze(1) * factor[column, column:]
+    return codes[:, order.argsort()].to(torch.uint8)
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize("scheme", SCHEMES, ids=names)
+def test_the_column_solver_gives_the_codes_of_the_textbook(scheme: IntScheme, ordered: bool) -> None:
+    """One row may differ: where float32 breaks a near tie the other way, the rest of its row follows."""
+    given = case(scheme)
+    order = given.gram.diagonal().argsort(descending=True) if ordered else torch.arange(COLUMNS)
+    factor, used = inverse_factor(given.gram[order][:, order], given.damping)
+    assert used == given.damping
+    steps = torch.empty(COLUMNS, ROWS)
+    steps[order] = solve_columns(
+        given.weight.T[order].contiguous(), factor, given.scales[order], given.limits.ordered(order)
+    )
+    found = codes_of(steps, given.grid)
+    expected = textbook_codes(given.weight, given.hessian, given.grid, scheme, order)
+    assert int((found != expected).any(1).sum()) <= 1
+    assert int((expected != encode(given.weight, given.grid, scheme)).sum()) > ROWS, "rounding would have done"
+
+
+@pytest.mark.parametrize("columns", [1, 31, 32, 33, 64])
+def test_blocks_of_columns_join_without_a_seam(columns: int) -> None:
+    given = case(IntScheme(4, PER_CHANNEL), columns)
+    factor, _ = inverse_factor(given.gram, given.damping)
+    steps = solve_columns(given.weight.T.contiguous(), factor, given.scales, given.limits)
+    order = torch.arange(columns)
+    expected = textbook_codes(given.weight, given.hessian, given.grid, given.scheme, order)
+    assert int((codes_of(steps, given.grid) != expected).any(1).sum()) <= 1
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize("scheme", SCHEMES[::5], ids=names)
+def test_without_refinement_the_method_is_the_textbook_on_the_searched_grid(scheme: IntScheme, ordered: bool) -> None:
+    given = case(scheme)
+    solution = solved(given.weight, given.gram, scheme, torch.float32, activation_order=ordered, refinements=0)
+    grid = Grid(solution.weight.scales, solution.weight.zeros.float())
+    order = given.gram.diagonal().argsort(descending=True) if ordered else torch.arange(COLUMNS)
+    expected = textbook_codes(given.weight, given.hessian, grid, scheme, order)
+    assert int((solution.weight.codes != expected).any(1).sum()) <= 1
+    assert solution.notes == ()
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=names)
+def test_refitted_scales_solve_the_least_squares_problem(scheme: IntScheme) -> None:
+    given = case(scheme)
+    steps, groups = given.rounded_steps(), scheme.groups(COLUMNS)
+    found = refit_scales(given.hessian @ given.weight.T, steps, given.hessian, groups)
+    root = torch.linalg.cholesky(given.hessian.double()).T  # H = rootᵀ root, so the error is |root (w - S s)|²
+    for row in range(ROWS):
+        blocks = torch.block_diag(*steps[:, row].double().view(groups, -1, 1))
+        best = torch.linalg.lstsq(root @ blocks, (root @ given.weight[row].double()).unsqueeze(1)).solution
+        torch.testing.assert_close(found[:, row].double(), best[:, 0], rtol=1e-3, atol=1e-5)
+
+
+def test_a_group_without_a_step_is_left_out_of_the_refit_and_keeps_its_scale() -> None:
+    given = case(IntScheme(4, 32))
+    steps = given.rounded_steps()
+    steps[32:64] = 0
+    steps[:, 3] = 0
+    found = refit_scales(given.hessian @ given.weight.T, steps, given.hessian, 3)
+    assert bool(found.isfinite().all())
+    assert bool((found[1] == 0).all())
+    assert bool((found[:, 3] == 0).all())
+    problem = given.problem()
+    start = problem.attempt(steps, given.grid.scales)
+    refined = refine(problem, start, 1)
+    assert bool((refined.error < start.error).all()), "the scales that were kept let the codes come back"
+    torch.testing.assert_close(refined.scales[:, 1], given.grid.scales[:, 1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=names)
+def test_descent_never_raises_the_error_and_ends_where_no_single_code_is_better(scheme: IntScheme) -> None:
+    given = case(scheme, columns=64)
+    steps = given.rounded_steps()
+    energy = given.objective(steps, given.scales)
+    first = energy
+    for _ in range(60):
+        before = steps.clone()
+        descend(given.weight.T.contiguous(), steps, given.scales, given.limits, given.hessian)
+        now = given.objective(steps, given.scales)
+        assert bool((now <= energy * (1 + 1e-6)).all())
+        energy = now
+        if torch.equal(before, steps):
+            break
+    assert torch.equal(before, steps), "the descent has not come to rest"
+    assert float(energy.sum()) < 0.9 * float(first.sum())
+    assert _best_single_move(given, steps) > -1e-4 * float(energy.min())
+
+
+def _best_single_move(given: Case, steps: torch.Tensor) -> float:
+    """The change of the objective by the best move of any one code to any other, over all rows."""
+    missing = (given.weight.T - steps * given.scales).double()
+    slope = given.hessian.double() @ missing
+    zeros = spread(given.grid.zeros, given.columns)
+    best = float("inf")
+    for code in range(given.scheme.levels):
+        move = (code - zeros - steps).double() * given.scales.double()
+        change = given.hessian.diagonal().double().unsqueeze(1) * move.square() - 2 * move * slope
+        best = min(best, float(change.min()))
+    return best
+
+
+@pytest.mark.parametrize("rounds", [1, 3])
+@pytest.mark.parametrize("scheme", SCHEMES, ids=names)
+def test_refinement_never_raises_the_error_of_a_row(scheme: IntScheme, rounds: int) -> None:
+    given = case(scheme)
+    problem = given.problem()
+    start = problem.attempt(given.rounded_steps(), given.grid.scales)
+    refined = refine(problem, start, rounds)
+    assert bool((refined.error <= start.error).all())
+    assert float(refined.error.sum()) < float(start.error.sum())
+    checked = problem.attempt(refined.steps, refined.scales)
+    torch.testing.assert_close(refined.error, checked.error, rtol=1e-4, atol=1e-12)
+
+
+def test_a_row_that_refinement_cannot_mend_is_left_alone_and_spoils_no_other() -> None:
+    """The scales of row 0 are refitted to NaN; the other rows must not notice."""
+    given = case(IntScheme(4, 32))
+    problem = given.problem()
+    start = problem.attempt(given.rounded_steps(), given.grid.scales)
+    expected = refine(problem, start, 1)
+    problem.response[:, 0] = float("nan")
+    found = refine(problem, start, 1)
+    torch.testing.assert_close(found.steps[:, 0], start.steps[:, 0], rtol=0, atol=0)
+    torch.testing.assert_close(found.scales[0], start.scales[0], rtol=0, atol=0)
+    torch.testing.assert_close(found.steps[:, 1:], expected.steps[:, 1:], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scheme", SCHEMES, ids=names)
+def test_gptq_loses_less_than_rounding_and_refinement_less_still(scheme: IntScheme, dtype: torch.dtype) -> None:
+    weight, gram = random_weight(), correlated_gram()
+    rtn = Rtn(RtnOptions()).quantize(weight, InputStatistics(), scheme, dtype)
+    searched = Rtn(RtnOptions(range="search")).quantize(weight, InputStatistics(), scheme, dtype)
+    plain = solved(weight, gram, scheme, dtype, refinements=0)
+    refined = solved(weight, gram, scheme, dtype, refinements=2)
+    rounding, clipping, solving, refining = (
+        layer_error(weight, solution, gram) for solution in (rtn, searched, plain, refined)
+    )
+    assert float(solving.sum()) < float(torch.minimum(rounding.sum(), clipping.sum()))
+    assert bool((refining <= solving * (1 + 1e-3)).all())
+    assert float(refining.sum()) < float(solving.sum())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scheme", SCHEMES, ids=names)
+def test_the_errors_told_are_those_of_the_stored_weight(scheme: IntScheme, dtype: torch.dtype) -> None:
+    weight, gram = random_weight(), correlated_gram()
+    solution = solved(weight, gram, scheme, dtype)
+    assert solution.weight.scales.dtype == dtype
+    torch.testing.assert_close(solution.error.double(), layer_error(weight, solution, gram), rtol=2e-2, atol=1e-9)
+    energy = ((weight.double() @ gram.double()) * weight.double()).sum(1)
+    torch.testing.assert_close(solution.energy.double(), energy, rtol=1e-3, atol=1e-9)
+    before = solved(weight, gram, scheme, dtype, refinements=0)
+    assert solution.error_before is not None
+    torch.testing.assert_close(solution.error_before, before.error, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=names)
+def test_stacked_layers_are_solved_as_each_by_itself(scheme: IntScheme) -> None:
+    """Matrix products of other shapes may sum in another order, so one near tie is let off."""
+    weight, gram = random_weight(rows=40), correlated_gram()
+    together = solved(weight, gram, scheme, torch.float16)
+    differing = 0
+    for start, stop in ((0, 16), (16, 17), (17, 40)):
+        alone = solved(weight[start:stop], gram, scheme, torch.float16)
+        rows = together.weight.rows(start, stop)
+        differing += int((alone.weight.codes != rows.codes).any(1).sum())
+        torch.testing.assert_close(alone.error.sum(), together.error[start:stop].sum(), rtol=2e-2, atol=1e-9)
+    assert differing <= 1
+
+
+@pytest.mark.parametrize("group_size", [32, PER_CHANNEL])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_inputs_that_were_never_active_are_rounded_and_disturb_nothing(group_size: int, symmetric: bool) -> None:
+    """A whole group of them, and some beside others."""
+    scheme, weight, gram = IntScheme(4, group_size, symmetric), random_weight(), correlated_gram()
+    dead = [*range(32, 64), 3, 90]
+    gram[dead] = gram[:, dead] = 0
+    solution = solved(weight, gram, scheme, torch.float16)
+    found = solution.weight
+    assert bool(solution.error.isfinite().all())
+    assert bool(found.scales.isfinite().all())
+    nearest = encode(weight, Grid(found.scales, found.zeros.float()), scheme)
+    assert float((found.codes[:, dead] != nearest[:, dead]).float().mean()) < 0.01
+    loss = (weight - found.dequantize(torch.float32))[:, 32:64].square().sum() / weight[:, 32:64].square().sum()
+    assert float(loss) < 0.02
+
+
+@pytest.mark.parametrize("gram", [None, torch.zeros(COLUMNS, COLUMNS)], ids=["no token", "zeros"])
+def test_a_layer_without_any_input_is_rounded_to_nearest(gram: torch.Tensor | None) -> None:
+    scheme, weight = IntScheme(4, 32, symmetric=False), random_weight()
+    solution = solved(weight, gram, scheme, torch.float16, search=24)
+    searched = Rtn(RtnOptions(range="search")).quantize(weight, InputStatistics(), scheme, torch.float16)
+    ours, theirs = (weight - each.weight.dequantize(torch.float32) for each in (solution, searched))
+    assert float(ours.square().sum()) <= 1.001 * float(theirs.square().sum())
+
+
+def test_damping_that_had_to_be_raised_is_noted() -> None:
+    gram = torch.full((COLUMNS, COLUMNS), 1e4)
+    solution = solved(random_weight(), gram, IntScheme(4, 32), torch.float16, damping=1e-12)
+    assert len(solution.notes) == 1
+    assert solution.notes[0].startswith("damping raised from 1e-12 to ")
+    assert bool(solution.error.isfinite().all())
+
+
+def test_statistics_with_nan_are_refused() -> None:
+    gram = correlated_gram()
+    gram[4, 4] = float("nan")
+    with pytest.raises(QuantizationError, match="check the model and the calibration texts"):
+        solved(random_weight(), gram, IntScheme(4, 32), torch.float16)
+
+
+def test_a_scale_beyond_float16_is_refused_with_the_remedy() -> None:
+    with pytest.raises(QuantizationError, match="model.dtype to bfloat16 or float32"):
+        solved(random_weight() * 1e8, correlated_gram(), IntScheme(4, 32), torch.float16)
+
+
+def test_the_weight_and_the_statistics_are_not_changed() -> None:
+    weight, gram = random_weight(), correlated_gram()
+    solved(weight, gram, IntScheme(4, 32), torch.float16)
+    torch.testing.assert_close(weight, random_weight(), rtol=0, atol=0)
+    torch.testing.assert_close(gram, correlated_gram(), rtol=0, atol=0)

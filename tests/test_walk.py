@@ -1,0 +1,591 @@
+"""The walk gives what a plain implementation of true-sequential calibration gives, and cleans up behind itself."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+from transformers import AutoModelForCausalLM
+
+from quantkit.checkpoint import CheckpointReader
+from quantkit.engine import batches as batches_module
+from quantkit.engine import skeleton as skeleton_module
+from quantkit.engine.batches import Batch, make_batches
+from quantkit.engine.groups import call_order, shared_inputs
+from quantkit.engine.passes import Pass
+from quantkit.engine.skeleton import Skeleton
+from quantkit.engine.tasks import LayerResult
+from quantkit.engine.walk import Strategy, Walk, WalkSettings
+from quantkit.errors import CheckpointError, QuantizationError
+from quantkit.methods.base import InputStatistics, Method, MethodOptions, Solution, Statistic
+from quantkit.schemes import IntScheme
+from tests.tiny import FAMILIES, Collected, make_model, tiny_method, tiny_rows, tiny_task, walk
+
+CPU = torch.device("cpu")
+SCHEME = IntScheme(4, 32, True)
+LLAMA_GROUPS = [
+    ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+    ["self_attn.o_proj"],
+    ["mlp.gate_proj", "mlp.up_proj"],
+    ["mlp.down_proj"],
+]
+NEOX_GROUPS = [["attention.query_key_value"], ["attention.dense"], ["mlp.dense_h_to_4h"], ["mlp.dense_4h_to_h"]]
+HEADS = {"gpt_neox": "embed_out"}
+
+
+@pytest.fixture(autouse=True)
+def _several_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(batches_module.BATCH_TOKENS, "cpu", 128)
+
+
+def family_model(folder: Path, family: str, **changes: Any) -> Path:
+    narrow: dict[str, Any] = {"sliding_window": 8} if family == "mistral" else {}
+    return make_model(folder, family, **narrow, **changes)
+
+
+def family_groups(family: str, blocks: int = 2) -> list[list[str]]:
+    prefix, groups = ("gpt_neox", NEOX_GROUPS) if family == "gpt_neox" else ("model", LLAMA_GROUPS)
+    return [[f"{prefix}.layers.{block}.{name}" for name in group] for block in range(blocks) for group in groups]
+
+
+def layer_inputs(model: nn.Module, layer: nn.Module, rows: Sequence[Sequence[int]]) -> torch.Tensor:
+    """What a layer is given when the whole model runs, row by row: float64 ``[tokens, in_features]``."""
+    seen: list[torch.Tensor] = []
+
+    def keep(_: nn.Module, args: tuple[Any, ...]) -> None:
+        seen.append(args[0].reshape(-1, args[0].shape[-1]).double())
+
+    hook = layer.register_forward_pre_hook(keep)
+    with torch.no_grad():
+        for row in rows:
+            model(input_ids=torch.tensor([row]), use_cache=False)
+    hook.remove()
+    return torch.cat(seen) if seen else torch.empty(0, 0)
+
+
+def true_sequential(
+    model: nn.Module, groups: list[list[str]], rows: Sequence[Sequence[int]], method: Method
+) -> dict[str, Solution]:
+    """The plain way: for each group in turn the whole model runs anew, with all that was solved before in place."""
+    solved = {}
+    for names in groups:
+        inputs = layer_inputs(model, model.get_submodule(names[0]), rows)
+        gram = (inputs.T @ inputs / len(inputs)).float() if len(inputs) else None
+        statistics = InputStatistics(tokens=len(inputs), gram=gram)
+        for name in names:
+            weight = model.get_submodule(name).weight
+            assert isinstance(weight, nn.Parameter)
+            solved[name] = method.quantize(weight.detach().clone(), statistics, SCHEME, torch.float16)
+            weight.data = solved[name].weight.dequantize(torch.float32)
+    return solved
+
+
+def assert_same_solution(found: Collected, expected: dict[str, Solution]) -> None:
+    """Alike but for what the order of float sums may flip: no more than 1 % of a layer's codes, errors within 1 %."""
+    assert list(found.results) == list(expected)
+    for name, solution in expected.items():
+        result = found.results[name]
+        assert (result.weight.codes != solution.weight.codes).float().mean() <= 0.01, name
+        assert torch.allclose(result.error, solution.error.sum() / solution.energy.sum(), rtol=0.01), name
+
+
+def assert_same_bytes(found: Collected, expected: Collected) -> None:
+    assert list(found.results) == list(expected.results)
+    for name, result in found.results.items():
+        other = expected.results[name]
+        for part in ("codes", "scales", "zeros"):
+            assert torch.equal(getattr(result.weight, part), getattr(other.weight, part)), (name, part)
+        assert (result.error, result.error_before, result.tokens, result.notes) == (
+            other.error,
+            other.error_before,
+            other.tokens,
+            other.notes,
+        )
+
+
+class Spy(Method):
+    """Records what it is given and solves with another method."""
+
+    needs = frozenset(Statistic)
+
+    def __init__(self, inner: Method) -> None:
+        super().__init__(MethodOptions())
+        self.inner = inner
+        self.seen: list[tuple[int, InputStatistics]] = []
+
+    def quantize(
+        self, weight: torch.Tensor, statistics: InputStatistics, scheme: IntScheme, scale_dtype: torch.dtype
+    ) -> Solution:
+        self.seen.append((len(weight), statistics))
+        return self.inner.quantize(weight, statistics, scheme, scale_dtype)
+
+
+class RecordingReader(CheckpointReader):
+    """Remembers which tensors were asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.asked: set[str] = set()
+
+    def read(self, name: str) -> torch.Tensor:
+        self.asked.add(name)
+        return super().read(name)
+
+
+# The walk against the plain way
+
+
+@pytest.mark.parametrize("strategy", ["one-pass", "recompute"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_quantized_feed_is_true_sequential_calibration(tmp_path: Path, family: str, strategy: Strategy) -> None:
+    folder, rows, method = family_model(tmp_path, family), tiny_rows(), tiny_method()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    expected = true_sequential(model, family_groups(family), rows, method)
+
+    found = walk(folder, rows, method, strategy=strategy)
+
+    assert_same_solution(found, expected)
+    # The test would see it if the feed were the float model's.
+    float_fed = walk(folder, rows, method, feed="float")
+    last = next(reversed(expected))
+    assert (float_fed.results[last].weight.codes != expected[last].weight.codes).float().mean() > 0.1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_strategies_and_runs_give_the_same_bytes(tmp_path: Path, family: str) -> None:
+    folder, rows, method = family_model(tmp_path, family), tiny_rows(), tiny_method()
+    first = walk(folder, rows, method, head=True)
+    assert_same_bytes(walk(folder, rows, method, head=True), first)
+    assert_same_bytes(walk(folder, rows, method, head=True, strategy="recompute"), first)
+
+
+@pytest.mark.parametrize("feed", ["quantized", "float"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_with_one_input_are_solved_as_one(tmp_path: Path, family: str, feed: str) -> None:
+    spy, rows = Spy(tiny_method("rtn")), tiny_rows()
+    walk(family_model(tmp_path, family), rows, spy, feed=feed)
+    block = [192, 64, 128, 64] if family == "gpt_neox" else [64 + 2 * 32, 64, 2 * 128, 64]
+    assert [stacked for stacked, _ in spy.seen] == block * 2
+    assert {statistics.tokens for _, statistics in spy.seen} == {sum(map(len, rows))}
+
+
+def test_passes_in_bfloat16_solve_from_the_float32_weights(tmp_path: Path) -> None:
+    folder, rows = make_model(tmp_path), tiny_rows()
+    exact = walk(folder, rows, tiny_method())
+    coarse = walk(folder, rows, tiny_method(), dtype=torch.bfloat16)
+    rounded_weights = walk(folder, rows, tiny_method("rtn"), dtype=torch.bfloat16)
+    assert_same_bytes(rounded_weights, walk(folder, rows, tiny_method("rtn")))
+    for name, result in coarse.results.items():
+        assert result.error == pytest.approx(exact.results[name].error.item(), rel=0.1)
+
+
+def test_progress_is_told_segment_by_segment(tmp_path: Path) -> None:
+    skeleton, told = Skeleton(make_model(tmp_path)), list[tuple[int, int]]()
+    task, sink = tiny_task(skeleton, tiny_method(), head=True)
+    batches = make_batches(tiny_rows(), CPU, may_pad=True)
+    reader = CheckpointReader(tmp_path)
+    Walk(skeleton, reader, batches, [task], WalkSettings(CPU), lambda *counts: told.append(counts)).run()
+    assert sink.segments == ["model.layers.0", "model.layers.1", "lm_head"]
+    assert told == [(1, 3), (2, 3), (3, 3)]
+
+
+# The head
+
+
+@pytest.mark.parametrize(
+    ("family", "tied"), [("llama", False), ("qwen2", True), ("gemma", True), ("gpt_neox", False), ("gpt_neox", True)]
+)
+@pytest.mark.parametrize("strategy", ["one-pass", "recompute"])
+def test_head_is_solved_on_what_reaches_it(tmp_path: Path, family: str, tied: bool, strategy: Strategy) -> None:
+    folder, rows, method = family_model(tmp_path, family, tie_word_embeddings=tied), tiny_rows(), tiny_method()
+    head = HEADS.get(family, "lm_head")
+    assert (f"{head}.weight" in CheckpointReader(folder)) is not tied
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    expected = true_sequential(model, [*family_groups(family), [head]], rows, method)
+
+    found = walk(folder, rows, method, head=True, strategy=strategy)
+
+    assert_same_solution(found, expected)
+    assert found.results[head].tokens == sum(map(len, rows))
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_head_that_nobody_wants_is_never_read(tmp_path: Path, method: str) -> None:
+    skeleton, reader = Skeleton(make_model(tmp_path)), RecordingReader(tmp_path)
+    task, sink = tiny_task(skeleton, tiny_method(method))
+    Walk(skeleton, reader, make_batches(tiny_rows(), CPU, may_pad=True), [task], WalkSettings(CPU)).run()
+    assert "lm_head.weight" not in reader.asked
+    assert "lm_head" not in sink.results
+    assert skeleton.head is not None
+    assert skeleton.head.module.get_parameter("weight").is_meta
+    assert ("model.embed_tokens.weight" in reader.asked) == (method == "gptq")
+
+
+# The float feed
+
+
+def float_variants(skeleton: Skeleton) -> list[tuple[Any, Collected]]:
+    return [
+        tiny_task(skeleton, tiny_method("gptq"), IntScheme(4, 32, True), name="four"),
+        tiny_task(skeleton, tiny_method("gptq", search=1), IntScheme(3, -1, False), name="three"),
+        tiny_task(skeleton, tiny_method("rtn"), IntScheme(8, -1, True), head=True, name="eight"),
+    ]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_variants_of_a_float_feed_are_what_each_is_alone(tmp_path: Path, family: str) -> None:
+    folder = family_model(tmp_path, family)
+    reader, settings = CheckpointReader(folder), WalkSettings(CPU, feed="float")
+    batches = make_batches(tiny_rows(), CPU, may_pad=True)
+    skeleton = Skeleton(folder)
+    together = float_variants(skeleton)
+    Walk(skeleton, reader, batches, [task for task, _ in together], settings).run()
+    for index, (_, sink) in enumerate(together):
+        alone = Skeleton(folder)
+        task, expected = float_variants(alone)[index]
+        Walk(alone, reader, batches, [task], settings).run()
+        assert len(sink.results) == len(alone.all_linears()) - (index != 2)
+        for name, result in sink.results.items():
+            other = expected.results[name]
+            assert torch.equal(result.weight.codes, other.weight.codes), name
+            assert torch.equal(result.weight.scales, other.weight.scales), name
+            assert torch.equal(result.error, other.error), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_float_feed_sees_the_float_model(tmp_path: Path, family: str) -> None:
+    folder, rows = family_model(tmp_path, family), tiny_rows()
+    spy = Spy(tiny_method("rtn"))
+    walk(folder, rows, spy, feed="float")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    for names, (_, statistics) in zip(family_groups(family), spy.seen, strict=True):
+        inputs = layer_inputs(model, model.get_submodule(names[0]), rows)
+        assert statistics.gram is not None
+        assert statistics.abs_mean is not None
+        assert statistics.square_mean is not None
+        torch.testing.assert_close(statistics.gram.double(), inputs.T @ inputs / len(inputs), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(statistics.abs_mean.double(), inputs.abs().mean(0), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(statistics.square_mean.double(), inputs.square().mean(0), rtol=1e-4, atol=1e-5)
+
+
+def test_quantized_feed_takes_one_variant(tmp_path: Path) -> None:
+    skeleton = Skeleton(make_model(tmp_path))
+    tasks = [task for task, _ in float_variants(skeleton)]
+    with pytest.raises(ValueError, match="one task per walk"):
+        Walk(skeleton, CheckpointReader(tmp_path), [], tasks, WalkSettings(CPU)).run()
+
+
+# No statistics, no pass
+
+
+@pytest.fixture
+def no_forward() -> Iterator[None]:
+    def refuse(module: nn.Module, _: Any) -> None:
+        raise AssertionError(f"{type(module).__name__} was called")
+
+    handle = register_module_forward_pre_hook(refuse)
+    yield
+    handle.remove()
+
+
+@pytest.mark.usefixtures("no_forward")
+@pytest.mark.parametrize("feed", ["quantized", "float"])
+def test_a_method_that_needs_nothing_runs_nothing(tmp_path: Path, feed: str) -> None:
+    folder = make_model(tmp_path)
+    found = walk(folder, tiny_rows(), tiny_method("rtn"), head=True, feed=feed)
+    assert len(found.results) == 15
+    assert all(result.tokens == 0 and result.notes == () for result in found.results.values())
+    with pytest.raises(AssertionError, match="was called"):
+        walk(folder, tiny_rows(), tiny_method("gptq"), feed=feed)
+
+
+def test_rtn_result_is_the_method_applied_to_each_weight(tmp_path: Path) -> None:
+    folder, method = make_model(tmp_path), tiny_method("rtn")
+    reader = CheckpointReader(folder)
+    for name, result in walk(folder, [], method, head=True).results.items():
+        alone = method.quantize(reader.read(f"{name}.weight"), InputStatistics(), SCHEME, torch.float16)
+        assert torch.equal(result.weight.codes, alone.weight.codes)
+        assert result.error == pytest.approx((alone.error.sum() / alone.energy.sum()).item())
+
+
+# Experts
+
+
+class Expert(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gate = nn.Linear(width, 2 * width, bias=False)
+        self.up = nn.Linear(width, 2 * width, bias=False)
+        self.down = nn.Linear(2 * width, width, bias=False)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.down(self.gate(hidden).tanh() * self.up(hidden))
+        return out
+
+
+class RoutedBlock(nn.Module):
+    """Four experts, each for the tokens of one range of ids, between two layers that see all tokens."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.after = nn.Linear(width, width, bias=False)
+        self.mix = nn.Linear(width, width, bias=False)
+        self.experts = nn.ModuleList(Expert(width) for _ in range(4))
+
+    def forward(self, hidden: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+        flat = (hidden + self.mix(hidden)).reshape(-1, hidden.shape[-1])
+        for index, expert in enumerate(self.experts):
+            rows = (chosen.reshape(-1) == index).nonzero().squeeze(1)
+            if len(rows):
+                flat = flat.index_add(0, rows, expert(flat[rows]))
+        out: torch.Tensor = hidden + self.after(flat).view_as(hidden)
+        return out
+
+
+class RoutedModel(nn.Module):
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(40, width)
+        self.layers = nn.ModuleList(RoutedBlock(width) for _ in range(2))
+        self.head = nn.Linear(width, 40, bias=False)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+    def forward(self, input_ids: torch.Tensor, use_cache: bool = False) -> torch.Tensor:
+        hidden = self.embed(input_ids)
+        for layer in self.layers:
+            hidden = layer(hidden, chosen=input_ids // 10)
+        out: torch.Tensor = self.head(hidden)
+        return out
+
+
+def routed_rows(lengths_and_experts: list[tuple[int, list[int]]]) -> list[list[int]]:
+    draw = torch.Generator().manual_seed(5)
+    rows = []
+    for length, experts in lengths_and_experts:
+        expert = torch.tensor(experts)[torch.randint(len(experts), (length,), generator=draw)]
+        rows.append((expert * 10 + torch.randint(10, (length,), generator=draw)).tolist())
+    return rows
+
+
+ROUTED_ROWS = routed_rows([(60, [0, 2]), (59, [0, 1]), (58, [0, 1, 2]), (57, [2]), (57, [1])])
+
+
+@pytest.fixture
+def routed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, RoutedModel]:
+    """A folder with a routed model's weights, and that model; ``Skeleton`` builds it empty."""
+    torch.manual_seed(0)
+    model = RoutedModel()
+    save_file(dict(model.state_dict()), tmp_path / "model.safetensors")
+
+    def empty(*_: Any) -> nn.Module:
+        with torch.device("meta"):
+            return RoutedModel().eval()
+
+    monkeypatch.setattr(skeleton_module, "empty_model", empty)
+    return tmp_path, model
+
+
+def routed_groups() -> list[list[str]]:
+    groups = []
+    for block in range(2):
+        prefix = f"layers.{block}."
+        groups.append([f"{prefix}mix"])
+        for index in range(4):
+            expert = f"{prefix}experts.{index}."
+            together = [[f"{expert}gate", f"{expert}up"], [f"{expert}down"]]
+            groups += [[name] for group in together for name in group] if index == 3 else together
+        groups.append([f"{prefix}after"])
+    return groups
+
+
+@pytest.mark.parametrize("strategy", ["one-pass", "recompute"])
+def test_experts_that_some_batches_miss(routed: tuple[Path, RoutedModel], strategy: Strategy) -> None:
+    folder, model = routed
+    method, skeleton = tiny_method(), Skeleton(folder)
+    expected = true_sequential(model, routed_groups(), ROUTED_ROWS, method)
+    task, found = tiny_task(skeleton, method)
+    batches = make_batches(ROUTED_ROWS, CPU, may_pad=not skeleton.has_routed_layers())
+    assert len(batches) == 4
+    Walk(skeleton, CheckpointReader(folder), batches, [task], WalkSettings(CPU, strategy=strategy)).run()
+
+    assert set(found.results) == set(expected)
+    assert_same_solution(Collected({name: found.results[name] for name in expected}), expected)
+    tokens = [token for row in ROUTED_ROWS for token in row]
+    for index in range(4):
+        for part in ("gate", "up", "down"):
+            result = found.results[f"layers.1.experts.{index}.{part}"]
+            assert result.tokens == sum(token // 10 == index for token in tokens)
+            assert any("no calibration token reached this layer" in note for note in result.notes) == (index == 3)
+
+
+def test_padding_before_routing_is_refused(routed: tuple[Path, RoutedModel]) -> None:
+    folder, _ = routed
+    skeleton = Skeleton(folder)
+    assert skeleton.has_routed_layers()
+    task, _ = tiny_task(skeleton, tiny_method())
+    batches = make_batches(ROUTED_ROWS, CPU, may_pad=True)
+    with pytest.raises(QuantizationError, match="padding cannot be told from tokens"):
+        Walk(skeleton, CheckpointReader(folder), batches, [task], WalkSettings(CPU)).run()
+
+
+def test_call_order_fits_every_run() -> None:
+    names = ["last", "first", "e0", "e1", "e2", "e3"]
+    runs = [[["first"], ["e0"], ["last"]], [["first"], ["e2"], ["last"]], [["first"], ["e1"], ["e2"], ["last"]]]
+    assert call_order(names, runs) == [["first"], ["e0"], ["e1"], ["e2"], ["e3"], ["last"]]
+
+
+def test_call_order_takes_no_more_runs_than_it_needs() -> None:
+    def runs() -> Iterator[list[list[str]]]:
+        yield [["a"], ["b", "c"]]
+        raise AssertionError("all layers were seen")
+
+    assert call_order(["a", "b", "c"], runs()) == [["a"], ["b", "c"]]
+
+
+def test_inputs_are_told_apart_by_identity() -> None:
+    linears = {name: nn.Linear(4, 4) for name in "abcd"}
+    first, equal = torch.ones(2, 4), torch.ones(2, 4)
+
+    def run() -> None:
+        for name, value in (("b", first), ("a", first), ("c", equal), ("d", linears["a"](first)), ("c", first)):
+            linears[name](value)
+
+    assert shared_inputs(linears, run) == [["b", "a"], ["c"], ["d"]]
+    assert not any(linear._forward_pre_hooks for linear in linears.values())
+
+
+# What goes wrong
+
+
+def living_passes() -> list[Pass]:
+    return [each for each in gc.get_objects() if type(each) is Pass and each]  # isinstance would ask proxies
+
+
+def hooks_of(model: nn.Module) -> int:
+    return sum(len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules())
+
+
+def assert_clean_error(
+    folder: Path, error: type[Exception], match: str, *, method: Method | None = None, **settings: Any
+) -> None:
+    """A walk ends with this error, and leaves no paused pass and no hook."""
+    skeleton = Skeleton(folder)
+    task, _ = tiny_task(skeleton, method or tiny_method())
+    batches = make_batches(tiny_rows(), CPU, may_pad=True)
+    alive = []
+    started = Walk(
+        skeleton,
+        CheckpointReader(folder),
+        batches,
+        [task],
+        WalkSettings(CPU, **settings),
+        lambda *_: alive.append(len(living_passes())),
+    )
+    with pytest.raises(error, match=match):
+        started.run()
+    assert alive == [len(batches)], "the error was to come in the second block, with all passes standing before it"
+    assert living_passes() == []
+    assert hooks_of(skeleton.model) == 0
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+BROKEN = "model.layers.1.mlp.up_proj.weight"
+
+
+def with_nan(tensors: dict[str, torch.Tensor]) -> None:
+    tensors[BROKEN][3, 5] = torch.nan
+
+
+def with_wrong_shape(tensors: dict[str, torch.Tensor]) -> None:
+    tensors[BROKEN] = tensors[BROKEN][:100].contiguous()
+
+
+def without_tensor(tensors: dict[str, torch.Tensor]) -> None:
+    del tensors[BROKEN]
+
+
+@pytest.mark.parametrize("strategy", ["one-pass", "recompute"])
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (with_nan, rf"{BROKEN}.* is nan at index \[3, 5\]"),
+        (with_wrong_shape, rf"{BROKEN} has shape \(100, 64\), the model expects \(128, 64\)"),
+        (without_tensor, rf"{BROKEN} is not in the checkpoint"),
+    ],
+)
+def test_broken_checkpoint(
+    tmp_path: Path, change: Callable[[dict[str, torch.Tensor]], None], match: str, strategy: Strategy
+) -> None:
+    rewrite(make_model(tmp_path), change)
+    assert_clean_error(tmp_path, CheckpointError, match, strategy=strategy)
+
+
+class FailsLate(Spy):
+    """Cannot solve the ``count``-th group."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__(tiny_method("rtn"))
+        self.count = count
+
+    def quantize(
+        self, weight: torch.Tensor, statistics: InputStatistics, scheme: IntScheme, scale_dtype: torch.dtype
+    ) -> Solution:
+        if len(self.seen) == self.count - 1:
+            raise QuantizationError("it went wrong", "do better")
+        return super().quantize(weight, statistics, scheme, scale_dtype)
+
+
+@pytest.mark.parametrize("settings", [{}, {"strategy": "recompute"}, {"feed": "float"}])
+@pytest.mark.parametrize("count", [5, 6, 8])
+def test_unsolvable_layer_is_named(tmp_path: Path, settings: dict[str, str], count: int) -> None:
+    layer = LLAMA_GROUPS[count - 5][0]
+    match = rf"^variant: model\.layers\.1\.{layer}: it went wrong \(do better\)$"
+    assert_clean_error(make_model(tmp_path), QuantizationError, match, method=FailsLate(count), **settings)
+
+
+def test_an_error_of_the_model_itself_ends_the_walk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise RuntimeError("the model's own error")
+
+    folder = make_model(tmp_path)
+    skeleton = Skeleton(folder)
+    monkeypatch.setattr(skeleton.blocks[1], "forward", broken)
+    task, sink = tiny_task(skeleton, tiny_method())
+    batches = make_batches(tiny_rows(), CPU, may_pad=True)
+    with pytest.raises(RuntimeError, match="the model's own error"):
+        Walk(skeleton, CheckpointReader(folder), batches, [task], WalkSettings(CPU)).run()
+    assert sink.segments == ["model.layers.0"]
+    assert living_passes() == []
+    assert hooks_of(skeleton.model) == 0
+
+
+def test_a_walk_that_ends_well_leaves_nothing_behind(tmp_path: Path) -> None:
+    folder = make_model(tmp_path)
+    skeleton = Skeleton(folder)
+    task, sink = tiny_task(skeleton, tiny_method(), head=True)
+    batches: list[Batch] = make_batches(tiny_rows(), CPU, may_pad=True)
+    finished = Walk(skeleton, CheckpointReader(folder), batches, [task], WalkSettings(CPU))
+    finished.run()
+    results: list[LayerResult] = list(sink.results.values())
+    assert len(results) == 15
+    assert living_passes() == []
+    assert hooks_of(skeleton.model) == 0
+    assert all(parameter.is_meta for block in skeleton.blocks for parameter in block.parameters() if parameter.ndim > 1)
