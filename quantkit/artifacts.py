@@ -21,6 +21,20 @@ from typing import Any
 from quantkit.errors import OutputError
 
 STAGE_FILE = "stage.json"
+ELSEWHERE = "name another output folder"
+REMEDIES = {
+    errno.ENOSPC: "free some disk space and run the same command again; what is finished is kept",
+    errno.EDQUOT: "the disk quota is used up: free some space and run the same command again",
+    errno.EFBIG: "the file system or a limit of this session (ulimit -f) allows no file of this size",
+    errno.EIO: "the disk reports a fault: name an output folder on another one",
+    errno.EROFS: f"the file system is read-only: {ELSEWHERE}",
+    errno.EACCES: f"no permission: {ELSEWHERE} or change its permissions",
+    errno.EPERM: f"no permission: {ELSEWHERE} or change its permissions",
+    errno.EEXIST: f"a part of the path is a file: {ELSEWHERE}",
+    errno.ENOTDIR: f"a part of the path is a file: {ELSEWHERE}",
+    errno.ENAMETOOLONG: f"the path is too long: {ELSEWHERE}",
+}
+"""What the user can do about each refusal of the operating system to write."""
 
 
 def fingerprint(value: Any) -> str:
@@ -98,20 +112,25 @@ def check_writable(path: Path) -> None:
     Raises:
         OutputError: ``path`` is a file or a foreign folder, or no folder can be made there.
     """
-    if path.is_dir() and any(path.iterdir()) and not (path / STAGE_FILE).exists():
-        raise OutputError(
-            f"{path} exists and was not written by quantkit", "name another output folder, or remove it yourself"
-        )
-    if path.exists() and not path.is_dir():
-        raise OutputError(f"{path} exists and is not a folder", "name another output folder")
-    parent = path.parent
+    try:
+        if path.is_dir() and any(path.iterdir()) and not (path / STAGE_FILE).exists():
+            raise OutputError(f"{path} exists and was not written by quantkit", f"{ELSEWHERE}, or remove it yourself")
+        if path.exists() and not path.is_dir():
+            raise OutputError(f"{path} exists and is not a folder", ELSEWHERE)
+        _check_parent(path)
+    except OSError as error:
+        remedy = REMEDIES.get(error.errno or 0, ELSEWHERE)
+        raise OutputError(f"cannot write {path}: {error.strerror}", remedy) from error
+
+
+def _check_parent(path: Path) -> None:
+    """Make a folder and remove it again in the nearest folder above ``path`` that there is."""
+    parent = path.absolute().parent
     while not parent.exists():
         parent = parent.parent
     if not parent.is_dir():
-        raise OutputError(f"{parent} is not a folder", "name another output folder")
-    with translated_os_errors(path):
-        probe = tempfile.mkdtemp(dir=parent, prefix=".quantkit-probe-")
-        os.rmdir(probe)
+        raise OutputError(f"{parent} is not a folder", ELSEWHERE)
+    os.rmdir(tempfile.mkdtemp(dir=parent, prefix=".quantkit-probe-"))
 
 
 def write_stage(folder: Path, stage: str, made_from: dict[str, Any], **facts: Any) -> str:
@@ -138,23 +157,21 @@ def translated_os_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        remedies = {
-            errno.ENOSPC: "free some disk space and run the same command again; what is finished is kept",
-            errno.EDQUOT: "the disk quota is used up: free some space and run the same command again",
-            errno.EROFS: "the file system is read-only: name another output folder",
-            errno.EACCES: "no permission: name another output folder or change its permissions",
-            errno.EPERM: "no permission: name another output folder or change its permissions",
-        }
-        if error.errno not in remedies:
+        if error.errno not in REMEDIES:
             raise
-        raise OutputError(f"cannot write {path}: {error.strerror}", remedies[error.errno]) from error
+        raise OutputError(f"cannot write {path}: {error.strerror}", REMEDIES[error.errno]) from error
 
 
 def _replace_folder(new: Path, place: Path) -> None:
     if not place.exists():
         os.rename(new, place)
         return
-    old = Path(tempfile.mkdtemp(dir=place.parent, prefix=f".{place.name}.old-"))
-    os.rename(place, old / "folder")
-    os.rename(new, place)
-    shutil.rmtree(old)
+    aside = Path(tempfile.mkdtemp(dir=place.parent, prefix=f".{place.name}.old-"))
+    os.rename(place, aside / "folder")
+    try:
+        os.rename(new, place)
+    except BaseException:
+        os.rename(aside / "folder", place)
+        os.rmdir(aside)
+        raise
+    shutil.rmtree(aside)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from quantkit.errors import EXIT_USER_ERROR, QuantkitError
 
@@ -15,16 +16,50 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 EXIT_FAILED = 1
+EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143
+
+
+class _Commands(TyperGroup):
+    """The commands: a mistake of the user prints one line and exits with code 2."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except QuantkitError as error:
+            _say(f"error: {error}", stderr=True)
+            raise typer.Exit(EXIT_USER_ERROR) from error
+        except KeyboardInterrupt as error:
+            _say("interrupted: what is finished is kept, the same command goes on from there", stderr=True)
+            raise typer.Exit(EXIT_INTERRUPTED) from error
+
 
 app = typer.Typer(
+    cls=_Commands,
     name="quantkit",
-    help="Quantize, export and compare large language models: one recipe, one calibration set, one report.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file (YAML).")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        _say(f"quantkit {version('quantkit')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Quantize, export and compare large language models: one recipe, one calibration set, one report."""
 
 
 @app.command()
@@ -158,25 +193,23 @@ def report(
     path: Annotated[Path, typer.Argument(help="Folder of a run, or its report.json.")],
     out: Annotated[Path | None, typer.Option(help="Folder to write to; the run's own by default.")] = None,
 ) -> None:
-    """Render a run's report again from its JSON."""
+    """Render a run's report again from its JSON, as HTML and Markdown."""
     from quantkit import report as reports
 
     content = reports.load(path)
     folder = out or (path if path.is_dir() else path.parent)
-    for written in reports.write(content, folder, content["recipe"]["report"]["formats"]):
+    for written in reports.write(content, folder, ("html", "md")):
         _say(str(written))
 
 
 def main() -> None:
-    """The entry point: mistakes of the user print one line and exit with code 2."""
-    try:
-        app()
-    except QuantkitError as error:
-        _say(f"error: {error}", stderr=True)
-        sys.exit(EXIT_USER_ERROR)
-    except KeyboardInterrupt:
-        _say("interrupted: what is finished is kept, the same command goes on from there", stderr=True)
-        sys.exit(130)
+    """The entry point; a request to terminate unwinds the run, so that nothing half-written stays."""
+    signal.signal(signal.SIGTERM, _terminate)
+    app()
+
+
+def _terminate(_number: int, _frame: object) -> None:
+    raise SystemExit(EXIT_TERMINATED)
 
 
 def _plan_table(found: dict[str, Any]) -> Any:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from quantkit import source
-from quantkit.artifacts import STAGE_FILE, read_json, read_stage
+from quantkit.artifacts import STAGE_FILE
 from quantkit.calibration import load
 from quantkit.checkpoint import CheckpointReader
 from quantkit.engine.precision import pass_dtype
@@ -14,7 +14,7 @@ from quantkit.engine.skeleton import Skeleton
 from quantkit.methods import METHODS
 from quantkit.pipeline import needs_calibration, quantize_job
 from quantkit.quantize.plan import choose_strategy, plan_layers
-from quantkit.quantize.stage import DTYPES, STAGE, made_from, resolve_device
+from quantkit.quantize.stage import DTYPES, finished_variant, made_from, resolve_device
 from quantkit.recipe import Recipe, VariantSpec
 
 
@@ -23,7 +23,8 @@ def forecast(recipe: Recipe) -> dict[str, Any]:
 
     Returns:
         ``folder``, ``source``, ``calibration`` (or None), and ``variants``, each with ``name``, ``state``
-        (``finished`` or ``to do``), ``scheme``, ``layers`` (quantized, all), ``size_bytes`` and ``strategy``.
+        (beginning with ``finished`` or ``to do``), ``method``, ``format``, ``scheme``, ``layers`` (quantized, all),
+        ``size_bytes`` and ``strategy``.
     """
     model = source.resolve(recipe.model, recipe.folder)
     skeleton = Skeleton(model.folder, recipe.model.trust_remote_code)
@@ -37,14 +38,14 @@ def forecast(recipe: Recipe) -> dict[str, Any]:
 
     def of(variant: VariantSpec) -> dict[str, Any]:
         layers = plan_layers(skeleton, variant)
-        stored = read_stage(recipe.folder / "variants" / variant.name, STAGE, made_from(job, variant))
+        stored = finished_variant(recipe.folder / "variants" / variant.name, made_from(job, variant))
         left = sum(reader.nbytes(f"{name}.weight") for name in layers.quantized if f"{name}.weight" in reader)
         strategy = "weights only"
         if METHODS.get(variant.method).needs:
             strategy = choose_strategy(skeleton, tokens, pass_dtype(device, dtype), device)
         return {
             "name": variant.name,
-            "state": "finished" if stored else "to do",
+            "state": _variant_state(stored is not None, calibrated=bool(METHODS.get(variant.method).needs)),
             "method": variant.method,
             "format": variant.format,
             "scheme": variant.schemes()[0].describe(),
@@ -67,6 +68,12 @@ def forecast(recipe: Recipe) -> dict[str, Any]:
     }
 
 
+def _variant_state(finished: bool, calibrated: bool) -> str:
+    if not finished:
+        return "to do"
+    return "finished, for the calibration set that is there" if calibrated else "finished"
+
+
 def _calibration_state(recipe: Recipe, folder: Path) -> dict[str, Any] | None:
     if not needs_calibration(recipe):
         return None
@@ -78,4 +85,4 @@ def _calibration_state(recipe: Recipe, folder: Path) -> dict[str, Any] | None:
 def _evaluation_state(folder: Path) -> str:
     if not (folder / STAGE_FILE).exists():
         return "to do"
-    return "there, to be checked" if read_json(folder / STAGE_FILE).get("stage") == "evaluate" else "to do"
+    return "there, to be checked"

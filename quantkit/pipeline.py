@@ -11,36 +11,21 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from quantkit import calibration, report, source
-from quantkit.artifacts import (
-    check_writable,
-    file_sha256,
-    new_folder,
-    read_json,
-    read_stage,
-    translated_os_errors,
-    write_json,
-    write_stage,
-)
+from quantkit.artifacts import check_writable, file_sha256, translated_os_errors, write_text
 from quantkit.calibration import CalibrationSet
 from quantkit.checkpoint import CheckpointReader
+from quantkit.engine.walk import Feed
 from quantkit.environment import describe
-from quantkit.errors import QuantkitError
-from quantkit.evaluation import EvaluationJob, run_job
+from quantkit.errors import OutputError, QuantkitError
 from quantkit.methods import METHODS
 from quantkit.progress import Observer
-from quantkit.quantize import Job, Quantized, quantize
-from quantkit.recipe import EvaluationSpec, Recipe, VariantSpec
+from quantkit.quantize import MANIFEST, Job, Quantized, quantize
+from quantkit.recipe import Recipe, VariantSpec
+from quantkit.scores import LOGPROBS, Scoring, report_figures, score
 
 if TYPE_CHECKING:
     from quantkit.source import SourceModel
-
-EVALUATION_VERSION = 1
-"""Part of the fingerprint: raised when the same checkpoint and texts would give other figures."""
-RESULT = "result.json"
-LOGPROBS = "logprobs"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,13 +42,18 @@ class Run:
     folder: Path
     observer: Observer
 
+    @property
+    def baseline(self) -> Path:
+        """The figures and log-probabilities of the float model."""
+        return self.folder / "baseline"
+
     def variant_folder(self, name: str) -> Path:
         """The checkpoint of a variant."""
         return self.folder / "variants" / name
 
-    def log(self, name: str) -> Path:
-        """A log file."""
-        return self.folder / "logs" / f"{name}.log"
+    def log(self, kind: str, name: str = "") -> Path:
+        """A log file of some kind, of a variant or of the whole run."""
+        return self.folder / "logs" / (f"{kind}-{name}.log" if name else f"{kind}.log")
 
 
 def run(recipe: Recipe, observer: Observer) -> dict[str, Any]:
@@ -78,15 +68,11 @@ def run(recipe: Recipe, observer: Observer) -> dict[str, Any]:
         QuantkitError: the model, the calibration set or the baseline cannot be had, so that no variant can run.
     """
     current = Run(recipe, recipe.folder, observer)
-    with translated_os_errors(current.folder):
-        current.folder.mkdir(parents=True, exist_ok=True)
-    for variant in recipe.variants:
-        check_writable(current.variant_folder(variant.name))
+    _check_folders(current)
     observer.stage(f"source: {recipe.model.source}")
     model = source.resolve(recipe.model, current.folder)
     calibrated = _calibrate(current, model)
-    observer.stage("baseline: the float model")
-    baseline = _evaluate(current, "baseline", model.folder, model.made_from(), reference=None)
+    baseline = _baseline(current, model)
     job = quantize_job(recipe, model, calibrated)
     rows = [_variant_row(current, job, variant, baseline) for variant in recipe.variants]
     content = _report(current, model, calibrated, baseline, rows)
@@ -94,17 +80,47 @@ def run(recipe: Recipe, observer: Observer) -> dict[str, Any]:
     return content
 
 
+def _check_folders(current: Run) -> None:
+    """Find out before any work whether all that the run will write can be written."""
+    folder = current.folder
+    if folder.is_file():
+        raise OutputError(f"{folder} exists and is not a folder", "set report.folder to another one")
+    check_writable(current.baseline)
+    for variant in current.recipe.variants:
+        check_writable(current.variant_folder(variant.name))
+    with translated_os_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+
+
 def quantize_job(recipe: Recipe, model: SourceModel, calibrated: CalibrationSet | None) -> Job:
     """What all variants of a recipe are quantized from."""
+    return job_of(
+        model,
+        calibrated,
+        recipe.calibration.inputs,
+        device=recipe.evaluation.device,
+        trust_remote_code=recipe.model.trust_remote_code,
+    )
+
+
+def job_of(
+    model: SourceModel,
+    calibrated: CalibrationSet | None,
+    feed: Feed,
+    *,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+) -> Job:
+    """What is quantized: a float model, and the calibration set where a method needs one."""
     return Job(
         source=model.folder,
         source_facts={"reference": model.reference, "relative_to": model.relative_to, **model.made_from()},
         dtype=model.dtype,
         rows=calibrated.rows if calibrated else (),
         calibration_sha256=calibrated.sha256 if calibrated else None,
-        feed=recipe.calibration.inputs,
-        device=recipe.evaluation.device,
-        trust_remote_code=recipe.model.trust_remote_code,
+        feed=feed,
+        device=device,
+        trust_remote_code=trust_remote_code,
     )
 
 
@@ -126,6 +142,25 @@ def _calibrate(current: Run, model: SourceModel) -> CalibrationSet | None:
     return found
 
 
+def _baseline(current: Run, model: SourceModel) -> dict[str, Any]:
+    """The figures of the float model; its weights are checked before they are run for the first time."""
+    current.observer.stage("baseline: the float model")
+    scoring = Scoring(
+        "baseline",
+        model.folder,
+        model.made_from(),
+        current.recipe.evaluation,
+        current.baseline,
+        current.log("baseline"),
+        trust_remote_code=current.recipe.model.trust_remote_code,
+    )
+    if scoring.finished() is None:
+        reader = CheckpointReader(model.folder)
+        for name in reader.names():
+            reader.read_finite(name)
+    return score(scoring, current.observer)
+
+
 def _variant_row(current: Run, job: Job, variant: VariantSpec, baseline: dict[str, Any]) -> dict[str, Any]:
     row: dict[str, Any] = {
         "name": variant.name,
@@ -145,9 +180,8 @@ def _variant_row(current: Run, job: Job, variant: VariantSpec, baseline: dict[st
     except QuantkitError as error:
         failure = str(error)
     except Exception as error:
-        path = current.log(f"{variant.name}-traceback")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+        path = current.log("traceback", variant.name)
+        write_text(path, "".join(traceback.format_exception(error)))
         failure = f"{type(error).__name__}: {error} (unexpected: the traceback is in {path})"
     current.observer.note(f"{variant.name} failed: {failure}")
     return row | {"status": "failed", "error": failure}
@@ -160,11 +194,20 @@ def _quantized_and_scored(current: Run, job: Job, variant: VariantSpec, baseline
     if done.reused:
         current.observer.note(f"{variant.name}: reused the finished checkpoint")
     current.observer.stage(f"evaluate: {variant.name}")
-    identity = {"checkpoint": file_sha256(out / "manifest.json"), "reference": baseline["fingerprint"]}
-    scored = _evaluate(current, variant.name, out, identity, reference=current.folder / "baseline" / LOGPROBS)
+    scoring = Scoring(
+        variant.name,
+        out,
+        {"checkpoint": file_sha256(out / MANIFEST), "reference": baseline["fingerprint"]},
+        current.recipe.evaluation,
+        current.folder / "evaluations" / variant.name,
+        current.log("evaluate", variant.name),
+        current.baseline / LOGPROBS,
+        current.recipe.model.trust_remote_code,
+    )
+    scored = score(scoring, current.observer)
     return {
         **_quantize_facts(done),
-        **_scores(scored),
+        **report_figures(scored),
         "seconds": {"quantize": done.facts["seconds"], "evaluate": scored["seconds"]},
     }
 
@@ -176,55 +219,6 @@ def _quantize_facts(done: Quantized) -> dict[str, Any]:
         "bits_per_weight": facts["bits_per_weight"],
         "layers": facts["layers"],
         "notes": facts["notes"],
-    }
-
-
-def _evaluate(
-    current: Run, name: str, checkpoint: Path, identity: dict[str, Any], reference: Path | None
-) -> dict[str, Any]:
-    """Score a checkpoint in a fresh process, or reuse its result; without a ``reference``, write the baseline's."""
-    spec = current.recipe.evaluation
-    out = current.folder / "baseline" if reference is None else current.folder / "evaluations" / name
-    made_from = {"code": EVALUATION_VERSION, "spec": evaluation_identity(spec), "checkpoint": identity}
-    finished = read_stage(out, "evaluate", made_from)
-    if finished is not None:
-        current.observer.note(f"{name}: reused the finished evaluation")
-        return {**read_json(out / RESULT), "fingerprint": finished["fingerprint"]}
-    compares = {"kl_divergence", "top1_agreement"} & set(spec.metrics)
-    with new_folder(out) as folder:
-        job = EvaluationJob(
-            checkpoint=checkpoint,
-            spec=spec,
-            reference=(folder / LOGPROBS if reference is None else reference) if compares else None,
-            writes_reference=reference is None and bool(compares),
-            trust_remote_code=current.recipe.model.trust_remote_code,
-        )
-        result = run_job(job, log=current.log(name), on_progress=current.observer.progress)
-        write_json(folder / RESULT, result)
-        mark = write_stage(folder, "evaluate", made_from)
-    return {**result, "fingerprint": mark}
-
-
-def evaluation_identity(spec: EvaluationSpec) -> dict[str, Any]:
-    """What the figures of a checkpoint depend on beside it: settings, and the content of local texts."""
-    files = {text.name: file_sha256(Path(text.file)) for text in spec.texts if text.file and Path(text.file).is_file()}
-    return {"settings": spec.model_dump(mode="json"), "files": files}
-
-
-def _scores(result: dict[str, Any]) -> dict[str, Any]:
-    """A result as the report has it."""
-    speed = result["speed"]
-    return {
-        "metrics": result["metrics"],
-        "texts": result["texts"],
-        "size_bytes": result["size_bytes"],
-        "memory": result["memory"],
-        "speed": speed
-        and {
-            "prefill_tokens_per_second": speed["prefill"]["tokens_per_second"],
-            "decode_tokens_per_second": speed["decode"]["tokens_per_second"],
-            **speed,
-        },
     }
 
 
@@ -245,11 +239,11 @@ def _report(
         "status": "failed" if failed else "ok",
         "quantkit_version": version("quantkit"),
         "recipe": recipe.resolved(),
-        "recipe_text": yaml.safe_dump(recipe.model_dump(mode="json", exclude_defaults=True), sort_keys=False),
+        "recipe_text": recipe.to_yaml(),
         "source": _source_facts(model),
         "calibration": calibrated.audit if calibrated else None,
         "environment": describe(),
-        "baseline": {**_scores(baseline), "seconds": {"evaluate": baseline["seconds"]}},
+        "baseline": {**report_figures(baseline), "seconds": {"evaluate": baseline["seconds"]}},
         "variants": rows,
         "gates": gates,
     }

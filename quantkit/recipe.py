@@ -7,24 +7,30 @@ cannot work are refused when it is read, before a model is touched, with the pat
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from quantkit.errors import QuantkitError, RecipeError, SchemeError, did_you_mean
+from quantkit.errors import RecipeError, SchemeError, did_you_mean
 from quantkit.formats import FORMATS
 from quantkit.methods import METHODS
 from quantkit.methods.base import MethodOptions
-from quantkit.report.gates import check_gate_syntax
+from quantkit.report.gates import check_gate_syntax, parse_gate
 from quantkit.schemes import IntScheme
+from quantkit.strict_yaml import parse_mapping
+from quantkit.validation import located, parse_section, unknown_key
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)]
+Whole = Annotated[int, Field(strict=True)]
+Flag = Annotated[bool, Field(strict=True)]
 Metric = Literal["perplexity", "kl_divergence", "top1_agreement", "memory", "speed"]
+COMPARING_METRICS: tuple[Metric, ...] = ("kl_divergence", "top1_agreement")
 METRICS: tuple[Metric, ...] = ("perplexity", "kl_divergence", "top1_agreement", "memory", "speed")
 BUNDLED_TEXTS = ("prose", "answers")
+DEFAULT_METHOD = "gptq"
 MAX_RECIPE_BYTES = 1 << 20
 
 
@@ -49,7 +55,7 @@ class ModelSpec(Section):
     adapter: str | None = None
     revision: str | None = None
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
-    trust_remote_code: bool = False
+    trust_remote_code: Flag = False
 
     @field_validator("adapter")
     @classmethod
@@ -75,9 +81,9 @@ class CalibrationSpec(Section):
     """
 
     dataset: str = "alpaca_gpt4"
-    samples: Annotated[int, Field(ge=1)] = 128
-    max_length: Annotated[int, Field(ge=8)] = 512
-    seed: int = 0
+    samples: Annotated[Whole, Field(ge=1)] = 128
+    max_length: Annotated[Whole, Field(ge=8)] = 512
+    seed: Whole = 0
     packing: Literal["none", "full"] = "none"
     chat_template: str = "auto"
     inputs: Literal["quantized", "float"] = "quantized"
@@ -86,9 +92,9 @@ class CalibrationSpec(Section):
 class SchemePatch(Section):
     """What an override may change for the layers whose names match its pattern."""
 
-    bits: int | None = None
-    group_size: int | None = None
-    symmetric: bool | None = None
+    bits: Whole | None = None
+    group_size: Whole | None = None
+    symmetric: Flag | None = None
 
 
 class VariantSpec(Section):
@@ -105,11 +111,11 @@ class VariantSpec(Section):
     """
 
     name: Name
-    method: str = "gptq"
+    method: str = DEFAULT_METHOD
     format: str = "compressed-tensors"
-    bits: int = 4
-    group_size: int = 64
-    symmetric: bool = True
+    bits: Whole = 4
+    group_size: Whole = 64
+    symmetric: Flag = True
     ignore: tuple[str, ...] = ("lm_head",)
     overrides: dict[str, SchemePatch] = Field(default_factory=dict)
     options: dict[str, Any] = Field(default_factory=dict)
@@ -119,27 +125,52 @@ class VariantSpec(Section):
     def _gather_options(cls, given: Any) -> Any:
         if not isinstance(given, Mapping):
             return given
-        method = given.get("method", "gptq")
-        known = set(METHODS.get(method).Options.model_fields) if isinstance(method, str) else set()
+        method = given.get("method", DEFAULT_METHOD)
+        if method in METHODS.names():
+            _check_keys(given, method)
+        known = _option_names(method)
         options = {key: given[key] for key in given if key in known}
         rest = {key: value for key, value in given.items() if key not in known}
-        return {**rest, "options": {**rest.get("options", {}), **options}} if options else rest
+        apart = rest.get("options", {})
+        return {**rest, "options": {**apart, **options}} if options and isinstance(apart, Mapping) else rest
+
+    @field_validator("method")
+    @classmethod
+    def _method_exists(cls, method: str) -> str:
+        with located():
+            METHODS.get(method)
+        return method
+
+    @field_validator("format")
+    @classmethod
+    def _format_exists(cls, name: str) -> str:
+        with located():
+            FORMATS.get(name)
+        return name
 
     @field_validator("ignore")
     @classmethod
     def _ignore_compiles(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
-        for pattern in patterns:
-            compiled(pattern)
+        with located():
+            for pattern in patterns:
+                compiled(pattern)
         return patterns
+
+    @field_validator("overrides")
+    @classmethod
+    def _overrides_compile(cls, overrides: dict[str, SchemePatch]) -> dict[str, SchemePatch]:
+        with located():
+            for pattern in overrides:
+                compiled(pattern)
+        return overrides
 
     @model_validator(mode="after")
     def _check_pair(self) -> VariantSpec:
-        method = METHODS.get(self.method)
         self.method_options()
-        store = FORMATS.get(self.format)
-        for scheme in self.schemes():
-            method.check(scheme)
-            store.check(scheme)
+        with located():
+            for scheme in self.schemes():
+                METHODS.get(self.method).check(scheme)
+                FORMATS.get(self.format).check(scheme)
         return self
 
     def method_options(self) -> MethodOptions:
@@ -163,7 +194,6 @@ class VariantSpec(Section):
         return base
 
     def _patched(self, base: IntScheme, pattern: str) -> IntScheme:
-        compiled(pattern)
         patch = self.overrides[pattern].model_dump(exclude_none=True)
         return IntScheme(**{"bits": base.bits, "group_size": base.group_size, "symmetric": base.symmetric, **patch})
 
@@ -222,18 +252,30 @@ class EvaluationSpec(Section):
         TextSpec(name="prose", bundled="prose"),
         TextSpec(name="answers", bundled="answers"),
     )
-    context_length: Annotated[int, Field(ge=16)] = 512
-    max_tokens: Annotated[int, Field(ge=16)] = 8192
-    metrics: tuple[Metric, ...] = METRICS
+    context_length: Annotated[Whole, Field(ge=16)] = 512
+    max_tokens: Annotated[Whole, Field(ge=16)] = 8192
+    metrics: Annotated[tuple[Metric, ...], Field(min_length=1)] = METRICS
     device: str = "auto"
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
-    reference_limit: Annotated[int, Field(ge=1 << 20)] = 8 << 30
+    reference_limit: Annotated[Whole, Field(ge=1 << 20)] = 8 << 30
+
+    @property
+    def compares(self) -> bool:
+        """Whether a metric needs the float model's log-probabilities."""
+        return any(metric in COMPARING_METRICS for metric in self.metrics)
 
     @field_validator("texts")
     @classmethod
     def _names_differ(cls, texts: tuple[TextSpec, ...]) -> tuple[TextSpec, ...]:
         require_distinct([text.name for text in texts], "texts")
         return texts
+
+    @field_validator("device")
+    @classmethod
+    def _device_is_known(cls, device: str) -> str:
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+            raise ValueError(f"'{device}' is not a device: use auto, cpu, cuda or cuda:N")
+        return device
 
 
 class ReportSpec(Section):
@@ -272,7 +314,8 @@ class Recipe(Section):
         defaults, variants = given.get("defaults") or {}, given.get("variants")
         if not isinstance(defaults, Mapping) or not isinstance(variants, list | tuple):
             return given
-        _check_default_keys(defaults, variants)
+        with located():
+            _check_default_keys(defaults, variants)
         filled = [
             {**_defaults_for(defaults, variant), **variant} if isinstance(variant, Mapping) else variant
             for variant in variants
@@ -287,8 +330,13 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _gates_parse(self) -> Recipe:
-        for gate in self.gates:
-            check_gate_syntax(gate, [text.name for text in self.evaluation.texts])
+        metrics = self.evaluation.metrics
+        with located():
+            for gate in self.gates:
+                check_gate_syntax(gate, [text.name for text in self.evaluation.texts])
+                metric = parse_gate(gate).metric
+                if metric in METRICS and metric not in metrics:
+                    raise RecipeError(f"gate '{gate}' needs {metric}", f"add {metric} to evaluation.metrics")
         return self
 
     @property
@@ -305,11 +353,14 @@ class Recipe(Section):
         """
         path = Path(path)
         try:
-            if path.stat().st_size > MAX_RECIPE_BYTES:
-                raise RecipeError(f"recipe {path} is larger than {MAX_RECIPE_BYTES} bytes", "is this a recipe?")
-            text = path.read_text(encoding="utf-8")
+            with path.open("rb") as file:
+                content = file.read(MAX_RECIPE_BYTES + 1)
         except OSError as error:
             raise RecipeError(f"cannot read recipe {path}: {error.strerror}", "check the path") from error
+        if len(content) > MAX_RECIPE_BYTES:
+            raise RecipeError(f"recipe {path} is larger than {MAX_RECIPE_BYTES} bytes", "is this a recipe?")
+        try:
+            text = content.decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise RecipeError(f"recipe {path} is not UTF-8 text", "is this a recipe?") from error
         return cls.parse(text, origin=str(path))
@@ -321,13 +372,12 @@ class Recipe(Section):
         Raises:
             RecipeError: the text is not YAML or not a valid recipe.
         """
-        try:
-            given = yaml.load(text, Loader=_StrictLoader)
-        except (yaml.YAMLError, RecursionError) as error:
-            raise RecipeError(f"{origin} is not valid YAML: {error}") from error
-        if not isinstance(given, dict):
-            raise RecipeError(f"{origin} is not a mapping of keys to values", "start with 'name:' and 'model:'")
-        return parse_section(cls, given, origin)
+        return parse_section(cls, parse_mapping(text, origin), origin)
+
+    def to_yaml(self) -> str:
+        """A recipe file that means the same: the defaults are merged into the variants, what is usual left out."""
+        data = self.model_dump(mode="json", exclude={"defaults"}, exclude_defaults=True)
+        return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
 
     def resolved(self) -> dict[str, Any]:
         """The whole recipe as JSON data, with every default and method option filled in."""
@@ -335,23 +385,6 @@ class Recipe(Section):
         for variant, spec in zip(data["variants"], self.variants, strict=True):
             variant["options"] = spec.method_options().model_dump(mode="json")
         return data
-
-
-S = TypeVar("S", bound=BaseModel)
-
-
-def parse_section(section: type[S], given: Mapping[str, Any], origin: str) -> S:
-    """Validate ``given`` as a section; the first mistake becomes one line.
-
-    Raises:
-        RecipeError: with the path of the key, what is allowed, and the nearest match.
-    """
-    try:
-        return section.model_validate(dict(given))
-    except ValidationError as error:
-        raise _as_recipe_error(error, section, origin) from error
-    except QuantkitError as error:
-        raise RecipeError(f"{origin}: {error.problem}", error.remedy) from error
 
 
 def require_distinct(names: list[str], what: str) -> None:
@@ -369,89 +402,41 @@ def compiled(pattern: str) -> re.Pattern[str]:
     """
     try:
         return re.compile(pattern)
-    except re.error as error:
+    except (re.error, RecursionError, OverflowError) as error:
         raise SchemeError(f"'{pattern}' is not a regular expression: {error}") from error
 
 
-class _StrictLoader(yaml.SafeLoader):
-    """YAML without aliases (a few lines could unfold to gigabytes) and without repeated keys."""
+def _option_names(method: object) -> set[str]:
+    """The options of a method; none for what is not a method, which the field's own validator reports."""
+    if not isinstance(method, str) or method not in METHODS.names():
+        return set()
+    return set(METHODS.get(method).Options.model_fields)
 
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.events.AliasEvent):
-            raise yaml.YAMLError("aliases (*name) are not allowed in a recipe")
-        return super().compose_node(parent, index)
 
-    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if isinstance(key, list | dict | set):
-                raise yaml.YAMLError("a key must be a plain name")
-            if keys.count(key) > 1:
-                raise yaml.YAMLError(f"key '{key}' is given twice")
-        return super().construct_mapping(node, deep)
+def _check_keys(given: Mapping[Any, Any], method: object) -> None:
+    """Refuse the keys that neither a variant nor its method has."""
+    known = set(VariantSpec.model_fields) | _option_names(method)
+    for key in given:
+        if isinstance(key, str) and key not in known:
+            owners = [name for name in METHODS.names() if key in _option_names(name)]
+            foreign = f"it is an option of {', '.join(owners)}, and the method is {method}" if owners else ""
+            raise unknown_key(key, known, foreign)
 
 
 def _defaults_for(defaults: Mapping[str, Any], variant: Mapping[str, Any]) -> dict[str, Any]:
     """The defaults that apply to a variant: options of another method do not."""
-    method = variant.get("method", defaults.get("method", "gptq"))
-    if not isinstance(method, str):
-        return dict(defaults)
-    known = set(VariantSpec.model_fields) | set(METHODS.get(method).Options.model_fields)
+    known = set(VariantSpec.model_fields) | _option_names(_method_of(variant, defaults))
     return {key: value for key, value in defaults.items() if key in known}
 
 
-def _check_default_keys(defaults: Mapping[str, Any], variants: list[Any] | tuple[Any, ...]) -> None:
-    known = set(VariantSpec.model_fields) - {"name"}
-    for variant in variants:
-        method = variant.get("method", defaults.get("method", "gptq")) if isinstance(variant, Mapping) else None
-        if isinstance(method, str):
-            known |= set(METHODS.get(method).Options.model_fields)
+def _check_default_keys(defaults: Mapping[Any, Any], variants: Sequence[Any]) -> None:
+    """Refuse the defaults that no variant could take."""
+    methods = [_method_of(variant, defaults) for variant in variants if isinstance(variant, Mapping)]
+    known = (set(VariantSpec.model_fields) - {"name", "options"}).union(*map(_option_names, methods))
     for key in defaults:
         if key not in known:
             raise RecipeError(f"unknown key 'defaults.{key}'", did_you_mean(str(key), known))
 
 
-def _as_recipe_error(error: ValidationError, section: type[BaseModel], origin: str) -> RecipeError:
-    first = error.errors()[0]
-    path = _dotted(first["loc"])
-    if first["type"] == "extra_forbidden":
-        known = _keys_at(section, first["loc"][:-1])
-        return RecipeError(f"{origin}: unknown key '{path}'", did_you_mean(str(first["loc"][-1]), known))
-    if first["type"] == "missing":
-        return RecipeError(f"{origin}: key '{path}' is missing")
-    message = first["msg"].removeprefix("Value error, ")
-    where = f"{origin}: {path}: " if path else f"{origin}: "
-    if first["type"] == "literal_error" and isinstance(first["input"], str):
-        allowed = re.findall(r"'([^']*)'", str(first.get("ctx", {}).get("expected", "")))
-        return RecipeError(f"{where}'{first['input']}' is not allowed", did_you_mean(first["input"], allowed))
-    return RecipeError(f"{where}{message}")
-
-
-def _dotted(location: tuple[int | str, ...]) -> str:
-    text = ""
-    for part in location:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
-    return text
-
-
-def _keys_at(section: type[BaseModel], location: tuple[int | str, ...]) -> set[str]:
-    """The keys allowed at a location of a recipe, for the remedy."""
-    current: type[BaseModel] = section
-    known = set(current.model_fields)
-    for part in location:
-        if isinstance(part, int):
-            continue
-        field = current.model_fields.get(part)
-        models = [] if field is None else _models_in(field.annotation)
-        if models:
-            current = models[0]
-            known = set(current.model_fields)
-    if current is VariantSpec:
-        known |= {key for method in METHODS for key in method.Options.model_fields}
-    return known
-
-
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [model for part in getattr(annotation, "__args__", ()) for model in _models_in(part)]
+def _method_of(variant: Mapping[str, Any], defaults: Mapping[str, Any]) -> object:
+    return variant.get("method", defaults.get("method", DEFAULT_METHOD))

@@ -9,8 +9,9 @@ from pathlib import Path
 from quantkit import calibration, source
 from quantkit.artifacts import check_writable
 from quantkit.methods import METHODS
+from quantkit.pipeline import job_of
 from quantkit.progress import Observer
-from quantkit.quantize import Job, quantize
+from quantkit.quantize import quantize
 from quantkit.recipe import CalibrationSpec, ModelSpec, VariantSpec
 
 
@@ -24,14 +25,13 @@ def quantize_one(model: ModelSpec, variant: VariantSpec, spec: CalibrationSpec, 
     with tempfile.TemporaryDirectory(prefix=".quantkit-", dir=_existing_parent(out)) as scratch:
         observer.stage(f"source: {model.source}")
         found = source.resolve(model, Path(scratch))
-        rows, sha256 = [], None
+        calibrated = None
         if METHODS.get(variant.method).needs:
             observer.stage(f"calibration: {spec.dataset}")
-            built = calibration.build(spec, found.folder, Path(scratch) / "calibration")
-            rows, sha256 = built.rows, built.sha256
+            trusted = model.trust_remote_code
+            calibrated = calibration.build(spec, found.folder, Path(scratch) / "calibration", trust_remote_code=trusted)
         observer.stage(f"quantize: {variant.method}")
-        facts = {"reference": found.reference, "relative_to": found.relative_to, **found.made_from()}
-        job = Job(found.folder, facts, found.dtype, rows, sha256, spec.inputs)
+        job = job_of(found, calibrated, spec.inputs, trust_remote_code=model.trust_remote_code)
         return quantize(job, variant, out, on_segment=partial(observer.progress, "block")).folder
 
 

@@ -101,7 +101,9 @@ def test_a_layer_survives_packing(scheme: IntScheme, dtype: torch.dtype) -> None
     assert set(tensors) == set(store.layer_suffixes(scheme))
     back = store.unpack(tensors, scheme)
     assert back.scheme == scheme
-    for ours, read in zip((weight.codes, weight.scales, weight.zeros), (back.codes, back.scales, back.zeros), strict=True):
+    for ours, read in zip(
+        (weight.codes, weight.scales, weight.zeros), (back.codes, back.scales, back.zeros), strict=True
+    ):
         torch.testing.assert_close(read, ours, rtol=0, atol=0)
 
 

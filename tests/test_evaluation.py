@@ -733,7 +733,7 @@ def test_a_gpu_reports_its_own_memory(checkpoint: Path, spec: EvaluationSpec) ->
     chosen = spec.model_copy(update={"device": "cuda", "metrics": ("memory", "speed")})
     result = evaluate(EvaluationJob(checkpoint, chosen), silent)
     memory = result["memory"]
-    assert memory["peak_kind"] == "CUDA allocated"
+    assert memory["peak_kind"] == "CUDA allocator"
     assert memory["weights_bytes"] < memory["peak_bytes"] < 1 << 30
     assert memory["process_bytes"] is None or memory["process_bytes"] > memory["weights_bytes"]
     assert result["speed"]["device"] == torch.cuda.get_device_name(0)

@@ -74,7 +74,7 @@ def test_damping_is_raised_until_the_factorization_succeeds(damping: float) -> N
 def test_statistics_that_are_not_finite_are_refused(value: float, place: tuple[int, int]) -> None:
     gram = gram_of(64, 16)
     gram[place] = gram[place[::-1]] = value
-    with pytest.raises(QuantizationError, match="cannot be factorized at any damping .*NaN or infinities"):
+    with pytest.raises(QuantizationError, match=r"cannot be factorized at any damping .*NaN or infinities"):
         inverse_factor(gram, 0.01)
 
 

@@ -141,7 +141,9 @@ def test_blocks_of_columns_join_without_a_seam(columns: int) -> None:
 @pytest.mark.parametrize("scheme", SCHEMES[::5], ids=names)
 def test_without_refinement_the_method_is_the_textbook_on_the_searched_grid(scheme: IntScheme, ordered: bool) -> None:
     given = case(scheme)
-    solution = solved(given.weight, given.gram, scheme, torch.float32, activation_order=ordered, refinements=0)
+    solution = solved(
+        given.weight, given.gram, scheme, torch.float32, damping=given.damping, activation_order=ordered, refinements=0
+    )
     grid = Grid(solution.weight.scales, solution.weight.zeros.float())
     order = given.gram.diagonal().argsort(descending=True) if ordered else torch.arange(COLUMNS)
     expected = textbook_codes(given.weight, given.hessian, grid, scheme, order)
@@ -156,7 +158,7 @@ def test_refitted_scales_solve_the_least_squares_problem(scheme: IntScheme) -> N
     found = refit_scales(given.hessian @ given.weight.T, steps, given.hessian, groups)
     root = torch.linalg.cholesky(given.hessian.double()).T  # H = rootᵀ root, so the error is |root (w - S s)|²
     for row in range(ROWS):
-        blocks = torch.block_diag(*steps[:, row].double().view(groups, -1, 1))
+        blocks = spread(torch.eye(groups), COLUMNS).double() * steps[:, row].double().unsqueeze(1)
         best = torch.linalg.lstsq(root @ blocks, (root @ given.weight[row].double()).unsqueeze(1)).solution
         torch.testing.assert_close(found[:, row].double(), best[:, 0], rtol=1e-3, atol=1e-5)
 
@@ -196,6 +198,23 @@ def test_descent_never_raises_the_error_and_ends_where_no_single_code_is_better(
     assert _best_single_move(given, steps) > -1e-4 * float(energy.min())
 
 
+@pytest.mark.parametrize("columns", [31, 32, 33, 96])
+@pytest.mark.parametrize("scheme", SCHEMES[1::6], ids=names)
+def test_a_sweep_of_descent_is_that_of_one_code_after_another(scheme: IntScheme, columns: int) -> None:
+    """Written out in float64; one row may differ, where float32 breaks a near tie the other way."""
+    scheme = IntScheme(scheme.bits, PER_CHANNEL, scheme.symmetric)
+    given = case(scheme, columns)
+    steps = given.rounded_steps()
+    expected, scales, hessian = steps.double(), given.scales.double(), given.hessian.double()
+    zeros = spread(given.grid.zeros, columns).double()
+    for column in range(columns):
+        pull = hessian[column] @ (given.weight.T.double() - expected * scales) / hessian[column, column]
+        wanted = (expected[column] + pull / scales[column]).round() + zeros[column]
+        expected[column] = wanted.clamp(0, scheme.levels - 1) - zeros[column]
+    descend(given.weight.T.contiguous(), steps, given.scales, given.limits, given.hessian)
+    assert int((steps != expected).any(0).sum()) <= 1
+
+
 def _best_single_move(given: Case, steps: torch.Tensor) -> float:
     """The change of the objective by the best move of any one code to any other, over all rows."""
     missing = (given.weight.T - steps * given.scales).double()
@@ -222,16 +241,16 @@ def test_refinement_never_raises_the_error_of_a_row(scheme: IntScheme, rounds: i
     torch.testing.assert_close(refined.error, checked.error, rtol=1e-4, atol=1e-12)
 
 
-def test_a_row_that_refinement_cannot_mend_is_left_alone_and_spoils_no_other() -> None:
-    """The scales of row 0 are refitted to NaN; the other rows must not notice."""
+def test_scales_that_cannot_be_refitted_stay_and_spoil_no_other_row() -> None:
+    """The scales of row 0 are refitted to NaN; it keeps those that it had, and the other rows must not notice."""
     given = case(IntScheme(4, 32))
     problem = given.problem()
     start = problem.attempt(given.rounded_steps(), given.grid.scales)
     expected = refine(problem, start, 1)
     problem.response[:, 0] = float("nan")
     found = refine(problem, start, 1)
-    torch.testing.assert_close(found.steps[:, 0], start.steps[:, 0], rtol=0, atol=0)
     torch.testing.assert_close(found.scales[0], start.scales[0], rtol=0, atol=0)
+    assert float(found.error[0]) <= float(start.error[0])
     torch.testing.assert_close(found.steps[:, 1:], expected.steps[:, 1:], rtol=0, atol=0)
 
 
@@ -296,6 +315,16 @@ def test_inputs_that_were_never_active_are_rounded_and_disturb_nothing(group_siz
     assert float(loss) < 0.02
 
 
+def test_inactive_inputs_beside_one_weak_active_one_are_not_clipped_to_its_range() -> None:
+    scheme, weight, gram = IntScheme(4, 32), random_weight(), correlated_gram()
+    dead = list(range(1, 32))
+    gram[dead] = gram[:, dead] = 0
+    weight[:, 0] *= 0.01
+    found = solved(weight, gram, scheme, torch.float16).weight.dequantize(torch.float32)
+    loss = (weight - found)[:, dead].square().sum() / weight[:, dead].square().sum()
+    assert float(loss) < 0.02
+
+
 @pytest.mark.parametrize("gram", [None, torch.zeros(COLUMNS, COLUMNS)], ids=["no token", "zeros"])
 def test_a_layer_without_any_input_is_rounded_to_nearest(gram: torch.Tensor | None) -> None:
     scheme, weight = IntScheme(4, 32, symmetric=False), random_weight()
@@ -321,7 +350,7 @@ def test_statistics_with_nan_are_refused() -> None:
 
 
 def test_a_scale_beyond_float16_is_refused_with_the_remedy() -> None:
-    with pytest.raises(QuantizationError, match="model.dtype to bfloat16 or float32"):
+    with pytest.raises(QuantizationError, match=r"model\.dtype to bfloat16 or float32"):
         solved(random_weight() * 1e8, correlated_gram(), IntScheme(4, 32), torch.float16)
 
 

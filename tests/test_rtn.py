@@ -132,6 +132,6 @@ def test_weights_of_zero_stay_zero(scheme: IntScheme, how: str) -> None:
 @pytest.mark.parametrize("scheme", SCHEMES, ids=names)
 def test_a_scale_beyond_float16_is_refused_with_the_remedy(scheme: IntScheme, how: str) -> None:
     weight = skewed_weight() * 1e9
-    with pytest.raises(QuantizationError, match="range of float16 .*model.dtype to bfloat16 or float32"):
+    with pytest.raises(QuantizationError, match=r"range of float16 .*model\.dtype to bfloat16 or float32"):
         rounded(weight, scheme, torch.float16, range=how)
     assert bool(rounded(weight, scheme, torch.bfloat16, range=how).weight.dequantize().isfinite().all())

@@ -45,7 +45,7 @@ def call_order(names: Sequence[str], runs: Iterable[list[list[str]]]) -> list[li
 
     An expert is called by some batches only, and what a batch leaves out does not show where it would have
     come. Such a group goes behind the one that was called before it, and there to the place that the order of
-    definition gives it. A layer that no run shows goes by the order of definition alone, by itself.
+    definition gives it. A layer that no run shows goes by itself, behind its neighbour in the order of definition.
 
     Args:
         names: all layers in the order of their definition.
@@ -70,8 +70,9 @@ def call_order(names: Sequence[str], runs: Iterable[list[list[str]]]) -> list[li
         if not missing:
             break
     for name in (name for name in names if name in missing):
-        before = [index for index, group in enumerate(order) if rank[group[0]] < rank[name]]
-        order.insert(1 + max(before, default=-1), [name])
+        before = [group for group in order if rank[group[0]] < rank[name]]
+        nearest = max(before, key=lambda group: rank[group[0]], default=None)
+        order.insert(0 if nearest is None else 1 + order.index(nearest), [name])
     return order
 
 

@@ -9,7 +9,9 @@ full float32, from the weights as they are in the checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -23,3 +25,21 @@ def pass_dtype(device: torch.device, checkpoint: torch.dtype) -> torch.dtype:
         return checkpoint if checkpoint in (torch.float16, torch.bfloat16) else torch.bfloat16
     has_onednn: Callable[[], bool] = torch.backends.mkldnn.is_available
     return torch.bfloat16 if torch.cpu._is_amx_tile_supported() and has_onednn() else torch.float32
+
+
+@contextmanager
+def bfloat16_products(inputs: torch.Tensor) -> Iterator[None]:
+    """Inside the block, products of float32 CPU matrices may round their inputs to bfloat16, if ``inputs`` are that.
+
+    A plain product of bfloat16 matrices rounds its result to bfloat16 too, which can make a Gram matrix
+    indefinite; this way the result is float32. The setting is put back as it was.
+    """
+    backend: Any = torch.backends.mkldnn  # its settings are not in its type hints
+    settings = backend.matmul
+    before = settings.fp32_precision
+    if inputs.device.type == "cpu" and inputs.dtype == torch.bfloat16:
+        settings.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before

@@ -178,8 +178,9 @@ def empty_model(folder: Path, trust_remote_code: bool = False) -> PreTrainedMode
     """The model of a folder's ``config.json``, its large tensors on meta and its small ones computed.
 
     Raises:
-        SourceError: transformers does not know the architecture.
+        SourceError: there is no ``config.json``, or transformers cannot build a causal language model of it.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
@@ -188,7 +189,7 @@ def empty_model(folder: Path, trust_remote_code: bool = False) -> PreTrainedMode
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 config, dtype=torch.float32, trust_remote_code=trust_remote_code, attn_implementation="sdpa"
             )
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, TypeError, KeyError, ImportError, StrictDataclassError) as error:
         raise SourceError(
             f"transformers cannot build the model of {folder / 'config.json'}: {error}",
             "check that it is a decoder-only language model that the installed transformers knows",

@@ -7,6 +7,7 @@ from collections.abc import Set
 import torch
 
 from quantkit.engine.batches import Batch
+from quantkit.engine.precision import bfloat16_products
 from quantkit.methods.base import InputStatistics, Statistic
 
 TILES = 3
@@ -54,17 +55,17 @@ class Gatherer:
 def add_gram(total: torch.Tensor, inputs: torch.Tensor) -> None:
     """Add ``XᵀX`` to the upper triangle of ``total``; what lies below it is left undefined.
 
-    On CPU bfloat16 inputs are multiplied as they are, and the product of a batch rounded to bfloat16
-    before it is added in float32: 2⁻⁹ relative, a tenth of the sampling error of a batch of 2048 tokens.
+    The sums are float32 whatever the inputs are. On CPU only the tiles of the upper triangle are multiplied,
+    and inputs that are bfloat16 go through the processor's bfloat16 units without being rounded again.
 
     Args:
         total: float32 ``[in_features, in_features]``.
         inputs: ``[tokens, in_features]``.
     """
-    if inputs.device.type != "cpu":
-        inputs = inputs.float()
     columns = inputs.shape[1]
-    tile = -(-columns // TILES)
-    for start in range(0, columns, tile):
-        stop = min(start + tile, columns)
-        total[start:stop, start:].add_(inputs[:, start:stop].T @ inputs[:, start:])
+    with bfloat16_products(inputs):
+        inputs = inputs.float()
+        tile = -(-columns // TILES) if inputs.device.type == "cpu" else columns
+        for start in range(0, columns, tile):
+            stop = min(start + tile, columns)
+            total[start:stop, start:].addmm_(inputs[:, start:stop].T, inputs[:, start:])

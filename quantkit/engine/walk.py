@@ -141,6 +141,9 @@ class Walk:
 
     def _calibrate(self, segment: Segment, last: bool) -> None:
         """Solve a segment before which every pass stands, and bring them to the next."""
+        if isinstance(segment.module, nn.Linear):
+            self._calibrate_linear(segment, last)
+            return
         groups = self._groups(segment)
         if self.settings.feed == "float":
             with self._gathering(groups, pausing=False):
@@ -155,6 +158,16 @@ class Walk:
             if not last:
                 self._advance()
 
+    def _calibrate_linear(self, segment: Segment, last: bool) -> None:
+        """Solve a segment that is one layer, as the head is: what the passes stand before it with is its input."""
+        for name, module in self._wanted(segment).items():
+            group = _Group({name: module}, Gatherer(self._needs()))
+            for each in self._passes:
+                group.gatherer.add(_standing(each, segment).args[0], each.batch)
+            self._solve(group)
+        if not last:
+            self._advance()
+
     def _solve_uncalibrated(self, segment: Segment) -> None:
         for name, module in self._wanted(segment).items():
             self._solve(_Group({name: module}, Gatherer(frozenset())))
@@ -162,7 +175,8 @@ class Walk:
     def _groups(self, segment: Segment) -> list[_Group]:
         """The groups of a segment in the order of their calls, found by trying batches until all layers were seen."""
         wanted = self._wanted(segment)
-        runs = (shared_inputs(wanted, partial(self._try, segment, each)) for each in self._passes)
+        smallest_first = sorted(self._passes, key=lambda each: each.batch.token_ids.numel())
+        runs = (shared_inputs(wanted, partial(self._try, segment, each)) for each in smallest_first)
         order = call_order(list(wanted), runs) if wanted else []
         return [_Group({name: wanted[name] for name in names}, Gatherer(self._needs())) for names in order]
 
@@ -172,10 +186,9 @@ class Walk:
 
     def _try(self, segment: Segment, each: Pass) -> None:
         """Run a segment with the arguments of a pass that stands before it, which stays where it is."""
-        if not isinstance(each.place, AtSegment):
-            raise RuntimeError(f"a pass stands at {each.place}, not before {segment.prefix}")
+        place = _standing(each, segment)
         with suppress(_Enough):
-            segment.module(*each.place.args, **each.place.kwargs)
+            segment.module(*place.args, **place.kwargs)
 
     @contextmanager
     def _gathering(self, groups: Sequence[_Group], pausing: bool) -> Iterator[None]:
@@ -228,6 +241,13 @@ class Walk:
         """The weight of a layer as it is in the checkpoint, in float32 whatever the passes compute in."""
         stored = self.skeleton.stored_name(f"{name}.weight", self.reader)
         return self.reader.read(stored).to(self.settings.device, torch.float32)
+
+
+def _standing(each: Pass, segment: Segment) -> AtSegment:
+    """Where a pass stands, with the arguments that it would call the segment with."""
+    if not isinstance(each.place, AtSegment):
+        raise RuntimeError(f"a pass stands at {each.place}, not before {segment.prefix}")
+    return each.place
 
 
 def _pause_before(index: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:

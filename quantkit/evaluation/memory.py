@@ -66,7 +66,7 @@ class MemoryWatch:
             "weights_bytes": self._loaded,
             "weights_bytes_running": resident_bytes(model),
             "peak_bytes": _peak_bytes(self._device),
-            "peak_kind": "CUDA allocated" if self._device.type == "cuda" else "RSS",
+            "peak_kind": "CUDA allocator" if self._device.type == "cuda" else "RSS",
             "baseline_bytes": self._baseline,
             "device": device_name(self._device),
         }

@@ -3,6 +3,11 @@
 Codes lie as one dense stream of bits per row, least significant bit first, in int32 words; a row ends on a
 whole word. Zero points are packed the same way along the output rows. The layout is that of the
 ``pack-quantized`` compressor of the compressed-tensors package (https://github.com/vllm-project/compressed-tensors).
+For 3 bits that is so from version 0.18 on; earlier ones put ten codes in a word and leave two bits of it empty.
+
+Scales of a symmetric scheme may be negative, see :func:`quantkit.numerics.grids.search_grid`; the package decompresses
+them exactly. vLLM's Marlin kernel misreads them in its opt-in mode with int8 activations
+(https://github.com/vllm-project/vllm/issues/48905).
 """
 
 from __future__ import annotations

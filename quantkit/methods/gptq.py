@@ -29,12 +29,16 @@ class GptqOptions(MethodOptions):
             so the file needs no ``g_idx``.
         search: ranges tried per group for its scale; 1 takes the full range.
         refinements: rounds of refitting the scales and descending over the codes after the solve.
+        negative_scales: let a symmetric grid, which reaches one step further on one side, turn that side to the
+            weight of largest magnitude. Runtimes that decode to 16 bits take it; turn it off for kernels that
+            quantize activations to 8 bits as well (vLLM's opt-in W4A8 reads scales as unsigned).
     """
 
-    damping: Annotated[float, Field(gt=0, le=10)] = 0.01
+    damping: Annotated[float, Field(gt=0, le=10)] = 0.03
     activation_order: bool = True
     search: Annotated[int, Field(ge=1, le=200)] = 8
     refinements: Annotated[int, Field(ge=0, le=20)] = 1
+    negative_scales: bool = True
 
 
 @METHODS.register
@@ -64,7 +68,10 @@ class Gptq(Method):
         order = gram.diagonal().argsort(descending=True, stable=True) if self.options.activation_order else None
         factor, used = inverse_factor(gram if order is None else gram[order][:, order], self.options.damping)
         hessian, columns = damped(gram, used), weight.T.contiguous()
-        grid = search_grid(weight, hessian.diagonal(), scheme, scale_dtype, self.options.search)
+        options = self.options
+        grid = search_grid(
+            weight, hessian.diagonal(), scheme, scale_dtype, options.search, negative_scales=options.negative_scales
+        )
         problem = Problem(columns, gram, hessian, hessian @ columns, Limits.of(grid, scheme, weight.shape[1]))
         steps = _solve(problem, factor, order, spread(grid.scales.float(), weight.shape[1]))
         solved = problem.attempt(steps, grid.scales)

@@ -18,9 +18,11 @@ class RtnOptions(MethodOptions):
     Attributes:
         range: ``minmax`` spans the whole range of a group, ``search`` looks for the range of least square
             error, which clips.
+        negative_scales: with ``search``, see :class:`quantkit.methods.gptq.GptqOptions`.
     """
 
     range: Literal["minmax", "search"] = "minmax"
+    negative_scales: bool = True
 
 
 @METHODS.register
@@ -41,7 +43,8 @@ class Rtn(Method):
         from quantkit.numerics.refine import row_errors
 
         if self.options.range == "search":
-            grid = search_grid(weight, None, scheme, scale_dtype, candidates=24)
+            turned = self.options.negative_scales
+            grid = search_grid(weight, None, scheme, scale_dtype, candidates=24, negative_scales=turned)
         else:
             grid = range_grid(weight, scheme, scale_dtype)
         found = quantized(encode(weight, grid, scheme), grid, scheme)

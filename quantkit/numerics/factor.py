@@ -27,7 +27,7 @@ def damped(gram: torch.Tensor, damping: float) -> torch.Tensor:
 def inverse_factor(gram: torch.Tensor, damping: float) -> tuple[torch.Tensor, float]:
     """The upper Cholesky factor of the inverse of the damped Gram matrix.
 
-    Where the factorization fails the damping is raised tenfold and tried again.
+    Where the factorization fails the damping is doubled and tried again.
 
     Args:
         gram: float32 ``[in_features, in_features]``, symmetric.
@@ -49,7 +49,7 @@ def inverse_factor(gram: torch.Tensor, damping: float) -> tuple[torch.Tensor, fl
             factor = torch.linalg.solve_triangular(upper, identity, upper=True)
             if decide(factor.isfinite().all()):
                 return factor, tried
-        tried = max(tried * 10, 1e-4)
+        tried = max(tried * 2, 1e-4)
     raise QuantizationError(
         "the statistics of a layer's inputs cannot be factorized at any damping",
         "they hold NaN or infinities: check the model and the calibration texts",

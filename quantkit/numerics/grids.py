@@ -16,8 +16,8 @@ from quantkit.errors import QuantizationError
 from quantkit.numerics.host import decide
 from quantkit.schemes import IntScheme, QuantizedWeight
 
-SEARCH_CHUNK = 1 << 16
-"""Weights searched at a time: what fits the cache of one core, so that the passes stay cheap."""
+SEARCH_CHUNK = 1 << 18
+"""Weights searched at a time: few enough for the caches, enough that threads seldom wait for each other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,7 @@ def held(grid: Grid, scheme: IntScheme) -> Grid:
     if not decide((reach <= largest).all()):
         name = str(grid.scales.dtype).removeprefix("torch.")
         raise QuantizationError(
-            f"a weight is not finite or needs a scale beyond the range of {name} (largest value {largest:.4g})",
+            f"a weight is not finite or needs a scale beyond the range of {name} (its largest value is {largest:g})",
             "set model.dtype to bfloat16 or float32, whose scales reach further" if name == "float16" else "",
         )
     return grid
@@ -148,6 +148,8 @@ def search_grid(
     scheme: IntScheme,
     scale_dtype: torch.dtype,
     candidates: int,
+    *,
+    negative_scales: bool = True,
 ) -> Grid:
     """The grid of least weighted square error among shrunken ranges, each with its best scale.
 
@@ -162,6 +164,8 @@ def search_grid(
         scheme: the grid.
         scale_dtype: dtype in which scales are stored.
         candidates: ranges tried per group.
+        negative_scales: whether a symmetric grid may be turned over, so that the side on which it reaches one step
+            further is that of the weight of largest magnitude.
 
     Raises:
         QuantizationError: the grid reaches beyond what ``scale_dtype`` holds.
@@ -173,7 +177,7 @@ def search_grid(
     heights = torch.where(heights.amax(-1, keepdim=True) > 0, heights, 1.0)
     step = max(1, SEARCH_CHUNK // columns) if weight.device.type == "cpu" else rows
     parts = [
-        _search(grouped(weight[start : start + step], scheme), heights, scheme, candidates)
+        _search(grouped(weight[start : start + step], scheme), heights, scheme, candidates, negative_scales)
         for start in range(0, rows, step)
     ]
     scales = stored(torch.cat([scales for scales, _ in parts]), scale_dtype)
@@ -181,13 +185,13 @@ def search_grid(
 
 
 def _search(
-    parts: torch.Tensor, heights: torch.Tensor, scheme: IntScheme, candidates: int
+    parts: torch.Tensor, heights: torch.Tensor, scheme: IntScheme, candidates: int, negative_scales: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     weighted = parts * heights
     best_gain = torch.full(parts.shape[:2], -1.0, device=parts.device)
     best_scale = torch.zeros_like(best_gain)
     best_zero = torch.full_like(best_gain, scheme.zero)
-    for scale, zero in _candidates(parts, scheme, candidates):
+    for scale, zero in _candidates(parts, scheme, candidates, negative_scales):
         codes = (parts * (1 / scale).unsqueeze(-1)).round_()
         codes = codes.clamp_((-zero).unsqueeze(-1), (scheme.levels - 1 - zero).unsqueeze(-1))
         along = (weighted * codes).sum(-1)
@@ -201,18 +205,20 @@ def _search(
     return best_scale, best_zero
 
 
-def _candidates(parts: torch.Tensor, scheme: IntScheme, count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def _candidates(
+    parts: torch.Tensor, scheme: IntScheme, count: int, negative_scales: bool
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Scales and zeros of ranges from the full one down; narrower for fewer bits, which clip more."""
     narrowest = {2: 0.45, 3: 0.6, 4: 0.7, 8: 0.96}[scheme.bits]
     shrinks = [1 - (1 - narrowest) * index / max(1, count - 1) for index in range(count)]
     tiny = 4 * torch.finfo(torch.float32).tiny  # the narrowest candidate is then a normal number still
     if scheme.symmetric:
-        # The grid reaches one step further down than up, so the sign of the scale is turned to let the
-        # weight of largest magnitude have that step.
         low, high = parts.amin(-1), parts.amax(-1)
-        extreme = torch.where(-low >= high, low, high)
         zero = torch.full_like(low, scheme.zero)
-        full = -extreme / scheme.zero
+        if negative_scales:
+            full = -torch.where(-low >= high, low, high) / scheme.zero
+        else:
+            full = torch.maximum(-low / scheme.zero, high / (scheme.zero - 1))
         full = torch.where(full.abs() < tiny, tiny, full)
         return [(full * shrink, zero) for shrink in shrinks]
     low = parts.amin(-1).clamp_(max=0)

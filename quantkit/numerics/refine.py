@@ -66,8 +66,8 @@ def refine(problem: Problem, solved: Attempt, rounds: int) -> Attempt:
     steps, scales = solved.steps.clone(), solved.scales
     for _ in range(rounds):
         refitted = refit_scales(problem.response, steps, problem.hessian, groups).T
-        # A group without a step leaves its scale undetermined: it keeps the one that it has.
-        scales = torch.where(refitted == 0, scales, stored(refitted, scales.dtype))
+        # A group without a step leaves its scale undetermined, and no scale may turn its sign: then the old one stays.
+        scales = torch.where(refitted * scales > 0, stored(refitted, scales.dtype), scales)
         descend(problem.weight, steps, spread(scales.float(), columns), problem.limits, problem.hessian)
     found = problem.attempt(steps, scales)
     better = found.error < solved.error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -79,8 +80,6 @@ def _check_groups(variant: str, name: str, module: nn.Linear, scheme: IntScheme)
 
 
 def _check_patterns(variant: VariantSpec, names: list[str]) -> None:
-    import re
-
     for pattern in variant.overrides:
         if not any(re.search(pattern, name) for name in names):
             raise SchemeError(
@@ -93,7 +92,7 @@ def paused_bytes(skeleton: Skeleton, tokens: int, dtype: torch.dtype) -> int:
     widest = max(
         (module.in_features for module in skeleton.model.modules() if isinstance(module, nn.Linear)), default=0
     )
-    hidden = skeleton.model.get_input_embeddings().weight.shape[1]
+    hidden: int = skeleton.model.get_input_embeddings().weight.shape[1]
     # At down_proj a block holds the gate, its activation and the product, and the residual stream twice.
     return tokens * (3 * widest + 2 * hidden) * dtype.itemsize
 

@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 
-from quantkit.artifacts import translated_os_errors
+from quantkit.checkpoint import CheckpointReader, ShardWriter
 from quantkit.engine.tasks import LayerResult
 from quantkit.formats.base import Format
 from quantkit.numerics.host import number
@@ -32,10 +30,10 @@ class _Facts:
 
 
 class Spool:
-    """Packs the layers of a variant and keeps them in one file a segment.
+    """Packs the layers of a variant and keeps them in a checkpoint of their own for each segment.
 
     Args:
-        folder: where the files go.
+        folder: where these checkpoints go.
         store: the format that packs them.
     """
 
@@ -43,7 +41,7 @@ class Spool:
         self._folder = folder
         self._store = store
         self._waiting: dict[str, torch.Tensor] = {}
-        self._files: dict[str, Path] = {}
+        self._readers: dict[str, CheckpointReader] = {}
         self._digests: dict[str, str] = {}
         self._facts: list[_Facts] = []
         self.stored_bytes = 0
@@ -59,24 +57,29 @@ class Spool:
         self._facts.append(_Facts(result.name, scheme, result.tokens, result.error_before, result.error, result.notes))
 
     def segment_done(self, prefix: str) -> None:
-        """Write what was packed since the last segment."""
+        """Write what was packed since the last segment.
+
+        Raises:
+            OutputError: the folder cannot be written, the disk is full.
+        """
         if not self._waiting:
             return
-        path = self._folder / f"{prefix}.safetensors"
-        with translated_os_errors(path):
-            save_file(self._waiting, path)
-        self._files.update(dict.fromkeys(self._waiting, path))
+        folder = self._folder / prefix
+        with ShardWriter(folder) as writer:
+            for name, tensor in self._waiting.items():
+                writer.declare(name, tensor.dtype, tuple(tensor.shape))
+            for name, tensor in self._waiting.items():
+                writer.write(name, tensor)
+        self._readers.update(dict.fromkeys(self._waiting, CheckpointReader(folder)))
         self._waiting = {}
 
     def names(self) -> list[str]:
         """Names of all packed tensors, in the order in which they were solved."""
-        return list(self._files)
+        return list(self._readers)
 
     def read(self, name: str) -> torch.Tensor:
         """A packed tensor."""
-        with safe_open(self._files[name], "pt") as file:
-            tensor: torch.Tensor = file.get_tensor(name)
-            return tensor.clone()
+        return self._readers[name].read(name)
 
     def digests(self) -> Mapping[str, str]:
         """Layer name to the hash of what the method returned for it, see :func:`digest`."""

@@ -7,7 +7,6 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -26,7 +25,7 @@ from quantkit.engine.walk import Feed, Walk, WalkSettings
 from quantkit.errors import QuantizationError
 from quantkit.formats import FORMATS
 from quantkit.methods import METHODS
-from quantkit.quantize.export import write_checkpoint, write_manifest
+from quantkit.quantize.export import Origin, is_whole, write_checkpoint, write_manifest
 from quantkit.quantize.plan import Layers, choose_strategy, plan_layers
 from quantkit.quantize.spool import Spool
 from quantkit.recipe import VariantSpec
@@ -90,6 +89,12 @@ def made_from(job: Job, variant: VariantSpec) -> dict[str, Any]:
     }
 
 
+def finished_variant(out: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
+    """The ``stage.json`` of a whole variant in ``out`` made from exactly ``identity``, or None."""
+    finished = read_stage(out, STAGE, identity)
+    return finished if finished is not None and is_whole(out) else None
+
+
 def quantize(
     job: Job,
     variant: VariantSpec,
@@ -107,20 +112,20 @@ def quantize(
     """
     check_writable(out)
     identity = made_from(job, variant)
-    finished = read_stage(out, STAGE, identity)
+    finished = finished_variant(out, identity)
     if finished is not None:
         return Quantized(out, finished["facts"], reused=True)
     started = time.perf_counter()
-    with ExitStack() as cleanup:
-        skeleton = Skeleton(job.source, job.trust_remote_code)
-        layers = plan_layers(skeleton, variant)
-        folder = cleanup.enter_context(new_folder(out))
+    skeleton = Skeleton(job.source, job.trust_remote_code)
+    layers = plan_layers(skeleton, variant)
+    with new_folder(out) as folder:
         with translated_os_errors(out):
             spool_folder = Path(tempfile.mkdtemp(dir=folder, prefix=".spool-"))
         store = FORMATS.get(variant.format)()
         spool = Spool(spool_folder, store)
         strategy = _walk(job, variant, skeleton, layers, spool, on_segment)
-        write_checkpoint(job.source, spool, store, layers.schemes, folder)
+        origin = Origin(job.source, skeleton.head.prefix if skeleton.head else None, job.trust_remote_code)
+        write_checkpoint(origin, spool, store, layers.schemes, folder)
         shutil.rmtree(spool_folder)
         facts = _facts(layers, spool, time.perf_counter() - started, strategy)
         _write_records(folder, job, variant, identity, facts)

@@ -1,0 +1,45 @@
+"""YAML as recipes are written in: without aliases and without repeated keys."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+from quantkit.errors import RecipeError
+
+
+def parse_mapping(text: str, origin: str) -> dict[str, Any]:
+    """The mapping that ``text`` stands for.
+
+    Raises:
+        RecipeError: it is not YAML, not a mapping, or uses what recipes do not need.
+    """
+    try:
+        # ValueError: the safe loader passes on what Python says of a date or a number that cannot be.
+        content = yaml.load(text, Loader=_StrictLoader)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise RecipeError(f"{origin} is not valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise RecipeError(f"{origin} is not a mapping of keys to values", "start with 'name:' and 'model:'")
+    return content
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML without aliases (a few lines could unfold to gigabytes) and without repeated keys."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.events.AliasEvent):
+            raise yaml.YAMLError("aliases (*name) are not allowed in a recipe")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, list | dict | set):
+                raise yaml.YAMLError("a key must be a plain name")
+            if key in seen:
+                raise yaml.YAMLError(f"key '{key}' is given twice")
+            seen.add(key)
+        return super().construct_mapping(node, deep)

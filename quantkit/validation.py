@@ -1,0 +1,115 @@
+"""Validation of the sections of a recipe, with the first mistake on one line.
+
+A validator may raise a :class:`QuantkitError` inside ``located()``, which gives it the path of its key and
+keeps its remedy apart from what is wrong.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+from quantkit.errors import QuantkitError, RecipeError, did_you_mean
+
+S = TypeVar("S", bound=BaseModel)
+
+_MISTAKE = "quantkit_mistake"
+_UNKNOWN_KEY = "quantkit_unknown_key"
+_LONGEST_INPUT = 60
+_PLAIN = {
+    "model_type": "must be a mapping of keys to values",
+    "dict_type": "must be a mapping of keys to values",
+    "tuple_type": "must be a list",
+    "string_type": "must be text",
+    "string_pattern_mismatch": "must be letters, digits, '.', '_' and '-', and begin with a letter or a digit",
+    "invalid_key": "a key must be text",
+    "too_short": "must not be empty",
+}
+"""Plainer words for some of pydantic's messages, by type."""
+
+
+def parse_section(section: type[S], given: Mapping[str, Any], origin: str) -> S:
+    """Validate ``given`` as a section; the first mistake becomes one line.
+
+    Raises:
+        RecipeError: with the path of the key, what is allowed, and the nearest match.
+    """
+    try:
+        return section.model_validate(dict(given))
+    except ValidationError as error:
+        raise _as_recipe_error(error.errors()[0], section, origin) from error
+    except QuantkitError as error:
+        raise RecipeError(f"{origin}: {error.problem}", error.remedy) from error
+
+
+@contextmanager
+def located() -> Iterator[None]:
+    """Inside a validator: what quantkit raises on purpose becomes a mistake at the place of the validator."""
+    try:
+        yield
+    except QuantkitError as error:
+        facts = {"problem": error.problem, "remedy": error.remedy}
+        raise PydanticCustomError(_MISTAKE, "{problem}", facts) from error
+
+
+def unknown_key(key: str, known: Iterable[str], remedy: str = "") -> PydanticCustomError:
+    """The mistake of a key that the validated mapping does not have; the remedy lists those that it has."""
+    return PydanticCustomError(
+        _UNKNOWN_KEY, "unknown key '{key}'", {"key": key, "remedy": remedy or did_you_mean(key, known)}
+    )
+
+
+def _as_recipe_error(first: ErrorDetails, section: type[BaseModel], origin: str) -> RecipeError:
+    kind, location, context = first["type"], first["loc"], first.get("ctx", {})
+    path = _dotted(location)
+    where = f"{origin}: {path}: " if path else f"{origin}: "
+    if kind == _UNKNOWN_KEY:
+        return RecipeError(f"{origin}: unknown key '{_dotted((*location, context['key']))}'", context["remedy"])
+    if kind == _MISTAKE:
+        return RecipeError(f"{where}{context['problem']}", context["remedy"])
+    if kind == "extra_forbidden":
+        known = _keys_at(section, location[:-1])
+        return RecipeError(f"{origin}: unknown key '{path}'", did_you_mean(str(location[-1]), known))
+    if kind == "missing":
+        return RecipeError(f"{origin}: key '{path}' is missing")
+    if kind == "literal_error" and isinstance(first["input"], str):
+        allowed = re.findall(r"'([^']*)'", str(context.get("expected", "")))
+        return RecipeError(f"{where}'{first['input']}' is not allowed", did_you_mean(first["input"], allowed))
+    if kind == "value_error":
+        return RecipeError(f"{where}{first['msg'].removeprefix('Value error, ')}")
+    message = _PLAIN.get(kind, first["msg"].replace("Input should ", "must "))
+    return RecipeError(f"{where}{message}, not {_shown(first['input'])}")
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _LONGEST_INPUT else f"{text[:_LONGEST_INPUT]}..."
+
+
+def _dotted(location: Iterable[int | str]) -> str:
+    text = ""
+    for part in location:
+        if part != "[key]":  # pydantic's mark for a mapping's key where its value would stand otherwise
+            text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
+    return text
+
+
+def _keys_at(section: type[BaseModel], location: Iterable[int | str]) -> set[str]:
+    """The keys allowed at a location of a recipe, for the remedy."""
+    current: type[BaseModel] = section
+    for part in location:
+        field = None if isinstance(part, int) else current.model_fields.get(part)
+        models = [] if field is None else _models_in(field.annotation)
+        current = models[0] if models else current
+    return set(current.model_fields)
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in getattr(annotation, "__args__", ()) for model in _models_in(part)]

@@ -1,0 +1,195 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from quantkit import evaluation
+from quantkit.cli import app
+from quantkit.methods import METHODS
+from tests.runs import hidden_names, recipe_data, score_here, write_recipe, write_records
+from tests.tiny import make_model
+
+COMMANDS = ["run", "validate", "plan", "quantize", "evaluate", "methods", "formats", "report"]
+MAIN = [sys.executable, "-c", "from quantkit.cli import main; main()"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("models") / "llama")
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_records(tmp_path_factory.mktemp("data") / "instructions.jsonl")
+
+
+@pytest.fixture(scope="module")
+def recipe(model: Path, records: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    variants = [{"name": "rtn", "method": "rtn"}, {"name": "misfit", "method": "rtn", "group_size": 128}]
+    data = recipe_data(model, records, folder / "run", variants, gates=["kl_divergence.mean <= 100"])
+    return write_recipe(folder / "demo.yaml", data)
+
+
+@pytest.fixture(scope="module")
+def run(recipe: Path) -> subprocess.CompletedProcess[str]:
+    """The recipe, run by the command itself."""
+    return subprocess.run([*MAIN, "run", str(recipe)], capture_output=True, text=True, check=False)
+
+
+def invoke(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_a_run_prints_its_table_and_exits_with_one_if_a_variant_failed(
+    run: subprocess.CompletedProcess[str], recipe: Path
+) -> None:
+    assert run.returncode == 1, run.stderr
+    assert "rtn" in run.stdout
+    assert "gate passed: rtn: kl_divergence.mean <= 100" in run.stdout
+    assert "gate FAILED: misfit: kl_divergence.mean <= 100" in run.stdout
+    assert run.stdout.rstrip().endswith(f"report: {recipe.parent / 'run' / 'report.html'}")
+    assert "quantize: rtn ..." in run.stderr
+    assert "misfit failed: misfit: model.layers.0.self_attn.q_proj: group_size 128" in run.stderr
+    assert "Traceback" not in run.stderr
+    assert hidden_names(recipe.parent) == []
+
+
+def test_a_report_is_rendered_again_where_it_is_wanted(
+    run: subprocess.CompletedProcess[str], recipe: Path, tmp_path: Path
+) -> None:
+    done = invoke("report", recipe.parent / "run", "--out", tmp_path / "again")
+    assert done.exit_code == 0, done.output
+    written = {Path(line).name for line in done.stdout.splitlines()}
+    assert {"report.json", "report.html", "report.md"} <= written
+    assert {path.name for path in (tmp_path / "again").iterdir()} == written
+    assert (tmp_path / "again" / "report.json").read_text() == (recipe.parent / "run" / "report.json").read_text()
+
+
+def test_a_report_of_an_older_shape_is_rendered_too(
+    run: subprocess.CompletedProcess[str], recipe: Path, tmp_path: Path
+) -> None:
+    content = json.loads((recipe.parent / "run" / "report.json").read_text())
+    del content["recipe"]["report"]
+    (tmp_path / "report.json").write_text(json.dumps(content))
+    assert invoke("report", tmp_path).exit_code == 0
+    assert (tmp_path / "report.html").exists()
+
+
+def test_a_plan_is_a_table_or_json(run: subprocess.CompletedProcess[str], model: Path, records: Path) -> None:
+    folder = Path(run.args[-1]).parent
+    data = recipe_data(model, records, folder / "run", [{"name": "rtn", "method": "rtn"}, {"name": "new"}])
+    path = write_recipe(folder / "plan.yaml", data)
+    table = invoke("plan", path)
+    assert table.exit_code == 0, table.output
+    assert "14 of 15 linear layers" in table.stdout
+    assert "12 records, 48 tokens each at most" in table.stdout
+    found = json.loads(invoke("plan", path, "--json").stdout)
+    assert [variant["state"] for variant in found["variants"]] == ["finished", "to do"]
+    assert found["source"]["dtype"] == "float32"
+
+
+def test_validate_says_what_the_recipe_is(recipe: Path) -> None:
+    done = invoke("validate", recipe)
+    assert done.exit_code == 0
+    assert f"{recipe} is valid: 2 variants of" in done.stdout
+
+
+def test_quantize_writes_a_checkpoint_and_says_where(model: Path, tmp_path: Path) -> None:
+    done = invoke("quantize", model, "--out", tmp_path / "out", "--method", "rtn", "--group-size", 32, "--asymmetric")
+    assert done.exit_code == 0, done.output
+    assert done.stdout == f"checkpoint: {tmp_path / 'out'}\n"
+    made_from = json.loads((tmp_path / "out" / "stage.json").read_text())["made_from"]
+    assert made_from["variant"]["symmetric"] is False
+
+
+def test_quantize_calibrates_on_a_file_of_records(model: Path, records: Path, tmp_path: Path) -> None:
+    options = ["--calibration", records, "--samples", 4, "--max-length", 32, "--group-size", 32, "--bits", 8]
+    done = invoke("quantize", model, "-o", tmp_path / "out", *options)
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_evaluate_prints_json(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation, "run_job", score_here)
+    done = invoke("evaluate", model, "--text", "prose", "--context-length", 32, "--max-tokens", 64)
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["metrics"]["perplexity"]["prose"] > 1
+
+
+def test_methods_and_formats_are_listed_with_their_options() -> None:
+    methods = invoke("methods").stdout
+    for method in METHODS:
+        assert f"{method.name}: {method.summary}" in methods
+        for option in method.Options.model_fields:
+            assert f"    {option} = " in methods
+    assert "compressed-tensors: " in invoke("formats").stdout
+    assert "vllm" in invoke("formats").stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command: str) -> None:
+    done = invoke(command, "--help")
+    assert done.exit_code == 0
+    assert command in done.stdout
+
+
+def test_help_lists_every_command_and_nothing_asks_for_help() -> None:
+    listed = invoke("--help")
+    assert listed.exit_code == 0
+    assert all(command in listed.stdout for command in COMMANDS)
+    assert "Usage" in invoke().output
+
+
+def test_the_version() -> None:
+    assert invoke("--version").stdout.startswith("quantkit 0.")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["validate"], ["nonsense"], ["run", "a", "b"], ["quantize", "m"], ["quantize", "m", "-o", "x", "--bits", "four"]],
+)
+def test_usage_errors_exit_with_two(arguments: list[str]) -> None:
+    done = invoke(*arguments)
+    assert done.exit_code == 2
+    assert "Traceback" not in done.output
+
+
+def test_an_interrupt_says_that_what_is_finished_is_kept(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("quantkit.api.run", interrupted)
+    done = invoke("run", recipe)
+    assert done.exit_code == 130
+    assert "interrupted: what is finished is kept, the same command goes on from there" in done.stderr
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_in_the_middle_of_a_layer_leaves_nothing_half_written(
+    model: Path, tmp_path: Path, number: signal.Signals, status: int
+) -> None:
+    slow = (
+        "import time\nfrom quantkit.engine.walk import Walk\nsolve = Walk._solve\n"
+        "def slowly(self, group):\n    time.sleep(0.5)\n    solve(self, group)\n"
+        "Walk._solve = slowly\nfrom quantkit.cli import main\nmain()\n"
+    )
+    arguments = ["quantize", str(model), "-o", str(tmp_path / "out"), "--method", "rtn", "--group-size", "32"]
+    child = subprocess.Popen([sys.executable, "-c", slow, *arguments], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not any(".partial-" in name for name in hidden_names(tmp_path)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(child.pid, number)
+    _, printed = child.communicate(timeout=60)
+    assert child.returncode == status, printed
+    assert "Traceback" not in printed
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,223 @@
+"""The walk on CUDA without a GPU: with fake tensors, that have a device and no values.
+
+Torch refuses to mix fake tensors of two devices as it refuses real ones, and to read a value of one. So a tensor
+that is made on the wrong device, or a question to the device outside ``quantkit.numerics.host``, fails here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.overrides import TorchFunctionMode
+
+from quantkit.checkpoint import CheckpointReader
+from quantkit.engine import statistics as statistics_module
+from quantkit.engine.batches import make_batches
+from quantkit.engine.precision import pass_dtype
+from quantkit.engine.skeleton import Skeleton
+from quantkit.engine.walk import Feed, Strategy, Walk, WalkSettings
+from quantkit.methods.base import Method
+from quantkit.numerics import factor, grids
+from quantkit.schemes import IntScheme
+from tests.tiny import Collected, make_model, tiny_method, tiny_rows, tiny_task
+
+CUDA = torch.device("cuda", 0)
+SMALL: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+ROWS = tiny_rows(count=3, shortest=6, longest=12)
+aten = torch.ops.aten
+
+
+class WithoutGuard(TorchFunctionMode):
+    """Indexing and copies by way of operators.
+
+    Their usual way asks for a guard of the device, which a build of torch without CUDA does not have.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.Tensor.__getitem__:
+            view, tensors = select(args[0], args[1])
+            return view if tensors is None else aten.index.Tensor(view, tensors)
+        if func is torch.Tensor.__setitem__:
+            view, tensors = select(args[0], args[1])
+            if tensors is None:
+                return aten.copy_.default(view, torch.as_tensor(args[2]))
+            return aten.index_put_.default(view, tensors, args[2])
+        if func is torch.Tensor.copy_:
+            return aten.copy_.default(args[0], args[1])
+        if func is torch.Tensor.contiguous:
+            return aten.clone.default(args[0], memory_format=torch.contiguous_format)
+        return func(*args, **(kwargs or {}))
+
+
+def select(tensor: torch.Tensor, index: Any) -> tuple[torch.Tensor, list[torch.Tensor | None] | None]:
+    """The view that the ints, slices, None and ... of an index give, and the tensors by which it is indexed then."""
+    parts = list(index) if isinstance(index, tuple) else [index]
+    dots = [place for place, part in enumerate(parts) if part is Ellipsis]
+    if dots:
+        named = sum(part is not None and part is not Ellipsis for part in parts)
+        parts[dots[0] : dots[0] + 1] = [slice(None)] * (tensor.dim() - named)
+    tensors: list[torch.Tensor | None] = []
+    for part in parts:
+        if isinstance(part, int):
+            tensor = aten.select.int(tensor, len(tensors), part)
+            continue
+        if part is None:
+            tensor = aten.unsqueeze.default(tensor, len(tensors))
+        elif isinstance(part, slice):
+            tensor = aten.slice.Tensor(tensor, len(tensors), part.start, part.stop, part.step or 1)
+        tensors.append(part if isinstance(part, torch.Tensor) else None)
+    return tensor, tensors if any(part is not None for part in tensors) else None
+
+
+class FakeReader:
+    """A checkpoint's tensors without their values, on the CPU."""
+
+    def __init__(self, folder: Path) -> None:
+        self.real = CheckpointReader(folder)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.real
+
+    def read(self, name: str) -> torch.Tensor:
+        return torch.empty(self.real.shape(name), dtype=self.real.dtype(name))
+
+    read_finite = read
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fake tensors, and answers to the questions that the numerics ask: all is well at once."""
+    factorized = cycle([False, True])  # "did it fail?", "is it finite?"
+    monkeypatch.setattr(factor, "decide", lambda _: next(factorized))
+    monkeypatch.setattr(grids, "decide", lambda _: True)
+    with FakeTensorMode(), WithoutGuard():
+        yield
+
+
+def solve(folder: Path, method: Method, scheme: IntScheme | None = None, **settings: Any) -> Collected:
+    skeleton = Skeleton(folder)
+    task, sink = tiny_task(skeleton, method, scheme, head=True)
+    batches = make_batches(ROWS, CUDA, may_pad=True)
+    assert batches[0].valid is not None
+    dtype = pass_dtype(CUDA, torch.float32)
+    Walk(skeleton, FakeReader(folder), batches, [task], WalkSettings(CUDA, dtype, **settings)).run()
+    return sink
+
+
+def assert_on_cuda(sink: Collected, layers: int) -> None:
+    assert len(sink.results) == layers
+    for name, result in sink.results.items():
+        weight = result.weight
+        for part in (weight.codes, weight.scales, weight.zeros, result.error, result.error_before):
+            assert isinstance(part, FakeTensor)
+            assert part.device == CUDA, name
+        assert (weight.codes.dtype, weight.scales.dtype, weight.zeros.dtype) == (
+            torch.uint8,
+            torch.float16,
+            torch.uint8,
+        )
+
+
+@pytest.mark.usefixtures("fake")
+@pytest.mark.parametrize("strategy", ["one-pass", "recompute"])
+@pytest.mark.parametrize("feed", ["quantized", "float"])
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_walk_stays_on_its_device(tmp_path: Path, method: str, feed: Feed, strategy: Strategy) -> None:
+    folder = make_real_model(tmp_path, "llama")
+    assert_on_cuda(solve(folder, tiny_method(method), feed=feed, strategy=strategy), layers=8)
+
+
+@pytest.mark.usefixtures("fake")
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "mistral", "gemma", "gpt_neox"])
+def test_every_family_stays_on_its_device(tmp_path: Path, family: str) -> None:
+    own = {"sliding_window": 4} if family == "mistral" else {}
+    folder = make_real_model(tmp_path, family, tie_word_embeddings=True, **own)
+    sink = solve(folder, tiny_method("gptq"), IntScheme(3, -1, False))
+    assert_on_cuda(sink, layers=5 if family == "gpt_neox" else 8)
+
+
+@pytest.mark.usefixtures("fake")
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("rtn", {"range": "search"}),
+        ("gptq", {"activation_order": False}),
+        ("gptq", {"refinements": 0, "search": 1}),
+    ],
+)
+@pytest.mark.parametrize("scheme", [IntScheme(4, 16, False), IntScheme(8, -1, True)], ids=IntScheme.describe)
+def test_every_option_stays_on_its_device(
+    tmp_path: Path, method: str, options: dict[str, Any], scheme: IntScheme
+) -> None:
+    folder = make_real_model(tmp_path, "llama")
+    assert_on_cuda(solve(folder, tiny_method(method, **options), scheme), layers=8)
+
+
+def make_real_model(folder: Path, family: str, **changes: Any) -> Path:
+    """A checkpoint with values; it is made outside the fake mode, where saving would find none."""
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+    from torch.overrides import _pop_mode_temporarily
+
+    heads: dict[str, Any] = {} if family == "gpt_neox" else {"head_dim": 8}
+    with unset_fake_temporarily(), _pop_mode_temporarily():
+        return make_model(folder, family, **(SMALL | heads | changes))
+
+
+# The tests above would see a mistake
+
+
+def on_cpu(function: Any) -> Any:
+    def moved(*args: Any, **kwargs: Any) -> Any:
+        return torch.empty_like(function(*args, **kwargs), device="cpu")
+
+    return moved
+
+
+@pytest.mark.usefixtures("fake")
+@pytest.mark.parametrize(("method", "name"), [("gptq", "spread"), ("rtn", "stored"), ("gptq", "stored")])
+def test_numerics_on_the_wrong_device_fail(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, name: str
+) -> None:
+    folder = make_real_model(tmp_path, "llama")
+    monkeypatch.setattr(grids, name, on_cpu(getattr(grids, name)))
+    with pytest.raises(RuntimeError, match="found at least two devices"):
+        solve(folder, tiny_method(method))
+
+
+@pytest.mark.usefixtures("fake")
+def test_statistics_on_the_wrong_device_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gatherer = statistics_module.Gatherer
+    folder = make_real_model(tmp_path, "llama")
+    monkeypatch.setattr(gatherer, "_sum", on_cpu(gatherer._sum))
+    with pytest.raises(RuntimeError, match="found at least two devices"):
+        solve(folder, tiny_method("gptq"))
+
+
+@pytest.mark.usefixtures("fake")
+def test_a_question_to_the_device_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_real_model(tmp_path, "llama")
+    monkeypatch.setattr(grids, "decide", bool)
+    with pytest.raises(RuntimeError, match="local_scalar_dense"):
+        solve(folder, tiny_method("rtn"))
+
+
+def test_passes_compute_in_sixteen_bits_on_cuda() -> None:
+    assert pass_dtype(CUDA, torch.float32) is torch.bfloat16
+    assert pass_dtype(CUDA, torch.bfloat16) is torch.bfloat16
+    assert pass_dtype(CUDA, torch.float16) is torch.float16
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_passes_compute_in_bfloat16_on_a_cpu_that_is_fast_at_it(monkeypatch: pytest.MonkeyPatch, fast: bool) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: fast)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    for checkpoint in (torch.float32, torch.float16, torch.bfloat16):
+        assert pass_dtype(torch.device("cpu"), checkpoint) is (torch.bfloat16 if fast else torch.float32)

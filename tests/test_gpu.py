@@ -1,0 +1,118 @@
+"""The walk on a GPU gives what it gives on the CPU, in bounded memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from quantkit.checkpoint import CheckpointReader
+from quantkit.engine.batches import make_batches
+from quantkit.engine.precision import pass_dtype
+from quantkit.engine.skeleton import Skeleton
+from quantkit.engine.tasks import LayerResult, Task
+from quantkit.engine.walk import Feed, Strategy, Walk, WalkSettings
+from quantkit.methods.base import Method
+from quantkit.schemes import IntScheme
+from tests.tiny import FAMILIES, Collected, make_model, tiny_method, tiny_rows, tiny_task
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+ROWS = tiny_rows(count=8, shortest=32, longest=96)
+
+
+def solve(folder: Path, method: Method, device: str, **settings: Any) -> Collected:
+    place = torch.device(device)
+    skeleton = Skeleton(folder)
+    task, sink = tiny_task(skeleton, method, head=True)
+    batches = make_batches(ROWS, place, may_pad=True)
+    Walk(skeleton, CheckpointReader(folder), batches, [task], WalkSettings(place, **settings)).run()
+    return sink
+
+
+def assert_close(found: Collected, expected: Collected, tolerance: float) -> None:
+    assert list(found.results) == list(expected.results)
+    for name, result in found.results.items():
+        assert result.weight.codes.device.type == "cuda"
+        assert result.tokens == expected.results[name].tokens
+        assert result.error.item() == pytest.approx(expected.results[name].error.item(), rel=tolerance), name
+
+
+@pytest.mark.parametrize("strategy", ["one-pass", "recompute"])
+@pytest.mark.parametrize("feed", ["quantized", "float"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layer_errors_are_those_of_the_cpu(tmp_path: Path, family: str, feed: Feed, strategy: Strategy) -> None:
+    own: dict[str, Any] = {"sliding_window": 16} if family == "mistral" else {}
+    folder = make_model(tmp_path, family, tie_word_embeddings=True, **own)
+    expected = solve(folder, tiny_method(), "cpu", feed=feed, strategy=strategy)
+    found = solve(folder, tiny_method(), "cuda", feed=feed, strategy=strategy)
+    assert_close(found, expected, tolerance=0.05)
+
+
+@pytest.mark.parametrize("checkpoint", [torch.float32, torch.float16, torch.bfloat16])
+def test_sixteen_bit_passes_cost_little(tmp_path: Path, checkpoint: torch.dtype) -> None:
+    folder = make_model(tmp_path, dtype=checkpoint)
+    dtype = pass_dtype(torch.device("cuda"), checkpoint)
+    assert dtype.itemsize == 2
+    expected = solve(folder, tiny_method(), "cpu")
+    assert_close(solve(folder, tiny_method(), "cuda", dtype=dtype), expected, tolerance=0.1)
+
+
+def test_round_to_nearest_is_that_of_the_cpu(tmp_path: Path) -> None:
+    # But for scales at the edge between two float16 numbers: a GPU divides by multiplying with the inverse.
+    folder = make_model(tmp_path)
+    expected, found = (solve(folder, tiny_method("rtn"), device) for device in ("cpu", "cuda"))
+    for name, result in found.results.items():
+        other = expected.results[name].weight
+        assert (result.weight.codes.cpu() != other.codes).float().mean() < 0.01, name
+        torch.testing.assert_close(result.weight.scales.cpu(), other.scales, rtol=2**-9, atol=0)
+
+
+def test_two_runs_give_the_same_bytes(tmp_path: Path) -> None:
+    folder = make_model(tmp_path)
+    first, second = (solve(folder, tiny_method(), "cuda") for _ in range(2))
+    for name, result in first.results.items():
+        assert torch.equal(result.weight.codes, second.results[name].weight.codes), name
+        assert torch.equal(result.weight.scales, second.results[name].weight.scales), name
+
+
+class Forgetful:
+    """A sink that keeps nothing."""
+
+    def take(self, result: LayerResult) -> None:
+        pass
+
+    def segment_done(self, prefix: str) -> None:
+        pass
+
+
+def peak_of(folder: Path, method: Method, feed: Feed) -> int:
+    device = torch.device("cuda")
+    skeleton = Skeleton(folder)
+    names = [name for segment in skeleton.segments for name in segment.linears]
+    task = Task("variant", method, dict.fromkeys(names, IntScheme(4, 64, True)), torch.float16, Forgetful())
+    batches = make_batches(ROWS, device, may_pad=True)
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    Walk(skeleton, CheckpointReader(folder), batches, [task], WalkSettings(device, feed=feed)).run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+@pytest.mark.parametrize("feed", ["quantized", "float"])
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_peak_memory_does_not_grow_with_the_blocks(
+    tmp_path: Path, method: str, feed: Feed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape: dict[str, Any] = {"hidden_size": 512, "intermediate_size": 1024, "head_dim": 128}
+    few = make_model(tmp_path / "few", num_hidden_layers=2, **shape)
+    many = make_model(tmp_path / "many", num_hidden_layers=6, **shape)
+    peak_of(few, tiny_method(method), feed)  # the libraries' workspaces are allocated once
+    expected, found = (peak_of(folder, tiny_method(method), feed) for folder in (few, many))
+    assert found <= 1.05 * expected
+    monkeypatch.setattr(Skeleton, "unload", lambda *_: None)
+    assert peak_of(many, tiny_method(method), feed) > 1.05 * expected

@@ -1,0 +1,112 @@
+"""The statistics are those of the tokens, whatever the batches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from quantkit.checkpoint import CheckpointReader
+from quantkit.engine.batches import Batch, make_batches
+from quantkit.engine.skeleton import Skeleton
+from quantkit.engine.statistics import Gatherer, add_gram
+from quantkit.engine.walk import Walk, WalkSettings
+from quantkit.methods.base import InputStatistics, Method, MethodOptions, Solution, Statistic
+from quantkit.schemes import IntScheme
+from tests.tiny import FAMILIES, make_model, tiny_method, tiny_rows, tiny_task
+
+CPU = torch.device("cpu")
+
+
+class Onlooker(Method):
+    """Rounds to nearest, and keeps the statistics that it is given."""
+
+    needs = frozenset(Statistic)
+
+    def __init__(self) -> None:
+        super().__init__(MethodOptions())
+        self.seen: list[InputStatistics] = []
+
+    def quantize(
+        self, weight: torch.Tensor, statistics: InputStatistics, scheme: IntScheme, scale_dtype: torch.dtype
+    ) -> Solution:
+        self.seen.append(statistics)
+        return tiny_method("rtn").quantize(weight, statistics, scheme, scale_dtype)
+
+
+def statistics_of(folder: Path, batches: list[Batch]) -> list[InputStatistics]:
+    skeleton, onlooker = Skeleton(folder), Onlooker()
+    task, _ = tiny_task(skeleton, onlooker, head=True)
+    Walk(skeleton, CheckpointReader(folder), batches, [task], WalkSettings(CPU)).run()
+    return onlooker.seen
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_padding_changes_nothing(tmp_path: Path, family: str) -> None:
+    rows = tiny_rows(count=5, shortest=3, longest=40)
+    narrow: dict[str, Any] = {"sliding_window": 8} if family == "mistral" else {}
+    folder = make_model(tmp_path, family, tie_word_embeddings=True, **narrow)
+    padded = make_batches(rows, CPU, may_pad=True)
+    assert len(padded) == 1
+    assert padded[0].valid is not None
+    together = statistics_of(folder, padded)
+    one_by_one = statistics_of(folder, [make_batches([row], CPU, may_pad=False)[0] for row in rows])
+    assert {statistics.tokens for statistics in together} == {sum(map(len, rows))}
+    assert len(together) == len(one_by_one)
+    for found, expected in zip(together, one_by_one, strict=True):
+        assert found.tokens == expected.tokens
+        for name in ("gram", "abs_mean", "square_mean"):
+            torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("columns", [1, 2, 7, 64])
+def test_statistics_are_exact(columns: int) -> None:
+    draw = torch.Generator().manual_seed(0)
+    inputs = torch.randn(3, 50, columns, generator=draw)
+    gatherer = Gatherer(frozenset(Statistic))
+    for part in inputs:
+        gatherer.add(part.view(5, 10, columns), Batch(torch.zeros(5, 10, dtype=torch.int64), None))
+    found = gatherer.result()
+    exact = inputs.double().reshape(-1, columns)
+    assert found.tokens == 150
+    assert found.gram is not None
+    assert torch.equal(found.gram, found.gram.T)
+    for value, expected in (
+        (found.gram, exact.T @ exact / 150),
+        (found.abs_mean, exact.abs().mean(0)),
+        (found.square_mean, exact.square().mean(0)),
+    ):
+        assert value is not None
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("needs", Statistic)
+def test_only_what_is_asked_for_is_gathered(needs: Statistic) -> None:
+    gatherer = Gatherer(frozenset({needs}))
+    gatherer.add(torch.ones(4, 3), Batch(torch.zeros(1, 4, dtype=torch.int64), None))
+    found = gatherer.result()
+    given = {each: getattr(found, each.value) is not None for each in Statistic}
+    assert given == {each: each is needs for each in Statistic}
+
+
+def test_an_input_that_no_token_reached_has_no_statistics() -> None:
+    assert Gatherer(frozenset(Statistic)).result() == InputStatistics()
+
+
+def test_bfloat16_batches_are_summed_in_float32() -> None:
+    # In bfloat16 a sum of ones ends at 256, where adding one changes nothing any more.
+    total = torch.zeros(2, 2)
+    for _ in range(1000):
+        add_gram(total, torch.ones(1, 2, dtype=torch.bfloat16))
+    assert total[0].tolist() == [1000, 1000]
+    gatherer = Gatherer(frozenset({Statistic.ABS_MEAN}))
+    gatherer.add(torch.ones(1000, 2, dtype=torch.bfloat16), Batch(torch.zeros(1, 1000, dtype=torch.int64), None))
+    assert gatherer.result().abs_mean is not None
+    exact = torch.randn(2048, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+    total = torch.zeros(64, 64)
+    add_gram(total, exact)
+    expected = exact.double().T @ exact.double()
+    assert ((total.double() - expected).triu().abs().max() / expected.diagonal().max()) < 2**-8
