@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 
 import quantkit
 from quantkit import calibration
-from quantkit.quantize import Job, quantize
+from quantkit.quantization import Job, quantize
 from quantkit.recipe import CalibrationSpec, ModelSpec, VariantSpec
 from quantkit.source import resolve
 

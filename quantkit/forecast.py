@@ -13,8 +13,8 @@ from quantkit.engine.precision import pass_dtype
 from quantkit.engine.skeleton import Skeleton
 from quantkit.methods import METHODS
 from quantkit.pipeline import needs_calibration, quantize_job
-from quantkit.quantize.plan import choose_strategy, plan_layers
-from quantkit.quantize.stage import DTYPES, finished_variant, made_from, resolve_device
+from quantkit.quantization.plan import choose_strategy, plan_layers
+from quantkit.quantization.stage import DTYPES, finished_variant, made_from, resolve_device
 from quantkit.recipe import Recipe, VariantSpec
 
 

@@ -20,7 +20,7 @@ from quantkit.environment import describe
 from quantkit.errors import OutputError, QuantkitError
 from quantkit.methods import METHODS
 from quantkit.progress import Observer
-from quantkit.quantize import MANIFEST, Job, Quantized, quantize
+from quantkit.quantization import MANIFEST, Job, Quantized, quantize
 from quantkit.recipe import Recipe, VariantSpec
 from quantkit.scores import LOGPROBS, Scoring, report_figures, score
 

@@ -11,7 +11,7 @@ from quantkit.artifacts import check_writable
 from quantkit.methods import METHODS
 from quantkit.pipeline import job_of
 from quantkit.progress import Observer
-from quantkit.quantize import quantize
+from quantkit.quantization import quantize
 from quantkit.recipe import CalibrationSpec, ModelSpec, VariantSpec
 
 

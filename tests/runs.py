@@ -14,8 +14,9 @@ from quantkit.artifacts import read_json
 from quantkit.checkpoint import CheckpointReader
 from quantkit.evaluation.evaluate import evaluate
 from quantkit.evaluation.job import EvaluationJob, Progress
+from quantkit.evaluation.loading import load_model
 from quantkit.formats import FORMATS
-from quantkit.quantize.spool import unpacked
+from quantkit.quantization.spool import unpacked
 from quantkit.recipe import Recipe, VariantSpec
 from tests.tiny import VOCABULARY
 
@@ -89,7 +90,10 @@ def score_here(job: EvaluationJob, *, log: Path, on_progress: Progress | None = 
 
 
 def load_whole(folder: Path) -> PreTrainedModel:
-    """A checkpoint as transformers loads it, every tensor in its place."""
+    """A checkpoint as transformers loads it, every tensor in its place; an asymmetric one with quantkit's help."""
+    config = config_of(folder).get("quantization_config", {"config_groups": {}})
+    if not all(group["weights"]["symmetric"] for group in config["config_groups"].values()):
+        return load_model(folder, device=torch.device("cpu"))
     model, found = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     assert not any(found[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")), found
     loaded: PreTrainedModel = model.eval()

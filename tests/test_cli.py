@@ -35,7 +35,10 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def recipe(model: Path, records: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
-    variants = [{"name": "rtn", "method": "rtn"}, {"name": "misfit", "method": "rtn", "group_size": 128}]
+    variants: list[dict[str, Any]] = [
+        {"name": "rtn", "method": "rtn"},
+        {"name": "misfit", "method": "rtn", "group_size": 128},
+    ]
     data = recipe_data(model, records, folder / "run", variants, gates=["kl_divergence.mean <= 100"])
     return write_recipe(folder / "demo.yaml", data)
 

@@ -26,6 +26,11 @@ def test_every_public_name_is_there_and_documented(name: str) -> None:
     assert name in dir(quantkit)
 
 
+def test_no_module_hides_a_public_name() -> None:
+    """Importing a module sets its name on the package, where it would replace the function of that name."""
+    assert not {module.name for module in pkgutil.iter_modules(quantkit.__path__)} & set(quantkit.__all__)
+
+
 def test_a_name_that_is_not_there_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="module 'quantkit' has no attribute 'quantise'"):
         quantkit.quantise  # noqa: B018 - the access is what is tested

@@ -16,7 +16,7 @@ from quantkit.artifacts import read_json
 from quantkit.checkpoint import CheckpointReader
 from quantkit.errors import CalibrationError, CheckpointError, OutputError, RecipeError
 from quantkit.forecast import forecast
-from quantkit.quantize import quantize
+from quantkit.quantization import quantize
 from quantkit.recipe import Recipe
 from tests.runs import (
     Notebook,

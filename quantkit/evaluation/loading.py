@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 
 from quantkit.errors import EvaluationError
+from quantkit.evaluation.zero_points import packed_zero_points
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -88,7 +89,7 @@ def load_model(
 
     _check_folder(folder)
     model: PreTrainedModel
-    with _translated(folder, "the model"):
+    with _translated(folder, "the model"), packed_zero_points():
         model, found = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=_resolve_dtype(dtype, device),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from quantkit.schemes import IntScheme, QuantizedWeight
@@ -51,3 +51,7 @@ class Format(ABC):
     @abstractmethod
     def quantization_config(self, layers: Mapping[str, IntScheme | None]) -> dict[str, Any]:
         """``quantization_config`` of ``config.json``; layers that stay float map to None."""
+
+    def remarks(self, schemes: Collection[IntScheme]) -> tuple[str, ...]:
+        """What someone who loads a checkpoint with these schemes should know."""
+        return ()

@@ -12,7 +12,7 @@ them exactly. vLLM's Marlin kernel misreads them in its opt-in mode with int8 ac
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from quantkit.formats import FORMATS
@@ -86,6 +86,15 @@ class CompressedTensors(Format):
             "ignore": [name for name, scheme in layers.items() if scheme is None],
             "kv_cache_scheme": None,
         }
+
+    def remarks(self, schemes: Collection[IntScheme]) -> tuple[str, ...]:
+        """Asymmetric weights need vLLM, or an older package for transformers."""
+        if all(scheme.symmetric for scheme in schemes):
+            return ()
+        return (
+            "asymmetric: vLLM loads it; transformers does with compressed-tensors below 0.18 (3 bits excepted), and "
+            "with 0.18 to 0.20 fails on the shape of weight_zero_point, which quantkit's own evaluation works around",
+        )
 
 
 def pack_bits(codes: torch.Tensor, bits: int) -> torch.Tensor:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from quantkit.quantize.export import MANIFEST
-from quantkit.quantize.plan import Layers, plan_layers
-from quantkit.quantize.stage import Job, Quantized, finished_variant, made_from, quantize
+from quantkit.quantization.export import MANIFEST
+from quantkit.quantization.plan import Layers, plan_layers
+from quantkit.quantization.stage import Job, Quantized, finished_variant, made_from, quantize
 
 __all__ = ["MANIFEST", "Job", "Layers", "Quantized", "finished_variant", "made_from", "plan_layers", "quantize"]

@@ -14,7 +14,7 @@ from quantkit.artifacts import STAGE_FILE, file_sha256, read_json, translated_os
 from quantkit.checkpoint import CheckpointReader, ShardWriter
 from quantkit.errors import CheckpointError
 from quantkit.formats.base import Format
-from quantkit.quantize.spool import Spool, digest, unpacked
+from quantkit.quantization.spool import Spool, digest, unpacked
 from quantkit.schemes import IntScheme
 
 COMPANIONS = (

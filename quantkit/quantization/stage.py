@@ -25,9 +25,9 @@ from quantkit.engine.walk import Feed, Walk, WalkSettings
 from quantkit.errors import QuantizationError
 from quantkit.formats import FORMATS
 from quantkit.methods import METHODS
-from quantkit.quantize.export import Origin, is_whole, write_checkpoint, write_manifest
-from quantkit.quantize.plan import Layers, choose_strategy, plan_layers
-from quantkit.quantize.spool import Spool
+from quantkit.quantization.export import Origin, is_whole, write_checkpoint, write_manifest
+from quantkit.quantization.plan import Layers, choose_strategy, plan_layers
+from quantkit.quantization.spool import Spool
 from quantkit.recipe import VariantSpec
 
 STAGE = "quantize"
@@ -127,7 +127,8 @@ def quantize(
         origin = Origin(job.source, skeleton.head.prefix if skeleton.head else None, job.trust_remote_code)
         write_checkpoint(origin, spool, store, layers.schemes, folder)
         shutil.rmtree(spool_folder)
-        facts = _facts(layers, spool, time.perf_counter() - started, strategy)
+        remarks = store.remarks(set(layers.quantized.values()))
+        facts = _facts(layers, spool, time.perf_counter() - started, strategy, remarks)
         _write_records(folder, job, variant, identity, facts)
         write_stage(folder, STAGE, identity, facts=facts)
     return Quantized(out, facts, reused=False)
@@ -156,7 +157,7 @@ def _walk(
     return strategy if calibrated and job.feed == "quantized" else "none"
 
 
-def _facts(layers: Layers, spool: Spool, seconds: float, strategy: str) -> dict[str, Any]:
+def _facts(layers: Layers, spool: Spool, seconds: float, strategy: str, remarks: Sequence[str]) -> dict[str, Any]:
     found = spool.layers()
     notes = list(dict.fromkeys(f"{layer['name']}: {note}" for layer in found for note in layer["notes"]))
     return {
@@ -164,7 +165,7 @@ def _facts(layers: Layers, spool: Spool, seconds: float, strategy: str) -> dict[
         "seconds": seconds,
         "strategy": strategy,
         "layers": found,
-        "notes": notes,
+        "notes": [*remarks, *notes],
     }
 
 

@@ -1,0 +1,41 @@
+"""A gap in compressed-tensors that keeps transformers from loading packed asymmetric checkpoints.
+
+transformers lays out a quantized model on the meta device, by asking the package to compress an empty one.
+From 0.18 on (seen up to 0.20) the package's pack-quantized compressor then packs the shape of the weight but
+not that of its zero points, so the model expects int8 ``[rows, groups]`` where every pack-quantized file
+holds int32 ``[ceil(rows * bits / 32), groups]``, and loading fails. Decompression itself is right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+
+@contextmanager
+def packed_zero_points() -> Iterator[None]:
+    """Inside the block, the package's compressor gives empty zero points the shape that they have in files."""
+    try:
+        from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
+    except ImportError:  # the package is not there, or laid out otherwise: there is nothing to mend
+        yield
+        return
+    kept = PackedQuantizationCompressor.__dict__["compress"]
+    original = PackedQuantizationCompressor.compress
+
+    def compress(_: type[Any], state: dict[str, torch.Tensor], scheme: Any) -> dict[str, torch.Tensor]:
+        compressed: dict[str, torch.Tensor] = original(state, scheme)
+        zeros = compressed.get("weight_zero_point")
+        if zeros is not None and zeros.is_meta and zeros.dtype != torch.int32:
+            words = -(-zeros.shape[0] * scheme.weights.num_bits // 32)
+            compressed["weight_zero_point"] = torch.empty(words, *zeros.shape[1:], dtype=torch.int32, device="meta")
+        return compressed
+
+    PackedQuantizationCompressor.compress = classmethod(compress)
+    try:
+        yield
+    finally:
+        PackedQuantizationCompressor.compress = kept
