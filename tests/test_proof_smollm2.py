@@ -28,8 +28,8 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         defaults: {{bits: 4, group_size: 64}}
         variants:
           - {{name: rtn, method: rtn}}
-          - {{name: gptq, method: gptq}}
-          - {{name: gptq-unrefined, method: gptq, refinements: 0}}
+          - {{name: gptq, method: gptq, refinements: 1}}
+          - {{name: gptq-unrefined, method: gptq}}
           - {{name: gptq-asym, method: gptq, symmetric: false}}
           - {{name: int8, method: rtn, bits: 8}}
         evaluation: {{max_tokens: 8192, metrics: [perplexity, kl_divergence, top1_agreement]}}

@@ -10,7 +10,10 @@ from quantkit.engine.batches import Batch
 from quantkit.engine.precision import bfloat16_products
 from quantkit.methods.base import InputStatistics, Statistic
 
-TILES = 3
+CHUNK_TOKENS = 512
+"""Tokens multiplied at a time on a CPU: what its caches hold."""
+WHOLE_COLUMNS = 768
+"""Up to this many columns a CPU multiplies the whole matrix faster than the tiles of its upper triangle."""
 
 
 class Gatherer:
@@ -62,10 +65,15 @@ def add_gram(total: torch.Tensor, inputs: torch.Tensor) -> None:
         total: float32 ``[in_features, in_features]``.
         inputs: ``[tokens, in_features]``.
     """
-    columns = inputs.shape[1]
-    with bfloat16_products(inputs):
+    if inputs.device.type != "cpu":
         inputs = inputs.float()
-        tile = -(-columns // TILES) if inputs.device.type == "cpu" else columns
-        for start in range(0, columns, tile):
-            stop = min(start + tile, columns)
-            total[start:stop, start:].addmm_(inputs[:, start:stop].T, inputs[:, start:])
+        total.addmm_(inputs.T, inputs)
+        return
+    columns = inputs.shape[1]
+    tile = columns if columns <= WHOLE_COLUMNS else -(-columns // 2)
+    with bfloat16_products(inputs):
+        for part in torch.split(inputs, CHUNK_TOKENS):
+            part = part.float()
+            for start in range(0, columns, tile):
+                stop = min(start + tile, columns)
+                total[start:stop, start:].addmm_(part[:, start:stop].T, part[:, start:])

@@ -1,7 +1,7 @@
 """GPTQ: columns are quantized one after another, and the free ones make up for what each loses.
 
 Over the paper's solver this adds a search for the scales that weighs each column by the mean square of its
-input, and after the solve a refinement of scales and codes that lowers the same layer error further.
+input, and on request a refinement of scales and codes after the solve that lowers the same layer error further.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ class GptqOptions(MethodOptions):
         activation_order: solve the columns with the strongest inputs first. Groups stay where they are,
             so the file needs no ``g_idx``.
         search: ranges tried per group for its scale; 1 takes the full range.
-        refinements: rounds of refitting the scales and descending over the codes after the solve.
+        refinements: rounds of refitting the scales and descending over the codes after the solve; the first takes
+            about a fifth of the whole time and lowers the divergence by a few hundredths of it.
         negative_scales: let a symmetric grid, which reaches one step further on one side, turn that side to the
             weight of largest magnitude. Runtimes that decode to 16 bits take it; turn it off for kernels that
             quantize activations to 8 bits as well (vLLM's opt-in W4A8 reads scales as unsigned).
@@ -36,8 +37,8 @@ class GptqOptions(MethodOptions):
 
     damping: Annotated[float, Field(gt=0, le=10)] = 0.03
     activation_order: bool = True
-    search: Annotated[int, Field(ge=1, le=200)] = 8
-    refinements: Annotated[int, Field(ge=0, le=20)] = 1
+    search: Annotated[int, Field(ge=1, le=200)] = 6
+    refinements: Annotated[int, Field(ge=0, le=20)] = 0
     negative_scales: bool = True
 
 
@@ -46,7 +47,7 @@ class Gptq(Method):
     """GPTQ with static groups, a weighted scale search and refinement."""
 
     name = "gptq"
-    summary = "column by column with error compensation, then refined; minutes"
+    summary = "column by column with error compensation, refined on request; minutes"
     source = "Frantar et al. 2022, arXiv:2210.17323"
     Options: ClassVar[type[MethodOptions]] = GptqOptions
     needs = frozenset({Statistic.GRAM})
