@@ -149,7 +149,7 @@ def test_every_family_stays_on_its_device(tmp_path: Path, family: str) -> None:
     ("method", "options"),
     [
         ("rtn", {"range": "search"}),
-        ("gptq", {"activation_order": False}),
+        ("gptq", {"activation_order": False, "refinements": 1}),
         ("gptq", {"refinements": 0, "search": 1}),
     ],
 )
