@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -187,7 +188,11 @@ def test_a_signal_in_the_middle_of_a_layer_leaves_nothing_half_written(
         "Walk._solve = slowly\nfrom quantkit.cli import main\nmain()\n"
     )
     arguments = ["quantize", str(model), "-o", str(tmp_path / "out"), "--method", "rtn", "--group-size", "32"]
-    child = subprocess.Popen([sys.executable, "-c", slow, *arguments], stderr=subprocess.PIPE, text=True)
+    # A shell starts background jobs with SIGINT ignored, and children inherit that.
+    heard = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    child = subprocess.Popen(
+        [sys.executable, "-c", slow, *arguments], stderr=subprocess.PIPE, text=True, preexec_fn=heard
+    )
     deadline = time.monotonic() + 60
     while not any(".partial-" in name for name in hidden_names(tmp_path)) and time.monotonic() < deadline:
         time.sleep(0.05)
