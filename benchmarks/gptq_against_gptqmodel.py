@@ -11,23 +11,18 @@ tokens. Runs alternate, and the ratio of each pair is printed; the last line is 
 
 from __future__ import annotations
 
-import argparse
 import json
-import platform
 import shutil
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from scoring import arguments, machine, prepare, print_scores, scores
 
-import quantkit
-from quantkit import calibration
-from quantkit.quantization import Job, quantize
-from quantkit.recipe import CalibrationSpec, ModelSpec, VariantSpec
-from quantkit.source import resolve
+from quantkit.quantization import quantize
+from quantkit.recipe import VariantSpec
 
 GROUP_SIZE = 64
 
@@ -75,58 +70,29 @@ def decode_gptq(checkpoint: Path, model: Path, out: Path) -> None:
 QUANTIZED = (".qweight", ".qzeros", ".scales", ".g_idx")
 
 
-def scores(checkpoint: Path, model: Path, texts: list[dict[str, str]]) -> dict[str, Any]:
-    """KL divergence by text."""
-    result = quantkit.evaluate(
-        checkpoint,
-        texts=texts,
-        reference=model,
-        context_length=512,
-        max_tokens=24 * 512,
-        metrics=["perplexity", "kl_divergence"],
-    )
-    return {
-        text: {"kl": result["metrics"]["kl_divergence"][text]["mean"], "perplexity": value}
-        for text, value in result["metrics"]["perplexity"].items()
-    }
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="float checkpoint folder")
-    parser.add_argument("--records", type=Path, required=True, help="alpaca records; the first 128 calibrate")
-    parser.add_argument("--text", type=Path, required=True, help="text to score on, unlike the calibration")
+    parser = arguments(__doc__)
     parser.add_argument("--gptqmodel-python", required=True)
     parser.add_argument("--pairs", type=int, default=1)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
-        records = json.loads(given.records.read_text(encoding="utf-8"))
-        (work / "calibration.json").write_text(json.dumps(records[:128]), encoding="utf-8")
-        (work / "held-out.json").write_text(json.dumps(records[300:]), encoding="utf-8")
-        texts = [{"name": "unlike", "file": str(given.text)}, {"name": "held-out", "file": str(work / "held-out.json")}]
-        source = resolve(ModelSpec(source=str(given.model)), work)
-        spec = CalibrationSpec(dataset=str(work / "calibration.json"), samples=128, max_length=512)
-        rows = calibration.build(spec, source.folder, work / "calibration").rows
-        (work / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
+        setting = prepare(given, work)
         pairs = []
         for pair in range(given.pairs):
-            job = Job(source.folder, source.made_from(), source.dtype, rows, "benchmark")
-            ours = quantize(job, VariantSpec(name="gptq", group_size=GROUP_SIZE), work / f"ours-{pair}")
-            theirs = with_gptqmodel(given.gptqmodel_python, source.folder, work / "rows.json", work / f"theirs-{pair}")
+            ours = quantize(setting.job, VariantSpec(name="gptq", group_size=GROUP_SIZE), work / f"ours-{pair}")
+            theirs = with_gptqmodel(given.gptqmodel_python, setting.folder, setting.rows_file, work / f"theirs-{pair}")
             pairs.append((ours.facts["seconds"], theirs))
             print(f"pair {pair}: quantkit {pairs[-1][0]:.1f} s with export, gptqmodel {theirs:.1f} s", flush=True)
-        decode_gptq(work / "theirs-0", source.folder, work / "decoded")
+        decode_gptq(work / "theirs-0", setting.folder, work / "decoded")
         found = {
-            "quantkit": scores(work / "ours-0", source.folder, texts),
-            "gptqmodel": scores(work / "decoded", source.folder, texts),
+            "quantkit": scores(work / "ours-0", setting.folder, setting.texts),
+            "gptqmodel": scores(work / "decoded", setting.folder, setting.texts),
         }
-    for who, by_text in found.items():
-        for text, figures in by_text.items():
-            print(f"{who:10} {text:10} KL {figures['kl']:.4f} perplexity {figures['perplexity']:.3f}")
+    print_scores(found)
     ratios = [ours / theirs for ours, theirs in pairs]
-    machine = {"cpu": platform.processor(), "threads": torch.get_num_threads(), "torch": torch.__version__}
-    print(json.dumps({"seconds": pairs, "ratios": ratios, "scores": found, "tokens": sum(map(len, rows)), **machine}))
+    tokens = sum(map(len, setting.job.rows))
+    print(json.dumps({"seconds": pairs, "ratios": ratios, "scores": found, "tokens": tokens, **machine()}))
 
 
 if __name__ == "__main__":

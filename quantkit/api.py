@@ -51,9 +51,7 @@ def quantize(
     *,
     out: str | Path,
     method: str = "gptq",
-    bits: int = 4,
-    group_size: int = 64,
-    symmetric: bool = True,
+    scheme: str = "int",
     format: str = "compressed-tensors",  # noqa: A002 - the recipe's word
     calibration: str | Path | Mapping[str, Any] | CalibrationSpec | None = None,
     observer: Observer | None = None,
@@ -65,13 +63,12 @@ def quantize(
         model: hub id, folder, GGUF file or ``package:`` reference; see :class:`quantkit.recipe.ModelSpec`.
         out: folder of the checkpoint; it appears when it is whole.
         method: name of a method.
-        bits: width of a code.
-        group_size: columns that share a scale; ``-1`` is one scale per channel.
-        symmetric: whether the zero point is fixed.
+        scheme: kind of scheme: ``int``, ``nf4``, ``fp4``, ``fp8``, ``mxfp4`` or ``nvfp4``.
         format: name of a format.
         calibration: a data set, or the keys of a recipe's ``calibration`` section.
         observer: is told what happens.
-        options: further keys of a variant: ``ignore``, ``overrides``, the method's own options.
+        options: further keys of a variant: those of its scheme (``bits``, ``group_size``, ``symmetric`` ..., by default
+            the scheme's own), ``ignore``, ``overrides``, ``first_blocks``, ``last_blocks``, the method's own options.
 
     Returns:
         ``out``.
@@ -81,15 +78,13 @@ def quantize(
     """
     from quantkit.single import quantize_one
 
-    given = {"name": "variant", "method": method, "bits": bits, "group_size": group_size, "symmetric": symmetric}
-    variant = parse_section(VariantSpec, {**given, "format": format, **options}, "quantize")
-    return quantize_one(
-        parse_section(ModelSpec, {"source": str(model)}, "model"),
-        variant,
-        _calibration(calibration),
-        Path(out),
-        observer or Silent(),
-    )
+    watching = observer or Silent()
+    given = {"name": "variant", "method": method, "scheme": scheme, "format": format}
+    variant = parse_section(VariantSpec, {**given, **options}, "quantize")
+    for warning in variant.warnings():
+        watching.note(f"warning: {warning}")
+    found = parse_section(ModelSpec, {"source": str(model)}, "model")
+    return quantize_one(found, variant, _calibration(calibration), Path(out), watching)
 
 
 def evaluate(
@@ -110,7 +105,7 @@ def evaluate(
         settings: further keys of a recipe's ``evaluation`` section, such as ``context_length``.
 
     Returns:
-        ``metrics``, ``texts``, ``size_bytes``, ``memory``, ``speed``, ``seconds`` and ``environment``.
+        ``metrics``, ``texts``, ``size_bytes``, ``loaded_by``, ``memory``, ``speed``, ``seconds`` and ``environment``.
 
     Raises:
         QuantkitError: with what is wrong and the remedy.

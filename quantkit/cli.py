@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -90,6 +91,7 @@ def validate(recipe: RecipePath) -> None:
     from quantkit.recipe import Recipe
 
     loaded = Recipe.load(recipe)
+    _warn(loaded.warnings())
     _say(f"{recipe} is valid: {len(loaded.variants)} variants of {loaded.model.source}, results in {loaded.folder}")
 
 
@@ -100,12 +102,14 @@ def plan(recipe: RecipePath, as_json: AsJson = False) -> None:
     The model is fetched or converted if it is not here yet.
     """
     import quantkit
+    from quantkit.listing import plan_table
 
     found = quantkit.plan(recipe)
+    _warn(found["warnings"])
     if as_json:
         _say(json.dumps(found, indent=2))
         return
-    _console().print(_plan_table(found))
+    _console().print(plan_table(found))
 
 
 @app.command()
@@ -113,10 +117,17 @@ def quantize(
     model: Annotated[str, typer.Argument(help="Hub id, folder, GGUF file or package: reference.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the checkpoint.")],
     method: Annotated[str, typer.Option(help="See 'quantkit methods'.")] = "gptq",
-    bits: Annotated[int, typer.Option(help="Width of a code: 2, 3, 4 or 8.")] = 4,
-    group_size: Annotated[int, typer.Option(help="Columns that share a scale; -1 is per channel.")] = 64,
+    scheme: Annotated[str, typer.Option(help="Kind of scheme; 'quantkit methods' lists them with their keys.")] = "int",
+    bits: Annotated[int | None, typer.Option(help="Width of an integer code: 1 to 8; 4 by default.")] = None,
+    group_size: Annotated[int | None, typer.Option(help="Columns that share a scale; -1 is per channel.")] = None,
     asymmetric: Annotated[bool, typer.Option("--asymmetric", help="Store zero points.")] = False,
-    format: Annotated[str, typer.Option(help="See 'quantkit formats'.")] = "compressed-tensors",  # noqa: A002
+    further: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Any further key of a variant or its method; repeatable."),
+    ] = None,
+    format: Annotated[  # noqa: A002 - a recipe key
+        str, typer.Option(help="See 'quantkit formats'.")
+    ] = "compressed-tensors",
     calibration: Annotated[str, typer.Option(help="Data set or file of records.")] = "alpaca_gpt4",
     samples: Annotated[int, typer.Option(help="Calibration records.")] = 128,
     max_length: Annotated[int, typer.Option(help="Tokens per calibration row.")] = 512,
@@ -125,17 +136,15 @@ def quantize(
     import quantkit
     from quantkit.display import Display
 
+    given = {"bits": bits, "group_size": group_size, "symmetric": False if asymmetric else None}
+    options = {key: value for key, value in given.items() if value is not None} | _settings(further or [])
     with Display(_console(stderr=True)) as display:
         folder = quantkit.quantize(
             model,
             out=out,
-            method=method,
-            bits=bits,
-            group_size=group_size,
-            symmetric=not asymmetric,
-            format=format,
             calibration={"dataset": calibration, "samples": samples, "max_length": max_length},
             observer=display,
+            **{"method": method, "scheme": scheme, "format": format, **options},
         )
     _say(f"checkpoint: {folder}")
 
@@ -147,6 +156,7 @@ def evaluate(
     reference: Annotated[str | None, typer.Option(help="The float model to compare with.")] = None,
     context_length: Annotated[int, typer.Option(help="Tokens per window.")] = 512,
     max_tokens: Annotated[int, typer.Option(help="Tokens scored per text at most.")] = 8192,
+    loader: Annotated[str, typer.Option(help="auto, transformers, or reference (quantkit's own decoder).")] = "auto",
 ) -> None:
     """Score a checkpoint in a fresh process and print the figures as JSON."""
     import quantkit
@@ -160,32 +170,27 @@ def evaluate(
             observer=display,
             context_length=context_length,
             max_tokens=max_tokens,
+            loader=loader,
         )
     _say(json.dumps(result, indent=2))
 
 
 @app.command()
 def methods() -> None:
-    """List the methods and their options."""
-    from quantkit.methods import METHODS
+    """List the methods with their options, and the schemes."""
+    from quantkit.listing import method_lines
 
-    for method in METHODS:
-        _say(f"{method.name}: {method.summary} [{method.source}]")
-        for name, field in method.Options.model_fields.items():
-            _say(f"    {name} = {field.default}")
-    for name, reason in METHODS.broken().items():
-        _say(f"{name}: cannot be used: {reason}")
+    for line in method_lines():
+        _say(line)
 
 
 @app.command()
 def formats() -> None:
-    """List the formats and who loads them."""
-    from quantkit.formats import FORMATS
+    """List the formats: which schemes each stores, and who loads it."""
+    from quantkit.listing import format_lines
 
-    for each in FORMATS:
-        _say(f"{each.name}: {each.summary} [{', '.join(each.runtimes)}]")
-    for name, reason in FORMATS.broken().items():
-        _say(f"{name}: cannot be used: {reason}")
+    for line in format_lines():
+        _say(line)
 
 
 @app.command()
@@ -212,27 +217,29 @@ def _terminate(_number: int, _frame: object) -> None:
     raise SystemExit(EXIT_TERMINATED)
 
 
-def _plan_table(found: dict[str, Any]) -> Any:
-    from rich.table import Table
+def _settings(given: list[str]) -> dict[str, Any]:
+    """Keys and values of ``--set``, the values as YAML reads them.
 
-    source, calibration = found["source"], found["calibration"]
-    title = f"{source['reference']} ({source['dtype']}, {_size(source['size_bytes'])})"
-    table = Table(title=title, caption=f"results in {found['folder']}", title_justify="left", caption_justify="left")
-    for column in ("stage", "what", "estimated size", "calibration pass", "state"):
-        table.add_column(column)
-    if calibration is not None:
-        rows = f"{calibration['samples']} records, {calibration['max_length']} tokens each at most"
-        table.add_row("calibration", calibration["dataset"], "", rows, calibration["state"])
-    table.add_row("baseline", "float model", _size(source["size_bytes"]), "", found["baseline"])
-    for variant in found["variants"]:
-        quantized, linears = variant["layers"]
-        what = f"{variant['method']} {variant['scheme']} {variant['format']}, {quantized} of {linears} linear layers"
-        table.add_row(variant["name"], what, _size(variant["size_bytes"]), variant["strategy"], variant["state"])
-    return table
+    Raises:
+        RecipeError: one is not of the form KEY=VALUE, or no key of a variant.
+    """
+    from quantkit.errors import RecipeError
+    from quantkit.strict_yaml import parse_mapping
+
+    found: dict[str, Any] = {}
+    for text in given:
+        key, equals, value = text.partition("=")
+        if not equals or not key.isidentifier():
+            raise RecipeError(f"--set {text} is not KEY=VALUE", "write --set double_quant=false, for one")
+        if key in ("model", "out", "calibration", "observer"):
+            raise RecipeError(f"--set {text}: '{key}' is not a key of a variant", "docs/recipe.md lists them")
+        found |= parse_mapping(f"{key}: {value}", f"--set {text}")
+    return found
 
 
-def _size(count: int) -> str:
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+def _warn(warnings: Iterable[str]) -> None:
+    for warning in warnings:
+        _say(f"warning: {warning}", stderr=True)
 
 
 def _console(stderr: bool = False) -> Console:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = (
-    "quantkit", "torch", "transformers", "tokenizers", "safetensors", "compressed-tensors", "datasets", "gguf", "numpy",
+    "quantkit", "torch", "transformers", "tokenizers", "safetensors", "compressed-tensors", "bitsandbytes", "datasets",
+    "gguf", "numpy",
 )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ from quantkit.calibration import load
 from quantkit.checkpoint import CheckpointReader
 from quantkit.engine.precision import pass_dtype
 from quantkit.engine.skeleton import Skeleton
-from quantkit.methods import METHODS
 from quantkit.pipeline import needs_calibration, quantize_job
 from quantkit.quantization.plan import choose_strategy, plan_layers
 from quantkit.quantization.stage import DTYPES, finished_variant, made_from, resolve_device
@@ -22,9 +22,10 @@ def forecast(recipe: Recipe) -> dict[str, Any]:
     """The stages of a run and the estimated bytes of its variants.
 
     Returns:
-        ``folder``, ``source``, ``calibration`` (or None), and ``variants``, each with ``name``, ``state``
-        (beginning with ``finished`` or ``to do``), ``method``, ``format``, ``scheme``, ``layers`` (quantized, all),
-        ``size_bytes`` and ``strategy``.
+        ``folder``, ``source``, ``calibration`` (or None), ``baseline``, ``warnings``, and ``variants``, each with
+        ``name``, ``state`` (beginning with ``finished`` or ``to do``), ``method``, ``format``, ``scheme``,
+        ``schemes`` (each that occurs to its number of layers), ``layers`` (quantized, all), ``size_bytes`` and
+        ``strategy``.
     """
     model = source.resolve(recipe.model, recipe.folder)
     skeleton = Skeleton(model.folder, recipe.model.trust_remote_code)
@@ -39,18 +40,19 @@ def forecast(recipe: Recipe) -> dict[str, Any]:
     def of(variant: VariantSpec) -> dict[str, Any]:
         layers = plan_layers(skeleton, variant)
         stored = finished_variant(recipe.folder / "variants" / variant.name, made_from(job, variant))
-        left = sum(reader.nbytes(f"{name}.weight") for name in layers.quantized if f"{name}.weight" in reader)
+        kept = sum(reader.nbytes(stored) for stored in layers.kept(reader.names()).values())
         strategy = "weights only"
-        if METHODS.get(variant.method).needs:
+        if variant.build_method().needs:
             strategy = choose_strategy(skeleton, tokens, pass_dtype(device, dtype), device)
         return {
             "name": variant.name,
-            "state": _variant_state(stored is not None, calibrated=bool(METHODS.get(variant.method).needs)),
+            "state": _variant_state(stored is not None, calibrated=bool(variant.build_method().needs)),
             "method": variant.method,
             "format": variant.format,
-            "scheme": variant.schemes()[0].describe(),
+            "scheme": variant.base_scheme().describe(),
+            "schemes": dict(Counter(scheme.describe() for scheme in layers.quantized.values()).most_common()),
             "layers": (len(layers.quantized), len(layers.schemes)),
-            "size_bytes": total - left + layers.quantized_bytes(dtype.itemsize * 8),
+            "size_bytes": kept + layers.quantized_bytes(dtype.itemsize * 8),
             "strategy": strategy,
         }
 
@@ -64,6 +66,7 @@ def forecast(recipe: Recipe) -> dict[str, Any]:
         },
         "calibration": _calibration_state(recipe, calibrated),
         "baseline": _evaluation_state(recipe.folder / "baseline"),
+        "warnings": list(recipe.warnings()),
         "variants": [of(variant) for variant in recipe.variants],
     }
 

@@ -18,9 +18,8 @@ from quantkit.checkpoint import CheckpointReader
 from quantkit.engine.walk import Feed
 from quantkit.environment import describe
 from quantkit.errors import OutputError, QuantkitError
-from quantkit.methods import METHODS
 from quantkit.progress import Observer
-from quantkit.quantization import MANIFEST, Job, Quantized, quantize
+from quantkit.quantization import MANIFEST, Job, Quantized, Wanted, quantize_together, walks
 from quantkit.recipe import Recipe, VariantSpec
 from quantkit.scores import LOGPROBS, Scoring, report_figures, score
 
@@ -69,12 +68,14 @@ def run(recipe: Recipe, observer: Observer) -> dict[str, Any]:
     """
     current = Run(recipe, recipe.folder, observer)
     _check_folders(current)
+    for warning in recipe.warnings():
+        observer.note(f"warning: {warning}")
     observer.stage(f"source: {recipe.model.source}")
     model = source.resolve(recipe.model, current.folder)
     calibrated = _calibrate(current, model)
     baseline = _baseline(current, model)
     job = quantize_job(recipe, model, calibrated)
-    rows = [_variant_row(current, job, variant, baseline) for variant in recipe.variants]
+    rows = _variant_rows(current, job, baseline)
     content = _report(current, model, calibrated, baseline, rows)
     report.write(content, current.folder, recipe.report.formats)
     return content
@@ -126,7 +127,7 @@ def job_of(
 
 def needs_calibration(recipe: Recipe) -> bool:
     """Whether any variant's method asks for statistics."""
-    return any(METHODS.get(variant.method).needs for variant in recipe.variants)
+    return any(variant.build_method().needs for variant in recipe.variants)
 
 
 def _calibrate(current: Run, model: SourceModel) -> CalibrationSet | None:
@@ -161,22 +162,49 @@ def _baseline(current: Run, model: SourceModel) -> dict[str, Any]:
     return score(scoring, current.observer)
 
 
-def _variant_row(current: Run, job: Job, variant: VariantSpec, baseline: dict[str, Any]) -> dict[str, Any]:
+def _variant_rows(current: Run, job: Job, baseline: dict[str, Any]) -> list[dict[str, Any]]:
+    """Quantize walk by walk, score what each gives, and return the rows in the order of the recipe."""
+    variants = current.recipe.variants
+    rows: dict[int, dict[str, Any]] = {}
+    for places in walks(job, variants):
+        outcomes = _quantized(current, job, [variants[place] for place in places])
+        for place, outcome in zip(places, outcomes, strict=True):
+            rows[place] = _variant_row(current, variants[place], outcome, baseline)
+    return [rows[place] for place in sorted(rows)]
+
+
+def _quantized(current: Run, job: Job, variants: list[VariantSpec]) -> list[Quantized | Exception]:
+    """The outcome of each variant of a walk; what stops the whole walk is that of all."""
+    current.observer.stage(f"quantize: {', '.join(variant.name for variant in variants)}")
+    wanted = [Wanted(variant, current.variant_folder(variant.name)) for variant in variants]
+    try:
+        return quantize_together(job, wanted, on_segment=partial(current.observer.progress, "block"))
+    except Exception as error:
+        return [error] * len(variants)
+
+
+def _variant_row(
+    current: Run, variant: VariantSpec, outcome: Quantized | Exception, baseline: dict[str, Any]
+) -> dict[str, Any]:
+    scheme = variant.base_scheme()
     row: dict[str, Any] = {
         "name": variant.name,
         "status": "ok",
         "error": None,
         "method": variant.method,
         "format": variant.format,
-        "bits": variant.bits,
-        "group_size": variant.group_size,
-        "symmetric": variant.symmetric,
+        "scheme": scheme.describe(),
+        "bits": scheme.bits,
+        "group_size": scheme.group_size,
+        "symmetric": scheme.symmetric,
         "options": variant.method_options().model_dump(mode="json"),
     }
-    # The one place that takes any error: a variant that fails must not take the others down. What is not a
+    # A variant that fails must not take the others down, so any error becomes its row. What is not a
     # QuantkitError is a bug or a lack of memory, so its traceback is kept.
     try:
-        return row | _quantized_and_scored(current, job, variant, baseline)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return row | _scored(current, variant, outcome, baseline)
     except QuantkitError as error:
         failure = str(error)
     except Exception as error:
@@ -187,17 +215,14 @@ def _variant_row(current: Run, job: Job, variant: VariantSpec, baseline: dict[st
     return row | {"status": "failed", "error": failure}
 
 
-def _quantized_and_scored(current: Run, job: Job, variant: VariantSpec, baseline: dict[str, Any]) -> dict[str, Any]:
-    out = current.variant_folder(variant.name)
-    current.observer.stage(f"quantize: {variant.name}")
-    done = quantize(job, variant, out, on_segment=partial(current.observer.progress, "block"))
+def _scored(current: Run, variant: VariantSpec, done: Quantized, baseline: dict[str, Any]) -> dict[str, Any]:
     if done.reused:
         current.observer.note(f"{variant.name}: reused the finished checkpoint")
     current.observer.stage(f"evaluate: {variant.name}")
     scoring = Scoring(
         variant.name,
-        out,
-        {"checkpoint": file_sha256(out / MANIFEST), "reference": baseline["fingerprint"]},
+        done.folder,
+        {"checkpoint": file_sha256(done.folder / MANIFEST), "reference": baseline["fingerprint"]},
         current.recipe.evaluation,
         current.folder / "evaluations" / variant.name,
         current.log("evaluate", variant.name),

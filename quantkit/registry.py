@@ -55,6 +55,16 @@ class Registry(Generic[T]):
             raise QuantkitError(f"{self.kind} '{name}' cannot be used: {self._broken[name]}")
         raise RecipeError(f"unknown {self.kind} '{name}'", did_you_mean(name, self._entries))
 
+    def __contains__(self, name: object) -> bool:
+        """Whether :meth:`get` gives an implementation for ``name``."""
+        if not isinstance(name, str):
+            return False
+        try:
+            self.get(name)
+        except QuantkitError:
+            return False
+        return True
+
     def names(self) -> list[str]:
         """The usable names, sorted."""
         self._load()

@@ -98,6 +98,7 @@ def report_figures(result: dict[str, Any]) -> dict[str, Any]:
         "metrics": result["metrics"],
         "texts": result["texts"],
         "size_bytes": result["size_bytes"],
+        "loaded_by": result.get("loaded_by"),
         "memory": result["memory"],
         "speed": speed
         and {

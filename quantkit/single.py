@@ -8,7 +8,6 @@ from pathlib import Path
 
 from quantkit import calibration, source
 from quantkit.artifacts import check_writable
-from quantkit.methods import METHODS
 from quantkit.pipeline import job_of
 from quantkit.progress import Observer
 from quantkit.quantization import quantize
@@ -26,7 +25,7 @@ def quantize_one(model: ModelSpec, variant: VariantSpec, spec: CalibrationSpec, 
         observer.stage(f"source: {model.source}")
         found = source.resolve(model, Path(scratch))
         calibrated = None
-        if METHODS.get(variant.method).needs:
+        if variant.build_method().needs:
             observer.stage(f"calibration: {spec.dataset}")
             trusted = model.trust_remote_code
             calibrated = calibration.build(spec, found.folder, Path(scratch) / "calibration", trust_remote_code=trusted)

@@ -11,7 +11,9 @@ import quantkit
 from quantkit import evaluation
 from quantkit.artifacts import read_json
 from quantkit.errors import EvaluationError, OutputError, QuantkitError, RecipeError
+from quantkit.methods import METHODS
 from quantkit.recipe import CalibrationSpec, VariantSpec
+from quantkit.schemes import Fp8Scheme, IntScheme
 from quantkit.validation import parse_section
 from tests.runs import (
     Notebook,
@@ -72,6 +74,26 @@ def test_quantize_tells_an_observer_and_needs_no_data_for_rtn(model: Path, tmp_p
     assert out == tmp_path / "deep" / "out"
     assert notebook.stages == [f"source: {model}", "quantize: rtn"]
     assert notebook.steps[-1] == ("block", 2, 2)
+
+
+def test_quantize_takes_a_scheme_with_its_keys(model: Path, tmp_path: Path) -> None:
+    out = quantkit.quantize(model, out=tmp_path / "out", method="rtn", scheme="fp8", granularity="tensor")
+    layers = read_json(out / "manifest.json")["layers"]
+    assert set(map(str, layers.values())) == {str(Fp8Scheme("tensor").to_json())}
+
+
+def test_quantize_without_a_scheme_takes_the_defaults_of_integers(model: Path, tmp_path: Path) -> None:
+    out = quantkit.quantize(model, out=tmp_path / "out", method="rtn")
+    assert read_json(out / "manifest.json")["layers"]["model.layers.0.mlp.up_proj"] == IntScheme().to_json()
+
+
+def test_quantize_tells_an_observer_the_warnings_of_a_method(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(METHODS.get("rtn"), "warnings", staticmethod(lambda _: ("too few",)), raising=False)
+    notebook = Notebook()
+    quantkit.quantize(model, out=tmp_path / "out", method="rtn", observer=notebook)
+    assert notebook.notes == ["warning: too few"]
 
 
 def test_quantize_takes_a_calibration_section_as_such(model: Path, records: Path, tmp_path: Path) -> None:
@@ -144,7 +166,9 @@ def test_run_and_plan_take_a_recipe_or_its_path(
 
 MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "a keyword": ({"bitz": 4}, r"^quantize: unknown key 'bitz' \(did you mean 'bits'\?"),
-    "bits": ({"bits": 5}, r"^quantize: bits 5 is not a width"),
+    "bits": ({"bits": 9}, r"^quantize: bits 9 is not a width"),
+    "a scheme": ({"scheme": "nf5"}, r"^quantize: scheme: unknown scheme 'nf5' \(did you mean 'nf4'"),
+    "a key of another scheme": ({"scheme": "fp8"}, r"^quantize: scheme fp8 does not take 'group_size' \(it takes gran"),
     "a type": ({"bits": "4"}, r"^quantize: bits: must be a valid integer, not '4'"),
     "a method": ({"method": "gtpq"}, r"^quantize: method: unknown method 'gtpq' \(did you mean 'gptq'"),
     "a calibration key": ({"calibration": {"sampels": 4}}, r"^calibration: unknown key 'sampels' \(did you mean 'samp"),

@@ -117,9 +117,9 @@ def test_the_old_folder_comes_back_if_the_new_one_cannot_take_its_place(
 
 def test_a_full_disk_while_a_folder_is_made_is_one_line_and_keeps_the_old_folder(tmp_path: Path) -> None:
     place = finished(tmp_path / "place", "old")
-    with pytest.raises(OutputError, match=r"cannot write .*place: No space left.*what is finished is kept"):  # noqa: SIM117
-        with new_folder(place):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    refused = pytest.raises(OutputError, match=r"cannot write .*place: No space left.*what is finished is kept")
+    with refused, new_folder(place):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert (place / "data").read_text() == "old"
     assert names(tmp_path) == ["place"]
 

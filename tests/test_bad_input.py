@@ -164,7 +164,7 @@ def test_a_run_that_cannot_be_is_one_line(sound: Path, tmp_path: Path, breaker: 
         (["run", "."], "cannot read recipe .: Is a directory"),
         (["plan", "none.yaml"], "cannot read recipe none.yaml"),
         (["quantize", "none", "-o", "out"], "there is no file or folder none"),
-        (["quantize", ".", "-o", "out", "--bits", "5"], "bits 5 is not a width that quantkit has"),
+        (["quantize", ".", "-o", "out", "--bits", "9"], "bits 9 is not a width that quantkit has"),
         (["quantize", ".", "-o", "/proc/quantkit/out"], "cannot write /proc/quantkit/out"),
         (["evaluate", "."], "is not a checkpoint: it has no config.json"),
         (["report", "."], "cannot read report report.json"),

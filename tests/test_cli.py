@@ -14,8 +14,13 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from quantkit import evaluation
+from quantkit.catalogue import schemes_taken
 from quantkit.cli import app
+from quantkit.errors import SchemeError
+from quantkit.formats import FORMATS
 from quantkit.methods import METHODS
+from quantkit.schemes import SCHEMES, Scheme
+from quantkit.schemes.kinds import keys_of
 from tests.runs import hidden_names, recipe_data, score_here, write_recipe, write_records
 from tests.tiny import make_model
 
@@ -62,7 +67,7 @@ def test_a_run_prints_its_table_and_exits_with_one_if_a_variant_failed(
     assert "gate passed: rtn: kl_divergence.mean <= 100" in run.stdout
     assert "gate FAILED: misfit: kl_divergence.mean <= 100" in run.stdout
     assert run.stdout.rstrip().endswith(f"report: {recipe.parent / 'run' / 'report.html'}")
-    assert "quantize: rtn ..." in run.stderr
+    assert "quantize: rtn, misfit ..." in run.stderr
     assert "misfit failed: misfit: model.layers.0.self_attn.q_proj: group_size 128" in run.stderr
     assert "Traceback" not in run.stderr
     assert hidden_names(recipe.parent) == []
@@ -130,14 +135,98 @@ def test_evaluate_prints_json(model: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert json.loads(done.stdout)["metrics"]["perplexity"]["prose"] > 1
 
 
-def test_methods_and_formats_are_listed_with_their_options() -> None:
-    methods = invoke("methods").stdout
+def test_methods_are_listed_with_what_they_need_take_and_cost() -> None:
+    text = invoke("methods").stdout
+    listed = {block.partition(":")[0]: block for block in text.split("\n\n")}
     for method in METHODS:
-        assert f"{method.name}: {method.summary}" in methods
+        block = listed[method.name]
+        assert f"{method.name}: {method.summary}" in block
+        assert all(f"\n    {label:<14}" in block for label in ("needs", "schemes", "bits", "source", "cost"))
+        assert method.source in block
         for option in method.Options.model_fields:
-            assert f"    {option} = " in methods
-    assert "compressed-tensors: " in invoke("formats").stdout
-    assert "vllm" in invoke("formats").stdout
+            assert f"      {option} = " in block
+    assert "needs         no data; with range: weighted calibration: mean x² of the inputs" in listed["rtn"]
+    assert "needs         calibration: XᵀX of the inputs" in listed["gptq"]
+    assert "damping = 0.03" in listed["gptq"]
+    assert "fraction of the Gram matrix's mean diagonal" in listed["gptq"]
+    assert "awq+gptq" in listed["Two methods in one"]
+    assert "``" not in text
+    assert ":class:" not in text
+
+
+def test_schemes_are_listed_with_their_keys_and_bits() -> None:
+    listed = {block.partition(":")[0]: block for block in invoke("methods").stdout.split("\n\n")}
+    bits = {"int": "4.25", "nf4": "4.127", "fp4": "4.127", "fp8": "8.004", "mxfp4": "4.25", "nvfp4": "4.5"}
+    assert set(bits) == set(SCHEMES)
+    for kind, width in bits.items():
+        assert f"    bits          {width} per weight" in listed[kind]
+        assert SCHEMES[kind].source in " ".join(listed[kind].split())
+        assert all(f"      {key} = " in listed[kind] for key in keys_of(kind))
+
+
+def test_formats_are_listed_with_the_schemes_that_they_store() -> None:
+    listed = {block.partition(":")[0]: block for block in invoke("formats").stdout.split("\n\n")}
+    assert set(FORMATS.names()) <= set(listed)
+    assert "vllm" in listed["compressed-tensors"]
+    assert "    schemes       int" in listed["compressed-tensors"]
+    assert "nf4" not in listed["compressed-tensors"]
+
+
+@pytest.mark.parametrize(
+    ("limit", "words"),
+    [
+        (
+            lambda scheme: scheme.kind == "int" and scheme.bits in (4, 8),
+            "int4/8 (float zeros too, axis 0 too, w8a8 too)",
+        ),
+        (
+            lambda scheme: scheme.kind == "int" and scheme.symmetric and not scheme.activations,
+            "int2-8 (symmetric only)",
+        ),
+        (lambda scheme: scheme.kind == "fp8" and scheme.granularity != "block", "fp8 (tensor, channel, a8 too)"),
+        (lambda scheme: scheme.kind in ("nf4", "mxfp4"), "nf4, mxfp4"),
+    ],
+)
+def test_what_is_taken_is_asked_of_the_check(limit: Any, words: str) -> None:
+    def check(scheme: Scheme) -> None:
+        if not limit(scheme):
+            raise SchemeError("no")
+
+    assert ", ".join(schemes_taken(check)) == words
+
+
+def test_warnings_go_to_standard_error(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(METHODS.get("rtn"), "warnings", staticmethod(lambda _: ("too few",)), raising=False)
+    for command in ("validate", "plan"):
+        found = invoke(command, recipe)
+        assert "warning: variant rtn: too few" in found.stderr or "group_size 128" in found.stderr
+        assert "too few" not in found.stdout
+    assert invoke("validate", recipe).stderr.count("warning: variant rtn: too few") == 1
+
+
+def test_any_key_of_a_variant_can_be_set(model: Path, tmp_path: Path) -> None:
+    given = ["--method", "rtn", "--scheme", "fp8", "--set", "granularity=block", "--set", "ignore=[lm_head, down]"]
+    done = invoke("quantize", model, "--out", tmp_path / "out", *given)
+    assert done.exit_code == 0, done.output
+    layers = json.loads((tmp_path / "out" / "manifest.json").read_text())["layers"]
+    assert {layer["granularity"] for layer in layers.values()} == {"block"}
+    assert not any("down" in name for name in layers)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("damping", "--set damping is not KEY=VALUE"),
+        ("=3", "--set =3 is not KEY=VALUE"),
+        ("out=x", "'out' is not a key of a variant"),
+        ("bitz=3", "quantize: unknown key 'bitz' (did you mean 'bits'?"),
+        ("bits=[", "--set bits=[ is not valid YAML"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_refused(tmp_path: Path, text: str, words: str) -> None:
+    done = invoke("quantize", "none", "--out", tmp_path / "out", "--set", text)
+    assert done.exit_code == 2
+    assert words in done.stderr
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -184,7 +273,7 @@ def test_a_signal_in_the_middle_of_a_layer_leaves_nothing_half_written(
 ) -> None:
     slow = (
         "import time\nfrom quantkit.engine.walk import Walk\nsolve = Walk._solve\n"
-        "def slowly(self, group):\n    time.sleep(0.5)\n    solve(self, group)\n"
+        "def slowly(self, *given):\n    time.sleep(0.5)\n    solve(self, *given)\n"
         "Walk._solve = slowly\nfrom quantkit.cli import main\nmain()\n"
     )
     arguments = ["quantize", str(model), "-o", str(tmp_path / "out"), "--method", "rtn", "--group-size", "32"]

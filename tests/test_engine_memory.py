@@ -59,6 +59,9 @@ class Forgetful:
     def take(self, result: LayerResult) -> None:
         pass
 
+    def replace(self, name: str, tensor: torch.Tensor) -> None:
+        pass
+
     def segment_done(self, prefix: str) -> None:
         pass
 

@@ -7,6 +7,7 @@ that is made on the wrong device, or a question to the device outside ``quantkit
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import fields, replace
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,17 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 from quantkit.checkpoint import CheckpointReader
+from quantkit.engine import folds
 from quantkit.engine import statistics as statistics_module
 from quantkit.engine.batches import make_batches
 from quantkit.engine.precision import pass_dtype
 from quantkit.engine.skeleton import Skeleton
 from quantkit.engine.walk import Feed, Strategy, Walk, WalkSettings
 from quantkit.methods.base import Method
-from quantkit.numerics import factor, grids
-from quantkit.schemes import IntScheme
+from quantkit.numerics import awq, factor
+from quantkit.numerics.lattices import codebook, integer, lattice_of, storing
+from quantkit.numerics.lattices.codebook import CodebookLattice
+from quantkit.schemes import Fp8Scheme, IntScheme, Mxfp4Scheme, Nf4Scheme, Nvfp4Scheme, Scheme
 from tests.tiny import Collected, make_model, tiny_method, tiny_rows, tiny_task
 
 CUDA = torch.device("cuda", 0)
@@ -86,10 +90,16 @@ class FakeReader:
     def __contains__(self, name: str) -> bool:
         return name in self.real
 
+    def dtype(self, name: str) -> torch.dtype:
+        return self.real.dtype(name)
+
     def read(self, name: str) -> torch.Tensor:
         return torch.empty(self.real.shape(name), dtype=self.real.dtype(name))
 
     read_finite = read
+
+
+CODEBOOKS = [Nf4Scheme(32, False), Nf4Scheme(32)]
 
 
 @pytest.fixture
@@ -97,12 +107,27 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Fake tensors, and answers to the questions that the numerics ask: all is well at once."""
     factorized = cycle([False, True])  # "did it fail?", "is it finite?"
     monkeypatch.setattr(factor, "decide", lambda _: next(factorized))
-    monkeypatch.setattr(grids, "decide", lambda _: True)
-    with FakeTensorMode(), WithoutGuard():
+    monkeypatch.setattr(storing, "decide", lambda _: True)
+    monkeypatch.setattr(folds, "decide", lambda _: True)  # "is it close?": every first candidate folds
+    monkeypatch.setattr(awq, "number", lambda _: 1.0)  # "which is best?": the first one that scales
+    lattice_of.cache_clear()
+    table, tables = codebook.dynamic_table(torch.device("cpu")), [lattice_of(scheme) for scheme in CODEBOOKS]
+    with FakeTensorMode() as mode, WithoutGuard():
+        # Tables are computed with real numbers, and then made fake.
+        monkeypatch.setattr(codebook, "dynamic_table", lambda device: mode.from_tensor(table).to(device))
+        for lattice in tables:
+            assert isinstance(lattice, CodebookLattice)
+            lattice._tables = {device: _faked(mode, kept) for device, kept in lattice._tables.items()}
         yield
+    lattice_of.cache_clear()
 
 
-def solve(folder: Path, method: Method, scheme: IntScheme | None = None, **settings: Any) -> Collected:
+def _faked(mode: FakeTensorMode, tables: Any) -> Any:
+    tensors = {field.name: getattr(tables, field.name) for field in fields(tables)}
+    return replace(tables, **{k: mode.from_tensor(v) for k, v in tensors.items() if isinstance(v, torch.Tensor)})
+
+
+def solve(folder: Path, method: Method, scheme: Scheme | None = None, **settings: Any) -> Collected:
     skeleton = Skeleton(folder)
     task, sink = tiny_task(skeleton, method, scheme, head=True)
     batches = make_batches(ROWS, CUDA, may_pad=True)
@@ -119,17 +144,15 @@ def assert_on_cuda(sink: Collected, layers: int) -> None:
         for part in (weight.codes, weight.scales, weight.zeros, result.error, result.error_before):
             assert isinstance(part, FakeTensor)
             assert part.device == CUDA, name
-        assert (weight.codes.dtype, weight.scales.dtype, weight.zeros.dtype) == (
-            torch.uint8,
-            torch.float16,
-            torch.uint8,
-        )
+        dtypes = (torch.uint8, torch.float16 if weight.scheme.kind == "int" else weight.scales.dtype, torch.uint8)
+        assert (weight.codes.dtype, weight.scales.dtype, weight.zeros.dtype) == dtypes
+        assert all(part.device == CUDA for part in weight.parts.values())
 
 
 @pytest.mark.usefixtures("fake")
 @pytest.mark.parametrize("strategy", ["one-pass", "recompute"])
 @pytest.mark.parametrize("feed", ["quantized", "float"])
-@pytest.mark.parametrize("method", ["rtn", "gptq"])
+@pytest.mark.parametrize("method", ["rtn", "gptq", "awq", "awq+gptq", "hqq"])
 def test_walk_stays_on_its_device(tmp_path: Path, method: str, feed: Feed, strategy: Strategy) -> None:
     folder = make_real_model(tmp_path, "llama")
     assert_on_cuda(solve(folder, tiny_method(method), feed=feed, strategy=strategy), layers=8)
@@ -161,6 +184,18 @@ def test_every_option_stays_on_its_device(
     assert_on_cuda(solve(folder, tiny_method(method, **options), scheme), layers=8)
 
 
+@pytest.mark.usefixtures("fake")
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+@pytest.mark.parametrize(
+    "scheme",
+    [*CODEBOOKS, Fp8Scheme(), Fp8Scheme("block"), Mxfp4Scheme(), Nvfp4Scheme()],
+    ids=lambda scheme: scheme.describe(),
+)
+def test_every_scheme_stays_on_its_device(tmp_path: Path, method: str, scheme: Scheme) -> None:
+    folder = make_real_model(tmp_path, "llama")
+    assert_on_cuda(solve(folder, tiny_method(method), scheme), layers=8)
+
+
 def make_real_model(folder: Path, family: str, **changes: Any) -> Path:
     """A checkpoint with values; it is made outside the fake mode, where saving would find none."""
     from torch._subclasses.fake_tensor import unset_fake_temporarily
@@ -187,7 +222,8 @@ def test_numerics_on_the_wrong_device_fail(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, name: str
 ) -> None:
     folder = make_real_model(tmp_path, "llama")
-    monkeypatch.setattr(grids, name, on_cpu(getattr(grids, name)))
+    owner: Any = integer if name == "stored" else integer.IntLattice
+    monkeypatch.setattr(owner, name, on_cpu(getattr(owner, name)))
     with pytest.raises(RuntimeError, match="found at least two devices"):
         solve(folder, tiny_method(method))
 
@@ -204,7 +240,7 @@ def test_statistics_on_the_wrong_device_fail(tmp_path: Path, monkeypatch: pytest
 @pytest.mark.usefixtures("fake")
 def test_a_question_to_the_device_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make_real_model(tmp_path, "llama")
-    monkeypatch.setattr(grids, "decide", bool)
+    monkeypatch.setattr(storing, "decide", bool)
     with pytest.raises(RuntimeError, match="local_scalar_dense"):
         solve(folder, tiny_method("rtn"))
 

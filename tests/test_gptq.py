@@ -13,18 +13,15 @@ from quantkit.methods.gptq import Gptq, GptqOptions
 from quantkit.methods.rtn import Rtn, RtnOptions
 from quantkit.numerics.columns import solve_columns
 from quantkit.numerics.factor import damped, inverse_factor
-from quantkit.numerics.grids import Grid, Limits, codes_of, encode, search_grid, spread
+from quantkit.numerics.grids import codes_of, encode, search_grid
+from quantkit.numerics.lattices import Grid, lattice_of
 from quantkit.numerics.refine import Problem, descend, refine, refit_scales
-from quantkit.schemes import INTEGER_BITS, PER_CHANNEL, IntScheme
+from quantkit.schemes import PER_CHANNEL, IntScheme
+from tests.tiny import int_schemes, spread
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ROWS, COLUMNS = 24, 96
-SCHEMES = [
-    IntScheme(bits, group_size, symmetric)
-    for bits in INTEGER_BITS
-    for group_size in (32, PER_CHANNEL)
-    for symmetric in (True, False)
-]
+SCHEMES = int_schemes(32)
 names = IntScheme.describe
 
 
@@ -68,12 +65,13 @@ class Case:
         self.hessian = damped(self.gram, self.damping)
         self.grid = search_grid(self.weight, self.gram.diagonal(), self.scheme, torch.float32, 8)
         self.columns = self.weight.shape[1]
-        self.limits = Limits.of(self.grid, self.scheme, self.columns)
+        self.lattice = lattice_of(self.scheme)
+        self.snap = self.lattice.snap(self.grid, *self.weight.shape)
         self.scales = spread(self.grid.scales, self.columns)
 
     def problem(self) -> Problem:
         columns = self.weight.T.contiguous()
-        return Problem(columns, self.gram, self.hessian, self.hessian @ columns, self.limits)
+        return Problem(columns, self.gram, self.hessian, self.hessian @ columns, self.lattice, self.snap)
 
     def rounded_steps(self) -> torch.Tensor:
         codes = encode(self.weight, self.grid, self.scheme).float()
@@ -119,9 +117,9 @@ def test_the_column_solver_gives_the_codes_of_the_textbook(scheme: IntScheme, or
     assert used == given.damping
     steps = torch.empty(COLUMNS, ROWS)
     steps[order] = solve_columns(
-        given.weight.T[order].contiguous(), factor, given.scales[order], given.limits.ordered(order)
+        given.weight.T[order].contiguous(), factor, given.scales[order], given.snap.ordered(order)
     )
-    found = codes_of(steps, given.grid)
+    found = codes_of(steps, given.grid, scheme)
     expected = textbook_codes(given.weight, given.hessian, given.grid, scheme, order)
     assert int((found != expected).any(1).sum()) <= 1
     assert int((expected != encode(given.weight, given.grid, scheme)).sum()) > ROWS, "rounding would have done"
@@ -131,10 +129,10 @@ def test_the_column_solver_gives_the_codes_of_the_textbook(scheme: IntScheme, or
 def test_blocks_of_columns_join_without_a_seam(columns: int) -> None:
     given = case(IntScheme(4, PER_CHANNEL), columns)
     factor, _ = inverse_factor(given.gram, given.damping)
-    steps = solve_columns(given.weight.T.contiguous(), factor, given.scales, given.limits)
+    steps = solve_columns(given.weight.T.contiguous(), factor, given.scales, given.snap)
     order = torch.arange(columns)
     expected = textbook_codes(given.weight, given.hessian, given.grid, given.scheme, order)
-    assert int((codes_of(steps, given.grid) != expected).any(1).sum()) <= 1
+    assert int((codes_of(steps, given.grid, given.scheme) != expected).any(1).sum()) <= 1
 
 
 @pytest.mark.parametrize("ordered", [False, True])
@@ -187,7 +185,7 @@ def test_descent_never_raises_the_error_and_ends_where_no_single_code_is_better(
     first = energy
     for _ in range(60):
         before = steps.clone()
-        descend(given.weight.T.contiguous(), steps, given.scales, given.limits, given.hessian)
+        descend(given.weight.T.contiguous(), steps, given.scales, given.snap, given.hessian)
         now = given.objective(steps, given.scales)
         assert bool((now <= energy * (1 + 1e-6)).all())
         energy = now
@@ -211,7 +209,7 @@ def test_a_sweep_of_descent_is_that_of_one_code_after_another(scheme: IntScheme,
         pull = hessian[column] @ (given.weight.T.double() - expected * scales) / hessian[column, column]
         wanted = (expected[column] + pull / scales[column]).round() + zeros[column]
         expected[column] = wanted.clamp(0, scheme.levels - 1) - zeros[column]
-    descend(given.weight.T.contiguous(), steps, given.scales, given.limits, given.hessian)
+    descend(given.weight.T.contiguous(), steps, given.scales, given.snap, given.hessian)
     assert int((steps != expected).any(0).sum()) <= 1
 
 
@@ -237,7 +235,7 @@ def test_refinement_never_raises_the_error_of_a_row(scheme: IntScheme, rounds: i
     refined = refine(problem, start, rounds)
     assert bool((refined.error <= start.error).all())
     assert float(refined.error.sum()) < float(start.error.sum())
-    checked = problem.attempt(refined.steps, refined.scales)
+    checked = problem.attempt(refined.levels, refined.scales)
     torch.testing.assert_close(refined.error, checked.error, rtol=1e-4, atol=1e-12)
 
 
@@ -251,7 +249,7 @@ def test_scales_that_cannot_be_refitted_stay_and_spoil_no_other_row() -> None:
     found = refine(problem, start, 1)
     torch.testing.assert_close(found.scales[0], start.scales[0], rtol=0, atol=0)
     assert float(found.error[0]) <= float(start.error[0])
-    torch.testing.assert_close(found.steps[:, 1:], expected.steps[:, 1:], rtol=0, atol=0)
+    torch.testing.assert_close(found.levels[:, 1:], expected.levels[:, 1:], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -15,7 +15,7 @@ from quantkit.engine.skeleton import Skeleton
 from quantkit.engine.tasks import LayerResult, Task
 from quantkit.engine.walk import Feed, Strategy, Walk, WalkSettings
 from quantkit.methods.base import Method
-from quantkit.schemes import IntScheme
+from quantkit.schemes import Fp4Scheme, Fp8Scheme, IntScheme, Mxfp4Scheme, Nf4Scheme, Nvfp4Scheme, Scheme
 from tests.tiny import FAMILIES, Collected, make_model, tiny_method, tiny_rows, tiny_task
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -23,10 +23,14 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 ROWS = tiny_rows(count=8, shortest=32, longest=96)
 
 
-def solve(folder: Path, method: Method, device: str, **settings: Any) -> Collected:
+SCHEMES: list[Scheme] = [Nf4Scheme(32), Fp4Scheme(32, False), Fp8Scheme("tensor"), Fp8Scheme(), Fp8Scheme("block")]
+SCHEMES += [Mxfp4Scheme(), Nvfp4Scheme(), IntScheme(8, -1, True, activations="dynamic")]
+
+
+def solve(folder: Path, method: Method, device: str, scheme: Scheme | None = None, **settings: Any) -> Collected:
     place = torch.device(device)
     skeleton = Skeleton(folder)
-    task, sink = tiny_task(skeleton, method, head=True)
+    task, sink = tiny_task(skeleton, method, scheme, head=True)
     batches = make_batches(ROWS, place, may_pad=True)
     Walk(skeleton, CheckpointReader(folder), batches, [task], WalkSettings(place, **settings)).run()
     return sink
@@ -70,6 +74,24 @@ def test_round_to_nearest_is_that_of_the_cpu(tmp_path: Path) -> None:
         torch.testing.assert_close(result.weight.scales.cpu(), other.scales, rtol=2**-9, atol=0)
 
 
+@pytest.mark.parametrize("feed", ["quantized", "float"])
+@pytest.mark.parametrize("method", ["awq", "awq+gptq", "hqq"])
+def test_every_method_has_the_errors_of_the_cpu(tmp_path: Path, method: str, feed: Feed) -> None:
+    folder, scheme = make_model(tmp_path), IntScheme(4, 32, False)
+    expected = solve(folder, tiny_method(method), "cpu", scheme, feed=feed)
+    found = solve(folder, tiny_method(method), "cuda", scheme, feed=feed)
+    assert_close(found, expected, tolerance=0.05)
+    assert found.replaced.keys() == expected.replaced.keys()
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.describe())
+def test_every_scheme_has_the_errors_of_the_cpu(tmp_path: Path, scheme: Scheme, method: str) -> None:
+    folder = make_model(tmp_path)
+    expected = solve(folder, tiny_method(method), "cpu", scheme)
+    assert_close(solve(folder, tiny_method(method), "cuda", scheme), expected, tolerance=0.05)
+
+
 def test_two_runs_give_the_same_bytes(tmp_path: Path) -> None:
     folder = make_model(tmp_path)
     first, second = (solve(folder, tiny_method(), "cuda") for _ in range(2))
@@ -82,6 +104,9 @@ class Forgetful:
     """A sink that keeps nothing."""
 
     def take(self, result: LayerResult) -> None:
+        pass
+
+    def replace(self, name: str, tensor: torch.Tensor) -> None:
         pass
 
     def segment_done(self, prefix: str) -> None:

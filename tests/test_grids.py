@@ -7,26 +7,20 @@ import torch
 
 from quantkit.errors import QuantizationError
 from quantkit.numerics.grids import (
-    Grid,
-    Limits,
     codes_of,
     encode,
-    held,
     quantized,
     range_grid,
     search_grid,
-    spread,
-    stored,
 )
-from quantkit.schemes import INTEGER_BITS, PER_CHANNEL, IntScheme
+from quantkit.numerics.lattices import Grid, lattice_of
+from quantkit.numerics.lattices.integer import Limits
+from quantkit.numerics.lattices.storing import stored
+from quantkit.schemes import PER_CHANNEL, IntScheme
+from tests.tiny import BITS, int_schemes, spread
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-SCHEMES = [
-    IntScheme(bits, group_size, symmetric)
-    for bits in INTEGER_BITS
-    for group_size in (16, PER_CHANNEL)
-    for symmetric in (True, False)
-]
+SCHEMES = int_schemes(16)
 names = IntScheme.describe
 CANDIDATES = 8
 
@@ -67,7 +61,7 @@ def test_more_candidates_lose_no_more(scheme: IntScheme) -> None:
     assert losses[2] <= losses[1] * 1.01
 
 
-@pytest.mark.parametrize("bits", INTEGER_BITS)
+@pytest.mark.parametrize("bits", BITS)
 def test_a_negative_scale_gives_the_extreme_weight_the_extra_step(bits: int) -> None:
     """A symmetric grid has ``2**(bits-1)`` steps below zero and one less above it.
 
@@ -159,10 +153,10 @@ def test_a_grid_that_float16_cannot_hold_is_refused(scheme: IntScheme, value: fl
 
 def test_a_value_of_the_grid_that_overflows_is_refused_though_its_scale_fits() -> None:
     scheme = IntScheme(4, PER_CHANNEL)
-    fits = Grid(torch.tensor([[8000.0]]).half(), torch.tensor([[8.0]]))
-    assert held(fits, scheme) is fits
+    lattice, zeros = lattice_of(scheme), torch.tensor([[8.0]])
+    assert float(lattice.stored(torch.tensor([[8000.0]]), zeros, torch.float16).scales) == 8000
     with pytest.raises(QuantizationError, match=r"largest value is 65504"):
-        held(Grid(torch.tensor([[9000.0]]).half(), torch.tensor([[8.0]])), scheme)
+        lattice.stored(torch.tensor([[9000.0]]), zeros, torch.float16)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -181,15 +175,16 @@ def test_steps_and_codes_are_two_views_of_one_thing(scheme: IntScheme) -> None:
     grid = range_grid(weight, scheme, torch.float32)
     codes = encode(weight, grid, scheme)
     steps = codes.T.float() - spread(grid.zeros, 64)
-    torch.testing.assert_close(codes_of(steps, grid), codes, rtol=0, atol=0)
-    limits = Limits.of(grid, scheme, 64)
+    torch.testing.assert_close(codes_of(steps, grid, scheme), codes, rtol=0, atol=0)
+    limits = lattice_of(scheme).snap(grid, 8, 64)
+    assert isinstance(limits, Limits)
     assert bool((steps >= limits.low).all())
     assert bool((steps <= limits.high).all())
     order = torch.randperm(64)
     for column, (low, high) in zip(order.tolist(), limits.ordered(order).columns(), strict=False):
         assert bool((steps[column] >= low).all())
         assert bool((steps[column] <= high).all())
-        reached = codes_of(torch.zeros(64, 8) + torch.as_tensor(high), grid)[:, column]
+        reached = codes_of(torch.zeros(64, 8) + torch.as_tensor(high), grid, scheme)[:, column]
         assert reached.tolist() == [scheme.levels - 1] * 8
 
 

@@ -16,7 +16,7 @@ from quantkit.artifacts import read_json
 from quantkit.checkpoint import CheckpointReader
 from quantkit.errors import CalibrationError, CheckpointError, OutputError, RecipeError
 from quantkit.forecast import forecast
-from quantkit.quantization import quantize
+from quantkit.methods.rtn import Rtn
 from quantkit.recipe import Recipe
 from tests.runs import (
     Notebook,
@@ -111,9 +111,9 @@ def test_a_row_holds_settings_errors_of_layers_and_figures(finished: tuple[Recip
     _, report = finished
     row = report["variants"][1]
     assert set(row) == {
-        *("name", "status", "error", "method", "format", "bits", "group_size", "symmetric", "options"),
+        *("name", "status", "error", "method", "format", "scheme", "bits", "group_size", "symmetric", "options"),
         *("checkpoint", "bits_per_weight", "layers", "notes", "metrics", "texts", "size_bytes", "memory", "speed"),
-        "seconds",
+        *("seconds", "loaded_by"),
     }
     assert (row["name"], row["status"], row["error"]) == ("gptq4", "ok", None)
     assert {layer["scheme"] for layer in row["layers"]} == {"int4 g32 sym", "int8 g32 sym"}
@@ -273,12 +273,10 @@ def test_a_variant_called_baseline_keeps_its_log_apart(rerun: Callable[..., Any]
 def test_an_unexpected_error_keeps_its_traceback_and_the_other_variants(
     rerun: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(job: Any, variant: Any, out: Path, **rest: Any) -> Any:
-        if variant.name == "rtn":
-            raise ZeroDivisionError("a bug")
-        return quantize(job, variant, out, **rest)
+    def broken(self: Rtn, *args: Any) -> Any:
+        raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(pipeline, "quantize", broken)
+    monkeypatch.setattr(Rtn, "quantize", broken)
     report, _ = rerun([RTN, GPTQ])
     assert [row["status"] for row in report["variants"]] == ["failed", "ok"]
     log = tmp_path / "run" / "logs" / "traceback-rtn.log"

@@ -241,6 +241,8 @@ def test_devices() -> None:
     assert resolve_device("cpu") == torch.device("cpu")
     with pytest.raises(QuantizationError, match="'gpu' is not a device"):
         resolve_device("gpu")
+    with pytest.raises(QuantizationError, match="not on 'mps'"):
+        resolve_device("mps")
     if not torch.cuda.is_available():
         assert resolve_device("auto") == torch.device("cpu")
         with pytest.raises(QuantizationError, match="device cuda is not available"):

@@ -10,6 +10,7 @@ import shlex
 import sys
 import textwrap
 import tomllib
+import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -23,13 +24,14 @@ from pydantic_core import PydanticUndefined
 
 import quantkit
 from quantkit import api, recipe
+from quantkit.catalogue import shown_bits
 from quantkit.cli import app
 from quantkit.formats import FORMATS
 from quantkit.methods import METHODS
 from quantkit.methods.base import InputStatistics, Statistic
 from quantkit.records import dataset_names, named_dataset
 from quantkit.report.gates import METRICS
-from quantkit.schemes import IntScheme
+from quantkit.schemes import SCHEMES, Fp4Scheme, IntScheme, Mxfp4Scheme, Nf4Scheme
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -140,6 +142,16 @@ def test_the_picture_of_the_report_is_a_small_png() -> None:
     assert len(picture) < 300_000
 
 
+def test_the_picture_of_the_grids_has_every_level_and_needs_nothing_from_elsewhere() -> None:
+    text = text_of("docs/images/grids.svg")
+    assert len(text) < 50_000
+    assert not re.search(r"href|url\(|@import|<script", text)
+    panels = [each for each in ET.fromstring(text) if each.tag.endswith("}g")]
+    drawn = {panel[0].text: sum(each.get("class") == "level" for each in panel) for panel in panels}
+    tables = {"nf4": Nf4Scheme.table, "fp4": Fp4Scheme.table, "mxfp4": Mxfp4Scheme.table}
+    assert drawn == {"int4": IntScheme(4).levels} | {name: len(set(table)) for name, table in tables.items()}
+
+
 # Python and YAML
 
 
@@ -210,6 +222,19 @@ def test_the_page_on_methods_has_every_option_with_its_default(method: str) -> N
     assert list(shown) == list(fields)
     for name, (_, default, _) in shown.items():
         assert_default(default, fields[name].default)
+
+
+def test_the_page_on_methods_has_every_scheme_with_its_bits() -> None:
+    shown = table(section("docs/methods.md", "Schemes"))
+    assert {kind: bits for kind, (bits, *_) in shown.items()} == {kind: f"{shown_bits(kind):.4g}" for kind in SCHEMES}
+
+
+def test_the_measured_variants_are_those_of_the_recipe() -> None:
+    page = text_of("docs/methods.md")
+    measured = page[page.index("<!-- measured: begin -->") : page.index("<!-- measured: end -->")]
+    variants = recipe.Recipe.load(ROOT / "recipes" / "methods.yaml").variants
+    shown = re.findall(r"^\| `([^`]+)` \| ([^|]+) \|", measured, re.MULTILINE)
+    assert set(shown) == {(variant.name, variant.base_scheme().describe()) for variant in variants}
 
 
 def test_the_page_on_calibration_has_every_data_set_with_its_licence() -> None:

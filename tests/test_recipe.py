@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,8 @@ from pydantic import ValidationError
 from quantkit.errors import QuantkitError, RecipeError
 from quantkit.formats import FORMATS
 from quantkit.methods import METHODS
-from quantkit.recipe import MAX_RECIPE_BYTES, EvaluationSpec, Recipe, VariantSpec
-from quantkit.schemes import IntScheme
+from quantkit.recipe import MAX_RECIPE_BYTES, EvaluationSpec, Recipe, SchemeKeys, VariantSpec
+from quantkit.schemes import SCHEME_KEYS, SCHEMES, Fp8Scheme, IntScheme, Mxfp4Scheme, Scheme
 from quantkit.validation import parse_section
 
 
@@ -66,6 +67,11 @@ def test_an_unknown_key_is_named_with_its_path_and_the_nearest_known_key(where: 
     assert f"did you mean '{nearest}'?" in message
 
 
+def test_the_keys_of_a_recipe_are_those_of_all_schemes() -> None:
+    assert set(SchemeKeys.model_fields) == set(SCHEME_KEYS)
+    assert set(SchemeKeys.model_fields) <= set(VariantSpec.model_fields)
+
+
 def test_an_option_of_another_method_is_named_as_such() -> None:
     message = refusal(variant(method="rtn", damping=0.1))
     assert "unknown key 'variants[0].damping'" in message
@@ -96,8 +102,44 @@ MISTAKES: dict[str, tuple[dict[Any, Any], str]] = {
     "a name that leads upwards": (variant(name=".."), "variants[0].name: must be letters, digits"),
     "an option out of range": (variant(method="gptq", damping=-1), "variants[0].damping: must be greater than 0"),
     "an option of the wrong type": (variant(method="gptq", damping="much"), "variants[0].damping: must be a valid num"),
-    "bits that do not exist": (variant(bits=5), "variants[0]: bits 5 is not a width that quantkit has (allowed: 2, 3"),
-    "bits of an override": (variant(overrides={"q": {"bits": 7}}), "variants[0]: bits 7 is not a width"),
+    "bits that do not exist": (variant(bits=9), "variants[0]: bits 9 is not a width that quantkit has (allowed: 1, 2"),
+    "bits of an override": (
+        variant(overrides={"q_proj$": {"bits": 9}}),
+        "variants[0]: overrides.q_proj$: bits 9 is not a width",
+    ),
+    "a scheme": (variant(scheme="nf5"), "variants[0].scheme: unknown scheme 'nf5' (did you mean 'nf4'?"),
+    "a scheme that is a number": (variant(scheme=4), "variants[0].scheme: must be text, not 4"),
+    "a scheme of an override": (
+        variant(overrides={"q": {"scheme": "fp9"}}),
+        "variants[0].overrides.q.scheme: unknown scheme 'fp9' (did you mean 'fp8'?",
+    ),
+    "a key of another scheme": (
+        variant(scheme="mxfp4", group_size=64),
+        "variants[0]: scheme mxfp4 does not take 'group_size' (it takes no keys: its blocks and scales are fixed)",
+    ),
+    "a key of another scheme in an override": (
+        variant(method="rtn", format="compressed-tensors", scheme="fp8", overrides={"q": {"bits": 8}}),
+        "variants[0]: overrides.q: scheme fp8 does not take 'bits' (it takes granularity, activations)",
+    ),
+    "keys that exclude each other": (
+        variant(bits=4, activations="dynamic"),
+        "variants[0]: integer activations need 8-bit symmetric weights per channel",
+    ),
+    "an axis": (variant(axis=2), "variants[0].axis: must be 0 or 1, not 2"),
+    "zeros": (variant(zeros="flaot"), "variants[0].zeros: 'flaot' is not allowed (did you mean 'float'?"),
+    "blocks without a count": (variant(first_blocks={"bits": 8}), "key 'variants[0].first_blocks.count' is missing"),
+    "no blocks": (variant(last_blocks={"count": 0, "bits": 8}), "variants[0].last_blocks.count: must be greater than"),
+    "blocks without a change": (variant(first_blocks={"count": 2}), "variants[0].first_blocks: gives no key beside c"),
+    "a scheme of blocks": (
+        variant(last_blocks={"count": 2, "bits": 9}),
+        "variants[0]: last_blocks: bits 9 is not a width",
+    ),
+    "two methods that do not compose": (variant(method="rtn+gptq"), "variants[0].method: method 'rtn+gptq': rtn does"),
+    "a part of a method": (
+        variant(method="awq+gtpq"),
+        "variants[0].method: unknown method 'gtpq' (did you mean 'gptq'",
+    ),
+    "a loader": (recipe(evaluation={"loader": "referense"}), "evaluation.loader: 'referense' is not allowed (did you"),
     "a group size of zero": (variant(group_size=0), "variants[0]: group_size 0 is not positive (use -1"),
     "a method": (variant(method="gtpq"), "variants[0].method: unknown method 'gtpq' (did you mean 'gptq'?"),
     "a method that is a number": (variant(method=3), "variants[0].method: must be text, not 3"),
@@ -200,8 +242,8 @@ def test_a_file_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:
 def test_an_error_inside_a_validator_comes_out_as_a_recipe_error_for_every_section() -> None:
     with pytest.raises(RecipeError, match=r"^here: method: unknown method 'x'"):
         parse_section(VariantSpec, {"name": "a", "method": "x"}, "here")
-    with pytest.raises(RecipeError, match=r"^here: bits 5 is not a width"):
-        parse_section(VariantSpec, {"name": "a", "bits": 5}, "here")
+    with pytest.raises(RecipeError, match=r"^here: bits 9 is not a width"):
+        parse_section(VariantSpec, {"name": "a", "bits": 9}, "here")
     with pytest.raises(RecipeError, match=r"^here: device: 'x' is not a device"):
         parse_section(EvaluationSpec, {"device": "x"}, "here")
 
@@ -253,6 +295,90 @@ def test_the_first_override_that_matches_wins_and_ignore_beats_them_all() -> Non
     assert found.scheme_of("lm_head") is None
 
 
+def test_a_key_that_is_not_given_is_the_schemes_own() -> None:
+    assert parsed(variant()).variants[0].base_scheme() == IntScheme()
+    assert parsed(variant(scheme="fp8")).variants[0].base_scheme() == Fp8Scheme()
+    assert parsed(variant(scheme="fp8", granularity="block")).variants[0].base_scheme() == Fp8Scheme("block")
+    w8a8 = parsed(variant(bits=8, group_size=-1, activations="dynamic")).variants[0]
+    assert w8a8.base_scheme() == IntScheme(8, -1, True, activations="dynamic")
+
+
+def test_defaults_that_the_scheme_of_a_variant_does_not_take_are_left_out() -> None:
+    found = parsed(
+        recipe(
+            defaults={"bits": 8, "group_size": -1, "symmetric": True, "granularity": "tensor", "method": "rtn"},
+            variants=[{"name": "a"}, {"name": "b", "scheme": "fp8"}, {"name": "c", "scheme": "mxfp4"}],
+        )
+    )
+    assert [each.base_scheme() for each in found.variants] == [IntScheme(8, -1), Fp8Scheme("tensor"), Mxfp4Scheme()]
+
+
+def test_a_scheme_among_the_defaults_is_that_of_all_variants() -> None:
+    found = parsed(recipe(defaults={"scheme": "fp8", "granularity": "block"}, variants=[{"name": "a"}]))
+    assert found.variants[0].base_scheme() == Fp8Scheme("block")
+
+
+def test_a_key_of_a_scheme_among_the_defaults_that_no_variant_has_is_refused() -> None:
+    message = refusal(recipe(defaults={"double_quant": False}))
+    assert "defaults.double_quant: no variant has a scheme that takes it (these do: nf4, fp4)" in message
+
+
+def test_a_patch_of_another_scheme_begins_from_its_defaults() -> None:
+    patches = {"down": {"scheme": "int", "bits": 8}, "up": {"scheme": "fp8", "activations": "dynamic"}}
+    found = parsed(variant(scheme="fp8", granularity="tensor", overrides=patches)).variants[0]
+    assert found.scheme_of("down") == IntScheme(8)
+    assert found.scheme_of("up") == Fp8Scheme("tensor", "dynamic")
+
+
+def test_a_patch_can_take_back_what_the_variant_gives() -> None:
+    patch = {"activations": "none", "bits": 4, "group_size": 32}
+    found = parsed(variant(bits=8, group_size=-1, activations="dynamic", overrides={"down": patch})).variants[0]
+    assert found.scheme_of("down") == IntScheme(4, 32)
+
+
+def test_overrides_come_before_first_and_last_blocks_and_what_is_ignored_before_all() -> None:
+    found = parsed(
+        variant(
+            ignore=["lm_head", "gate"],
+            overrides={"down": {"bits": 3}},
+            first_blocks={"count": 2, "bits": 8},
+            last_blocks={"count": 1, "scheme": "fp8"},
+        )
+    ).variants[0]
+    of = {block: found.scheme_of("up", block, 5) for block in range(5)}
+    assert of == {0: IntScheme(8), 1: IntScheme(8), 2: IntScheme(4), 3: IntScheme(4), 4: Fp8Scheme()}
+    assert found.scheme_of("up") == IntScheme(4)
+    assert found.scheme_of("down", 0, 5) == found.scheme_of("down", 4, 5) == IntScheme(3)
+    assert found.scheme_of("gate", 0, 5) is None
+    assert found.schemes() == [IntScheme(4), IntScheme(3), IntScheme(8), Fp8Scheme()]
+
+
+def test_a_scheme_that_occurs_twice_is_named_once() -> None:
+    found = parsed(variant(overrides={"q": {"bits": 8}, "k": {"bits": 8}, "v": {"bits": 4}})).variants[0]
+    assert found.schemes() == [IntScheme(4), IntScheme(8)]
+
+
+def test_a_composed_method_has_the_options_of_both() -> None:
+    found = parsed(variant(method="awq+gptq", damping=0.2, alphas=7)).variants[0]
+    assert (found.options["damping"], found.options["alphas"]) == (0.2, 7)
+    assert found.build_method().needs == METHODS.get("awq").needs | METHODS.get("gptq").needs
+
+
+def test_warnings_name_their_variant_and_come_once_for_each_scheme(monkeypatch: pytest.MonkeyPatch) -> None:
+    def warnings(scheme: Scheme) -> tuple[str, ...]:
+        return (f"{scheme.bits} bits are few",) if scheme.bits < 4 else ()
+
+    monkeypatch.setattr(METHODS.get("rtn"), "warnings", staticmethod(warnings), raising=False)
+    variants = [
+        {"name": "a", "method": "rtn", "bits": 3, "overrides": {"q": {"symmetric": False}, "v": {"bits": 2}}},
+        {"name": "b", "method": "rtn", "bits": 8},
+    ]
+    assert parsed(recipe(variants=variants)).warnings() == (
+        "variant a: 3 bits are few",
+        "variant a: 2 bits are few",
+    )
+
+
 def test_the_head_stays_float_unless_asked_for() -> None:
     assert parsed(variant()).variants[0].scheme_of("lm_head") is None
     assert parsed(variant(ignore=[])).variants[0].scheme_of("lm_head") == IntScheme()
@@ -282,6 +408,39 @@ def test_a_resolved_recipe_and_a_written_one_mean_the_same_as_the_first() -> Non
     assert parsed(first.resolved()).resolved() == first.resolved()
 
 
+def test_a_resolved_variant_has_every_key_of_its_scheme_and_no_other() -> None:
+    data = parsed(variant(scheme="fp8", first_blocks={"count": 1, "scheme": "int"})).resolved()["variants"][0]
+    assert (data["scheme"], data["granularity"], data["activations"]) == ("fp8", "channel", "none")
+    assert not {"bits", "group_size", "double_quant"} & set(data)
+    assert data["first_blocks"] == {"scheme": "int", "count": 1}
+    assert data["last_blocks"] is None
+
+
+def test_variants_that_say_the_same_resolve_to_the_same() -> None:
+    short = parsed(variant()).resolved()["variants"]
+    assert (
+        parsed(variant(scheme="int", bits=4, group_size=64, symmetric=True, damping=0.03)).resolved()["variants"]
+        == short
+    )
+
+
+def test_a_recipe_with_every_key_of_a_scheme_survives_being_written() -> None:
+    first = parsed(
+        recipe(
+            defaults={"bits": 8, "first_blocks": {"count": 1, "bits": 6}, "granularity": "block"},
+            variants=[
+                {"name": "a", "group_size": -1, "activations": "dynamic", "first_blocks": None},
+                {"name": "b", "symmetric": False, "last_blocks": {"count": 3, "scheme": "fp8"}},
+                {"name": "c", "scheme": "fp8", "method": "rtn", "first_blocks": {"count": 1, "granularity": "tensor"}},
+            ],
+        )
+    )
+    assert parsed(yaml.safe_load(first.to_yaml())).resolved()["variants"] == first.resolved()["variants"]
+    assert parsed(first.resolved()).resolved() == first.resolved()
+    assert yaml.safe_load(first.to_yaml())["variants"][0]["name"] == "a"
+    assert first.to_yaml().index("name: a") < first.to_yaml().index("bits: 8")
+
+
 def test_a_recipe_is_frozen() -> None:
     found = parsed(recipe())
     with pytest.raises(ValidationError, match="frozen"):
@@ -301,11 +460,25 @@ def test_results_lie_under_the_recipes_name_unless_a_folder_is_given() -> None:
     assert parsed(recipe(report={"folder": "out/here"})).folder == Path("out/here")
 
 
+def schemes_of_pair(method: str, store: str) -> list[str]:
+    """The kinds of scheme that a method and a format both take."""
+    taken = []
+    for kind in SCHEMES:
+        with contextlib.suppress(RecipeError):
+            found = parsed(variant(method=method, format=store, scheme=kind)).variants[0]
+            assert (found.method, found.format, found.scheme) == (method, store, kind)
+            taken.append(kind)
+    return taken
+
+
 @pytest.mark.parametrize("method", METHODS.names())
+def test_every_method_goes_with_a_format(method: str) -> None:
+    assert any(schemes_of_pair(method, store) for store in FORMATS.names())
+
+
 @pytest.mark.parametrize("store", FORMATS.names())
-def test_every_method_and_format_can_be_named(method: str, store: str) -> None:
-    found = parsed(variant(method=method, format=store)).variants[0]
-    assert (found.method, found.format) == (method, store)
+def test_every_format_goes_with_a_method(store: str) -> None:
+    assert any(schemes_of_pair(method, store) for method in METHODS.names())
 
 
 def test_every_mistake_is_a_quantkit_error() -> None:

@@ -30,5 +30,5 @@ def test_a_shipped_recipe_names_what_is_there(path: Path) -> None:
     named = {file.stem for file in FOLDER.glob("*.yaml")}
     assert recipe.calibration.dataset in named or recipe.calibration.dataset.startswith(("hub:", "./"))
     for variant in recipe.variants:
-        assert variant.method in METHODS.names()
+        assert variant.method in METHODS  # two may be joined, as in awq+gptq
         assert variant.format in FORMATS.names()

@@ -13,16 +13,12 @@ from hypothesis import strategies as st
 from quantkit.errors import QuantizationError
 from quantkit.methods.base import InputStatistics, Solution
 from quantkit.methods.rtn import Rtn, RtnOptions
-from quantkit.schemes import INTEGER_BITS, PER_CHANNEL, IntScheme
+from quantkit.schemes import PER_CHANNEL, IntScheme
+from tests.tiny import int_schemes
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ROWS, COLUMNS = 24, 96
-SCHEMES = [
-    IntScheme(bits, group_size, symmetric)
-    for bits in INTEGER_BITS
-    for group_size in (32, PER_CHANNEL)
-    for symmetric in (True, False)
-]
+SCHEMES = int_schemes(32)
 names = IntScheme.describe
 
 
@@ -36,10 +32,11 @@ def package_args(scheme: IntScheme) -> QuantizationArgs:
 
 def package_codes(weight: torch.Tensor, solution: Solution) -> torch.Tensor:
     """The package's codes for our scales and zeros, made unsigned."""
-    found = solution.weight
-    zeros = (found.zeros.to(torch.int16) - found.scheme.zero).to(torch.int8)
-    codes: torch.Tensor = quantize(weight, found.scales, zeros, package_args(found.scheme), dtype=torch.int8)
-    return (codes.to(torch.int16) + found.scheme.zero).to(torch.uint8)
+    found, scheme = solution.weight, solution.weight.scheme
+    assert isinstance(scheme, IntScheme)
+    zeros = (found.zeros.to(torch.int16) - scheme.zero).to(torch.int8)
+    codes: torch.Tensor = quantize(weight, found.scales, zeros, package_args(scheme), dtype=torch.int8)
+    return (codes.to(torch.int16) + scheme.zero).to(torch.uint8)
 
 
 def skewed_weight(rows: int = ROWS, columns: int = COLUMNS) -> torch.Tensor:

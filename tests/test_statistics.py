@@ -14,7 +14,7 @@ from quantkit.engine.skeleton import Skeleton
 from quantkit.engine.statistics import Gatherer, add_gram
 from quantkit.engine.walk import Walk, WalkSettings
 from quantkit.methods.base import InputStatistics, Method, MethodOptions, Solution, Statistic
-from quantkit.schemes import IntScheme
+from quantkit.schemes import Scheme
 from tests.tiny import FAMILIES, make_model, tiny_method, tiny_rows, tiny_task
 
 CPU = torch.device("cpu")
@@ -30,7 +30,7 @@ class Onlooker(Method):
         self.seen: list[InputStatistics] = []
 
     def quantize(
-        self, weight: torch.Tensor, statistics: InputStatistics, scheme: IntScheme, scale_dtype: torch.dtype
+        self, weight: torch.Tensor, statistics: InputStatistics, scheme: Scheme, scale_dtype: torch.dtype
     ) -> Solution:
         self.seen.append(statistics)
         return tiny_method("rtn").quantize(weight, statistics, scheme, scale_dtype)

@@ -25,7 +25,7 @@ from quantkit.engine.tasks import LayerResult
 from quantkit.engine.walk import Strategy, Walk, WalkSettings
 from quantkit.errors import CheckpointError, QuantizationError
 from quantkit.methods.base import InputStatistics, Method, MethodOptions, Solution, Statistic
-from quantkit.schemes import IntScheme
+from quantkit.schemes import IntScheme, Scheme
 from tests.tiny import FAMILIES, Collected, make_model, tiny_method, tiny_rows, tiny_task, walk
 
 CPU = torch.device("cpu")
@@ -124,7 +124,7 @@ class Spy(Method):
         self.seen: list[tuple[int, InputStatistics]] = []
 
     def quantize(
-        self, weight: torch.Tensor, statistics: InputStatistics, scheme: IntScheme, scale_dtype: torch.dtype
+        self, weight: torch.Tensor, statistics: InputStatistics, scheme: Scheme, scale_dtype: torch.dtype
     ) -> Solution:
         self.seen.append((len(weight), statistics))
         return self.inner.quantize(weight, statistics, scheme, scale_dtype)
@@ -580,7 +580,7 @@ class FailsLate(Spy):
         self.count = count
 
     def quantize(
-        self, weight: torch.Tensor, statistics: InputStatistics, scheme: IntScheme, scale_dtype: torch.dtype
+        self, weight: torch.Tensor, statistics: InputStatistics, scheme: Scheme, scale_dtype: torch.dtype
     ) -> Solution:
         if len(self.seen) == self.count - 1:
             raise QuantizationError("it went wrong", "do better")

@@ -28,7 +28,7 @@ from quantkit.engine.tasks import LayerResult, Task
 from quantkit.engine.walk import Walk, WalkSettings
 from quantkit.methods import METHODS
 from quantkit.methods.base import Method
-from quantkit.schemes import IntScheme
+from quantkit.schemes import PER_CHANNEL, IntScheme, Scheme
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
@@ -36,6 +36,8 @@ CHAT_TEMPLATE = (
 )
 SPECIAL = ["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 VOCABULARY = len(SPECIAL) + 256
+BITS = (2, 3, 4, 8)
+"""The widths of integer codes that servers load."""
 FAMILIES: dict[str, type[PreTrainedConfig]] = {
     "llama": LlamaConfig,
     "qwen2": Qwen2Config,
@@ -44,6 +46,21 @@ FAMILIES: dict[str, type[PreTrainedConfig]] = {
     "gemma": GemmaConfig,
     "gpt_neox": GPTNeoXConfig,
 }
+
+
+def int_schemes(group_size: int) -> list[IntScheme]:
+    """Every width that servers load, grouped and per channel, symmetric and not."""
+    return [
+        IntScheme(bits, size, symmetric)
+        for bits in BITS
+        for size in (group_size, PER_CHANNEL)
+        for symmetric in (True, False)
+    ]
+
+
+def spread(values: torch.Tensor, columns: int) -> torch.Tensor:
+    """``[rows, groups]`` to ``[columns, rows]``: the value of each weight, transposed."""
+    return values.T.repeat_interleave(columns // values.shape[1], dim=0)
 
 
 def tiny_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
@@ -123,11 +140,15 @@ class Collected:
     """A sink that keeps all that it is given."""
 
     results: dict[str, LayerResult] = field(default_factory=dict)
+    replaced: dict[str, torch.Tensor] = field(default_factory=dict)
     segments: list[str] = field(default_factory=list)
 
     def take(self, result: LayerResult) -> None:
         assert result.name not in self.results
         self.results[result.name] = result
+
+    def replace(self, name: str, tensor: torch.Tensor) -> None:
+        self.replaced[name] = tensor
 
     def segment_done(self, prefix: str) -> None:
         self.segments.append(prefix)
@@ -140,7 +161,7 @@ def tiny_method(name: str = "gptq", **options: Any) -> Method:
 
 
 def tiny_task(
-    skeleton: Skeleton, method: Method, scheme: IntScheme | None = None, *, head: bool = False, name: str = "variant"
+    skeleton: Skeleton, method: Method, scheme: Scheme | None = None, *, head: bool = False, name: str = "variant"
 ) -> tuple[Task, Collected]:
     """A task for all Linear layers, the head only if asked for, and what will hold its results."""
     blocks = [linear for segment in skeleton.segments for linear in segment.linears]

@@ -88,7 +88,8 @@ class ShardWriter:
                 self.close()
         finally:
             if self._open is not None:
-                self._open[1].close()
+                with translated_os_errors(self.folder):  # what could not be written is refused again here
+                    self._open[1].close()
 
     def declare(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
         """Announce the next tensor.

@@ -1,7 +1,7 @@
 """A model without its weights, filled one segment at a time.
 
-A segment is a decoder block, or the output head where that is to be quantized. Its weights come from the
-checkpoint when the walk reaches it and go again when the walk moves on, so that memory holds one segment.
+A segment is a decoder block, or the output head or the input embedding where these are to be quantized. Its weights
+come from the checkpoint when the walk reaches it and go again when the walk moves on, so that memory holds one segment.
 """
 
 from __future__ import annotations
@@ -29,6 +29,9 @@ class WeightReader(Protocol):
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor on CPU."""
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Its dtype."""
 
     def read_finite(self, name: str) -> torch.Tensor:
         """The tensor on CPU; raises CheckpointError if it holds NaN or infinities."""
@@ -61,6 +64,7 @@ class Skeleton:
         blocks: its list of decoder blocks.
         segments: the blocks, each to be loaded by itself.
         head: the output head, if it is a Linear.
+        embedding: the input embedding, if it is an Embedding.
 
     Raises:
         SourceError: transformers cannot build the model, or it has no decoder blocks.
@@ -71,6 +75,7 @@ class Skeleton:
         prefix, self.blocks = find_blocks(self.model)
         self.segments = [segment_of(f"{prefix}.{index}", block) for index, block in enumerate(self.blocks)]
         self.head = self._head()
+        self.embedding = self._embedding()
         self._twins = self._tied_names()
         self._persistent = frozenset(self.model.state_dict())
         self._empty: dict[str, nn.Parameter] = {}
@@ -78,6 +83,15 @@ class Skeleton:
     def _head(self) -> Segment | None:
         module = self.model.get_output_embeddings()
         return segment_of(self._name(module), module) if isinstance(module, nn.Linear) else None
+
+    def _embedding(self) -> Segment | None:
+        module = self.model.get_input_embeddings()
+        return Segment(self._name(module), module, ()) if isinstance(module, nn.Embedding) else None
+
+    @property
+    def tied(self) -> tuple[str, ...]:
+        """Full names of the head and the embedding where they share one weight; else empty."""
+        return tuple(name.removesuffix(".weight") for name in self._twins)
 
     def _tied_names(self) -> dict[str, str]:
         """The weights of a tied head and its embedding, each to the other."""

@@ -47,7 +47,7 @@ class Gatherer:
         if Statistic.GRAM in self._needs:
             means["gram"] = means["gram"].triu() + means["gram"].triu(1).T
         self._sums = {}
-        return InputStatistics(tokens=self.tokens, **means)
+        return InputStatistics(self.tokens, means.get("abs_mean"), means.get("square_mean"), means.get("gram"))
 
     def _sum(self, statistic: Statistic, like: torch.Tensor, *rows: int) -> torch.Tensor:
         if statistic not in self._sums:

@@ -10,7 +10,7 @@ import torch
 
 from quantkit.errors import QuantizationError
 from quantkit.methods.base import InputStatistics, Method, Solution
-from quantkit.schemes import IntScheme, QuantizedWeight
+from quantkit.schemes import QuantizedWeight, Scheme
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +18,7 @@ class LayerResult:
     """A solved layer.
 
     Attributes:
-        name: full name of the Linear.
+        name: full name of the Linear or Embedding.
         weight: its codes, on the device of the walk.
         error: 0-d float32, the mean square of the output error relative to that of the output.
         error_before: the same before the method's refinement; equal to ``error`` if it has none.
@@ -40,6 +40,9 @@ class Sink(Protocol):
     def take(self, result: LayerResult) -> None:
         """One layer."""
 
+    def replace(self, name: str, tensor: torch.Tensor) -> None:
+        """A float tensor of the checkpoint that the variant changes, such as the weight of a norm."""
+
     def segment_done(self, prefix: str) -> None:
         """All layers of a segment have been given."""
 
@@ -51,38 +54,42 @@ class Task:
     Attributes:
         name: of the variant, for messages.
         method: chooses the codes.
-        schemes: full name of each Linear that is quantized, and its scheme.
+        schemes: full name of each layer that is quantized, and its scheme.
         scale_dtype: dtype in which scales are stored.
         sink: takes the results.
+        fused: full names of layers that runtimes load as one matrix, which are solved together.
     """
 
     name: str
     method: Method
-    schemes: Mapping[str, IntScheme]
+    schemes: Mapping[str, Scheme]
     scale_dtype: torch.dtype
     sink: Sink
+    fused: tuple[tuple[str, ...], ...] = ()
 
 
 def solve_group(
-    task: Task, weights: Mapping[str, torch.Tensor], statistics: InputStatistics
-) -> dict[str, torch.Tensor]:
+    task: Task, weights: Mapping[str, torch.Tensor], statistics: InputStatistics, *, calibrated: bool = True
+) -> dict[str, QuantizedWeight]:
     """Solve the layers of a group that a task wants; those of one scheme are stacked and solved as one.
+
+    Where a scheme does not stack, each layer is solved by itself.
 
     Args:
         task: the variant.
         weights: float32 ``[out_features, in_features]`` of each layer of the group.
         statistics: of their common input.
+        calibrated: whether calibration tokens should have reached the layers, so that it is noted where none did.
 
     Returns:
-        The dequantized weights by layer, float32.
+        The weights by layer.
 
     Raises:
         QuantizationError: naming the layer.
     """
-    replaced: dict[str, torch.Tensor] = {}
-    for scheme in dict.fromkeys(task.schemes[name] for name in weights if name in task.schemes):
-        names = [name for name in weights if task.schemes.get(name) == scheme]
-        stacked = torch.cat([weights[name] for name in names])
+    solved: dict[str, QuantizedWeight] = {}
+    for names, scheme in _stacks(task, list(weights)):
+        stacked = torch.cat([weights[name] for name in names]) if len(names) > 1 else weights[names[0]]
         try:
             solution = task.method.quantize(stacked, statistics, scheme, task.scale_dtype)
         except QuantizationError as error:
@@ -90,11 +97,24 @@ def solve_group(
         start = 0
         for name in names:
             stop = start + weights[name].shape[0]
-            result = _layer(name, solution, start, stop, statistics, needs=bool(task.method.needs))
+            result = _layer(name, solution, start, stop, statistics, needs=calibrated and bool(task.method.needs))
             task.sink.take(result)
-            replaced[name] = result.weight.dequantize(torch.float32)
+            solved[name] = result.weight
             start = stop
-    return replaced
+    return solved
+
+
+def _stacks(task: Task, names: list[str]) -> list[tuple[list[str], Scheme]]:
+    """The layers that a task wants, those that can be solved as one together."""
+    stacks: dict[Scheme, list[str]] = {}
+    alone = []
+    for name in names:
+        scheme = task.schemes.get(name)
+        if scheme is not None and scheme.stacks:
+            stacks.setdefault(scheme, []).append(name)
+        elif scheme is not None:
+            alone.append(([name], scheme))
+    return [*((members, scheme) for scheme, members in stacks.items()), *alone]
 
 
 def _layer(

@@ -11,7 +11,15 @@ import torch
 
 from quantkit.errors import EvaluationError
 from quantkit.evaluation.job import EvaluationJob, Progress
-from quantkit.evaluation.loading import load_config, load_model, load_tokenizer, resolve_device
+from quantkit.evaluation.loading import (
+    Loader,
+    choose_loader,
+    load_config,
+    load_model,
+    load_tokenizer,
+    resolve_device,
+    resolve_dtype,
+)
 from quantkit.evaluation.memory import MemoryWatch, checkpoint_bytes, device_name
 from quantkit.evaluation.reference import TextReader, check_reference, prepare_folder, text_writer, write_index
 from quantkit.evaluation.scoring import TextScore, score
@@ -32,8 +40,9 @@ def evaluate(job: EvaluationJob, progress: Progress) -> dict[str, Any]:
     Returns:
         ``metrics``: ``perplexity``, ``kl_divergence`` (``mean``, ``stderr``, ``median``, ``p99``) and
         ``top1_agreement``, each by text; ``texts``: how each was cut, its token ids' hash and sums;
-        ``size_bytes``; ``memory`` and ``speed``, None where the job does not ask; ``seconds``;
-        ``environment``.
+        ``size_bytes``; ``loaded_by``, ``transformers`` or ``reference``; ``memory`` and ``speed``, None where the
+        job does not ask, and for a model that the reference decoder loaded those of float weights, which
+        ``memory.weights_are`` says; ``seconds``; ``environment``.
 
     Raises:
         EvaluationError: the checkpoint cannot be loaded, a text is too short, logits are NaN, tokens differ
@@ -43,14 +52,17 @@ def evaluate(job: EvaluationJob, progress: Progress) -> dict[str, Any]:
     """
     started = time.perf_counter()
     device = resolve_device(job.spec.device)
+    loader = choose_loader(job.checkpoint, job.spec.loader, resolve_dtype(job.spec.dtype, device))
     windows = _cut_texts(job, progress)
     config = load_config(job.checkpoint, trust_remote_code=job.trust_remote_code)
     _check_job(job, config, windows)
     with _memory_errors(device):
         watch = MemoryWatch(device)
-        model = _load(job, device, progress)
+        model = _load(job, loader, device, progress)
         watch.loaded(model)
         memory, speed = _run_once(job, model, next(iter(windows.values())), watch)
+        if memory is not None:
+            memory["weights_are"] = "decoded to float" if loader == "reference" else "as loaded by transformers"
         scores = {name: _score_text(job, model, text, progress) for name, text in windows.items()}
     if job.writes_reference and job.reference is not None:
         write_index(job.reference, windows, config.vocab_size)
@@ -58,6 +70,7 @@ def evaluate(job: EvaluationJob, progress: Progress) -> dict[str, Any]:
         "metrics": _metrics(job, scores),
         "texts": {name: {**text.facts(), **_sums(scores[name])} for name, text in windows.items()},
         "size_bytes": checkpoint_bytes(job.checkpoint),
+        "loaded_by": loader,
         "memory": memory,
         "speed": speed,
         "seconds": time.perf_counter() - started,
@@ -101,9 +114,10 @@ def _check_job(job: EvaluationJob, config: PreTrainedConfig, windows: Mapping[st
         check_reference(job.reference, windows, vocabulary)
 
 
-def _load(job: EvaluationJob, device: torch.device, progress: Progress) -> PreTrainedModel:
+def _load(job: EvaluationJob, loader: Loader, device: torch.device, progress: Progress) -> PreTrainedModel:
     progress("load", 0, 1)
-    model = load_model(job.checkpoint, device=device, dtype=job.spec.dtype, trust_remote_code=job.trust_remote_code)
+    trusted = job.trust_remote_code
+    model = load_model(job.checkpoint, device=device, dtype=job.spec.dtype, trust_remote_code=trusted, loader=loader)
     progress("load", 1, 1)
     return model
 

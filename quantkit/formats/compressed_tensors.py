@@ -1,13 +1,7 @@
-"""compressed-tensors, pack-quantized: what llm-compressor writes and vLLM and transformers load.
+"""compressed-tensors: what llm-compressor writes and vLLM and transformers load.
 
-Codes lie as one dense stream of bits per row, least significant bit first, in int32 words; a row ends on a
-whole word. Zero points are packed the same way along the output rows. The layout is that of the
-``pack-quantized`` compressor of the compressed-tensors package (https://github.com/vllm-project/compressed-tensors).
-For 3 bits that is so from version 0.18 on; earlier ones put ten codes in a word and leave two bits of it empty.
-
-Scales of a symmetric scheme may be negative, see :func:`quantkit.numerics.grids.search_grid`; the package decompresses
-them exactly. vLLM's Marlin kernel misreads them in its opt-in mode with int8 activations
-(https://github.com/vllm-project/vllm/issues/48905).
+The package (https://github.com/vllm-project/compressed-tensors) has a sub-format for every family of schemes, see
+:mod:`quantkit.formats._compressed_tensors`; one checkpoint may hold several.
 """
 
 from __future__ import annotations
@@ -16,128 +10,127 @@ from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from quantkit.formats import FORMATS
+from quantkit.formats._compressed_tensors import Layout, embedding_layout_of, layout_of
 from quantkit.formats.base import Format
-from quantkit.schemes import PER_CHANNEL, IntScheme, QuantizedWeight
+from quantkit.schemes import Mxfp4Scheme, Nvfp4Scheme, QuantizedWeight, Scheme
 
 if TYPE_CHECKING:
     import torch
 
+MIXED = "mixed-precision"
+"""The ``format`` of a checkpoint whose groups have several."""
+ASYMMETRIC = (
+    "asymmetric: vLLM loads 4 and 8 bits; transformers does with compressed-tensors below 0.18 (3 bits excepted), and "
+    "with 0.18 to 0.20 fails on the shape of weight_zero_point, which quantkit's own evaluation works around"
+)
+FOUR_BIT_FLOATS = (
+    "mxfp4 and nvfp4: compressed-tensors decodes them to bfloat16 whatever the model computes in, so that transformers "
+    "needs dtype=torch.bfloat16 for them; in float32 its first forward pass fails"
+)
+EMBEDDING = "quantized input embedding: transformers loads it, vLLM does not"
+
 
 @FORMATS.register
 class CompressedTensors(Format):
-    """The pack-quantized layout of compressed-tensors."""
+    """The sub-formats of compressed-tensors for weights, with inputs as they are or rounded to 8 bits per token."""
 
     name = "compressed-tensors"
-    summary = "pack-quantized int2/3/4/8, grouped or per channel, symmetric or not"
+    summary = "int1-8 grouped or per channel, W8A8, fp8, mxfp4, nvfp4, mixed by layer"
     runtimes = ("transformers", "vllm")
     requires = ("compressed-tensors",)
+    fused = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+    embeddings = True
 
     @classmethod
-    def check(cls, scheme: IntScheme) -> None:
-        """Every integer scheme fits."""
+    def check(cls, scheme: Scheme) -> None:
+        """Refuse what no sub-format stores."""
+        layout_of(scheme)
+
+    @classmethod
+    def check_embedding(cls, scheme: Scheme) -> None:
+        """Refuse an embedding that transformers does not load."""
+        embedding_layout_of(scheme)
+
+    def for_embeddings(self) -> Format:
+        """The same with the layouts of embeddings."""
+        return _Embeddings(self.dtype)
+
+    def _layout(self, scheme: Scheme) -> Layout:
+        return layout_of(scheme)
+
+    @classmethod
+    def computes_in(cls, schemes: Collection[Scheme]) -> tuple[str, ...]:
+        """4-bit floats are decoded to bfloat16 whatever the model computes in."""
+        return ("bfloat16",) if _has_four_bit_floats(schemes) else super().computes_in(schemes)
 
     def pack(self, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
-        """Packed codes, scales, shape and, if asymmetric, packed zero points."""
-        import torch
+        """The tensors of the scheme's sub-format."""
+        return self._layout(weight.scheme).pack(weight)
 
-        tensors = {
-            "weight_packed": pack_bits(weight.codes, weight.scheme.bits),
-            "weight_scale": weight.scales.contiguous(),
-            "weight_shape": torch.tensor(weight.codes.shape, dtype=torch.int64),
-        }
-        if not weight.scheme.symmetric:
-            tensors["weight_zero_point"] = pack_bits(weight.zeros.T, weight.scheme.bits).T.contiguous()
-        return tensors
-
-    def unpack(self, tensors: Mapping[str, torch.Tensor], scheme: IntScheme) -> QuantizedWeight:
+    def unpack(self, tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> QuantizedWeight:
         """The inverse of :meth:`pack`."""
-        import torch
+        return self._layout(scheme).unpack(tensors)
 
-        rows, columns = (int(size) for size in tensors["weight_shape"])
-        scales = tensors["weight_scale"]
-        if scheme.symmetric:
-            zeros = torch.full(scales.shape, scheme.zero, dtype=torch.uint8)
-        else:
-            zeros = unpack_bits(tensors["weight_zero_point"].T, scheme.bits, rows).T.contiguous()
-        return QuantizedWeight(scheme, unpack_bits(tensors["weight_packed"], scheme.bits, columns), scales, zeros)
-
-    def layer_suffixes(self, scheme: IntScheme) -> tuple[str, ...]:
+    def layer_suffixes(self, scheme: Scheme) -> tuple[str, ...]:
         """The suffixes of :meth:`pack`."""
-        common = ("weight_packed", "weight_scale", "weight_shape")
-        return common if scheme.symmetric else (*common, "weight_zero_point")
+        return self._layout(scheme).suffixes
 
-    def quantization_config(self, layers: Mapping[str, IntScheme | None]) -> dict[str, Any]:
+    def quantization_config(self, layers: Mapping[str, Scheme | None]) -> dict[str, Any]:
         """One config group per scheme; a single one targets every Linear, several name their layers."""
         schemes = list(dict.fromkeys(scheme for scheme in layers.values() if scheme is not None))
         groups = {}
         for index, scheme in enumerate(schemes):
             names = [name for name, of_layer in layers.items() if of_layer == scheme]
-            groups[f"group_{index}"] = {
-                "targets": ["Linear"] if len(schemes) == 1 else names,
-                "weights": _quantization_args(scheme),
-                "input_activations": None,
-                "output_activations": None,
-            }
+            groups[f"group_{index}"] = _config_group(layout_of(scheme), ["Linear"] if len(schemes) == 1 else names)
         return {
             "quant_method": "compressed-tensors",
-            "format": "pack-quantized",
+            "format": _common_format(groups),
             "quantization_status": "compressed",
             "config_groups": groups,
             "ignore": [name for name, scheme in layers.items() if scheme is None],
             "kv_cache_scheme": None,
         }
 
-    def remarks(self, schemes: Collection[IntScheme]) -> tuple[str, ...]:
-        """Asymmetric weights need vLLM, or an older package for transformers."""
-        if all(scheme.symmetric for scheme in schemes):
-            return ()
-        return (
-            "asymmetric: vLLM loads it; transformers does with compressed-tensors below 0.18 (3 bits excepted), and "
-            "with 0.18 to 0.20 fails on the shape of weight_zero_point, which quantkit's own evaluation works around",
-        )
+    def with_embedding(self, config: dict[str, Any], name: str, scheme: Scheme) -> dict[str, Any]:
+        """A group of its own, with the full name of the embedding: a model may have others that stay float."""
+        groups = dict(config["config_groups"])
+        groups[f"group_{len(groups)}"] = _config_group(embedding_layout_of(scheme), [name])
+        return {**config, "format": _common_format(groups), "config_groups": groups}
+
+    def remarks(self, schemes: Collection[Scheme]) -> tuple[str, ...]:
+        """What does not load everywhere."""
+        remarks = {
+            ASYMMETRIC: not all(scheme.symmetric for scheme in schemes),
+            FOUR_BIT_FLOATS: _has_four_bit_floats(schemes),
+        }
+        return tuple(remark for remark, holds in remarks.items() if holds)
 
 
-def pack_bits(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """uint8 codes ``[rows, columns]`` to int32 words ``[rows, ceil(columns * bits / 32)]`` on the CPU."""
-    import numpy as np
-    import torch
-
-    rows, columns = codes.shape
-    octets = np.pad(codes.cpu().numpy(), ((0, 0), (0, -columns % 32))).reshape(rows, -1, 8)
-    # Eight codes fill ``bits`` whole bytes, the low ones of a 64-bit word.
-    wide = octets[:, :, 0].astype("<u8", order="C")
-    for place in range(1, 8):
-        wide |= octets[:, :, place].astype("<u8") << np.uint64(bits * place)
-    stream = wide.view(np.uint8).reshape(rows, -1, 8)[:, :, :bits].reshape(rows, -1)
-    words = stream.view("<i4")[:, : -(-columns * bits // 32)]
-    return torch.from_numpy(words.astype(np.int32, order="C"))
+def _has_four_bit_floats(schemes: Collection[Scheme]) -> bool:
+    return any(isinstance(scheme, Mxfp4Scheme | Nvfp4Scheme) for scheme in schemes)
 
 
-def unpack_bits(words: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
-    """The inverse of :func:`pack_bits`: uint8 ``[rows, columns]`` on the CPU."""
-    import numpy as np
-    import torch
+class _Embeddings(CompressedTensors):
+    """Packs and unpacks input embeddings."""
 
-    rows = words.shape[0]
-    whole = words.cpu().numpy().astype("<i4", order="C").view(np.uint8)
-    groups = -(-columns // 8)
-    stream = np.pad(whole, ((0, 0), (0, max(0, groups * bits - whole.shape[1]))))[:, : groups * bits]
-    wide = np.pad(stream.reshape(rows, groups, bits), ((0, 0), (0, 0), (0, 8 - bits))).view("<u8")[:, :, 0]
-    codes = np.empty((rows, groups, 8), dtype=np.uint8)
-    for place in range(8):
-        codes[:, :, place] = (wide >> np.uint64(bits * place)).astype(np.uint8) & np.uint8((1 << bits) - 1)
-    return torch.from_numpy(np.ascontiguousarray(codes.reshape(rows, -1)[:, :columns]))
+    def remarks(self, schemes: Collection[Scheme]) -> tuple[str, ...]:
+        """Who loads them."""
+        return (EMBEDDING,) if schemes else ()
+
+    def _layout(self, scheme: Scheme) -> Layout:
+        return embedding_layout_of(scheme)
 
 
-def _quantization_args(scheme: IntScheme) -> dict[str, Any]:
-    per_channel = scheme.group_size == PER_CHANNEL
+def _common_format(groups: Mapping[str, Mapping[str, Any]]) -> str:
+    formats = {group["format"] for group in groups.values()}
+    return formats.pop() if len(formats) == 1 else MIXED
+
+
+def _config_group(layout: Layout, targets: list[str]) -> dict[str, Any]:
     return {
-        "num_bits": scheme.bits,
-        "type": "int",
-        "symmetric": scheme.symmetric,
-        "strategy": "channel" if per_channel else "group",
-        "group_size": None if per_channel else scheme.group_size,
-        "actorder": None,
-        "dynamic": False,
-        "observer": "minmax",
+        "targets": targets,
+        "weights": layout.weight_args(),
+        "input_activations": layout.input_args(),
+        "output_activations": None,
+        "format": layout.name,
     }

@@ -7,16 +7,19 @@ help printed at once; a method imports its numerics where it uses them.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
-from quantkit.schemes import IntScheme, QuantizedWeight
+from quantkit.schemes import QuantizedWeight, Scheme
 
 if TYPE_CHECKING:
     import torch
+
+    from quantkit.numerics.factor import Curvature
 
 
 class Statistic(Enum):
@@ -43,12 +46,36 @@ class InputStatistics:
     Attributes:
         tokens: how many calibration tokens reached the layers; 0 for an expert that got none.
         abs_mean, square_mean, gram: see :class:`Statistic`; float32.
+        derived: what was computed from them once for all variants.
     """
 
     tokens: int = 0
     abs_mean: torch.Tensor | None = None
     square_mean: torch.Tensor | None = None
     gram: torch.Tensor | None = None
+    derived: dict[Any, Any] = field(default_factory=dict)
+
+    def curvature(self, damping: float, activation_order: bool, weight: torch.Tensor) -> Curvature:
+        """The damped and factorized Gram matrix; where no token came by, inputs are taken as uncorrelated.
+
+        Args:
+            damping: fraction of the mean diagonal that is added to the diagonal.
+            activation_order: put the columns with the strongest inputs first.
+            weight: float32 ``[out_features, in_features]``, for its width and device.
+
+        Raises:
+            QuantizationError: the matrix cannot be factorized at any damping.
+        """
+        import torch
+
+        from quantkit.numerics.factor import Curvature
+
+        key = ("curvature", damping, activation_order)
+        if key not in self.derived:
+            gram = torch.eye(weight.shape[1], device=weight.device) if self.gram is None else self.gram
+            self.derived[key] = Curvature.of(gram, damping, activation_order)
+        found: Curvature = self.derived[key]
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,29 +111,60 @@ class Method(ABC):
         summary: one line for ``quantkit methods``.
         source: the paper that it follows.
         Options: its own options.
-        needs: the statistics that it asks for; none means that it needs no calibration.
+        cost: how long it takes, for ``quantkit methods``.
+        scales_inputs: whether it asks for :meth:`channel_factors`.
+        needs: the statistics that it asks for, which may depend on its options; none means no calibration.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
     source: ClassVar[str]
     Options: ClassVar[type[MethodOptions]] = MethodOptions
-    needs: ClassVar[frozenset[Statistic]] = frozenset()
+    cost: ClassVar[str] = ""
+    scales_inputs: ClassVar[bool] = False
+    needs: frozenset[Statistic] = frozenset()
 
     def __init__(self, options: MethodOptions) -> None:
         self.options = options
 
     @classmethod
-    def check(cls, scheme: IntScheme) -> None:
+    def check(cls, scheme: Scheme) -> None:
         """Refuse a scheme that this method cannot do.
 
         Raises:
             SchemeError: with the schemes that it can.
         """
 
+    @classmethod
+    def warnings(cls, scheme: Scheme) -> tuple[str, ...]:
+        """What the user should know before using this method with a scheme that it can do."""
+        return ()
+
+    def channel_factors(
+        self,
+        members: Sequence[tuple[torch.Tensor, Scheme]],
+        statistics: InputStatistics,
+        scale_dtype: torch.dtype,
+        channels: torch.Tensor | None,
+    ) -> torch.Tensor | None:
+        """Factors by which the columns of layers are multiplied and their common input is divided.
+
+        Called before the layers are solved, where :attr:`scales_inputs` is set and the model allows it.
+
+        Args:
+            members: float32 ``[out_features, in_features]`` and scheme of each layer that reads the input.
+            statistics: of the input.
+            scale_dtype: see :meth:`quantize`.
+            channels: int64 ``[in_features]``; input channels of the same number must get the same factor.
+
+        Returns:
+            Positive float32 ``[in_features]``, or None to leave the input as it is.
+        """
+        return None
+
     @abstractmethod
     def quantize(
-        self, weight: torch.Tensor, statistics: InputStatistics, scheme: IntScheme, scale_dtype: torch.dtype
+        self, weight: torch.Tensor, statistics: InputStatistics, scheme: Scheme, scale_dtype: torch.dtype
     ) -> Solution:
         """Choose the codes of a weight.
 

@@ -6,17 +6,19 @@ input, and on request a refinement of scales and codes after the solve that lowe
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field
 
 from quantkit.methods import METHODS
 from quantkit.methods.base import InputStatistics, Method, MethodOptions, Solution, Statistic
-from quantkit.schemes import IntScheme, QuantizedWeight
+from quantkit.schemes import Scheme
 
 if TYPE_CHECKING:
     import torch
 
+    from quantkit.numerics.factor import Curvature
     from quantkit.numerics.refine import Problem
 
 
@@ -47,54 +49,50 @@ class Gptq(Method):
     """GPTQ with static groups, a weighted scale search and refinement."""
 
     name = "gptq"
-    summary = "column by column with error compensation, refined on request; minutes"
+    summary = "column by column with error compensation, refined on request"
     source = "Frantar et al. 2022, arXiv:2210.17323"
+    cost = "minutes"
     Options: ClassVar[type[MethodOptions]] = GptqOptions
     needs = frozenset({Statistic.GRAM})
     options: GptqOptions
 
     def quantize(
-        self, weight: torch.Tensor, statistics: InputStatistics, scheme: IntScheme, scale_dtype: torch.dtype
+        self, weight: torch.Tensor, statistics: InputStatistics, scheme: Scheme, scale_dtype: torch.dtype
     ) -> Solution:
         """Solve, then refine; see :meth:`Method.quantize`."""
-        import torch
-
-        from quantkit.numerics.factor import damped, inverse_factor
-        from quantkit.numerics.grids import Limits, codes_of, search_grid, spread
+        from quantkit.numerics.grids import codes_of, quantized, search_grid
+        from quantkit.numerics.lattices import lattice_of
         from quantkit.numerics.refine import Problem, refine
 
-        gram = statistics.gram
-        if gram is None:
-            gram = torch.eye(weight.shape[1], device=weight.device)
-        order = gram.diagonal().argsort(descending=True, stable=True) if self.options.activation_order else None
-        factor, used = inverse_factor(gram if order is None else gram[order][:, order], self.options.damping)
-        hessian, columns = damped(gram, used), weight.T.contiguous()
-        options = self.options
+        options, lattice = self.options, lattice_of(scheme)
+        curvature = statistics.curvature(options.damping, options.activation_order, weight)
+        hessian, columns = curvature.hessian, weight.T.contiguous()
         grid = search_grid(
             weight, hessian.diagonal(), scheme, scale_dtype, options.search, negative_scales=options.negative_scales
         )
-        problem = Problem(columns, gram, hessian, hessian @ columns, Limits.of(grid, scheme, weight.shape[1]))
-        steps = _solve(problem, factor, order, spread(grid.scales.float(), weight.shape[1]))
-        solved = problem.attempt(steps, grid.scales)
-        refined = refine(problem, solved, self.options.refinements)
+        snap = lattice.snap(grid, *weight.shape)
+        problem = Problem(columns, curvature.gram, hessian, hessian @ columns, lattice, snap)
+        solved = problem.attempt(_solve(problem, curvature, problem.spread(grid.scales)), grid.scales)
+        refined = refine(problem, solved, options.refinements)
         return Solution(
-            QuantizedWeight(scheme, codes_of(refined.steps, grid), refined.scales, grid.zeros.to(torch.uint8)),
+            quantized(codes_of(refined.levels, grid, scheme), replace(grid, scales=refined.scales), scheme),
             error=refined.error,
             energy=problem.energy(),
             error_before=solved.error,
-            notes=(f"damping raised from {self.options.damping:g} to {used:g}",) if used > self.options.damping else (),
+            notes=curvature.notes(),
         )
 
 
-def _solve(problem: Problem, factor: torch.Tensor, order: torch.Tensor | None, scales: torch.Tensor) -> torch.Tensor:
-    """The steps of the column solver, in the checkpoint's order of columns whatever the order of solving."""
+def _solve(problem: Problem, curvature: Curvature, scales: torch.Tensor) -> torch.Tensor:
+    """The levels of the column solver, in the checkpoint's order of columns whatever the order of solving."""
     import torch
 
     from quantkit.numerics.columns import solve_columns
 
+    order = curvature.order
     if order is None:
-        return solve_columns(problem.weight.clone(), factor, scales, problem.limits)
-    solved = solve_columns(problem.weight[order], factor, scales[order], problem.limits.ordered(order))
-    steps = torch.empty_like(solved)
-    steps[order] = solved
-    return steps
+        return solve_columns(problem.weight.clone(), curvature.factor, scales, problem.snap)
+    solved = solve_columns(problem.weight[order], curvature.factor, scales[order], problem.snap.ordered(order))
+    levels = torch.empty_like(solved)
+    levels[order] = solved
+    return levels

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from quantkit.numerics.grids import Limits
+from quantkit.numerics.lattices import Snap
 
 BLOCK = 32
 
@@ -21,7 +21,7 @@ def solve_columns(
     weight: torch.Tensor,
     factor: torch.Tensor,
     scales: torch.Tensor,
-    limits: Limits,
+    snap: Snap,
 ) -> torch.Tensor:
     """Quantize the columns in the order in which they lie.
 
@@ -29,17 +29,17 @@ def solve_columns(
         weight: float32 ``[columns, rows]``; it is overwritten.
         factor: upper Cholesky factor of the inverse Hessian, ``[columns, columns]``.
         scales: float32 ``[columns, rows]``, the scale of each weight.
-        limits: lowest and highest step of each weight.
+        snap: finds the nearest levels.
 
     Returns:
-        Steps as float32 whole numbers ``[columns, rows]``.
+        Levels, float32 ``[columns, rows]``.
     """
     columns, _ = weight.shape
-    steps = torch.empty_like(weight)
+    levels = torch.empty_like(weight)
     errors = torch.empty_like(weight)
     push = factor / factor.diagonal().unsqueeze(1)
     # Views are made once: slicing inside the loop would cost more than the arithmetic.
-    columns_of = zip(*(each.unbind(0) for each in (weight, steps, errors, scales)), limits.columns(), strict=False)
+    columns_of = zip(*(each.unbind(0) for each in (weight, levels, errors, scales)), snap.columns(), strict=False)
     for start in range(0, columns, BLOCK):
         stop = min(start + BLOCK, columns)
         if start:
@@ -47,9 +47,9 @@ def solve_columns(
         within = push[start:stop, start:stop].T.contiguous().unbind(0)
         earlier = errors[start:stop].T
         for done, weights in enumerate(within):
-            current, nearest, error, scale, (low, high) = next(columns_of)
+            current, nearest, error, scale, column = next(columns_of)
             if done:
                 current.addmv_(earlier[:, :done], weights[:done], alpha=-1)
-            torch.div(current, scale, out=nearest).round_().clamp_(low, high)
+            snap.nearest_(torch.div(current, scale, out=nearest), column)
             torch.addcmul(current, nearest, scale, value=-1, out=error)
-    return steps
+    return levels

@@ -2,12 +2,50 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from quantkit.errors import QuantizationError
 from quantkit.numerics.host import decide
 
 MAX_DAMPING = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Curvature:
+    """How the error of a layer grows with the errors of its weights; the same for all layers of an input.
+
+    Attributes:
+        gram: float32 ``[in_features, in_features]``.
+        hessian: the same, damped.
+        order: columns with the strongest inputs first, or None for the order in which they lie.
+        factor: see :func:`inverse_factor`, in that order.
+        damping: as asked for.
+        used: as was needed.
+    """
+
+    gram: torch.Tensor
+    hessian: torch.Tensor
+    order: torch.Tensor | None
+    factor: torch.Tensor
+    damping: float
+    used: float
+
+    @classmethod
+    def of(cls, gram: torch.Tensor, damping: float, activation_order: bool) -> Curvature:
+        """The curvature of inputs with this Gram matrix.
+
+        Raises:
+            QuantizationError: it cannot be factorized.
+        """
+        order = gram.diagonal().argsort(descending=True, stable=True) if activation_order else None
+        factor, used = inverse_factor(gram if order is None else gram[order][:, order], damping)
+        return cls(gram, damped(gram, used), order, factor, damping, used)
+
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know."""
+        return (f"damping raised from {self.damping:g} to {self.used:g}",) if self.used > self.damping else ()
 
 
 def damped(gram: torch.Tensor, damping: float) -> torch.Tensor:

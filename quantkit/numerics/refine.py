@@ -6,7 +6,7 @@ solves exactly. With the scales held, each code in turn goes to its best value g
 (coordinate descent), which can only lower the error.
 
 As in :mod:`quantkit.numerics.columns` everything lies transposed, ``[columns, rows]``, but in the order of
-the checkpoint, so that groups are contiguous. ``steps`` are ``code - zero``.
+the checkpoint, so that groups are contiguous. Levels are what codes stand for in units of their scale.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from dataclasses import dataclass
 
 import torch
 
-from quantkit.numerics.grids import Limits, spread, stored
+from quantkit.numerics.lattices import Lattice, Snap
+from quantkit.numerics.lattices.storing import stored
 
 BLOCK = 32
 
@@ -29,79 +30,90 @@ class Problem:
         gram: float32 ``[columns, columns]``, by which errors are told.
         hessian: the same, damped, which is what the refinement lowers.
         response: ``hessian @ weight``, ``[columns, rows]``.
-        limits: lowest and highest step of each weight.
+        lattice: what the codes can stand for.
+        snap: finds the nearest levels of this layer.
     """
 
     weight: torch.Tensor
     gram: torch.Tensor
     hessian: torch.Tensor
     response: torch.Tensor
-    limits: Limits
+    lattice: Lattice
+    snap: Snap
 
     def energy(self) -> torch.Tensor:
         """The error of leaving the layer out, ``[rows]``."""
         ridge = (self.hessian.diagonal() - self.gram.diagonal()).unsqueeze(1)
         return torch.addcmul(self.response, ridge, self.weight, value=-1).mul_(self.weight).sum(0).clamp_(min=0)
 
-    def attempt(self, steps: torch.Tensor, scales: torch.Tensor) -> Attempt:
-        """Steps ``[columns, rows]`` and scales ``[rows, groups]`` with the error of each row."""
-        missing = torch.addcmul(self.weight, steps, spread(scales.float(), self.weight.shape[0]), value=-1)
-        return Attempt(steps, scales, row_errors(missing, self.gram))
+    def spread(self, scales: torch.Tensor) -> torch.Tensor:
+        """The scale of each weight, float32 ``[columns, rows]``."""
+        columns, rows = self.weight.shape
+        return self.lattice.spread(scales.float(), rows, columns)
+
+    def attempt(self, levels: torch.Tensor, scales: torch.Tensor) -> Attempt:
+        """Levels ``[columns, rows]`` and the scales of their cells with the error of each row."""
+        missing = torch.addcmul(self.weight, levels, self.spread(scales), value=-1)
+        return Attempt(levels, scales, row_errors(missing, self.gram))
 
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """Steps ``[columns, rows]``, scales ``[rows, groups]`` as stored, and the error of each row."""
+    """Levels ``[columns, rows]``, the scales of their cells as stored, and the error of each row."""
 
-    steps: torch.Tensor
+    levels: torch.Tensor
     scales: torch.Tensor
     error: torch.Tensor
 
 
 def refine(problem: Problem, solved: Attempt, rounds: int) -> Attempt:
-    """Refit scales and descend over codes, ``rounds`` times; a row that this does not improve is left alone."""
+    """Refit scales and descend over codes, ``rounds`` times; a row that this does not improve is left alone.
+
+    Where scales are not free only the codes are refined.
+    """
     if rounds == 0:
         return solved
-    columns, groups = problem.weight.shape[0], solved.scales.shape[1]
-    steps, scales = solved.steps.clone(), solved.scales
+    free = problem.lattice.scheme.free_scales
+    levels, scales = solved.levels.clone(), solved.scales
     for _ in range(rounds):
-        refitted = refit_scales(problem.response, steps, problem.hessian, groups).T
-        # A group without a step leaves its scale undetermined, and no scale may turn its sign: then the old one stays.
-        scales = torch.where(refitted * scales > 0, stored(refitted, scales.dtype), scales)
-        descend(problem.weight, steps, spread(scales.float(), columns), problem.limits, problem.hessian)
-    found = problem.attempt(steps, scales)
+        if free:
+            refitted = refit_scales(problem.response, levels, problem.hessian, scales.shape[1]).T
+            # A group of zeros leaves its scale undetermined, and no scale may turn its sign: then the old one stays.
+            scales = torch.where(refitted * scales > 0, stored(refitted, scales.dtype), scales)
+        descend(problem.weight, levels, problem.spread(scales), problem.snap, problem.hessian)
+    found = problem.attempt(levels, scales)
     better = found.error < solved.error
     return Attempt(
-        torch.where(better, found.steps, solved.steps),
-        torch.where(better.unsqueeze(1), found.scales, solved.scales),
+        torch.where(better, found.levels, solved.levels),
+        torch.where(better.unsqueeze(1), found.scales, solved.scales) if free else scales,
         torch.where(better, found.error, solved.error),
     )
 
 
-def refit_scales(response: torch.Tensor, steps: torch.Tensor, hessian: torch.Tensor, groups: int) -> torch.Tensor:
+def refit_scales(response: torch.Tensor, levels: torch.Tensor, hessian: torch.Tensor, groups: int) -> torch.Tensor:
     """The scales of least layer error for given codes.
 
     Args:
         response: float32 ``[columns, rows]``, ``hessian @ weight``.
-        steps: float32 ``[columns, rows]``.
+        levels: float32 ``[columns, rows]``.
         hessian: float32 ``[columns, columns]``, positive definite.
         groups: number of groups; each holds ``columns / groups`` neighbouring columns.
 
     Returns:
-        float32 ``[groups, rows]``; 0 for a group whose steps are all zero.
+        float32 ``[groups, rows]``; 0 for a group whose levels are all zero.
     """
     columns, rows = response.shape
     size = columns // groups
-    target = (response * steps).view(groups, size, rows).sum(1)
+    target = (response * levels).view(groups, size, rows).sum(1)
     system = torch.empty(groups, groups, rows, device=response.device)
     for group in range(groups):
         start, stop = group * size, (group + 1) * size
-        response = hessian[start:, start:stop] @ steps[start:stop]
-        part = response.mul_(steps[start:]).view(groups - group, size, rows).sum(1)
+        response = hessian[start:, start:stop] @ levels[start:stop]
+        part = response.mul_(levels[start:]).view(groups - group, size, rows).sum(1)
         system[group:, group] = part
         system[group, group:] = part
     system = system.permute(2, 0, 1).contiguous()
-    # A group whose steps are all zero would make the system singular.
+    # A group whose levels are all zero would make the system singular.
     ridge = system.diagonal(dim1=1, dim2=2).mean(1, keepdim=True).mul_(1e-6)
     system.diagonal(dim1=1, dim2=2).add_(ridge.clamp_(min=torch.finfo(torch.float32).tiny))
     solved: torch.Tensor = torch.linalg.solve(system, target.T)
@@ -110,38 +122,38 @@ def refit_scales(response: torch.Tensor, steps: torch.Tensor, hessian: torch.Ten
 
 def descend(
     weight: torch.Tensor,
-    steps: torch.Tensor,
+    levels: torch.Tensor,
     scales: torch.Tensor,
-    limits: Limits,
+    snap: Snap,
     hessian: torch.Tensor,
 ) -> None:
-    """One sweep of coordinate descent over the codes; ``steps`` is changed in place.
+    """One sweep of coordinate descent over the codes; ``levels`` is changed in place.
 
     Args:
         weight: float32 ``[columns, rows]``, the float weight.
-        steps: float32 ``[columns, rows]``.
+        levels: float32 ``[columns, rows]``.
         scales: float32 ``[columns, rows]``, the scale of each weight.
         limits: lowest and highest step of each weight.
         hessian: float32 ``[columns, columns]``, positive definite.
     """
     columns, rows = weight.shape
-    missing = torch.addcmul(weight, steps, scales, value=-1)
+    missing = torch.addcmul(weight, levels, scales, value=-1)
     pull = hessian / hessian.diagonal().unsqueeze(1)
     moves = torch.empty(BLOCK, rows, device=weight.device)
     nearest = torch.empty(rows, device=weight.device)
     earlier = [moves[:done].T for done in range(BLOCK)]
-    columns_of = zip(steps.unbind(0), scales.unbind(0), limits.columns(), strict=False)
+    columns_of = zip(levels.unbind(0), scales.unbind(0), snap.columns(), strict=False)
     for start in range(0, columns, BLOCK):
         stop = min(start + BLOCK, columns)
         wanted = (pull[start:stop] @ missing).unbind(0)
         within = pull[start:stop, start:stop].unbind(0)
         for done, current in enumerate(wanted):
-            step, scale, (low, high) = next(columns_of)
+            level, scale, column = next(columns_of)
             if done:
                 current.addmv_(earlier[done], within[done][:done], alpha=-1)
-            torch.addcdiv(step, current, scale, out=nearest).round_().clamp_(low, high)
-            torch.sub(nearest, step, out=moves[done]).mul_(scale)
-            step.copy_(nearest)
+            snap.nearest_(torch.addcdiv(level, current, scale, out=nearest), column)
+            torch.sub(nearest, level, out=moves[done]).mul_(scale)
+            level.copy_(nearest)
         missing[start:stop].sub_(moves[: stop - start])
 
 

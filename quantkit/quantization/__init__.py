@@ -4,6 +4,27 @@ from __future__ import annotations
 
 from quantkit.quantization.export import MANIFEST
 from quantkit.quantization.plan import Layers, plan_layers
-from quantkit.quantization.stage import Job, Quantized, finished_variant, made_from, quantize
+from quantkit.quantization.stage import (
+    Job,
+    Quantized,
+    Wanted,
+    finished_variant,
+    made_from,
+    quantize,
+    quantize_together,
+    walks,
+)
 
-__all__ = ["MANIFEST", "Job", "Layers", "Quantized", "finished_variant", "made_from", "plan_layers", "quantize"]
+__all__ = [
+    "MANIFEST",
+    "Job",
+    "Layers",
+    "Quantized",
+    "Wanted",
+    "finished_variant",
+    "made_from",
+    "plan_layers",
+    "quantize",
+    "quantize_together",
+    "walks",
+]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,8 @@ from quantkit.artifacts import STAGE_FILE, file_sha256, read_json, translated_os
 from quantkit.checkpoint import CheckpointReader, ShardWriter
 from quantkit.errors import CheckpointError
 from quantkit.formats.base import Format
+from quantkit.quantization.plan import Layers
 from quantkit.quantization.spool import Spool, digest, unpacked
-from quantkit.schemes import IntScheme
 
 COMPANIONS = (
     "*.json", "*.jinja", "additional_chat_templates/*.jinja", "*.model", "merges.txt", "vocab.*", "*.tiktoken",
@@ -40,29 +40,27 @@ class Origin:
     runs_code: bool = False
 
 
-def write_checkpoint(
-    origin: Origin, spool: Spool, store: Format, layers: Mapping[str, IntScheme | None], folder: Path
-) -> None:
+def write_checkpoint(origin: Origin, spool: Spool, store: Format, layers: Layers, folder: Path) -> None:
     """Write the checkpoint of a variant and compare it with what was solved.
 
-    Tensors of the source that were not quantized are copied as they are.
+    Tensors of the source that were not quantized are copied as they are, but for those that the variant replaces.
+    A weight that the head and the embedding shared is written for each of them once one is quantized.
 
     Raises:
         OutputError: the folder cannot be written.
         CheckpointError: what was read back is not what was written.
     """
     reader = CheckpointReader(origin.folder)
-    quantized = {f"{name}.weight" for name, scheme in layers.items() if scheme is not None}
-    kept = [name for name in reader.names() if name not in quantized]
+    kept = layers.kept(reader.names())
     _copy_companions(origin, folder)
     with ShardWriter(folder) as writer:
-        for name in kept:
-            writer.declare(name, reader.dtype(name), reader.shape(name))
-        for name, tensor in _packed(spool):
+        for name, source in kept.items():
+            writer.declare(name, reader.dtype(source), reader.shape(source))
+        for name, tensor in _packed(spool, layers.quantized):
             writer.declare(name, tensor.dtype, tuple(tensor.shape))
-        for name in kept:
-            writer.write(name, reader.read_finite(name))
-        for name, tensor in _packed(spool):
+        for name, source in kept.items():
+            writer.write(name, spool.read(name) if spool.replaces(name) else reader.read_finite(source))
+        for name, tensor in _packed(spool, layers.quantized):
             writer.write(name, tensor)
     _write_config(origin, store, layers, folder)
     _compare(reader, kept, spool, store, layers, folder)
@@ -87,9 +85,11 @@ def is_whole(folder: Path) -> bool:
         return False
 
 
-def _packed(spool: Spool) -> Iterator[tuple[str, torch.Tensor]]:
-    for name in spool.names():
-        yield name, spool.read(name)
+def _packed(spool: Spool, layers: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The packed tensors in the order of the model's layers, in whatever order these were solved."""
+    for layer in layers:
+        for name in spool.names(layer):
+            yield name, spool.read(name)
 
 
 def _copy_companions(origin: Origin, folder: Path) -> None:
@@ -103,28 +103,32 @@ def _copy_companions(origin: Origin, folder: Path) -> None:
                 shutil.copyfile(path, target)
 
 
-def _write_config(origin: Origin, store: Format, layers: Mapping[str, IntScheme | None], folder: Path) -> None:
+def _write_config(origin: Origin, store: Format, layers: Layers, folder: Path) -> None:
     config = read_json(origin.folder / "config.json")
-    config["quantization_config"] = store.quantization_config(layers)
-    if origin.head is not None and layers[origin.head] is not None:
+    quantization = store.quantization_config(layers.linears)
+    if layers.embedding is not None:
+        quantization = store.with_embedding(quantization, layers.embedding, layers.quantized[layers.embedding])
+    config["quantization_config"] = quantization
+    if layers.unties or origin.head in layers.quantized:
         config["tie_word_embeddings"] = False
     write_json(folder / "config.json", config)
 
 
 def _compare(
     reader: CheckpointReader,
-    kept: list[str],
+    kept: Mapping[str, str],
     spool: Spool,
     store: Format,
-    layers: Mapping[str, IntScheme | None],
+    layers: Layers,
     folder: Path,
 ) -> None:
     written = CheckpointReader(folder)
     remedy = "the disk or its memory is faulty, or another process writes here: quantize again"
-    for name in kept:
-        if not torch.equal(reader.read(name), written.read(name)):
+    for name, source in kept.items():
+        wanted = spool.read(name) if spool.replaces(name) else reader.read(source)
+        if not torch.equal(wanted, written.read(name)):
             raise CheckpointError(f"tensor {name} in {folder} differs from the source after writing", remedy)
-    for layer, wanted in spool.digests().items():
-        scheme = layers[layer]
-        if scheme is None or digest(unpacked(store, layer, scheme, written.read)) != wanted:
+    for layer, solved in spool.digests().items():
+        packing = store.for_embeddings() if layer == layers.embedding else store
+        if digest(unpacked(packing, layer, layers.quantized[layer], written.read)) != solved:
             raise CheckpointError(f"layer {layer} in {folder} does not decode to what the method returned", remedy)

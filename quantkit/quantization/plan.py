@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import psutil
@@ -13,8 +13,9 @@ from torch import nn
 from quantkit.engine.skeleton import Skeleton
 from quantkit.engine.walk import Strategy
 from quantkit.errors import SchemeError
+from quantkit.formats import FORMATS
 from quantkit.recipe import VariantSpec
-from quantkit.schemes import IntScheme
+from quantkit.schemes import Scheme
 
 SPARE_MEMORY = 0.5
 """Share of the free memory that paused activations may take."""
@@ -22,18 +23,48 @@ SPARE_MEMORY = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Layers:
-    """Every Linear layer of a model under one variant.
+    """Every Linear layer of a model under one variant, and the input embedding if that is quantized.
 
     Attributes:
         schemes: full name to scheme, None where the layer stays float.
-        shapes: full name to ``(out_features, in_features)``.
+        shapes: full name to ``(out_features, in_features)``, of an embedding the tokens and the width.
+        fused: full names of quantized layers that runtimes of the variant's format load as one matrix.
+        embedding: full name of the input embedding if it is quantized.
+        tied: full names of the head and the embedding where the source gives both one weight.
     """
 
-    schemes: Mapping[str, IntScheme | None]
+    schemes: Mapping[str, Scheme | None]
     shapes: Mapping[str, tuple[int, int]]
+    fused: tuple[tuple[str, ...], ...] = ()
+    embedding: str | None = None
+    tied: tuple[str, ...] = ()
 
     @property
-    def quantized(self) -> dict[str, IntScheme]:
+    def linears(self) -> dict[str, Scheme | None]:
+        """The Linear layers, without the embedding."""
+        return {name: scheme for name, scheme in self.schemes.items() if name != self.embedding}
+
+    @property
+    def unties(self) -> bool:
+        """Whether a weight that the head and the embedding share is quantized for one of them, or for each."""
+        return any(name in self.quantized for name in self.tied)
+
+    def kept(self, names: Collection[str]) -> dict[str, str]:
+        """The tensors that stay float, each with the name under which the source holds it.
+
+        Args:
+            names: of the source's tensors; of a weight that the head and the embedding share there may be one only.
+        """
+        kept = {name: name for name in names if name.removesuffix(".weight") not in self.quantized}
+        tied = [f"{name}.weight" for name in self.tied]
+        if self.unties:
+            stored = next(name for name in tied if name in names)
+            left = (name for name in tied if name.removesuffix(".weight") not in self.quantized)
+            kept |= {name: stored for name in left if name not in names}
+        return kept
+
+    @property
+    def quantized(self) -> dict[str, Scheme]:
         """The layers that are quantized."""
         return {name: scheme for name, scheme in self.schemes.items() if scheme is not None}
 
@@ -46,37 +77,80 @@ class Layers:
         bits = 0.0
         for name, scheme in self.quantized.items():
             rows, columns = self.shapes[name]
-            bits += rows * columns * scheme.bits_per_weight(columns, scale_bits)
+            bits += rows * columns * scheme.bits_per_weight(columns, scale_bits, rows)
         return round(bits / 8)
 
 
 def plan_layers(skeleton: Skeleton, variant: VariantSpec) -> Layers:
-    """Give every Linear layer its scheme.
+    """Give every Linear layer its scheme, and the input embedding if it gets one.
 
     Raises:
-        SchemeError: a group size does not divide a layer, a pattern matches nothing, or no layer is left.
+        SchemeError: a scheme does not suit a layer, a pattern matches nothing, there are fewer blocks than the
+            variant names, layers that a runtime fuses differ, there is no embedding to quantize, or no layer is left.
     """
     modules = {name: module for name, module in skeleton.model.named_modules() if isinstance(module, nn.Linear)}
-    reachable = {name for segment in skeleton.segments for name in segment.linears}
-    if skeleton.head is not None:
-        reachable.add(skeleton.head.prefix)
-    schemes: dict[str, IntScheme | None] = {}
-    for name, module in modules.items():
-        scheme = variant.scheme_of(name) if name in reachable else None
+    shapes = {name: (module.out_features, module.in_features) for name, module in modules.items()}
+    _check_blocks(variant, len(skeleton.segments))
+    schemes: dict[str, Scheme | None] = dict.fromkeys(modules)
+    for name, block in _reachable(skeleton).items():
+        schemes[name] = variant.scheme_of(name, block, len(skeleton.segments))
+    for name, scheme in schemes.items():
         if scheme is not None:
-            _check_groups(variant.name, name, module, scheme)
-        schemes[name] = scheme
+            _check_layer(f"{variant.name}: {name}", scheme, shapes[name])
     if not any(schemes.values()):
         raise SchemeError(f"{variant.name}: no layer is left to quantize", "'ignore' matches every Linear layer")
     _check_patterns(variant, list(modules))
-    return Layers(schemes, {name: (module.out_features, module.in_features) for name, module in modules.items()})
+    FORMATS.get(variant.format)().quantization_config(schemes)  # raises for what one checkpoint cannot hold
+    siblings = _fused(variant, schemes)
+    for names in siblings:
+        _check_fused(variant, {name: schemes[name] for name in names})
+    fused = tuple(names for names in siblings if schemes[names[0]] is not None)
+    embedding = _plan_embedding(skeleton, variant)
+    if embedding is None:
+        return Layers(schemes, shapes, fused, tied=skeleton.tied)
+    name, scheme, shape = embedding
+    return Layers({name: scheme} | schemes, {name: shape} | shapes, fused, name, skeleton.tied)
 
 
-def _check_groups(variant: str, name: str, module: nn.Linear, scheme: IntScheme) -> None:
+def _plan_embedding(skeleton: Skeleton, variant: VariantSpec) -> tuple[str, Scheme, tuple[int, int]] | None:
+    """Name, scheme and shape of the input embedding; None where it stays float."""
+    scheme, segment = variant.embedding_scheme(), skeleton.embedding
+    if scheme is None:
+        return None
+    if segment is None:
+        raise SchemeError(
+            f"{variant.name}: the input embedding of {type(skeleton.model).__name__} is no torch.nn.Embedding",
+            "leave out 'embeddings'",
+        )
+    shape = segment.module.get_parameter("weight").shape
+    _check_layer(f"{variant.name}: {segment.prefix}", scheme, (shape[0], shape[1]))
+    return segment.prefix, scheme, (shape[0], shape[1])
+
+
+def _reachable(skeleton: Skeleton) -> dict[str, int | None]:
+    """The layers that the walk comes to, with the index of the block that holds them; None for the head."""
+    found: dict[str, int | None] = {
+        name: index for index, segment in enumerate(skeleton.segments) for name in segment.linears
+    }
+    return found if skeleton.head is None else found | {skeleton.head.prefix: None}
+
+
+def _check_layer(place: str, scheme: Scheme, shape: tuple[int, int]) -> None:
     try:
-        scheme.groups(module.in_features)
+        scheme.check_layer(*shape)
     except SchemeError as error:
-        raise SchemeError(f"{variant}: {name}: {error.problem}", error.remedy) from error
+        raise SchemeError(f"{place}: {error.problem}", error.remedy) from error
+
+
+def _check_blocks(variant: VariantSpec, blocks: int) -> None:
+    counts = {
+        key: patch.count
+        for key, patch in (("first_blocks", variant.first_blocks), ("last_blocks", variant.last_blocks))
+        if patch is not None
+    }
+    if sum(counts.values()) > blocks:
+        asked = " and ".join(f"{key}.count {count}" for key, count in counts.items())
+        raise SchemeError(f"{variant.name}: {asked}, and the model has {blocks} decoder blocks", "lower the count")
 
 
 def _check_patterns(variant: VariantSpec, names: list[str]) -> None:
@@ -85,6 +159,31 @@ def _check_patterns(variant: VariantSpec, names: list[str]) -> None:
             raise SchemeError(
                 f"{variant.name}: the override '{pattern}' matches no Linear layer", f"a layer's name is {names[0]}"
             )
+
+
+def _fused(variant: VariantSpec, names: Collection[str]) -> list[tuple[str, ...]]:
+    """The layers that the runtimes of the variant's format load as one matrix, by their full names."""
+    parents = dict.fromkeys(name.rpartition(".")[0] for name in names)
+    found = [
+        tuple(f"{parent}.{leaf}" for leaf in leaves if f"{parent}.{leaf}" in names)
+        for parent in parents
+        for leaves in FORMATS.get(variant.format).fused
+    ]
+    return [members for members in found if len(members) > 1]
+
+
+def _check_fused(variant: VariantSpec, schemes: Mapping[str, Scheme | None]) -> None:
+    """Refuse fused layers of different schemes."""
+    if len(set(schemes.values())) == 1:
+        return
+    parent = next(iter(schemes)).rpartition(".")[0]
+    leaves = {name.rpartition(".")[2]: scheme for name, scheme in schemes.items()}
+    words = [f"{leaf} is {scheme.describe() if scheme else 'float'}" for leaf, scheme in leaves.items()]
+    raise SchemeError(
+        f"{variant.name}: in {parent}, {', '.join(words)}, and servers such as vLLM load these layers of "
+        f"a {variant.format} checkpoint as one matrix of one scheme",
+        f"use one pattern for all of them, such as '({'|'.join(leaves)})', in overrides and in ignore",
+    )
 
 
 def paused_bytes(skeleton: Skeleton, tokens: int, dtype: torch.dtype) -> int:

@@ -14,7 +14,7 @@ from quantkit.checkpoint import CheckpointReader, ShardWriter
 from quantkit.engine.tasks import LayerResult
 from quantkit.formats.base import Format
 from quantkit.numerics.host import number
-from quantkit.schemes import IntScheme, QuantizedWeight
+from quantkit.schemes import QuantizedWeight, Scheme
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,26 +35,37 @@ class Spool:
     Args:
         folder: where these checkpoints go.
         store: the format that packs them.
+        embedding: full name of the input embedding if it is quantized.
     """
 
-    def __init__(self, folder: Path, store: Format) -> None:
+    def __init__(self, folder: Path, store: Format, embedding: str | None = None) -> None:
         self._folder = folder
         self._store = store
+        self._embedding = embedding
         self._waiting: dict[str, torch.Tensor] = {}
         self._readers: dict[str, CheckpointReader] = {}
         self._digests: dict[str, str] = {}
         self._facts: list[_Facts] = []
+        self._replaced: set[str] = set()
+        self._tensors: dict[str, list[str]] = {}
         self.stored_bytes = 0
 
     def take(self, result: LayerResult) -> None:
         """Pack a solved layer; see :class:`quantkit.engine.tasks.Sink`."""
         weight = result.weight.to("cpu")
         self._digests[result.name] = digest(weight)
-        for suffix, tensor in self._store.pack(weight).items():
-            self._waiting[f"{result.name}.{suffix}"] = tensor
-            self.stored_bytes += tensor.nbytes
+        store = self._store.for_embeddings() if result.name == self._embedding else self._store
+        packed = {f"{result.name}.{suffix}": tensor for suffix, tensor in store.pack(weight).items()}
+        self._tensors[result.name] = list(packed)
+        self._waiting.update(packed)
+        self.stored_bytes += sum(tensor.nbytes for tensor in packed.values())
         scheme = weight.scheme.describe()
         self._facts.append(_Facts(result.name, scheme, result.tokens, result.error_before, result.error, result.notes))
+
+    def replace(self, name: str, tensor: torch.Tensor) -> None:
+        """Keep a float tensor that stands in for the source's; see :class:`quantkit.engine.tasks.Sink`."""
+        self._replaced.add(name)
+        self._waiting[name] = tensor
 
     def segment_done(self, prefix: str) -> None:
         """Write what was packed since the last segment.
@@ -73,9 +84,13 @@ class Spool:
         self._readers.update(dict.fromkeys(self._waiting, CheckpointReader(folder)))
         self._waiting = {}
 
-    def names(self) -> list[str]:
-        """Names of all packed tensors, in the order in which they were solved."""
-        return list(self._readers)
+    def names(self, layer: str) -> list[str]:
+        """Names of the packed tensors of a layer; none if it was not solved."""
+        return self._tensors.get(layer, [])
+
+    def replaces(self, name: str) -> bool:
+        """Whether a float tensor of the source is replaced by one of the spool."""
+        return name in self._replaced
 
     def read(self, name: str) -> torch.Tensor:
         """A packed tensor."""
@@ -105,6 +120,6 @@ def digest(weight: QuantizedWeight) -> str:
     return hashlib.sha256(weight.dequantize(torch.float32).numpy().tobytes()).hexdigest()
 
 
-def unpacked(store: Format, layer: str, scheme: IntScheme, read: Callable[[str], torch.Tensor]) -> QuantizedWeight:
+def unpacked(store: Format, layer: str, scheme: Scheme, read: Callable[[str], torch.Tensor]) -> QuantizedWeight:
     """A layer as it is read back from a checkpoint."""
     return store.unpack({suffix: read(f"{layer}.{suffix}") for suffix in store.layer_suffixes(scheme)}, scheme)

@@ -21,6 +21,8 @@ from quantkit.report.numbers import (
 
 Record = dict[str, Any]
 Better = Literal["low", "high"]
+DECODED_MARK = "\N{DAGGER}"
+"""Stands at the bytes of weights that the reference decoder made float."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +76,9 @@ def reference_word(report: Record) -> str:
 
 
 def scheme_name(variant: Record) -> str:
-    """A scheme in short, such as ``int4 g64 sym``; also one that quantkit itself does not have."""
+    """A scheme in short, such as ``int4 g64 sym``: as the row says it, or from the keys of older rows."""
+    if variant.get("scheme"):
+        return str(variant["scheme"])
     bits, group, symmetric = variant.get("bits"), variant.get("group_size"), variant.get("symmetric")
     parts = [] if bits is None else [f"int{bits}"]
     parts += [] if group is None else ["channel" if group == -1 else f"g{group}"]
@@ -98,13 +102,27 @@ def _cost_columns(rows: Sequence[Record], ratio: str) -> dict[str, Column]:
         "size": _bytes("Size", _values(rows, "size_bytes")),
         "ratio": _column(ratio, ratios, percent, "low"),
         "bits": _column("Bits per weight", _values(rows, "bits_per_weight"), lambda value: fixed(value, 2), "low"),
-        "weights": _bytes("Weights", _values(rows, "memory", "weights_bytes")),
+        "weights": _marked_decoded(_bytes("Weights", _values(rows, "memory", "weights_bytes")), rows),
         "peak": _bytes("Peak", _values(rows, "memory", "peak_bytes")),
         "prefill": _rate("Prefill tokens/s", _values(rows, "speed", "prefill_tokens_per_second")),
         "decode": _rate("Decode tokens/s", _values(rows, "speed", "decode_tokens_per_second")),
         "quantize": _column("Quantize", _values(rows, "seconds", "quantize"), duration, "low"),
         "evaluate": _column("Evaluate", _values(rows, "seconds", "evaluate"), duration, None),
     }
+
+
+def is_decoded(row: Record) -> bool:
+    """Whether the reference decoder loaded the model, so that its memory and speed are those of float weights."""
+    return row.get("loaded_by") == "reference"
+
+
+def _marked_decoded(column: Column, rows: Sequence[Record]) -> Column:
+    """The same with a mark at the models that were scored with their weights decoded to float."""
+    cells = [
+        replace(cell, text=f"{cell.text} {DECODED_MARK}") if is_decoded(row) and cell.text != ABSENT else cell
+        for cell, row in zip(column.cells, rows, strict=True)
+    ]
+    return replace(column, cells=tuple(cells))
 
 
 def _text_columns(rows: Sequence[Record], text: str) -> dict[str, Column]:

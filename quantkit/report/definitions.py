@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from quantkit.report.columns import Record, reference_name, rows_of
+from quantkit.report.columns import DECODED_MARK, Record, is_decoded, reference_name, rows_of
 from quantkit.report.facts import Facts, present, words
 from quantkit.report.numbers import count, figure, fixed, pick
 
@@ -70,7 +70,15 @@ def _memory_definitions(rows: list[Record]) -> Facts:
         }
         found.append((f"Peak memory ({kind})", meaning.get(kind, f"Peak by {kind}{where}.")))
     weights = any(figure(row, "memory", "weights_bytes") is not None for row in rows)
-    return [("Weights memory", "Bytes that the weights take once loaded."), *found] if weights else found
+    if not weights:
+        return found
+    resident = "Bytes that the weights take once loaded."
+    if any(map(is_decoded, rows)):
+        resident += (
+            f" {DECODED_MARK} The reference decoder loaded the model as float weights: these bytes, the peak and the "
+            "speed are those of a float model, and not of a runtime that keeps the weights packed."
+        )
+    return [("Weights memory", resident), *found]
 
 
 def _speed_definitions(rows: list[Record]) -> Facts:

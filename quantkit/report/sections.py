@@ -27,6 +27,8 @@ from quantkit.report.numbers import (
 )
 
 LAYERS_SHOWN = 15
+LOADERS = {"transformers": "transformers", "reference": "the reference decoder, as float weights"}
+"""Who loaded a checkpoint to score it, in words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +149,7 @@ def variant_facts(variant: Record) -> Facts:
     options = variant.get("options") or {}
     return present(
         ("checkpoint", words(variant.get("checkpoint"))),
+        ("loaded by", LOADERS.get(str(variant.get("loaded_by")), "")),
         *((str(key), words(value)) for key, value in options.items()),
     )
 
@@ -194,7 +197,7 @@ def loading(report: Record) -> list[tuple[str, list[tuple[str, str]]]]:
 
 
 def _commands(format_name: str, folder: str) -> list[tuple[str, str]]:
-    runtimes = FORMATS.get(format_name).runtimes if format_name in FORMATS.names() else ("transformers",)
+    runtimes = FORMATS.get(format_name).runtimes if format_name in FORMATS else ("transformers",)
     path = json.dumps(folder, ensure_ascii=False)
     known = {
         "transformers": "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"

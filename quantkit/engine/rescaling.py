@@ -1,0 +1,94 @@
+"""Scaling in a walk: where a segment allows it, what the methods choose, and what that changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from quantkit.engine.folds import Fold, FoldFinder
+from quantkit.engine.scaling import Scaling, choose_scaling
+from quantkit.engine.skeleton import Segment, Skeleton, WeightReader
+from quantkit.engine.tasks import Task
+from quantkit.methods.base import InputStatistics
+
+
+@dataclass(frozen=True, slots=True)
+class Originals:
+    """The parameters of the checkpoint in float32, whatever the passes compute in."""
+
+    skeleton: Skeleton
+    reader: WeightReader
+    device: torch.device
+
+    def parameter(self, name: str) -> torch.Tensor:
+        """A parameter by its full name."""
+        return self.reader.read(self.skeleton.stored_name(name, self.reader)).to(self.device, torch.float32)
+
+    def weight(self, layer: str) -> torch.Tensor:
+        """The weight of a layer, ``[out_features, in_features]``."""
+        return self.parameter(f"{layer}.weight")
+
+
+@dataclass(slots=True)
+class Rescaler:
+    """The factors of all tasks in the segment at which a walk stands.
+
+    Args:
+        originals: the parameters of the checkpoint.
+    """
+
+    originals: Originals
+    _scalings: dict[str, Scaling] = field(default_factory=dict)
+    _folds: list[Fold] = field(default_factory=list)
+
+    def find(self, segment: Segment, inputs: Sequence[Sequence[str]], run: Callable[[], Any]) -> list[Fold]:
+        """Where the inputs of a segment can be scaled; what held in the last segment is tried first.
+
+        Args:
+            segment: with its weights.
+            inputs: the full names of its Linear layers by the input that they read, in the order of their calls.
+            run: runs the segment on a few tokens and returns what it returns.
+        """
+        relative = [[name.removeprefix(f"{segment.prefix}.") for name in names] for names in inputs]
+        finder = FoldFinder(segment.module, relative, lambda: _hidden(run()))
+        same = bool(self._folds) and all(list(fold.readers) in relative for fold in self._folds)
+        if not (same and finder.confirms(self._folds)):
+            self._folds = finder.find()
+        return self._folds
+
+    def choose(
+        self, task: Task, segment: Segment, folds: Sequence[Fold], statistics: Mapping[str, InputStatistics]
+    ) -> None:
+        """Have a task choose its factors in a segment from the statistics of each layer's input."""
+        self._scalings[task.name] = choose_scaling(task, segment.prefix, folds, self.originals.weight, statistics)
+
+    def of(self, task: Task) -> Scaling:
+        """The factors of a task; none where it chose none."""
+        return self._scalings.get(task.name, Scaling())
+
+    def apply(self, task: Task, segment: Segment, dtype: torch.dtype) -> None:
+        """Put a task's factors into the parameters of the segment through which the passes run."""
+        scaling = self.of(task)
+        for name in scaling.touches():
+            module = segment.module.get_submodule(name.removeprefix(f"{segment.prefix}."))
+            for leaf, parameter in module.named_parameters(recurse=False):
+                parameter.data = scaling.apply(name, leaf, self.originals.parameter(f"{name}.{leaf}")).to(dtype)
+
+    def hand_over(self, task: Task) -> None:
+        """Give a task's sink the float tensors that its factors change, and forget the factors."""
+        scaling, reader = self._scalings.pop(task.name, Scaling()), self.originals.reader
+        for name in scaling.touches():
+            leaves = (["weight"] if name not in task.schemes else []) + (["bias"] if name in scaling.rows else [])
+            for leaf in (leaf for leaf in leaves if f"{name}.{leaf}" in reader):
+                stored = f"{name}.{leaf}"
+                changed = scaling.apply(name, leaf, self.originals.parameter(stored))
+                task.sink.replace(stored, changed.to(reader.dtype(stored)).cpu())
+
+
+def _hidden(returned: Any) -> torch.Tensor:
+    """The hidden states among what a segment returns, float32."""
+    hidden: torch.Tensor = returned[0] if isinstance(returned, tuple) else returned
+    return hidden.detach().float()

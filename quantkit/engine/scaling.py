@@ -1,0 +1,85 @@
+"""The factors by which a variant scales the inputs of its layers, and what they change in a segment."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from quantkit.engine.folds import Fold, scaled_rows
+from quantkit.engine.tasks import Task
+from quantkit.methods.base import InputStatistics
+
+
+@dataclass(slots=True)
+class Scaling:
+    """What one variant multiplies and divides in one segment.
+
+    Attributes:
+        columns: full name of a layer to the factor of each of its input columns, float32 ``[in_features]``.
+        rows: full name of a producer to the factor of each of its output channels, and the offset of its weight.
+    """
+
+    columns: dict[str, torch.Tensor] = field(default_factory=dict)
+    rows: dict[str, tuple[torch.Tensor, float]] = field(default_factory=dict)
+
+    def add(self, prefix: str, fold: Fold, factors: torch.Tensor) -> None:
+        """Scale one input of the segment with this prefix."""
+        self.columns.update({f"{prefix}.{reader}": factors for reader in fold.readers})
+        self.rows[f"{prefix}.{fold.producer}"] = (1 / fold.of_producer(factors), fold.offset)
+
+    def touches(self) -> list[str]:
+        """Full names of the modules that it changes."""
+        return list(dict.fromkeys([*self.columns, *self.rows]))
+
+    def apply(self, module: str, leaf: str, parameter: torch.Tensor) -> torch.Tensor:
+        """A parameter of a module, called ``weight`` or ``bias``, as it becomes."""
+        if leaf == "weight" and module in self.columns:
+            parameter = parameter * self.columns[module].to(parameter.dtype)
+        if module in self.rows:
+            factors, offset = self.rows[module]
+            parameter = scaled_rows(parameter, factors, offset if leaf == "weight" else 0.0)
+        return parameter
+
+    def statistics(self, layer: str, found: InputStatistics) -> InputStatistics:
+        """The statistics of a layer's input as it becomes, from those of the input as it was."""
+        if layer not in self.columns or found.tokens == 0:
+            return found
+        divisor = self.columns[layer]
+        return replace(
+            found,
+            abs_mean=None if found.abs_mean is None else found.abs_mean / divisor,
+            square_mean=None if found.square_mean is None else found.square_mean / divisor.square(),
+            gram=None if found.gram is None else found.gram / torch.outer(divisor, divisor),
+            derived={},
+        )
+
+
+def choose_scaling(
+    task: Task,
+    prefix: str,
+    folds: Sequence[Fold],
+    weight: Callable[[str], torch.Tensor],
+    statistics: Mapping[str, InputStatistics],
+) -> Scaling:
+    """Have a task's method choose factors for each fold whose readers it quantizes.
+
+    Args:
+        task: the variant.
+        prefix: of the segment.
+        folds: of the segment.
+        weight: a layer's float32 weight by its full name.
+        statistics: by the full name of a layer, of its input.
+    """
+    scaling = Scaling()
+    for fold in folds:
+        readers = [f"{prefix}.{reader}" for reader in fold.readers]
+        members = [(weight(name), task.schemes[name]) for name in readers if name in task.schemes]
+        known = next((statistics[name] for name in readers if name in statistics), None)
+        if not members or known is None or known.tokens == 0:
+            continue
+        factors = task.method.channel_factors(members, known, task.scale_dtype, fold.channels)
+        if factors is not None:
+            scaling.add(prefix, fold, factors)
+    return scaling

@@ -1,0 +1,170 @@
+"""What a lattice is: the levels that codes stand for, and the scales that a scheme can store.
+
+Weights come in cells, ``[A, G, S]``: ``S`` weights that share a scale, of which there is one per cell,
+``[A, G]``. For all but an integer scheme along axis 0 the cells are ``[rows, groups, columns_per_group]``.
+The solvers work on the transposed layer, ``[columns, rows]``, so that a column is contiguous.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import repeat
+from typing import Any, Protocol
+
+import torch
+
+from quantkit.schemes.base import Scheme
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """Scales in the dtype in which weights are decoded, and zeros as float32; ``[A, G]``.
+
+    Attributes:
+        scales: the scale of each cell.
+        zeros: the code of level zero; 0 where levels are not integers.
+        parts: see :class:`quantkit.schemes.weight.QuantizedWeight`.
+    """
+
+    scales: torch.Tensor
+    zeros: torch.Tensor
+    parts: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+
+class Snap(Protocol):
+    """Finds the nearest levels of a transposed layer, column by column."""
+
+    def columns(self) -> Iterator[Any]:
+        """What :meth:`nearest_` must know of each column in turn."""
+
+    def nearest_(self, values: torch.Tensor, column: Any) -> None:
+        """Replace float32 values of a column, in units of their scales, by the nearest levels."""
+
+    def ordered(self, order: torch.Tensor) -> Snap:
+        """The same with the columns in another order."""
+
+
+class Lattice(ABC):
+    """The arithmetic of one scheme.
+
+    Attributes:
+        scheme: the scheme.
+    """
+
+    def __init__(self, scheme: Scheme) -> None:
+        self.scheme = scheme
+
+    def cells(self, weight: torch.Tensor) -> torch.Tensor:
+        """``[rows, columns]`` in cells."""
+        rows, columns = weight.shape
+        return weight.view(rows, self.scheme.groups(columns), -1)
+
+    def uncelled(self, cells: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+        """The inverse of :meth:`cells`."""
+        return cells.reshape(shape)
+
+    def heights(self, importance: torch.Tensor | None, columns: int, device: torch.device) -> torch.Tensor:
+        """Importance per column as a factor of the cells: float32 ``[1, G, S]``.
+
+        Where it is None, or vanishes over a whole group, all weights of the group count alike.
+        """
+        if importance is None:
+            return torch.ones(1, 1, 1, device=device)
+        found = self.cells(importance.float().unsqueeze(0))
+        return torch.where(found.amax(-1, keepdim=True) > 0, found, 1.0)
+
+    @abstractmethod
+    def levels(self, codes: torch.Tensor, zeros: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The levels of codes, as a new tensor of ``dtype``.
+
+        Args:
+            codes: uint8 ``[A, G, S]``.
+            zeros: ``[A, G]``.
+            dtype: of the result.
+        """
+
+    @abstractmethod
+    def codes(self, levels: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
+        """The inverse of :meth:`levels` for float32 levels, uint8."""
+
+    @abstractmethod
+    def nearest_(self, values: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
+        """Replace ``values``, float32 ``[A, G, S]`` in units of their scales, by the nearest levels."""
+
+    @abstractmethod
+    def encode(self, cells: torch.Tensor, grid: Grid) -> torch.Tensor:
+        """The nearest codes of weights, uint8 ``[A, G, S]``, ties and rounding as in the scheme's own reference."""
+
+    @abstractmethod
+    def spanning(self, cells: torch.Tensor, scale_dtype: torch.dtype) -> Grid:
+        """The grid that just spans the range of each cell, as the scheme's own reference computes it.
+
+        Raises:
+            QuantizationError: the grid reaches beyond what its dtype holds.
+        """
+
+    @abstractmethod
+    def candidates(
+        self, cells: torch.Tensor, count: int, *, negative_scales: bool
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Scales and zeros to try, each ``[A, G]`` float32.
+
+        Where scales are not free they are already among those that can be stored.
+        """
+
+    def fitted(self, cells: torch.Tensor) -> Lattice:
+        """The lattice of one weight: where all scales have a part in common, one that knows this part.
+
+        Args:
+            cells: of the whole weight.
+
+        Raises:
+            QuantizationError: the weight is not finite.
+        """
+        return self
+
+    def pooled(self, gains: torch.Tensor) -> torch.Tensor:
+        """What cells gain by a candidate, ``[A, G]``; for each the sum over all cells with which it shares a scale."""
+        return gains
+
+    @abstractmethod
+    def stored(self, scales: torch.Tensor, zeros: torch.Tensor, scale_dtype: torch.dtype) -> Grid:
+        """The grid with float32 scales rounded to what the scheme stores.
+
+        Raises:
+            QuantizationError: the grid reaches beyond what its dtype holds.
+        """
+
+    @abstractmethod
+    def snap(self, grid: Grid, rows: int, columns: int) -> Snap:
+        """The nearest levels of a transposed layer."""
+
+    def spread(self, values: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+        """``[A, G]`` to ``[columns, rows]``: the value of each weight, transposed."""
+        return values.T.repeat_interleave(columns // values.shape[1], dim=0)
+
+    def stored_zeros(self, grid: Grid) -> torch.Tensor:
+        """Zeros as a quantized weight holds them."""
+        return grid.zeros.to(torch.uint8)
+
+
+class Uniform:
+    """A snap whose columns are all alike."""
+
+    def __init__(self, lattice: Lattice) -> None:
+        self._lattice = lattice
+        self._zeros = torch.zeros(1, 1)
+
+    def columns(self) -> Iterator[Any]:
+        """Nothing differs from column to column."""
+        return repeat(None)
+
+    def nearest_(self, values: torch.Tensor, column: Any) -> None:
+        """Replace values by the nearest levels."""
+        self._lattice.nearest_(values, self._zeros)
+
+    def ordered(self, order: torch.Tensor) -> Uniform:
+        """The same."""
+        return self

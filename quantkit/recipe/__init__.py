@@ -1,0 +1,46 @@
+"""The recipe: what the user asked for, validated and frozen. One section a file.
+
+A recipe is a YAML file with the sections of :class:`Recipe`. Unknown keys, wrong types and pairs that
+cannot work are refused when it is read, before a model is touched, with the path of the key.
+"""
+
+from __future__ import annotations
+
+from quantkit.recipe.calibration import CalibrationSpec
+from quantkit.recipe.document import MAX_RECIPE_BYTES, Recipe
+from quantkit.recipe.evaluation import (
+    BUNDLED_TEXTS,
+    COMPARING_METRICS,
+    METRICS,
+    EvaluationSpec,
+    LoaderChoice,
+    Metric,
+    TextSpec,
+)
+from quantkit.recipe.fields import Section
+from quantkit.recipe.model import ModelSpec
+from quantkit.recipe.options import DEFAULT_METHOD
+from quantkit.recipe.report import ReportSpec
+from quantkit.recipe.scheme import BlocksPatch, SchemeKeys, SchemePatch
+from quantkit.recipe.variant import VariantSpec
+
+__all__ = [
+    "BUNDLED_TEXTS",
+    "COMPARING_METRICS",
+    "DEFAULT_METHOD",
+    "MAX_RECIPE_BYTES",
+    "METRICS",
+    "BlocksPatch",
+    "CalibrationSpec",
+    "EvaluationSpec",
+    "LoaderChoice",
+    "Metric",
+    "ModelSpec",
+    "Recipe",
+    "ReportSpec",
+    "SchemeKeys",
+    "SchemePatch",
+    "Section",
+    "TextSpec",
+    "VariantSpec",
+]

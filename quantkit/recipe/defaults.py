@@ -1,0 +1,52 @@
+"""The section ``defaults``: keys for every variant that takes them and does not give them itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from quantkit.errors import RecipeError, did_you_mean
+from quantkit.recipe.options import DEFAULT_METHOD, option_names
+from quantkit.recipe.variant import VariantSpec
+from quantkit.schemes import DEFAULT_KIND, SCHEME_KEYS, SCHEMES
+from quantkit.schemes.kinds import keys_of
+
+
+def defaults_for(defaults: Mapping[str, Any], variant: Mapping[str, Any]) -> dict[str, Any]:
+    """The defaults that apply to a variant: not the options of another method or the keys of another scheme."""
+    method, kind = _chosen(defaults, variant)
+    known = _scheme_free_keys() | _scheme_keys(kind) | option_names(method)
+    return {key: value for key, value in defaults.items() if key in known}
+
+
+def check_default_keys(defaults: Mapping[Any, Any], variants: Sequence[Any]) -> None:
+    """Refuse the defaults that no variant could take.
+
+    Raises:
+        RecipeError: with the nearest key that one could.
+    """
+    chosen = [_chosen(defaults, variant) for variant in variants if isinstance(variant, Mapping)]
+    known = _scheme_free_keys() - {"name", "options"}
+    for method, kind in chosen:
+        known |= option_names(method) | _scheme_keys(kind)
+    for key in defaults:
+        if key in SCHEME_KEYS and key not in known:
+            kinds = ", ".join(kind for kind in SCHEMES if key in keys_of(kind))
+            raise RecipeError(f"defaults.{key}: no variant has a scheme that takes it", f"these do: {kinds}")
+        if key not in known:
+            raise RecipeError(f"unknown key 'defaults.{key}'", did_you_mean(str(key), known))
+
+
+def _chosen(defaults: Mapping[str, Any], variant: Mapping[str, Any]) -> tuple[object, object]:
+    """Method and kind of scheme of a variant as written."""
+    choices = {"method": DEFAULT_METHOD, "scheme": DEFAULT_KIND, **defaults, **variant}
+    return choices["method"], choices["scheme"]
+
+
+def _scheme_free_keys() -> set[str]:
+    return set(VariantSpec.model_fields) - set(SCHEME_KEYS)
+
+
+def _scheme_keys(kind: object) -> set[str]:
+    """The keys of a kind of scheme; all of them for what is none, which the field's own validator reports."""
+    return set(keys_of(kind) if isinstance(kind, str) and kind in SCHEMES else SCHEME_KEYS)

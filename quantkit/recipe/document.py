@@ -1,0 +1,122 @@
+"""A whole recipe: its sections, and how it is read and written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import Field, field_validator, model_validator
+
+from quantkit.errors import RecipeError
+from quantkit.recipe.calibration import CalibrationSpec
+from quantkit.recipe.defaults import check_default_keys, defaults_for
+from quantkit.recipe.evaluation import METRICS, EvaluationSpec
+from quantkit.recipe.fields import Name, Section, require_distinct
+from quantkit.recipe.model import ModelSpec
+from quantkit.recipe.report import ReportSpec
+from quantkit.recipe.variant import VariantSpec
+from quantkit.report.gates import check_gate_syntax, parse_gate
+from quantkit.strict_yaml import parse_mapping
+from quantkit.validation import located, parse_section
+
+MAX_RECIPE_BYTES = 1 << 20
+
+
+class Recipe(Section):
+    """One run: a model, a calibration set, variants, and how they are scored.
+
+    Attributes:
+        gates: conditions such as ``kl_divergence.prose.mean <= 0.05`` that every variant must meet.
+    """
+
+    name: Name
+    model: ModelSpec
+    calibration: CalibrationSpec = CalibrationSpec()
+    defaults: dict[str, Any] = Field(default_factory=dict)
+    variants: Annotated[tuple[VariantSpec, ...], Field(min_length=1)]
+    evaluation: EvaluationSpec = EvaluationSpec()
+    report: ReportSpec = ReportSpec()
+    gates: tuple[str, ...] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _apply_defaults(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping):
+            return given
+        defaults, variants = given.get("defaults") or {}, given.get("variants")
+        if not isinstance(defaults, Mapping) or not isinstance(variants, list | tuple):
+            return given
+        with located():
+            check_default_keys(defaults, variants)
+        filled = [
+            {**defaults_for(defaults, variant), **variant} if isinstance(variant, Mapping) else variant
+            for variant in variants
+        ]
+        return {**given, "variants": filled}
+
+    @field_validator("variants")
+    @classmethod
+    def _names_differ(cls, variants: tuple[VariantSpec, ...]) -> tuple[VariantSpec, ...]:
+        require_distinct([variant.name for variant in variants], "variants")
+        return variants
+
+    @model_validator(mode="after")
+    def _gates_parse(self) -> Recipe:
+        metrics = self.evaluation.metrics
+        with located():
+            for gate in self.gates:
+                check_gate_syntax(gate, [text.name for text in self.evaluation.texts])
+                metric = parse_gate(gate).metric
+                if metric in METRICS and metric not in metrics:
+                    raise RecipeError(f"gate '{gate}' needs {metric}", f"add {metric} to evaluation.metrics")
+        return self
+
+    @property
+    def folder(self) -> Path:
+        """Where everything of the run lies."""
+        return Path(self.report.folder) if self.report.folder else Path("reports") / self.name
+
+    @classmethod
+    def load(cls, path: str | Path) -> Recipe:
+        """Read and validate a recipe file.
+
+        Raises:
+            RecipeError: the file is missing, not YAML, or not a valid recipe.
+        """
+        path = Path(path)
+        try:
+            with path.open("rb") as file:
+                content = file.read(MAX_RECIPE_BYTES + 1)
+        except OSError as error:
+            raise RecipeError(f"cannot read recipe {path}: {error.strerror}", "check the path") from error
+        if len(content) > MAX_RECIPE_BYTES:
+            raise RecipeError(f"recipe {path} is larger than {MAX_RECIPE_BYTES} bytes", "is this a recipe?")
+        try:
+            text = content.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise RecipeError(f"recipe {path} is not UTF-8 text", "is this a recipe?") from error
+        return cls.parse(text, origin=str(path))
+
+    @classmethod
+    def parse(cls, text: str, origin: str = "recipe") -> Recipe:
+        """Validate the text of a recipe; ``origin`` names it in messages.
+
+        Raises:
+            RecipeError: the text is not YAML or not a valid recipe.
+        """
+        return parse_section(cls, parse_mapping(text, origin), origin)
+
+    def warnings(self) -> tuple[str, ...]:
+        """What can be run and is known to go badly, each with the name of its variant."""
+        return tuple(f"variant {variant.name}: {text}" for variant in self.variants for text in variant.warnings())
+
+    def to_yaml(self) -> str:
+        """A recipe file that means the same: the defaults are merged into the variants, what is usual left out."""
+        data = self.model_dump(mode="json", exclude={"defaults"}, exclude_defaults=True)
+        return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+
+    def resolved(self) -> dict[str, Any]:
+        """The whole recipe as JSON data, with every default, key of a scheme and method option filled in."""
+        return {**self.model_dump(mode="json"), "variants": [variant.resolved() for variant in self.variants]}

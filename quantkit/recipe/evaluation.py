@@ -1,0 +1,101 @@
+"""The section ``evaluation``: how exported files are scored, and on what."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from quantkit.errors import did_you_mean
+from quantkit.recipe.fields import Name, Section, Whole, require_distinct
+
+Metric = Literal["perplexity", "kl_divergence", "top1_agreement", "memory", "speed"]
+LoaderChoice = Literal["auto", "transformers", "reference"]
+COMPARING_METRICS: tuple[Metric, ...] = ("kl_divergence", "top1_agreement")
+METRICS: tuple[Metric, ...] = ("perplexity", "kl_divergence", "top1_agreement", "memory", "speed")
+BUNDLED_TEXTS = ("prose", "answers")
+
+
+class TextSpec(Section):
+    """A text to score on: exactly one of ``bundled``, ``file`` and ``dataset``.
+
+    Attributes:
+        name: its name in the report, and in gates.
+        bundled: ``prose`` or ``answers``, which ship with quantkit.
+        file: a text file, or records as JSON, JSONL or Parquet.
+        dataset: a hub data set, with ``config``, ``split``, ``column`` and ``revision``.
+    """
+
+    name: Name
+    bundled: Literal["prose", "answers"] | None = None
+    file: str | None = None
+    dataset: str | None = None
+    config: str | None = None
+    split: str = "test"
+    column: str = "text"
+    revision: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_short_form(cls, given: Any) -> Any:
+        if isinstance(given, str):
+            if given in BUNDLED_TEXTS:
+                return {"name": given, "bundled": given}
+            if "/" in given or "." in given:
+                return {"name": re.sub(r"[^A-Za-z0-9._-]", "-", Path(given).stem), "file": given}
+            raise ValueError(f"unknown text '{given}': {did_you_mean(given, BUNDLED_TEXTS)}, or a file's path")
+        return given
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> TextSpec:
+        if sum(origin is not None for origin in (self.bundled, self.file, self.dataset)) != 1:
+            raise ValueError("give exactly one of 'bundled', 'file' and 'dataset'")
+        return self
+
+
+class EvaluationSpec(Section):
+    """How exported files are scored.
+
+    Attributes:
+        texts: what to score on.
+        context_length: tokens per window; windows do not overlap.
+        max_tokens: tokens scored per text at most.
+        metrics: which figures to take.
+        device: ``auto`` is CUDA where there is one.
+        dtype: compute dtype; ``auto`` is float32 on CPU and the checkpoint's dtype on CUDA.
+        reference_limit: bytes that the float model's stored log-probabilities may take, all texts together.
+        loader: ``transformers`` loads the files as they are, ``reference`` decodes them by quantkit's own formats
+            into a float model; ``auto`` is transformers where it and the packages there can load the format.
+    """
+
+    texts: Annotated[tuple[TextSpec, ...], Field(min_length=1)] = (
+        TextSpec(name="prose", bundled="prose"),
+        TextSpec(name="answers", bundled="answers"),
+    )
+    context_length: Annotated[Whole, Field(ge=16)] = 512
+    max_tokens: Annotated[Whole, Field(ge=16)] = 8192
+    metrics: Annotated[tuple[Metric, ...], Field(min_length=1)] = METRICS
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    reference_limit: Annotated[Whole, Field(ge=1 << 20)] = 8 << 30
+    loader: LoaderChoice = "auto"
+
+    @property
+    def compares(self) -> bool:
+        """Whether a metric needs the float model's log-probabilities."""
+        return any(metric in COMPARING_METRICS for metric in self.metrics)
+
+    @field_validator("texts")
+    @classmethod
+    def _names_differ(cls, texts: tuple[TextSpec, ...]) -> tuple[TextSpec, ...]:
+        require_distinct([text.name for text in texts], "texts")
+        return texts
+
+    @field_validator("device")
+    @classmethod
+    def _device_is_known(cls, device: str) -> str:
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+            raise ValueError(f"'{device}' is not a device: use auto, cpu, cuda or cuda:N")
+        return device

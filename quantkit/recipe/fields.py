@@ -1,0 +1,39 @@
+"""What all sections share: their base, the types of their keys, and patterns."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from quantkit.errors import SchemeError
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)]
+Whole = Annotated[int, Field(strict=True)]
+Flag = Annotated[bool, Field(strict=True)]
+
+
+class Section(BaseModel):
+    """A part of a recipe: frozen, and closed to keys that it does not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, str_strip_whitespace=True)
+
+
+def require_distinct(names: list[str], what: str) -> None:
+    """Raise ValueError if a name occurs twice."""
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"two {what} are called '{twice[0]}': names must differ")
+
+
+def compiled(pattern: str) -> re.Pattern[str]:
+    """A regular expression from a recipe.
+
+    Raises:
+        SchemeError: it does not compile.
+    """
+    try:
+        return re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise SchemeError(f"'{pattern}' is not a regular expression: {error}") from error

@@ -1,0 +1,196 @@
+"""A variant: one choice of scheme, method and format."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from pydantic import Field, field_validator, model_validator
+
+from quantkit.errors import SchemeError
+from quantkit.formats import FORMATS
+from quantkit.methods import METHODS
+from quantkit.methods.base import Method, MethodOptions
+from quantkit.recipe.fields import Name, Section, compiled
+from quantkit.recipe.options import DEFAULT_METHOD, gathered
+from quantkit.recipe.scheme import BlocksPatch, SchemeKeys, SchemePatch, known_kind, written_keys
+from quantkit.schemes import DEFAULT_KIND, Scheme, make_scheme
+from quantkit.validation import located
+
+
+class Choice(Section):
+    """What a variant chooses by name: method, format, and the kind of scheme."""
+
+    name: Name
+    method: str = DEFAULT_METHOD
+    format: str = "compressed-tensors"
+    scheme: str = DEFAULT_KIND
+
+    @field_validator("method")
+    @classmethod
+    def _method_exists(cls, method: str) -> str:
+        with located():
+            METHODS.get(method)
+        return method
+
+    @field_validator("format")
+    @classmethod
+    def _format_exists(cls, name: str) -> str:
+        with located():
+            FORMATS.get(name)
+        return name
+
+    @field_validator("scheme")
+    @classmethod
+    def _scheme_exists(cls, kind: str) -> str:
+        return known_kind(kind)
+
+
+class VariantSpec(SchemeKeys, Choice):
+    """One choice of scheme, method and format.
+
+    Attributes:
+        name: its name in the report and its folder.
+        method: how codes are chosen, a name of ``quantkit methods``.
+        format: how they are stored, a name of ``quantkit formats``.
+        scheme: which numbers a weight can become, a kind of ``quantkit methods``; its keys stand beside it, see
+            :class:`quantkit.recipe.scheme.SchemeKeys`.
+        ignore: regular expressions of linear layers that stay float.
+        overrides: regular expression to a patch of the scheme, first match wins.
+        first_blocks, last_blocks: a patch of the scheme for so many decoder blocks, where no override matches.
+        embeddings: a patch of the scheme for the input embedding; None keeps it float.
+        options: the method's own options; in YAML they stand beside the other keys.
+    """
+
+    ignore: tuple[str, ...] = ("lm_head",)
+    overrides: dict[str, SchemePatch] = Field(default_factory=dict)
+    first_blocks: BlocksPatch | None = None
+    last_blocks: BlocksPatch | None = None
+    embeddings: SchemePatch | None = None
+    options: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather_options(cls, given: Any) -> Any:
+        return gathered(given, cls.model_fields) if isinstance(given, Mapping) else given
+
+    @field_validator("ignore")
+    @classmethod
+    def _ignore_compiles(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
+        with located():
+            for pattern in patterns:
+                compiled(pattern)
+        return patterns
+
+    @field_validator("overrides")
+    @classmethod
+    def _overrides_compile(cls, overrides: dict[str, SchemePatch]) -> dict[str, SchemePatch]:
+        with located():
+            for pattern in overrides:
+                compiled(pattern)
+        return overrides
+
+    @model_validator(mode="after")
+    def _check_pair(self) -> VariantSpec:
+        self.method_options()
+        method, store = METHODS.get(self.method), FORMATS.get(self.format)
+        with located():
+            for place, patch in {"": None, **self._patches()}.items():
+                with _placed(place):
+                    scheme = self._patched(patch)
+                    method.check(scheme)
+                    store.check(scheme)
+            with _placed("embeddings"):
+                embedding = self.embedding_scheme()
+                if embedding is not None:
+                    method.check(embedding)
+                    store.check_embedding(embedding)
+            store.check_together(self.schemes())
+        return self
+
+    def method_options(self) -> MethodOptions:
+        """The method's options, validated, with its defaults filled in."""
+        options: MethodOptions = METHODS.get(self.method).Options.model_validate(self.options)
+        return options
+
+    def build_method(self) -> Method:
+        """The method with this variant's options."""
+        return METHODS.get(self.method)(self.method_options())
+
+    def base_scheme(self) -> Scheme:
+        """The scheme of a layer that no pattern and no choice of blocks concerns."""
+        return make_scheme(self.scheme, self.given())
+
+    def embedding_scheme(self) -> Scheme | None:
+        """The scheme of the input embedding, or None where it stays float."""
+        return None if self.embeddings is None else self._patched(self.embeddings)
+
+    def schemes(self) -> list[Scheme]:
+        """Every scheme that a linear layer of this variant can get, the base first, each once."""
+        patched = [self._patched(patch) for patch in self._patches().values()]
+        return list(dict.fromkeys([self.base_scheme(), *patched]))
+
+    def scheme_of(self, layer: str, block: int | None = None, blocks: int = 0) -> Scheme | None:
+        """The scheme of a linear layer, or None where it stays float.
+
+        What is ignored comes first, then the overrides, then the first and the last blocks.
+
+        Args:
+            layer: its full name.
+            block: index of the decoder block that holds it; None outside the blocks.
+            blocks: number of decoder blocks.
+        """
+        if any(compiled(pattern).search(layer) for pattern in self.ignore):
+            return None
+        for pattern, patch in self.overrides.items():
+            if compiled(pattern).search(layer):
+                return self._patched(patch)
+        if block is not None and self.first_blocks is not None and block < self.first_blocks.count:
+            return self._patched(self.first_blocks)
+        if block is not None and self.last_blocks is not None and block >= blocks - self.last_blocks.count:
+            return self._patched(self.last_blocks)
+        return self.base_scheme()
+
+    def warnings(self) -> tuple[str, ...]:
+        """What the method has to say of this variant's schemes."""
+        method = METHODS.get(self.method)
+        return tuple(dict.fromkeys(text for scheme in self.schemes() for text in method.warnings(scheme)))
+
+    def resolved(self) -> dict[str, Any]:
+        """The variant as JSON data, with every key of its scheme and every option of its method filled in."""
+        data = self.model_dump(mode="json", exclude={*SchemeKeys.model_fields, "scheme"})
+        scheme = written_keys(self.base_scheme())
+        overrides = {pattern: patch.model_dump(exclude_none=True) for pattern, patch in self.overrides.items()}
+        patches = {
+            key: patch and patch.model_dump(exclude_none=True)
+            for key, patch in (
+                ("first_blocks", self.first_blocks),
+                ("last_blocks", self.last_blocks),
+                ("embeddings", self.embeddings),
+            )
+        }
+        options = {"options": self.method_options().model_dump(mode="json")}
+        return {**data, **scheme, "overrides": overrides, **patches, **options}
+
+    def _patches(self) -> dict[str, SchemePatch]:
+        """All patches, by the keys that give them."""
+        blocks = {"first_blocks": self.first_blocks, "last_blocks": self.last_blocks}
+        given: dict[str, SchemePatch] = {key: patch for key, patch in blocks.items() if patch is not None}
+        return {f"overrides.{pattern}": patch for pattern, patch in self.overrides.items()} | given
+
+    def _patched(self, patch: SchemePatch | None) -> Scheme:
+        if patch is None:
+            return self.base_scheme()
+        if patch.scheme in (None, self.scheme):
+            return make_scheme(self.scheme, self.given() | patch.given())
+        return make_scheme(patch.scheme, patch.given())
+
+
+@contextmanager
+def _placed(key: str) -> Iterator[None]:
+    """Inside the block, what is wrong with a scheme is said with the key of its patch."""
+    try:
+        yield
+    except SchemeError as error:
+        raise SchemeError(f"{key}: {error.problem}" if key else error.problem, error.remedy) from error

@@ -1,0 +1,34 @@
+"""Schemes: which numbers a weight can become, and how many bits that costs. One file a family.
+
+A scheme is plain data, without torch; the arithmetic that belongs to it is its lattice, in
+:mod:`quantkit.numerics.lattices`.
+"""
+
+from __future__ import annotations
+
+from quantkit.schemes.base import PER_CHANNEL, Scheme, dividing_group_sizes
+from quantkit.schemes.blockfloat import Mxfp4Scheme, Nvfp4Scheme
+from quantkit.schemes.codebook import Fp4Scheme, Nf4Scheme
+from quantkit.schemes.floating import Fp8Scheme
+from quantkit.schemes.integer import INTEGER_BITS, IntScheme
+from quantkit.schemes.kinds import DEFAULT_KIND, SCHEME_KEYS, SCHEMES, make_scheme, scheme_from_json
+from quantkit.schemes.weight import QuantizedWeight
+
+__all__ = [
+    "DEFAULT_KIND",
+    "INTEGER_BITS",
+    "PER_CHANNEL",
+    "SCHEMES",
+    "SCHEME_KEYS",
+    "Fp4Scheme",
+    "Fp8Scheme",
+    "IntScheme",
+    "Mxfp4Scheme",
+    "Nf4Scheme",
+    "Nvfp4Scheme",
+    "QuantizedWeight",
+    "Scheme",
+    "dividing_group_sizes",
+    "make_scheme",
+    "scheme_from_json",
+]

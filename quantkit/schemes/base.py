@@ -1,0 +1,126 @@
+"""What every scheme tells: the width of its codes, how scales are shared, and what that costs."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import fields
+from typing import Any, ClassVar
+
+from quantkit.errors import SchemeError
+
+PER_CHANNEL = -1
+
+
+class Scheme(ABC):
+    """Which numbers a weight can become: ``level * scale``, with a level per code and a scale per group.
+
+    Subclasses are frozen dataclasses whose fields are the keys that a recipe may give.
+
+    Attributes:
+        kind: what recipes call it.
+        summary: one line for ``quantkit methods``.
+        source: the paper or specification.
+        bits: width of a code.
+        group_size: input columns that share a scale; ``-1`` is one scale per output row.
+        symmetric: zero is a level and no zero point is stored.
+        activations: what a runtime does to a layer's inputs: None leaves them as they are, ``dynamic`` rounds them
+            per token to the type of the weights.
+    """
+
+    kind: ClassVar[str]
+    summary: ClassVar[str]
+    source: ClassVar[str]
+
+    @property
+    @abstractmethod
+    def bits(self) -> int:
+        """Width of a code."""
+
+    @property
+    @abstractmethod
+    def group_size(self) -> int:
+        """Input columns that share a scale; ``-1`` is one scale per output row."""
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether no zero point is stored."""
+        return True
+
+    @property
+    def activations(self) -> str | None:
+        """What a runtime does to the inputs: None or ``dynamic``."""
+        return None
+
+    @property
+    def stacks(self) -> bool:
+        """Whether layers that share an input are solved as one.
+
+        So it is where rows have nothing to do with each other, and where one scale per tensor had better be the same
+        in layers that servers load as one matrix.
+        """
+        return True
+
+    @property
+    def free_scales(self) -> bool:
+        """Whether each scale may take any value of its dtype, independent of the others."""
+        return True
+
+    def columns_per_group(self, in_features: int) -> int:
+        """Input columns that share one scale, for a layer with ``in_features`` columns."""
+        return in_features if self.group_size == PER_CHANNEL else self.group_size
+
+    def groups(self, in_features: int) -> int:
+        """Number of groups in a row of ``in_features`` columns.
+
+        Raises:
+            SchemeError: ``group_size`` does not divide ``in_features``; the remedy names sizes that do.
+        """
+        size = self.columns_per_group(in_features)
+        if in_features % size:
+            raise SchemeError(
+                f"group_size {size} does not divide the {in_features} input columns", self._ways_out(in_features)
+            )
+        return in_features // size
+
+    def _ways_out(self, in_features: int) -> str:
+        """What to choose where the group size does not divide; schemes of a fixed size can only name another."""
+        sizes = ", ".join([*map(str, dividing_group_sizes(in_features)), "-1 (one scale per channel)"])
+        return f"sizes that do: {sizes}"
+
+    def check_layer(self, out_features: int, in_features: int) -> None:
+        """Refuse a layer whose shape does not suit.
+
+        Raises:
+            SchemeError: the group size does not divide it.
+        """
+        self.groups(in_features)
+
+    @abstractmethod
+    def bits_per_weight(self, in_features: int, scale_bits: int = 16, out_features: int | None = None) -> float:
+        """Stored bits per weight: code, and each weight's share of scales and zero points.
+
+        Args:
+            in_features: columns of the layer.
+            scale_bits: width of a stored scale, where the scheme leaves it open.
+            out_features: rows of the layer, for schemes that share scales over rows; None leaves these shares out.
+        """
+
+    @abstractmethod
+    def describe(self) -> str:
+        """A short name, such as ``int4 g64 sym``."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The kind and the keys, see :func:`quantkit.schemes.kinds.scheme_from_json`."""
+        return {"kind": self.kind} | {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]  # subclasses are dataclasses
+
+
+def group_name(group_size: int) -> str:
+    """``g64``, or ``channel``."""
+    return "channel" if group_size == PER_CHANNEL else f"g{group_size}"
+
+
+def dividing_group_sizes(in_features: int) -> list[int]:
+    """Group sizes of common kernels that divide ``in_features``, or else the nearest to 64 that do; may be none."""
+    common = [size for size in (128, 64, 32, 256, 16) if in_features % size == 0]
+    others = [size for size in range(8, min(in_features - 1, 512) + 1) if in_features % size == 0]
+    return common or sorted(others, key=lambda size: abs(size - 64))[:8]

@@ -1,0 +1,54 @@
+"""Schemes by the name that a recipe gives them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from quantkit.errors import SchemeError, did_you_mean
+from quantkit.schemes.base import Scheme
+from quantkit.schemes.blockfloat import Mxfp4Scheme, Nvfp4Scheme
+from quantkit.schemes.codebook import Fp4Scheme, Nf4Scheme
+from quantkit.schemes.floating import Fp8Scheme
+from quantkit.schemes.integer import IntScheme
+
+SCHEMES: dict[str, type[Scheme]] = {
+    scheme.kind: scheme for scheme in (IntScheme, Nf4Scheme, Fp4Scheme, Fp8Scheme, Mxfp4Scheme, Nvfp4Scheme)
+}
+DEFAULT_KIND = IntScheme.kind
+
+
+def keys_of(kind: str) -> tuple[str, ...]:
+    """The keys that a kind of scheme takes."""
+    return tuple(field.name for field in fields(SCHEMES[kind]))  # type: ignore[arg-type]  # all are dataclasses
+
+
+SCHEME_KEYS: tuple[str, ...] = tuple(dict.fromkeys(key for kind in SCHEMES for key in keys_of(kind)))
+"""Every key that some kind of scheme takes."""
+
+
+def make_scheme(kind: str, keys: Mapping[str, Any]) -> Scheme:
+    """A scheme of a kind.
+
+    Raises:
+        SchemeError: there is no such kind, it does not take one of the keys, or a value is not allowed.
+    """
+    if kind not in SCHEMES:
+        raise SchemeError(f"unknown scheme '{kind}'", did_you_mean(kind, SCHEMES))
+    known = keys_of(kind)
+    for key in keys:
+        if key not in known:
+            takes = ", ".join(known) if known else "no keys: its blocks and scales are fixed"
+            raise SchemeError(f"scheme {kind} does not take '{key}'", f"it takes {takes}")
+    return SCHEMES[kind](**keys)
+
+
+def scheme_from_json(data: Mapping[str, Any]) -> Scheme:
+    """The inverse of :meth:`quantkit.schemes.base.Scheme.to_json`.
+
+    Raises:
+        SchemeError: the data does not describe a scheme.
+    """
+    rest = dict(data)
+    return make_scheme(str(rest.pop("kind", "")), rest)

@@ -1,0 +1,72 @@
+"""A quantized weight: codes, scales, and what they stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from quantkit.schemes.base import Scheme
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedWeight:
+    """What a method returns for one weight, and all that a format needs to store it.
+
+    Attributes:
+        scheme: the grid.
+        codes: uint8 ``[out_features, in_features]``, each below ``2**bits``; E4M3 numbers by their bits.
+        scales: the scale of each cell of weights, in the dtype in which weights are decoded:
+            ``[out_features, groups]``, or ``[cells, 1]`` where an integer scheme groups along axis 0.
+        zeros: like ``scales``; uint8 for whole zero points, all ``2**(bits - 1)`` when symmetric and 0 where levels
+            are not integers; in the dtype of the scales where zero points are floats.
+        parts: the pieces of which a compound scale is made, as the scheme stores them; see its lattice.
+    """
+
+    scheme: Scheme
+    codes: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor
+    parts: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """``level * scale`` of each code as ``[out_features, in_features]``, computed in ``dtype``.
+
+        Without a ``dtype``, in the dtype of the scales, as runtimes do.
+        """
+        from quantkit.numerics.lattices import lattice_of
+
+        dtype = dtype or self.scales.dtype
+        lattice = lattice_of(self.scheme)
+        cells = lattice.levels(lattice.cells(self.codes), self.zeros, dtype)
+        return lattice.uncelled(cells.mul_(self.scales.to(dtype).unsqueeze(-1)), self.codes.shape)
+
+    def rows(self, start: int, stop: int) -> QuantizedWeight:
+        """The rows ``start .. stop - 1``, for layers that were solved as one; the scheme must stack."""
+        if start == 0 and stop == self.codes.shape[0]:
+            return self
+        if not self.scheme.stacks:
+            raise ValueError(f"the rows of a {self.scheme.describe()} weight share scales")
+        rows = self.codes.shape[0]
+        parts = {name: part[start:stop] if part.shape[0] == rows else part for name, part in self.parts.items()}
+        return replace(
+            self,
+            codes=self.codes[start:stop],
+            scales=self.scales[start:stop],
+            zeros=self.zeros[start:stop],
+            parts=parts,
+        )
+
+    def to(self, device: torch.device | str) -> QuantizedWeight:
+        """The same on another device."""
+        parts = {name: part.to(device) for name, part in self.parts.items()}
+        return replace(
+            self,
+            codes=self.codes.to(device),
+            scales=self.scales.to(device),
+            zeros=self.zeros.to(device),
+            parts=parts,
+        )

@@ -1,0 +1,172 @@
+"""AWQ: less output error than rounding on inputs with outliers, and a model that computes the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from quantkit.checkpoint import CheckpointReader
+from quantkit.engine.batches import make_batches
+from quantkit.engine.skeleton import Skeleton
+from quantkit.engine.walk import Feed, Walk, WalkSettings
+from quantkit.errors import RecipeError
+from quantkit.methods import METHODS
+from quantkit.methods.base import InputStatistics, Statistic
+from quantkit.numerics.awq import candidate, pooled, search_factors
+from quantkit.numerics.grids import encode, quantized, range_grid, search_grid
+from quantkit.schemes import IntScheme, Mxfp4Scheme, Nf4Scheme, Scheme
+from tests.tiny import Collected, make_model, tiny_method, tiny_rows, tiny_task
+
+SCHEME = IntScheme(4, 32)
+
+
+def outlier_inputs(columns: int = 64, seed: int = 0) -> torch.Tensor:
+    """Inputs of which a few channels are far stronger than the others."""
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(500, columns, generator=generator)
+    inputs[:, ::9] *= 12
+    return inputs
+
+
+def statistics_of(inputs: torch.Tensor) -> InputStatistics:
+    return InputStatistics(len(inputs), inputs.abs().mean(0), inputs.square().mean(0), inputs.T @ inputs / len(inputs))
+
+
+def output_error(weight: torch.Tensor, found: torch.Tensor, inputs: torch.Tensor) -> float:
+    return float((inputs @ (weight - found).T).square().sum())
+
+
+@pytest.mark.parametrize(
+    ("scheme", "share"),
+    [(SCHEME, 0.7), (IntScheme(3, 32, False), 0.7), (Nf4Scheme(32, False), 0.8), (Mxfp4Scheme(), 0.95)],
+    ids=["int4", "int3", "nf4", "mxfp4"],
+)
+def test_scaling_lowers_the_output_error_of_rounding_on_inputs_with_outliers(scheme: Scheme, share: float) -> None:
+    """Least where levels are floats, which keep small weights beside large ones precise already."""
+    weight, inputs = torch.randn(48, 64, generator=torch.Generator().manual_seed(1)), outlier_inputs()
+    awq, known = tiny_method("awq", clip=False), statistics_of(inputs)
+    factors = awq.channel_factors([(weight, scheme)], known, torch.float32, None)
+    assert factors is not None
+    scaled = awq.quantize(weight * factors, known, scheme, torch.float32).weight.dequantize(torch.float32) / factors
+    grid = range_grid(weight, scheme, torch.float32)
+    plain = quantized(encode(weight, grid, scheme), grid, scheme).dequantize(torch.float32)
+    assert output_error(weight, scaled, inputs) < share * output_error(weight, plain, inputs)
+
+
+def test_clipping_lowers_the_output_error_more_than_a_search_that_knows_no_correlations() -> None:
+    generator = torch.Generator().manual_seed(2)
+    weight = torch.randn(64, 64, generator=generator)
+    halves = [torch.randn(500, 4, generator=generator) @ torch.randn(4, 32, generator=generator) for _ in range(2)]
+    inputs = torch.cat(halves, 1) + 0.3 * torch.randn(500, 64, generator=generator)
+    known = statistics_of(inputs)
+    errors = []
+    for importance in (None, known.square_mean, known.gram):
+        grid = search_grid(weight, importance, SCHEME, torch.float32, 24)
+        found = quantized(encode(weight, grid, SCHEME), grid, SCHEME).dequantize(torch.float32)
+        errors.append(output_error(weight, found, inputs))
+    assert errors[2] < 0.95 * min(errors[:2])
+
+
+def test_channels_that_must_share_a_factor_do() -> None:
+    channels = torch.arange(32).repeat(2)
+    factors = search_factors(
+        [(torch.randn(48, 64), SCHEME)],
+        statistics_of(outlier_inputs()).gram,  # type: ignore[arg-type]  # it was given
+        outlier_inputs().abs().mean(0),
+        torch.float32,
+        alphas=10,
+        duo_scaling=True,
+        channels=channels,
+    )
+    assert factors is not None
+    assert torch.equal(factors[:32], factors[32:])
+    assert torch.equal(pooled(torch.tensor([1.0, 3.0, 5.0]), torch.tensor([0, 0, 1])), torch.tensor([2.0, 2.0, 5.0]))
+
+
+def test_where_nothing_is_gained_nothing_is_scaled() -> None:
+    """Weights on the grid already: any factor would only harm."""
+    weight = torch.randint(-7, 8, (32, 64)).float()
+    weight[:, ::32] = 7.5
+    known = statistics_of(torch.randn(300, 64))
+    assert tiny_method("awq").channel_factors([(weight, SCHEME)], known, torch.float32, None) is None
+
+
+def test_candidates_are_positive_and_centred() -> None:
+    for alpha in (0.0, 0.3, 1.0):
+        factors = candidate(torch.rand(64) * 5, torch.rand(64), alpha)
+        assert bool((factors > 0).all())
+        assert float(factors.amax() * factors.amin()) == pytest.approx(1, rel=1e-4)
+    assert torch.equal(candidate(torch.rand(8), None, 0.0), torch.ones(8))
+
+
+def walked(folder: Path, method: str, feed: Feed, scheme: Scheme = SCHEME, skip: str = "nothing") -> Collected:
+    skeleton, cpu = Skeleton(folder), torch.device("cpu")
+    task, sink = tiny_task(skeleton, tiny_method(method), scheme)
+    task = type(task)(
+        task.name, task.method, {n: s for n, s in task.schemes.items() if skip not in n}, task.scale_dtype, sink
+    )
+    batches = make_batches(tiny_rows(), cpu, may_pad=True)
+    Walk(skeleton, CheckpointReader(folder), batches, [task], WalkSettings(cpu, feed=feed)).run()
+    return sink
+
+
+@pytest.mark.parametrize("feed", ["float", "quantized"])
+@pytest.mark.parametrize(("family", "skip"), [("llama", "nothing"), ("qwen2", "v_proj"), ("gemma", "up_proj")])
+def test_the_factors_leave_the_model_as_it_was(tmp_path: Path, feed: Feed, family: str, skip: str) -> None:
+    """At 8 bits rounding hardly shows: what differs from the float model would be a factor that went astray."""
+    folder = make_model(tmp_path, family, shards=2)
+    with torch.no_grad():  # outliers, so that there is something to scale
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        for name, parameter in model.named_parameters():
+            if name.endswith("layernorm.weight"):
+                parameter[::7] += 8.0
+        model.save_pretrained(folder)
+    sink = walked(folder, "awq", feed, IntScheme(8, 32), skip)
+    assert any(name.endswith("input_layernorm.weight") for name in sink.replaced)
+    if skip != "nothing":
+        assert any(name.endswith(f"{skip}.weight") for name in sink.replaced), "a float layer must be scaled too"
+    tokens = torch.tensor([tiny_rows()[0]])
+    with torch.no_grad():
+        before = model(tokens).logits.log_softmax(-1)
+        parameters = dict(model.named_parameters())
+        for name, result in sink.results.items():
+            parameters[f"{name}.weight"].data = result.weight.dequantize(torch.float32)
+        for name, tensor in sink.replaced.items():
+            assert not torch.equal(parameters[name], tensor)
+            parameters[name].data = tensor
+        after = model(tokens).logits.log_softmax(-1)
+    divergence = (before.exp() * (before - after)).sum(-1)
+    assert float(divergence.mean()) < 2e-3
+
+
+def test_a_float_tensor_that_no_factor_touches_is_not_replaced(tmp_path: Path) -> None:
+    sink = walked(make_model(tmp_path, "qwen2"), "awq", "float")
+    allowed = ("layernorm.weight", "v_proj.bias")
+    assert all(name.endswith(allowed) for name in sink.replaced)
+
+
+def test_a_composed_method_takes_the_options_of_both_and_asks_for_what_both_need() -> None:
+    method = tiny_method("awq+gptq", alphas=5, damping=0.1)
+    assert method.needs == {Statistic.ABS_MEAN, Statistic.GRAM}
+    assert {"alphas", "duo_scaling", "damping", "search"} <= set(type(method.options).model_fields)
+    assert "clip" not in type(method.options).model_fields, "the solver chooses the ranges"
+    assert METHODS.get("awq+gptq") is METHODS.get("awq+gptq")
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("gptq+awq", "gptq does not scale"), ("awq+awq", "scales inputs itself"), ("awq+nothing", "unknown method")],
+)
+def test_methods_that_do_not_compose_are_refused(name: str, reason: str) -> None:
+    with pytest.raises(RecipeError, match=reason):
+        METHODS.get(name)
+
+
+def test_a_composed_method_chooses_the_codes_of_its_solver() -> None:
+    weight, known = torch.randn(32, 64), statistics_of(outlier_inputs())
+    both, alone = tiny_method("awq+gptq"), tiny_method("gptq")
+    found = both.quantize(weight, known, SCHEME, torch.float32)
+    assert torch.equal(found.weight.codes, alone.quantize(weight, known, SCHEME, torch.float32).weight.codes)

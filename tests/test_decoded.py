@@ -1,0 +1,272 @@
+"""The reference decoder: checkpoints of any format as float models, by the code of the format."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import quantkit
+from quantkit.checkpoint import CheckpointReader
+from quantkit.errors import CheckpointError, EvaluationError, QuantkitError, RecipeError
+from quantkit.evaluation import EvaluationJob, loading
+from quantkit.evaluation.decoded import Packing, decoded_state, read_packing
+from quantkit.evaluation.evaluate import evaluate
+from quantkit.evaluation.loading import choose_loader, load_model
+from quantkit.evaluation.memory import resident_bytes
+from quantkit.formats import FORMATS
+from quantkit.recipe import EvaluationSpec, TextSpec, VariantSpec
+from quantkit.report.columns import DECODED_MARK, build_columns
+from quantkit.report.definitions import definitions
+from quantkit.report.sections import variant_facts
+from quantkit.schemes import IntScheme
+from quantkit.scores import report_figures
+from quantkit.validation import parse_section
+from tests.runs import decoded_model, logits
+from tests.tiny import make_model
+
+CPU = torch.device("cpu")
+KEYS: dict[str, Any] = {"method": "rtn", "group_size": 32, "overrides": {"down_proj": {"bits": 8, "symmetric": False}}}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("models") / "llama", dtype=torch.float16)
+
+
+@pytest.fixture(scope="module")
+def exported(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return quantkit.quantize(model, out=tmp_path_factory.mktemp("out") / "rtn", **KEYS)
+
+
+@pytest.fixture
+def checkpoint(exported: Path, tmp_path: Path) -> Path:
+    """A copy to damage."""
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    for file in exported.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+def edit_json(file: Path, edit: Callable[[dict[str, Any]], object]) -> None:
+    content = json.loads(file.read_text())
+    edit(content)
+    file.write_text(json.dumps(content))
+
+
+def edit_tensors(folder: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def load(folder: Path, **options: Any) -> Any:
+    return load_model(folder, device=CPU, loader="reference", **options)
+
+
+def test_the_decoded_model_is_the_one_that_the_format_stands_for(model: Path, exported: Path) -> None:
+    found = load(exported)
+    wanted = decoded_model(model, exported, parse_section(VariantSpec, {"name": "v", **KEYS}, "test"))
+    state = wanted.state_dict()
+    assert set(found.state_dict()) == set(state)
+    for name, tensor in found.state_dict().items():
+        assert torch.equal(tensor, state[name]), name
+    assert torch.equal(logits(found), logits(wanted))
+    assert not found.training
+    assert found.config.to_dict().get("quantization_config") is None
+
+
+def test_the_decoded_model_computes_what_transformers_does(exported: Path) -> None:
+    native = load_model(exported, device=CPU, loader="transformers")
+    torch.testing.assert_close(logits(load(exported)), logits(native), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("keys", [{"scheme": "fp8"}, {"bits": 8, "group_size": -1}, {"scheme": "mxfp4"}])
+def test_other_schemes_are_decoded_too(model: Path, tmp_path: Path, keys: dict[str, Any]) -> None:
+    folder = quantkit.quantize(model, out=tmp_path / "out", method="rtn", **keys)
+    wanted = decoded_model(model, folder, parse_section(VariantSpec, {"name": "v", "method": "rtn", **keys}, "test"))
+    torch.testing.assert_close(logits(load(folder)), logits(wanted), rtol=0, atol=0)
+
+
+def test_a_tied_head_that_was_quantized_is_decoded_apart_from_the_embedding(tmp_path: Path) -> None:
+    source = make_model(tmp_path / "tied", tie_word_embeddings=True)
+    folder = quantkit.quantize(source, out=tmp_path / "out", method="rtn", group_size=32, ignore=[])
+    found = load(folder)
+    embedding = found.get_input_embeddings().weight
+    assert torch.equal(embedding, load_file(source / "model.safetensors")["model.embed_tokens.weight"])
+    assert 0 < (found.lm_head.weight - embedding).abs().max() < 0.1
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [("auto", torch.float32), ("bfloat16", torch.bfloat16)])
+def test_all_of_the_model_has_the_dtype_that_is_asked_for(exported: Path, dtype: str, expected: torch.dtype) -> None:
+    assert {parameter.dtype for parameter in load(exported, dtype=dtype).parameters()} == {expected}
+
+
+def test_no_tensor_is_read_before_it_is_asked_for(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    original = CheckpointReader.read
+
+    def reading(self: Any, name: str) -> torch.Tensor:
+        read.append(name)
+        return original(self, name)
+
+    monkeypatch.setattr(CheckpointReader, "read", reading)
+    packing = read_packing(exported)
+    assert packing is not None
+    state = decoded_state(exported, packing, torch.float32)
+    assert read == []
+    layer = "model.layers.0.mlp.up_proj"
+    assert state[f"{layer}.weight"][...].shape == (128, 64)
+    assert read == [f"{layer}.{suffix}" for suffix in FORMATS.get("compressed-tensors")().layer_suffixes(IntScheme())]
+    assert not any("packed" in name for name in state)
+
+
+# Who loads
+
+
+def test_auto_is_transformers_where_it_can_and_the_reference_decoder_elsewhere(
+    exported: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = FORMATS.get("compressed-tensors")
+    assert choose_loader(exported) == "transformers"
+    monkeypatch.setattr(store, "requires", ("compressed-tensors", "a-package-that-is-not-there"))
+    assert choose_loader(exported) == "reference"
+    assert choose_loader(exported, "transformers") == "transformers"
+    monkeypatch.undo()
+    monkeypatch.setattr(store, "native", False)
+    assert choose_loader(exported) == "reference"
+
+
+@pytest.mark.parametrize("wanted", ["auto", "transformers", "reference"])
+def test_a_float_model_is_loaded_by_transformers(model: Path, wanted: Any) -> None:
+    assert choose_loader(model, wanted) == "transformers"
+
+
+@pytest.mark.parametrize("edit", [lambda manifest: manifest.pop("layers"), lambda manifest: manifest.pop("format")])
+def test_a_checkpoint_that_does_not_say_how_it_is_packed_is_left_to_transformers(
+    checkpoint: Path, edit: Callable[[dict[str, Any]], object]
+) -> None:
+    edit_json(checkpoint / "manifest.json", edit)
+    assert choose_loader(checkpoint) == "transformers"
+    with pytest.raises(EvaluationError, match=r"no manifest of quantkit .*set evaluation\.loader to transformers"):
+        choose_loader(checkpoint, "reference")
+    (checkpoint / "manifest.json").unlink()
+    assert choose_loader(checkpoint) == "transformers"
+    with pytest.raises(EvaluationError, match="no manifest of quantkit"):
+        load(checkpoint)
+
+
+def test_a_format_that_is_not_installed_is_named(checkpoint: Path) -> None:
+    edit_json(checkpoint / "manifest.json", lambda manifest: manifest.update(format="compressed-tensers"))
+    assert choose_loader(checkpoint) == "transformers"
+    with pytest.raises(RecipeError, match=r"unknown format 'compressed-tensers' \(did you mean 'compressed-tensors'"):
+        load(checkpoint)
+
+
+# Broken files
+
+
+def test_a_packed_tensor_that_is_missing_is_named(checkpoint: Path) -> None:
+    edit_tensors(checkpoint, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight_scale"))
+    with pytest.raises(CheckpointError, match=r"model\.layers\.1\.mlp\.up_proj\.weight_scale"):
+        load(checkpoint)
+
+
+def test_every_tensor_must_find_its_place(checkpoint: Path) -> None:
+    edit_tensors(checkpoint, lambda tensors: tensors.pop("model.norm.weight"))
+    with pytest.raises(EvaluationError, match=r"1 are missing: model\.norm\.weight"):
+        load(checkpoint)
+    edit_tensors(checkpoint, lambda tensors: tensors.update({"model.norm.weight": torch.ones(3)}))
+    with pytest.raises(EvaluationError, match=r"1 have the wrong shape: model\.norm\.weight"):
+        load(checkpoint)
+    edit_tensors(checkpoint, lambda tensors: tensors.update({"model.norm.weight": torch.ones(64), "x": torch.ones(2)}))
+    with pytest.raises(EvaluationError, match=r"1 are not known to the model: x$|1 are not known to the model: x "):
+        load(checkpoint)
+
+
+def test_a_layer_that_the_manifest_forgets_is_not_passed_over(checkpoint: Path) -> None:
+    edit_json(checkpoint / "manifest.json", lambda manifest: manifest["layers"].pop("model.layers.0.mlp.up_proj"))
+    with pytest.raises(EvaluationError, match=r"1 are missing: model\.layers\.0\.mlp\.up_proj\.weight; 3 are not kno"):
+        load(checkpoint)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['{"format": "compressed-tensors", "layers": {"a": {"kind": "int9"}}}', "{", '{"format": "x", "layers": {"a": 3}}'],
+)
+def test_a_broken_manifest_is_one_clear_error(checkpoint: Path, text: str) -> None:
+    (checkpoint / "manifest.json").write_text(text)
+    with pytest.raises(QuantkitError) as caught:
+        load(checkpoint)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_tensor_that_cannot_be_decoded_fails_the_whole(checkpoint: Path) -> None:
+    name = "model.layers.1.mlp.up_proj.weight_packed"
+    edit_tensors(checkpoint, lambda tensors: tensors.update({name: tensors[name][:5].contiguous()}))
+    with pytest.raises(EvaluationError, match=r"up_proj|the model in .* cannot be loaded"):
+        load(checkpoint)
+
+
+# Figures
+
+
+@pytest.fixture
+def spec(tmp_path: Path) -> EvaluationSpec:
+    file = tmp_path / "text.txt"
+    file.write_text("The tide went out further than anyone had seen. " * 9, encoding="utf-8")
+    texts = (TextSpec(name="tide", file=str(file)),)
+    metrics = ("perplexity", "memory")
+    return EvaluationSpec(texts=texts, context_length=64, max_tokens=200, device="cpu", metrics=metrics)
+
+
+def test_an_evaluation_says_who_loaded_and_gives_the_same_figures(exported: Path, spec: EvaluationSpec) -> None:
+    by = {
+        loader: evaluate(EvaluationJob(exported, spec.model_copy(update={"loader": loader})), lambda *_: None)
+        for loader in ("auto", "reference")
+    }
+    assert (by["auto"]["loaded_by"], by["reference"]["loaded_by"]) == ("transformers", "reference")
+    assert by["reference"]["metrics"]["perplexity"]["tide"] == pytest.approx(
+        by["auto"]["metrics"]["perplexity"]["tide"], rel=1e-5
+    )
+    memory = by["reference"]["memory"]
+    assert memory["weights_bytes"] == resident_bytes(load(exported))
+    assert memory["weights_bytes"] > by["auto"]["memory"]["weights_bytes"]
+    assert memory["weights_are"] == "decoded to float"
+    assert by["auto"]["memory"]["weights_are"] == "as loaded by transformers"
+
+
+def test_the_report_marks_what_was_decoded(exported: Path, spec: EvaluationSpec) -> None:
+    job = EvaluationJob(exported, spec.model_copy(update={"loader": "reference"}))
+    figures = report_figures(evaluate(job, lambda *_: None))
+    row = {"name": "a", "status": "ok", "scheme": "int4 g32 sym", **figures}
+    native = {**row, "name": "b", "loaded_by": "transformers"}
+    report = {"name": "run", "baseline": {"memory": figures["memory"]}, "variants": [row, native]}
+    shown = [cell.text.endswith(f" {DECODED_MARK}") for cell in build_columns(report)["weights"].cells]
+    assert shown == [False, True, False]
+    assert f"{DECODED_MARK} The reference decoder loaded" in dict(definitions(report))["Weights memory"]
+    assert dict(variant_facts(row))["loaded by"] == "the reference decoder, as float weights"
+    alone = {**report, "variants": [native]}
+    assert DECODED_MARK not in dict(definitions(alone))["Weights memory"]
+
+
+def test_what_is_gone_between_choice_and_loading_is_told(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "choose_loader", lambda *_: "reference")
+    monkeypatch.setattr(loading, "read_packing", lambda _: None)
+    with pytest.raises(EvaluationError, match=r"the manifest of .* is gone"):
+        load(exported)
+
+
+def test_the_manifest_gives_the_scheme_of_each_layer(exported: Path) -> None:
+    packing = read_packing(exported)
+    assert isinstance(packing, Packing)
+    assert packing.format == "compressed-tensors"
+    assert packing.schemes["model.layers.0.mlp.down_proj"] == IntScheme(8, 32, False)
+    assert packing.schemes["model.layers.0.mlp.up_proj"] == IntScheme(4, 32, True)
+    assert "lm_head" not in packing.schemes
