@@ -102,7 +102,7 @@ def main() -> None:
         work = Path(scratch)
         setting = prepare(given, work, feed="float")
         wanted = [
-            Wanted(VariantSpec(name=name, method=name, symmetric=False), work / name)
+            Wanted(VariantSpec(name=name.replace("+", "-"), method=name, symmetric=False), work / name)
             for name in ("awq", "awq+gptq", "rtn")
         ]
         found = {}

@@ -42,7 +42,9 @@ def forecast(recipe: Recipe) -> dict[str, Any]:
         stored = finished_variant(recipe.folder / "variants" / variant.name, made_from(job, variant))
         kept = sum(reader.nbytes(stored) for stored in layers.kept(reader.names()).values())
         strategy = "weights only"
-        if variant.build_method().needs:
+        if variant.build_method().needs and job.feed == "float":
+            strategy = "one walk for all"
+        elif variant.build_method().needs:
             strategy = choose_strategy(skeleton, tokens, pass_dtype(device, dtype), device)
         return {
             "name": variant.name,

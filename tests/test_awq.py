@@ -170,3 +170,14 @@ def test_a_composed_method_chooses_the_codes_of_its_solver() -> None:
     both, alone = tiny_method("awq+gptq"), tiny_method("gptq")
     found = both.quantize(weight, known, SCHEME, torch.float32)
     assert torch.equal(found.weight.codes, alone.quantize(weight, known, SCHEME, torch.float32).weight.codes)
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [IntScheme(4, 64, False, axis=0), IntScheme(3, 64, False, "float"), Nf4Scheme()],
+    ids=lambda s: s.describe(),
+)
+def test_factors_are_found_for_schemes_whose_scales_reach_over_rows(scheme: Scheme) -> None:
+    weight = torch.randn(700, 64, generator=torch.Generator().manual_seed(3))
+    known = statistics_of(outlier_inputs())
+    assert tiny_method("awq").channel_factors([(weight, scheme)], known, torch.float32, None) is not None

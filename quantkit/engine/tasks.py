@@ -69,7 +69,7 @@ class Task:
 
 
 def solve_group(
-    task: Task, weights: Mapping[str, torch.Tensor], statistics: InputStatistics, *, calibrated: bool = True
+    task: Task, weights: Mapping[str, torch.Tensor], statistics: InputStatistics, *, embedding: bool = False
 ) -> dict[str, QuantizedWeight]:
     """Solve the layers of a group that a task wants; those of one scheme are stacked and solved as one.
 
@@ -79,7 +79,7 @@ def solve_group(
         task: the variant.
         weights: float32 ``[out_features, in_features]`` of each layer of the group.
         statistics: of their common input.
-        calibrated: whether calibration tokens should have reached the layers, so that it is noted where none did.
+        embedding: the group is the input embedding, which no calibration token is expected to reach.
 
     Returns:
         The weights by layer.
@@ -88,16 +88,17 @@ def solve_group(
         QuantizationError: naming the layer.
     """
     solved: dict[str, QuantizedWeight] = {}
+    method = task.method.for_embeddings() if embedding else task.method
     for names, scheme in _stacks(task, list(weights)):
         stacked = torch.cat([weights[name] for name in names]) if len(names) > 1 else weights[names[0]]
         try:
-            solution = task.method.quantize(stacked, statistics, scheme, task.scale_dtype)
+            solution = method.quantize(stacked, statistics, scheme, task.scale_dtype)
         except QuantizationError as error:
             raise QuantizationError(f"{task.name}: {names[0]}: {error.problem}", error.remedy) from error
         start = 0
         for name in names:
             stop = start + weights[name].shape[0]
-            result = _layer(name, solution, start, stop, statistics, needs=calibrated and bool(task.method.needs))
+            result = _layer(name, solution, start, stop, statistics, needs=bool(method.needs) and not embedding)
             task.sink.take(result)
             solved[name] = result.weight
             start = stop

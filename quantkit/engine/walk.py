@@ -181,7 +181,7 @@ class Walk:
         name = segment.prefix
         weights = {name: self._originals.weight(name)}
         for task in wanting:
-            solve = partial(solve_group, task, weights, InputStatistics(), calibrated=False)
+            solve = partial(solve_group, task, weights, InputStatistics(), embedding=True)
             with _no_garbage_collection():
                 solved = self._work(task, solve)
             if solved is not None:
@@ -345,6 +345,7 @@ class Walk:
             if self.settings.feed == "quantized":
                 for name, weight in (solved or {}).items():
                     group.linears[name].weight.data = weight.dequantize(torch.float32).to(self.settings.dtype)
+        statistics.derived.clear()  # factors of a wide layer are as large as its Gram matrix
         group.solved = True
 
 

@@ -169,7 +169,20 @@ def _load_with_transformers(
             ignore_mismatched_sizes=True,  # they are reported by _check_tensors, by name
             output_loading_info=True,
         )
+    if found["missing_keys"]:
+        found = {**found, "missing_keys": set(found["missing_keys"]) - _computed_names(model)}
     return model, found
+
+
+def _computed_names(model: PreTrainedModel) -> set[str]:
+    """Names of the buffers that no file holds, such as the normalizer of Gemma's embedding.
+
+    compressed-tensors makes parameters of those of a module that it compresses; transformers then computes them as
+    ever, but says that they were missing.
+    """
+    with torch.device("meta"):
+        fresh = type(model)(model.config)
+    return {name for name, _ in fresh.named_buffers()} - set(fresh.state_dict())
 
 
 def _load_decoded(

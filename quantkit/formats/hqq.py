@@ -30,8 +30,9 @@ SUFFIXES = (
     "channel_wise", "optimize", "round_zero",
 )  # fmt: skip
 WHO_LOADS = (
-    "hqq: transformers 4 (4.57 is tested) loads it with the package hqq; transformers 5, up to 5.23 at least, does not "
-    "read its layers and leaves them at random numbers with no more than a warning, so that quantkit decodes it itself"
+    "hqq: transformers 4 (4.57 is tested) loads it with the package hqq and dtype=torch.float32, in which its layers "
+    "compute whatever dtype is asked for; transformers 5, up to 5.23 at least, does not read the layers and leaves "
+    "them at random numbers with no more than a warning, so that quantkit's evaluation decodes them itself"
 )
 
 

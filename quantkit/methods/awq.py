@@ -13,6 +13,7 @@ from pydantic import Field
 
 from quantkit.methods import METHODS
 from quantkit.methods.base import InputStatistics, Method, MethodOptions, Solution, Statistic
+from quantkit.methods.rtn import Rtn, RtnOptions
 from quantkit.schemes import Scheme
 
 if TYPE_CHECKING:
@@ -85,6 +86,17 @@ class Awq(Method):
             )
         found: torch.Tensor | None = statistics.derived[key]
         return found
+
+    def for_embeddings(self) -> Method:
+        """Without inputs: round to nearest, within ranges that are clipped if they are for other layers."""
+        options = self.options
+        return Rtn(
+            RtnOptions(
+                range="search" if options.clip else "minmax",
+                search=options.search,
+                negative_scales=options.negative_scales,
+            )
+        )
 
     def quantize(
         self, weight: torch.Tensor, statistics: InputStatistics, scheme: Scheme, scale_dtype: torch.dtype

@@ -162,6 +162,13 @@ class Method(ABC):
         """
         return None
 
+    def for_embeddings(self) -> Method:
+        """What solves an input embedding, of which only the weight is known.
+
+        This method, unless another comes to the same with less work.
+        """
+        return self
+
     @abstractmethod
     def quantize(
         self, weight: torch.Tensor, statistics: InputStatistics, scheme: Scheme, scale_dtype: torch.dtype

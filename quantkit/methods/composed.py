@@ -55,6 +55,10 @@ class Composed(Method):
         """The factors of the first method."""
         return self._scaler.channel_factors(members, statistics, scale_dtype, channels)
 
+    def for_embeddings(self) -> Method:
+        """What the second method uses."""
+        return self._solver.for_embeddings()
+
     def quantize(
         self, weight: torch.Tensor, statistics: InputStatistics, scheme: Scheme, scale_dtype: torch.dtype
     ) -> Solution:

@@ -13,6 +13,7 @@ from pydantic import Field
 
 from quantkit.methods import METHODS
 from quantkit.methods.base import InputStatistics, Method, MethodOptions, Solution, Statistic
+from quantkit.methods.rtn import Rtn, RtnOptions
 from quantkit.schemes import Scheme
 
 if TYPE_CHECKING:
@@ -55,6 +56,11 @@ class Gptq(Method):
     Options: ClassVar[type[MethodOptions]] = GptqOptions
     needs = frozenset({Statistic.GRAM})
     options: GptqOptions
+
+    def for_embeddings(self) -> Method:
+        """Without inputs no column can make up for another: round to nearest, unless scales are to be refined."""
+        searched = RtnOptions(range="search", search=self.options.search, negative_scales=self.options.negative_scales)
+        return self if self.options.refinements else Rtn(searched)
 
     def quantize(
         self, weight: torch.Tensor, statistics: InputStatistics, scheme: Scheme, scale_dtype: torch.dtype

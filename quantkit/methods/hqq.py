@@ -24,10 +24,11 @@ class HqqOptions(MethodOptions):
     Attributes:
         lp_norm: the ``p`` of the error ``Σ |w - ŵ|ᵖ``: the smaller, the less an outlier counts.
         beta: how soon a residual is given up as an outlier's: those above ``beta ** (-1 / (2 - lp_norm))`` are in part.
-        beta_unit: what ``beta`` is measured in. ``weight`` is as published; as most language models have no residual
-            above its 0.17, it leaves plain least squares. ``step`` takes residuals in steps of their group's scale, so
-            that outliers are given up whatever the size of the weights. It is our extension and takes three times
-            as long.
+        beta_unit: what ``beta`` is measured in. ``weight`` is as published; as hardly a weight of a language model is
+            off by more than the 0.17 that this comes to, it leaves plain least squares. ``step``, our extension, takes
+            residuals in steps of their group's scale, so that outliers are given up whatever the size of the weights;
+            it takes two to three times as long. It is meant for float zeros: at 4 bits it lowered the divergence of
+            SmolLM2-135M by 5 % there, and raised it by a tenth with whole zeros and symmetric scales.
         kappa: factor of ``beta`` after each iteration. The paper's is 1.01; the package hqq takes it as an
             option and, up to 0.2.8, leaves ``beta`` as it is, as 1 does here.
         iterations: updates of the zero point.
@@ -51,7 +52,9 @@ class Hqq(Method):
     stops a whole layer as soon as its mean error rises, so that each row would depend on the others.
 
     Whole zeros and symmetric schemes, which servers load, are our extension: there the half-quadratic step fits the
-    scale in closed form, and a whole zero is rounded at each update.
+    scale in closed form, and a whole zero is rounded at each update. The error of the weights falls below that of
+    rounding there too, but the divergence of SmolLM2-135M at 4 bits only with float zeros and symmetric scales, not
+    with whole zeros.
     """
 
     name = "hqq"

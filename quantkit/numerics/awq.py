@@ -100,10 +100,16 @@ def search_factors(
         duo_scaling: try factors that fall with the size of the weights as well.
         channels: see :meth:`quantkit.methods.base.Method.channel_factors`.
     """
-    sampled = [(weight[:: max(1, weight.shape[0] // SEARCH_ROWS)].contiguous(), scheme) for weight, scheme in members]
+    sampled = [(_sample(weight, scheme), scheme) for weight, scheme in members]
     strength = pooled(strength, channels)
     size = pooled(weight_sizes(members), channels) if duo_scaling else None
     tried: list[torch.Tensor | None] = [None]
     tried += [candidate(strength, size, index / alphas) for index in range(0 if duo_scaling else 1, alphas + 1)]
     errors = torch.stack([output_error(sampled, gram, factors, scale_dtype) for factors in tried])
     return tried[int(number(errors.nan_to_num(torch.inf).argmin()))]
+
+
+def _sample(weight: torch.Tensor, scheme: Scheme) -> torch.Tensor:
+    """Some rows of a weight; all where scales reach over rows, whose cells a choice of rows would cut."""
+    step = max(1, weight.shape[0] // SEARCH_ROWS) if scheme.stacks else 1
+    return weight[::step].contiguous()

@@ -98,8 +98,8 @@ class IntLattice(Lattice):
         """Scales and zeros of ranges from the full one down.
 
         With ``negative_scales`` a symmetric grid, which reaches one step further on one side, is turned so that
-        this side is that of the weight of largest magnitude. Ranges shrink towards zero, with float zeros towards
-        their middle.
+        this side is that of the weight of largest magnitude; not where activations are rounded too, as kernels for
+        that may read scales as unsigned. Ranges shrink towards zero, with float zeros towards their middle.
         """
         scheme, last = self.scheme, self.scheme.levels - 1
         narrowest = NARROWEST[scheme.bits]
@@ -107,7 +107,7 @@ class IntLattice(Lattice):
         low, high = cells.amin(-1), cells.amax(-1)
         if scheme.symmetric:
             zero = torch.full_like(low, scheme.zero)
-            if negative_scales:
+            if negative_scales and scheme.activations is None:
                 full = -torch.where(-low >= high, low, high) / scheme.zero
             else:
                 full = torch.maximum(-low / scheme.zero, high / (scheme.zero - 1))
