@@ -13,8 +13,8 @@ from quantkit.checkpoint import CheckpointReader
 from quantkit.engine.precision import pass_dtype
 from quantkit.engine.skeleton import Skeleton
 from quantkit.pipeline import needs_calibration, quantize_job
+from quantkit.quantization.job import DTYPES, finished_variant, made_from, resolve_device
 from quantkit.quantization.plan import choose_strategy, plan_layers
-from quantkit.quantization.stage import DTYPES, finished_variant, made_from, resolve_device
 from quantkit.recipe import Recipe, VariantSpec
 
 

@@ -16,8 +16,8 @@ from quantkit.engine.skeleton import Skeleton
 from quantkit.errors import CheckpointError, OutputError, QuantizationError, SchemeError
 from quantkit.quantization import MANIFEST, Job, finished_variant, made_from, plan_layers, quantize
 from quantkit.quantization.export import Origin, is_whole, write_manifest
+from quantkit.quantization.job import resolve_device
 from quantkit.quantization.plan import choose_strategy, paused_bytes
-from quantkit.quantization.stage import resolve_device
 from quantkit.recipe import VariantSpec
 from quantkit.schemes import IntScheme
 from quantkit.validation import parse_section

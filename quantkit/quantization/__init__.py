@@ -3,17 +3,9 @@
 from __future__ import annotations
 
 from quantkit.quantization.export import MANIFEST
+from quantkit.quantization.job import Job, Quantized, Wanted, finished_variant, made_from
 from quantkit.quantization.plan import Layers, plan_layers
-from quantkit.quantization.stage import (
-    Job,
-    Quantized,
-    Wanted,
-    finished_variant,
-    made_from,
-    quantize,
-    quantize_together,
-    walks,
-)
+from quantkit.quantization.stage import quantize, quantize_together, walks
 
 __all__ = [
     "MANIFEST",

@@ -1,0 +1,107 @@
+"""What is quantized, and what its bytes depend on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quantkit.artifacts import read_stage
+from quantkit.engine.walk import Feed
+from quantkit.errors import QuantizationError
+from quantkit.quantization.export import is_whole
+from quantkit.recipe import VariantSpec
+
+STAGE = "quantize"
+CODE_VERSION = 2
+"""Part of the fingerprint: raised when the same inputs would give other bytes."""
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What is quantized, for all variants alike.
+
+    Attributes:
+        source: folder of the float checkpoint.
+        source_facts: what identifies it, and how the manifest names it.
+        dtype: of the checkpoint, in which scales are stored: ``float32``, ``float16`` or ``bfloat16``.
+        rows: calibration token ids; empty if no method needs them.
+        calibration_sha256: of the token ids.
+        feed: see :class:`quantkit.recipe.CalibrationSpec`.
+        device: ``auto`` is CUDA where there is one.
+        trust_remote_code: run Python code that comes with the model.
+    """
+
+    source: Path
+    source_facts: dict[str, Any]
+    dtype: str
+    rows: Sequence[Sequence[int]] = ()
+    calibration_sha256: str | None = None
+    feed: Feed = "quantized"
+    device: str = "auto"
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Quantized:
+    """A finished variant.
+
+    Attributes:
+        folder: the checkpoint.
+        facts: of ``stage.json``: ``bits_per_weight``, ``seconds``, ``layers``, ``notes``, ``strategy``.
+        reused: it was already there.
+    """
+
+    folder: Path
+    facts: dict[str, Any]
+    reused: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A variant and the folder of its checkpoint."""
+
+    variant: VariantSpec
+    out: Path
+
+
+def made_from(job: Job, variant: VariantSpec) -> dict[str, Any]:
+    """What a variant's bytes depend on, for its fingerprint."""
+    calibrated = bool(variant.build_method().needs)
+    settings = {key: value for key, value in variant.resolved().items() if key != "name"}
+    return {
+        "code": CODE_VERSION,
+        "source": job.source_facts,
+        "variant": settings,
+        "calibration": job.calibration_sha256 if calibrated else None,
+        "feed": job.feed if calibrated else None,
+    }
+
+
+def finished_variant(out: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
+    """The ``stage.json`` of a whole variant in ``out`` made from exactly ``identity``, or None."""
+    finished = read_stage(out, STAGE, identity)
+    return finished if finished is not None and is_whole(out) else None
+
+
+def resolve_device(wanted: str) -> torch.device:
+    """The device of a recipe; ``auto`` is CUDA where there is one.
+
+    Raises:
+        QuantizationError: the device is not there.
+    """
+    if wanted == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(wanted)
+    except RuntimeError as error:
+        raise QuantizationError(f"'{wanted}' is not a device", "use auto, cpu or cuda") from error
+    if device.type not in ("cpu", "cuda"):
+        raise QuantizationError(f"quantkit computes on cpu and cuda, not on '{wanted}'", "use auto, cpu or cuda")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise QuantizationError(f"device {wanted} is not available", "use auto or cpu")
+    return device
