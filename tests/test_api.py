@@ -25,21 +25,9 @@ from tests.runs import (
     recipe_data,
     score_here,
     write_recipe,
-    write_records,
 )
-from tests.tiny import make_model
 
 QUICK: dict[str, Any] = {"texts": ["prose"], "context_length": 32, "max_tokens": 64}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("models") / "llama")
-
-
-@pytest.fixture(scope="module")
-def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_records(tmp_path_factory.mktemp("data") / "instructions.jsonl")
 
 
 @pytest.fixture(scope="module")

@@ -5,16 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from compressed_tensors.compressors import MXFP4PackedCompressor, NVFP4PackedCompressor
-from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
 from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 
 from quantkit.errors import QuantizationError, SchemeError
 from quantkit.formats.compressed_tensors import CompressedTensors
-from quantkit.methods.base import InputStatistics, Solution
-from quantkit.methods.gptq import Gptq, GptqOptions
 from quantkit.numerics.grids import encode, quantized, range_grid, search_grid
 from quantkit.numerics.lattices import lattice_of
 from quantkit.schemes import Mxfp4Scheme, Nvfp4Scheme, QuantizedWeight, Scheme
+from tests.layers import assert_same_bytes, correlated_gram, layer_error, package_scheme, random_weight, solved
 
 SCHEMES: list[Scheme] = [Mxfp4Scheme(), Nvfp4Scheme()]
 COMPRESSORS = {"mxfp4": MXFP4PackedCompressor, "nvfp4": NVFP4PackedCompressor}
@@ -23,16 +21,6 @@ SHAPES = [(1, 32), (24, 96), (37, 160), (130, 512)]
 
 def names(scheme: Scheme) -> str:
     return scheme.describe()
-
-
-def random_weight(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
-    """Rows and columns of unlike strength, with zeros of both signs in between."""
-    draw = torch.Generator().manual_seed(seed)
-    weight = torch.randn(rows, columns, generator=draw) * torch.randn(rows, 1, generator=draw).exp()
-    weight *= torch.randn(columns, generator=draw).exp() * 0.02
-    weight[torch.rand(rows, columns, generator=draw) < 0.05] = 0
-    weight[torch.rand(rows, columns, generator=draw) < 0.05] = -0.0
-    return weight
 
 
 def ties() -> torch.Tensor:
@@ -49,13 +37,6 @@ def rounded(weight: torch.Tensor, scheme: Scheme) -> QuantizedWeight:
     return quantized(encode(weight, grid, scheme), grid, scheme)
 
 
-def package_scheme(scheme: Scheme) -> QuantizationScheme:
-    config = CompressedTensors().quantization_config({"layer": scheme})
-    (group,) = QuantizationConfig.model_validate(config).config_groups.values()
-    assert isinstance(group, QuantizationScheme)
-    return group
-
-
 def package_tensors(weight: torch.Tensor, scheme: Scheme) -> dict[str, torch.Tensor]:
     """What the package's quantizer and compressor make of a weight."""
     group = package_scheme(scheme)
@@ -69,30 +50,6 @@ def package_tensors(weight: torch.Tensor, scheme: Scheme) -> dict[str, torch.Ten
     )
     compressed: dict[str, torch.Tensor] = COMPRESSORS[scheme.kind].compress(state, group)
     return compressed
-
-
-def assert_same_bytes(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
-    assert set(found) == set(wanted)
-    for name, tensor in wanted.items():
-        assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape), name
-        assert torch.equal(found[name].view(torch.uint8), tensor.contiguous().view(torch.uint8)), name
-
-
-def correlated_gram(columns: int, tokens: int = 300) -> torch.Tensor:
-    draw = torch.Generator().manual_seed(1)
-    inputs = torch.randn(tokens, 12, generator=draw) @ torch.randn(12, columns, generator=draw)
-    inputs += 0.5 * torch.randn(tokens, columns, generator=draw)
-    return inputs.T @ inputs / tokens
-
-
-def solved(weight: torch.Tensor, gram: torch.Tensor, scheme: Scheme, **options: int) -> Solution:
-    statistics = InputStatistics(tokens=300, gram=gram)
-    return Gptq(GptqOptions.model_validate(options)).quantize(weight, statistics, scheme, torch.bfloat16)
-
-
-def layer_error(weight: torch.Tensor, found: QuantizedWeight, gram: torch.Tensor) -> float:
-    difference = (weight - found.dequantize(torch.float32)).double()
-    return float(((difference @ gram.double()) * difference).sum())
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=names)
@@ -203,13 +160,13 @@ def test_gptq_loses_less_than_rounding_and_its_file_decodes_to_what_it_tells(
     scheme: Scheme, shape: tuple[int, int]
 ) -> None:
     weight, gram = random_weight(*shape), correlated_gram(shape[1])
-    found = solved(weight, gram, scheme)
+    found = solved(weight, gram, scheme, torch.bfloat16)
     error = layer_error(weight, found.weight, gram)
     assert error < 0.8 * layer_error(weight, rounded(weight, scheme), gram)
     assert float(found.error.sum()) == pytest.approx(error, rel=1e-3)
     read = CompressedTensors().unpack(CompressedTensors().pack(found.weight), scheme)
     torch.testing.assert_close(read.dequantize(), found.weight.dequantize(), rtol=0, atol=0)
-    refined = solved(weight, gram, scheme, refinements=1)
+    refined = solved(weight, gram, scheme, torch.bfloat16, refinements=1)
     assert layer_error(weight, refined.weight, gram) < error
 
 
@@ -233,7 +190,7 @@ def test_weights_that_are_not_finite_are_refused(scheme: Scheme, wrong: float) -
     with pytest.raises(QuantizationError, match="not finite"):
         search_grid(weight, None, scheme, torch.float32, 4)
     with pytest.raises(QuantizationError, match="not finite"):
-        solved(weight, correlated_gram(96), scheme)
+        solved(weight, correlated_gram(96), scheme, torch.bfloat16)
 
 
 @pytest.mark.parametrize(("scheme", "columns"), [(Mxfp4Scheme(), 48), (Nvfp4Scheme(), 40)])

@@ -21,21 +21,10 @@ from quantkit.formats import FORMATS
 from quantkit.methods import METHODS
 from quantkit.schemes import SCHEMES, Scheme
 from quantkit.schemes.kinds import keys_of
-from tests.runs import hidden_names, recipe_data, score_here, write_recipe, write_records
-from tests.tiny import make_model
+from tests.runs import hidden_names, recipe_data, score_here, write_recipe
 
 COMMANDS = ["run", "validate", "plan", "quantize", "evaluate", "methods", "formats", "report"]
 MAIN = [sys.executable, "-c", "from quantkit.cli import main; main()"]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("models") / "llama")
-
-
-@pytest.fixture(scope="module")
-def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_records(tmp_path_factory.mktemp("data") / "instructions.jsonl")
 
 
 @pytest.fixture(scope="module")

@@ -15,11 +15,11 @@ from torch.utils._pytree import tree_leaves
 from quantkit.checkpoint import CheckpointReader
 from quantkit.engine.batches import make_batches
 from quantkit.engine.skeleton import Skeleton
-from quantkit.engine.tasks import LayerResult, Task
+from quantkit.engine.tasks import Task
 from quantkit.engine.walk import Feed, Strategy, Walk, WalkSettings
 from quantkit.methods.base import Method
 from quantkit.schemes import IntScheme
-from tests.tiny import make_model, tiny_method, tiny_rows
+from tests.tiny import Forgetful, make_model, tiny_method, tiny_rows
 
 CPU = torch.device("cpu")
 SHAPE: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
@@ -51,19 +51,6 @@ class PeakBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # its base
             self.alive = {known: size for known, size in self.alive.items() if not known.expired()}
             self.alive[reference] = storage.nbytes()
             self.peak = max(self.peak, sum(self.alive.values()))
-
-
-class Forgetful:
-    """A sink that keeps nothing, as one that writes to disk."""
-
-    def take(self, result: LayerResult) -> None:
-        pass
-
-    def replace(self, name: str, tensor: torch.Tensor) -> None:
-        pass
-
-    def segment_done(self, prefix: str) -> None:
-        pass
 
 
 def peak_of(folder: Path, method: Method, **settings: Any) -> int:

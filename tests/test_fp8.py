@@ -5,32 +5,20 @@ from __future__ import annotations
 import pytest
 import torch
 from compressed_tensors.compressors import FloatQuantizationCompressor
-from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
 from compressed_tensors.quantization.utils import calculate_qparams
 from torch.nn.functional import pad
 
 from quantkit.errors import QuantizationError, SchemeError
 from quantkit.formats.compressed_tensors import CompressedTensors
-from quantkit.methods.base import InputStatistics, Solution
-from quantkit.methods.gptq import Gptq, GptqOptions
 from quantkit.numerics.grids import encode, quantized, range_grid, search_grid
 from quantkit.schemes import Fp8Scheme, QuantizedWeight
 from quantkit.schemes.floating import BLOCK
+from tests.layers import assert_same_bytes, correlated_gram, layer_error, package_scheme, random_weight, solved
 
 SCHEMES = [Fp8Scheme("tensor"), Fp8Scheme("channel"), Fp8Scheme("block")]
 SHAPES = [(1, 1), (24, 96), (128, 256), (130, 200), (257, 128)]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 names = Fp8Scheme.describe
-
-
-def random_weight(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
-    """Rows and columns of unlike strength, with zeros of both signs in between."""
-    draw = torch.Generator().manual_seed(seed)
-    weight = torch.randn(rows, columns, generator=draw) * torch.randn(rows, 1, generator=draw).exp()
-    weight *= torch.randn(columns, generator=draw).exp() * 0.02
-    weight[torch.rand(rows, columns, generator=draw) < 0.05] = 0
-    weight[torch.rand(rows, columns, generator=draw) < 0.05] = -0.0
-    return weight
 
 
 def ties() -> torch.Tensor:
@@ -43,13 +31,6 @@ def ties() -> torch.Tensor:
 def rounded(weight: torch.Tensor, scheme: Fp8Scheme, dtype: torch.dtype = torch.float32) -> QuantizedWeight:
     grid = range_grid(weight, scheme, dtype)
     return quantized(encode(weight, grid, scheme), grid, scheme)
-
-
-def package_scheme(scheme: Fp8Scheme) -> QuantizationScheme:
-    config = CompressedTensors().quantization_config({"layer": scheme})
-    (group,) = QuantizationConfig.model_validate(config).config_groups.values()
-    assert isinstance(group, QuantizationScheme)
-    return group
 
 
 def package_tensors(weight: torch.Tensor, scheme: Fp8Scheme) -> dict[str, torch.Tensor]:
@@ -69,30 +50,6 @@ def package_tensors(weight: torch.Tensor, scheme: Fp8Scheme) -> dict[str, torch.
     state = {"weight": weight, "weight_scale": scales, "weight_zero_point": zeros}
     compressed: dict[str, torch.Tensor] = FloatQuantizationCompressor.compress(state, group)
     return compressed
-
-
-def assert_same_bytes(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
-    assert set(found) == set(wanted)
-    for name, tensor in wanted.items():
-        assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape), name
-        assert torch.equal(found[name].view(torch.uint8), tensor.contiguous().view(torch.uint8)), name
-
-
-def correlated_gram(columns: int, tokens: int = 300) -> torch.Tensor:
-    draw = torch.Generator().manual_seed(1)
-    inputs = torch.randn(tokens, 12, generator=draw) @ torch.randn(12, columns, generator=draw)
-    inputs += 0.5 * torch.randn(tokens, columns, generator=draw)
-    return inputs.T @ inputs / tokens
-
-
-def solved(weight: torch.Tensor, gram: torch.Tensor, scheme: Fp8Scheme, **options: int) -> Solution:
-    statistics = InputStatistics(tokens=300, gram=gram)
-    return Gptq(GptqOptions.model_validate(options)).quantize(weight, statistics, scheme, torch.float32)
-
-
-def layer_error(weight: torch.Tensor, found: QuantizedWeight, gram: torch.Tensor) -> float:
-    difference = (weight - found.dequantize(torch.float32)).double()
-    return float(((difference @ gram.double()) * difference).sum())
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=names)
@@ -174,13 +131,13 @@ def test_gptq_loses_less_than_rounding_and_its_file_decodes_to_what_it_tells(
     scheme: Fp8Scheme, shape: tuple[int, int]
 ) -> None:
     weight, gram = random_weight(*shape), correlated_gram(shape[1])
-    found = solved(weight, gram, scheme)
+    found = solved(weight, gram, scheme, torch.float32)
     error = layer_error(weight, found.weight, gram)
     assert error < 0.8 * layer_error(weight, rounded(weight, scheme), gram)
     assert float(found.error.sum()) == pytest.approx(error, rel=1e-3)
     read = CompressedTensors().unpack(CompressedTensors().pack(found.weight), scheme)
     torch.testing.assert_close(read.dequantize(), found.weight.dequantize(), rtol=0, atol=0)
-    refined = solved(weight, gram, scheme, refinements=1)
+    refined = solved(weight, gram, scheme, torch.float32, refinements=1)
     assert layer_error(weight, refined.weight, gram) <= error
 
 
@@ -207,7 +164,7 @@ def test_weights_that_are_not_finite_are_refused(scheme: Fp8Scheme, wrong: float
     with pytest.raises(QuantizationError, match="not finite"):
         search_grid(weight, None, scheme, torch.float32, 4)
     with pytest.raises(QuantizationError, match="not finite"):
-        solved(weight, correlated_gram(130), scheme)
+        solved(weight, correlated_gram(130), scheme, torch.float32)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=names)

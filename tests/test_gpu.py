@@ -12,11 +12,11 @@ from quantkit.checkpoint import CheckpointReader
 from quantkit.engine.batches import make_batches
 from quantkit.engine.precision import pass_dtype
 from quantkit.engine.skeleton import Skeleton
-from quantkit.engine.tasks import LayerResult, Task
+from quantkit.engine.tasks import Task
 from quantkit.engine.walk import Feed, Strategy, Walk, WalkSettings
 from quantkit.methods.base import Method
 from quantkit.schemes import Fp4Scheme, Fp8Scheme, IntScheme, Mxfp4Scheme, Nf4Scheme, Nvfp4Scheme, Scheme
-from tests.tiny import FAMILIES, Collected, make_model, tiny_method, tiny_rows, tiny_task
+from tests.tiny import FAMILIES, Collected, Forgetful, make_model, tiny_method, tiny_rows, tiny_task
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -98,19 +98,6 @@ def test_two_runs_give_the_same_bytes(tmp_path: Path) -> None:
     for name, result in first.results.items():
         assert torch.equal(result.weight.codes, second.results[name].weight.codes), name
         assert torch.equal(result.weight.scales, second.results[name].weight.scales), name
-
-
-class Forgetful:
-    """A sink that keeps nothing."""
-
-    def take(self, result: LayerResult) -> None:
-        pass
-
-    def replace(self, name: str, tensor: torch.Tensor) -> None:
-        pass
-
-    def segment_done(self, prefix: str) -> None:
-        pass
 
 
 def peak_of(folder: Path, method: Method, feed: Feed) -> int:

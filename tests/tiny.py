@@ -135,6 +135,19 @@ def tiny_rows(count: int = 6, shortest: int = 24, longest: int = 48, seed: int =
     ]
 
 
+class Forgetful:
+    """A sink that keeps nothing, as one that writes to disk."""
+
+    def take(self, result: LayerResult) -> None:
+        pass
+
+    def replace(self, name: str, tensor: torch.Tensor) -> None:
+        pass
+
+    def segment_done(self, prefix: str) -> None:
+        pass
+
+
 @dataclass
 class Collected:
     """A sink that keeps all that it is given."""

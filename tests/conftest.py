@@ -1,0 +1,22 @@
+"""Fixtures that several files use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.runs import write_records
+from tests.tiny import make_model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama."""
+    return make_model(tmp_path_factory.mktemp("models") / "llama")
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small data set of instructions."""
+    return write_records(tmp_path_factory.mktemp("data") / "instructions.jsonl")
