@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from scoring import arguments, machine, prepare, print_scores, scores
+from scoring import Setting, arguments, machine, prepare, print_scores, scores
 
 from quantkit.quantization import Wanted, quantize_together
 from quantkit.recipe import VariantSpec
@@ -38,10 +38,13 @@ loaded.save(out)
 
 LLMCOMPRESSOR = """
 import json, sys
+import torch
 from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers.awq import AWQModifier
 from transformers import AutoModelForCausalLM
+if not torch.cuda.is_available():  # release 0.14 pins memory, which fails where there is no accelerator
+    torch.Tensor.pin_memory = lambda tensor, *rest: tensor
 model, rows, out = sys.argv[1:]
 ids = json.load(open(rows))
 data = Dataset.from_list([{"input_ids": row, "attention_mask": [1] * len(row)} for row in ids])
@@ -93,6 +96,13 @@ def decode_awq(checkpoint: Path, model: Path, out: Path) -> None:
     save_file({name: tensor.float().contiguous() for name, tensor in weights.items()}, out / "model.safetensors")
 
 
+def scored(checkpoint: Path, setting: Setting, who: str) -> dict[str, dict[str, float]]:
+    """The scores of a checkpoint, printed as soon as they are there."""
+    found = scores(checkpoint, setting.folder, setting.texts)
+    print_scores({who: found})
+    return found
+
+
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--gptqmodel-python")
@@ -103,22 +113,20 @@ def main() -> None:
         setting = prepare(given, work, feed="float")
         wanted = [
             Wanted(VariantSpec(name=name.replace("+", "-"), method=name, symmetric=False), work / name)
-            for name in ("awq", "awq+gptq", "rtn")
+            for name in ("awq", "awq+gptq")
         ]
         found = {}
         for each, outcome in zip(wanted, quantize_together(setting.job, wanted), strict=True):
             if isinstance(outcome, Exception):
                 raise outcome
-            found[f"quantkit {each.variant.name}"] = scores(each.out, setting.folder, setting.texts)
+            found[f"quantkit {each.variant.name}"] = scored(each.out, setting, each.variant.name)
         if given.gptqmodel_python:
             run(given.gptqmodel_python, GPTQMODEL, setting.folder, setting.rows_file, work / "gptqmodel")
             decode_awq(work / "gptqmodel", setting.folder, work / "decoded")
-            found["gptqmodel awq"] = scores(work / "decoded", setting.folder, setting.texts)
+            found["gptqmodel awq"] = scored(work / "decoded", setting, "gptqmodel awq")
         if given.llmcompressor_python:
             run(given.llmcompressor_python, LLMCOMPRESSOR, setting.folder, setting.rows_file, work / "llmcompressor")
-            shutil.copytree(work / "llmcompressor", work / "dense")
-            found["llm-compressor"] = scores(work / "dense", setting.folder, setting.texts)
-    print_scores(found)
+            found["llm-compressor"] = scored(work / "llmcompressor", setting, "llm-compressor awq")
     print(json.dumps({"scores": found, "tokens": sum(map(len, setting.job.rows)), **machine()}))
 
 

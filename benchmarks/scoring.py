@@ -86,7 +86,7 @@ def print_scores(found: dict[str, dict[str, dict[str, float]]]) -> None:
     """A table for people."""
     for who, by_text in found.items():
         for text, figures in by_text.items():
-            print(f"{who:15} {text:10} KL {figures['kl']:.4f} perplexity {figures['perplexity']:.3f}")
+            print(f"{who:18} {text:10} KL {figures['kl']:.4f} perplexity {figures['perplexity']:.3f}", flush=True)
 
 
 def machine() -> dict[str, Any]:

@@ -184,7 +184,7 @@ def test_gptq_rounds_an_embedding_to_the_nearest_of_its_searched_grid(models: di
     [
         ({"method": "gptq"}, {"range": "search", "search": 6, "negative_scales": True}),
         ({"method": "gptq", "search": 9, "negative_scales": False}, {"search": 9, "negative_scales": False}),
-        ({"method": "awq"}, {"range": "search", "search": 12}),
+        ({"method": "awq"}, {"range": "search", "search": 8}),
         ({"method": "awq", "clip": False}, {"range": "minmax"}),
         ({"method": "awq+gptq"}, {"range": "search", "search": 6}),
     ],

@@ -23,9 +23,10 @@ from tests.tiny import Forgetful, make_model, tiny_method, tiny_rows
 
 CPU = torch.device("cpu")
 SHAPE: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
-FEW, MANY = 2, 5
+FEW, MANY = 3, 6
 WEAK_REFERENCE: Any = reductions.StorageWeakRef
-QUICK: dict[str, dict[str, Any]] = {"rtn": {}, "gptq": {"search": 1, "refinements": 0}}
+SOLVE: dict[str, Any] = {"search": 1, "refinements": 0}
+QUICK: dict[str, dict[str, Any]] = {"rtn": {}, "gptq": SOLVE, "awq+gptq": {**SOLVE, "alphas": 2}}
 
 
 class PeakBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # its base has no type hints
@@ -85,6 +86,8 @@ def block_bytes(folder: Path) -> int:
         ("gptq", "quantized", "one-pass"),
         ("gptq", "quantized", "recompute"),
         ("gptq", "float", "one-pass"),
+        ("awq+gptq", "float", "one-pass"),
+        ("awq+gptq", "quantized", "one-pass"),
     ],
 )
 def test_peak_does_not_grow_with_the_blocks(

@@ -82,13 +82,14 @@ class FoldFinder:
         found = []
         for place, readers in enumerate(self.inputs):
             fold = self._fold(place, tuple(readers))
-            if fold is not None and self._leaves_output(before, [fold]):
+            if fold is not None and self._leaves_output(before, fold):
                 found.append(fold)
         return found
 
     def confirms(self, folds: Sequence[Fold]) -> bool:
         """Whether folds that were found in a segment of the same structure hold here too."""
-        return self._leaves_output(self.run(), folds)
+        before = self.run()
+        return all(self._leaves_output(before, fold) for fold in folds)
 
     def _fold(self, place: int, readers: tuple[str, ...]) -> Fold | None:
         plain = self._input_of(readers[0])
@@ -154,16 +155,15 @@ class FoldFinder:
             self.run()
         return seen[0] if seen else None
 
-    def _leaves_output(self, before: torch.Tensor, folds: Sequence[Fold]) -> bool:
-        """Whether the output stays when producers are doubled in every other channel and their readers halved."""
+    def _leaves_output(self, before: torch.Tensor, fold: Fold) -> bool:
+        """Whether the output stays when the producer is doubled in every other channel and its readers are halved."""
+        weight = self.module.get_parameter(f"{fold.producer}.weight")
+        pattern = _alternating(weight.shape[0], before.device)
+        factors = pattern if fold.channels is None else pattern[fold.channels]
         with ExitStack() as undone:
-            for fold in folds:
-                weight = self.module.get_parameter(f"{fold.producer}.weight")
-                pattern = _alternating(weight.shape[0], before.device)
-                undone.enter_context(self._scaled(fold.producer, pattern, fold.offset))
-                factors = pattern if fold.channels is None else pattern[fold.channels]
-                for reader in fold.readers:
-                    undone.enter_context(self._changed(reader, {"weight": partial(_halved, factors)}))
+            undone.enter_context(self._scaled(fold.producer, pattern, fold.offset))
+            for reader in fold.readers:
+                undone.enter_context(self._changed(reader, {"weight": partial(_halved, factors)}))
             return _close(self.run(), before)
 
     @contextmanager

@@ -42,7 +42,7 @@ class AwqOptions(ScalingOptions):
     """
 
     clip: bool = True
-    search: Annotated[int, Field(ge=1, le=200)] = 12
+    search: Annotated[int, Field(ge=1, le=200)] = 8
     negative_scales: bool = True
 
 

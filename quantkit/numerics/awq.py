@@ -16,8 +16,8 @@ from quantkit.numerics.host import number
 from quantkit.numerics.lattices import lattice_of
 from quantkit.schemes import Scheme
 
-SEARCH_ROWS = 256
-"""Rows of a layer on which factors are tried: what is best for some hundreds is best for all."""
+SEARCH_ROWS = 128
+"""Rows of a layer on which factors are tried: what is best for a hundred or two is best for all."""
 SMALLEST = 1e-4
 
 

@@ -116,8 +116,11 @@ class Spool:
 
 
 def digest(weight: QuantizedWeight) -> str:
-    """SHA-256 over what a weight decodes to: the float32 values that its codes, scales and zeros stand for."""
-    return hashlib.sha256(weight.dequantize(torch.float32).numpy().tobytes()).hexdigest()
+    """SHA-256 over the codes of a weight and, in float32, its scales and zeros: all that its values follow from."""
+    found = hashlib.sha256(weight.codes.contiguous().numpy().data)
+    for each in (weight.scales, weight.zeros):
+        found.update(each.to(torch.float32).contiguous().numpy().data)
+    return found.hexdigest()
 
 
 def unpacked(store: Format, layer: str, scheme: Scheme, read: Callable[[str], torch.Tensor]) -> QuantizedWeight:
