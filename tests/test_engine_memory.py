@@ -101,7 +101,7 @@ def test_peak_does_not_grow_with_the_blocks(
     # The tracker would see it if blocks were not let go.
     monkeypatch.setattr(Skeleton, "unload", lambda *_: None)
     kept = peak_of(models[MANY], quantizer, feed=feed, strategy=strategy)
-    assert kept - many >= 0.9 * (MANY - 1) * block_bytes(models[MANY])
+    assert kept - many >= 0.85 * (MANY - 1) * block_bytes(models[MANY])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
