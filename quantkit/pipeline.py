@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from quantkit.source import SourceModel
 
 
+NAMES_SHOWN = 3
+"""Variants of a walk that its progress names."""
+
+
 @dataclass(frozen=True, slots=True)
 class Run:
     """A run in progress: what its stages share.
@@ -175,7 +179,9 @@ def _variant_rows(current: Run, job: Job, baseline: dict[str, Any]) -> list[dict
 
 def _quantized(current: Run, job: Job, variants: list[VariantSpec]) -> list[Quantized | Exception]:
     """The outcome of each variant of a walk; what stops the whole walk is that of all."""
-    current.observer.stage(f"quantize: {', '.join(variant.name for variant in variants)}")
+    names = ", ".join(variant.name for variant in variants[:NAMES_SHOWN])
+    rest = len(variants) - NAMES_SHOWN
+    current.observer.stage(f"quantize: {names} and {rest} more" if rest > 0 else f"quantize: {names}")
     wanted = [Wanted(variant, current.variant_folder(variant.name)) for variant in variants]
     try:
         return quantize_together(job, wanted, on_segment=partial(current.observer.progress, "block"))
