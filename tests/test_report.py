@@ -399,6 +399,13 @@ def test_the_plot_shows_every_variant_that_has_figures(tmp_path: Path) -> None:
     assert {"prose", "answers", "KL divergence, nats per token", "Size, MiB"} <= set(texts)
 
 
+def test_some_bytes_more_are_the_same_size() -> None:
+    sizes = {"a": (0.2, 1_000_000), "b": (0.1, 1_000_040), "c": (0.05, 1_001_000)}
+    rows = [variant(name, kl=kl, size=size) for name, (kl, size) in sizes.items()]
+    found = findings(make_report(variants=rows, gates=[]))
+    assert (found[1].name, found[1].aside) == ("b", "Of the same size, and losing more: a.")
+
+
 def test_closer_is_lower_and_smaller_is_further_left(tmp_path: Path) -> None:
     from quantkit.report.plot import build_plot
 

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from quantkit.report.columns import Record, reference_name
 from quantkit.report.numbers import decimals_for, figure, fixed, in_bytes, margin, percent, pick, significant
 
+SAME_SIZE = 1.0005
+"""Files whose sizes differ by less are of one size: headers and scales written as text vary by some bytes."""
+
 
 @dataclass(frozen=True, slots=True)
 class Loss:
@@ -92,7 +95,7 @@ def _smallest(report: Record, variants: Sequence[Record], label: str) -> Finding
     if not sized:
         return None
     least = min(size for size, _ in sized)
-    tied = [variant for size, variant in sized if size == least]
+    tied = [variant for size, variant in sized if size <= least * SAME_SIZE]
     ranked = [(distance.value if (distance := loss(report, variant)) else math.inf) for variant in tied]
     best = tied[ranked.index(min(ranked))]
     others = [str(variant["name"]) for variant in tied if variant is not best]
