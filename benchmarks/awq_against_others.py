@@ -126,6 +126,8 @@ def main() -> None:
             found["gptqmodel awq"] = scored(work / "decoded", setting, "gptqmodel awq")
         if given.llmcompressor_python:
             run(given.llmcompressor_python, LLMCOMPRESSOR, setting.folder, setting.rows_file, work / "llmcompressor")
+            for file in [*setting.folder.glob("tokenizer*"), *setting.folder.glob("special_tokens_map.json")]:
+                shutil.copyfile(file, work / "llmcompressor" / file.name)  # it saves the model alone
             found["llm-compressor"] = scored(work / "llmcompressor", setting, "llm-compressor awq")
     print(json.dumps({"scores": found, "tokens": sum(map(len, setting.job.rows)), **machine()}))
 
