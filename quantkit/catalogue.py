@@ -9,7 +9,7 @@ import importlib
 import inspect
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic import ValidationError
@@ -82,7 +82,7 @@ def bits_taken(check: Check) -> str:
 def scheme_keys(kind: str) -> list[Option]:
     """The keys of a kind of scheme with their defaults."""
     documented = _documented(SCHEMES[kind])
-    defaults = {field.name: field.default for field in fields(SCHEMES[kind])}  # type: ignore[arg-type]  # dataclasses
+    defaults = SCHEMES[kind].defaults()
     return [
         Option(key, "required" if defaults[key] is MISSING else _written(defaults[key]), documented.get(key, ""))
         for key in keys_of(kind)

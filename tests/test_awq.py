@@ -72,9 +72,11 @@ def test_clipping_lowers_the_output_error_more_than_a_search_that_knows_no_corre
 
 def test_channels_that_must_share_a_factor_do() -> None:
     channels = torch.arange(32).repeat(2)
+    gram = statistics_of(outlier_inputs()).gram
+    assert gram is not None
     factors = search_factors(
         [(torch.randn(48, 64), SCHEME)],
-        statistics_of(outlier_inputs()).gram,  # type: ignore[arg-type]  # it was given
+        gram,
         outlier_inputs().abs().mean(0),
         torch.float32,
         alphas=10,

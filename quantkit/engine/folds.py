@@ -18,7 +18,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from quantkit.engine.groups import hooked
+from quantkit.engine.groups import Enough, hooked
 from quantkit.numerics.host import decide
 
 TOLERANCE = 0.02
@@ -56,10 +56,6 @@ def scaled_rows(parameter: torch.Tensor, factors: torch.Tensor, offset: float) -
     """A producer's weight or bias with each output channel multiplied; the offset is that of a norm's weight."""
     factors = factors.view(-1, *[1] * (parameter.ndim - 1)).to(parameter.dtype)
     return (parameter + offset) * factors - offset if offset else parameter * factors
-
-
-class _Reached(Exception):  # noqa: N818 - not an error: it ends a trial run
-    """A trial run has come to the layer that it was run for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,9 +145,9 @@ class FoldFinder:
 
         def look(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
             seen.append(args[0].detach().reshape(-1, args[0].shape[-1]).float())
-            raise _Reached
+            raise Enough
 
-        with hooked([(self.module.get_submodule(layer), look)]), suppress(_Reached):
+        with hooked([(self.module.get_submodule(layer), look)]), suppress(Enough):
             self.run()
         return seen[0] if seen else None
 

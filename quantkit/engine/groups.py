@@ -15,6 +15,10 @@ from torch import nn
 PreHook = Callable[[nn.Module, tuple[Any, ...]], None]
 
 
+class Enough(Exception):  # noqa: N818 - not an error: it ends a trial run
+    """A trial run of a segment has shown what it was run for."""
+
+
 def shared_inputs(linears: Mapping[str, nn.Linear], run: Callable[[], None]) -> list[list[str]]:
     """The layers of each input that one run shows, in the order of their calls; a layer counts once.
 

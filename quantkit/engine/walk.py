@@ -29,7 +29,7 @@ from torch import nn
 
 from quantkit.engine.batches import Batch
 from quantkit.engine.folds import Fold
-from quantkit.engine.groups import PreHook, call_order, hooked, shared_inputs
+from quantkit.engine.groups import Enough, PreHook, call_order, hooked, shared_inputs
 from quantkit.engine.passes import AtEnd, AtGroup, AtSegment, Pass, pause, running_batch
 from quantkit.engine.rescaling import Originals, Rescaler
 from quantkit.engine.skeleton import Segment, Skeleton, WeightReader, linear_modules
@@ -70,10 +70,6 @@ class _Group:
     @property
     def leader(self) -> nn.Linear:
         return next(iter(self.linears.values()))
-
-
-class _Enough(Exception):  # noqa: N818 - not an error: it ends a trial run
-    """A trial run of a segment has shown what it was run for."""
 
 
 @dataclass(slots=True)
@@ -291,7 +287,7 @@ class Walk:
     def _try(self, segment: Segment, each: Pass) -> None:
         """Run a segment with the arguments of a pass that stands before it, which stays where it is."""
         place = _standing(each, segment)
-        with suppress(_Enough):
+        with suppress(Enough):
             segment.module(*place.args, **place.kwargs)
 
     @contextmanager
@@ -326,7 +322,7 @@ class Walk:
 
                 def gather(_: nn.Module, args: tuple[Any, ...], group: _Group = group, each: Pass = each) -> None:
                     group.gatherer.add(args[0], each.batch)
-                    raise _Enough
+                    raise Enough
 
                 with hooked([(group.leader, gather)]):
                     self._try(segment, each)

@@ -111,7 +111,12 @@ class Scheme(ABC):
 
     def to_json(self) -> dict[str, Any]:
         """The kind and the keys, see :func:`quantkit.schemes.kinds.scheme_from_json`."""
-        return {"kind": self.kind} | {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]  # subclasses are dataclasses
+        return {"kind": self.kind} | {name: getattr(self, name) for name in self.defaults()}
+
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """The keys that a recipe may give, with what they are if it does not."""
+        return {field.name: field.default for field in fields(cls)}  # type: ignore[arg-type]  # subclasses are dataclasses
 
 
 def group_name(group_size: int) -> str:

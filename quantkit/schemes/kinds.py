@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
 from typing import Any
 
 from quantkit.errors import SchemeError, did_you_mean
@@ -21,7 +20,7 @@ DEFAULT_KIND = IntScheme.kind
 
 def keys_of(kind: str) -> tuple[str, ...]:
     """The keys that a kind of scheme takes."""
-    return tuple(field.name for field in fields(SCHEMES[kind]))  # type: ignore[arg-type]  # all are dataclasses
+    return tuple(SCHEMES[kind].defaults())
 
 
 SCHEME_KEYS: tuple[str, ...] = tuple(dict.fromkeys(key for kind in SCHEMES for key in keys_of(kind)))
