@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -261,19 +260,22 @@ def test_a_signal_in_the_middle_of_a_layer_leaves_nothing_half_written(
     model: Path, tmp_path: Path, number: signal.Signals, status: int
 ) -> None:
     slow = (
-        "import time\nfrom quantkit.engine.walk import Walk\nsolve = Walk._solve\n"
-        "def slowly(self, *given):\n    time.sleep(0.5)\n    solve(self, *given)\n"
+        "import time\nfrom quantkit.engine.walk import Walk\nsolve = Walk._solve\nsolved = []\n"
+        "def slowly(self, *given):\n"
+        "    if solved:\n        print('in a layer', flush=True)\n        time.sleep(60)\n"
+        "    solve(self, *given)\n    solved.append(given)\n"
         "Walk._solve = slowly\nfrom quantkit.cli import main\nmain()\n"
     )
     arguments = ["quantize", str(model), "-o", str(tmp_path / "out"), "--method", "rtn", "--group-size", "32"]
     # A shell starts background jobs with SIGINT ignored, and children inherit that.
     heard = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    pipe = subprocess.PIPE
     child = subprocess.Popen(
-        [sys.executable, "-c", slow, *arguments], stderr=subprocess.PIPE, text=True, preexec_fn=heard
+        [sys.executable, "-c", slow, *arguments], stdout=pipe, stderr=pipe, text=True, preexec_fn=heard
     )
-    deadline = time.monotonic() + 60
-    while not any(".partial-" in name for name in hidden_names(tmp_path)) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    assert child.stdout is not None
+    assert child.stdout.readline() == "in a layer\n"
+    assert any(".spool-" in name for name in hidden_names(tmp_path))
     os.kill(child.pid, number)
     _, printed = child.communicate(timeout=60)
     assert child.returncode == status, printed
