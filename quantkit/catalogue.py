@@ -26,6 +26,14 @@ STATISTIC_WORDS = {
     Statistic.SQUARE_MEAN: "mean x²",
     Statistic.GRAM: "XᵀX",
 }
+SMALL_GROUP = 32
+FURTHER = {
+    "float zeros too": IntScheme(4, SMALL_GROUP, symmetric=False, zeros="float"),
+    "axis 0 too": IntScheme(4, SMALL_GROUP, symmetric=False, zeros="float", axis=0),
+    "w8a8 too": IntScheme(8, PER_CHANNEL, activations="dynamic"),
+    "desc_act too": IntScheme(4, SMALL_GROUP, desc_act=True),
+}
+"""Integers that not everything takes which takes the plain ones."""
 Check = Callable[[Scheme], None]
 
 
@@ -127,7 +135,7 @@ def _integer_probes() -> list[IntScheme]:
     return [
         IntScheme(bits, group_size, symmetric)
         for bits in INTEGER_BITS
-        for group_size in (64, PER_CHANNEL)
+        for group_size in (SMALL_GROUP, 64, PER_CHANNEL)
         for symmetric in (True, False)
         if bits > 1 or not symmetric
     ]
@@ -135,15 +143,18 @@ def _integer_probes() -> list[IntScheme]:
 
 def _integers(check: Check) -> str:
     taken = [scheme for scheme in _integer_probes() if _takes(check, scheme)]
+    further = [words for words, scheme in FURTHER.items() if _takes(check, scheme)]
     if not taken:
-        return ""
+        return "int8 (w8a8 only)" if further else ""
     signs, groups = {scheme.symmetric for scheme in taken}, {scheme.group_size for scheme in taken}
     limits = [] if len(signs) == 2 else ["symmetric only" if True in signs else "asymmetric only"]
-    limits += [] if len(groups) == 2 else ["per channel only" if PER_CHANNEL in groups else "grouped only"]
-    floats = IntScheme(4, 64, symmetric=False, zeros="float")
-    limits += ["float zeros too"] if _takes(check, floats) else []
-    limits += ["axis 0 too"] if _takes(check, IntScheme(4, 64, symmetric=False, zeros="float", axis=0)) else []
-    limits += ["w8a8 too"] if _takes(check, IntScheme(8, PER_CHANNEL, activations="dynamic")) else []
+    if groups == {PER_CHANNEL}:
+        limits.append("per channel only")
+    elif groups == {SMALL_GROUP}:
+        limits.append(f"group_size {SMALL_GROUP} only")
+    elif PER_CHANNEL not in groups:
+        limits.append("grouped only")
+    limits += further
     return f"int{_ranges(sorted({scheme.bits for scheme in taken}))}" + (f" ({', '.join(limits)})" if limits else "")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 PACKAGES = (
     "quantkit", "torch", "transformers", "tokenizers", "safetensors", "compressed-tensors", "bitsandbytes", "datasets",
-    "gguf", "numpy",
+    "gguf", "numpy", "peft", "xllamacpp",
 )  # fmt: skip
 
 

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from quantkit import source
 from quantkit.artifacts import STAGE_FILE
 from quantkit.calibration import load
 from quantkit.checkpoint import CheckpointReader
+from quantkit.devices import resolve_device
 from quantkit.engine.precision import pass_dtype
 from quantkit.engine.skeleton import Skeleton
+from quantkit.estimation.weights import float_bytes
+from quantkit.formats import FORMATS
+from quantkit.formats.base import Format
+from quantkit.merging import merged_source
 from quantkit.pipeline import needs_calibration, quantize_job
-from quantkit.quantization.job import DTYPES, finished_variant, made_from, resolve_device
+from quantkit.progress import Silent
+from quantkit.quantization.job import DTYPES, finished_variant, made_from
 from quantkit.quantization.plan import choose_strategy, plan_layers
 from quantkit.recipe import Recipe, VariantSpec
 
@@ -27,7 +33,7 @@ def forecast(recipe: Recipe) -> dict[str, Any]:
         ``schemes`` (each that occurs to its number of layers), ``layers`` (quantized, all), ``size_bytes`` and
         ``strategy``.
     """
-    model = source.resolve(recipe.model, recipe.folder)
+    model = merged_source(recipe.model, recipe.merge, recipe.folder, Silent())
     skeleton = Skeleton(model.folder, recipe.model.trust_remote_code)
     reader = CheckpointReader(model.folder)
     total = sum(reader.nbytes(name) for name in reader.names())
@@ -40,7 +46,8 @@ def forecast(recipe: Recipe) -> dict[str, Any]:
     def of(variant: VariantSpec) -> dict[str, Any]:
         layers = plan_layers(skeleton, variant)
         stored = finished_variant(recipe.folder / "variants" / variant.name, made_from(job, variant))
-        kept = sum(reader.nbytes(stored) for stored in layers.kept(reader.names()).values())
+        store = FORMATS.get(variant.format)
+        kept = sum(_float_bytes(reader, name, store, layers.cast) for name in layers.kept(reader.names()).values())
         strategy = "weights only"
         if variant.build_method().needs and job.feed == "float":
             strategy = "one walk for all"
@@ -54,7 +61,7 @@ def forecast(recipe: Recipe) -> dict[str, Any]:
             "scheme": variant.base_scheme().describe(),
             "schemes": dict(Counter(scheme.describe() for scheme in layers.quantized.values()).most_common()),
             "layers": (len(layers.quantized), len(layers.schemes)),
-            "size_bytes": kept + layers.quantized_bytes(dtype.itemsize * 8),
+            "size_bytes": kept + layers.quantized_bytes(store(model.dtype)),
             "strategy": strategy,
         }
 
@@ -71,6 +78,12 @@ def forecast(recipe: Recipe) -> dict[str, Any]:
         "warnings": list(recipe.warnings()),
         "variants": [of(variant) for variant in recipe.variants],
     }
+
+
+def _float_bytes(reader: CheckpointReader, name: str, store: type[Format], cast: str | None) -> int:
+    """Bytes of a float tensor of the source in the file of a variant."""
+    shape, dtype = reader.shape(name), cast or str(reader.dtype(name)).removeprefix("torch.")
+    return math.prod(shape) * float_bytes(store.container, dtype, shape)
 
 
 def _variant_state(finished: bool, calibrated: bool) -> str:

@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Any
 from quantkit.catalogue import Option, bits_taken, needs_of, options_of, scheme_keys, schemes_taken, shown_bits
 from quantkit.formats import FORMATS
 from quantkit.methods import METHODS
-from quantkit.schemes import SCHEMES
+from quantkit.runtimes import RUNTIMES
+from quantkit.schemes import SCHEMES, GgmlMixture
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from rich.table import Table
+
+    from quantkit.formats.base import Format
 
 LABEL_WIDTH, LINE_WIDTH = 14, 118
 
@@ -41,7 +44,11 @@ def method_lines() -> Iterator[str]:
     yield ""
     for kind, scheme in SCHEMES.items():
         yield f"{kind}: {scheme.summary}"
-        yield from _facts({"bits": f"{shown_bits(kind):.4g} per weight", "source": scheme.source})
+        width = f"{shown_bits(kind):.4g} per weight"
+        mixed = issubclass(scheme, GgmlMixture)
+        yield from _facts(
+            {"bits": f"{width} in most layers, more in others" if mixed else width, "source": scheme.source}
+        )
         yield from _options("keys", scheme_keys(kind))
         yield ""
 
@@ -55,11 +62,32 @@ def format_lines() -> Iterator[str]:
                 "schemes": ", ".join(schemes_taken(each.check)),
                 "runtimes": ", ".join(each.runtimes),
                 "packages": ", ".join(each.requires),
-                "evaluated by": "transformers" if each.native else "the reference decoder",
+                "evaluated by": _evaluated_by(each),
             }
         )
         yield ""
     yield from _broken(FORMATS.broken())
+
+
+def runtime_lines() -> Iterator[str]:
+    """Each runtime with the formats that it loads, and whether it can be used here."""
+    for each in RUNTIMES:
+        yield f"{each.name}: {each.summary}"
+        missing = each.missing()
+        facts = {"formats": ", ".join(each.formats), "here": "yes" if missing is None else f"no: {missing}"}
+        yield from _facts(facts if missing is None else {**facts, "install": each.install})
+        yield ""
+    yield from _broken(RUNTIMES.broken())
+
+
+def _evaluated_by(store: type[Format]) -> str:
+    if store.container == "gguf":
+        return "llama.cpp if it is installed, else the reference decoder"
+    return (
+        "transformers if the packages are installed, else the reference decoder"
+        if store.native
+        else "the reference decoder"
+    )
 
 
 def plan_table(found: Mapping[str, Any]) -> Table:

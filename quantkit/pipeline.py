@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import traceback
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
@@ -11,16 +12,23 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantkit import calibration, report, source
-from quantkit.artifacts import check_writable, file_sha256, translated_os_errors, write_text
+import torch
+
+from quantkit import calibration, report
+from quantkit.artifacts import check_writable, translated_os_errors, write_text
 from quantkit.calibration import CalibrationSet
 from quantkit.checkpoint import CheckpointReader
 from quantkit.engine.walk import Feed
 from quantkit.environment import describe
 from quantkit.errors import OutputError, QuantkitError
+from quantkit.estimation.beside import beside_measured
+from quantkit.exports.manifest import identity
+from quantkit.merging import MergedModel, merged_source, other_merge
 from quantkit.progress import Observer
-from quantkit.quantization import MANIFEST, Job, Quantized, Wanted, quantize_together, walks
+from quantkit.publishing import CARD, card
+from quantkit.quantization import Job, Quantized, Wanted, card_facts, quantize_together, walks
 from quantkit.recipe import Recipe, VariantSpec
+from quantkit.schemes.base import PER_CHANNEL
 from quantkit.scores import LOGPROBS, Scoring, report_figures, score
 
 if TYPE_CHECKING:
@@ -75,11 +83,12 @@ def run(recipe: Recipe, observer: Observer) -> dict[str, Any]:
     for warning in recipe.warnings():
         observer.note(f"warning: {warning}")
     observer.stage(f"source: {recipe.model.source}")
-    model = source.resolve(recipe.model, current.folder)
+    model = merged_source(recipe.model, recipe.merge, current.folder, observer)
     calibrated = _calibrate(current, model)
     baseline = _baseline(current, model)
     job = quantize_job(recipe, model, calibrated)
-    rows = _variant_rows(current, job, baseline)
+    rows = _other_merge_rows(current, baseline)
+    rows += _variant_rows(current, job, baseline, calibrated.audit if calibrated else None)
     content = _report(current, model, calibrated, baseline, rows)
     report.write(content, current.folder, recipe.report.formats)
     return content
@@ -126,6 +135,7 @@ def job_of(
         feed=feed,
         device=device,
         trust_remote_code=trust_remote_code,
+        hub=(model.reference, model.revision) if model.kind == "hub" else None,
     )
 
 
@@ -166,7 +176,9 @@ def _baseline(current: Run, model: SourceModel) -> dict[str, Any]:
     return score(scoring, current.observer)
 
 
-def _variant_rows(current: Run, job: Job, baseline: dict[str, Any]) -> list[dict[str, Any]]:
+def _variant_rows(
+    current: Run, job: Job, baseline: dict[str, Any], audit: dict[str, Any] | None
+) -> list[dict[str, Any]]:
     """Quantize walk by walk, score what each gives, and return the rows in the order of the recipe."""
     variants = current.recipe.variants
     rows: dict[int, dict[str, Any]] = {}
@@ -174,7 +186,55 @@ def _variant_rows(current: Run, job: Job, baseline: dict[str, Any]) -> list[dict
         outcomes = _quantized(current, job, [variants[place] for place in places])
         for place, outcome in zip(places, outcomes, strict=True):
             rows[place] = _variant_row(current, variants[place], outcome, baseline)
+            if rows[place]["status"] == "ok":
+                _tell_in_card(job, rows[place], baseline, audit)
     return [rows[place] for place in sorted(rows)]
+
+
+def _tell_in_card(job: Job, row: dict[str, Any], baseline: dict[str, Any], audit: dict[str, Any] | None) -> None:
+    """Write the measured figures into the model card of a checkpoint."""
+    folder = Path(row["checkpoint"])
+    before = report_figures(baseline)
+    text = card(
+        folder, replace(card_facts(job), scores=row, baseline=before, calibration=audit, repository=folder.name)
+    )
+    if (folder / CARD).read_text(encoding="utf-8") != text:
+        write_text(folder / CARD, text)
+
+
+def _other_merge_rows(current: Run, baseline: dict[str, Any]) -> list[dict[str, Any]]:
+    """The row of the float model merged into the other base, where the recipe asks for one to compare with."""
+    merge = current.recipe.merge
+    if merge.compare is None:
+        return []
+    row: dict[str, Any] = {
+        "name": f"merged-{merge.compare}",
+        "status": "ok",
+        "error": None,
+        "method": "none",
+        "format": "float",
+        "group_size": PER_CHANNEL,
+        "symmetric": True,
+        "options": {},
+    }
+    return [_attempted(current, row, partial(_other_merge, current, row["name"], baseline))]
+
+
+def _other_merge(current: Run, name: str, baseline: dict[str, Any]) -> dict[str, Any]:
+    recipe = current.recipe
+    model = other_merge(recipe.model, recipe.merge, current.folder, current.observer)
+    scored = _score(current, name, model.folder, model.made_from(), baseline)
+    bits = 8 * getattr(torch, model.dtype).itemsize
+    return {
+        "scheme": model.dtype,
+        "bits": bits,
+        "checkpoint": str(model.folder),
+        "bits_per_weight": float(bits),
+        "layers": [],
+        "notes": list(model.merge["notes"]),
+        **report_figures(scored),
+        "seconds": {"quantize": 0.0, "evaluate": scored["seconds"]},
+    }
 
 
 def _quantized(current: Run, job: Job, variants: list[VariantSpec]) -> list[Quantized | Exception]:
@@ -205,42 +265,57 @@ def _variant_row(
         "symmetric": scheme.symmetric,
         "options": variant.method_options().model_dump(mode="json"),
     }
+
+    def work() -> dict[str, Any]:
+        if isinstance(outcome, Exception):
+            raise outcome
+        return _scored(current, variant, outcome, baseline)
+
+    return _attempted(current, row, work)
+
+
+def _attempted(current: Run, row: dict[str, Any], work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The row with what ``work`` adds, or with the reason why it failed."""
+    name = row["name"]
     # A variant that fails must not take the others down, so any error becomes its row. What is not a
     # QuantkitError is a bug or a lack of memory, so its traceback is kept.
     try:
-        if isinstance(outcome, Exception):
-            raise outcome
-        return row | _scored(current, variant, outcome, baseline)
+        return row | work()
     except QuantkitError as error:
         failure = str(error)
     except Exception as error:
-        path = current.log("traceback", variant.name)
+        path = current.log("traceback", name)
         write_text(path, "".join(traceback.format_exception(error)))
         failure = f"{type(error).__name__}: {error} (unexpected: the traceback is in {path})"
-    current.observer.note(f"{variant.name} failed: {failure}")
+    current.observer.note(f"{name} failed: {failure}")
     return row | {"status": "failed", "error": failure}
 
 
 def _scored(current: Run, variant: VariantSpec, done: Quantized, baseline: dict[str, Any]) -> dict[str, Any]:
     if done.reused:
         current.observer.note(f"{variant.name}: reused the finished checkpoint")
-    current.observer.stage(f"evaluate: {variant.name}")
+    scored = _score(current, variant.name, done.folder, identity(done.folder), baseline)
+    return {
+        **_quantize_facts(done),
+        **beside_measured(report_figures(scored), scored, done.folder, variant),
+        "seconds": {"quantize": done.facts["seconds"], "evaluate": scored["seconds"]},
+    }
+
+
+def _score(current: Run, name: str, folder: Path, content: Any, baseline: dict[str, Any]) -> dict[str, Any]:
+    """Score a checkpoint, known by its ``content``, beside the baseline."""
+    current.observer.stage(f"evaluate: {name}")
     scoring = Scoring(
-        variant.name,
-        done.folder,
-        {"checkpoint": file_sha256(done.folder / MANIFEST), "reference": baseline["fingerprint"]},
+        name,
+        folder,
+        {"checkpoint": content, "reference": baseline["fingerprint"]},
         current.recipe.evaluation,
-        current.folder / "evaluations" / variant.name,
-        current.log("evaluate", variant.name),
+        current.folder / "evaluations" / name,
+        current.log("evaluate", name),
         current.baseline / LOGPROBS,
         current.recipe.model.trust_remote_code,
     )
-    scored = score(scoring, current.observer)
-    return {
-        **_quantize_facts(done),
-        **report_figures(scored),
-        "seconds": {"quantize": done.facts["seconds"], "evaluate": scored["seconds"]},
-    }
+    return score(scoring, current.observer)
 
 
 def _quantize_facts(done: Quantized) -> dict[str, Any]:
@@ -261,7 +336,8 @@ def _report(
     rows: list[dict[str, Any]],
 ) -> dict[str, Any]:
     recipe = current.recipe
-    gates = report.evaluate_gates(recipe.gates, rows)
+    variants = {variant.name for variant in recipe.variants}
+    gates = report.evaluate_gates(recipe.gates, [row for row in rows if row["name"] in variants])
     failed = any(row["status"] == "failed" for row in rows) or not all(gate["passed"] for gate in gates)
     return {
         "schema": 1,
@@ -290,4 +366,5 @@ def _source_facts(model: SourceModel) -> dict[str, Any]:
         "revision": model.revision,
         "parameters": sum(prod(reader.shape(name)) for name in reader.names()),
         "size_bytes": sum(reader.nbytes(name) for name in reader.names()),
+        "merge": model.merge if isinstance(model, MergedModel) else None,
     }

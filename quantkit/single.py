@@ -6,12 +6,13 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
-from quantkit import calibration, source
+from quantkit import calibration
 from quantkit.artifacts import check_writable
+from quantkit.merging import merged_source
 from quantkit.pipeline import job_of
 from quantkit.progress import Observer
 from quantkit.quantization import quantize
-from quantkit.recipe import CalibrationSpec, ModelSpec, VariantSpec
+from quantkit.recipe import CalibrationSpec, MergeSpec, ModelSpec, VariantSpec
 
 
 def quantize_one(model: ModelSpec, variant: VariantSpec, spec: CalibrationSpec, out: Path, observer: Observer) -> Path:
@@ -23,7 +24,7 @@ def quantize_one(model: ModelSpec, variant: VariantSpec, spec: CalibrationSpec, 
     check_writable(out)
     with tempfile.TemporaryDirectory(prefix=".quantkit-", dir=_existing_parent(out)) as scratch:
         observer.stage(f"source: {model.source}")
-        found = source.resolve(model, Path(scratch))
+        found = merged_source(model, MergeSpec(), Path(scratch), observer)
         calibrated = None
         if variant.build_method().needs:
             observer.stage(f"calibration: {spec.dataset}")

@@ -11,13 +11,13 @@ import yaml
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from quantkit.artifacts import read_json
-from quantkit.checkpoint import CheckpointReader
 from quantkit.evaluation.evaluate import evaluate
 from quantkit.evaluation.job import EvaluationJob, Progress
-from quantkit.evaluation.loading import load_model
-from quantkit.formats import FORMATS
-from quantkit.quantization.spool import unpacked
+from quantkit.exports import open_export
 from quantkit.recipe import Recipe, VariantSpec
+from quantkit.runtimes._choice import choose_runtime
+from quantkit.runtimes._model import TransformersModel
+from quantkit.runtimes.base import LoadOptions
 from tests.tiny import VOCABULARY
 
 TOPICS = ("the tide", "a kettle", "the moon", "old maps", "rye bread")
@@ -89,11 +89,18 @@ def score_here(job: EvaluationJob, *, log: Path, on_progress: Progress | None = 
     return evaluate(job, on_progress or (lambda step, done, total: None))
 
 
+def load_model(folder: Path, runtime: str = "auto", dtype: str | None = "float32") -> PreTrainedModel:
+    """The module that a runtime runs, for those that compute with transformers."""
+    loaded = choose_runtime(folder, runtime, dtype).load(folder, LoadOptions(dtype=dtype))
+    assert isinstance(loaded, TransformersModel)
+    return loaded.model
+
+
 def load_whole(folder: Path) -> PreTrainedModel:
     """A checkpoint as transformers loads it, every tensor in its place; an asymmetric one with quantkit's help."""
     config = config_of(folder).get("quantization_config", {"config_groups": {}})
     if not all(group["weights"]["symmetric"] for group in config["config_groups"].values()):
-        return load_model(folder, device=torch.device("cpu"))
+        return load_model(folder)
     model, found = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     assert not any(found[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")), found
     loaded: PreTrainedModel = model.eval()
@@ -103,13 +110,13 @@ def load_whole(folder: Path) -> PreTrainedModel:
 def decoded_model(source: Path, checkpoint: Path, variant: VariantSpec) -> PreTrainedModel:
     """The float model with the weights of the checkpoint as the format itself decodes them."""
     model = load_whole(source)
-    reader = CheckpointReader(checkpoint)
-    store = FORMATS.get(variant.format)()
+    export = open_export(checkpoint)
     replaced = 0
     for name, module in model.named_modules():
         scheme = variant.scheme_of(name) if isinstance(module, torch.nn.Linear) else None
         if scheme is not None:
-            weight = unpacked(store, name, scheme, reader.read).dequantize(torch.float32)
+            assert export.schemes[name] == scheme
+            weight = export.weight(name).dequantize(torch.float32)
             assert not torch.equal(weight, module.weight)
             module.weight = torch.nn.Parameter(weight)
             replaced += 1

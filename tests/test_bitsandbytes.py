@@ -14,9 +14,12 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 import quantkit
 from quantkit.artifacts import read_json
 from quantkit.errors import CheckpointError, RecipeError, SchemeError
+from quantkit.exports import open_export
+from quantkit.formats._bitsandbytes.int8 import INT8, STEP
 from quantkit.formats.bitsandbytes import BitsAndBytes
 from quantkit.methods.base import InputStatistics
 from quantkit.recipe import VariantSpec
+from quantkit.runtimes._choice import choose_runtime
 from quantkit.schemes import Fp4Scheme, Fp8Scheme, IntScheme, Mxfp4Scheme, Nf4Scheme, QuantizedWeight, Scheme
 from quantkit.schemes.codebook import CodebookScheme
 from quantkit.validation import parse_section
@@ -146,11 +149,11 @@ def test_weights_are_decoded_and_multiplied_in_the_dtype_of_the_checkpoint() -> 
     assert config.llm_int8_skip_modules == ["b"]
 
 
-@pytest.mark.parametrize("scheme", [IntScheme(), IntScheme(8, -1), Fp8Scheme(), Mxfp4Scheme()], ids=Scheme.describe)
+@pytest.mark.parametrize("scheme", [IntScheme(), IntScheme(8, 64), Fp8Scheme(), Mxfp4Scheme()], ids=Scheme.describe)
 def test_other_schemes_are_refused_with_those_that_fit(scheme: Scheme) -> None:
-    with pytest.raises(SchemeError, match=r"does not store .*nf4 and fp4; use format compressed-tensors"):
+    with pytest.raises(SchemeError, match=r"does not store .*nf4 and fp4, and int8 .*use format compressed-tensors"):
         BitsAndBytes.check(scheme)
-    for fits in SCHEMES:
+    for fits in (*SCHEMES, INT8):
         BitsAndBytes.check(fits)
     given = {"name": "v", "method": "rtn", "scheme": "int", "format": "bitsandbytes"}
     with pytest.raises(RecipeError, match="does not store int4"):
@@ -169,6 +172,117 @@ def test_a_float_layer_whose_name_would_hide_a_quantized_one_is_refused() -> Non
     layers = {"model.head": Nf4Scheme(), "head": None}
     with pytest.raises(SchemeError, match=r"would take model\.head for a float layer .*because head is one"):
         BitsAndBytes().quantization_config(layers)
+
+
+# --- int8
+
+
+def int8_export(model: Path, out: Path, **options: Any) -> Path:
+    keys: dict[str, Any] = {"bits": 8, "group_size": -1, "activations": "dynamic", "format": "bitsandbytes"}
+    return quantkit.quantize(model, out=out, **{"method": "rtn", "range": "minmax", **keys, **options})
+
+
+def test_int8_tensors_are_named_and_typed_as_transformers_saves_them(model: Path, tmp_path: Path) -> None:
+    ours = int8_export(model, tmp_path / "ours")
+    theirs = tmp_path / "theirs"
+    loaded(model, quantization_config=BitsAndBytesConfig(load_in_8bit=True)).save_pretrained(theirs)
+    expected, found = (load_file(folder / "model.safetensors") for folder in (theirs, ours))
+    assert set(found) == set(expected)
+    for name, tensor in found.items():
+        assert (tensor.dtype, tensor.shape) == (expected[name].dtype, expected[name].shape), name
+    configs = [read_json(folder / "config.json")["quantization_config"] for folder in (ours, theirs)]
+    assert configs[0].pop("llm_int8_skip_modules") == ["lm_head"]
+    assert configs[0].items() <= configs[1].items()
+
+
+def rounded(inputs: torch.Tensor) -> torch.Tensor:
+    """What LLM.int8 multiplies by where no input is an outlier: 8 bits per token of the float16 input."""
+    halves = inputs.half()
+    spans = halves.abs().amax(-1, keepdim=True).float()
+    assert float(spans.max()) < 6.0
+    return (halves * (127 / spans)).round() * spans / 127
+
+
+def test_transformers_computes_int8_layers_with_our_weights_and_rounded_inputs(model: Path, tmp_path: Path) -> None:
+    """Layer by layer, as two roundings of nearly the same input may differ by a step that later layers spread."""
+    folder = int8_export(model, tmp_path / "out")
+    export, found = open_export(folder), loaded(folder).eval()
+    seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    for name in export.schemes:
+        layer = found.get_submodule(name)
+        assert type(layer).__name__ == "Linear8bitLt"
+        layer.register_forward_hook(lambda _, inputs, output, name=name: seen.update({name: (inputs[0], output)}))
+    by_bitsandbytes = logits(found)
+    assert set(seen) == set(export.schemes)
+    for name, (inputs, output) in seen.items():
+        wanted = rounded(inputs) @ export.weight(name).dequantize(torch.float32).T
+        assert float((output - wanted).norm() / wanted.norm()) < 1e-4
+    keys = {"bits": 8, "group_size": -1, "activations": "dynamic", "format": "bitsandbytes"}
+    variant = parse_section(VariantSpec, {"name": "v", "method": "rtn", "range": "minmax", **keys}, "test")
+    plain = logits(decoded_model(model, folder, variant))
+    assert 1e-3 < float((by_bitsandbytes - plain).norm() / plain.norm()) < 0.05
+
+
+def test_int8_layers_are_evaluated_by_transformers(model: Path, tmp_path: Path) -> None:
+    assert choose_runtime(int8_export(model, tmp_path / "out"), dtype="float32").name == "transformers"
+    assert BitsAndBytes.computes_in({INT8}) == ("float32", "float16", "bfloat16")
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_int8_scales_are_fitted_once_and_survive_the_disk(method: str, tmp_path: Path) -> None:
+    store = BitsAndBytes()
+    fitted = store.fitted(random_weight(INT8, method=method))
+    assert store.fitted(fitted) is fitted
+    assert fitted.scales.dtype == torch.float32
+    assert torch.equal(fitted.scales.flatten(), fitted.parts["scb"] * STEP)
+    tensors = store.pack(fitted)
+    assert set(tensors) == set(store.layer_suffixes(INT8))
+    save_file(tensors, tmp_path / "layer.safetensors")
+    found = store.unpack(load_file(tmp_path / "layer.safetensors"), INT8)
+    for ours, read in ((fitted.codes, found.codes), (fitted.scales, found.scales), (fitted.zeros, found.zeros)):
+        assert torch.equal(ours, read)
+        assert ours.dtype == read.dtype
+
+
+def test_fitting_moves_int8_scales_by_rounding_alone() -> None:
+    weight = random_weight(INT8)
+    torch.testing.assert_close(BitsAndBytes().fitted(weight).scales, weight.scales.float(), rtol=2e-7, atol=0)
+
+
+def test_int8_without_rounded_inputs_is_refused_with_the_remedy() -> None:
+    with pytest.raises(SchemeError, match="set activations: dynamic"):
+        BitsAndBytes.check(IntScheme(8, -1))
+
+
+def test_int8_and_4_bits_do_not_mix() -> None:
+    with pytest.raises(SchemeError, match="holds one scheme"):
+        BitsAndBytes.check_together([INT8, Nf4Scheme()])
+    with pytest.raises(SchemeError, match="one scheme for all layers"):
+        BitsAndBytes().quantization_config({"a": INT8, "b": Nf4Scheme()})
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        ("weight_format", torch.tensor(1, dtype=torch.uint8), "stored in tiles"),
+        ("SCB", torch.ones(3), "40, 512.* and 3 scales"),
+        ("weight", torch.zeros(40, 512), "codes torch.float32"),
+    ],
+)
+def test_int8_tensors_that_do_not_fit_are_refused(name: str, tensor: torch.Tensor, message: str) -> None:
+    tensors = BitsAndBytes().pack(random_weight(INT8)) | {name: tensor}
+    with pytest.raises(CheckpointError, match=message):
+        BitsAndBytes().unpack(tensors, INT8)
+
+
+# --- broken files
+
+
+def test_a_table_of_another_type_is_refused() -> None:
+    tensors = BitsAndBytes().pack(random_weight(Nf4Scheme()))
+    tensors["weight.quant_map"] = tensors["weight.quant_map"].flip(0)
+    with pytest.raises(CheckpointError, match=r"quant_map of bitsandbytes is not the table of nf4"):
+        BitsAndBytes().unpack(tensors, Nf4Scheme())
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer.main
 from typer.testing import CliRunner, Result
 
 from quantkit import evaluation
@@ -18,11 +19,11 @@ from quantkit.cli import app
 from quantkit.errors import SchemeError
 from quantkit.formats import FORMATS
 from quantkit.methods import METHODS
-from quantkit.schemes import SCHEMES, Scheme
+from quantkit.schemes import SCHEMES, GgmlMixture, Scheme
 from quantkit.schemes.kinds import keys_of
 from tests.runs import hidden_names, recipe_data, score_here, write_recipe
 
-COMMANDS = ["run", "validate", "plan", "quantize", "evaluate", "methods", "formats", "report"]
+COMMANDS = list(getattr(typer.main.get_command(app), "commands"))  # noqa: B009 - of click's Group
 MAIN = [sys.executable, "-c", "from quantkit.cli import main; main()"]
 
 
@@ -145,7 +146,10 @@ def test_methods_are_listed_with_what_they_need_take_and_cost() -> None:
 def test_schemes_are_listed_with_their_keys_and_bits() -> None:
     listed = {block.partition(":")[0]: block for block in invoke("methods").stdout.split("\n\n")}
     bits = {"int": "4.25", "nf4": "4.127", "fp4": "4.127", "fp8": "8.004", "mxfp4": "4.25", "nvfp4": "4.5"}
-    assert set(bits) == set(SCHEMES)
+    bits |= {"q2_k": "2.625", "q3_k": "3.438", "q4_k": "4.5", "q5_k": "5.5", "q6_k": "6.562", "iq4_nl": "4.5"}
+    bits |= {"float16": "16", "bfloat16": "16"}
+    mixtures = {kind for kind, scheme in SCHEMES.items() if issubclass(scheme, GgmlMixture)}
+    assert set(bits) | mixtures == set(SCHEMES)
     for kind, width in bits.items():
         assert f"    bits          {width} per weight" in listed[kind]
         assert SCHEMES[kind].source in " ".join(listed[kind].split())
@@ -165,10 +169,10 @@ def test_formats_are_listed_with_the_schemes_that_they_store() -> None:
     [
         (
             lambda scheme: scheme.kind == "int" and scheme.bits in (4, 8),
-            "int4/8 (float zeros too, axis 0 too, w8a8 too)",
+            "int4/8 (float zeros too, axis 0 too, w8a8 too, desc_act too)",
         ),
         (
-            lambda scheme: scheme.kind == "int" and scheme.symmetric and not scheme.activations,
+            lambda scheme: scheme.kind == "int" and scheme.symmetric and not scheme.activations and not scheme.desc_act,
             "int2-8 (symmetric only)",
         ),
         (lambda scheme: scheme.kind == "fp8" and scheme.granularity != "block", "fp8 (tensor, channel, a8 too)"),

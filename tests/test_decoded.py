@@ -13,24 +13,24 @@ from safetensors.torch import load_file, save_file
 
 import quantkit
 from quantkit.checkpoint import CheckpointReader
-from quantkit.errors import CheckpointError, EvaluationError, QuantkitError, RecipeError
-from quantkit.evaluation import EvaluationJob, loading
-from quantkit.evaluation.decoded import Packing, decoded_state, read_packing
+from quantkit.errors import CheckpointError, EvaluationError, QuantkitError
+from quantkit.evaluation import EvaluationJob
 from quantkit.evaluation.evaluate import evaluate
-from quantkit.evaluation.loading import choose_loader, load_model
-from quantkit.evaluation.memory import resident_bytes
+from quantkit.exports import open_export
 from quantkit.formats import FORMATS
 from quantkit.recipe import EvaluationSpec, TextSpec, VariantSpec
 from quantkit.report.columns import DECODED_MARK, build_columns
 from quantkit.report.definitions import definitions
 from quantkit.report.sections import variant_facts
+from quantkit.runtimes import RUNTIMES
+from quantkit.runtimes._decoded import decoded_state
+from quantkit.runtimes.base import LoadOptions
 from quantkit.schemes import IntScheme
 from quantkit.scores import report_figures
 from quantkit.validation import parse_section
-from tests.runs import decoded_model, logits
+from tests.runs import decoded_model, load_model, logits
 from tests.tiny import make_model
 
-CPU = torch.device("cpu")
 KEYS: dict[str, Any] = {"method": "rtn", "group_size": 32, "overrides": {"down_proj": {"bits": 8, "symmetric": False}}}
 
 
@@ -66,8 +66,8 @@ def edit_tensors(folder: Path, edit: Callable[[dict[str, torch.Tensor]], object]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def load(folder: Path, **options: Any) -> Any:
-    return load_model(folder, device=CPU, loader="reference", **options)
+def load(folder: Path, dtype: str = "float32") -> Any:
+    return load_model(folder, "reference", dtype)
 
 
 def test_the_decoded_model_is_the_one_that_the_format_stands_for(model: Path, exported: Path) -> None:
@@ -83,7 +83,7 @@ def test_the_decoded_model_is_the_one_that_the_format_stands_for(model: Path, ex
 
 
 def test_the_decoded_model_computes_what_transformers_does(exported: Path) -> None:
-    native = load_model(exported, device=CPU, loader="transformers")
+    native = load_model(exported, "transformers")
     torch.testing.assert_close(logits(load(exported)), logits(native), rtol=1e-4, atol=1e-4)
 
 
@@ -103,7 +103,7 @@ def test_a_tied_head_that_was_quantized_is_decoded_apart_from_the_embedding(tmp_
     assert 0 < (found.lm_head.weight - embedding).abs().max() < 0.1
 
 
-@pytest.mark.parametrize(("dtype", "expected"), [("auto", torch.float32), ("bfloat16", torch.bfloat16)])
+@pytest.mark.parametrize(("dtype", "expected"), [("float32", torch.float32), ("bfloat16", torch.bfloat16)])
 def test_all_of_the_model_has_the_dtype_that_is_asked_for(exported: Path, dtype: str, expected: torch.dtype) -> None:
     assert {parameter.dtype for parameter in load(exported, dtype=dtype).parameters()} == {expected}
 
@@ -117,56 +117,12 @@ def test_no_tensor_is_read_before_it_is_asked_for(exported: Path, monkeypatch: p
         return original(self, name)
 
     monkeypatch.setattr(CheckpointReader, "read", reading)
-    packing = read_packing(exported)
-    assert packing is not None
-    state = decoded_state(exported, packing, torch.float32)
+    state = decoded_state(open_export(exported), torch.float32)
     assert read == []
     layer = "model.layers.0.mlp.up_proj"
     assert state[f"{layer}.weight"][...].shape == (128, 64)
     assert read == [f"{layer}.{suffix}" for suffix in FORMATS.get("compressed-tensors")().layer_suffixes(IntScheme())]
     assert not any("packed" in name for name in state)
-
-
-# Who loads
-
-
-def test_auto_is_transformers_where_it_can_and_the_reference_decoder_elsewhere(
-    exported: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    store = FORMATS.get("compressed-tensors")
-    assert choose_loader(exported) == "transformers"
-    monkeypatch.setattr(store, "requires", ("compressed-tensors", "a-package-that-is-not-there"))
-    assert choose_loader(exported) == "reference"
-    assert choose_loader(exported, "transformers") == "transformers"
-    monkeypatch.undo()
-    monkeypatch.setattr(store, "native", False)
-    assert choose_loader(exported) == "reference"
-
-
-@pytest.mark.parametrize("wanted", ["auto", "transformers", "reference"])
-def test_a_float_model_is_loaded_by_transformers(model: Path, wanted: Any) -> None:
-    assert choose_loader(model, wanted) == "transformers"
-
-
-@pytest.mark.parametrize("edit", [lambda manifest: manifest.pop("layers"), lambda manifest: manifest.pop("format")])
-def test_a_checkpoint_that_does_not_say_how_it_is_packed_is_left_to_transformers(
-    checkpoint: Path, edit: Callable[[dict[str, Any]], object]
-) -> None:
-    edit_json(checkpoint / "manifest.json", edit)
-    assert choose_loader(checkpoint) == "transformers"
-    with pytest.raises(EvaluationError, match=r"no manifest of quantkit .*set evaluation\.loader to transformers"):
-        choose_loader(checkpoint, "reference")
-    (checkpoint / "manifest.json").unlink()
-    assert choose_loader(checkpoint) == "transformers"
-    with pytest.raises(EvaluationError, match="no manifest of quantkit"):
-        load(checkpoint)
-
-
-def test_a_format_that_is_not_installed_is_named(checkpoint: Path) -> None:
-    edit_json(checkpoint / "manifest.json", lambda manifest: manifest.update(format="compressed-tensers"))
-    assert choose_loader(checkpoint) == "transformers"
-    with pytest.raises(RecipeError, match=r"unknown format 'compressed-tensers' \(did you mean 'compressed-tensors'"):
-        load(checkpoint)
 
 
 # Broken files
@@ -236,7 +192,10 @@ def test_an_evaluation_says_who_loaded_and_gives_the_same_figures(exported: Path
         by["auto"]["metrics"]["perplexity"]["tide"], rel=1e-5
     )
     memory = by["reference"]["memory"]
-    assert memory["weights_bytes"] == resident_bytes(load(exported))
+    assert (
+        memory["weights_bytes"]
+        == RUNTIMES.get("reference").load(exported, LoadOptions(dtype="float32")).weights_bytes()
+    )
     assert memory["weights_bytes"] > by["auto"]["memory"]["weights_bytes"]
     assert memory["weights_are"] == "decoded to float"
     assert by["auto"]["memory"]["weights_are"] == "as loaded by transformers"
@@ -256,17 +215,9 @@ def test_the_report_marks_what_was_decoded(exported: Path, spec: EvaluationSpec)
     assert DECODED_MARK not in dict(definitions(alone))["Weights memory"]
 
 
-def test_what_is_gone_between_choice_and_loading_is_told(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "choose_loader", lambda *_: "reference")
-    monkeypatch.setattr(loading, "read_packing", lambda _: None)
-    with pytest.raises(EvaluationError, match=r"the manifest of .* is gone"):
-        load(exported)
-
-
 def test_the_manifest_gives_the_scheme_of_each_layer(exported: Path) -> None:
-    packing = read_packing(exported)
-    assert isinstance(packing, Packing)
-    assert packing.format == "compressed-tensors"
-    assert packing.schemes["model.layers.0.mlp.down_proj"] == IntScheme(8, 32, False)
-    assert packing.schemes["model.layers.0.mlp.up_proj"] == IntScheme(4, 32, True)
-    assert "lm_head" not in packing.schemes
+    export = open_export(exported)
+    assert export.format == "compressed-tensors"
+    assert export.schemes["model.layers.0.mlp.down_proj"] == IntScheme(8, 32, False)
+    assert export.schemes["model.layers.0.mlp.up_proj"] == IntScheme(4, 32, True)
+    assert "lm_head" not in export.schemes

@@ -15,16 +15,17 @@ from quantkit.artifacts import read_json
 from quantkit.checkpoint import CheckpointReader
 from quantkit.engine.skeleton import Skeleton
 from quantkit.errors import CheckpointError, EvaluationError, RecipeError, SchemeError
-from quantkit.evaluation.loading import load_model
+from quantkit.exports.folder import FolderExport
+from quantkit.exports.manifest import MANIFEST
 from quantkit.formats import FORMATS
+from quantkit.formats.compressed_tensors import CompressedTensors
 from quantkit.numerics.grids import encode, quantized, range_grid, search_grid
-from quantkit.quantization import MANIFEST, Job, Quantized, Wanted, plan_layers, quantize, quantize_together
-from quantkit.quantization.spool import unpacked
+from quantkit.quantization import Job, Quantized, Wanted, plan_layers, quantize, quantize_together
 from quantkit.recipe import VariantSpec
 from quantkit.schemes import PER_CHANNEL, Fp8Scheme, IntScheme, Scheme
 from quantkit.validation import parse_section
 from tests import tiny
-from tests.runs import config_of, load_whole, logits
+from tests.runs import config_of, load_model, load_whole, logits
 from tests.tiny import VOCABULARY, make_model, tiny_rows
 
 EMBEDDING, HEAD, WIDTH = "model.embed_tokens", "lm_head", 64
@@ -68,13 +69,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def decoded(checkpoint: Path, layer: str, scheme: Scheme) -> torch.Tensor:
     """The weight of a layer as the format stores it."""
-    store = FORMATS.get("compressed-tensors")()
-    packing = store.for_embeddings() if layer == EMBEDDING else store
-    return unpacked(packing, layer, scheme, CheckpointReader(checkpoint).read).dequantize(torch.float32)
+    export = FolderExport(checkpoint)
+    assert export.schemes[layer] == scheme
+    return export.weight(layer).dequantize(torch.float32)
 
 
 def reference(checkpoint: Path) -> torch.Tensor:
-    return logits(load_model(checkpoint, device=torch.device("cpu"), loader="reference"))
+    return logits(load_model(checkpoint, "reference"))
 
 
 def original(source: Path) -> torch.Tensor:
@@ -250,7 +251,7 @@ def test_gemma_and_its_normalizer(models: dict[str, Path], tmp_path: Path, ignor
     keys, scheme = PATCHES[patch]
     spec = variant(method="gptq", bits=8, ignore=ignore, embeddings=keys)
     out = quantize(job(models["gemma"]), spec, tmp_path / "out").folder
-    native = load_model(out, device=torch.device("cpu"), loader="transformers")
+    native = load_model(out, "transformers")
     torch.testing.assert_close(logits(native), reference(out), rtol=1e-4, atol=1e-4)
     ids = torch.tensor([[7, 9]])
     with torch.no_grad():
@@ -263,7 +264,7 @@ def test_gemma_3_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(tiny.FAMILIES, "gemma3", Gemma3TextConfig)
     source = make_model(tmp_path / "source", "gemma3")
     out = quantize(job(source), variant(embeddings={"scheme": "fp8"}), tmp_path / "out").folder
-    native = load_model(out, device=torch.device("cpu"), loader="transformers")
+    native = load_model(out, "transformers")
     torch.testing.assert_close(logits(native), reference(out), rtol=1e-4, atol=1e-4)
 
 
@@ -273,7 +274,7 @@ def test_what_else_is_missing_is_still_said(models: dict[str, Path], tmp_path: P
     del tensors[f"{EMBEDDING}.weight_scale"]
     save_file(tensors, out / "model.safetensors", {"format": "pt"})
     with pytest.raises(EvaluationError, match=f"1 are missing: {EMBEDDING}.weight_scale"):
-        load_model(out, device=torch.device("cpu"), loader="transformers")
+        load_model(out, "transformers")
 
 
 def test_a_bfloat16_model(models: dict[str, Path], tmp_path: Path) -> None:
@@ -332,9 +333,10 @@ def test_a_plan_and_the_bits_per_weight_count_the_embedding(models: dict[str, Pa
     plain, spec = variant(), variant(embeddings={"bits": 8, "group_size": -1})
     skeleton = Skeleton(models["tied"])
     without, layers = plan_layers(skeleton, plain), plan_layers(skeleton, spec)
+    store = CompressedTensors("float32")
     assert (without.embedding, layers.embedding) == (None, EMBEDDING)
     assert layers.weights() - without.weights() == VOCABULARY * WIDTH
-    assert layers.quantized_bytes(32) - without.quantized_bytes(32) == VOCABULARY * (WIDTH + 4)
+    assert layers.quantized_bytes(store) - without.quantized_bytes(store) == VOCABULARY * (WIDTH + 4)
     assert list(layers.linears) == list(without.schemes)
     done = quantize(job(models["tied"]), spec, tmp_path / "out")
     reader = CheckpointReader(done.folder)

@@ -18,25 +18,29 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import processors
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
 from quantkit import records
-from quantkit.errors import CalibrationError, EvaluationError, MissingDependencyError
+from quantkit.devices import resolve_device
+from quantkit.errors import CalibrationError, EvaluationError, MissingDependencyError, QuantkitError
 from quantkit.evaluation import EvaluationJob, process, run_job, scoring, texts
 from quantkit.evaluation.divergence import clustered_stderr, summarize
 from quantkit.evaluation.evaluate import evaluate
-from quantkit.evaluation.loading import load_config, load_model, load_tokenizer, resolve_device
-from quantkit.evaluation.memory import checkpoint_bytes, peak_rss, resident_bytes
+from quantkit.evaluation.memory import checkpoint_bytes, peak_rss
 from quantkit.evaluation.reference import TextReader, check_reference, prepare_folder, text_writer, write_index
 from quantkit.evaluation.scoring import score
 from quantkit.evaluation.speed import DECODE_RUNS, NEW_TOKENS, PREFILL_RUNS, PROMPT_TOKENS, measure_speed
 from quantkit.evaluation.texts import Tokens, added_bos, load_text
 from quantkit.evaluation.windows import Windows, cut
+from quantkit.processes import restored_error
 from quantkit.recipe import EvaluationSpec, TextSpec
 from quantkit.records.dataset import collect
+from quantkit.runtimes._checkpoint import load_config, load_tokenizer
+from quantkit.runtimes._model import TransformersModel
+from quantkit.runtimes._packed import load_packed
+from quantkit.runtimes.base import LoadOptions
 from tests.tiny import SPECIAL, VOCABULARY, make_model, tiny_tokenizer
 
-CPU = torch.device("cpu")
 BOS = SPECIAL.index("<s>")
 PROSE = "The tide went out further than anyone had seen, and we walked to the rocks with a bucket. " * 8
 
@@ -55,13 +59,13 @@ def perturbed_checkpoint(checkpoint: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def model(checkpoint: Path) -> PreTrainedModel:
-    return load_model(checkpoint, device=CPU)
+def model(checkpoint: Path) -> TransformersModel:
+    return load(checkpoint)
 
 
 @pytest.fixture(scope="module")
-def perturbed(perturbed_checkpoint: Path) -> PreTrainedModel:
-    return load_model(perturbed_checkpoint, device=CPU)
+def perturbed(perturbed_checkpoint: Path) -> TransformersModel:
+    return load(perturbed_checkpoint)
 
 
 @pytest.fixture
@@ -70,6 +74,10 @@ def spec(tmp_path: Path) -> EvaluationSpec:
     file.write_text(PROSE, encoding="utf-8")
     text = TextSpec(name="tide", file=str(file))
     return EvaluationSpec(texts=(text,), context_length=64, max_tokens=300, device="cpu")
+
+
+def load(checkpoint: Path, dtype: str | None = "float32") -> TransformersModel:
+    return load_packed(checkpoint, LoadOptions(dtype=dtype))
 
 
 def nudged(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -94,7 +102,7 @@ def random_windows(count: int = 4, length: int = 24, name: str = "noise") -> Win
     return cut(Tokens(name, ids.flatten().tolist(), None), length, count * length)
 
 
-def write_reference(folder: Path, model: PreTrainedModel, windows: Windows) -> TextReader:
+def write_reference(folder: Path, model: TransformersModel, windows: Windows) -> TextReader:
     folder.mkdir(exist_ok=True)
     with text_writer(folder, windows, VOCABULARY) as writer:
         score(model, windows, writer=writer)
@@ -102,9 +110,9 @@ def write_reference(folder: Path, model: PreTrainedModel, windows: Windows) -> T
     return TextReader(folder, windows)
 
 
-def exact_log_probs(model: PreTrainedModel, windows: Windows) -> torch.Tensor:
+def exact_log_probs(model: TransformersModel, windows: Windows) -> torch.Tensor:
     with torch.no_grad():
-        return torch.log_softmax(model(input_ids=windows.ids).logits[:, :-1].double(), dim=-1)
+        return torch.log_softmax(model.model(input_ids=windows.ids).logits[:, :-1].double(), dim=-1)
 
 
 def silent(step: str, done: int, total: int) -> None:
@@ -231,12 +239,12 @@ def test_the_hash_tells_apart_what_the_model_is_fed() -> None:
 
 @pytest.mark.parametrize("bos", [None, BOS])
 def test_perplexity_is_that_of_the_loss_of_transformers(
-    model: PreTrainedModel, bos: int | None, monkeypatch: pytest.MonkeyPatch
+    model: TransformersModel, bos: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(scoring, "CHUNK_ELEMENTS", 7 * VOCABULARY)
     windows = cut(Tokens("tide", tiny_tokenizer()(PROSE).input_ids, bos), context_length=40, max_tokens=200)
     with torch.no_grad():
-        losses = [model(input_ids=ids[None], labels=ids[None]).loss.item() for ids in windows.ids]
+        losses = [model.model(input_ids=ids[None], labels=ids[None]).loss.item() for ids in windows.ids]
     result = score(model, windows)
     assert result.nll_count == len(losses) * 39
     assert result.perplexity == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-6)
@@ -244,7 +252,7 @@ def test_perplexity_is_that_of_the_loss_of_transformers(
     assert result.top1_agreement is None
 
 
-def test_a_model_does_not_diverge_from_its_own_stored_reference(model: PreTrainedModel, tmp_path: Path) -> None:
+def test_a_model_does_not_diverge_from_its_own_stored_reference(model: TransformersModel, tmp_path: Path) -> None:
     windows = random_windows()
     stored = write_reference(tmp_path / "reference", model, windows)
     result = score(model, windows, reference=stored)
@@ -255,7 +263,7 @@ def test_a_model_does_not_diverge_from_its_own_stored_reference(model: PreTraine
 
 
 def test_divergence_equals_a_direct_computation(
-    model: PreTrainedModel, perturbed: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: TransformersModel, perturbed: TransformersModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(scoring, "CHUNK_ELEMENTS", 5 * VOCABULARY)
     windows = random_windows()
@@ -293,22 +301,24 @@ def test_one_figure_has_no_standard_error() -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_broken_logits_name_text_and_window(value: float) -> None:
-    class Broken:
-        device = CPU
-        calls = 0
+def test_broken_logits_name_text_and_window(
+    value: float, model: TransformersModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = 0
 
-        def __call__(self, input_ids: torch.Tensor, use_cache: bool) -> Any:
-            logits = torch.zeros(1, input_ids.shape[1], VOCABULARY)
-            logits[0, 3, 9] = value if self.calls == 1 else 0.0
-            self.calls += 1
-            return SimpleNamespace(logits=logits)
+    def broken(ids: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        logits = torch.zeros(len(ids), VOCABULARY)
+        logits[3, 9] = value if calls == 1 else 0.0
+        calls += 1
+        return logits
 
+    monkeypatch.setattr(model, "logits", broken)
     with pytest.raises(EvaluationError, match="NaN or infinite logits in window 1 of text 'noise'"):
-        score(Broken(), random_windows())
+        score(model, random_windows())
 
 
-def test_a_reference_of_another_width_is_refused(model: PreTrainedModel, tmp_path: Path) -> None:
+def test_a_reference_of_another_width_is_refused(model: TransformersModel, tmp_path: Path) -> None:
     windows = random_windows()
     with (
         pytest.raises(EvaluationError, match=f"{VOCABULARY} logits a token, and the reference is for"),
@@ -343,7 +353,7 @@ def test_a_reference_larger_than_the_disk_is_refused(tmp_path: Path, monkeypatch
         prepare_folder(tmp_path, {"noise": random_windows()}, VOCABULARY, 1 << 30)
 
 
-def test_the_reference_takes_the_space_that_was_announced(model: PreTrainedModel, tmp_path: Path) -> None:
+def test_the_reference_takes_the_space_that_was_announced(model: TransformersModel, tmp_path: Path) -> None:
     windows = random_windows()
     write_reference(tmp_path / "reference", model, windows)
     size = (tmp_path / "reference" / "noise.npy").stat().st_size
@@ -360,7 +370,7 @@ def test_masked_tokens_stay_finite_in_the_reference(tmp_path: Path) -> None:
     torch.testing.assert_close(torch.softmax(rows.float(), -1), torch.softmax(logits, -1), atol=1e-3, rtol=0)
 
 
-def test_a_reference_is_complete_only_with_its_index(model: PreTrainedModel, tmp_path: Path) -> None:
+def test_a_reference_is_complete_only_with_its_index(model: TransformersModel, tmp_path: Path) -> None:
     windows = random_windows()
     write_reference(tmp_path / "reference", model, windows)
     check_reference(tmp_path / "reference", {"noise": windows}, VOCABULARY)
@@ -369,7 +379,7 @@ def test_a_reference_is_complete_only_with_its_index(model: PreTrainedModel, tmp
         check_reference(tmp_path / "reference", {"noise": windows}, VOCABULARY)
 
 
-def test_a_reference_of_other_tokens_is_refused(model: PreTrainedModel, tmp_path: Path) -> None:
+def test_a_reference_of_other_tokens_is_refused(model: TransformersModel, tmp_path: Path) -> None:
     windows = random_windows()
     write_reference(tmp_path / "reference", model, windows)
     other = replace(windows, ids=windows.ids.flip(1))
@@ -388,36 +398,36 @@ def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
     folder = make_model(tmp_path / "model")
     edit_tensors(folder, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
     with pytest.raises(EvaluationError, match=r"1 are missing: model\.layers\.1\.mlp\.up_proj\.weight"):
-        load_model(folder, device=CPU)
+        load(folder)
 
 
 def test_an_unknown_tensor_is_named(tmp_path: Path) -> None:
     folder = make_model(tmp_path / "model")
     edit_tensors(folder, lambda tensors: tensors.update({"model.layers.0.extra": torch.ones(2)}))
     with pytest.raises(EvaluationError, match=r"1 are not known to the model: model\.layers\.0\.extra"):
-        load_model(folder, device=CPU)
+        load(folder)
 
 
 def test_a_tensor_of_the_wrong_shape_is_named(tmp_path: Path) -> None:
     folder = make_model(tmp_path / "model")
     edit_tensors(folder, lambda tensors: tensors.update({"model.norm.weight": torch.ones(3)}))
     with pytest.raises(EvaluationError, match=r"1 have the wrong shape: model\.norm\.weight"):
-        load_model(folder, device=CPU)
+        load(folder)
 
 
 def test_a_tied_output_layer_is_not_missing(tmp_path: Path) -> None:
     folder = make_model(tmp_path / "model", tie_word_embeddings=True)
     assert "lm_head.weight" not in load_file(folder / "model.safetensors")
-    model = load_model(folder, device=CPU)
-    assert resident_bytes(model) == checkpoint_tensor_bytes(folder) + rotary_bytes(model)
+    model = load(folder)
+    assert model.weights_bytes() == checkpoint_tensor_bytes(folder) + rotary_bytes(model)
 
 
 def checkpoint_tensor_bytes(folder: Path) -> int:
     return sum(tensor.nbytes for tensor in load_file(folder / "model.safetensors").values())
 
 
-def rotary_bytes(model: PreTrainedModel) -> int:
-    return sum(buffer.nbytes for buffer in {buffer.data_ptr(): buffer for buffer in model.buffers()}.values())
+def rotary_bytes(model: TransformersModel) -> int:
+    return sum(buffer.nbytes for buffer in {buffer.data_ptr(): buffer for buffer in model.model.buffers()}.values())
 
 
 def test_a_truncated_file_is_named(tmp_path: Path) -> None:
@@ -425,7 +435,7 @@ def test_a_truncated_file_is_named(tmp_path: Path) -> None:
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
     with pytest.raises(EvaluationError, match=r"the model in .*model cannot be loaded"):
-        load_model(folder, device=CPU)
+        load(folder)
 
 
 def test_pickles_are_refused(tmp_path: Path) -> None:
@@ -433,18 +443,18 @@ def test_pickles_are_refused(tmp_path: Path) -> None:
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
     with pytest.raises(EvaluationError, match="cannot be loaded"):
-        load_model(folder, device=CPU)
+        load(folder)
 
 
 def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     loaders: list[Callable[[], object]] = [
-        lambda: load_model(tmp_path, device=CPU),
+        lambda: load(tmp_path),
         lambda: load_tokenizer(tmp_path, trust_remote_code=False),
         lambda: load_config(tmp_path, trust_remote_code=False),
     ]
-    for load in loaders:
+    for loader in loaders:
         with pytest.raises(EvaluationError, match=r"no config\.json"):
-            load()
+            loader()
 
 
 def test_a_checkpoint_without_tokenizer_says_so(tmp_path: Path) -> None:
@@ -456,24 +466,37 @@ def test_a_checkpoint_without_tokenizer_says_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "expected"), [("auto", torch.float32), ("bfloat16", torch.bfloat16)])
-def test_on_a_cpu_auto_computes_in_float32(tmp_path: Path, dtype: str, expected: torch.dtype) -> None:
+def test_on_a_cpu_auto_computes_in_float32(
+    tmp_path: Path, spec: EvaluationSpec, dtype: str, expected: torch.dtype
+) -> None:
     folder = make_model(tmp_path / "model", dtype=torch.float16)
-    assert load_model(folder, device=CPU, dtype=dtype).dtype == expected
+    result = evaluate(EvaluationJob(folder, spec.model_copy(update={"dtype": dtype, "metrics": ("speed",)})), silent)
+    assert result["environment"]["dtype"] == result["speed"]["dtype"] == str(expected).removeprefix("torch.")
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [(None, torch.float16), ("bfloat16", torch.bfloat16)])
+def test_a_runtime_computes_in_the_checkpoint_s_own_dtype_where_none_is_asked_for(
+    tmp_path: Path, dtype: str | None, expected: torch.dtype
+) -> None:
+    loaded = load(make_model(tmp_path / "model", dtype=torch.float16), dtype)
+    assert loaded.model.dtype == expected
+    assert loaded.dtype == str(expected).removeprefix("torch.")
 
 
 @pytest.mark.parametrize("name", ["gpu", "mps", "cuda:77"])
 def test_a_device_that_is_not_there_is_refused(name: str) -> None:
-    with pytest.raises(EvaluationError, match=name):
+    with pytest.raises(QuantkitError, match=name):
         resolve_device(name)
 
 
 # Memory and speed
 
 
-def test_checkpoint_bytes_count_safetensors_alone(tmp_path: Path) -> None:
-    for name, size in {"a.safetensors": 10, "b.safetensors": 5, "tokenizer.json": 99}.items():
+def test_checkpoint_bytes_count_files_with_weights_alone(tmp_path: Path) -> None:
+    for name, size in {"a.safetensors": 10, "b.safetensors": 5, "c.gguf": 7, "tokenizer.json": 99}.items():
         (tmp_path / name).write_bytes(bytes(size))
-    assert checkpoint_bytes(tmp_path) == 15
+    assert checkpoint_bytes(tmp_path) == 22
+    assert checkpoint_bytes(tmp_path / "c.gguf") == 7
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak begins with the program on Linux alone")
@@ -484,9 +507,9 @@ def test_the_peak_of_a_process_is_not_that_of_its_parent() -> None:
     assert 50 << 20 < child < ballast.nbytes < peak_rss()
 
 
-def test_speed_counts_what_it_says(model: PreTrainedModel) -> None:
+def test_speed_counts_what_it_says(model: TransformersModel) -> None:
     fed: list[int] = []
-    hook = model.register_forward_pre_hook(
+    hook = model.model.register_forward_pre_hook(
         lambda module, args, kwargs: fed.append(kwargs["input_ids"].shape[1]), with_kwargs=True
     )
     speed = measure_speed(model, random_windows(1, 48).ids[0])
@@ -499,17 +522,21 @@ def test_speed_counts_what_it_says(model: PreTrainedModel) -> None:
     assert (speed["threads"], speed["device"], speed["dtype"]) == (torch.get_num_threads(), "cpu", "float32")
 
 
-def test_decode_speed_needs_a_cache() -> None:
-    class Cacheless:
-        device = CPU
+def test_decode_speed_needs_a_cache(model: TransformersModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    without = {"logits": torch.zeros(1, 1, VOCABULARY)}
+    monkeypatch.setattr(model, "_forward", lambda ids, **state: without)
+    with pytest.raises(EvaluationError, match="LlamaForCausalLM keeps no KV cache"):
+        measure_speed(model, random_windows().ids[0])
 
-        def forward(self, input_ids: torch.Tensor) -> None: ...
 
-        def __call__(self, input_ids: torch.Tensor, use_cache: bool) -> dict[str, torch.Tensor]:
-            return {"logits": torch.zeros(1, input_ids.shape[1], VOCABULARY)}
-
-    with pytest.raises(EvaluationError, match="Cacheless keeps no KV cache"):
-        measure_speed(Cacheless(), random_windows().ids[0])
+def test_decoding_is_greedy_and_reads_each_token_once(model: TransformersModel) -> None:
+    prompt = random_windows(1, 20).ids[0]
+    ids, seconds = model.decode(prompt, 6)
+    assert len(seconds) == 6
+    expected = prompt.tolist()
+    for _ in range(6):
+        expected.append(int(model.logits(torch.tensor(expected))[-1].argmax()))
+    assert ids == expected[20:]
 
 
 def test_packed_weights_are_counted_as_they_were_loaded(tmp_path: Path, spec: EvaluationSpec) -> None:
@@ -662,7 +689,7 @@ def test_an_end_without_result_is_told(job: EvaluationJob, tmp_path: Path, monke
 
 
 def test_errors_of_any_class_come_back_as_that_class() -> None:
-    error = process._restored_error("MissingDependencyError", "a problem", "pip install x")
+    error = restored_error("MissingDependencyError", "a problem", "pip install x")
     assert isinstance(error, MissingDependencyError)
     assert str(error) == "a problem (pip install x)"
 

@@ -12,15 +12,15 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from quantkit.errors import SchemeError
-from quantkit.evaluation.decoded import load_decoded, read_packing
-from quantkit.evaluation.loading import choose_loader
 from quantkit.formats import FORMATS
 from quantkit.formats.hqq import HqqFormat
 from quantkit.methods.base import InputStatistics
 from quantkit.quantization import Job, quantize
 from quantkit.recipe import VariantSpec
+from quantkit.runtimes._choice import choose_runtime
 from quantkit.schemes import PER_CHANNEL, IntScheme, Mxfp4Scheme, Nf4Scheme, QuantizedWeight
 from quantkit.validation import parse_section
+from tests.runs import load_model
 from tests.tiny import make_model, tiny_method
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -189,11 +189,8 @@ def test_an_exported_model_decodes_to_what_the_method_chose(tmp_path: Path, keys
     spec = parse_section(VariantSpec, {"name": "v", "method": "hqq", "format": "hqq", **scheme}, "test")
     facts = {"reference": "tiny", "relative_to": "the float model", "dtype": "float32"}
     folder = quantize(Job(source, facts, "float32", rows=[], device="cpu"), spec, tmp_path / "out").folder
-    assert choose_loader(folder) == "reference"
-    packing = read_packing(folder)
-    assert packing is not None
-    model, found = load_decoded(folder, packing, dtype=torch.float32, trust_remote_code=False)
-    assert not any(found["missing_keys"])
+    assert choose_runtime(folder).name == "reference"
+    model = load_model(folder)
     name = "model.layers.1.mlp.down_proj.weight"
     weight = load_file(source / "model.safetensors")[name]
     chosen = tiny_method("hqq").quantize(weight, InputStatistics(), spec.base_scheme(), torch.float32).weight

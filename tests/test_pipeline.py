@@ -151,12 +151,24 @@ def test_every_file_of_a_checkpoint_has_the_hash_of_its_manifest(finished: tuple
     _, report = finished
     folder = Path(report["variants"][1]["checkpoint"])
     manifest = read_json(folder / "manifest.json")
-    present = {path.name for path in folder.iterdir()} - {"manifest.json", "stage.json"}
+    present = {path.name for path in folder.iterdir()} - {"manifest.json", "stage.json", "README.md"}
     assert set(manifest["files"]) == present
     assert {"config.json", "chat_template.jinja", "generation_config.json", "recipe.yaml", "tokenizer.json"} <= present
     for name, facts in manifest["files"].items():
         assert facts["sha256"] == hashlib.sha256((folder / name).read_bytes()).hexdigest()
     assert manifest["calibration_sha256"] == report["calibration"]["token_ids_sha256"]
+
+
+def test_the_card_of_a_checkpoint_tells_what_was_measured(finished: tuple[Recipe, dict[str, Any]]) -> None:
+    recipe, report = finished
+    row = report["variants"][1]
+    folder = Path(row["checkpoint"])
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    name = next(iter(row["metrics"]["perplexity"]))
+    assert f"{row['metrics']['perplexity'][name]:.4f}" in text
+    assert f"{row['metrics']['kl_divergence'][name]['mean']:.5f}" in text
+    assert f"# {row['name']}\n" in text
+    assert recipe.model.source not in (folder / "manifest.json").read_text(encoding="utf-8")
 
 
 def test_nothing_half_written_is_left(finished: tuple[Recipe, dict[str, Any]]) -> None:

@@ -12,11 +12,13 @@ from safetensors.torch import load_file, save_file
 
 from quantkit.artifacts import read_json
 from quantkit.checkpoint import CheckpointReader, writer
+from quantkit.devices import resolve_device
 from quantkit.engine.skeleton import Skeleton
-from quantkit.errors import CheckpointError, OutputError, QuantizationError, SchemeError
-from quantkit.quantization import MANIFEST, Job, finished_variant, made_from, plan_layers, quantize
-from quantkit.quantization.export import Origin, is_whole, write_manifest
-from quantkit.quantization.job import resolve_device
+from quantkit.errors import CheckpointError, OutputError, QuantizationError, QuantkitError, SchemeError
+from quantkit.exports.manifest import MANIFEST, is_whole, write_manifest
+from quantkit.formats.compressed_tensors import CompressedTensors
+from quantkit.quantization import Job, finished_variant, made_from, plan_layers, quantize
+from quantkit.quantization.export import Origin
 from quantkit.quantization.plan import choose_strategy, paused_bytes
 from quantkit.recipe import VariantSpec
 from quantkit.schemes import IntScheme
@@ -110,12 +112,12 @@ def test_the_checkpoint_holds_all_that_a_runtime_and_a_reader_need(models: dict[
     assert names == {
         "LICENSE" if (models["llama"] / "LICENSE").exists() else "config.json",
         *("chat_template.jinja", "config.json", "generation_config.json", MANIFEST, "model.safetensors"),
-        *("recipe.yaml", "stage.json", "tokenizer.json", "tokenizer_config.json"),
+        *("README.md", "recipe.yaml", "stage.json", "tokenizer.json", "tokenizer_config.json"),
     }
     for name in ("chat_template.jinja", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
         assert (done.folder / name).read_bytes() == (models["llama"] / name).read_bytes()
     manifest = read_json(done.folder / MANIFEST)
-    assert set(manifest["files"]) == names - {MANIFEST, "stage.json"}
+    assert set(manifest["files"]) == names - {MANIFEST, "README.md", "stage.json"}
     for name, facts in manifest["files"].items():
         content = (done.folder / name).read_bytes()
         assert facts == {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
@@ -221,7 +223,7 @@ def test_a_plan_knows_every_layer(models: dict[str, Path]) -> None:
     assert layers.schemes["lm_head"] is None
     assert layers.schemes["model.layers.1.mlp.down_proj"] is None
     assert layers.schemes["model.layers.1.mlp.up_proj"] == IntScheme(4, 32, True)
-    assert layers.quantized_bytes(16) == layers.weights() * 4 // 8 + layers.weights() // 32 * 2
+    assert layers.quantized_bytes(CompressedTensors("float16")) == layers.weights() * 9 // 16 + 16 * 12
 
 
 def test_the_strategy_follows_the_free_memory(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,13 +241,13 @@ def test_a_method_that_needs_calibration_refuses_to_go_without(models: dict[str,
 
 def test_devices() -> None:
     assert resolve_device("cpu") == torch.device("cpu")
-    with pytest.raises(QuantizationError, match="'gpu' is not a device"):
+    with pytest.raises(QuantkitError, match="'gpu' is not a device"):
         resolve_device("gpu")
-    with pytest.raises(QuantizationError, match="not on 'mps'"):
+    with pytest.raises(QuantkitError, match="not on 'mps'"):
         resolve_device("mps")
     if not torch.cuda.is_available():
         assert resolve_device("auto") == torch.device("cpu")
-        with pytest.raises(QuantizationError, match="device cuda is not available"):
+        with pytest.raises(QuantkitError, match="device cuda is not available"):
             resolve_device("cuda")
 
 
@@ -319,4 +321,4 @@ def test_a_manifest_reaches_into_folders(tmp_path: Path) -> None:
     write_manifest(tmp_path, {"schema": 1})
     assert list(read_json(tmp_path / MANIFEST)["files"]) == ["deep/file"]
     assert is_whole(tmp_path)
-    assert Origin(tmp_path, None).runs_code is False
+    assert Origin(tmp_path, "float32", None).runs_code is False

@@ -39,12 +39,14 @@ RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 SECTIONS: dict[str, type[BaseModel]] = {
     "Top level": recipe.Recipe,
     "model": recipe.ModelSpec,
+    "merge": recipe.MergeSpec,
     "calibration": recipe.CalibrationSpec,
     "variants": recipe.VariantSpec,
     "evaluation": recipe.EvaluationSpec,
     "texts": recipe.TextSpec,
     "report": recipe.ReportSpec,
 }
+DATA_FOLDERS = ("calib_data", "eval_data", "report/templates", "estimation/configs")
 COMMANDS: dict[str, Any] = getattr(typer.main.get_command(app), "commands")  # noqa: B009 - of click's Group
 
 
@@ -94,7 +96,7 @@ def test_every_command_is_one_that_the_command_line_understands(page: Path) -> N
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_in_running_text_exist(page: Path) -> None:
-    for found in re.findall(r"`quantkit ([a-z]+)[^`]*`", prose(page)):
+    for found in re.findall(r"`quantkit ([a-z-]+)[^`]*`", prose(page)):
         assert found in COMMANDS
 
 
@@ -255,7 +257,7 @@ def test_the_page_on_the_report_has_every_metric_of_a_gate() -> None:
 
 def test_every_format_is_named() -> None:
     for name in FORMATS.names():
-        assert f"`{name}`" in text_of("docs/methods.md")
+        assert f"`{name}`" in text_of("docs/formats.md")
         assert f"`{name}`" in text_of("README.md")
 
 
@@ -263,10 +265,10 @@ def test_every_format_is_named() -> None:
 
 
 def listed_files() -> set[str]:
-    """The paths of the README's list; a folder stands for its ``__init__.py``."""
+    """The paths of the list; a folder stands for its ``__init__.py``."""
     folders: list[str] = []
     found = set()
-    for line in textwrap.dedent(blocks(ROOT / "README.md", "text")[0]).splitlines():
+    for line in textwrap.dedent(blocks(ROOT / "docs" / "files.md", "text")[0]).splitlines():
         name = line.split()[0]
         depth = (len(line) - len(line.lstrip())) // 4
         folders[depth:] = [name]
@@ -274,9 +276,9 @@ def listed_files() -> set[str]:
     return found
 
 
-def test_the_readme_lists_every_file_of_the_package_and_no_other() -> None:
+def test_every_file_of_the_package_is_listed_and_no_other() -> None:
     present = {path.relative_to(ROOT).as_posix() for path in (ROOT / "quantkit").rglob("*.py")}
-    data = {f"quantkit/{folder}/__init__.py" for folder in ("calib_data", "eval_data", "report/templates")}
+    data = {f"quantkit/{folder}/__init__.py" for folder in DATA_FOLDERS}
     assert listed_files() - data == present
 
 

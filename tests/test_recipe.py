@@ -143,7 +143,7 @@ MISTAKES: dict[str, tuple[dict[Any, Any], str]] = {
     "a group size of zero": (variant(group_size=0), "variants[0]: group_size 0 is not positive (use -1"),
     "a method": (variant(method="gtpq"), "variants[0].method: unknown method 'gtpq' (did you mean 'gptq'?"),
     "a method that is a number": (variant(method=3), "variants[0].method: must be text, not 3"),
-    "a format": (variant(format="gguff"), "variants[0].format: unknown format 'gguff' (known: "),
+    "a format": (variant(format="gguff"), "variants[0].format: unknown format 'gguff' (did you mean 'gguf'?"),
     "a metric": (recipe(evaluation={"metrics": ["perplexty"]}), "metrics[0]: 'perplexty' is not allowed (did you mean"),
     "a text": (recipe(evaluation={"texts": ["proze"]}), "texts[0]: unknown text 'proze': did you mean 'prose'?"),
     "a text of two origins": (
@@ -157,7 +157,15 @@ MISTAKES: dict[str, tuple[dict[Any, Any], str]] = {
     ),
     "a device": (recipe(evaluation={"device": "gpu"}), "evaluation.device: 'gpu' is not a device: use auto, cpu"),
     "a report format": (recipe(report={"formats": ["pdf"]}), "report.formats[0]: 'pdf' is not allowed"),
-    "an adapter": (recipe(model={"source": "x", "adapter": "y"}), "model.adapter: this version does not merge adapt"),
+    "an adapter's weight": (
+        recipe(model={"source": "x", "adapter": {"source": "y", "weight": 0}}),
+        "model.adapter[0].weight: an adapter of weight 0 changes nothing",
+    ),
+    "a merge of nothing": (recipe(merge={"base": "nf4"}), "section 'merge' has no meaning without model.adapter"),
+    "a merge compared with itself": (
+        recipe(model={"source": "x", "adapter": "y"}, merge={"compare": "original"}),
+        "merge: compare is the base that is merged into anyway (original)",
+    ),
     "an ignore pattern": (variant(ignore=["("]), "variants[0].ignore: '(' is not a regular expression: missing )"),
     "an override pattern": (variant(overrides={"*": {"bits": 8}}), "variants[0].overrides: '*' is not a regular expr"),
     "a gate": (recipe(gates=["kl is small"]), "gate 'kl is small' is not a condition (write PATH <= NUMBER"),

@@ -12,11 +12,11 @@ from quantkit.artifacts import file_sha256
 from quantkit.checkpoint import CheckpointReader
 from quantkit.engine.passes import Pass
 from quantkit.errors import QuantizationError
-from quantkit.evaluation.loading import load_model
 from quantkit.methods.gptq import Gptq
 from quantkit.methods.hqq import Hqq
 from quantkit.quantization import Job, Quantized, Wanted, quantize, quantize_together, walks
 from quantkit.recipe import VariantSpec
+from tests.runs import load_model
 from tests.tiny import make_model, tiny_rows
 
 INT4 = {"group_size": 32}
@@ -55,7 +55,7 @@ def together(job: Job, out: Path, names: list[str]) -> dict[str, Quantized | Exc
 
 
 def loaded(folder: Path) -> Any:
-    return load_model(folder, device=torch.device("cpu"), loader="reference")
+    return load_model(folder, "reference")
 
 
 @pytest.fixture(scope="module")

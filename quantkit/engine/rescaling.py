@@ -44,8 +44,13 @@ class Rescaler:
     _scalings: dict[str, Scaling] = field(default_factory=dict)
     _folds: list[Fold] = field(default_factory=list)
 
-    def find(self, segment: Segment, inputs: Sequence[Sequence[str]], run: Callable[[], Any]) -> list[Fold]:
-        """Where the inputs of a segment can be scaled; what held in the last segment is tried first.
+    @property
+    def found(self) -> bool:
+        """Whether some input of the segment can be scaled."""
+        return bool(self._folds)
+
+    def find(self, segment: Segment, inputs: Sequence[Sequence[str]], run: Callable[[], Any]) -> None:
+        """Find where the inputs of a segment can be scaled; what held in the last segment is tried first.
 
         Args:
             segment: with its weights.
@@ -57,13 +62,11 @@ class Rescaler:
         same = bool(self._folds) and all(list(fold.readers) in relative for fold in self._folds)
         if not (same and finder.confirms(self._folds)):
             self._folds = finder.find()
-        return self._folds
 
-    def choose(
-        self, task: Task, segment: Segment, folds: Sequence[Fold], statistics: Mapping[str, InputStatistics]
-    ) -> None:
+    def choose(self, task: Task, segment: Segment, statistics: Mapping[str, InputStatistics]) -> None:
         """Have a task choose its factors in a segment from the statistics of each layer's input."""
-        self._scalings[task.name] = choose_scaling(task, segment.prefix, folds, self.originals.weight, statistics)
+        weight = self.originals.weight
+        self._scalings[task.name] = choose_scaling(task, segment.prefix, self._folds, weight, statistics)
 
     def of(self, task: Task) -> Scaling:
         """The factors of a task; none where it chose none."""

@@ -8,6 +8,7 @@ from typing import Protocol
 
 import torch
 
+from quantkit.engine.ordering import solve
 from quantkit.errors import QuantizationError
 from quantkit.methods.base import InputStatistics, Method, Solution
 from quantkit.schemes import QuantizedWeight, Scheme
@@ -92,7 +93,7 @@ def solve_group(
     for names, scheme in _stacks(task, list(weights)):
         stacked = torch.cat([weights[name] for name in names]) if len(names) > 1 else weights[names[0]]
         try:
-            solution = method.quantize(stacked, statistics, scheme, task.scale_dtype)
+            solution = solve(method, stacked, statistics, scheme, task.scale_dtype)
         except QuantizationError as error:
             raise QuantizationError(f"{task.name}: {names[0]}: {error.problem}", error.remedy) from error
         start = 0

@@ -9,26 +9,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from quantkit.devices import device_name, resolve_device
 from quantkit.errors import EvaluationError
 from quantkit.evaluation.job import EvaluationJob, Progress
-from quantkit.evaluation.loading import (
-    Loader,
-    choose_loader,
-    load_config,
-    load_model,
-    load_tokenizer,
-    resolve_device,
-    resolve_dtype,
-)
-from quantkit.evaluation.memory import MemoryWatch, checkpoint_bytes, device_name
+from quantkit.evaluation.memory import MemoryWatch, checkpoint_bytes
 from quantkit.evaluation.reference import TextReader, check_reference, prepare_folder, text_writer, write_index
 from quantkit.evaluation.scoring import TextScore, score
-from quantkit.evaluation.speed import dtype_name, forward, measure_speed
+from quantkit.evaluation.speed import NEW_TOKENS, PROMPT_TOKENS, measure_speed
 from quantkit.evaluation.texts import load_text
 from quantkit.evaluation.windows import Windows, cut
+from quantkit.runtimes._checkpoint import load_config, load_tokenizer
+from quantkit.runtimes._choice import choose_runtime
+from quantkit.runtimes.base import LoadedModel, LoadOptions, Runtime
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedConfig
 
 
 def evaluate(job: EvaluationJob, progress: Progress) -> dict[str, Any]:
@@ -40,9 +35,9 @@ def evaluate(job: EvaluationJob, progress: Progress) -> dict[str, Any]:
     Returns:
         ``metrics``: ``perplexity``, ``kl_divergence`` (``mean``, ``stderr``, ``median``, ``p99``) and
         ``top1_agreement``, each by text; ``texts``: how each was cut, its token ids' hash and sums;
-        ``size_bytes``; ``loaded_by``, ``transformers`` or ``reference``; ``memory`` and ``speed``, None where the
-        job does not ask, and for a model that the reference decoder loaded those of float weights, which
-        ``memory.weights_are`` says; ``seconds``; ``environment``.
+        ``size_bytes``; ``loaded_by``, the runtime's name; ``memory`` and ``speed``, None where the job does not ask,
+        and for a model that the reference decoder loaded those of float weights, which ``memory.weights_are`` says;
+        ``seconds``; ``environment``.
 
     Raises:
         EvaluationError: the checkpoint cannot be loaded, a text is too short, logits are NaN, tokens differ
@@ -52,17 +47,18 @@ def evaluate(job: EvaluationJob, progress: Progress) -> dict[str, Any]:
     """
     started = time.perf_counter()
     device = resolve_device(job.spec.device)
-    loader = choose_loader(job.checkpoint, job.spec.loader, resolve_dtype(job.spec.dtype, device))
+    options = _load_options(job, device)
+    runtime = choose_runtime(job.checkpoint, job.spec.loader, options.dtype)
     windows = _cut_texts(job, progress)
     config = load_config(job.checkpoint, trust_remote_code=job.trust_remote_code)
     _check_job(job, config, windows)
     with _memory_errors(device):
         watch = MemoryWatch(device)
-        model = _load(job, loader, device, progress)
+        model = _load(job, runtime, options, progress)
         watch.loaded(model)
         memory, speed = _run_once(job, model, next(iter(windows.values())), watch)
         if memory is not None:
-            memory["weights_are"] = "decoded to float" if loader == "reference" else "as loaded by transformers"
+            memory["weights_are"] = f"as loaded by {runtime.name}" if runtime.packed else "decoded to float"
         scores = {name: _score_text(job, model, text, progress) for name, text in windows.items()}
     if job.writes_reference and job.reference is not None:
         write_index(job.reference, windows, config.vocab_size)
@@ -70,7 +66,7 @@ def evaluate(job: EvaluationJob, progress: Progress) -> dict[str, Any]:
         "metrics": _metrics(job, scores),
         "texts": {name: {**text.facts(), **_sums(scores[name])} for name, text in windows.items()},
         "size_bytes": checkpoint_bytes(job.checkpoint),
-        "loaded_by": loader,
+        "loaded_by": runtime.name,
         "memory": memory,
         "speed": speed,
         "seconds": time.perf_counter() - started,
@@ -114,36 +110,45 @@ def _check_job(job: EvaluationJob, config: PreTrainedConfig, windows: Mapping[st
         check_reference(job.reference, windows, vocabulary)
 
 
-def _load(job: EvaluationJob, loader: Loader, device: torch.device, progress: Progress) -> PreTrainedModel:
+def _load_options(job: EvaluationJob, device: torch.device) -> LoadOptions:
+    """On a CPU ``auto`` computes in float32, and on CUDA in the checkpoint's own dtype."""
+    own = "float32" if device.type == "cpu" else None
+    return LoadOptions(
+        device=str(device),
+        dtype=own if job.spec.dtype == "auto" else job.spec.dtype,
+        context_length=max(job.spec.context_length, PROMPT_TOKENS + NEW_TOKENS),
+        trust_remote_code=job.trust_remote_code,
+    )
+
+
+def _load(job: EvaluationJob, runtime: type[Runtime], options: LoadOptions, progress: Progress) -> LoadedModel:
     progress("load", 0, 1)
-    trusted = job.trust_remote_code
-    model = load_model(job.checkpoint, device=device, dtype=job.spec.dtype, trust_remote_code=trusted, loader=loader)
+    model = runtime.load(job.checkpoint, options)
     progress("load", 1, 1)
     return model
 
 
 def _run_once(
-    job: EvaluationJob, model: PreTrainedModel, text: Windows, watch: MemoryWatch
+    job: EvaluationJob, model: LoadedModel, text: Windows, watch: MemoryWatch
 ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
     """Run the model as a server would, and take its memory and speed; None for what the job does not ask."""
     memory = speed = None
     if "speed" in job.spec.metrics:
         speed = measure_speed(model, text.ids[0])
     if "memory" in job.spec.metrics:
-        forward(model, text.ids[:1].to(model.device))
+        model.prefill(text.ids[0])
         memory = watch.figures(model)
     return memory, speed
 
 
-def _score_text(job: EvaluationJob, model: PreTrainedModel, text: Windows, progress: Progress) -> TextScore:
+def _score_text(job: EvaluationJob, model: LoadedModel, text: Windows, progress: Progress) -> TextScore:
     def on_window(done: int, total: int) -> None:
         progress(text.name, done, total)
 
     with ExitStack() as stack:
         writer = reader = None
         if job.writes_reference and job.reference is not None:
-            vocabulary = model.config.get_text_config().vocab_size
-            writer = stack.enter_context(text_writer(job.reference, text, vocabulary))
+            writer = stack.enter_context(text_writer(job.reference, text, model.vocabulary))
         elif job.compares and job.reference is not None:
             reader = TextReader(job.reference, text)
         return score(model, text, reference=reader, writer=writer, on_window=on_window)
@@ -169,14 +174,12 @@ def _sums(text: TextScore) -> dict[str, Any]:
     return sums if text.kl is None else {**sums, "stderr_over": text.kl.stderr_over}
 
 
-def _environment(model: PreTrainedModel) -> dict[str, Any]:
-    import transformers
-
+def _environment(model: LoadedModel) -> dict[str, Any]:
     return {
         "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "device": device_name(model.device),
-        "dtype": dtype_name(model),
+        **model.facts(),
+        "device": model.device,
+        "dtype": model.dtype,
         "threads": torch.get_num_threads(),
     }
 

@@ -2,33 +2,29 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psutil
 import torch
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from quantkit.devices import device_name
+from quantkit.exports import IMATRIX
+from quantkit.runtimes.base import LoadedModel
+
+WEIGHTS = ("*.safetensors", "*.gguf")
+"""The files that hold weights."""
 
 
-def checkpoint_bytes(folder: Path) -> int:
-    """Bytes of all safetensors files directly in a folder."""
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-
-
-def resident_bytes(model: PreTrainedModel) -> int:
-    """Bytes of the storages behind all parameters and buffers; what is shared counts once."""
-    storages = {
-        (tensor.device, tensor.untyped_storage().data_ptr()): tensor.untyped_storage().nbytes()
-        for tensor in itertools.chain(model.parameters(), model.buffers())
-        if tensor.device.type != "meta"
-    }
-    return sum(storages.values())
+def checkpoint_bytes(path: Path) -> int:
+    """Bytes of a file, or of all files with weights directly in a folder."""
+    if path.is_file():
+        return path.stat().st_size
+    files = (file for pattern in WEIGHTS for file in path.glob(pattern) if file.name != IMATRIX)
+    return sum(file.stat().st_size for file in files)
 
 
 class MemoryWatch:
@@ -50,11 +46,11 @@ class MemoryWatch:
         self._baseline = _used_bytes(device)
         self._loaded = 0
 
-    def loaded(self, model: PreTrainedModel) -> None:
+    def loaded(self, model: LoadedModel) -> None:
         """Note the weights as they were loaded, before any forward pass."""
-        self._loaded = resident_bytes(model)
+        self._loaded = model.weights_bytes()
 
-    def figures(self, model: PreTrainedModel) -> dict[str, Any]:
+    def figures(self, model: LoadedModel) -> dict[str, Any]:
         """All figures, after the model has run.
 
         Returns:
@@ -64,7 +60,7 @@ class MemoryWatch:
         """
         figures: dict[str, Any] = {
             "weights_bytes": self._loaded,
-            "weights_bytes_running": resident_bytes(model),
+            "weights_bytes_running": model.weights_bytes(),
             "peak_bytes": _peak_bytes(self._device),
             "peak_kind": "CUDA allocator" if self._device.type == "cuda" else "RSS",
             "baseline_bytes": self._baseline,
@@ -73,11 +69,6 @@ class MemoryWatch:
         if self._device.type == "cuda":
             figures["process_bytes"] = _nvml_process_bytes(self._device)
         return figures
-
-
-def device_name(device: torch.device) -> str:
-    """``cpu``, or the name of the GPU."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _used_bytes(device: torch.device) -> int:

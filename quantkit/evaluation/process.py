@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
-import signal
 import subprocess
 import sys
 import tempfile
@@ -13,11 +11,11 @@ from pathlib import Path
 from typing import IO, Any
 
 from quantkit.artifacts import read_json, translated_os_errors, write_json
-from quantkit.errors import EvaluationError, QuantkitError
+from quantkit.errors import EvaluationError
 from quantkit.evaluation.job import EvaluationJob, Progress
+from quantkit.processes import last_line, restored_error, signal_name
 
 RESULT_FILE = "result.json"
-LONGEST_LOG_LINE = 300
 
 
 def run_job(job: EvaluationJob, *, log: Path, on_progress: Progress | None = None) -> dict[str, Any]:
@@ -92,11 +90,11 @@ def _outcome(status: int, result_file: Path, job: EvaluationJob, log: Path) -> d
     """The result that the process left, or the error that says why there is none."""
     result: dict[str, Any] | None = read_json(result_file) if result_file.exists() else None
     if result is not None and "error" in result:
-        raise _restored_error(**result["error"])
-    last = _last_line(log)
+        raise restored_error(**result["error"])
+    last = last_line(log)
     if status < 0:
         raise EvaluationError(
-            f"scoring {job.checkpoint} was killed by {_signal_name(-status)}; last line of its log: {last}",
+            f"scoring {job.checkpoint} was killed by {signal_name(-status)}; last line of its log: {last}",
             _remedy_for_signal(-status, log),
         )
     if status != 0:
@@ -111,30 +109,10 @@ def _outcome(status: int, result_file: Path, job: EvaluationJob, log: Path) -> d
     return result
 
 
-def _restored_error(kind: str, problem: str, remedy: str) -> QuantkitError:
-    """The error that the process raised, with its class and text."""
-    classes = {cls.__name__: cls for cls in QuantkitError.__subclasses__()}
-    cls = classes.get(kind, QuantkitError)
-    error = cls.__new__(cls)  # a subclass may take other arguments than problem and remedy
-    QuantkitError.__init__(error, problem, remedy)
-    return error
-
-
-def _signal_name(number: int) -> str:
-    return {member.value: member.name for member in signal.Signals}.get(number, f"number {number}")
-
-
 def _remedy_for_signal(number: int, log: Path) -> str:
-    if _signal_name(number) != "SIGKILL":
+    if signal_name(number) != "SIGKILL":
         return f"the whole log is {log}"
     return (
         "the system most likely ran out of memory: free some, lower evaluation.context_length, or choose an"
         f" evaluation.dtype of 16 bits; the whole log is {log}"
     )
-
-
-def _last_line(log: Path) -> str:
-    """The last line of the log that holds something; progress bars and colours are taken out."""
-    text = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", log.read_text(encoding="utf-8", errors="replace"))
-    lines = [line.strip() for line in re.split(r"[\r\n]", text) if line.strip()]
-    return lines[-1][:LONGEST_LOG_LINE] if lines else "(the log is empty)"

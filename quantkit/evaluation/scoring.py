@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,9 +12,7 @@ from quantkit.errors import EvaluationError
 from quantkit.evaluation.divergence import Summary, summarize
 from quantkit.evaluation.reference import TextReader, TextWriter
 from quantkit.evaluation.windows import Windows
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from quantkit.runtimes.base import LoadedModel
 
 CHUNK_ELEMENTS = 1 << 21
 """Logits handled at once: 8 MB of float32, which a CPU's caches still hold from one pass to the next."""
@@ -48,7 +45,7 @@ class TextScore:
 
 @torch.inference_mode()
 def score(
-    model: PreTrainedModel,
+    model: LoadedModel,
     windows: Windows,
     *,
     reference: TextReader | None = None,
@@ -60,7 +57,7 @@ def score(
     One window's logits are in memory at a time, and few rows of them more than once.
 
     Args:
-        model: in evaluation mode, on its device.
+        model: as a runtime has loaded it.
         windows: the text.
         reference: the float model's distributions on the same windows, to compare with.
         writer: receives this model's distributions, to be compared with.
@@ -73,8 +70,8 @@ def score(
     count, rows = windows.ids.shape[0], windows.scored_per_window
     tally = _Tally(windows)
     for window, ids in enumerate(windows.ids):
-        ids = ids.to(model.device)
-        logits = model(input_ids=ids.unsqueeze(0), use_cache=False).logits[0, :-1]
+        logits = model.logits(ids)[:-1]
+        ids = ids.to(logits.device)
         _check_width(logits.shape[-1], reference, writer)
         step = max(1, CHUNK_ELEMENTS // logits.shape[-1])
         for start in range(0, rows, step):

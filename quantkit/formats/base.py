@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from quantkit.errors import SchemeError
 from quantkit.schemes import QuantizedWeight, Scheme
 
 if TYPE_CHECKING:
     import torch
+
+    from quantkit.checkpoint import CheckpointReader
+
+Container = Literal["safetensors", "gguf"]
+PackedShapes = dict[str, tuple[str, tuple[int, ...]]]
+"""By suffix, a tensor's dtype as torch names it and its shape."""
+BYTES = {
+    **dict.fromkeys(("uint8", "int8", "float8_e4m3fn"), 1),
+    **dict.fromkeys(("float16", "bfloat16"), 2),
+    **dict.fromkeys(("int32", "float32"), 4),
+    "int64": 8,
+}
+"""By the name of a dtype, the bytes of one value."""
 
 
 class Format(ABC):
@@ -27,6 +41,10 @@ class Format(ABC):
         native: whether transformers loads it, with these packages.
         fused: names of layers beside each other that runtimes load as one matrix, so that they must agree in scheme.
         embeddings: whether it stores a quantized input embedding, in the schemes of :meth:`check_embedding`.
+        optional_suffixes: of tensors that files of other tools may lack.
+        shares_head: whether a quantized input embedding can be the output head as well, where a model ties them.
+        beside: suffixes of tensors that :meth:`pack` gives and the weight does not need; they count for nothing.
+        container: a folder of safetensors that transformers could read, or one GGUF file.
     """
 
     name: ClassVar[str]
@@ -36,6 +54,10 @@ class Format(ABC):
     native: ClassVar[bool] = True
     fused: ClassVar[tuple[tuple[str, ...], ...]] = ()
     embeddings: ClassVar[bool] = False
+    optional_suffixes: ClassVar[tuple[str, ...]] = ()
+    shares_head: ClassVar[bool] = False
+    beside: ClassVar[tuple[str, ...]] = ()
+    container: ClassVar[Container] = "safetensors"
 
     @classmethod
     @abstractmethod
@@ -82,9 +104,52 @@ class Format(ABC):
         """
 
     @classmethod
+    def check_layer(cls, scheme: Scheme, out_features: int, in_features: int) -> None:
+        """Refuse a layer whose shape this format cannot store in a scheme that it takes.
+
+        Raises:
+            SchemeError: with the way out.
+        """
+
+    @classmethod
     def computes_in(cls, schemes: Collection[Scheme]) -> tuple[str, ...]:
         """The dtypes in which transformers runs a checkpoint with these schemes."""
         return ("float32", "float16", "bfloat16")
+
+    @classmethod
+    def scale_dtype(cls, dtype: str) -> str:
+        """The dtype in which scales are solved and stored, for a float model of ``dtype``."""
+        return dtype
+
+    def fitted(self, weight: QuantizedWeight) -> QuantizedWeight:
+        """The nearest weight that this format can hold; most hold any of the schemes that they take.
+
+        It decodes to exactly what :meth:`unpack` of :meth:`pack` decodes to.
+        """
+        return weight
+
+    @classmethod
+    def reads(cls, config: Mapping[str, Any]) -> bool:
+        """Whether a checkpoint with this ``quantization_config`` is of this format, whoever wrote it."""
+        return False
+
+    @classmethod
+    def for_config(cls, config: Mapping[str, Any], dtype: str) -> Format:
+        """What unpacks a checkpoint with this ``quantization_config`` and float tensors of ``dtype``."""
+        return cls(dtype)
+
+    @classmethod
+    def schemes_in(cls, config: Mapping[str, Any], reader: CheckpointReader) -> dict[str, Scheme]:
+        """The packed layers of a checkpoint that anybody wrote, by full name, with their schemes.
+
+        Args:
+            config: its ``quantization_config``.
+            reader: its tensors.
+
+        Raises:
+            CheckpointError: config and tensors do not fit each other, or the file has what quantkit does not read.
+        """
+        raise NotImplementedError(f"format {cls.name} reads only what quantkit wrote")
 
     @abstractmethod
     def pack(self, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
@@ -95,12 +160,25 @@ class Format(ABC):
         """The inverse of :meth:`pack`, from tensors as they were read from disk."""
 
     @abstractmethod
+    def packed_shapes(self, scheme: Scheme, out_features: int, in_features: int) -> PackedShapes:
+        """The tensors that :meth:`pack` gives for a layer, told by arithmetic alone; not those of :attr:`beside`."""
+
+    def layer_bytes(self, scheme: Scheme, out_features: int, in_features: int) -> int:
+        """Bytes of these tensors."""
+        found = self.packed_shapes(scheme, out_features, in_features)
+        return sum(BYTES[dtype] * math.prod(shape) for dtype, shape in found.values())
+
+    @abstractmethod
     def layer_suffixes(self, scheme: Scheme) -> tuple[str, ...]:
         """The suffixes that :meth:`pack` uses for a scheme."""
 
     @abstractmethod
     def quantization_config(self, layers: Mapping[str, Scheme | None]) -> dict[str, Any]:
         """``quantization_config`` of ``config.json``; layers that stay float map to None."""
+
+    def extra_files(self, layers: Mapping[str, Scheme | None]) -> dict[str, str]:
+        """Further files of a checkpoint, name to text, besides ``config.json``."""
+        return {}
 
     def remarks(self, schemes: Collection[Scheme]) -> tuple[str, ...]:
         """What someone who loads a checkpoint with these schemes should know."""

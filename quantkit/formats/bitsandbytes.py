@@ -1,50 +1,42 @@
-"""bitsandbytes, 4 bits: what transformers writes for NF4 and FP4 and loads with bitsandbytes.
+"""bitsandbytes: what transformers writes for NF4, FP4 and LLM.int8 and loads with bitsandbytes.
 
-Two codes lie in a byte, the first in its upper half, in the order of the weight's rows. Beside them lie the scales
-(``absmax``, of 8 bits under double quantization, with their own float32 scales ``nested_absmax``), the tables of both
-(``quant_map``, ``nested_quant_map``), and as JSON in a tensor of bytes (``quant_state``) the rest: the shape, the
-block sizes and the offset of the scales. See ``QuantState`` in https://github.com/bitsandbytes-foundation/bitsandbytes
-and ``BitsAndBytesConfig`` in transformers. The tables and the JSON make up 1.3 kB for each layer.
+See ``BitsAndBytesConfig`` in transformers, and :mod:`quantkit.formats._bitsandbytes` for the tensors.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
-from quantkit.errors import CheckpointError, SchemeError
+from quantkit.errors import SchemeError
 from quantkit.formats import FORMATS
-from quantkit.formats.base import Format
+from quantkit.formats._bitsandbytes import layout_of
+from quantkit.formats.base import Format, PackedShapes
 from quantkit.schemes import QuantizedWeight, Scheme
-from quantkit.schemes.codebook import NESTED_BLOCK, CodebookScheme
 
 if TYPE_CHECKING:
     import torch
 
-ON_CPU = (
-    "bitsandbytes: on a CPU with AVX512-BF16 its layers compute in bfloat16 with scales in bfloat16, whatever the "
-    "model's dtype, and a layer whose output features are no multiple of 32 fails; GPUs and other CPUs do neither"
-)
+    from quantkit.checkpoint import CheckpointReader
 
 
 @FORMATS.register
 class BitsAndBytes(Format):
-    """The 4-bit layout of bitsandbytes.
+    """The layouts of bitsandbytes.
 
-    Layers compute in the dtype of the float model.
+    4-bit layers compute in the dtype of the float model.
     """
 
     name = "bitsandbytes"
-    summary = "nf4 and fp4, one scheme for all layers"
+    summary = "nf4, fp4 and int8 with rounded inputs, one scheme for all layers"
     runtimes = ("transformers", "vllm")
     requires = ("accelerate", "bitsandbytes")
     fused = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
     @classmethod
     def check(cls, scheme: Scheme) -> None:
-        """Refuse what is not a codebook."""
-        _codebook(scheme)
+        """Refuse what has no layout."""
+        layout_of(scheme)
 
     @classmethod
     def check_together(cls, schemes: Collection[Scheme]) -> None:
@@ -57,63 +49,58 @@ class BitsAndBytes(Format):
 
     @classmethod
     def computes_in(cls, schemes: Collection[Scheme]) -> tuple[str, ...]:
-        """On CPUs its layers compute in bfloat16 even in a float32 model."""
-        return ("float16", "bfloat16")
+        """On CPUs 4-bit layers compute in bfloat16 even in a float32 model; int8 ones give the model's dtype."""
+        dtypes = [layout_of(scheme).computes_in for scheme in schemes]
+        return min(dtypes, key=len, default=super().computes_in(schemes))
+
+    @classmethod
+    def scale_dtype(cls, dtype: str) -> str:
+        """Scales are float32 in all layouts."""
+        return "float32"
+
+    def fitted(self, weight: QuantizedWeight) -> QuantizedWeight:
+        """The nearest scales that the layout holds."""
+        return layout_of(weight.scheme).fitted(weight)
+
+    @classmethod
+    def reads(cls, config: Mapping[str, Any]) -> bool:
+        """What says that it is of bitsandbytes, or as older files do, in how many bits it loads."""
+        return config.get("quant_method", "bitsandbytes") == "bitsandbytes" and bool(
+            config.get("load_in_4bit") or config.get("load_in_8bit")
+        )
+
+    @classmethod
+    def schemes_in(cls, config: Mapping[str, Any], reader: CheckpointReader) -> dict[str, Scheme]:
+        """The layers beside whose codes lie a 4-bit state or int8 scales."""
+        from quantkit.formats._bitsandbytes.reading import schemes_of
+
+        return schemes_of(reader)
 
     def pack(self, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
-        """Packed codes, scales, tables and state."""
-        import torch
-
-        scheme, codes = _codebook(weight.scheme), weight.codes.reshape(-1)
-        tensors = {
-            "weight": (codes[::2] << 4 | codes[1::2]).unsqueeze(1),
-            "weight.absmax": weight.parts.get("absmax", weight.scales).flatten(),
-            "weight.quant_map": torch.tensor(scheme.table, dtype=torch.float32),
-        }
-        state = {
-            "quant_type": scheme.kind,
-            "blocksize": scheme.group_size,
-            "dtype": self.dtype,
-            "shape": list(weight.codes.shape),
-        }
-        if scheme.double_quant:
-            from quantkit.numerics.lattices.codebook import dynamic_table
-
-            tensors["weight.nested_absmax"] = weight.parts["nested_absmax"]
-            tensors["weight.nested_quant_map"] = dynamic_table(torch.device("cpu")).clone()
-            state |= {
-                "nested_blocksize": NESTED_BLOCK,
-                "nested_dtype": "float32",
-                "nested_offset": float(weight.parts["nested_offset"]),
-            }
-        tensors[_state_suffix(scheme)] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
-        return tensors
+        """The tensors of the scheme's layout."""
+        return layout_of(weight.scheme).pack(weight, self.dtype)
 
     def unpack(self, tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> QuantizedWeight:
         """The inverse of :meth:`pack`.
 
         Raises:
-            CheckpointError: the state is not that of the scheme.
+            CheckpointError: the tensors are not those of the scheme.
         """
-        import torch
+        return layout_of(scheme).unpack(tensors)
 
-        from quantkit.numerics.lattices.codebook import nested_scales
+    def layer_shape(
+        self, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], torch.Tensor], scheme: Scheme
+    ) -> tuple[int, int]:
+        """See :class:`quantkit.exports.folder.TellsShapes`."""
+        return layout_of(scheme).size(shapes, read)
 
-        scheme = _codebook(scheme)
-        state, packed = _read_state(tensors[_state_suffix(scheme)], scheme), tensors["weight"]
-        codes = torch.cat([packed >> 4, packed & 15], dim=1).view(*state["shape"])
-        scales, parts = tensors["weight.absmax"].view(codes.shape[0], -1), {}
-        if scheme.double_quant:
-            offset = torch.tensor(state["nested_offset"], dtype=torch.float32)
-            parts = {"absmax": scales, "nested_absmax": tensors["weight.nested_absmax"], "nested_offset": offset}
-            scales = nested_scales(parts)
-        return QuantizedWeight(scheme, codes, scales, torch.zeros(scales.shape, dtype=torch.uint8), parts)
+    def packed_shapes(self, scheme: Scheme, out_features: int, in_features: int) -> PackedShapes:
+        """As the scheme's layout has them; under double quantization a few bytes of text depend on the weight."""
+        return layout_of(scheme).packed_shapes(out_features, in_features, self.dtype)
 
     def layer_suffixes(self, scheme: Scheme) -> tuple[str, ...]:
         """The suffixes of :meth:`pack`."""
-        scheme = _codebook(scheme)
-        nested = ("weight.nested_absmax", "weight.nested_quant_map") if scheme.double_quant else ()
-        return ("weight", "weight.absmax", "weight.quant_map", *nested, _state_suffix(scheme))
+        return layout_of(scheme).suffixes
 
     def quantization_config(self, layers: Mapping[str, Scheme | None]) -> dict[str, Any]:
         """One scheme for all layers, and the names of those that stay float.
@@ -121,18 +108,13 @@ class BitsAndBytes(Format):
         Raises:
             SchemeError: there are several schemes, or transformers would take a quantized layer for a float one.
         """
-        quantized = {name: _codebook(scheme) for name, scheme in layers.items() if scheme is not None}
-        scheme = _only(quantized)
+        quantized = {name: scheme for name, scheme in layers.items() if scheme is not None}
+        layout = layout_of(_only(quantized))
         skipped = [name for name in layers if name not in quantized]
         _check_skipped(skipped, quantized)
         return {
             "quant_method": "bitsandbytes",
-            "load_in_4bit": True,
-            "load_in_8bit": False,
-            "bnb_4bit_quant_type": scheme.kind,
-            "bnb_4bit_use_double_quant": scheme.double_quant,
-            "bnb_4bit_compute_dtype": self.dtype,
-            "bnb_4bit_quant_storage": "uint8",
+            **layout.config(self.dtype),
             "llm_int8_enable_fp32_cpu_offload": False,
             "llm_int8_has_fp16_weight": False,
             "llm_int8_skip_modules": skipped,
@@ -140,42 +122,13 @@ class BitsAndBytes(Format):
         }
 
     def remarks(self, schemes: Collection[Scheme]) -> tuple[str, ...]:
-        """What bitsandbytes does on some CPUs."""
-        return (ON_CPU,)
+        """What bitsandbytes does to inputs, and on some CPUs."""
+        return tuple(dict.fromkeys(layout_of(scheme).remark for scheme in schemes))
 
 
-def _codebook(scheme: Scheme) -> CodebookScheme:
-    if not isinstance(scheme, CodebookScheme):
-        raise SchemeError(
-            f"the bitsandbytes format does not store {scheme.describe()}",
-            "it stores the schemes nf4 and fp4; use format compressed-tensors for others",
-        )
-    return scheme
-
-
-def _state_suffix(scheme: CodebookScheme) -> str:
-    return f"weight.quant_state.bitsandbytes__{scheme.kind}"
-
-
-def _read_state(tensor: torch.Tensor, scheme: CodebookScheme) -> dict[str, Any]:
-    """The state of a layer, if it is one of ``scheme``."""
-    remedy = "the file is broken, or not one that quantkit wrote: quantize again"
-    expected = {"quant_type": scheme.kind, "blocksize": scheme.group_size}
-    if scheme.double_quant:
-        expected["nested_blocksize"] = NESTED_BLOCK
-    try:
-        state: dict[str, Any] = json.loads(bytes(tensor.tolist()))
-        found = {key: state[key] for key in expected}
-    except (ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"a quant_state of bitsandbytes cannot be read: {error!r}", remedy) from error
-    if found != expected:
-        raise CheckpointError(f"a quant_state of bitsandbytes is {found}, not {scheme.describe()}", remedy)
-    return state
-
-
-def _only(quantized: Mapping[str, CodebookScheme]) -> CodebookScheme:
+def _only(quantized: Mapping[str, Scheme]) -> Scheme:
     """The scheme of all layers."""
-    examples: dict[CodebookScheme, str] = {}
+    examples: dict[Scheme, str] = {}
     for name, scheme in quantized.items():
         examples.setdefault(scheme, name)
     if len(examples) > 1:

@@ -6,16 +6,19 @@ The package (https://github.com/vllm-project/compressed-tensors) has a sub-forma
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from quantkit.formats import FORMATS
 from quantkit.formats._compressed_tensors import Layout, embedding_layout_of, layout_of
-from quantkit.formats.base import Format
+from quantkit.formats.base import Format, PackedShapes
 from quantkit.schemes import Mxfp4Scheme, Nvfp4Scheme, QuantizedWeight, Scheme
 
 if TYPE_CHECKING:
     import torch
+
+    from quantkit.checkpoint import CheckpointReader
+    from quantkit.formats._compressed_tensors.reading import Group
 
 MIXED = "mixed-precision"
 """The ``format`` of a checkpoint whose groups have several."""
@@ -26,6 +29,9 @@ ASYMMETRIC = (
 FOUR_BIT_FLOATS = (
     "mxfp4 and nvfp4: compressed-tensors decodes them to bfloat16 whatever the model computes in, so that transformers "
     "needs dtype=torch.bfloat16 for them; in float32 its first forward pass fails"
+)
+KV_CACHE = (
+    "runtimes store the KV cache in 8 bits with scales of the file (kv_cache_scheme), which quantkit does not read"
 )
 EMBEDDING = "quantized input embedding: transformers loads it, vLLM does not"
 
@@ -55,6 +61,34 @@ class CompressedTensors(Format):
         """The same with the layouts of embeddings."""
         return _Embeddings(self.dtype)
 
+    @classmethod
+    def reads(cls, config: Mapping[str, Any]) -> bool:
+        """What says that it is of compressed-tensors."""
+        return config.get("quant_method") == cls.name
+
+    @classmethod
+    def for_config(cls, config: Mapping[str, Any], dtype: str) -> Format:
+        """Layouts as the config groups name them.
+
+        Raises:
+            CheckpointError: a group is broken, or has what quantkit does not read.
+        """
+        return _Described(config, dtype)
+
+    @classmethod
+    def schemes_in(cls, config: Mapping[str, Any], reader: CheckpointReader) -> dict[str, Scheme]:
+        """The layers that have packed codes, each with the scheme of the group that targets it."""
+        from quantkit.formats._compressed_tensors.reading import groups_in, layers_in
+
+        ignore = config.get("ignore") or ()
+        return layers_in(groups_in(config), map(str, ignore), reader)
+
+    def layer_shape(
+        self, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], torch.Tensor], scheme: Scheme
+    ) -> tuple[int, int]:
+        """See :class:`quantkit.exports.folder.TellsShapes`."""
+        return self._layout(scheme).size(shapes, read)
+
     def _layout(self, scheme: Scheme) -> Layout:
         return layout_of(scheme)
 
@@ -70,6 +104,10 @@ class CompressedTensors(Format):
     def unpack(self, tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> QuantizedWeight:
         """The inverse of :meth:`pack`."""
         return self._layout(scheme).unpack(tensors)
+
+    def packed_shapes(self, scheme: Scheme, out_features: int, in_features: int) -> PackedShapes:
+        """As the scheme's sub-format has them."""
+        return self._layout(scheme).packed_shapes(out_features, in_features, self.scale_dtype(self.dtype))
 
     def layer_suffixes(self, scheme: Scheme) -> tuple[str, ...]:
         """The suffixes of :meth:`pack`."""
@@ -119,6 +157,29 @@ class _Embeddings(CompressedTensors):
 
     def _layout(self, scheme: Scheme) -> Layout:
         return embedding_layout_of(scheme)
+
+
+class _Described(CompressedTensors):
+    """Unpacks a file of another tool by the groups of its config."""
+
+    def __init__(self, config: Mapping[str, Any], dtype: str) -> None:
+        from quantkit.formats._compressed_tensors.reading import groups_in
+
+        super().__init__(dtype)
+        self._groups: list[Group] = groups_in(config)
+        self._caches = config.get("kv_cache_scheme") is not None
+
+    def for_embeddings(self) -> Format:
+        """The same: groups say how an embedding is stored."""
+        return self
+
+    def remarks(self, schemes: Collection[Scheme]) -> tuple[str, ...]:
+        """Also what the groups ask of a runtime beyond the schemes."""
+        notes = [note for group in self._groups if group.scheme in schemes for note in group.notes]
+        return tuple(dict.fromkeys([*super().remarks(schemes), *notes, *([KV_CACHE] if self._caches else [])]))
+
+    def _layout(self, scheme: Scheme) -> Layout:
+        return next(group.layout for group in self._groups if group.scheme == scheme)
 
 
 def _common_format(groups: Mapping[str, Mapping[str, Any]]) -> str:

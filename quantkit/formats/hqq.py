@@ -9,16 +9,20 @@ bytes. See ``hqq/core/quantize.py`` and ``bitpack.py`` in https://github.com/dro
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import math
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from quantkit.errors import SchemeError
+from quantkit.errors import CheckpointError, SchemeError
 from quantkit.formats import FORMATS
-from quantkit.formats.base import Format
+from quantkit.formats.base import Format, PackedShapes
 from quantkit.schemes import IntScheme, QuantizedWeight, Scheme
 
 if TYPE_CHECKING:
     import torch
+
+    from quantkit.checkpoint import CheckpointReader
 
 PACKINGS = {1: ("1bit_u8", 8), 2: ("2bit_u8", 4), 3: ("3bit_32", 10), 4: ("4bit_u8", 2)}
 """By bits, hqq's name of the packing and how many codes it puts into a word."""
@@ -29,6 +33,11 @@ SUFFIXES = (
     "view_as_float", "quant_scale", "quant_zero", "offload_meta", "encoded_state_dict", "stores_quant_config",
     "channel_wise", "optimize", "round_zero",
 )  # fmt: skip
+FLAGS = {
+    **dict.fromkeys(("view_as_float", "quant_scale", "quant_zero", "offload_meta"), False),
+    **dict.fromkeys(("encoded_state_dict", "stores_quant_config", "channel_wise", "optimize"), True),
+}
+"""What describes every layer alike."""
 WHO_LOADS = (
     "hqq: transformers 4 (4.57 is tested) loads it with the package hqq and dtype=torch.float32, in which its layers "
     "compute whatever dtype is asked for; transformers 5, up to 5.23 at least, does not read the layers and leaves "
@@ -57,6 +66,35 @@ class HqqFormat(Format):
                 f"choose a group_size that {together} divides",
             )
 
+    @classmethod
+    def reads(cls, config: Mapping[str, Any]) -> bool:
+        """What says that it is of hqq."""
+        return config.get("quant_method") == "hqq"
+
+    @classmethod
+    def schemes_in(cls, config: Mapping[str, Any], reader: CheckpointReader) -> dict[str, Scheme]:
+        """The layers with ``W_q``, each as the numbers beside it say; zero points count as floats."""
+        layers = [name.removesuffix(".W_q") for name in reader.names() if name.endswith(".W_q")]
+        if not layers:
+            raise CheckpointError(
+                f"{reader.folder} says that it is quantized with hqq, and holds no packed layer",
+                "save it with transformers 4 and the package hqq",
+            )
+        return {layer: _scheme_in(layer, reader) for layer in layers}
+
+    def layer_shape(
+        self, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], torch.Tensor], scheme: Scheme
+    ) -> tuple[int, int]:
+        """See :class:`quantkit.exports.folder.TellsShapes`."""
+        rows, columns = (int(size) for size in read("shape"))
+        return rows, columns
+
+    def fitted(self, weight: QuantizedWeight) -> QuantizedWeight:
+        """Float zero points in the dtype of the scales."""
+        if _integer(weight.scheme).zeros == "int":
+            return weight
+        return replace(weight, zeros=weight.zeros.to(weight.scales.dtype))
+
     def pack(self, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
         """Packed codes, scales, zero points and what describes them.
 
@@ -66,15 +104,11 @@ class HqqFormat(Format):
         import torch
 
         scheme, (rows, columns) = _integer(weight.scheme), weight.codes.shape
-        packing, _ = _packing(scheme)
         flat = (1, -1) if scheme.axis == 0 else (-1, 1)
         numbers = {"nbits": scheme.bits, "group_size": scheme.columns_per_group(columns), "axis": scheme.axis}
-        word = "int32" if scheme.bits == 3 else "uint8"
         dtype = weight.scales.dtype
-        texts = {"packing": packing, "unpack_view_dtype": f"torch.{word}", "compute_dtype": str(dtype)}
-        flags = dict.fromkeys(("view_as_float", "quant_scale", "quant_zero", "offload_meta"), False)
-        flags |= dict.fromkeys(("encoded_state_dict", "stores_quant_config", "channel_wise", "optimize"), True)
-        flags["round_zero"] = scheme.zeros == "int"
+        texts = _texts(scheme, str(dtype))
+        flags = {**FLAGS, "round_zero": scheme.zeros == "int"}
         return {
             "W_q": _packed(_matrix(weight.codes, scheme), scheme, (rows, columns)),
             "scale": weight.scales.reshape(flat).contiguous(),
@@ -92,7 +126,8 @@ class HqqFormat(Format):
         found, (rows, columns) = _integer(scheme), (int(size) for size in tensors["shape"])
         size = found.columns_per_group(columns)
         cells = rows * columns // size
-        codes = _unpacked(tensors["W_q"], found)[: size if found.axis == 0 else cells]
+        words = tensors["W_q"].view(torch.int32 if found.bits == 3 else torch.uint8)
+        codes = _unpacked(words, found)[: size if found.axis == 0 else cells]
         layout = (cells, 1) if found.axis == 0 else (rows, columns // size)
         zeros = tensors["zero"].reshape(layout)
         return QuantizedWeight(
@@ -101,6 +136,26 @@ class HqqFormat(Format):
             tensors["scale"].reshape(layout),
             zeros if found.zeros == "float" else zeros.to(torch.uint8),
         )
+
+    def packed_shapes(self, scheme: Scheme, out_features: int, in_features: int) -> PackedShapes:
+        """Words of codes, a scale and a zero point for each cell, and what describes the layer."""
+        found = _integer(scheme)
+        size = found.columns_per_group(in_features)
+        cells = out_features * in_features // size
+        down, across = (size, cells) if found.axis == 0 else (cells, size)
+        words = (-(-down // _packing(found)[1]), across)
+        flat = (1, cells) if found.axis == 0 else (cells, 1)
+        dtype = self.scale_dtype(self.dtype)
+        texts = _texts(found, f"torch.{dtype}")
+        return {
+            "W_q": ("int32" if found.bits == 3 else "uint8", words),
+            "scale": (dtype, flat),
+            "zero": (dtype, flat),
+            "shape": ("int64", (2,)),
+            **dict.fromkeys(("nbits", "group_size", "axis"), ("int32", ())),
+            **{name: ("uint8", (len(text),)) for name, text in texts.items()},
+            **dict.fromkeys((*FLAGS, "round_zero"), ("uint8", ())),
+        }
 
     def layer_suffixes(self, scheme: Scheme) -> tuple[str, ...]:
         """The suffixes of :meth:`pack`."""
@@ -138,12 +193,18 @@ class HqqFormat(Format):
 
 
 def _integer(scheme: Scheme) -> IntScheme:
-    if isinstance(scheme, IntScheme) and scheme.activations is None:
+    if isinstance(scheme, IntScheme) and scheme.activations is None and not scheme.desc_act:
         return scheme
     raise SchemeError(
         f"the hqq format does not store {scheme.describe()}",
-        "it stores int schemes of 1 to 8 bits on either axis without activations; for others use compressed-tensors",
+        "it stores int schemes of 1 to 8 bits on either axis, without activations and desc_act; use compressed-tensors",
     )
+
+
+def _texts(scheme: IntScheme, dtype: str) -> dict[str, str]:
+    """What describes a layer in words, with scales of ``dtype``."""
+    word = "int32" if scheme.bits == 3 else "uint8"
+    return {"packing": _packing(scheme)[0], "unpack_view_dtype": f"torch.{word}", "compute_dtype": dtype}
 
 
 def _packing(scheme: IntScheme) -> tuple[str, int]:
@@ -185,3 +246,40 @@ def _unpacked(words: torch.Tensor, scheme: IntScheme) -> torch.Tensor:
     shifts = range(scheme.bits * (together - 1), -1, -scheme.bits)
     mask = scheme.levels - 1
     return torch.cat([(words >> shift & mask).to(torch.uint8) for shift in shifts])
+
+
+def _scheme_in(layer: str, reader: CheckpointReader) -> IntScheme:
+    """The scheme of a layer that the package hqq wrote, if its tensors have the sizes that go with it.
+
+    Raises:
+        CheckpointError: they have not, or its scales are quantized themselves.
+    """
+    remedy = "the file is broken, or of a version of hqq that quantkit does not know"
+
+    def numbers(suffix: str) -> list[float]:
+        return list(reader.read(f"{layer}.{suffix}").flatten().tolist())
+
+    if any(any(numbers(flag)) for flag in ("quant_scale", "quant_zero")):
+        raise CheckpointError(
+            f"{layer}: hqq has quantized its scales or zero points too, which quantkit does not read",
+            "quantize with quant_scale and quant_zero off, as hqq does by default",
+        )
+    try:
+        (bits,), (size,), (axis,), (rows, columns) = map(numbers, ("nbits", "group_size", "axis", "shape"))
+        along_rows = axis == 1 and size == columns
+        scheme = IntScheme(
+            int(bits), -1 if along_rows else int(size), symmetric=False, zeros="float", axis=1 if axis else 0
+        )
+        scheme.check_layer(int(rows), int(columns))
+    except (SchemeError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{layer}: hqq's description of it cannot be read: {error}", remedy) from error
+    weights, cells = int(rows * columns), int(rows * columns // size)
+    words = -(-(cells if axis else int(size)) // _packing(scheme)[1]) * (int(size) if axis else cells)
+    octets = words * (4 if scheme.bits == 3 else 1)
+    found = reader.nbytes(f"{layer}.W_q"), *(math.prod(reader.shape(f"{layer}.{name}")) for name in ("scale", "zero"))
+    if found != (octets, cells, cells):
+        raise CheckpointError(
+            f"{layer}: {weights} weights of {scheme.describe()} do not fit {found[0]} bytes and {found[1]} scales",
+            remedy,
+        )
+    return scheme

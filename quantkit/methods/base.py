@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
+from quantkit.errors import SchemeError
 from quantkit.schemes import QuantizedWeight, Scheme
 
 if TYPE_CHECKING:
@@ -132,8 +133,21 @@ class Method(ABC):
         """Refuse a scheme that this method cannot do.
 
         Raises:
-            SchemeError: with the schemes that it can.
+            SchemeError: with the schemes that it can, or the one method that can do this one.
         """
+        if scheme.orders_columns and cls.needs == frozenset():
+            raise SchemeError(
+                f"desc_act orders columns by their inputs, and method {cls.name} asks for no calibration",
+                "leave out desc_act, or use a method that is calibrated, such as gptq",
+            )
+        if scheme.quantizer not in (None, cls.name):
+            unquantized = scheme.quantizer == "none"
+            raise SchemeError(
+                f"method {cls.name} chooses codes, and {scheme.describe()} has none"
+                if unquantized
+                else f"only {scheme.quantizer}'s own quantizer chooses codes of {scheme.describe()}",
+                f"use method: {scheme.quantizer}",
+            )
 
     @classmethod
     def warnings(cls, scheme: Scheme) -> tuple[str, ...]:

@@ -67,6 +67,7 @@ class Hqq(Method):
     @classmethod
     def check(cls, scheme: Scheme) -> None:
         """Only integer schemes have zero points, or scales that are free to be fitted."""
+        super().check(scheme)
         _integer(scheme)
 
     @classmethod

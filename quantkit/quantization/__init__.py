@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from quantkit.quantization.export import MANIFEST
 from quantkit.quantization.job import Job, Quantized, Wanted, finished_variant, made_from
 from quantkit.quantization.plan import Layers, plan_layers
 from quantkit.quantization.stage import quantize, quantize_together, walks
+from quantkit.quantization.underway import card_facts
 
 __all__ = [
-    "MANIFEST",
     "Job",
     "Layers",
     "Quantized",
     "Wanted",
+    "card_facts",
     "finished_variant",
     "made_from",
     "plan_layers",

@@ -11,8 +11,7 @@ import torch
 
 from quantkit.artifacts import read_stage
 from quantkit.engine.walk import Feed
-from quantkit.errors import QuantizationError
-from quantkit.quantization.export import is_whole
+from quantkit.exports.manifest import is_whole
 from quantkit.recipe import VariantSpec
 
 STAGE = "quantize"
@@ -34,6 +33,7 @@ class Job:
         feed: see :class:`quantkit.recipe.CalibrationSpec`.
         device: ``auto`` is CUDA where there is one.
         trust_remote_code: run Python code that comes with the model.
+        hub: name and commit of the model on the hub, for one that comes from there.
     """
 
     source: Path
@@ -44,6 +44,7 @@ class Job:
     feed: Feed = "quantized"
     device: str = "auto"
     trust_remote_code: bool = False
+    hub: tuple[str, str | None] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,22 +87,3 @@ def finished_variant(out: Path, identity: dict[str, Any]) -> dict[str, Any] | No
     """The ``stage.json`` of a whole variant in ``out`` made from exactly ``identity``, or None."""
     finished = read_stage(out, STAGE, identity)
     return finished if finished is not None and is_whole(out) else None
-
-
-def resolve_device(wanted: str) -> torch.device:
-    """The device of a recipe; ``auto`` is CUDA where there is one.
-
-    Raises:
-        QuantizationError: the device is not there.
-    """
-    if wanted == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(wanted)
-    except RuntimeError as error:
-        raise QuantizationError(f"'{wanted}' is not a device", "use auto, cpu or cuda") from error
-    if device.type not in ("cpu", "cuda"):
-        raise QuantizationError(f"quantkit computes on cpu and cuda, not on '{wanted}'", "use auto, cpu or cuda")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise QuantizationError(f"device {wanted} is not available", "use auto or cpu")
-    return device

@@ -14,8 +14,9 @@ from quantkit.engine.skeleton import Skeleton
 from quantkit.engine.walk import Strategy
 from quantkit.errors import SchemeError
 from quantkit.formats import FORMATS
+from quantkit.formats.base import Format
 from quantkit.recipe import VariantSpec
-from quantkit.schemes import Scheme
+from quantkit.schemes import PlainScheme, Scheme
 
 SPARE_MEMORY = 0.5
 """Share of the free memory that paused activations may take."""
@@ -31,6 +32,7 @@ class Layers:
         fused: full names of quantized layers that runtimes of the variant's format load as one matrix.
         embedding: full name of the input embedding if it is quantized.
         tied: full names of the head and the embedding where the source gives both one weight.
+        cast: the dtype in which every float tensor is stored; None leaves each as it is.
     """
 
     schemes: Mapping[str, Scheme | None]
@@ -38,6 +40,7 @@ class Layers:
     fused: tuple[tuple[str, ...], ...] = ()
     embedding: str | None = None
     tied: tuple[str, ...] = ()
+    cast: str | None = None
 
     @property
     def linears(self) -> dict[str, Scheme | None]:
@@ -72,13 +75,12 @@ class Layers:
         """Number of weights in quantized layers."""
         return sum(rows * columns for rows, columns in (self.shapes[name] for name in self.quantized))
 
-    def quantized_bytes(self, scale_bits: int) -> int:
-        """Bytes of the quantized layers with scales of ``scale_bits``, but for rounding to whole words."""
-        bits = 0.0
-        for name, scheme in self.quantized.items():
-            rows, columns = self.shapes[name]
-            bits += rows * columns * scheme.bits_per_weight(columns, scale_bits, rows)
-        return round(bits / 8)
+    def quantized_bytes(self, store: Format) -> int:
+        """Bytes of the quantized layers as a format stores them; see :meth:`Format.packed_shapes`."""
+        return sum(
+            (store.for_embeddings() if name == self.embedding else store).layer_bytes(scheme, *self.shapes[name])
+            for name, scheme in self.quantized.items()
+        )
 
 
 def plan_layers(skeleton: Skeleton, variant: VariantSpec) -> Layers:
@@ -92,15 +94,21 @@ def plan_layers(skeleton: Skeleton, variant: VariantSpec) -> Layers:
     shapes = {name: (module.out_features, module.in_features) for name, module in modules.items()}
     _check_blocks(variant, len(skeleton.segments))
     schemes: dict[str, Scheme | None] = dict.fromkeys(modules)
+    _check_patterns(variant, list(modules))
+    whole = variant.base_scheme()
+    if isinstance(whole, PlainScheme):
+        return Layers(schemes, shapes, tied=skeleton.tied, cast=whole.kind)
+    blocks = len(skeleton.segments)
     for name, block in _reachable(skeleton).items():
-        schemes[name] = variant.scheme_of(name, block, len(skeleton.segments))
+        scheme = variant.scheme_of(name, block, blocks)
+        schemes[name] = None if scheme is None else scheme.for_layer(name, block, blocks, shapes[name])
+    store = FORMATS.get(variant.format)
     for name, scheme in schemes.items():
         if scheme is not None:
-            _check_layer(f"{variant.name}: {name}", scheme, shapes[name])
+            _check_layer(f"{variant.name}: {name}", store, scheme, shapes[name])
     if not any(schemes.values()):
         raise SchemeError(f"{variant.name}: no layer is left to quantize", "'ignore' matches every Linear layer")
-    _check_patterns(variant, list(modules))
-    FORMATS.get(variant.format)().quantization_config(schemes)  # raises for what one checkpoint cannot hold
+    store().quantization_config(schemes)  # raises for what one checkpoint cannot hold
     siblings = _fused(variant, schemes)
     for names in siblings:
         _check_fused(variant, {name: schemes[name] for name in names})
@@ -109,7 +117,8 @@ def plan_layers(skeleton: Skeleton, variant: VariantSpec) -> Layers:
     if embedding is None:
         return Layers(schemes, shapes, fused, tied=skeleton.tied)
     name, scheme, shape = embedding
-    return Layers({name: scheme} | schemes, {name: shape} | shapes, fused, name, skeleton.tied)
+    shared = store.shares_head and not any(schemes.get(each) for each in skeleton.tied)
+    return Layers({name: scheme} | schemes, {name: shape} | shapes, fused, name, () if shared else skeleton.tied)
 
 
 def _plan_embedding(skeleton: Skeleton, variant: VariantSpec) -> tuple[str, Scheme, tuple[int, int]] | None:
@@ -122,9 +131,11 @@ def _plan_embedding(skeleton: Skeleton, variant: VariantSpec) -> tuple[str, Sche
             f"{variant.name}: the input embedding of {type(skeleton.model).__name__} is no torch.nn.Embedding",
             "leave out 'embeddings'",
         )
-    shape = segment.module.get_parameter("weight").shape
-    _check_layer(f"{variant.name}: {segment.prefix}", scheme, (shape[0], shape[1]))
-    return segment.prefix, scheme, (shape[0], shape[1])
+    rows, columns = segment.module.get_parameter("weight").shape
+    name = skeleton.head.prefix if skeleton.tied and skeleton.head else segment.prefix
+    scheme = scheme.for_layer(name, None, len(skeleton.segments), (rows, columns))
+    _check_layer(f"{variant.name}: {segment.prefix}", FORMATS.get(variant.format), scheme, (rows, columns))
+    return segment.prefix, scheme, (rows, columns)
 
 
 def _reachable(skeleton: Skeleton) -> dict[str, int | None]:
@@ -135,9 +146,10 @@ def _reachable(skeleton: Skeleton) -> dict[str, int | None]:
     return found if skeleton.head is None else found | {skeleton.head.prefix: None}
 
 
-def _check_layer(place: str, scheme: Scheme, shape: tuple[int, int]) -> None:
+def _check_layer(place: str, store: type[Format], scheme: Scheme, shape: tuple[int, int]) -> None:
     try:
         scheme.check_layer(*shape)
+        store.check_layer(scheme, *shape)
     except SchemeError as error:
         raise SchemeError(f"{place}: {error.problem}", error.remedy) from error
 

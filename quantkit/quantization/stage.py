@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from quantkit.artifacts import check_writable
 from quantkit.checkpoint import CheckpointReader
+from quantkit.devices import resolve_device
 from quantkit.engine.batches import make_batches
 from quantkit.engine.precision import pass_dtype
 from quantkit.engine.skeleton import Skeleton
 from quantkit.engine.tasks import Task
-from quantkit.engine.walk import Walk, WalkSettings
-from quantkit.quantization.job import DTYPES, Job, Quantized, Wanted, finished_variant, made_from, resolve_device
+from quantkit.engine.walk import Strategy, Walk, WalkSettings
+from quantkit.quantization.job import DTYPES, Job, Quantized, Wanted, finished_variant, made_from
 from quantkit.quantization.plan import choose_strategy
 from quantkit.quantization.underway import Seconds, finish, start
 from quantkit.recipe import VariantSpec
@@ -100,19 +102,29 @@ def _quantize_missing(
                 underway.append(start(job, skeleton, each, folders))
         if not underway:
             return
-        started = time.perf_counter()
-        walk = _walk(job, skeleton, [each.task for each in underway], on_segment)
-        shared = time.perf_counter() - started - sum(walk.seconds.values())
-        found.update(walk.failures)
+        tasks = [each.task for each in underway if each.task.schemes]
+        walked = _walk(job, skeleton, tasks, on_segment) if tasks else _Walked()
+        found.update(walked.failures)
         for done in underway:
             name = done.task.name
-            if name not in walk.failures:
+            if name not in walked.failures:
                 with _kept(found, done.wanted):
-                    seconds = Seconds(shared, walk.seconds.get(name, 0.0), len(underway))
-                    found[name] = finish(job, skeleton, done, walk.settings, seconds)
+                    seconds = Seconds(walked.shared, walked.seconds.get(name, 0.0), max(1, len(tasks)))
+                    found[name] = finish(job, skeleton, done, walked.strategy, seconds)
 
 
-def _walk(job: Job, skeleton: Skeleton, tasks: Sequence[Task], on_segment: Callable[[int, int], None]) -> Walk:
+@dataclass(frozen=True, slots=True)
+class _Walked:
+    """What is left of a walk: which tasks failed, the seconds that all of it took and each task, and its strategy."""
+
+    failures: Mapping[str, Exception] = field(default_factory=dict)
+    shared: float = 0.0
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    strategy: Strategy = "one-pass"
+
+
+def _walk(job: Job, skeleton: Skeleton, tasks: Sequence[Task], on_segment: Callable[[int, int], None]) -> _Walked:
+    started = time.perf_counter()
     device = resolve_device(job.device)
     dtype = pass_dtype(device, DTYPES[job.dtype])
     calibrated = any(task.method.needs for task in tasks)
@@ -125,7 +137,8 @@ def _walk(job: Job, skeleton: Skeleton, tasks: Sequence[Task], on_segment: Calla
     )
     with _failures_kept(walk):
         walk.run()
-    return walk
+    shared = time.perf_counter() - started - sum(walk.seconds.values())
+    return _Walked(walk.failures, shared, walk.seconds, strategy)
 
 
 @contextmanager

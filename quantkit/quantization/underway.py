@@ -7,7 +7,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,17 @@ import yaml
 from quantkit.artifacts import STAGE_FILE, check_writable, new_folder, translated_os_errors, write_stage
 from quantkit.engine.skeleton import Skeleton
 from quantkit.engine.tasks import Task
-from quantkit.engine.walk import WalkSettings
 from quantkit.errors import QuantizationError
+from quantkit.exports.manifest import write_manifest
+from quantkit.exports.writing import check_origin, origin_remarks, write_export
 from quantkit.formats import FORMATS
 from quantkit.formats.base import Format
-from quantkit.quantization.export import Origin, write_checkpoint, write_manifest
+from quantkit.publishing import CardFacts, write_card
+from quantkit.quantization.export import Origin, content_of
+from quantkit.quantization.importance import write_importance
 from quantkit.quantization.job import DTYPES, STAGE, Job, Quantized, Wanted, made_from
 from quantkit.quantization.plan import Layers, plan_layers
-from quantkit.quantization.spool import Spool
+from quantkit.quantization.spool import SolvedLayers
 from quantkit.recipe import VariantSpec
 
 
@@ -35,7 +38,7 @@ class Underway:
     wanted: Wanted
     folder: Path
     layers: Layers
-    spool: Spool
+    spool: SolvedLayers
     task: Task
 
 
@@ -62,36 +65,51 @@ def start(job: Job, skeleton: Skeleton, wanted: Wanted, folders: ExitStack) -> U
     if method.needs and not job.rows:
         raise QuantizationError(f"{variant.name}: method {variant.method} needs calibration rows", "give a data set")
     check_writable(wanted.out)
+    check_origin(FORMATS.get(variant.format), job.source)
     with translated_os_errors(wanted.out):
         wanted.out.parent.mkdir(parents=True, exist_ok=True)
         place = tempfile.TemporaryDirectory(dir=wanted.out.parent, prefix=f".{wanted.out.name}.spool-")
     folder = Path(folders.enter_context(place))
-    spool = Spool(folder, FORMATS.get(variant.format)(job.dtype), layers.embedding)
-    task = Task(variant.name, method, layers.quantized, DTYPES[job.dtype], spool, layers.fused)
+    store = FORMATS.get(variant.format)
+    spool = SolvedLayers(folder, store(job.dtype), layers.embedding)
+    scale_dtype = DTYPES[store.scale_dtype(job.dtype)]
+    task = Task(variant.name, method, layers.quantized, scale_dtype, spool, layers.fused)
     return Underway(wanted, folder, layers, spool, task)
 
 
-def finish(job: Job, skeleton: Skeleton, done: Underway, settings: WalkSettings, seconds: Seconds) -> Quantized:
+def finish(job: Job, skeleton: Skeleton, done: Underway, strategy: str, seconds: Seconds) -> Quantized:
     """Write the checkpoint of a solved variant."""
     started = time.perf_counter()
     variant, out = done.wanted.variant, done.wanted.out
     store = FORMATS.get(variant.format)(job.dtype)
     identity = made_from(job, variant)
     with new_folder(out) as folder:
-        origin = Origin(job.source, skeleton.head.prefix if skeleton.head else None, job.trust_remote_code)
-        write_checkpoint(origin, done.spool, store, done.layers, folder)
+        head = skeleton.head.prefix if skeleton.head else None
+        origin = Origin(job.source, job.dtype, head, job.trust_remote_code)
+        content = content_of(origin, done.spool, done.layers)
+        write_export(content, store, folder)
+        write_importance(folder, job, content, done.spool.tokens())
         own = seconds.own + time.perf_counter() - started
         facts = {
-            **_facts(done.layers, done.spool, _remarks(store, done.layers)),
+            **_facts(
+                done.layers, done.spool, [*origin_remarks(store, job.source, job.dtype), *_remarks(store, done.layers)]
+            ),
             "seconds": seconds.shared + own,
             "seconds_shared": seconds.shared,
             "seconds_own": own,
             "walk_variants": seconds.variants,
-            "strategy": settings.strategy if done.task.method.needs and settings.feed == "quantized" else "none",
+            "strategy": strategy if done.task.method.needs and job.feed == "quantized" else "none",
         }
         _write_records(folder, job, variant, identity, facts, done.layers)
+        write_card(folder, replace(card_facts(job), repository=out.name))
         write_stage(folder, STAGE, identity, facts=facts)
     return Quantized(out, facts, reused=False)
+
+
+def card_facts(job: Job) -> CardFacts:
+    """What the card of a checkpoint may say of the model that it was made of."""
+    name, revision = job.hub or (None, None)
+    return CardFacts(base_model=name, revision=revision, source=job.source)
 
 
 def _remarks(store: Format, layers: Layers) -> list[str]:
@@ -102,11 +120,11 @@ def _remarks(store: Format, layers: Layers) -> list[str]:
     return list(dict.fromkeys((*remarks, *store.for_embeddings().remarks({layers.quantized[layers.embedding]}))))
 
 
-def _facts(layers: Layers, spool: Spool, remarks: Sequence[str]) -> dict[str, Any]:
+def _facts(layers: Layers, spool: SolvedLayers, remarks: Sequence[str]) -> dict[str, Any]:
     found = spool.layers()
     notes = list(dict.fromkeys(f"{layer['name']}: {note}" for layer in found for note in layer["notes"]))
     return {
-        "bits_per_weight": spool.stored_bytes * 8 / layers.weights(),
+        "bits_per_weight": spool.stored_bytes * 8 / layers.weights() if layers.quantized else 16.0,
         "layers": found,
         "notes": [*remarks, *notes],
     }
@@ -124,7 +142,7 @@ def _write_records(
         {
             "schema": 1,
             "created_by": f"quantkit {versions['quantkit']}",
-            "source": job.source_facts,
+            "source": {**job.source_facts, "reference": _public(job.source_facts.get("reference"))},
             "calibration_sha256": identity["calibration"],
             "feed": identity["feed"],
             "format": variant.format,
@@ -135,3 +153,8 @@ def _write_records(
             "stage_file": STAGE_FILE,
         },
     )
+
+
+def _public(reference: Any) -> Any:
+    """A model's reference for others: of one on this machine its name alone."""
+    return Path(reference).name if isinstance(reference, str) and Path(reference).expanduser().exists() else reference

@@ -13,12 +13,12 @@ from quantkit.recipe.evaluation import (
     COMPARING_METRICS,
     METRICS,
     EvaluationSpec,
-    LoaderChoice,
     Metric,
     TextSpec,
 )
 from quantkit.recipe.fields import Section
-from quantkit.recipe.model import ModelSpec
+from quantkit.recipe.merge import MergeSpec
+from quantkit.recipe.model import AdapterSpec, ModelSpec
 from quantkit.recipe.options import DEFAULT_METHOD
 from quantkit.recipe.report import ReportSpec
 from quantkit.recipe.scheme import BlocksPatch, SchemeKeys, SchemePatch
@@ -30,10 +30,11 @@ __all__ = [
     "DEFAULT_METHOD",
     "MAX_RECIPE_BYTES",
     "METRICS",
+    "AdapterSpec",
     "BlocksPatch",
     "CalibrationSpec",
     "EvaluationSpec",
-    "LoaderChoice",
+    "MergeSpec",
     "Metric",
     "ModelSpec",
     "Recipe",

@@ -14,6 +14,7 @@ from quantkit.recipe.calibration import CalibrationSpec
 from quantkit.recipe.defaults import check_default_keys, defaults_for
 from quantkit.recipe.evaluation import METRICS, EvaluationSpec
 from quantkit.recipe.fields import Name, Section, require_distinct
+from quantkit.recipe.merge import MergeSpec
 from quantkit.recipe.model import ModelSpec
 from quantkit.recipe.report import ReportSpec
 from quantkit.recipe.variant import VariantSpec
@@ -33,6 +34,7 @@ class Recipe(Section):
 
     name: Name
     model: ModelSpec
+    merge: MergeSpec = MergeSpec()
     calibration: CalibrationSpec = CalibrationSpec()
     defaults: dict[str, Any] = Field(default_factory=dict)
     variants: Annotated[tuple[VariantSpec, ...], Field(min_length=1)]
@@ -61,6 +63,16 @@ class Recipe(Section):
     def _names_differ(cls, variants: tuple[VariantSpec, ...]) -> tuple[VariantSpec, ...]:
         require_distinct([variant.name for variant in variants], "variants")
         return variants
+
+    @model_validator(mode="after")
+    def _merge_fits(self) -> Recipe:
+        row = f"merged-{self.merge.compare}"
+        with located():
+            if self.merge != MergeSpec() and not self.model.adapter:
+                raise RecipeError("section 'merge' has no meaning without model.adapter", "give model.adapter")
+            if self.merge.compare and any(variant.name == row for variant in self.variants):
+                raise RecipeError(f"a variant is called '{row}', as the row of merge.compare is", "rename the variant")
+        return self
 
     @model_validator(mode="after")
     def _gates_parse(self) -> Recipe:

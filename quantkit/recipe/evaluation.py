@@ -8,11 +8,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from quantkit.errors import did_you_mean
+from quantkit.errors import RecipeError, did_you_mean
 from quantkit.recipe.fields import Name, Section, Whole, require_distinct
+from quantkit.runtimes import RUNTIMES
+from quantkit.validation import located
 
 Metric = Literal["perplexity", "kl_divergence", "top1_agreement", "memory", "speed"]
-LoaderChoice = Literal["auto", "transformers", "reference"]
 COMPARING_METRICS: tuple[Metric, ...] = ("kl_divergence", "top1_agreement")
 METRICS: tuple[Metric, ...] = ("perplexity", "kl_divergence", "top1_agreement", "memory", "speed")
 BUNDLED_TEXTS = ("prose", "answers")
@@ -66,8 +67,9 @@ class EvaluationSpec(Section):
         device: ``auto`` is CUDA where there is one.
         dtype: compute dtype; ``auto`` is float32 on CPU and the checkpoint's dtype on CUDA.
         reference_limit: bytes that the float model's stored log-probabilities may take, all texts together.
-        loader: ``transformers`` loads the files as they are, ``reference`` decodes them by quantkit's own formats
-            into a float model; ``auto`` is transformers where it and the packages there can load the format.
+        loader: the runtime that loads the checkpoints: ``transformers`` loads the files as they are, ``reference``
+            decodes them by quantkit's own formats into a float model, ``llama.cpp`` loads GGUF files; ``auto`` is
+            transformers or llama.cpp where they and the packages there can load the format, else the reference.
     """
 
     texts: Annotated[tuple[TextSpec, ...], Field(min_length=1)] = (
@@ -80,7 +82,7 @@ class EvaluationSpec(Section):
     device: str = "auto"
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     reference_limit: Annotated[Whole, Field(ge=1 << 20)] = 8 << 30
-    loader: LoaderChoice = "auto"
+    loader: str = "auto"
 
     @property
     def compares(self) -> bool:
@@ -99,3 +101,18 @@ class EvaluationSpec(Section):
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
             raise ValueError(f"'{device}' is not a device: use auto, cpu, cuda or cuda:N")
         return device
+
+    @field_validator("loader")
+    @classmethod
+    def _loader_scores(cls, loader: str) -> str:
+        if loader == "auto":
+            return loader
+        with located():
+            if loader not in RUNTIMES:
+                raise RecipeError(f"'{loader}' is not allowed", did_you_mean(loader, ["auto", *RUNTIMES.names()]))
+            if RUNTIMES.get(loader).separate:
+                raise RecipeError(
+                    f"{loader} lives in an interpreter of its own, and scoring needs the runtime in this one",
+                    f"score with auto or reference, and verify the checkpoints with {loader}",
+                )
+        return loader

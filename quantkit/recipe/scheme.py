@@ -24,6 +24,7 @@ class SchemeKeys(Section):
         activations: ``dynamic`` has the runtime round a layer's inputs as well, ``none`` leaves them as they are.
         double_quant: store the scales of blocks in 8 bits.
         granularity: what shares a scale of 8-bit floats.
+        desc_act: groups gather columns of like activation, for which the file needs a ``g_idx``.
     """
 
     bits: Whole | None = None
@@ -34,6 +35,7 @@ class SchemeKeys(Section):
     activations: Literal["none", "dynamic"] | None = None
     double_quant: Flag | None = None
     granularity: Literal["tensor", "channel", "block"] | None = None
+    desc_act: Flag | None = None
 
     def given(self) -> dict[str, Any]:
         """The keys that were given, as :func:`quantkit.schemes.make_scheme` takes them."""

@@ -101,13 +101,23 @@ class VariantSpec(SchemeKeys, Choice):
                     scheme = self._patched(patch)
                     method.check(scheme)
                     store.check(scheme)
+                    self._check_order(scheme)
             with _placed("embeddings"):
                 embedding = self.embedding_scheme()
                 if embedding is not None:
                     method.check(embedding)
                     store.check_embedding(embedding)
+                    if embedding.orders_columns:
+                        raise SchemeError("an embedding has no inputs to order columns by", "add desc_act: false")
             store.check_together(self.schemes())
         return self
+
+    def _check_order(self, scheme: Scheme) -> None:
+        if scheme.orders_columns and not self.build_method().needs:
+            raise SchemeError(
+                f"desc_act orders columns by their inputs, and method {self.method} asks for no calibration",
+                "leave out desc_act, or use a method that is calibrated, such as gptq",
+            )
 
     def method_options(self) -> MethodOptions:
         """The method's options, validated, with its defaults filled in."""

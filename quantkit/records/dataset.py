@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,10 @@ FORMATS_HELP = (
 )
 _REASONS_SHOWN = 3
 
-__all__ = ["Message", "Record", "RecordSet", "Skipped", "collect", "records_sha256"]
+Convert = Callable[[object], object]
+"""Makes of a row one that :func:`quantkit.records.formats.parse` knows; may raise UnusableError."""
+
+__all__ = ["Convert", "Message", "Record", "RecordSet", "Skipped", "collect", "records_sha256"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +68,12 @@ class RecordSet:
 
 
 def collect(
-    name: str, rows: Iterable[object], columns: Mapping[str, str] | None = None
+    name: str,
+    rows: Iterable[object],
+    columns: Mapping[str, str] | None = None,
+    convert: Convert | None = None,
 ) -> tuple[list[Record], list[Skipped]]:
-    """Parse every row of a data set called ``name``.
+    """Parse every row of a data set called ``name``, each after ``convert`` where that is given.
 
     Raises:
         CalibrationError: ``columns`` has an unknown key, or no row is usable.
@@ -77,7 +83,7 @@ def collect(
     skipped: list[Skipped] = []
     for index, row in enumerate(rows):
         try:
-            records.append(parse(row, columns))
+            records.append(parse(convert(row) if convert else row, columns))
         except UnusableError as error:
             skipped.append(Skipped(index, error.reason))
     if not records:

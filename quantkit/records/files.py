@@ -9,10 +9,12 @@ from typing import Any
 
 from quantkit.artifacts import file_sha256
 from quantkit.errors import CalibrationError
-from quantkit.records.dataset import RecordSet, collect
+from quantkit.records.dataset import Convert, RecordSet, collect
 
 
-def read_file(path: str | Path, *, columns: Mapping[str, str] | None = None) -> RecordSet:
+def read_file(
+    path: str | Path, *, columns: Mapping[str, str] | None = None, convert: Convert | None = None
+) -> RecordSet:
     """Read a data set from a file, by its suffix.
 
     ``.json`` is a list of objects or ``{"data": [...]}``; ``.jsonl`` an object a line, blank lines aside;
@@ -21,6 +23,7 @@ def read_file(path: str | Path, *, columns: Mapping[str, str] | None = None) -> 
     Args:
         path: the file.
         columns: see :func:`quantkit.records.formats.parse`.
+        convert: see :func:`quantkit.records.dataset.collect`.
 
     Raises:
         CalibrationError: the file is missing, of another suffix, broken, or has no usable record.
@@ -29,7 +32,7 @@ def read_file(path: str | Path, *, columns: Mapping[str, str] | None = None) -> 
     rows = _reader(path)
     origin = identify_file(path, columns=columns)
     try:
-        records, skipped = collect(str(path), rows(path), columns)
+        records, skipped = collect(str(path), rows(path), columns, convert)
     except OSError as error:
         raise _unreadable(path, error) from error
     return RecordSet(path.stem, origin, origin["sha256"], records, skipped)

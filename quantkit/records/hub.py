@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.errors import CalibrationError
-from quantkit.records.dataset import RecordSet, collect, records_sha256
+from quantkit.records.dataset import Convert, RecordSet, collect, records_sha256
 
 HUB_PREFIX = "hub:"
 _REMEDY = "check the id and the network, or use a local file, or 'dataset: instructions_mini', which needs no network"
@@ -25,6 +25,7 @@ def read_hub(
     revision: str | None = None,
     columns: Mapping[str, str] | None = None,
     data_files: str | None = None,
+    convert: Convert | None = None,
 ) -> RecordSet:
     """Read a data set of the hub through ``datasets``, from its cache where it is there.
 
@@ -35,6 +36,7 @@ def read_hub(
         revision: branch, tag or commit.
         columns: see :func:`quantkit.records.formats.parse`.
         data_files: a file of the data set, to read that instead of all.
+        convert: see :func:`quantkit.records.dataset.collect`.
 
     Raises:
         CalibrationError: it cannot be reached or found, lacks the configuration, split or revision, or has no
@@ -46,7 +48,7 @@ def read_hub(
     with _translated(dataset):
         builder.download_and_prepare(verification_mode=checks)
         rows = builder.as_dataset(split=split)
-    records, skipped = collect(f"{HUB_PREFIX}{dataset}", rows, columns)
+    records, skipped = collect(f"{HUB_PREFIX}{dataset}", rows, columns, convert)
     origin = _origin(dataset, config, split, builder.hash, columns, data_files)
     return RecordSet(dataset.split("/")[1], origin, records_sha256(records), records, skipped)
 

@@ -1,4 +1,4 @@
-"""What a recipe may write for a data set: a name, ``hub:org/name`` or a file."""
+"""What a recipe may write for a data set: a name, ``hub:org/name``, ``llamafactory:DIR/NAME`` or a file."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from quantkit.errors import CalibrationError, did_you_mean
 from quantkit.records.dataset import RecordSet
 from quantkit.records.files import identify_file, read_file
 from quantkit.records.hub import HUB_PREFIX, identify_hub, read_hub
+from quantkit.records.llamafactory import LLAMAFACTORY_PREFIX, identify_llamafactory, read_llamafactory
 from quantkit.records.named import dataset_names, identify_named, read_named
 
 
 def load(reference: str) -> RecordSet:
     """Read a data set: a name of the registry, ``hub:org/name`` (split ``train``), or a file's path.
+
+    ``llamafactory:DIR/NAME`` is the entry NAME of ``DIR/dataset_info.json``.
 
     A name of the registry comes before a file of that name; write ``./name`` for the file.
 
@@ -24,6 +27,8 @@ def load(reference: str) -> RecordSet:
         return read_named(reference)
     if reference.startswith(HUB_PREFIX):
         return read_hub(reference.removeprefix(HUB_PREFIX))
+    if reference.startswith(LLAMAFACTORY_PREFIX):
+        return read_llamafactory(reference.removeprefix(LLAMAFACTORY_PREFIX))
     return read_file(_path(reference))
 
 
@@ -37,6 +42,8 @@ def identify(reference: str) -> dict[str, Any]:
         return identify_named(reference)
     if reference.startswith(HUB_PREFIX):
         return identify_hub(reference.removeprefix(HUB_PREFIX))
+    if reference.startswith(LLAMAFACTORY_PREFIX):
+        return identify_llamafactory(reference.removeprefix(LLAMAFACTORY_PREFIX))
     return identify_file(_path(reference))
 
 

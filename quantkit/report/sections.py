@@ -18,6 +18,7 @@ from quantkit.report.numbers import (
     count,
     figure,
     finite,
+    fixed,
     in_bytes,
     padded,
     parameters,
@@ -27,8 +28,8 @@ from quantkit.report.numbers import (
 )
 
 LAYERS_SHOWN = 15
-LOADERS = {"transformers": "transformers", "reference": "the reference decoder, as float weights"}
-"""Who loaded a checkpoint to score it, in words."""
+LOADERS = {"reference": "the reference decoder, as float weights"}
+"""Who loaded a checkpoint to score it, in words; the others have names that say it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,9 +93,30 @@ def source_facts(report: Record) -> Facts:
         ("Parameters", parameters(figure(source, "parameters"))),
         ("Size of the source", in_bytes(figure(source, "size_bytes"))),
         ("Dtype", words(source.get("dtype"))),
+        *_merge_facts(source.get("merge") or {}),
         ("Compared with", reference_name(report)),
         ("Size of that model", in_bytes(figure(report, "baseline", "size_bytes"))),
     )
+
+
+def _merge_facts(merge: Record) -> list[tuple[str, str]]:
+    """Which adapters were merged into what, and how far the result is from PEFT's own model."""
+    if not merge:
+        return []
+    adapters = [
+        f"{each.get('source')}, weight {significant(finite(each.get('weight')), 3)}" for each in merge["adapters"]
+    ]
+    check = merge.get("check") or {}
+    told = significant(figure(check, "relative_difference"), 2)
+    return [
+        ("Adapters merged", "; ".join(adapters)),
+        (
+            "Merged into",
+            "the model's own weights" if merge["base_weights"] == "original" else "its NF4 weights, decoded",
+        ),
+        ("Logits against PEFT's, relative difference", told),
+        *(("Of the merge", words(note)) for note in merge.get("notes") or ()),
+    ]
 
 
 def calibration_facts(report: Record) -> Facts:
@@ -146,12 +168,22 @@ def worst_layers(variant: Record) -> Layers:
 
 def variant_facts(variant: Record) -> Facts:
     """A variant's checkpoint and the options of its method."""
-    options = variant.get("options") or {}
+    options, loader = variant.get("options") or {}, variant.get("loaded_by")
     return present(
         ("checkpoint", words(variant.get("checkpoint"))),
-        ("loaded by", LOADERS.get(str(variant.get("loaded_by")), "")),
+        ("loaded by", words(LOADERS.get(str(loader), loader))),
+        ("weights in memory", _beside_estimate(variant)),
         *((str(key), words(value)) for key, value in options.items()),
     )
+
+
+def _beside_estimate(variant: Record) -> str:
+    """What the weights take, beside what was expected of them before they were there."""
+    measured, estimated = (figure(variant, "memory", f"weights_{kind}bytes") for kind in ("", "estimated_"))
+    if not measured or estimated is None:
+        return ABSENT
+    ratio = f"ratio {fixed(estimated / measured, 3)}"
+    return f"estimated {in_bytes(estimated)}, measured {in_bytes(measured)}, {ratio}"
 
 
 def gate_table(report: Record) -> GateTable:

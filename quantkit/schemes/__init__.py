@@ -10,8 +10,11 @@ from quantkit.schemes.base import PER_CHANNEL, Scheme, dividing_group_sizes
 from quantkit.schemes.blockfloat import Mxfp4Scheme, Nvfp4Scheme
 from quantkit.schemes.codebook import Fp4Scheme, Nf4Scheme
 from quantkit.schemes.floating import Fp8Scheme
+from quantkit.schemes.ggml import GgmlScheme
+from quantkit.schemes.ggml_mixture import GgmlMixture
 from quantkit.schemes.integer import INTEGER_BITS, IntScheme
 from quantkit.schemes.kinds import DEFAULT_KIND, SCHEME_KEYS, SCHEMES, make_scheme, scheme_from_json
+from quantkit.schemes.plain import PlainScheme
 from quantkit.schemes.weight import QuantizedWeight
 
 __all__ = [
@@ -22,10 +25,13 @@ __all__ = [
     "SCHEME_KEYS",
     "Fp4Scheme",
     "Fp8Scheme",
+    "GgmlMixture",
+    "GgmlScheme",
     "IntScheme",
     "Mxfp4Scheme",
     "Nf4Scheme",
     "Nvfp4Scheme",
+    "PlainScheme",
     "QuantizedWeight",
     "Scheme",
     "dividing_group_sizes",

@@ -20,6 +20,7 @@ class Scheme(ABC):
         kind: what recipes call it.
         summary: one line for ``quantkit methods``.
         source: the paper or specification.
+        quantizer: name of the one method that chooses its codes; None leaves that to any.
         bits: width of a code.
         group_size: input columns that share a scale; ``-1`` is one scale per output row.
         symmetric: zero is a level and no zero point is stored.
@@ -30,6 +31,7 @@ class Scheme(ABC):
     kind: ClassVar[str]
     summary: ClassVar[str]
     source: ClassVar[str]
+    quantizer: ClassVar[str | None] = None
 
     @property
     @abstractmethod
@@ -50,6 +52,11 @@ class Scheme(ABC):
     def activations(self) -> str | None:
         """What a runtime does to the inputs: None or ``dynamic``."""
         return None
+
+    @property
+    def orders_columns(self) -> bool:
+        """Whether groups gather columns of like activation instead of neighbours."""
+        return False
 
     @property
     def stacks(self) -> bool:
@@ -94,6 +101,20 @@ class Scheme(ABC):
             SchemeError: the group size does not divide it.
         """
         self.groups(in_features)
+
+    def for_layer(self, name: str, block: int | None, blocks: int, shape: tuple[int, int]) -> Scheme:
+        """The scheme that a layer gets where this one was asked for; a mixture gives each layer another.
+
+        Args:
+            name: full name of the layer; for an input embedding that is tied to the head, the name of the head.
+            block: index of the decoder block that holds it; None outside the blocks.
+            blocks: number of decoder blocks.
+            shape: ``(out_features, in_features)``.
+
+        Raises:
+            SchemeError: nothing that it mixes suits the shape.
+        """
+        return self
 
     @abstractmethod
     def bits_per_weight(self, in_features: int, scale_bits: int = 16, out_features: int | None = None) -> float:

@@ -28,6 +28,8 @@ class IntScheme(Scheme):
         axis: 1 groups neighbouring weights of a row; 0 groups weights of one column, those whose places in the
             flattened weight differ by a multiple of ``numel / group_size``, as HQQ does.
         activations: ``dynamic`` has the runtime round a layer's inputs to 8 bits per token as well (W8A8).
+        desc_act: groups gather columns of like activation, strongest first, instead of neighbours; the weight's part
+            ``g_idx``, int32 ``[in_features]``, tells the group of each column.
     """
 
     kind: ClassVar[str] = "int"
@@ -40,6 +42,7 @@ class IntScheme(Scheme):
     zeros: Literal["int", "float"] = "int"
     axis: Literal[0, 1] = 1
     activations: Literal["dynamic"] | None = None
+    desc_act: bool = False
 
     def __post_init__(self) -> None:
         if self.bits not in INTEGER_BITS:
@@ -57,6 +60,13 @@ class IntScheme(Scheme):
             raise SchemeError(
                 "integer activations need 8-bit symmetric weights per channel", "use bits: 8, group_size: -1"
             )
+        if self.desc_act and (self.axis == 0 or self.group_size == PER_CHANNEL):
+            raise SchemeError("desc_act orders the columns of groups along axis 1", "give a group_size and axis: 1")
+
+    @property
+    def orders_columns(self) -> bool:
+        """On request."""
+        return self.desc_act
 
     @property
     def stacks(self) -> bool:
@@ -101,4 +111,5 @@ class IntScheme(Scheme):
         """A short name, such as ``int4 g64 sym``."""
         parts = [f"int{self.bits}", group_name(self.group_size), "sym" if self.symmetric else "asym"]
         extras = {"float zeros": self.zeros == "float", "axis 0": self.axis == 0, "a8": self.activations is not None}
+        extras |= {"desc_act": self.desc_act}
         return " ".join([*parts, *(name for name, there in extras.items() if there)])

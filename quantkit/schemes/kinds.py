@@ -10,11 +10,26 @@ from quantkit.schemes.base import Scheme
 from quantkit.schemes.blockfloat import Mxfp4Scheme, Nvfp4Scheme
 from quantkit.schemes.codebook import Fp4Scheme, Nf4Scheme
 from quantkit.schemes.floating import Fp8Scheme
+from quantkit.schemes.ggml import Iq4NlScheme, Q2KScheme, Q3KScheme, Q4KScheme, Q5KScheme, Q6KScheme
+from quantkit.schemes.ggml_mixture import (
+    Q2KMixture,
+    Q3KMMixture,
+    Q4KMMixture,
+    Q4KSMixture,
+    Q5KMMixture,
+    Q5KSMixture,
+    Q6KMixture,
+)
 from quantkit.schemes.integer import IntScheme
+from quantkit.schemes.plain import BFloat16Scheme, Float16Scheme
 
-SCHEMES: dict[str, type[Scheme]] = {
-    scheme.kind: scheme for scheme in (IntScheme, Nf4Scheme, Fp4Scheme, Fp8Scheme, Mxfp4Scheme, Nvfp4Scheme)
-}
+_FAMILIES: tuple[tuple[type[Scheme], ...], ...] = (
+    (IntScheme, Nf4Scheme, Fp4Scheme, Fp8Scheme, Mxfp4Scheme, Nvfp4Scheme),
+    (Q2KScheme, Q3KScheme, Q4KScheme, Q5KScheme, Q6KScheme, Iq4NlScheme),
+    (Q2KMixture, Q3KMMixture, Q4KSMixture, Q4KMMixture, Q5KSMixture, Q5KMMixture, Q6KMixture),
+    (BFloat16Scheme, Float16Scheme),
+)
+SCHEMES: dict[str, type[Scheme]] = {scheme.kind: scheme for family in _FAMILIES for scheme in family}
 DEFAULT_KIND = IntScheme.kind
 
 

@@ -11,6 +11,9 @@ from quantkit.schemes.base import Scheme
 if TYPE_CHECKING:
     import torch
 
+BY_COLUMN = ("g_idx", "importance")
+"""The parts that belong to the columns of a weight and not to its rows."""
+
 
 @dataclass(frozen=True, slots=True)
 class QuantizedWeight:
@@ -23,7 +26,9 @@ class QuantizedWeight:
             ``[out_features, groups]``, or ``[cells, 1]`` where an integer scheme groups along axis 0.
         zeros: like ``scales``; uint8 for whole zero points, all ``2**(bits - 1)`` when symmetric and 0 where levels
             are not integers; in the dtype of the scales where zero points are floats.
-        parts: the pieces of which a compound scale is made, as the scheme stores them; see its lattice.
+        parts: the pieces of which a compound scale is made, as the scheme stores them, see its lattice; ``g_idx``,
+            int32 ``[in_features]``, the group of each column where groups do not gather neighbours; ``importance``,
+            float32 ``[in_features]``, the mean square of each input where a format stores it.
     """
 
     scheme: Scheme
@@ -41,8 +46,11 @@ class QuantizedWeight:
 
         dtype = dtype or self.scales.dtype
         lattice = lattice_of(self.scheme)
-        cells = lattice.levels(lattice.cells(self.codes), self.zeros, dtype)
-        return lattice.uncelled(cells.mul_(self.scales.to(dtype).unsqueeze(-1)), self.codes.shape)
+        order = self.parts["g_idx"].argsort(stable=True) if "g_idx" in self.parts else None
+        codes = self.codes if order is None else self.codes[:, order]
+        cells = lattice.levels(lattice.cells(codes), self.zeros, dtype)
+        found = lattice.uncelled(cells.mul_(self.scales.to(dtype).unsqueeze(-1)), codes.shape)
+        return found if order is None else found[:, order.argsort()]
 
     def rows(self, start: int, stop: int) -> QuantizedWeight:
         """The rows ``start .. stop - 1``, for layers that were solved as one; the scheme must stack."""
@@ -51,7 +59,10 @@ class QuantizedWeight:
         if not self.scheme.stacks:
             raise ValueError(f"the rows of a {self.scheme.describe()} weight share scales")
         rows = self.codes.shape[0]
-        parts = {name: part[start:stop] if part.shape[0] == rows else part for name, part in self.parts.items()}
+        parts = {
+            name: part[start:stop] if name not in BY_COLUMN and part.shape[0] == rows else part
+            for name, part in self.parts.items()
+        }
         return replace(
             self,
             codes=self.codes[start:stop],

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import gguf
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -15,6 +14,7 @@ from quantkit.checkpoint import ShardWriter
 from quantkit.errors import SourceError
 from quantkit.source.gguf_config import ROPE_FACTORS, generation_config, model_config
 from quantkit.source.gguf_head import GIVE_FLOAT, GGUFHead
+from quantkit.source.gguf_names import in_transformers_order, namer, rotated_heads
 from quantkit.source.gguf_tensors import dequantized
 from quantkit.source.gguf_tokenizer import write_tokenizer
 
@@ -27,7 +27,7 @@ def convert_gguf(head: GGUFHead, folder: Path, dtype: torch.dtype) -> None:
         OutputError: the folder cannot be written.
     """
     config = model_config(head, dtype)
-    parameters = _parameters(head, config)
+    parameters = parameters_of(head, config)
     write_json(folder / "config.json", config)
     write_json(folder / "generation_config.json", generation_config(head))
     write_tokenizer(head, folder)
@@ -35,22 +35,34 @@ def convert_gguf(head: GGUFHead, folder: Path, dtype: torch.dtype) -> None:
         for name, (_, shape) in parameters.items():
             writer.declare(name, dtype, shape)
         for name, (stored, _) in parameters.items():
-            writer.write(name, _in_transformers_order(dequantized(head, stored, dtype), name, config))
+            writer.write(name, in_transformers_order(dequantized(head, stored, dtype), heads_of(name, config)))
 
 
-def _parameters(head: GGUFHead, config: dict[str, Any]) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Parameter name to its tensor in the file and its shape; every tensor of the file has its parameter."""
+def heads_of(name: str, config: dict[str, Any]) -> int | None:
+    """Heads of a parameter whose rows the file keeps in another order, see :func:`rotated_heads`."""
+    return rotated_heads(config["model_type"], name, config["num_attention_heads"], config["num_key_value_heads"])
+
+
+def parameters_of(head: GGUFHead, config: dict[str, Any]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Parameter name to its tensor in the file and its shape; every tensor of the file has its parameter.
+
+    Args:
+        head: of the file.
+        config: see :func:`quantkit.source.gguf_config.model_config`.
+
+    Raises:
+        SourceError: the model cannot be built, or file and model do not have the same tensors.
+    """
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
     except (StrictDataclassError, ValueError, RuntimeError) as error:
         raise SourceError(f"{head.path} describes a model that cannot be built: {error}", GIVE_FLOAT) from error
-    architecture = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == config["model_type"])
-    names = gguf.get_tensor_name_map(architecture, config["num_hidden_layers"])
+    stored_name = namer(config["model_type"], config["num_hidden_layers"])
     parameters: dict[str, tuple[str, tuple[int, ...]]] = {}
     for name, parameter in model.named_parameters():
-        stored = str(names.get_name(name, try_suffixes=(".weight", ".bias")))
-        if stored not in head.tensors:
+        stored = stored_name(name)
+        if stored is None or stored not in head.tensors:
             raise SourceError(f"{head.path} has no tensor '{stored}' for {name}", GIVE_FLOAT)
         if head.tensors[stored].shape != tuple(parameter.shape):
             shapes = f"{list(head.tensors[stored].shape)} where {list(parameter.shape)} is wanted"
@@ -60,16 +72,3 @@ def _parameters(head: GGUFHead, config: dict[str, Any]) -> dict[str, tuple[str, 
     if unused:
         raise SourceError(f"{head.path} has the tensor '{min(unused)}', which {config['model_type']} has no place for")
     return parameters
-
-
-def _in_transformers_order(tensor: torch.Tensor, name: str, config: dict[str, Any]) -> torch.Tensor:
-    """Undo the order of rows in which llama.cpp keeps a llama's queries and keys.
-
-    It rotates neighbouring rows of a head, and transformers rows that are half a head apart.
-    """
-    heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
-    layer = name.split(".")[-2]
-    if config["model_type"] != "llama" or layer not in heads:
-        return tensor
-    pairs = tensor.view(heads[layer], -1, 2, *tensor.shape[1:])
-    return pairs.transpose(1, 2).reshape(tensor.shape)

@@ -1,70 +1,29 @@
 """From a GGUF file's vocabulary to the tokenizer files that transformers reads.
 
-The vocabulary, merges and special tokens are read by transformers. How text is split before the merges, which
-a GGUF file gives by a name alone, is set here from what the models of that name use.
+The merges of a sentencepiece vocabulary, which follow from its scores, are found by transformers. How a byte-level
+tokenizer splits text before the merges, which a GGUF file gives by a name alone, is set from what the models of that
+name use.
 """
 
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from tokenizers import Regex, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from quantkit.artifacts import read_json, translated_os_errors, write_json
 from quantkit.errors import SourceError, did_you_mean
 from quantkit.source.gguf_head import GIVE_FLOAT, GGUFHead
+from quantkit.source.gguf_splitting import SPLITTINGS, Splitting
 
+SPACE = "▁"
+"""How sentencepiece writes a space."""
+SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+CONTROL, USER_DEFINED = 3, 4
+"""Types of tokens: special ones, and others that are found in a text before it is split."""
 NOISE = ("backend", "is_local", "local_files_only", "name_or_path", "vocab_file")
-
-
-@dataclass(frozen=True, slots=True)
-class Splitting:
-    """How a byte-level tokenizer prepares text for its merges.
-
-    Attributes:
-        pattern: the pieces; None is GPT-2's.
-        single_digits: cut every digit off first.
-        whole_words: a piece that is a token is taken whole, whatever the merges say.
-        begins: the text begins with the BOS token unless the file says otherwise.
-        composed: Unicode is brought to its composed form (NFC).
-    """
-
-    pattern: str | None = None
-    single_digits: bool = False
-    whole_words: bool = False
-    begins: bool = False
-    composed: bool = False
-
-
-_ENDING = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
-_MARKS = r"| ?[^\s\p{L}\p{N}]+[\r\n]*"
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_TEKKEN = (
-    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
-    rf"|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*{_ENDING}"
-)
-_GPT2 = Splitting()
-_DIGITS = Splitting(single_digits=True)
-_LLAMA3 = Splitting(rf"{_WORDS}|\p{{N}}{{1,3}}{_MARKS}{_ENDING}", whole_words=True, begins=True)
-_QWEN2 = Splitting(rf"{_WORDS}|\p{{N}}{_MARKS}{_ENDING}", composed=True)
-SPLITTINGS = {
-    "gpt-2": _GPT2,
-    "smollm": _DIGITS,
-    "starcoder": _DIGITS,
-    "minerva-7b": _DIGITS,
-    "llama3": _LLAMA3,
-    "llama-v3": _LLAMA3,
-    "llama-bpe": _LLAMA3,
-    "falcon3": _LLAMA3,
-    "qwen2": _QWEN2,
-    "deepseek-r1-qwen": _QWEN2,
-    "tekken": Splitting(_TEKKEN, whole_words=True, begins=True),
-}
 
 
 def write_tokenizer(head: GGUFHead, folder: Path) -> None:
@@ -75,15 +34,7 @@ def write_tokenizer(head: GGUFHead, folder: Path) -> None:
     """
     splitting = _splitting(head)
     _check_vocabulary(head)
-    options: dict[str, Any] = {}
-    if splitting and splitting.begins and "tokenizer.ggml.add_bos_token" not in head.metadata:
-        options["add_bos_token"] = True
-    # Alone in a folder: other tokenizer files beside the GGUF file would be read in its place.
-    with tempfile.TemporaryDirectory() as alone:
-        (Path(alone) / "model.gguf").symlink_to(head.path.resolve())
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(alone, gguf_file="model.gguf", **options)
-    if splitting:
-        _apply(splitting, tokenizer.backend_tokenizer)
+    tokenizer = _sentencepiece(head) if splitting is None else _byte_level(head, splitting)
     with translated_os_errors(folder):
         tokenizer.save_pretrained(folder)
     config = read_json(folder / "tokenizer_config.json")
@@ -91,18 +42,37 @@ def write_tokenizer(head: GGUFHead, folder: Path) -> None:
     write_json(folder / "tokenizer_config.json", {key: config[key] for key in config if key not in NOISE})
 
 
-def _apply(splitting: Splitting, tokenizer: Any) -> None:
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=splitting.pattern is None)
-    if splitting.pattern is not None:
-        pieces = pre_tokenizers.Split(Regex(splitting.pattern), behavior="isolated")
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pieces, byte_level])
-    elif splitting.single_digits:
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
-    else:
-        tokenizer.pre_tokenizer = byte_level
-    tokenizer.model.ignore_merges = splitting.whole_words
-    if splitting.composed:
-        tokenizer.normalizer = normalizers.NFC()
+def _byte_level(head: GGUFHead, splitting: Splitting) -> PreTrainedTokenizerFast:
+    """The tokenizer of a byte-level vocabulary."""
+    metadata, tokens = head.metadata, head.metadata["tokenizer.ggml.tokens"]
+    merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]
+    backend = Tokenizer(models.BPE({token: number for number, token in enumerate(tokens)}, merges))
+    backend.decoder = decoders.ByteLevel()
+    splitting.apply(backend)
+    kinds = metadata.get("tokenizer.ggml.token_type") or []
+    for token, kind in zip(tokens, kinds, strict=False):
+        if kind in (CONTROL, USER_DEFINED):
+            backend.add_tokens([AddedToken(token, normalized=False, special=kind == CONTROL)])
+    ids = {name: metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in SPECIAL.items()}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        chat_template=metadata.get("tokenizer.chat_template"),
+        add_bos_token=metadata.get("tokenizer.ggml.add_bos_token", splitting.begins),
+        add_eos_token=metadata.get("tokenizer.ggml.add_eos_token", False),
+        **{name: None if number is None else tokens[number] for name, number in ids.items()},
+    )
+
+
+def _sentencepiece(head: GGUFHead) -> PreTrainedTokenizerFast:
+    """The tokenizer of a sentencepiece vocabulary, with a space before every text between special tokens."""
+    # Alone in a folder: other tokenizer files beside the GGUF file would be read in its place.
+    with tempfile.TemporaryDirectory() as alone:
+        (Path(alone) / "model.gguf").symlink_to(head.path.resolve())
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(alone, gguf_file="model.gguf")
+    backend = tokenizer.backend_tokenizer
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
+    backend.pre_tokenizer = None
+    return tokenizer
 
 
 def _splitting(head: GGUFHead) -> Splitting | None:

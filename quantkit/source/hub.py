@@ -22,8 +22,8 @@ from quantkit.artifacts import translated_os_errors
 from quantkit.errors import SourceError
 
 REFERENCE = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(?P<revision>[\w./-]+))?", re.ASCII)
-WANTED = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
-UNWANTED = ["*/*", "consolidated*", "README*", "LICENSE*"]
+WANTED = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "README.md", "LICENSE*"]
+UNWANTED = ["*/*", "consolidated*"]
 # huggingface_hub has changed the HTTP package beneath it; its own errors derive from that package's base error.
 TRANSPORT_ERROR: type[BaseException] = next(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
 
@@ -66,7 +66,7 @@ def download(reference: str, revision: str | None, *, trust_remote_code: bool) -
                 )
             )
     except (HFValidationError, OSError, TRANSPORT_ERROR) as error:
-        raise _translated(name, revision, error) from error
+        raise translated_error(name, revision, error) from error
     if not any(folder.glob("*.safetensors")):
         raise SourceError(
             f"hub model {name} has no safetensors at the top of its repository",
@@ -75,7 +75,7 @@ def download(reference: str, revision: str | None, *, trust_remote_code: bool) -
     return Snapshot(folder, folder.name)
 
 
-def _translated(name: str, revision: str | None, error: BaseException) -> SourceError:
+def translated_error(name: str, revision: str | None, error: BaseException) -> SourceError:
     """One line with the remedy; the foreign message stays behind, since it can be long and hold request headers."""
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
     if isinstance(error, RevisionNotFoundError):

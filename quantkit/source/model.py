@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-GGUF_CONVERTER = 1
+GGUF_CONVERTER = 2
 """Raised when the conversion of GGUF files would write other values or tokens than before."""
 
 

@@ -54,6 +54,11 @@ def embedding_layout_of(scheme: Scheme) -> Layout:
 def _layout_of_integers(scheme: IntScheme) -> Layout:
     if scheme.axis == 0:
         raise SchemeError("compressed-tensors has no groups along axis 0", "use axis: 1")
+    if scheme.desc_act:
+        raise SchemeError(
+            "compressed-tensors has no groups that gather columns (g_idx) from version 0.19 on",
+            "leave out desc_act, or use format gptq",
+        )
     if scheme.zeros == "float":
         raise SchemeError("compressed-tensors stores zero points as codes", "use zeros: int")
     return PackQuantized(scheme) if scheme.activations is None else IntQuantized(scheme)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from quantkit.schemes import PER_CHANNEL, IntScheme, QuantizedWeight
+from quantkit.formats.base import PackedShapes
+from quantkit.schemes import PER_CHANNEL, IntScheme, QuantizedWeight, Scheme
 
 if TYPE_CHECKING:
     import torch
@@ -17,10 +18,12 @@ class Layout(ABC):
 
     Attributes:
         name: the ``format`` that a config group gives.
+        scheme: the scheme.
         suffixes: of the names of a layer's tensors.
     """
 
     name: ClassVar[str]
+    scheme: Scheme
     suffixes: tuple[str, ...]
 
     @abstractmethod
@@ -30,6 +33,30 @@ class Layout(ABC):
     @abstractmethod
     def unpack(self, tensors: Mapping[str, torch.Tensor]) -> QuantizedWeight:
         """The inverse of :meth:`pack`."""
+
+    @abstractmethod
+    def size(self, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], torch.Tensor]) -> tuple[int, int]:
+        """``(out_features, in_features)`` of a layer.
+
+        Args:
+            shapes: of its tensors, by suffix.
+            read: gives a tensor by suffix; only small ones are asked for.
+
+        Raises:
+            ValueError: the codes are no matrix.
+        """
+
+    @abstractmethod
+    def shapes(self, rows: int, columns: int) -> dict[str, tuple[tuple[int, ...], ...]]:
+        """The shapes that the tensors of a layer may have, by suffix, the usual one first."""
+
+    @abstractmethod
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """The dtypes that the codes must have, by suffix."""
+
+    @abstractmethod
+    def packed_shapes(self, rows: int, columns: int, scale_dtype: str) -> PackedShapes:
+        """The tensors of :meth:`pack`, with scales of a dtype."""
 
     @abstractmethod
     def weight_args(self) -> dict[str, Any]:

@@ -10,11 +10,12 @@ them exactly. vLLM's Marlin kernel misreads them in its opt-in mode with int8 ac
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from quantkit.bitstream import pack_bits, unpack_bits
 from quantkit.formats._compressed_tensors.layout import Layout, integer_args
+from quantkit.formats.base import PackedShapes
 from quantkit.schemes import IntScheme, QuantizedWeight
 
 if TYPE_CHECKING:
@@ -27,9 +28,10 @@ class PackQuantized(Layout):
     name = "pack-quantized"
 
     def __init__(self, scheme: IntScheme) -> None:
-        self.scheme = scheme
-        common = ("weight_packed", "weight_scale", "weight_shape")
-        self.suffixes = common if scheme.symmetric else (*common, "weight_zero_point")
+        self.scheme: IntScheme = scheme
+        zeros = () if scheme.symmetric else ("weight_zero_point",)
+        order = ("weight_g_idx",) if scheme.desc_act else ()
+        self.suffixes = ("weight_packed", "weight_scale", "weight_shape", *zeros, *order)
 
     def pack(self, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
         """Packed codes, scales, shape and, if asymmetric, packed zero points."""
@@ -43,6 +45,8 @@ class PackQuantized(Layout):
         }
         if not self.scheme.symmetric:
             tensors["weight_zero_point"] = pack_bits(weight.zeros.T, bits).T.contiguous()
+        if self.scheme.desc_act:
+            tensors["weight_g_idx"] = weight.parts["g_idx"].to(torch.int32)
         return tensors
 
     def unpack(self, tensors: Mapping[str, torch.Tensor]) -> QuantizedWeight:
@@ -56,7 +60,38 @@ class PackQuantized(Layout):
             zeros = torch.full(scales.shape, scheme.zero, dtype=torch.uint8)
         else:
             zeros = unpack_bits(tensors["weight_zero_point"].T, scheme.bits, rows).T.contiguous()
-        return QuantizedWeight(scheme, unpack_bits(tensors["weight_packed"], scheme.bits, columns), scales, zeros)
+        codes = unpack_bits(tensors["weight_packed"], scheme.bits, columns)
+        parts = {"g_idx": tensors["weight_g_idx"].int()} if scheme.desc_act else {}
+        return QuantizedWeight(scheme, codes, scales, zeros, parts)
+
+    def size(self, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], torch.Tensor]) -> tuple[int, int]:
+        """As ``weight_shape`` says."""
+        rows, columns = (int(size) for size in read("weight_shape"))
+        return rows, columns
+
+    def shapes(self, rows: int, columns: int) -> dict[str, tuple[tuple[int, ...], ...]]:
+        """Whole words at the ends of rows of codes, and of columns of zero points."""
+        groups = self.scheme.groups(columns)
+        found = {
+            "weight_packed": (rows, -(-columns * self.scheme.bits // 32)),
+            "weight_scale": (rows, groups),
+            "weight_zero_point": (-(-rows * self.scheme.bits // 32), groups),
+            "weight_g_idx": (columns,),
+        }
+        return {suffix: (shape,) for suffix, shape in found.items() if suffix in self.suffixes}
+
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """Words of 32 bits."""
+        import torch
+
+        return {"weight_packed": torch.int32}
+
+    def packed_shapes(self, rows: int, columns: int, scale_dtype: str) -> PackedShapes:
+        """Words, scales, and the shape itself as two numbers."""
+        words = dict.fromkeys(("weight_packed", "weight_zero_point", "weight_g_idx"), "int32")
+        dtypes = {**words, "weight_scale": scale_dtype}
+        found = {suffix: (dtypes[suffix], usual) for suffix, (usual,) in self.shapes(rows, columns).items()}
+        return {**found, "weight_shape": ("int64", (2,))}
 
     def weight_args(self) -> dict[str, Any]:
         """Integers by group or channel."""

@@ -8,6 +8,7 @@ from quantkit.numerics.lattices.base import Grid, Lattice, Snap
 from quantkit.numerics.lattices.blockfloat import Mxfp4Lattice, Nvfp4Lattice
 from quantkit.numerics.lattices.codebook import CodebookLattice
 from quantkit.numerics.lattices.floating import Fp8Lattice
+from quantkit.numerics.lattices.ggml import GgmlLattice
 from quantkit.numerics.lattices.integer import IntLattice
 from quantkit.schemes.base import Scheme
 
@@ -20,6 +21,7 @@ LATTICES: dict[str, type[Lattice]] = {
     "fp8": Fp8Lattice,
     "mxfp4": Mxfp4Lattice,
     "nvfp4": Nvfp4Lattice,
+    **dict.fromkeys(("q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl"), GgmlLattice),
 }
 
 

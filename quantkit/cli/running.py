@@ -1,69 +1,19 @@
-"""The command line: one thin command per public function."""
+"""Commands that run, score and report."""
 
 from __future__ import annotations
 
 import json
-import signal
-from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
-from quantkit.errors import EXIT_USER_ERROR, QuantkitError
+from quantkit.cli.base import EXIT_FAILED, AsJson, RecipePath, app, console, say, warn
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
-EXIT_FAILED = 1
-EXIT_INTERRUPTED = 130
-EXIT_TERMINATED = 143
+PANEL = "Runs"
 
 
-class _Commands(TyperGroup):
-    """The commands: a mistake of the user prints one line and exits with code 2."""
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except QuantkitError as error:
-            _say(f"error: {error}", stderr=True)
-            raise typer.Exit(EXIT_USER_ERROR) from error
-        except KeyboardInterrupt as error:
-            _say("interrupted: what is finished is kept, the same command goes on from there", stderr=True)
-            raise typer.Exit(EXIT_INTERRUPTED) from error
-
-
-app = typer.Typer(
-    cls=_Commands,
-    name="quantkit",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file (YAML).")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-
-
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        from importlib.metadata import version
-
-        _say(f"quantkit {version('quantkit')}")
-        raise typer.Exit
-
-
-@app.callback()
-def _options(
-    _version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
-    ] = False,
-) -> None:
-    """Quantize, export and compare large language models: one recipe, one calibration set, one report."""
-
-
-@app.command()
+@app.command(rich_help_panel=PANEL)
 def run(recipe: RecipePath) -> None:
     """Run a recipe: quantize every variant, score it, write the report."""
     import quantkit
@@ -71,31 +21,30 @@ def run(recipe: RecipePath) -> None:
     from quantkit.display import Display
 
     loaded = quantkit.Recipe.load(recipe)
-    console = _console(stderr=True)
-    with Display(console) as display:
+    with Display(console(stderr=True)) as display:
         result = quantkit.run(loaded, display)
-    _console().print(report.table(result))
+    console().print(report.table(result))
     for verdict in result["gates"]:
         state = "passed" if verdict["passed"] else "FAILED"
-        _say(f"gate {state}: {verdict['variant']}: {verdict['gate']}")
-    _say(
+        say(f"gate {state}: {verdict['variant']}: {verdict['gate']}")
+    say(
         f"report: {loaded.folder / 'report.html' if 'html' in loaded.report.formats else loaded.folder / 'report.json'}"
     )
     if result["status"] == "failed":
         raise typer.Exit(EXIT_FAILED)
 
 
-@app.command()
+@app.command(rich_help_panel=PANEL)
 def validate(recipe: RecipePath) -> None:
     """Check a recipe without loading anything."""
     from quantkit.recipe import Recipe
 
     loaded = Recipe.load(recipe)
-    _warn(loaded.warnings())
-    _say(f"{recipe} is valid: {len(loaded.variants)} variants of {loaded.model.source}, results in {loaded.folder}")
+    warn(loaded.warnings())
+    say(f"{recipe} is valid: {len(loaded.variants)} variants of {loaded.model.source}, results in {loaded.folder}")
 
 
-@app.command()
+@app.command(rich_help_panel=PANEL)
 def plan(recipe: RecipePath, as_json: AsJson = False) -> None:
     """Print what a run would do, with estimated bytes and what would be reused.
 
@@ -105,14 +54,51 @@ def plan(recipe: RecipePath, as_json: AsJson = False) -> None:
     from quantkit.listing import plan_table
 
     found = quantkit.plan(recipe)
-    _warn(found["warnings"])
+    warn(found["warnings"])
     if as_json:
-        _say(json.dumps(found, indent=2))
+        say(json.dumps(found, indent=2))
         return
-    _console().print(plan_table(found))
+    console().print(plan_table(found))
 
 
-@app.command()
+@app.command(rich_help_panel=PANEL)
+def merge(
+    base: Annotated[str, typer.Argument(metavar="BASE", help="Hub id, folder, GGUF file or package: reference.")],
+    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="Folder, hub id or archive of a LoRA adapter.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the merged model.")],
+    weight: Annotated[float, typer.Option(help="What the adapter's change is multiplied with.")] = 1.0,
+    further: Annotated[
+        list[str] | None, typer.Option("--with", metavar="ADAPTER[=WEIGHT]", help="One more adapter; repeatable.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto",
+    base_weights: Annotated[str, typer.Option(help="original, or nf4 for a QLoRA adapter.")] = "original",
+    any_base: Annotated[bool, typer.Option("--any-base", help="Though an adapter names another base.")] = False,
+) -> None:
+    """Merge LoRA adapters into a float model."""
+    import quantkit
+    from quantkit.display import Display
+
+    adapters = [{"source": adapter, "weight": weight}, *map(_weighted, further or [])]
+    with Display(console(stderr=True)) as display:
+        found = quantkit.merge(
+            base, adapters, out=out, observer=display, dtype=dtype, base_weights=base_weights, any_base=any_base
+        )
+    for note in found["notes"]:
+        say(f"note: {note}", stderr=True)
+    say(f"merged: {found['folder']}")
+
+
+@app.command("import-recipe", rich_help_panel=PANEL)
+def import_recipe(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="An export configuration of LLaMA-Factory.")],
+) -> None:
+    """Print a recipe that does what a LLaMA-Factory export configuration asks for."""
+    import quantkit
+
+    say(quantkit.import_recipe(config).rstrip("\n"))
+
+
+@app.command(rich_help_panel=PANEL)
 def quantize(
     model: Annotated[str, typer.Argument(help="Hub id, folder, GGUF file or package: reference.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the checkpoint.")],
@@ -138,7 +124,7 @@ def quantize(
 
     given = {"bits": bits, "group_size": group_size, "symmetric": False if asymmetric else None}
     options = {key: value for key, value in given.items() if value is not None} | _settings(further or [])
-    with Display(_console(stderr=True)) as display:
+    with Display(console(stderr=True)) as display:
         folder = quantkit.quantize(
             model,
             out=out,
@@ -146,10 +132,10 @@ def quantize(
             observer=display,
             **{"method": method, "scheme": scheme, "format": format, **options},
         )
-    _say(f"checkpoint: {folder}")
+    say(f"checkpoint: {folder}")
 
 
-@app.command()
+@app.command(rich_help_panel=PANEL)
 def evaluate(
     checkpoint: Annotated[Path, typer.Argument(help="Folder of a checkpoint.")],
     texts: Annotated[list[str] | None, typer.Option("--text", help="prose, answers, or a file; repeatable.")] = None,
@@ -162,7 +148,7 @@ def evaluate(
     import quantkit
     from quantkit.display import Display
 
-    with Display(_console(stderr=True)) as display:
+    with Display(console(stderr=True)) as display:
         result = quantkit.evaluate(
             checkpoint,
             texts=texts,
@@ -172,28 +158,10 @@ def evaluate(
             max_tokens=max_tokens,
             loader=loader,
         )
-    _say(json.dumps(result, indent=2))
+    say(json.dumps(result, indent=2))
 
 
-@app.command()
-def methods() -> None:
-    """List the methods with their options, and the schemes."""
-    from quantkit.listing import method_lines
-
-    for line in method_lines():
-        _say(line)
-
-
-@app.command()
-def formats() -> None:
-    """List the formats: which schemes each stores, and who loads it."""
-    from quantkit.listing import format_lines
-
-    for line in format_lines():
-        _say(line)
-
-
-@app.command()
+@app.command(rich_help_panel=PANEL)
 def report(
     path: Annotated[Path, typer.Argument(help="Folder of a run, or its report.json.")],
     out: Annotated[Path | None, typer.Option(help="Folder to write to; the run's own by default.")] = None,
@@ -204,17 +172,22 @@ def report(
     content = reports.load(path)
     folder = out or (path if path.is_dir() else path.parent)
     for written in reports.write(content, folder, ("html", "md")):
-        _say(str(written))
+        say(str(written))
 
 
-def main() -> None:
-    """The entry point; a request to terminate unwinds the run, so that nothing half-written stays."""
-    signal.signal(signal.SIGTERM, _terminate)
-    app()
+def _weighted(given: str) -> dict[str, Any]:
+    """An adapter and its weight from ``SOURCE`` or ``SOURCE=WEIGHT``.
 
+    Raises:
+        RecipeError: the weight is no number.
+    """
+    from quantkit.errors import RecipeError
 
-def _terminate(_number: int, _frame: object) -> None:
-    raise SystemExit(EXIT_TERMINATED)
+    source, equals, weight = given.rpartition("=")
+    try:
+        return {"source": source, "weight": float(weight)} if equals else {"source": given}
+    except ValueError as error:
+        raise RecipeError(f"--with {given}: '{weight}' is no weight", "write --with ./adapter=0.5") from error
 
 
 def _settings(given: list[str]) -> dict[str, Any]:
@@ -235,19 +208,3 @@ def _settings(given: list[str]) -> dict[str, Any]:
             raise RecipeError(f"--set {text}: '{key}' is not a key of a variant", "docs/recipe.md lists them")
         found |= parse_mapping(f"{key}: {value}", f"--set {text}")
     return found
-
-
-def _warn(warnings: Iterable[str]) -> None:
-    for warning in warnings:
-        _say(f"warning: {warning}", stderr=True)
-
-
-def _console(stderr: bool = False) -> Console:
-    from rich.console import Console
-
-    console = Console(stderr=stderr)
-    return console if console.is_terminal else Console(stderr=stderr, width=160)
-
-
-def _say(text: str, stderr: bool = False) -> None:
-    typer.echo(text, err=stderr)

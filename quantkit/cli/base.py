@@ -1,0 +1,79 @@
+"""The application: what all commands share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from quantkit.errors import EXIT_USER_ERROR, QuantkitError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+EXIT_FAILED = 1
+EXIT_INTERRUPTED = 130
+
+
+class _Commands(TyperGroup):
+    """The commands: a mistake of the user prints one line and exits with code 2."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except QuantkitError as error:
+            say(f"error: {error}", stderr=True)
+            raise typer.Exit(EXIT_USER_ERROR) from error
+        except KeyboardInterrupt as error:
+            say("interrupted: what is finished is kept, the same command goes on from there", stderr=True)
+            raise typer.Exit(EXIT_INTERRUPTED) from error
+
+
+app = typer.Typer(
+    cls=_Commands,
+    name="quantkit",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file (YAML).")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        say(f"quantkit {version('quantkit')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Quantize, export and compare large language models: one recipe, one calibration set, one report."""
+
+
+def warn(warnings: Iterable[str]) -> None:
+    """Warnings, on standard error."""
+    for warning in warnings:
+        say(f"warning: {warning}", stderr=True)
+
+
+def console(stderr: bool = False) -> Console:
+    """Where tables go: as wide as the terminal, or as 160 columns."""
+    from rich.console import Console
+
+    found = Console(stderr=stderr)
+    return found if found.is_terminal else Console(stderr=stderr, width=160)
+
+
+def say(text: str, stderr: bool = False) -> None:
+    """A line of the answer, or on standard error one about it."""
+    typer.echo(text, err=stderr)

@@ -1,0 +1,91 @@
+"""Commands about one exported checkpoint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from quantkit.cli.base import EXIT_FAILED, AsJson, app, console, say
+
+PANEL = "Checkpoints"
+
+Checkpoint = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Folder of a checkpoint, or a GGUF file.")]
+
+
+@app.command(rich_help_panel=PANEL)
+def convert(
+    checkpoint: Checkpoint,
+    to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="See 'quantkit formats'.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the new checkpoint.")],
+) -> None:
+    """Write a quantized checkpoint in another format, with the same codes."""
+    import quantkit
+    from quantkit.display import Display
+
+    with Display(console(stderr=True)) as display:
+        found = quantkit.convert(checkpoint, to, out=out, observer=display)
+    for note in found["notes"]:
+        say(f"note: {note}", stderr=True)
+    moved = found["largest_shift"]
+    exact = "every weight as it was" if moved == 0 else f"no weight moved by more than {moved:.2g} steps of its grid"
+    say(f"checkpoint: {out} ({found['bits_per_weight']:.4g} bits per weight, {exact})")
+
+
+@app.command("inspect", rich_help_panel=PANEL)
+def inspect_(
+    checkpoint: Checkpoint,
+    deep: Annotated[bool, typer.Option(help="Decode every layer, to find outliers and bad scales.")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Tell what a checkpoint holds, whoever wrote it, and what will load it."""
+    import quantkit
+    from quantkit.inspection import inspect_tables
+
+    found = quantkit.inspect(checkpoint, deep=deep)
+    if as_json:
+        say(json.dumps(found, indent=2))
+        return
+    for each in inspect_tables(found):
+        console().print(each)
+
+
+@app.command(rich_help_panel=PANEL)
+def verify(
+    checkpoint: Checkpoint,
+    runtime: Annotated[str, typer.Option(help="See 'quantkit runtimes'.")] = "transformers",
+    python: Annotated[
+        str | None, typer.Option(metavar="PATH", help="Interpreter of the environment that vllm lives in.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16; the runtime's usual one.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Load a checkpoint in a runtime and compare its logits with those of the reference decoder."""
+    import quantkit
+    from quantkit.display import Display
+    from quantkit.verification import verdict_lines
+
+    with Display(console(stderr=True)) as display:
+        verdict = quantkit.verify(
+            checkpoint, runtime=runtime, python=python, device=device, dtype=dtype, observer=display
+        )
+    for line in [json.dumps(verdict, indent=2)] if as_json else verdict_lines(verdict):
+        say(line)
+    if not verdict["passed"]:
+        raise typer.Exit(EXIT_FAILED)
+
+
+@app.command(rich_help_panel=PANEL)
+def push(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Folder of a checkpoint.")],
+    repository: Annotated[str, typer.Argument(metavar="NAME", help="org/name of the repository on the hub.")],
+    public: Annotated[bool, typer.Option("--public", help="Anyone may read it; private by default.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch to push to.")] = None,
+) -> None:
+    """Upload a checkpoint with its model card to the Hugging Face hub, with the token of HF_TOKEN."""
+    import quantkit
+
+    say(quantkit.push(checkpoint, repository, private=not public, revision=revision))

@@ -1,0 +1,102 @@
+"""Commands that tell what there is to choose from."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+from quantkit.cli.base import AsJson, app, console, say
+
+PANEL = "Choices"
+
+
+@app.command(rich_help_panel=PANEL)
+def methods() -> None:
+    """List the methods with their options, and the schemes."""
+    from quantkit.listing import method_lines
+
+    for line in method_lines():
+        say(line)
+
+
+@app.command(rich_help_panel=PANEL)
+def formats() -> None:
+    """List the formats: which schemes each stores, and who loads it."""
+    from quantkit.listing import format_lines
+
+    for line in format_lines():
+        say(line)
+
+
+@app.command(rich_help_panel=PANEL)
+def runtimes() -> None:
+    """List the runtimes: what each loads, and whether it can be used here."""
+    from quantkit.listing import runtime_lines
+
+    for line in runtime_lines():
+        say(line)
+
+
+@app.command(rich_help_panel=PANEL)
+def matrix(
+    as_json: AsJson = False,
+) -> None:
+    """Print which methods, formats and runtimes go together, as tests have found."""
+    from quantkit.matrix import matrix_table, read_matrix
+
+    found = read_matrix()
+    if as_json:
+        say(json.dumps(found, indent=2))
+        return
+    console().print(matrix_table(found))
+
+
+@app.command(rich_help_panel=PANEL)
+def estimate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A well-known name, a folder, or a hub id.")],
+    method: Annotated[str, typer.Option(help="See 'quantkit methods'.")] = "gptq",
+    scheme: Annotated[str, typer.Option(help="Kind of scheme.")] = "int",
+    bits: Annotated[int | None, typer.Option(help="Width of an integer code.")] = None,
+    group_size: Annotated[int | None, typer.Option(help="Columns that share a scale; -1 is per channel.")] = None,
+    format: Annotated[  # noqa: A002 - a recipe key
+        str, typer.Option(help="See 'quantkit formats'.")
+    ] = "compressed-tensors",
+    batch: Annotated[int, typer.Option(help="Sequences at a time.")] = 1,
+    context: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 2048,
+    kv_dtype: Annotated[str | None, typer.Option(help="Of the KV cache; that of the activations by default.")] = None,
+    lora_rank: Annotated[int, typer.Option(help="Of the adapters in training.")] = 16,
+    train: Annotated[bool, typer.Option("--train", help="QLoRA training too.")] = False,
+    overhead: Annotated[str, typer.Option(help="What the device's runtime takes for itself.")] = "600MiB",
+    fits: Annotated[str | None, typer.Option(metavar="MEMORY", help="What fits so much memory, such as 8GiB.")] = None,
+    cards: Annotated[bool, typer.Option("--cards", help="What fits the usual cards.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Estimate the memory that a model takes, from its config alone."""
+    import quantkit
+    from quantkit import estimation
+    from quantkit.estimation import tables
+
+    given: dict[str, Any] = {
+        "batch": batch,
+        "context": context,
+        "kv_dtype": kv_dtype,
+        "lora_rank": lora_rank,
+        "overhead": overhead,
+    }
+    if fits is not None or cards:
+        ways = estimation.cards(model, **given) if cards else estimation.fits(model, fits or "", **given)
+        if as_json:
+            say(json.dumps([way.to_json() for way in ways], indent=2))
+            return
+        console().print(tables.cards_table(ways) if cards else tables.fits_table(ways))  # type: ignore[arg-type]  # as asked
+        return
+    keys: dict[str, Any] = {
+        key: value for key, value in {"bits": bits, "group_size": group_size}.items() if value is not None
+    }
+    found = quantkit.estimate(model, method=method, scheme=scheme, format=format, train=train, **given, **keys)
+    if as_json:
+        say(json.dumps(found.to_json(), indent=2))
+        return
+    console().print(tables.estimate_table(found))

@@ -1,0 +1,43 @@
+"""Devices: from the name in a recipe to the device that is there."""
+
+from __future__ import annotations
+
+import torch
+
+from quantkit.errors import QuantkitError
+
+USE = "use auto, cpu, cuda or cuda:N"
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device that a recipe or a command names; ``auto`` is CUDA where there is one.
+
+    Raises:
+        QuantkitError: it is not there, or neither a CPU nor a CUDA device.
+    """
+    if name == "auto":
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise QuantkitError(f"'{name}' is not a device", USE) from error
+    if device.type not in ("cpu", "cuda"):
+        raise QuantkitError(f"quantkit computes on cpu and cuda, not on '{name}'", USE)
+    visible = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= visible:
+        raise QuantkitError(
+            f"device {name} is not available: torch sees {visible} CUDA device{'' if visible == 1 else 's'}",
+            "use auto or cpu",
+        )
+    return device if device.type == "cpu" else torch.device("cuda", device.index or 0)
+
+
+def device_name(device: torch.device) -> str:
+    """``cpu``, or the name of the GPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until all that was asked of a GPU is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,126 @@
+"""What a model is made of, told without its weights: the shapes of its tensors, and what tokens leave in its cache."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+Kind = Literal["linear", "embedding", "other"]
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """A parameter.
+
+    Attributes:
+        name: its full name in transformers, such as ``model.layers.0.mlp.up_proj.weight``.
+        shape: of the tensor; of a linear layer ``(out_features, in_features)``.
+        kind: ``linear`` is a matrix that can be quantized, ``embedding`` the input embedding.
+        block: index of the decoder block that holds it; None outside the blocks.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    kind: Kind
+    block: int | None = None
+
+    @property
+    def layer(self) -> str:
+        """Full name of the module that it belongs to."""
+        return self.name.removesuffix(".weight")
+
+    @property
+    def numel(self) -> int:
+        """Number of values."""
+        return math.prod(self.shape)
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """``(rows, columns)`` of one that has two dimensions."""
+        rows, columns = self.shape
+        return rows, columns
+
+
+@dataclass(frozen=True, slots=True)
+class Cache:
+    """What a block keeps of each token that it has seen.
+
+    Attributes:
+        values: numbers of a token.
+        words: how many that are, such as ``2 x 8 heads x 128``.
+        window: tokens that it looks back at most; None for all.
+    """
+
+    values: int
+    words: str
+    window: int | None = None
+
+    def tokens(self, context: int) -> int:
+        """Tokens of a sequence of ``context`` that it keeps."""
+        return context if self.window is None else min(context, self.window)
+
+
+@dataclass(frozen=True, slots=True)
+class Anatomy:
+    """A decoder-only language model.
+
+    Attributes:
+        name: as it was asked for.
+        family: transformers' ``model_type``.
+        dtype: of its weights: ``float32``, ``float16`` or ``bfloat16``.
+        hidden: width of the residual stream.
+        wide: width of what a token's MLP computes with at once; of experts, of all that a token goes to.
+        queries: width of all query heads together.
+        keys: width of all key heads together.
+        head_dim: width of a head.
+        vocabulary: number of tokens.
+        blocks: number of decoder blocks.
+        weights: every parameter once; of a head tied to the embedding there is only the latter.
+        caches: of each block.
+        embedding: full name of the input embedding.
+        head: full name of the output head, tied or not.
+        tied: the head is the embedding.
+        context: tokens that the model was made for; None where its config does not say.
+        rope_factors: numbers that a GGUF file has for a rope of Llama 3.1; else 0.
+        notes: what is left out of the description.
+    """
+
+    name: str
+    family: str
+    dtype: str
+    hidden: int
+    wide: int
+    queries: int
+    keys: int
+    head_dim: int
+    vocabulary: int
+    blocks: int
+    weights: tuple[Weight, ...]
+    caches: tuple[Cache, ...]
+    embedding: str
+    head: str
+    tied: bool
+    context: int | None = None
+    rope_factors: int = 0
+    notes: tuple[str, ...] = ()
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters, those of a tied head once."""
+        return sum(weight.numel for weight in self.weights)
+
+    @property
+    def head_shape(self) -> tuple[int, int]:
+        """Of the output head."""
+        return self.vocabulary, self.hidden
+
+    def linears(self) -> dict[str, tuple[tuple[int, int], int | None]]:
+        """Every linear layer, the head too, with its shape and block."""
+        found = {w.layer: (w.matrix, w.block) for w in self.weights if w.kind == "linear"}
+        return found if self.head in found else found | {self.head: (self.head_shape, None)}
+
+    def in_block(self, block: int) -> Mapping[str, tuple[int, ...]]:
+        """The parameters of a block by name."""
+        return {weight.name: weight.shape for weight in self.weights if weight.block == block}

@@ -1,0 +1,130 @@
+"""How much memory a model takes, before any of its weights are there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from quantkit.estimation.anatomy import Anatomy
+from quantkit.estimation.inference import running, with_all_logits
+from quantkit.estimation.lines import Part
+from quantkit.estimation.models import anatomy_of
+from quantkit.estimation.quantizing import quantizing
+from quantkit.estimation.training import training
+from quantkit.estimation.use import Use
+from quantkit.estimation.weights import Stored, stored
+from quantkit.recipe import VariantSpec
+from quantkit.validation import parse_section
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What a variant of a model takes.
+
+    Attributes:
+        anatomy: the model.
+        variant: what is done to it.
+        use: how it is used.
+        stored: the exported file, tensor by tensor.
+        parts: ``file``, ``inference``, ``inference_all_logits``, ``quantizing``, and ``training`` if asked for; each
+            stands by itself.
+    """
+
+    anatomy: Anatomy
+    variant: VariantSpec
+    use: Use
+    stored: Stored
+    parts: tuple[Part, ...]
+
+    def part(self, name: str) -> Part:
+        """The part of a name."""
+        return next(part for part in self.parts if part.name == name)
+
+    def to_json(self) -> dict[str, Any]:
+        """``model``, ``family``, ``parameters``, the variant in short, ``use``, ``bits_per_weight`` and ``parts``."""
+        return {
+            "model": self.anatomy.name,
+            "family": self.anatomy.family,
+            "parameters": self.anatomy.parameters,
+            "method": self.variant.method,
+            "format": self.variant.format,
+            "scheme": self.variant.base_scheme().describe(),
+            "use": self.use.model_dump(mode="json"),
+            "bits_per_weight": self.stored.bits_per_weight,
+            "parts": [part.to_json() for part in self.parts],
+        }
+
+
+def estimate(
+    model: str,
+    *,
+    method: str = "gptq",
+    scheme: str = "int",
+    format: str = "compressed-tensors",  # noqa: A002 - the recipe's word
+    dtype: str | None = None,
+    train: bool = False,
+    **options: Any,
+) -> Estimate:
+    """What a quantized model takes on disk, while it runs, while it is quantized, and on request while it is trained.
+
+    Nothing but the model's config is read.
+
+    Args:
+        model: a well-known name such as ``llama-2-70b``, a folder, or the name of a hub model.
+        method: name of a method.
+        scheme: kind of scheme.
+        format: name of a format.
+        dtype: of the float model; its config's own by default.
+        train: estimate QLoRA training too.
+        options: keys of :class:`quantkit.estimation.Use`, such as ``batch``, ``context`` and ``lora_rank``, and further
+            keys of a variant, see :func:`quantkit.quantize`.
+
+    Raises:
+        QuantkitError: there is no such model, or the variant does not suit it.
+    """
+    use, keys = split(options)
+    given = {"name": "variant", "method": method, "scheme": scheme, "format": format}
+    variant = parse_section(VariantSpec, {**given, **keys}, "estimate")
+    return of_variant(anatomy_of(model), variant, use, dtype=dtype, train=train)
+
+
+def of_variant(
+    anatomy: Anatomy,
+    variant: VariantSpec,
+    use: Use,
+    *,
+    dtype: str | None = None,
+    decoded: str | None = None,
+    train: bool = False,
+) -> Estimate:
+    """The same for a variant of a recipe.
+
+    Args:
+        anatomy: the model.
+        variant: what is done to it.
+        use: how it is used.
+        dtype: of the float model; its config's own by default.
+        decoded: it runs with packed weights decoded to this dtype, as the reference runtime does.
+        train: estimate QLoRA training too.
+    """
+    file = stored(anatomy, variant, dtype)
+    parts = [
+        Part("file", "tensors of the exported file", file.lines(), anatomy.notes),
+        running(anatomy, file, use, decoded=decoded),
+        with_all_logits(anatomy, file, use, decoded=decoded),
+        quantizing(anatomy, variant, file, use),
+        *([training(anatomy, file, use)] if train else []),
+    ]
+    return Estimate(anatomy, variant, use, file, tuple(parts))
+
+
+def split(options: Mapping[str, Any]) -> tuple[Use, dict[str, Any]]:
+    """The keys of a use, and those that are left for the variant.
+
+    Raises:
+        RecipeError: a value of the use is not allowed.
+    """
+    of_use = {key: value for key, value in options.items() if key in Use.model_fields}
+    use = parse_section(Use, {key: value for key, value in of_use.items() if value is not None}, "estimate")
+    return use, {key: value for key, value in options.items() if key not in of_use}

@@ -1,0 +1,110 @@
+"""From the name of a model to its anatomy: well-known configs, folders, and models of the hub; no weights are read."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from quantkit.errors import QuantkitError, SourceError, did_you_mean
+from quantkit.estimation.anatomy import Anatomy
+from quantkit.estimation.configs import Config
+from quantkit.estimation.families import FAMILIES, describe
+
+CONFIG = "config.json"
+
+
+def anatomy_of(reference: str) -> Anatomy:
+    """The anatomy of a model.
+
+    Args:
+        reference: a well-known name such as ``llama-2-7b``, a folder with ``config.json`` or that file, or the name of
+            a hub model, of which ``config.json`` alone is fetched; those that are well known are not.
+
+    Raises:
+        SourceError: there is no such model, or its config cannot be read.
+    """
+    path = Path(reference).expanduser()
+    if path.exists():
+        return _from_file(path / CONFIG if path.is_dir() else path, reference)
+    known = well_known()
+    found = known.get(reference.lower()) or known.get(_hub_names().get(reference.lower(), ""))
+    if found is not None:
+        return _described(Config(found, reference))
+    return _from_file(_fetched(reference), reference)
+
+
+@cache
+def well_known() -> Mapping[str, Mapping[str, Any]]:
+    """The configs that come along, by name."""
+    return {name: entry["config"] for name, entry in _entries().items()}
+
+
+@cache
+def _entries() -> Mapping[str, Mapping[str, Any]]:
+    found: dict[str, Mapping[str, Any]] = {}
+    folder = resources.files("quantkit.estimation") / "configs"
+    for file in sorted(folder.iterdir(), key=lambda each: each.name):
+        if file.name.endswith(".json"):
+            found |= json.loads(file.read_text(encoding="utf-8"))
+    return found
+
+
+@cache
+def _hub_names() -> Mapping[str, str]:
+    """By the name on the hub in lower case, what a well-known config is called here."""
+    return {hub.lower(): name for name, entry in _entries().items() for hub in entry["hub"]}
+
+
+def _described(config: Config) -> Anatomy:
+    found = describe(config)
+    if found is None:
+        raise SourceError(f"the family '{config.family}' is not described", did_you_mean(config.family, FAMILIES))
+    return found
+
+
+def _from_file(file: Path, name: str) -> Anatomy:
+    """The anatomy by a config file; of a family that is not described here transformers builds it, without weights."""
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SourceError(f"{file} cannot be read: {error}", "name a folder with the config.json of a model") from error
+    if not isinstance(data, Mapping):
+        raise SourceError(f"{file} is no config: it holds no mapping", "name the config.json of a model")
+    config = Config(data, name)
+    found = describe(config)
+    if found is not None:
+        return found
+    from quantkit.estimation.unknown import built
+
+    return built(file.parent, config)
+
+
+def _fetched(reference: str) -> Path:
+    """``config.json`` of a hub model, from its cache or the hub."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HFValidationError
+
+    from quantkit.source.hub import REFERENCE, TRANSPORT_ERROR
+
+    match = REFERENCE.fullmatch(reference)
+    if match is None:
+        raise SourceError(
+            f"'{reference}' is neither a folder, a well-known model nor the name of a hub model",
+            did_you_mean(reference.lower(), well_known()),
+        )
+    try:
+        endpoint = os.environ.get("HF_ENDPOINT")
+        return Path(hf_hub_download(match["id"], CONFIG, revision=match["revision"], endpoint=endpoint))
+    except (HFValidationError, OSError, TRANSPORT_ERROR) as error:
+        raise _unreachable(match["id"], match["revision"], error) from error
+
+
+def _unreachable(name: str, revision: str | None, error: BaseException) -> QuantkitError:
+    from quantkit.source.hub import translated_error
+
+    return translated_error(name, revision, error)

@@ -1,0 +1,86 @@
+"""Estimates for people."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from quantkit.estimation.lines import in_units
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from quantkit.estimation.estimate import Estimate
+    from quantkit.estimation.fitting import CardFit, Fit
+
+
+def estimate_table(found: Estimate) -> Table:
+    """Every line of every part, with its formula."""
+    from rich.table import Table
+
+    scheme = found.variant.base_scheme().describe()
+    title = f"{found.anatomy.name}, {found.variant.method}, {scheme}, {found.variant.format}"
+    table = Table(title=title, title_justify="left", caption_justify="left")
+    table.add_column("what")
+    table.add_column("bytes", justify="right", no_wrap=True)
+    table.add_column("how")
+    for part in found.parts:
+        table.add_section()
+        table.add_row(f"[bold]{part.title}", f"[bold]{in_units(part.nbytes)}", "; ".join(part.notes))
+        for line in part.lines:
+            table.add_row(f"  {line.name}", in_units(line.nbytes), line.formula)
+    return table
+
+
+def fits_table(found: Sequence[Fit]) -> Table:
+    """A row for each way, the best expected quality first."""
+    from rich.table import Table
+
+    table = Table(title_justify="left", title=_fits_title(found))
+    for name in ("method", "scheme", "format"):
+        table.add_column(name, no_wrap=True)
+    for name in ("bits per weight", "takes", "longest context"):
+        table.add_column(name, justify="right")
+    table.add_column("fits")
+    for fit in found:
+        data = fit.to_json()
+        context = f"{data['longest_context']:,}" if data["longest_context"] else "none"
+        table.add_row(
+            data["method"],
+            data["scheme"],
+            data["format"],
+            f"{data['bits_per_weight']:.2f}",
+            in_units(fit.nbytes),
+            context,
+            "yes" if fit.fits else "no",
+        )
+    return table
+
+
+def cards_table(found: Sequence[CardFit]) -> Table:
+    """A row for each card."""
+    from rich.table import Table
+
+    table = Table()
+    for name in ("card", "best that fits", "format"):
+        table.add_column(name, no_wrap=True)
+    for name in ("takes", "longest context", "QLoRA on NF4"):
+        table.add_column(name, justify="right")
+    for row in found:
+        trains = "fits" if row.trains else "does not fit"
+        if row.best is None:
+            table.add_row(row.card.name, "nothing", "", "", "", trains)
+            continue
+        data = row.best.to_json()
+        scheme = f"{data['method']} {data['scheme']}" if data["method"] != "none" else data["scheme"]
+        table.add_row(
+            row.card.name, scheme, data["format"], in_units(row.best.nbytes), f"{data['longest_context']:,}", trains
+        )
+    return table
+
+
+def _fits_title(found: Sequence[Fit]) -> str:
+    if not found:
+        return "nothing suits the model"
+    first = found[0]
+    return f"{first.anatomy.name} in {in_units(first.memory)}, batch {first.use.batch}, {first.use.context:,} tokens"

@@ -1,0 +1,180 @@
+"""The bytes of every tensor of an exported file, from shapes and schemes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from quantkit.errors import SchemeError
+from quantkit.estimation.anatomy import Anatomy
+from quantkit.estimation.lines import Line, written
+from quantkit.formats import FORMATS
+from quantkit.formats.base import BYTES, Container, Format
+from quantkit.recipe import VariantSpec
+from quantkit.schemes import PlainScheme, Scheme
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """A quantized layer: its scheme, shape and bytes."""
+
+    scheme: Scheme
+    shape: tuple[int, int]
+    nbytes: int
+
+    @property
+    def weights(self) -> int:
+        """Number of weights."""
+        return self.shape[0] * self.shape[1]
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """An exported file.
+
+    Attributes:
+        container: of the file.
+        dtype: in which its float tensors are, but for those that the container has rules for.
+        packed: the quantized layers by name.
+        floats: every other tensor by name, with its number of values and its bytes.
+        embedding: full name of the input embedding.
+        head: full name of the output head.
+    """
+
+    container: Container
+    dtype: str
+    packed: Mapping[str, Packed]
+    floats: Mapping[str, tuple[int, int]]
+    embedding: str
+    head: str
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(each.nbytes for each in self.packed.values()) + sum(nbytes for _, nbytes in self.floats.values())
+
+    @property
+    def bits_per_weight(self) -> float | None:
+        """Of the quantized layers, None where there are none."""
+        weights = sum(each.weights for each in self.packed.values())
+        return sum(each.nbytes for each in self.packed.values()) * 8 / weights if weights else None
+
+    def lines(self) -> tuple[Line, ...]:
+        """Quantized layers by scheme, then the embedding, the head and the rest that are float."""
+        schemes = dict.fromkeys(each.scheme for name, each in self.packed.items() if name != self.embedding)
+        found = [self._packed_line(f"{scheme.describe()} layers", scheme) for scheme in schemes]
+        if self.embedding in self.packed:
+            scheme = self.packed[self.embedding].scheme
+            found.append(self._packed_line(f"{scheme.describe()} embedding", scheme, embedding=True))
+        return (*found, *self._float_lines())
+
+    def _packed_line(self, name: str, scheme: Scheme, *, embedding: bool = False) -> Line:
+        layers = [
+            each
+            for layer, each in self.packed.items()
+            if each.scheme == scheme and (layer == self.embedding) == embedding
+        ]
+        weights, nbytes = sum(each.weights for each in layers), sum(each.nbytes for each in layers)
+        count = (
+            f"{written(weights)} weights in {len(layers)} layers" if len(layers) > 1 else f"{written(weights)} weights"
+        )
+        return Line(name, nbytes, f"{count} x {nbytes * 8 / weights:.4f} bits / 8")
+
+    def _float_lines(self) -> Iterator[Line]:
+        places = {"embedding": f"{self.embedding}.weight", "head": f"{self.head}.weight"}
+        for name, tensor in places.items():
+            if tensor in self.floats:
+                count, nbytes = self.floats[tensor]
+                yield Line(f"float {name}", nbytes, f"{written(count)} values x {nbytes // count} bytes")
+        rest = [each for name, each in self.floats.items() if name not in places.values()]
+        if rest:
+            count, nbytes = (sum(column) for column in zip(*rest, strict=True))
+            what = f"{written(count)} values in {len(rest)} tensors"
+            yield Line("float layers, norms and biases", nbytes, f"{what} x {written(nbytes / count)} bytes")
+
+
+def schemes_of(anatomy: Anatomy, variant: VariantSpec) -> dict[str, Scheme | None]:
+    """The scheme of every linear layer, and first of the input embedding if it gets one; None stays float.
+
+    Raises:
+        SchemeError: a layer's shape does not suit its scheme or the format, or no layer is left to quantize.
+    """
+    linears = anatomy.linears()
+    if isinstance(variant.base_scheme(), PlainScheme):
+        return dict.fromkeys(linears)
+    found: dict[str, Scheme | None] = {}
+    embedding = variant.embedding_scheme()
+    if embedding is not None:
+        name = anatomy.head if anatomy.tied else anatomy.embedding
+        found[anatomy.embedding] = embedding.for_layer(name, None, anatomy.blocks, anatomy.head_shape)
+    for name, (shape, block) in linears.items():
+        scheme = variant.scheme_of(name, block, anatomy.blocks)
+        found[name] = None if scheme is None else scheme.for_layer(name, block, anatomy.blocks, shape)
+    if not any(found.values()):
+        raise SchemeError(f"{variant.name}: no layer is left to quantize", "'ignore' matches every linear layer")
+    return found
+
+
+def stored(anatomy: Anatomy, variant: VariantSpec, dtype: str | None = None) -> Stored:
+    """What a variant's file holds.
+
+    Args:
+        anatomy: the model.
+        variant: what is done to it.
+        dtype: of the float model; the anatomy's own by default.
+
+    Raises:
+        SchemeError: the variant does not suit the model.
+    """
+    dtype, kind = dtype or anatomy.dtype, FORMATS.get(variant.format)
+    store, whole = kind(dtype), variant.base_scheme()
+    shapes = {name: shape for name, (shape, _) in anatomy.linears().items()} | {anatomy.embedding: anatomy.head_shape}
+    packed = {
+        name: _packed(f"{variant.name}: {name}", _packing(store, name == anatomy.embedding), scheme, shapes[name])
+        for name, scheme in schemes_of(anatomy, variant).items()
+        if scheme is not None
+    }
+    cast = whole.kind if isinstance(whole, PlainScheme) else dtype
+    floats = {
+        name: (_numel(shape), _numel(shape) * float_bytes(kind.container, cast, shape))
+        for name, shape in _kept(anatomy, packed).items()
+    }
+    if kind.container == "gguf" and anatomy.rope_factors:
+        floats["rope_freqs"] = (anatomy.rope_factors, anatomy.rope_factors * BYTES["float32"])
+    return Stored(kind.container, cast, packed, floats, anatomy.embedding, anatomy.head)
+
+
+def float_bytes(container: Container, dtype: str, shape: tuple[int, ...]) -> int:
+    """Bytes of a value of a float tensor: GGUF files have matrices in 16 bits and vectors in 32."""
+    if container == "gguf":
+        return 2 if len(shape) > 1 else 4
+    return BYTES[dtype]
+
+
+def _packing(store: Format, is_embedding: bool) -> Format:
+    return store.for_embeddings() if is_embedding else store
+
+
+def _packed(place: str, store: Format, scheme: Scheme, shape: tuple[int, int]) -> Packed:
+    try:
+        scheme.check_layer(*shape)
+        store.check_layer(scheme, *shape)
+    except SchemeError as error:
+        raise SchemeError(f"{place}: {error.problem}", error.remedy) from error
+    return Packed(scheme, shape, store.layer_bytes(scheme, *shape))
+
+
+def _kept(anatomy: Anatomy, packed: Mapping[str, Packed]) -> dict[str, tuple[int, ...]]:
+    """The tensors that stay float; what a head and an embedding share is there for each once one is packed."""
+    found = {weight.name: weight.shape for weight in anatomy.weights if weight.layer not in packed}
+    both = (anatomy.embedding, anatomy.head)
+    if anatomy.tied and any(name in packed for name in both):
+        found |= {f"{name}.weight": anatomy.head_shape for name in both if name not in packed}
+    return found
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count

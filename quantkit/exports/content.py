@@ -1,0 +1,101 @@
+"""What a checkpoint is made of, before it is written in any container."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quantkit.checkpoint import CheckpointReader
+from quantkit.errors import CheckpointError
+from quantkit.schemes import QuantizedWeight, Scheme
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A tensor that is read when its turn comes.
+
+    Attributes:
+        dtype: of the tensor.
+        shape: of the tensor.
+        read: gives it, on the CPU.
+    """
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    read: Callable[[], torch.Tensor]
+
+    @classmethod
+    def of(cls, reader: CheckpointReader, name: str, *, finite: bool = False) -> Stored:
+        """A tensor of a checkpoint; with ``finite`` it is refused if it holds a NaN or an infinity."""
+        read = reader.read_finite if finite else reader.read
+        return cls(reader.dtype(name), reader.shape(name), lambda: read(name))
+
+    def cast(self, dtype: torch.dtype, name: str) -> Stored:
+        """The same in another float dtype, if it is a float; refused when it is read and the dtype does not hold it.
+
+        Args:
+            dtype: the other.
+            name: of the tensor, for the message.
+        """
+        if dtype == self.dtype or not self.dtype.is_floating_point:
+            return self
+        return Stored(dtype, self.shape, lambda: _cast(self.read(), dtype, name))
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """A quantized model, every tensor by its name in the float model of transformers.
+
+    Attributes:
+        origin: folder of the float model: its ``config.json``, tokenizer and what else goes along.
+        dtype: of the float model.
+        linears: every Linear layer with its scheme, None where it stays float.
+        packed: the packed tensors of each quantized layer by suffix.
+        floats: every other tensor.
+        digests: of each quantized layer, see :func:`digest`.
+        embedding: name and scheme of the input embedding where that is quantized.
+        changes: keys of ``config.json`` that differ from the origin's.
+        runs_code: the model comes with Python code, which goes along.
+    """
+
+    origin: Path
+    dtype: str
+    linears: Mapping[str, Scheme | None]
+    packed: Mapping[str, Mapping[str, Stored]]
+    floats: Mapping[str, Stored]
+    digests: Mapping[str, str]
+    embedding: tuple[str, Scheme] | None = None
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    runs_code: bool = False
+
+    @property
+    def schemes(self) -> dict[str, Scheme]:
+        """The quantized layers with their schemes, the embedding first."""
+        found = {} if self.embedding is None else {self.embedding[0]: self.embedding[1]}
+        return found | {name: scheme for name, scheme in self.linears.items() if scheme is not None}
+
+
+def _cast(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
+    found = tensor.to(dtype)
+    if not found.isfinite().all():
+        largest = tensor.abs().max().item()
+        raise CheckpointError(
+            f"tensor {name} reaches {largest:g}, which {str(dtype).removeprefix('torch.')} does not hold",
+            "use bfloat16",
+        )
+    return found
+
+
+def digest(weight: QuantizedWeight) -> str:
+    """SHA-256 over codes, float32 scales and zeros, and the groups of columns: what a weight's values follow from."""
+    found = hashlib.sha256(weight.codes.contiguous().numpy().data)
+    for each in (weight.scales, weight.zeros):
+        found.update(each.to(torch.float32).contiguous().numpy().data)
+    if "g_idx" in weight.parts:
+        found.update(weight.parts["g_idx"].to(torch.int32).contiguous().numpy().data)
+    return found.hexdigest()

@@ -1,0 +1,206 @@
+"""A checkpoint that is a folder of safetensors with a ``config.json``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+
+from quantkit.artifacts import read_json
+from quantkit.checkpoint import CheckpointReader
+from quantkit.errors import CheckpointError
+from quantkit.exports.base import Export
+from quantkit.exports.manifest import read_manifest
+from quantkit.formats import FORMATS
+from quantkit.formats.base import Format
+from quantkit.schemes import QuantizedWeight, Scheme, scheme_from_json
+
+SCALES_OF_ACTIVATIONS = (
+    ".input_scale", ".input_zero_point", ".input_global_scale", ".output_scale", ".output_zero_point",
+    ".q_scale", ".k_scale", ".v_scale", ".q_zero_point", ".k_zero_point", ".v_zero_point",
+)  # fmt: skip
+"""Ends of the names of tensors by which runtimes round activations and KV caches; no weight follows from them."""
+
+
+@runtime_checkable
+class TellsShapes(Protocol):
+    """A format that tells the shape of a layer without reading its codes."""
+
+    def layer_shape(
+        self, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], torch.Tensor], scheme: Scheme
+    ) -> tuple[int, int]:
+        """``(out_features, in_features)`` of a packed layer.
+
+        Args:
+            shapes: of its tensors, by suffix.
+            read: gives a tensor by suffix; only small ones are asked for.
+            scheme: of the layer.
+        """
+
+
+class FolderExport(Export):
+    """Safetensors beside a ``config.json``; what quantkit wrote is read by its manifest, all else by its config.
+
+    Args:
+        folder: the checkpoint.
+
+    Raises:
+        CheckpointError: it is no quantized checkpoint, of a format that quantkit does not read, or broken.
+        SchemeError: its manifest names a scheme that quantkit does not have.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder
+        self._config = read_config(folder)
+        self._reader = CheckpointReader(folder)
+        manifest = read_manifest(folder)
+        self._foreign = manifest is None
+        if manifest is None:
+            self._store, self.schemes = _read_foreign(folder, self._config, self._reader)
+            self.made_by = _author(folder, self._config)
+        else:
+            self._store = FORMATS.get(manifest["format"])(_dtype(self._config))
+            self.schemes = {name: scheme_from_json(scheme) for name, scheme in manifest["layers"].items()}
+            self.embedding = manifest.get("embedding")
+            self.made_by = str(manifest.get("created_by", "quantkit"))
+        self.format = self._store.name
+        self._names = {layer: self._packed_names(layer, scheme) for layer, scheme in self.schemes.items()}
+
+    def config(self) -> dict[str, Any]:
+        """The config without what it says of quantization."""
+        return {key: value for key, value in self._config.items() if key != "quantization_config"}
+
+    def tokenizer_folder(self) -> Path:
+        """The folder itself."""
+        return self.path
+
+    def weight(self, layer: str) -> QuantizedWeight:
+        """A packed layer, by the code of its format."""
+        tensors = {suffix: self._reader.read(name) for suffix, name in self._names[layer].items()}
+        return self._store_of(layer).unpack(tensors, self.schemes[layer])
+
+    def float_names(self) -> list[str]:
+        """All tensors but those of packed layers and the scales of activations."""
+        packed = {name for names in self._names.values() for name in names.values()}
+        left_out = packed | set(self.activation_scales())
+        return [name for name in self._reader.names() if name not in left_out]
+
+    def activation_scales(self) -> list[str]:
+        """Names of the tensors by which runtimes of another tool's file round activations and KV caches."""
+        return [name for name in self._reader.names() if self._foreign and name.endswith(SCALES_OF_ACTIVATIONS)]
+
+    def remarks(self) -> tuple[str, ...]:
+        """What someone who loads the checkpoint should know, as its format says."""
+        linear = {scheme for layer, scheme in self.schemes.items() if layer != self.embedding}
+        found = self._store.remarks(linear)
+        if self.embedding is not None:
+            found += self._store.for_embeddings().remarks({self.schemes[self.embedding]})
+        return tuple(dict.fromkeys(found))
+
+    def float_shape(self, name: str) -> tuple[int, ...]:
+        """From the file's header."""
+        return self._reader.shape(name)
+
+    def float_dtype(self, name: str) -> torch.dtype:
+        """From the file's header."""
+        return self._reader.dtype(name)
+
+    def float_tensor(self, name: str) -> torch.Tensor:
+        """As it lies on disk."""
+        return self._reader.read(name)
+
+    def shape(self, layer: str) -> tuple[int, int]:
+        """By the code of its format, from the shapes of the packed tensors where it can tell."""
+        store, names = self._store_of(layer), self._names[layer]
+        if isinstance(store, TellsShapes):
+            shapes = {suffix: self._reader.shape(name) for suffix, name in names.items()}
+            return store.layer_shape(shapes, lambda suffix: self._reader.read(names[suffix]), self.schemes[layer])
+        weight = self.weight(layer)
+        rows, columns = weight.codes.shape
+        return rows, columns
+
+    def layer_bytes(self, layer: str) -> int:
+        """From the file's header."""
+        return sum(self._reader.nbytes(name) for name in self._names[layer].values())
+
+    def files(self) -> list[Path]:
+        """The index and the shards."""
+        return self._reader.files()
+
+    def _store_of(self, layer: str) -> Format:
+        return self._store.for_embeddings() if layer == self.embedding else self._store
+
+    def _packed_names(self, layer: str, scheme: Scheme) -> dict[str, str]:
+        store = self._store_of(layer)
+        names = {suffix: f"{layer}.{suffix}" for suffix in store.layer_suffixes(scheme)}
+        missing = {suffix for suffix in store.optional_suffixes if names.get(suffix) not in self._reader}
+        for suffix in names.keys() - missing:
+            self._reader.shape(names[suffix])  # raises for a tensor that is not there
+        return {suffix: name for suffix, name in names.items() if suffix not in missing}
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """``config.json``.
+
+    Raises:
+        CheckpointError: there is none, or it is no mapping.
+    """
+    try:
+        config = read_json(folder / "config.json")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder} is not a checkpoint: its config.json cannot be read", "check the path"
+        ) from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{folder / 'config.json'} is not a mapping", "get the model from its source")
+    return config
+
+
+def _read_foreign(
+    folder: Path, config: Mapping[str, Any], reader: CheckpointReader
+) -> tuple[Format, Mapping[str, Scheme]]:
+    """Format and schemes of a checkpoint that another tool wrote."""
+    found = config.get("quantization_config")
+    if not isinstance(found, dict):
+        raise CheckpointError(
+            f"{folder} is not quantized: its config.json has no quantization_config", "check the path"
+        )
+    for store in FORMATS:
+        if store.reads(found):
+            return store.for_config(found, _dtype(config)), store.schemes_in(found, reader)
+    method = found.get("quant_method", "none")
+    raise CheckpointError(
+        f"{folder} is quantized with '{method}', which quantkit does not read",
+        f"it reads {', '.join(FORMATS.names())}",
+    )
+
+
+def _dtype(config: Mapping[str, Any]) -> str:
+    return str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
+
+
+def _author(folder: Path, config: Mapping[str, Any]) -> str:
+    """Who wrote a checkpoint, as far as its config says."""
+    found = config["quantization_config"]
+    meta = found.get("meta") if isinstance(found.get("meta"), dict) else {}
+    quantizer = meta.get("quantizer")
+    if quantizer:
+        return " ".join(map(str, quantizer)) if isinstance(quantizer, list) else str(quantizer).replace(":", " ")
+    match found.get("quant_method"):
+        case "compressed-tensors":
+            by = f"compressed-tensors {found.get('version', '')}".strip()
+            return f"llm-compressor ({by})" if _is_llm_compressor(folder) else by
+        case "bitsandbytes" | "hqq" | None if config.get("transformers_version"):
+            return f"transformers {config['transformers_version']}"
+    return "unknown"
+
+
+def _is_llm_compressor(folder: Path) -> bool:
+    """Whether the recipe of llm-compressor lies beside the weights: stages of modifiers."""
+    recipe = folder / "recipe.yaml"
+    try:
+        return recipe.is_file() and "_modifiers:" in recipe.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False

@@ -1,0 +1,69 @@
+"""Write a checkpoint as a folder of safetensors, and compare it with what it was made of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from quantkit.artifacts import read_json, write_json, write_text
+from quantkit.checkpoint import CheckpointReader, ShardWriter
+from quantkit.errors import CheckpointError
+from quantkit.exports.companions import copy_companions
+from quantkit.exports.content import Content, Stored, digest
+from quantkit.formats.base import Format
+
+FAULTY = "the disk or its memory is faulty, or another process writes here: quantize again"
+
+
+def write_folder(content: Content, store: Format, folder: Path) -> None:
+    """Write a checkpoint that transformers could read, and read it back.
+
+    Raises:
+        OutputError: the folder cannot be written.
+        CheckpointError: what was read back is not what was written.
+    """
+    copy_companions(content.origin, folder, runs_code=content.runs_code)
+    with ShardWriter(folder) as writer:
+        for name, tensor in _tensors(content):
+            writer.declare(name, tensor.dtype, tensor.shape)
+        for name, tensor in _tensors(content):
+            writer.write(name, tensor.read())
+    _write_config(content, store, folder)
+    for name, text in store.extra_files(content.linears).items():
+        write_text(folder / name, text)
+    _compare(content, store, folder)
+
+
+def _tensors(content: Content) -> Iterator[tuple[str, Stored]]:
+    """The float tensors, then the packed ones in the order of the model's layers."""
+    yield from content.floats.items()
+    for layer in content.schemes:
+        for suffix, tensor in content.packed[layer].items():
+            yield f"{layer}.{suffix}", tensor
+
+
+def _write_config(content: Content, store: Format, folder: Path) -> None:
+    config = read_json(content.origin / "config.json")
+    config.pop("quantization_config", None)
+    if content.schemes:
+        quantization = store.quantization_config(content.linears)
+        if content.embedding is not None:
+            quantization = store.with_embedding(quantization, *content.embedding)
+        config["quantization_config"] = quantization
+    if "dtype" in content.changes:
+        config.pop("torch_dtype", None)
+    write_json(folder / "config.json", {**config, **content.changes})
+
+
+def _compare(content: Content, store: Format, folder: Path) -> None:
+    written = CheckpointReader(folder)
+    for name, wanted in content.floats.items():
+        if not torch.equal(wanted.read(), written.read(name)):
+            raise CheckpointError(f"tensor {name} in {folder} differs from the source after writing", FAULTY)
+    for layer, scheme in content.schemes.items():
+        packing = store.for_embeddings() if content.embedding and layer == content.embedding[0] else store
+        tensors = {suffix: written.read(f"{layer}.{suffix}") for suffix in packing.layer_suffixes(scheme)}
+        if digest(packing.unpack(tensors, scheme)) != content.digests[layer]:
+            raise CheckpointError(f"layer {layer} in {folder} does not decode to what the method returned", FAULTY)

@@ -1,0 +1,65 @@
+"""``manifest.json``: what an exported checkpoint is, who made it of what, and the hash of every file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from quantkit.artifacts import file_sha256, fingerprint, read_json, write_json
+from quantkit.errors import CheckpointError
+
+MANIFEST = "manifest.json"
+VERIFIED = "verified"
+"""The key under which verdicts of runtimes are kept; what it holds is no part of the checkpoint's identity."""
+DESCRIBING = ("README.md",)
+"""Files that speak of the checkpoint and may be written again when more is known of it."""
+EXPORT_AGAIN = "export the checkpoint again"
+
+
+def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Write the manifest: the facts, and the SHA-256 and size of every other file of the folder."""
+    files = {
+        path.relative_to(folder).as_posix(): {"sha256": file_sha256(path), "bytes": path.stat().st_size}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path != folder / MANIFEST and path.name not in DESCRIBING
+    }
+    write_json(folder / MANIFEST, {**facts, "files": files})
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a checkpoint that quantkit exported; None where there is none that tells the layers.
+
+    Raises:
+        CheckpointError: it is broken.
+    """
+    file = folder / MANIFEST
+    if not file.is_file():
+        return None
+    try:
+        content = read_json(file)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}", EXPORT_AGAIN) from error
+    if not isinstance(content, dict) or not isinstance(content.get("format"), str):
+        return None
+    layers = content.get("layers")
+    if not isinstance(layers, dict):
+        return None
+    if not all(isinstance(scheme, dict) for scheme in layers.values()):
+        raise CheckpointError(f"{file}: 'layers' does not map layers to schemes", EXPORT_AGAIN)
+    return content
+
+
+def identity(folder: Path) -> str:
+    """A fingerprint of an exported checkpoint, which verdicts of runtimes do not change."""
+    content = read_json(folder / MANIFEST)
+    return fingerprint({key: value for key, value in content.items() if key != VERIFIED})
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether every file of the manifest is there with its size; contents are not hashed."""
+    try:
+        files = read_json(folder / MANIFEST)["files"]
+        return all((folder / name).stat().st_size == facts["bytes"] for name, facts in files.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False

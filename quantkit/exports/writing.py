@@ -1,0 +1,57 @@
+"""Write a checkpoint in the container that its format asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+
+from quantkit.exports.content import Content
+from quantkit.exports.folder_writer import write_folder
+from quantkit.formats.base import Format
+
+
+def check_origin(store: type[Format], folder: Path, names: Collection[str] | None = None) -> None:
+    """Check before any work that a format's container can hold a model.
+
+    Args:
+        store: the format.
+        folder: of the float model.
+        names: of its tensors; by default those that lie in the folder.
+
+    Raises:
+        SourceError: with what it cannot say of the model.
+    """
+    if store.container == "gguf":
+        from quantkit.exports.gguf_writer import check_source
+
+        check_source(folder, names)
+
+
+def origin_remarks(store: Format, folder: Path, dtype: str) -> tuple[str, ...]:
+    """What someone who loads a checkpoint should know because of the model that it was made of.
+
+    Args:
+        store: the format.
+        folder: of the float model.
+        dtype: of the float model.
+    """
+    if store.container != "gguf":
+        return ()
+    from quantkit.exports.gguf_writer import source_remarks
+
+    return source_remarks(folder, dtype)
+
+
+def write_export(content: Content, store: Format, folder: Path) -> None:
+    """Write a checkpoint, read it back and compare.
+
+    Raises:
+        OutputError: the folder cannot be written.
+        CheckpointError: what was read back is not what was written.
+    """
+    if store.container == "gguf":
+        from quantkit.exports.gguf_writer import write_gguf
+
+        write_gguf(content, store, folder)
+    else:
+        write_folder(content, store, folder)

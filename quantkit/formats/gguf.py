@@ -1,0 +1,94 @@
+"""gguf: one file for llama.cpp and Ollama, with model, metadata and tokenizer.
+
+A layer is the raw blocks of one GGML type, see :mod:`quantkit.formats._gguf`; the file around them is written and
+read by :mod:`quantkit.exports`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from quantkit.errors import SchemeError
+from quantkit.formats import FORMATS
+from quantkit.formats._gguf import BLOCK, codec_of, row_bytes, type_of
+from quantkit.formats.base import Container, Format, PackedShapes
+from quantkit.schemes import GgmlMixture, IntScheme, PlainScheme, QuantizedWeight, Scheme
+
+if TYPE_CHECKING:
+    import torch
+
+IMPORTANCE = "importance"
+"""The part of a weight, and the suffix beside its blocks, with the mean square of each input column."""
+REPEATED = "gguf: the file repeats the scale of a group in every block of 32, which takes the bits of group_size 32"
+
+
+@FORMATS.register
+class Gguf(Format):
+    """The block types of GGML."""
+
+    name = "gguf"
+    summary = "int4, int5 and int8 in blocks of 32 (Q4_0, Q4_1, Q5_0, Q5_1, Q8_0), mxfp4, llama.cpp's own types"
+    runtimes = ("llama.cpp", "ollama")
+    native = False
+    embeddings = True
+    shares_head = True
+    beside = (f".{IMPORTANCE}",)
+    container: ClassVar[Container] = "gguf"
+
+    @classmethod
+    def check(cls, scheme: Scheme) -> None:
+        """Refuse what no block type holds; mixtures of llama.cpp and 16-bit floats have their types there too."""
+        if not isinstance(scheme, GgmlMixture | PlainScheme):
+            type_of(scheme)
+
+    @classmethod
+    def check_layer(cls, scheme: Scheme, out_features: int, in_features: int) -> None:
+        """Refuse rows that are not whole blocks."""
+        if in_features % BLOCK:
+            raise SchemeError(
+                f"gguf has blocks of {BLOCK} weights, and a row has {in_features}",
+                "keep this layer float with 'ignore'",
+            )
+
+    @classmethod
+    def scale_dtype(cls, dtype: str) -> str:
+        """Blocks have float16 scales whatever the model's dtype is."""
+        return "float16"
+
+    def fitted(self, weight: QuantizedWeight) -> QuantizedWeight:
+        """Scales rounded to float16, and for asymmetric groups the least value; see :class:`Integers`."""
+        found = codec_of(weight.scheme).fitted(weight)
+        beside = {name: part for name, part in weight.parts.items() if name == IMPORTANCE}
+        return replace(found, parts={**found.parts, **beside})
+
+    def pack(self, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
+        """Raw blocks, ``weight`` uint8 ``[rows, row_bytes]``, and the weight's ``importance`` if it has one."""
+        beside = {name: part for name, part in weight.parts.items() if name == IMPORTANCE}
+        return {**codec_of(weight.scheme).pack(weight), **beside}
+
+    def unpack(self, tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> QuantizedWeight:
+        """The inverse of :meth:`pack`.
+
+        Raises:
+            CheckpointError: the blocks are not those of the scheme.
+        """
+        return codec_of(scheme).unpack(tensors)
+
+    def packed_shapes(self, scheme: Scheme, out_features: int, in_features: int) -> PackedShapes:
+        """Rows of whole blocks."""
+        return {"weight": ("uint8", (out_features, row_bytes(scheme, in_features)))}
+
+    def layer_suffixes(self, scheme: Scheme) -> tuple[str, ...]:
+        """The blocks, which are all that :meth:`unpack` needs."""
+        return ("weight",)
+
+    def quantization_config(self, layers: Mapping[str, Scheme | None]) -> dict[str, Any]:
+        """There is no ``config.json``."""
+        return {}
+
+    def remarks(self, schemes: Collection[Scheme]) -> tuple[str, ...]:
+        """Where a group costs as much as its blocks."""
+        wide = any(isinstance(scheme, IntScheme) and scheme.group_size != BLOCK for scheme in schemes)
+        return (REPEATED,) if wide else ()

@@ -1,0 +1,155 @@
+"""All that can be told of a checkpoint, as a mapping that JSON holds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from quantkit.checkpoint import CheckpointReader
+from quantkit.errors import CheckpointError
+from quantkit.exports import Export, find_gguf, open_export
+from quantkit.exports.folder import FolderExport, read_config
+from quantkit.exports.manifest import read_manifest
+from quantkit.formats import FORMATS
+from quantkit.inspection.layers import layer_facts
+from quantkit.inspection.loading import loads, loads_float
+from quantkit.inspection.problems import architecture_problems, fused_problems, layer_problems, leftover_problems
+
+SCHEMA = 1
+
+
+def inspect(path: Path, *, deep: bool = True) -> dict[str, Any]:
+    """Describe a checkpoint: a folder of safetensors or a GGUF file, quantized or float, of quantkit or not.
+
+    Memory holds one decoded layer.
+
+    Args:
+        path: the checkpoint.
+        deep: decode the layers for outliers, codes and scales, and compare the tensors with those of the model class;
+            without it only headers and tensors of a few bytes are read.
+
+    Returns:
+        ``schema``; ``path``; ``kind``, ``quantized`` or ``float``; ``format``; ``made_by``; ``deep``; ``bytes`` on
+        disk; ``parameters``; ``quantized_weights``; ``bits_per_weight`` over these, None where there are none;
+        ``layers``, see :func:`quantkit.inspection.layers.layer_facts`; ``schemes``, ``layers``, ``weights``,
+        ``bytes`` and ``bits_per_weight`` of each; ``floats``, name, shape, dtype and bytes of each other tensor;
+        ``float_dtypes``, tensors, parameters and bytes of each; ``activation_scales``, names; ``loads``, lines on
+        what loads it; ``remarks`` of its format; ``problems``, a line each.
+
+    Raises:
+        CheckpointError: there is no checkpoint, it is broken, or of a format that quantkit does not read.
+        SchemeError: it names a scheme that quantkit does not have.
+    """
+    if _is_float(path):
+        return _float_facts(path, deep=deep)
+    export = open_export(path)
+    layers = [layer_facts(export, name, deep=deep) for name in export.schemes]
+    floats = [_float_fact(name, export.float_shape(name), export.float_dtype(name)) for name in export.float_names()]
+    found = _facts(path, "quantized", export.format, export.made_by, export.size_bytes(), layers, floats, deep=deep)
+    known = isinstance(export, FolderExport)
+    store = FORMATS.get(export.format)
+    schemes = set(export.schemes.values())
+    found["activation_scales"] = export.activation_scales() if isinstance(export, FolderExport) else []
+    found["loads"] = loads(store, schemes, export.config())
+    found["remarks"] = list(export.remarks() if isinstance(export, FolderExport) else store().remarks(schemes))
+    found["problems"] = _problems(export, layers, deep=deep, folder=known)
+    return found
+
+
+def _problems(export: Export, layers: list[dict[str, Any]], *, deep: bool, folder: bool) -> list[str]:
+    found = [*fused_problems(export), *layer_problems(layers)]
+    if folder:
+        found += leftover_problems(export)
+    if deep:
+        found += architecture_problems(export.config(), set(export.float_names()), set(export.schemes))
+    return found
+
+
+def _is_float(path: Path) -> bool:
+    """Whether a path is a folder that says nothing of quantization."""
+    if not path.exists():
+        raise CheckpointError(f"there is no checkpoint {path}", "check the path")
+    if find_gguf(path) is not None:
+        return False
+    config = read_config(path)
+    manifest = read_manifest(path)
+    return "quantization_config" not in config and not (manifest and manifest["layers"])
+
+
+def _float_facts(folder: Path, *, deep: bool) -> dict[str, Any]:
+    config, reader = read_config(folder), CheckpointReader(folder)
+    floats = [_float_fact(name, reader.shape(name), reader.dtype(name)) for name in reader.names()]
+    manifest = read_manifest(folder)
+    made_by = f"transformers {config['transformers_version']}" if config.get("transformers_version") else "unknown"
+    if manifest is not None:
+        made_by = str(manifest.get("created_by", made_by))
+    size = sum(file.stat().st_size for file in reader.files())
+    found = _facts(folder, "float", "float", made_by, size, [], floats, deep=deep)
+    found["loads"] = loads_float()
+    if deep:
+        found["problems"] = architecture_problems(config, set(reader.names()), set())
+    return found
+
+
+def _facts(
+    path: Path,
+    kind: str,
+    form: str,
+    made_by: str,
+    size: int,
+    layers: list[dict[str, Any]],
+    floats: list[dict[str, Any]],
+    *,
+    deep: bool,
+) -> dict[str, Any]:
+    weights, packed = sum(layer["weights"] for layer in layers), sum(layer["bytes"] for layer in layers)
+    return {
+        "schema": SCHEMA,
+        "path": str(path),
+        "kind": kind,
+        "format": form,
+        "made_by": made_by,
+        "deep": deep,
+        "bytes": size,
+        "parameters": weights + sum(each["parameters"] for each in floats),
+        "quantized_weights": weights,
+        "bits_per_weight": packed * 8 / weights if weights else None,
+        "layers": layers,
+        "schemes": _by_scheme(layers),
+        "floats": floats,
+        "float_dtypes": _by_dtype(floats),
+        "activation_scales": [],
+        "loads": [],
+        "remarks": [],
+        "problems": [],
+    }
+
+
+def _float_fact(name: str, shape: Iterable[int], dtype: Any) -> dict[str, Any]:
+    sizes = list(shape)
+    count = math.prod(sizes)
+    written = str(dtype).removeprefix("torch.")
+    return {"name": name, "shape": sizes, "dtype": written, "parameters": count, "bytes": count * dtype.itemsize}
+
+
+def _by_scheme(layers: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    for layer in layers:
+        total = found.setdefault(layer["scheme"], {"layers": 0, "weights": 0, "bytes": 0, "bits_per_weight": 0.0})
+        total["layers"] += 1
+        total["weights"] += layer["weights"]
+        total["bytes"] += layer["bytes"]
+        total["bits_per_weight"] = total["bytes"] * 8 / total["weights"]
+    return found
+
+
+def _by_dtype(floats: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
+    found: dict[str, dict[str, int]] = {}
+    for each in floats:
+        total = found.setdefault(each["dtype"], {"tensors": 0, "parameters": 0, "bytes": 0})
+        total["tensors"] += 1
+        total["parameters"] += each["parameters"]
+        total["bytes"] += each["bytes"]
+    return found

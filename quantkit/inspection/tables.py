@@ -1,0 +1,116 @@
+"""What :func:`quantkit.inspection.inspect` finds, for a terminal."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
+
+ABSENT = "-"
+
+
+def inspect_tables(found: dict[str, Any]) -> list[RenderableType]:
+    """Tables and texts in the order in which they are to be printed: the summary, schemes, layers, float tensors, what
+    loads the checkpoint, remarks and problems.
+    """
+    from rich.text import Text
+
+    shown: list[RenderableType] = [_summary(found)]
+    if found["layers"]:
+        shown += [_schemes(found), _layers(found)]
+    shown.append(_floats(found))
+    for title, key, style in (
+        ("Loads it", "loads", ""),
+        ("Remarks", "remarks", ""),
+        ("Problems", "problems", "red"),
+    ):
+        if found[key]:
+            lines = [Text(title, style="bold"), *(Text(f"  - {line}", style=style) for line in found[key])]
+            shown.append(Text("\n").join(lines))
+    return shown
+
+
+def _table(title: str, *columns: str, words: int = 1) -> Table:
+    """A table whose first ``words`` columns are texts and whose others are figures."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(title), title_justify="left")
+    for index, column in enumerate(columns):
+        table.add_column(Text(column), justify="left" if index < words else "right", overflow="fold")
+    return table
+
+
+def _row(table: Table, *cells: str) -> None:
+    from rich.text import Text
+
+    table.add_row(*map(Text, cells))
+
+
+def _summary(found: dict[str, Any]) -> Table:
+    table = _table("Checkpoint", "", "", words=2)
+    table.show_header = False
+    bits = found["bits_per_weight"]
+    facts = {
+        "path": found["path"],
+        "format": found["format"],
+        "made by": found["made_by"],
+        "size": _size(found["bytes"]),
+        "parameters": f"{found['parameters']:,}",
+        "quantized": f"{found['quantized_weights']:,} weights in {len(found['layers'])} layers",
+        "bits per weight": ABSENT if bits is None else f"{bits:.3f}",
+    }
+    if found["activation_scales"]:
+        facts["scales of activations"] = f"{len(found['activation_scales'])} tensors"
+    for name, text in facts.items():
+        _row(table, name, text)
+    return table
+
+
+def _schemes(found: dict[str, Any]) -> Table:
+    table = _table("Schemes", "Scheme", "Layers", "Weights", "Size", "Bits per weight")
+    for name, total in found["schemes"].items():
+        bits = f"{total['bits_per_weight']:.3f}"
+        _row(table, name, str(total["layers"]), f"{total['weights']:,}", _size(total["bytes"]), bits)
+    return table
+
+
+def _layers(found: dict[str, Any]) -> Table:
+    columns = ["Layer", "Scheme", "Shape", "Size", "Bits per weight"]
+    if found["deep"]:
+        columns += ["Beyond 6 std", "Largest", "At ends", "Bad scales"]
+    table = _table("Layers", *columns, words=2)
+    for layer in found["layers"]:
+        rows, width = layer["shape"]
+        bits = f"{layer['bits_per_weight']:.3f}"
+        cells = [layer["name"], layer["scheme"], f"{rows} x {width}", _size(layer["bytes"]), bits]
+        _row(table, *cells, *(_decoded(layer) if found["deep"] else ()))
+    return table
+
+
+def _decoded(layer: dict[str, Any]) -> tuple[str, ...]:
+    scales = layer["scales"]
+    bad = scales["zero"] + scales["denormal"] + scales["non_finite"]
+    far, largest = layer["outliers"], layer["largest"]
+    return (
+        ABSENT if far is None else f"{far:.2e}",
+        ABSENT if largest is None else f"{largest:.1f} std",
+        f"{layer['at_ends']:.2%}",
+        f"{bad} of {scales['count']}" if bad else "0",
+    )
+
+
+def _floats(found: dict[str, Any]) -> Table:
+    table = _table("Float tensors", "Dtype", "Tensors", "Parameters", "Size")
+    for dtype, total in found["float_dtypes"].items():
+        _row(table, dtype, str(total["tensors"]), f"{total['parameters']:,}", _size(total["bytes"]))
+    return table
+
+
+def _size(count: int) -> str:
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count} B"

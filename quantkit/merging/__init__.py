@@ -1,0 +1,105 @@
+"""The merge stage: LoRA adapters into float weights, one tensor at a time.
+
+PEFT supplies the arithmetic of every layer; the checkpoint streams from the base's shards to the merged model's, so
+that memory holds one tensor. The result is compared with PEFT's own un-merged model on one prompt.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from quantkit import source
+from quantkit.artifacts import check_writable, translated_os_errors
+from quantkit.merging.model import MergedModel
+from quantkit.progress import Observer, Silent
+from quantkit.recipe import MergeSpec, ModelSpec
+from quantkit.source import SourceModel
+from quantkit.validation import parse_section
+
+__all__ = ["MergedModel", "merge_model", "merged_source", "other_merge"]
+
+
+def merged_source(model: ModelSpec, merge: MergeSpec, work: Path, observer: Observer) -> SourceModel:
+    """The float checkpoint that a recipe's model means, with its adapters merged where it has some.
+
+    The merged model lies in ``work/merged-original`` or ``work/merged-nf4`` and is made once for the same content.
+
+    Raises:
+        SourceError: model or adapter cannot be had, or do not fit each other, with the remedy.
+        CheckpointError: a file is broken, or the merged model does not compute what PEFT's does.
+        OutputError: ``work`` cannot be written.
+    """
+    if not model.adapter:
+        return source.resolve(model, work)
+    return _merged(model, merge, work, observer)
+
+
+def other_merge(model: ModelSpec, merge: MergeSpec, work: Path, observer: Observer) -> MergedModel:
+    """The same adapters merged into the base that ``merge.compare`` names.
+
+    Raises:
+        ValueError: it names none.
+        QuantkitError: see :func:`merged_source`.
+    """
+    if merge.compare is None:
+        raise ValueError("merge.compare names no base")
+    return _merged(model, merge.model_copy(update={"base": merge.compare, "compare": None}), work, observer)
+
+
+def _merged(model: ModelSpec, merge: MergeSpec, work: Path, observer: Observer) -> MergedModel:
+    from quantkit.merging.stage import merge_into
+
+    base = source.resolve(model.model_copy(update={"dtype": "auto", "adapter": ()}), work)
+    return merge_into(base, model, merge, work / f"merged-{merge.base}", observer)
+
+
+def merge_model(
+    base: str,
+    adapters: str | Sequence[str | Mapping[str, Any]],
+    out: Path,
+    *,
+    dtype: str = "auto",
+    base_weights: str = "original",
+    any_base: bool = False,
+    trust_remote_code: bool = False,
+    observer: Observer | None = None,
+) -> dict[str, Any]:
+    """Merge adapters into a float model without a recipe.
+
+    Args:
+        base: hub id, folder, GGUF file or ``package:`` reference; see :class:`quantkit.recipe.ModelSpec`.
+        adapters: a folder, hub id or archive, or several, each such a reference or a mapping with ``source`` and
+            ``weight``.
+        out: folder of the merged model; it appears when it is whole.
+        dtype: of the merged weights: ``auto`` (the base's own), ``float32``, ``float16`` or ``bfloat16``.
+        base_weights: ``original`` or ``nf4``, see :class:`quantkit.recipe.MergeSpec`.
+        any_base: merge although an adapter names another base.
+        trust_remote_code: run Python code that comes with the model.
+        observer: is told what happens; nobody by default.
+
+    Returns:
+        ``folder``, ``dtype``, ``base``, ``base_weights``, ``adapters``, ``notes`` and ``check``, see
+        :class:`quantkit.merging.stage.MergedModel`.
+
+    Raises:
+        QuantkitError: with what is wrong and the remedy.
+    """
+    from quantkit.merging.stage import merge_into
+
+    watching = observer or Silent()
+    given = {"source": base, "adapter": adapters, "dtype": dtype, "trust_remote_code": trust_remote_code}
+    model = parse_section(ModelSpec, given, "merge")
+    merge = parse_section(MergeSpec, {"base": base_weights, "any_base": any_base}, "merge")
+    check_writable(out)
+    parent = out.absolute().parent
+    with translated_os_errors(out):
+        parent.mkdir(parents=True, exist_ok=True)
+        scratch = tempfile.TemporaryDirectory(prefix=".quantkit-", dir=parent)
+    with scratch as work:
+        watching.stage(f"source: {model.source}")
+        found = source.resolve(ModelSpec(source=base, trust_remote_code=trust_remote_code), Path(work))
+        merged = merge_into(found, model, merge, out, watching)
+    return {"folder": str(merged.folder), "dtype": merged.dtype, **merged.merge}

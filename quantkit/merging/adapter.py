@@ -1,0 +1,191 @@
+"""An adapter's files: what they hold, and whether it is whole, found out from the headers."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from quantkit.artifacts import file_sha256
+from quantkit.checkpoint import CheckpointReader
+from quantkit.checkpoint.header import read_header
+from quantkit.errors import SourceError
+from quantkit.merging.config import CONFIG, WITH_PEFT, AdapterConfig
+
+WEIGHTS = "adapter_model.safetensors"
+PICKLE = "adapter_model.bin"
+PREFIX = "base_model.model."
+AGAIN = "the adapter is broken: save or download it again"
+_LORA_PART = re.compile(
+    r"(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_[AB]|lora_magnitude_vector)"
+    r"(?P<tail>\.weight)?"
+)
+_TOKENS = re.compile(r"(?P<module>.+)\.token_adapter\.trainable_tokens_delta")
+_WRAPPED_BASE = re.compile(r"\.(token_adapter\.base_layer|base_layer|original_module)\.")
+_WRAPPED_COPY = ".modules_to_save."
+
+
+class AdapterReader(CheckpointReader):
+    """The tensors of ``adapter_model.safetensors``."""
+
+    def __init__(self, file: Path) -> None:
+        self.folder = file.parent
+        self.index = None
+        self._entries = read_header(file)
+
+
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """A parameter that the adapter carries whole.
+
+    Attributes:
+        key: of the tensor in the adapter.
+        trained: whether its module was trained beside the original, which the original's twin does not follow; else
+            the tensor takes the place of the base's own, as that of a resized embedding does.
+    """
+
+    key: str
+    trained: bool
+
+
+@dataclass(slots=True)
+class Contents:
+    """What an adapter carries, by the names of its base.
+
+    Attributes:
+        lora: module to the keys of its parts.
+        tokens: module to the key of its trained rows.
+        whole: parameter to what replaces it.
+    """
+
+    lora: dict[str, dict[str, str]] = field(default_factory=dict)
+    tokens: dict[str, str] = field(default_factory=dict)
+    whole: dict[str, Whole] = field(default_factory=dict)
+
+
+class Adapter:
+    """A checked adapter.
+
+    Attributes:
+        origin: what the user called it.
+        weight: what its change is multiplied with.
+        folder: where it lies.
+        config: its configuration.
+        reader: its tensors.
+        contents: what they are.
+
+    Raises:
+        SourceError: it is pickled, incomplete, or holds what is not merged.
+        CheckpointError: its safetensors are broken.
+    """
+
+    def __init__(self, folder: Path, origin: str, weight: float) -> None:
+        self.folder, self.origin, self.weight = folder, origin, weight
+        self.config = AdapterConfig(folder, origin)
+        if not (folder / WEIGHTS).is_file():
+            raise _no_weights(folder, origin)
+        self.reader = AdapterReader(folder / WEIGHTS)
+        self.contents = self._sorted()
+        for module, parts in self.contents.lora.items():
+            self._check_parts(module, parts)
+        self._check_weight()
+
+    def sha256(self) -> dict[str, str]:
+        """File name to hash, of all that decides the weights."""
+        return {name: file_sha256(self.folder / name) for name in (CONFIG, WEIGHTS)}
+
+    def read(self, key: str) -> torch.Tensor:
+        """A tensor, whose values are all finite.
+
+        Raises:
+            CheckpointError: they are not.
+        """
+        return self.reader.read_finite(key)
+
+    def token_rows(self, module: str) -> list[int]:
+        """The rows of an embedding that were trained.
+
+        Raises:
+            SourceError: the configuration does not name them.
+        """
+        given = self.config.lora.trainable_token_indices
+        if isinstance(given, dict):
+            given = next((rows for name, rows in given.items() if f".{module}".endswith(f".{name}")), None)
+        if not given:
+            raise SourceError(f"{CONFIG} of adapter {self.origin} does not name the trained tokens of {module}", AGAIN)
+        return list(given)
+
+    def _sorted(self) -> Contents:
+        found = Contents()
+        for key in self.reader.names():
+            if not key.startswith(PREFIX):
+                raise SourceError(
+                    f"adapter {self.origin}: tensor '{key}' is not named as PEFT names those of a language model",
+                    "convert the adapter to PEFT's layout",
+                )
+            name = key.removeprefix(PREFIX)
+            part, tokens = _LORA_PART.fullmatch(name), _TOKENS.fullmatch(name)
+            if part:
+                found.lora.setdefault(part["module"], {})[part["part"]] = key
+            elif tokens:
+                found.tokens[tokens["module"]] = key
+            elif "lora_" in name:
+                raise SourceError(f"adapter {self.origin}: tensor '{key}' is of an unknown kind", WITH_PEFT)
+            elif _WRAPPED_COPY not in name:
+                self._place_whole(found, key, name)
+        return found
+
+    def _place_whole(self, found: Contents, key: str, name: str) -> None:
+        """A parameter's trained value comes before its frozen one."""
+        plain = _WRAPPED_BASE.sub(".", name)
+        trained = plain == name and self.config.saves(plain.rpartition(".")[0])
+        if plain not in found.whole or trained:
+            found.whole[plain] = Whole(key, trained)
+
+    def _check_parts(self, module: str, parts: dict[str, str]) -> None:
+        """Every part that PEFT's configuration asks for is there, in the shape that its rank says."""
+        embedding = any(part.startswith("lora_embedding") for part in parts)
+        pair = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A.weight", "lora_B.weight")
+        magnitude = ("lora_magnitude_vector",) if self.config.lora.use_dora else ()
+        bias = ("lora_B.bias",) if self.config.lora.lora_bias and not embedding else ()
+        wanted = (*pair, *magnitude, *bias)
+        for part in wanted:
+            if part not in parts:
+                raise SourceError(f"adapter {self.origin} lacks the tensor '{PREFIX}{module}.{part}'", AGAIN)
+        for part, key in parts.items():
+            if part not in wanted:
+                raise SourceError(
+                    f"adapter {self.origin} holds the tensor '{key}', which its {CONFIG} does not ask for", AGAIN
+                )
+        rank = self.config.rank(module)
+        for part, axis in zip(pair, (0, 1), strict=True):
+            shape = self.reader.shape(parts[part])
+            if len(shape) != 2 or shape[axis] != rank:
+                raise SourceError(
+                    f"adapter {self.origin}: tensor '{parts[part]}' has the shape {list(shape)}, and the rank of its "
+                    f"layer is {rank} by {CONFIG}",
+                    AGAIN,
+                )
+
+    def _check_weight(self) -> None:
+        if self.weight == 1:
+            return
+        if self.config.depends_on_base:
+            raise SourceError(f"adapter {self.origin} is a DoRA, or began in its base: its weight can only be 1")
+        trained = [place.key for place in self.contents.whole.values() if place.trained]
+        for key in (*trained, *self.contents.tokens.values()):
+            raise SourceError(
+                f"adapter {self.origin}: tensor '{key}' replaces the base's, so its weight can only be 1",
+                "leave its weight out",
+            )
+
+
+def _no_weights(folder: Path, origin: str) -> SourceError:
+    if (folder / PICKLE).exists():
+        return SourceError(
+            f"adapter {origin} holds only pickled weights ({PICKLE}), which can run code when they are read",
+            "load the adapter with PEFT where you trust it and call save_pretrained, which writes safetensors",
+        )
+    return SourceError(f"adapter {origin} holds no {WEIGHTS}", "give the folder that PEFT's save_pretrained wrote")

@@ -1,0 +1,167 @@
+"""The merged checkpoint against PEFT's own model of base and adapters: the same prompt, logits beside logits."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from quantkit.errors import CheckpointError
+from quantkit.merging.adapter import Adapter
+from quantkit.merging.base import Base
+from quantkit.merging.nf4 import nf4_round_trip
+from quantkit.runtimes._checkpoint import load_tokenizer
+
+PROMPT = "Name three rivers of Europe, and say in one sentence each where they begin and which sea they reach."
+FEWEST_ROWS_SHOWN = 8
+TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 8e-2}
+"""By stored dtype: the largest root mean square of the difference of logits, as a share of that of the logits."""
+SHARE_OF_MEMORY = 0.5
+
+
+def check_merge(
+    merged: Path,
+    base: Base,
+    adapters: tuple[Adapter, ...],
+    *,
+    rows: int | None,
+    nf4_dtype: torch.dtype | None,
+    dtype: str,
+    trust_remote_code: bool,
+) -> dict[str, Any]:
+    """Compare logits after one prompt, both models computed in float32 on the CPU.
+
+    Args:
+        merged: folder of the merged model.
+        base: that adapters were merged into.
+        adapters: that were merged.
+        rows: of the embedding, where they are not the base's.
+        nf4_dtype: see :class:`quantkit.merging.tensors.MergedTensors`.
+        dtype: of the merged weights, which decides the tolerance.
+        trust_remote_code: run Python code that comes with the model.
+
+    Returns:
+        ``prompt``, ``tokens``, ``max_abs_difference``, ``relative_difference`` (root mean square of the difference of
+        logits over that of the logits), ``kl_divergence`` (mean, in nats), ``adapter_kl_divergence`` (of base and
+        adapters from the base alone) and ``tolerance`` (of the relative difference); or ``skipped`` with the reason.
+
+    Raises:
+        CheckpointError: the difference is larger than the tolerance.
+    """
+    needed = 4 * sum(base.reader.nbytes(name) // base.reader.dtype(name).itemsize for name in base.reader.names())
+    free = psutil.virtual_memory().available
+    if needed > SHARE_OF_MEMORY * free:
+        return {"skipped": f"in float32 the model takes {needed >> 20} MiB, of {free >> 20} MiB that are free"}
+    ids = _prompt(merged, adapters, rows, trust_remote_code)
+    with _quiet():
+        reference, plain = _unmerged(base, adapters, ids, rows, nf4_dtype, trust_remote_code)
+        found = _logits(_load(merged, trust_remote_code), ids)
+    compared = _compared(reference, found)
+    if not compared["relative_difference"] <= TOLERANCES[dtype]:
+        raise CheckpointError(
+            f"the merged model's logits differ from PEFT's by {compared['relative_difference']:.2g} of their size, and "
+            f"{TOLERANCES[dtype]:.2g} is what {dtype} may cost",
+            "please report this; until then merge with PEFT's merge_and_unload and give the folder that this saves",
+        )
+    return {
+        "prompt": PROMPT,
+        "tokens": ids.shape[1],
+        **compared,
+        "adapter_kl_divergence": _divergence(reference, plain),
+        "tolerance": TOLERANCES[dtype],
+    }
+
+
+def _prompt(merged: Path, adapters: tuple[Adapter, ...], rows: int | None, trust_remote_code: bool) -> torch.Tensor:
+    """The prompt's tokens, and some that the adapters added or trained."""
+    ids = list(load_tokenizer(merged, trust_remote_code=trust_remote_code)(PROMPT).input_ids)
+    trained = [row for adapter in adapters for module in adapter.contents.tokens for row in adapter.token_rows(module)]
+    added = range(max(0, rows - FEWEST_ROWS_SHOWN), rows) if rows else ()
+    return torch.tensor([[*ids, *trained[:FEWEST_ROWS_SHOWN], *added]])
+
+
+def _unmerged(
+    base: Base,
+    adapters: tuple[Adapter, ...],
+    ids: torch.Tensor,
+    rows: int | None,
+    nf4_dtype: torch.dtype | None,
+    trust_remote_code: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of PEFT's model, and of its base without the adapters."""
+    from peft import PeftModel
+    from peft.tuners.lora import LoraLayer
+
+    model = _load(base.folder, trust_remote_code)
+    if nf4_dtype is not None:
+        for name in base.linears:
+            weight = model.get_submodule(name).weight
+            weight.data = nf4_round_trip(weight.data, nf4_dtype)
+    plain = _logits(model, ids.clamp(max=model.get_input_embeddings().num_embeddings - 1))
+    if rows is not None:
+        model.resize_token_embeddings(rows, mean_resizing=False)
+    names = [f"adapter{number}" for number in range(len(adapters))]
+    tuned: Any = PeftModel.from_pretrained(model, str(adapters[0].folder), adapter_name=names[0])
+    for adapter, name in zip(adapters[1:], names[1:], strict=True):
+        tuned.load_adapter(str(adapter.folder), adapter_name=name)
+    if len(names) > 1:
+        tuned.base_model.set_adapter(names)
+    for layer in tuned.modules():
+        if isinstance(layer, LoraLayer):
+            for adapter, name in zip(adapters, names, strict=True):
+                if name in layer.scaling:
+                    layer.scaling[name] *= adapter.weight
+    return _logits(tuned.eval(), ids), plain
+
+
+def _load(folder: Path, trust_remote_code: bool) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    return model.eval()
+
+
+@torch.inference_mode()
+def _logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    found: torch.Tensor = model(input_ids=ids, use_cache=False).logits[0].double()
+    return found
+
+
+def _compared(reference: torch.Tensor, found: torch.Tensor) -> dict[str, float]:
+    difference = found - reference
+    centred = reference - reference.mean(-1, keepdim=True)
+    return {
+        "max_abs_difference": float(difference.abs().max()),
+        "relative_difference": float(difference.square().mean().sqrt() / centred.square().mean().sqrt()),
+        "kl_divergence": _divergence(reference, found),
+    }
+
+
+def _divergence(reference: torch.Tensor, found: torch.Tensor) -> float:
+    """Mean KL divergence in nats of ``found`` from ``reference``, over the tokens that both know."""
+    shared = min(reference.shape[-1], found.shape[-1])
+    p, q = (logits[:, :shared].log_softmax(-1) for logits in (reference, found))
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No warnings of what was checked before, no progress bars of single loads, no draws from the global generator."""
+    from transformers.utils import logging
+
+    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if shown:
+            logging.enable_progress_bar()

@@ -1,0 +1,129 @@
+"""``adapter_config.json``: what PEFT says of an adapter, and what of that can be merged."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig
+from peft.utils.other import get_pattern_key
+
+from quantkit.artifacts import read_json
+from quantkit.errors import SourceError
+
+CONFIG = "adapter_config.json"
+WITH_PEFT = "merge it with PEFT's merge_and_unload and give the folder that this saves"
+NOT_MERGED = {
+    "target_parameters": "adapts parameters and not layers (target_parameters)",
+    "layer_replication": "repeats layers of its base (layer_replication)",
+    "alora_invocation_tokens": "is active on a part of the tokens alone (aLoRA), which no merge can be",
+    "arrow_config": "routes its tokens (Arrow), which no merge can do",
+    "corda_config": "was made from statistics of its base (CorDA)",
+    "kasa_config": "changes its base (KaSA)",
+    "megatron_config": "belongs to Megatron's own layers",
+    "monteclora_config": "is a distribution over adapters (MonteCLoRA)",
+    "use_bdlora": "is block-diagonal (BD-LoRA)",
+    "use_qalora": "pools its inputs (QA-LoRA)",
+    "velora_config": "compresses its activations (VeLoRA)",
+}
+"""Keys of PEFT's configuration that stand for an arithmetic which is not merged here."""
+CHANGES_BASE = ("pissa", "olora")
+"""Initializations that take the adapter's beginning out of the base, which PEFT repeats when it loads one."""
+HARMLESS_STARTS = ("gaussian", "eva", "orthogonal")
+
+
+class AdapterConfig:
+    """A checked ``adapter_config.json``.
+
+    Attributes:
+        origin: what messages call the adapter.
+        lora: PEFT's own configuration.
+        base: the base that the adapter was trained on, as it was called there; may be empty.
+        starts_from_base: whether the adapter's initialization changed the base.
+
+    Raises:
+        SourceError: the file is missing, broken, or of an adapter that is not merged.
+    """
+
+    def __init__(self, folder: Path, origin: str) -> None:
+        self.origin = origin
+        given = _read(folder, origin)
+        if given.get("peft_type") != "LORA":
+            raise SourceError(f"adapter {origin} is of the type {given.get('peft_type')}, not LORA", WITH_PEFT)
+        start = str(given.get("init_lora_weights", True)).lower()
+        self.starts_from_base = start.startswith(CHANGES_BASE)
+        if not (self.starts_from_base or start in ("true", "false", *HARMLESS_STARTS)):
+            raise SourceError(f"adapter {origin} was initialized by '{start}', which is not merged here", WITH_PEFT)
+        self.lora = _lora_config(given, origin)
+        self.base = str(given.get("base_model_name_or_path") or "")
+        for key, what in NOT_MERGED.items():
+            if getattr(self.lora, key, None):
+                raise SourceError(f"adapter {origin} {what}", WITH_PEFT)
+
+    @property
+    def depends_on_base(self) -> bool:
+        """Whether its change of a weight depends on that weight, so that no other adapter may come before it."""
+        return bool(self.lora.use_dora) or self.starts_from_base
+
+    def rank(self, module: str) -> int:
+        """The rank of a module."""
+        ranks = self.lora.rank_pattern or {}
+        return int(ranks.get(get_pattern_key(list(ranks), module), self.lora.r))
+
+    def for_module(self, module: str) -> LoraConfig:
+        """The configuration of one module alone: what decides its arithmetic, and no more."""
+        lora = self.lora
+        return LoraConfig(
+            r=lora.r,
+            lora_alpha=lora.lora_alpha,
+            rank_pattern=dict(lora.rank_pattern or {}),
+            alpha_pattern=dict(lora.alpha_pattern or {}),
+            use_rslora=lora.use_rslora,
+            use_dora=lora.use_dora,
+            lora_bias=lora.lora_bias,
+            fan_in_fan_out=lora.fan_in_fan_out,
+            init_lora_weights=lora.init_lora_weights if self.starts_from_base else False,
+            target_modules=[module],
+        )
+
+    def saves(self, module: str) -> bool:
+        """Whether a module was trained whole beside its original (``modules_to_save``)."""
+        parts = module.split(".")
+        wanted = [name.split(".") for name in self.lora.modules_to_save or ()]
+        return any(
+            parts[start : start + len(name)] == name for name in wanted for start in range(len(parts) - len(name) + 1)
+        )
+
+
+def _read(folder: Path, origin: str) -> dict[str, Any]:
+    file = folder / CONFIG
+    if not file.is_file():
+        raise SourceError(f"adapter {origin} holds no {CONFIG}", "give the folder that PEFT's save_pretrained wrote")
+    try:
+        content = read_json(file)
+    except (OSError, ValueError, RecursionError) as error:
+        raise SourceError(f"{CONFIG} of adapter {origin} cannot be read as JSON: {error}", "get it again") from error
+    if not isinstance(content, dict):
+        raise SourceError(f"{CONFIG} of adapter {origin} is not a JSON object", "get it again")
+    return content
+
+
+def _lora_config(given: dict[str, Any], origin: str) -> LoraConfig:
+    known = {field.name for field in fields(LoraConfig)}
+    foreign = sorted(key for key, value in given.items() if key not in known and value)
+    if foreign:
+        raise SourceError(
+            f"{CONFIG} of adapter {origin} has the key '{foreign[0]}', which the installed PEFT does not know",
+            "pip install --upgrade peft",
+        )
+    try:
+        config = LoraConfig(**{key: value for key, value in given.items() if key in known})
+        ranks = [config.r, *(config.rank_pattern or {}).values()]
+    except (TypeError, ValueError, AttributeError, ImportError) as error:
+        raise SourceError(
+            f"{CONFIG} of adapter {origin} is no configuration of PEFT: {error}", "get it again"
+        ) from error
+    if not all(isinstance(rank, int) and rank > 0 for rank in ranks):
+        raise SourceError(f"{CONFIG} of adapter {origin} has a rank that is no count: {ranks}", "get it again")
+    return config

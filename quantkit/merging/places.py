@@ -1,0 +1,36 @@
+"""Where an adapter lies: a folder, a hub id or an archive, as a folder on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from quantkit.errors import SourceError
+from quantkit.merging.archives import SUFFIXES, is_archive, unpack
+from quantkit.source import hub
+
+
+def adapter_folder(reference: str, scratch: Path) -> Path:
+    """The folder of an adapter.
+
+    Args:
+        reference: folder, archive, or hub id ``org/name`` or ``org/name@revision``.
+        scratch: an empty folder; an archive is unpacked into it.
+
+    Raises:
+        SourceError: there is no such adapter, or its archive cannot be used.
+    """
+    path = Path(reference).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_file() and is_archive(path):
+        return unpack(path, scratch)
+    if path.exists():
+        raise SourceError(
+            f"adapter {path} is neither a folder nor an archive",
+            f"give the folder that holds adapter_config.json, or an archive of it ({', '.join(SUFFIXES)})",
+        )
+    if hub.REFERENCE.fullmatch(reference) and not is_archive(path):
+        return hub.download(reference, None, trust_remote_code=False).folder
+    raise SourceError(
+        f"there is no adapter {path}", "give a folder, an archive, or the hub id org/name of a PEFT adapter"
+    )

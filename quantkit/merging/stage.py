@@ -1,0 +1,182 @@
+"""The merge as a stage: from a float model and adapters to a float checkpoint, once for the same content."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from quantkit.artifacts import file_sha256, new_folder, read_stage, translated_os_errors, write_stage
+from quantkit.checkpoint import CheckpointReader, ShardWriter
+from quantkit.errors import CheckpointError, SourceError
+from quantkit.merging.adapter import Adapter
+from quantkit.merging.base import Base, open_base
+from quantkit.merging.check import check_merge
+from quantkit.merging.model import MergedModel
+from quantkit.merging.names import check_base
+from quantkit.merging.places import adapter_folder
+from quantkit.merging.tensors import MergedTensors
+from quantkit.merging.vocabulary import check_tokenizer, tokenizer_files, write_companions
+from quantkit.progress import Observer
+from quantkit.recipe import AdapterSpec, MergeSpec, ModelSpec
+from quantkit.source import SourceModel
+from quantkit.source.folder import FLOATS
+
+STAGE = "merge"
+MERGER = 1
+"""Raised when a merge would write other values than before."""
+
+
+def merge_into(base: SourceModel, model: ModelSpec, merge: MergeSpec, out: Path, observer: Observer) -> MergedModel:
+    """Merge the adapters of ``model`` into ``base`` and write the result to ``out``, unless it is there already.
+
+    Raises:
+        QuantkitError: see :func:`quantkit.merging.merged_source`.
+    """
+    observer.stage(f"merge: {', '.join(adapter.source for adapter in model.adapter)}")
+    with _opened(model.adapter, out) as adapters:
+        notes = [] if merge.any_base else _names_checked(adapters, base)
+        content = _content(base, adapters, model, merge)
+        done = read_stage(out, STAGE, content)
+        if done is None or not _is_whole(out):
+            done = _write(base, adapters, model, merge, out, notes, observer)
+    for note in done["notes"]:
+        observer.note(f"merge: {note}")
+    return MergedModel(
+        folder=out,
+        reference=model.source,
+        kind=base.kind,
+        relative_to=base.relative_to,
+        dtype=content["dtype"],
+        sha256=base.sha256,
+        revision=base.revision,
+        content=content,
+        merge={key: done[key] for key in ("base", "base_weights", "adapters", "notes", "check")},
+    )
+
+
+@contextmanager
+def _opened(adapters: Sequence[AdapterSpec], out: Path) -> Iterator[tuple[Adapter, ...]]:
+    """The adapters, checked by themselves; those in archives lie in a temporary folder meanwhile."""
+    parent = out.absolute().parent
+    with translated_os_errors(out):
+        parent.mkdir(parents=True, exist_ok=True)
+        scratch = tempfile.TemporaryDirectory(dir=parent, prefix=".adapters-")
+    with scratch as name:
+        opened = []
+        for number, adapter in enumerate(adapters):
+            folder = Path(name) / str(number)
+            folder.mkdir()
+            opened.append(Adapter(adapter_folder(adapter.source, folder), adapter.source, adapter.weight))
+        yield tuple(opened)
+
+
+def _names_checked(adapters: tuple[Adapter, ...], base: SourceModel) -> list[str]:
+    return [
+        note
+        for adapter in adapters
+        for note in check_base(adapter.origin, adapter.config.base, base.reference, base.folder)
+    ]
+
+
+def _content(base: SourceModel, adapters: tuple[Adapter, ...], model: ModelSpec, merge: MergeSpec) -> dict[str, Any]:
+    return {
+        "merger": MERGER,
+        "dtype": base.dtype if model.dtype == "auto" else model.dtype,
+        "stored": model.dtype,
+        "base": base.made_from(),
+        "base_weights": merge.base if merge.base == "original" else f"{merge.base} {merge.nf4_dtype}",
+        "adapters": [
+            {
+                "weight": adapter.weight,
+                "sha256": adapter.sha256() | {file.name: file_sha256(file) for file in tokenizer_files(adapter)},
+            }
+            for adapter in adapters
+        ],
+    }
+
+
+def _write(
+    base: SourceModel,
+    adapters: tuple[Adapter, ...],
+    model: ModelSpec,
+    merge: MergeSpec,
+    out: Path,
+    notes: list[str],
+    observer: Observer,
+) -> dict[str, Any]:
+    """Write the merged model, check it, and return its facts."""
+    content, trusted = _content(base, adapters, model, merge), model.trust_remote_code
+    opened = open_base(base.folder, trust_remote_code=trusted)
+    stored = None if model.dtype == "auto" else model.dtype
+    nf4_dtype = FLOATS[merge.nf4_dtype] if merge.base == "nf4" else None
+    tensors = MergedTensors(opened, adapters, FLOATS[stored] if stored else None, nf4_dtype)
+    with new_folder(out) as partial:
+        untied = False if opened.tied and not tensors.tied else None
+        notes += write_companions(base.folder, adapters, partial, rows=tensors.rows, tied=untied, dtype=stored)
+        if untied is False:
+            notes.append("the adapter trained one of head and embedding, which were tied: they no longer are")
+        rows = _write_tensors(tensors, opened, partial, observer)
+        if tensors.rows is not None or any(tokenizer_files(adapter) for adapter in adapters):
+            check_tokenizer(partial, rows, trust_remote_code=trusted)
+        check = check_merge(
+            partial,
+            opened,
+            adapters,
+            rows=tensors.rows,
+            nf4_dtype=nf4_dtype,
+            dtype=content["dtype"],
+            trust_remote_code=trusted,
+        )
+        if "skipped" in check:
+            notes.append(f"not compared with PEFT: {check['skipped']}")
+        facts = {
+            "base": base.reference,
+            "base_weights": content["base_weights"],
+            "adapters": [_adapter_facts(adapter) for adapter in adapters],
+            "notes": notes,
+            "check": check,
+        }
+        write_stage(partial, STAGE, content, **facts)
+    return facts
+
+
+def _write_tensors(tensors: MergedTensors, base: Base, folder: Path, observer: Observer) -> int:
+    """Write all tensors, one in memory at a time; returns the rows of the embedding."""
+    planned = list(tensors.plan())
+    rows = 0
+    with ShardWriter(folder) as writer:
+        for tensor in planned:
+            writer.declare(tensor.name, tensor.dtype, tensor.shape)
+        for done, tensor in enumerate(planned, start=1):
+            writer.write(tensor.name, tensors.read(tensor))
+            observer.progress("tensor", done, len(planned))
+            if tensor.parameter == f"{base.embedding}.weight":
+                rows = tensor.shape[0]
+    if not rows:
+        raise SourceError(f"{base.folder} holds no input embedding", "is this a language model?")
+    return rows
+
+
+def _adapter_facts(adapter: Adapter) -> dict[str, Any]:
+    lora = adapter.config.lora
+    kind = "DoRA" if lora.use_dora else "rsLoRA" if lora.use_rslora else "LoRA"
+    return {
+        "source": adapter.origin,
+        "weight": adapter.weight,
+        "kind": kind,
+        "rank": lora.r,
+        "layers": len(adapter.contents.lora),
+        "replaced": sorted((*adapter.contents.whole, *adapter.contents.tokens)),
+        "trained_on": adapter.config.base,
+    }
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        CheckpointReader(folder)
+    except CheckpointError:
+        return False
+    return True

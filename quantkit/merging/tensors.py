@@ -1,0 +1,229 @@
+"""Each tensor of the merged model, from the base and the adapters, one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from peft.tuners.tuners_utils import check_target_module_exists
+
+from quantkit.errors import SourceError
+from quantkit.merging.adapter import Adapter, Whole
+from quantkit.merging.base import Base
+from quantkit.merging.layers import LayerWeights, add_adapter, replace_rows
+from quantkit.merging.nf4 import nf4_round_trip
+
+RIGHT_BASE = "give the base that it was trained on"
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A tensor that the merged checkpoint will hold.
+
+    Attributes:
+        name: in the checkpoint, as in the base's.
+        parameter: in the model.
+        dtype: that it is stored in.
+        shape: of it.
+    """
+
+    name: str
+    parameter: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+class MergedTensors:
+    """The tensors of ``base`` with ``adapters`` merged in.
+
+    Args:
+        base: a float model.
+        adapters: in the order in which they are added.
+        dtype: of all float tensors; None keeps each tensor's own.
+        nf4_dtype: merge into what NF4 leaves of the Linear layers, decoded in this dtype; None merges into the
+            weights as they are.
+
+    Attributes:
+        tied: whether head and embedding share one weight after the merge.
+        rows: rows of the embedding after the merge, where adapters give it others than the base has; else None.
+
+    Raises:
+        SourceError: an adapter does not fit the base, or adapters do not fit each other.
+    """
+
+    def __init__(
+        self, base: Base, adapters: tuple[Adapter, ...], dtype: torch.dtype | None, nf4_dtype: torch.dtype | None
+    ) -> None:
+        self._base, self._adapters = base, adapters
+        self._dtype, self._nf4_dtype = dtype, nf4_dtype
+        for adapter in adapters:
+            self._check_places(adapter)
+            self._check_complete(adapter)
+        self._check_together()
+        self.rows = self._new_rows()
+        self.tied = base.tied and self._stays_tied()
+
+    def plan(self) -> Iterator[Planned]:
+        """What the merged checkpoint will hold, in the order in which it is best written."""
+        base = self._base
+        untied = [f"{base.head}.weight"] if base.tied and not self.tied else []
+        for name in [*base.parameters(), *untied]:
+            stored = base.stored(name) or name
+            dtype, shape = base.reader.dtype(stored), base.reader.shape(stored)
+            own = name if base.tied and base.twin(name) else stored
+            if self.rows is not None and name.rpartition(".")[0] in (base.embedding, base.head):
+                shape = (self.rows, *shape[1:])
+            yield Planned(own, name, self._dtype if self._dtype and dtype.is_floating_point else dtype, shape)
+
+    def read(self, planned: Planned) -> torch.Tensor:
+        """A tensor of :meth:`plan`.
+
+        Raises:
+            SourceError: its values are too large for its dtype.
+            CheckpointError: the base or an adapter holds a NaN or an infinity.
+        """
+        found = self._merged(planned.parameter)
+        stored = found.to(planned.dtype)
+        if found.is_floating_point() and bool((stored.isinf() & found.isfinite()).any()):
+            dtype = str(planned.dtype).removeprefix("torch.")
+            raise SourceError(
+                f"merged tensor '{planned.name}' holds values too large for {dtype}", "set model.dtype: float32"
+            )
+        return stored
+
+    def _merged(self, name: str) -> torch.Tensor:
+        module, _, leaf = name.rpartition(".")
+        if not self._changes(module, leaf):
+            return self._start(name)
+        layer = LayerWeights(self._start(f"{module}.weight").float(), self._bias(module))
+        for adapter in self._adapters:
+            if module in adapter.contents.lora:
+                layer = add_adapter(layer, adapter, module)
+            tokens = self._token_module(adapter, module)
+            if tokens is not None:
+                layer = replace_rows(layer, adapter, tokens)
+        return layer.weight if leaf == "weight" or layer.bias is None else layer.bias
+
+    def _changes(self, module: str, leaf: str) -> bool:
+        """Whether adapters change a weight or bias by other means than replacing it whole."""
+        tuned = [adapter for adapter in self._adapters if module in adapter.contents.lora]
+        if leaf == "bias":
+            return any(adapter.config.lora.lora_bias for adapter in tuned)
+        return leaf == "weight" and bool(tuned or any(self._token_module(a, module) for a in self._adapters))
+
+    def _token_module(self, adapter: Adapter, module: str) -> str | None:
+        """The embedding whose trained rows are those of a module too: its own, or that of a tied pair."""
+        if module in adapter.contents.tokens:
+            return module
+        shared = self._base.embedding if self._base.tied and module == self._base.head else None
+        return shared if shared in adapter.contents.tokens else None
+
+    def _bias(self, module: str) -> torch.Tensor | None:
+        name = f"{module}.bias"
+        return self._start(name).float() if self._base.stored(name) else None
+
+    def _start(self, name: str) -> torch.Tensor:
+        """A parameter before low-rank changes: an adapter's where it brings it whole, else the base's."""
+        for adapter, place in self._wholes(name):
+            return adapter.read(place.key)
+        stored = self._base.stored(name)
+        tensor = self._base.reader.read_finite(stored or name)
+        if self._nf4_dtype is not None and name.removesuffix(".weight") in self._base.linears and tensor.ndim == 2:
+            return nf4_round_trip(tensor, self._nf4_dtype)
+        return tensor
+
+    def _wholes(self, name: str) -> Iterator[tuple[Adapter, Whole]]:
+        """Who brings a parameter whole; what is not trained apart belongs to both of a tied pair."""
+        twin = self._base.twin(name) if self._base.tied else None
+        for adapter in self._adapters:
+            if name in adapter.contents.whole:
+                yield adapter, adapter.contents.whole[name]
+            elif twin in adapter.contents.whole and not adapter.contents.whole[twin].trained:
+                yield adapter, adapter.contents.whole[twin]
+
+    def _check_places(self, adapter: Adapter) -> None:
+        """Everything that the adapter holds has its place in the base."""
+        contents, base = adapter.contents, self._base
+        needed = {key: f"{module}.weight" for module, parts in contents.lora.items() for key in parts.values()}
+        needed |= {key: f"{module}.weight" for module, key in contents.tokens.items()}
+        needed |= {place.key: name for name, place in contents.whole.items()}
+        for key, name in needed.items():
+            if base.stored(name) is None:
+                raise SourceError(
+                    f"adapter {adapter.origin}: tensor '{key}' fits no layer of the base, which has no '{name}'",
+                    RIGHT_BASE,
+                )
+        for name, place in contents.whole.items():
+            found, wanted = adapter.reader.shape(place.key), base.reader.shape(base.stored(name) or name)
+            if found != wanted and not (base.twin(name) and found[1:] == wanted[1:]):
+                raise SourceError(
+                    f"adapter {adapter.origin}: tensor '{place.key}' has the shape {list(found)}, and the base's "
+                    f"'{name}' {list(wanted)}",
+                    RIGHT_BASE,
+                )
+
+    def _check_complete(self, adapter: Adapter) -> None:
+        """Every layer that the adapter's configuration targets has its tensors."""
+        config, lora = adapter.config.lora, adapter.contents.lora
+        if config.target_modules is None:
+            return
+        for module in self._base.layers:
+            if module not in lora and bool(check_target_module_exists(config, module)):
+                raise SourceError(
+                    f"adapter {adapter.origin} targets the layer '{module}' and holds no tensor for it",
+                    f"the adapter is not whole, or the base is another model: save it again, or {RIGHT_BASE}",
+                )
+
+    def _check_together(self) -> None:
+        several = len(self._adapters) > 1
+        brought: dict[str, str] = {}
+        for adapter in self._adapters:
+            if several and adapter.config.depends_on_base:
+                raise SourceError(
+                    f"adapter {adapter.origin} is a DoRA, or began in its base: it cannot be merged beside others",
+                    "merge it alone first, then the others into the result",
+                )
+            for name in (*adapter.contents.whole, *adapter.contents.tokens):
+                if name in brought:
+                    raise SourceError(
+                        f"adapters {brought[name]} and {adapter.origin} both replace '{name}'",
+                        "merge one, then the other into the result",
+                    )
+                brought[name] = adapter.origin
+
+    def _new_rows(self) -> int | None:
+        """The rows of head and embedding, which must be the same."""
+        base, rows = self._base, {}
+        for module in (base.embedding, base.head):
+            name = f"{module}.weight"
+            stored = base.stored(name) if module else None
+            if stored is not None:
+                sizes = [adapter.reader.shape(place.key)[0] for adapter, place in self._wholes(name)]
+                rows[name] = sizes[0] if sizes else base.reader.shape(stored)[0]
+        if len(set(rows.values())) > 1:
+            (one, first), (other, second) = rows.items()
+            raise SourceError(
+                f"after the merge {one} would have {first} rows and {other} {second}",
+                "the adapter was trained with a resized vocabulary and saved in part: "
+                "save it again with save_embedding_layers=True",
+            )
+        found = next(iter(rows.values()), None)
+        unchanged = base.embedding and base.reader.shape(base.stored(f"{base.embedding}.weight") or "")[0] == found
+        return None if unchanged else found
+
+    def _stays_tied(self) -> bool:
+        """Whether the adapters leave both of a tied pair with the same values."""
+        embedding, head = f"{self._base.embedding}.weight", f"{self._base.head}.weight"
+        touched = {name: self._is_touched(name) for name in (embedding, head)}
+        if not any(touched.values()) or any(adapter.config.lora.ensure_weight_tying for adapter in self._adapters):
+            return True
+        if not all(touched.values()):
+            return False
+        return torch.equal(self._merged(embedding), self._merged(head))
+
+    def _is_touched(self, name: str) -> bool:
+        module = name.removesuffix(".weight")
+        return any(module in adapter.contents.lora for adapter in self._adapters) or any(
+            place.trained for _, place in self._wholes(name)
+        )

@@ -1,0 +1,106 @@
+"""What stands beside the weights: config, tokenizer and chat template of the merged model."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from quantkit.artifacts import file_sha256, read_json, translated_os_errors, write_json
+from quantkit.errors import SourceError
+from quantkit.merging.adapter import Adapter
+from quantkit.runtimes._checkpoint import load_tokenizer
+from quantkit.source.folder import IDENTITY, TOKENIZERS
+
+CONFIGS = ("config.json", "generation_config.json")
+TOKENIZER_FILES = tuple(pattern for pattern in IDENTITY if pattern not in CONFIGS)
+TEMPLATES = ("chat_template.jinja", "chat_template.json")
+
+
+def write_companions(
+    base: Path, adapters: tuple[Adapter, ...], target: Path, *, rows: int | None, tied: bool | None, dtype: str | None
+) -> list[str]:
+    """Write all files but the weights.
+
+    Args:
+        base: folder of the base.
+        adapters: whose tokenizer and chat template, where one has them, take the place of the base's.
+        target: folder of the merged model.
+        rows: of the embedding, where they are not the base's.
+        tied: whether head and embedding share one weight, where that is not as in the base.
+        dtype: of the weights, where it is not the base's own.
+
+    Returns:
+        What the user should know.
+
+    Raises:
+        SourceError: two adapters bring different tokenizers.
+        OutputError: ``target`` cannot be written.
+    """
+    with translated_os_errors(target):
+        for file in _files(base, (*IDENTITY, "*.py")):
+            shutil.copyfile(file, target / file.name)
+        notes = _take_tokenizer(adapters, target)
+    config = read_json(base / "config.json")
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        if rows is not None and "vocab_size" in part:
+            part["vocab_size"] = rows
+        if tied is not None and (part is config or "tie_word_embeddings" in part):
+            part["tie_word_embeddings"] = tied
+        if dtype is not None and ("torch_dtype" in part or "dtype" in part or part is config):
+            part.pop("torch_dtype", None)
+            part["dtype"] = dtype
+    write_json(target / "config.json", config)
+    return notes
+
+
+def check_tokenizer(folder: Path, rows: int, *, trust_remote_code: bool) -> None:
+    """Check that every token has its row.
+
+    Raises:
+        SourceError: the tokenizer has tokens that the embedding has no row for.
+        EvaluationError: the tokenizer cannot be loaded.
+    """
+    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    tokens = max(tokenizer.get_vocab().values()) + 1
+    if tokens > rows:
+        raise SourceError(
+            f"the tokenizer has {tokens} tokens and the merged embedding {rows} rows",
+            "the adapter was trained with added tokens and saved without their rows: "
+            "save it again with save_embedding_layers=True",
+        )
+
+
+def tokenizer_files(adapter: Adapter) -> list[Path]:
+    """The files of tokenizer and chat template that an adapter brings."""
+    return _files(adapter.folder, TOKENIZER_FILES)
+
+
+def _take_tokenizer(adapters: tuple[Adapter, ...], target: Path) -> list[str]:
+    bringing = [adapter for adapter in adapters if tokenizer_files(adapter)]
+    if not bringing:
+        return []
+    first, files = bringing[0], tokenizer_files(bringing[0])
+    for adapter in bringing[1:]:
+        _check_same(first, adapter)
+    whole = any(file.name in TOKENIZERS for file in files)
+    templated = any(file.name in TEMPLATES for file in files)
+    for old in _files(target, TOKENIZER_FILES if whole else TEMPLATES if templated else ()):
+        old.unlink()
+    for file in files:
+        shutil.copyfile(file, target / file.name)
+    what = "tokenizer and chat template" if whole else ", ".join(file.name for file in files)
+    return [f"taken from adapter {first.origin}: {what}"]
+
+
+def _check_same(first: Adapter, second: Adapter) -> None:
+    one, other = ({file.name: file_sha256(file) for file in tokenizer_files(each)} for each in (first, second))
+    for name in sorted(one.keys() & other.keys()):
+        if one[name] != other[name]:
+            raise SourceError(
+                f"adapters {first.origin} and {second.origin} bring different files {name}",
+                "remove the tokenizer's files from the folder of one of them",
+            )
+
+
+def _files(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
+    return sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})

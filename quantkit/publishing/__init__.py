@@ -1,0 +1,9 @@
+"""An exported checkpoint for others: its model card, and the way to the hub."""
+
+from __future__ import annotations
+
+from quantkit.publishing.card import CARD, card, write_card
+from quantkit.publishing.facts import CardFacts
+from quantkit.publishing.push import push
+
+__all__ = ["CARD", "CardFacts", "card", "push", "write_card"]

@@ -1,0 +1,171 @@
+"""The model card of an exported checkpoint: what it is, what was measured, how to load it, how it was made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from quantkit.artifacts import write_text
+from quantkit.errors import CheckpointError
+from quantkit.exports.manifest import EXPORT_AGAIN, MANIFEST, VERIFIED, read_manifest
+from quantkit.formats import FORMATS
+from quantkit.publishing.facts import CardFacts
+from quantkit.publishing.front_matter import front_matter
+from quantkit.publishing.markdown import code, fenced, plain, table
+from quantkit.publishing.usage import Subject, usage
+from quantkit.schemes import Scheme, scheme_from_json
+
+CARD = "README.md"
+RECIPE = "recipe.yaml"
+NOT_MEASURED = "Not measured."
+
+
+def write_card(folder: Path, facts: CardFacts | None = None) -> None:
+    """Write ``README.md`` beside an exported checkpoint, whose manifest is there already.
+
+    Raises:
+        CheckpointError: the folder is no export of quantkit, or its manifest is broken.
+        OutputError: the folder cannot be written.
+    """
+    write_text(folder / CARD, card(folder, facts))
+
+
+def card(folder: Path, facts: CardFacts | None = None) -> str:
+    """The model card of an exported checkpoint.
+
+    Raises:
+        CheckpointError: the folder is no export of quantkit, or its manifest is broken.
+        SchemeError: the manifest names a scheme that quantkit does not have.
+    """
+    given = facts or CardFacts()
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise CheckpointError(f"{folder} has no manifest of quantkit", "give the folder of an exported checkpoint")
+    store = FORMATS.get(manifest["format"])
+    schemes = {name: scheme_from_json(scheme) for name, scheme in manifest["layers"].items()}
+    recipe = _recipe(folder)
+    name = given.repository or folder.resolve().name
+    sections = {
+        "": _opening(name, manifest, schemes, given),
+        "Measured": _measured(manifest, given),
+        "How to load it": usage(_subject(name, folder, manifest, schemes)),
+        "Worth knowing": _remarks(manifest, schemes),
+        "How it was made": _made(manifest, recipe, given),
+        "Files": _files(manifest),
+    }
+    body = "\n\n".join(f"## {title}\n\n{text}" if title else text for title, text in sections.items() if text)
+    method = recipe.get("method") if isinstance(recipe.get("method"), str) else None
+    return f"{front_matter(store, schemes, method, given)}\n{body}\n"
+
+
+def _subject(name: str, folder: Path, manifest: Mapping[str, Any], schemes: Mapping[str, Scheme]) -> Subject:
+    files = [file for file in manifest.get("files", {}) if file.endswith(".gguf") and not file.startswith("imatrix")]
+    dtype = str(manifest.get("source", {}).get("dtype", "float32"))
+    return Subject(
+        name=name,
+        store=FORMATS.get(manifest["format"]),
+        schemes=set(schemes.values()),
+        dtype=dtype,
+        embedding=manifest.get("embedding") is not None,
+        gguf=files[0] if files else None,
+    )
+
+
+def _recipe(folder: Path) -> dict[str, Any]:
+    """The recipe of the checkpoint; empty where there is none."""
+    try:
+        content = yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise CheckpointError(f"{folder / RECIPE} cannot be read", EXPORT_AGAIN) from error
+    return content if isinstance(content, dict) else {}
+
+
+def _opening(name: str, manifest: Mapping[str, Any], schemes: Mapping[str, Scheme], facts: CardFacts) -> str:
+    kinds = ", ".join(dict.fromkeys(scheme.describe() for scheme in schemes.values())) or "not quantized"
+    base = code(facts.base_model) if facts.base_model else "a model that is not on the hub"
+    bits = manifest.get("bits_per_weight")
+    cost = f" {bits:.3f} bits per quantized weight." if isinstance(bits, int | float) and schemes else ""
+    return (
+        f"# {plain(name)}\n\nThis is {base} in the format {manifest['format']} ({plain(kinds)}), "
+        f"{len(schemes)} layers quantized by {plain(manifest.get('created_by', 'quantkit'))}.{cost}"
+    )
+
+
+def _measured(manifest: Mapping[str, Any], facts: CardFacts) -> str:
+    parts = [_scores(facts.scores, facts.baseline) if facts.scores else NOT_MEASURED]
+    verdicts = [_verdict(str(name), verdict) for name, verdict in (manifest.get(VERIFIED) or {}).items()]
+    return "\n\n".join([*parts, *(["\n".join(verdicts)] if verdicts else [])])
+
+
+def _scores(scores: Mapping[str, Any], baseline: Mapping[str, Any] | None) -> str:
+    metrics, before = scores["metrics"], (baseline or {}).get("metrics", {})
+    rows = []
+    for text, perplexity in (metrics.get("perplexity") or {}).items():
+        divergence = (metrics.get("kl_divergence") or {}).get(text)
+        rows.append(
+            [
+                plain(text),
+                _figure((before.get("perplexity") or {}).get(text), ".4f"),
+                _figure(perplexity, ".4f"),
+                _figure(divergence and divergence["mean"], ".5f"),
+                _figure((metrics.get("top1_agreement") or {}).get(text), ".2%"),
+            ]
+        )
+    header = ["Text", "Perplexity, float", "Perplexity", "KL divergence", "Same top token"]
+    sizes = [("float model", (baseline or {}).get("size_bytes")), ("this checkpoint", scores.get("size_bytes"))]
+    lines = "\n".join(f"- {what}: {count / 2**20:.1f} MiB of tensors" for what, count in sizes if count is not None)
+    by = f"\n\nMeasured through {plain(scores['loaded_by'])}." if scores.get("loaded_by") else ""
+    return f"{table(header, rows, figures=4)}\n\n{lines}{by}"
+
+
+def _figure(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _verdict(runtime: str, verdict: Mapping[str, Any]) -> str:
+    outcome = "loads it and agrees with the reference decoder" if verdict.get("passed") else "did not pass"
+    reason = f": {plain(verdict['reason'])}" if verdict.get("reason") else ""
+    where = f" ({plain(verdict['device'])}, {plain(verdict['dtype'])})" if verdict.get("device") else ""
+    return f"- `quantkit verify` with {plain(runtime)}{where}: {outcome}{reason}"
+
+
+def _remarks(manifest: Mapping[str, Any], schemes: Mapping[str, Scheme]) -> str:
+    store, embedding = FORMATS.get(manifest["format"])(), manifest.get("embedding")
+    found = list(store.remarks({scheme for name, scheme in schemes.items() if name != embedding}))
+    if embedding is not None and embedding in schemes:
+        found += store.for_embeddings().remarks({schemes[embedding]})
+    return "\n".join(f"- {plain(remark)}" for remark in dict.fromkeys(found))
+
+
+def _made(manifest: Mapping[str, Any], recipe: Mapping[str, Any], facts: CardFacts) -> str:
+    lines = "\n".join(f"- {line}" for line in _origins(manifest, facts))
+    text = yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True)
+    return f"{lines}\n\n{fenced(text, 'yaml')}" if recipe else lines
+
+
+def _origins(manifest: Mapping[str, Any], facts: CardFacts) -> Iterator[str]:
+    if facts.base_model is not None:
+        commit = f" at commit {code(facts.revision)}" if facts.revision else ""
+        yield f"float model: {code(facts.base_model)}{commit}"
+    hashed = manifest.get("calibration_sha256")
+    if hashed is None:
+        yield "no calibration data"
+    else:
+        audit = facts.calibration or {}
+        named = f" {code(audit['dataset']['name'])}," if audit else ""
+        counted = f" {audit['rows']} rows, {audit['tokens']} tokens," if audit else ""
+        yield f"calibration set:{named}{counted} SHA-256 of its token ids {code(hashed)}"
+    versions = manifest.get("versions") or {}
+    if versions:
+        yield f"versions: {plain(', '.join(f'{name} {number}' for name, number in versions.items()))}"
+
+
+def _files(manifest: Mapping[str, Any]) -> str:
+    rows = [[code(name), code(each["sha256"]), f"{each['bytes']:,}"] for name, each in manifest["files"].items()]
+    listed = table(["File", "SHA-256", "Bytes"], rows, figures=1)
+    return f"{listed}\n\n{code(MANIFEST)} has the scheme of every layer."

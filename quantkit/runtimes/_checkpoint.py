@@ -1,0 +1,96 @@
+"""What every runtime needs of a checkpoint beside its weights: its kind, its config and its tokenizer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+
+from quantkit.errors import EvaluationError
+from quantkit.exports import find_gguf, open_export
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+
+MAGIC = b"GGUF"
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a checkpoint is one GGUF file, or a folder that holds one and no ``config.json``."""
+    return find_gguf(path) is not None
+
+
+def check_checkpoint(path: Path) -> None:
+    """Check that there is something to load.
+
+    Raises:
+        EvaluationError: there is not.
+    """
+    if path.is_file() and not _begins_as_gguf(path):
+        raise EvaluationError(f"{path} is neither a folder nor a GGUF file", "name the folder of the checkpoint")
+    if not is_gguf(path) and not (path / "config.json").is_file():
+        raise EvaluationError(f"{path} is not a checkpoint: it has no config.json", "check the path")
+
+
+def _begins_as_gguf(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(MAGIC)) == MAGIC
+
+
+def load_tokenizer(path: Path, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint.
+
+    Raises:
+        EvaluationError: the checkpoint is missing or has no usable tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    check_checkpoint(path)
+    with translated(path, "the tokenizer"):
+        export = open_export(path) if is_gguf(path) else None  # its tokenizer's folder goes when it goes
+        folder = path if export is None else export.tokenizer_folder()
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    return tokenizer
+
+
+def load_config(path: Path, *, trust_remote_code: bool) -> PreTrainedConfig:
+    """The configuration of a checkpoint's text model.
+
+    Raises:
+        EvaluationError: the checkpoint is missing or its config unusable.
+    """
+    check_checkpoint(path)
+    with translated(path, "config.json"):
+        text_config: PreTrainedConfig = whole_config(path, trust_remote_code=trust_remote_code).get_text_config()
+    return text_config
+
+
+def whole_config(path: Path, *, trust_remote_code: bool) -> Any:
+    """The configuration that transformers makes of a checkpoint's; that of a GGUF file is read from its head."""
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    if not is_gguf(path):
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    found = open_export(path).config()
+    return CONFIG_MAPPING[found["model_type"]].from_dict(found)
+
+
+@contextmanager
+def translated(path: Path, what: str) -> Iterator[None]:
+    """Turn what libraries raise for broken files into one line."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError, json.JSONDecodeError) as error:
+        lines = str(error).strip().splitlines() or [""]
+        raise EvaluationError(
+            f"{what} in {path} cannot be loaded: {type(error).__name__}: {lines[0]}",
+            "check that the checkpoint is whole and that the packages its format needs are installed",
+        ) from error

@@ -1,0 +1,108 @@
+"""Who loads a checkpoint to score it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from quantkit.artifacts import read_json
+from quantkit.checkpoint import CheckpointReader
+from quantkit.errors import CheckpointError, EvaluationError
+from quantkit.exports.manifest import read_manifest
+from quantkit.formats import FORMATS
+from quantkit.formats.base import Format
+from quantkit.runtimes import RUNTIMES
+from quantkit.runtimes._checkpoint import check_checkpoint, is_gguf, translated
+from quantkit.runtimes.base import Runtime
+from quantkit.schemes import Scheme, scheme_from_json
+
+AUTO = "auto"
+
+
+def choose_runtime(path: Path, wanted: str = AUTO, dtype: str | None = None) -> type[Runtime]:
+    """Who loads a checkpoint in this interpreter.
+
+    A float checkpoint is transformers' in any case. ``auto`` gives it also what it can load: a format of which
+    quantkit knows nothing, and one that it knows to load there, if its packages are installed and its schemes run in
+    this dtype. A GGUF file is llama.cpp's where that is installed. The reference decoder has the rest.
+
+    Args:
+        path: the checkpoint.
+        wanted: ``auto``, or a runtime's name.
+        dtype: in which the model will compute; None is the checkpoint's own.
+
+    Raises:
+        EvaluationError: there is no checkpoint, or the runtime has an interpreter of its own.
+        RecipeError: there is no such runtime.
+        CheckpointError: the manifest is broken.
+    """
+    chosen = None if wanted == AUTO else RUNTIMES.get(wanted)
+    if chosen is not None and chosen.separate:
+        raise EvaluationError(
+            f"{chosen.name} lives in an interpreter of its own, and scoring needs it in this one",
+            f"score with auto or reference, and verify the checkpoint with {chosen.name}",
+        )
+    if is_float(path):
+        return RUNTIMES.get("transformers")
+    if chosen is not None:
+        return chosen
+    if is_gguf(path):
+        return RUNTIMES.get("llama.cpp" if _is_usable("llama.cpp") else "reference")
+    return RUNTIMES.get("transformers" if _transformers_loads(path, dtype) else "reference")
+
+
+def is_float(path: Path) -> bool:
+    """Whether a checkpoint is a folder whose config speaks of no quantization.
+
+    Raises:
+        EvaluationError: there is no checkpoint, or its config cannot be read.
+    """
+    check_checkpoint(path)
+    return not is_gguf(path) and "quantization_config" not in _config(path)
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    with translated(folder, "config.json"):
+        return dict(read_json(folder / "config.json"))
+
+
+def _is_usable(name: str) -> bool:
+    return name in RUNTIMES and RUNTIMES.get(name).missing() is None
+
+
+def _transformers_loads(folder: Path, dtype: str | None) -> bool:
+    """Whether transformers loads a packed checkpoint; what quantkit cannot tell is left to transformers."""
+    config = _config(folder)
+    found = _format_in(folder, config["quantization_config"])
+    if found is None:
+        return True
+    store, schemes = found
+    own = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+    return store.native and (dtype or own) in store.computes_in(schemes) and all(map(is_installed, store.requires))
+
+
+def _format_in(folder: Path, config: Mapping[str, Any]) -> tuple[type[Format], Collection[Scheme]] | None:
+    """Format and schemes of a checkpoint; None where quantkit does not know them."""
+    manifest = read_manifest(folder)
+    if manifest is not None:
+        if manifest["format"] not in FORMATS:
+            return None
+        return FORMATS.get(manifest["format"]), {scheme_from_json(each) for each in manifest["layers"].values()}
+    store = next((each for each in FORMATS if each.reads(config)), None)
+    if store is None:
+        return None
+    try:
+        return store, set(store.schemes_in(config, CheckpointReader(folder)).values())
+    except CheckpointError:
+        return None  # transformers may know what quantkit does not, and says what is wrong with it otherwise
+
+
+def is_installed(package: str) -> bool:
+    """Whether a package is installed."""
+    try:
+        version(package)
+    except PackageNotFoundError:
+        return False
+    return True

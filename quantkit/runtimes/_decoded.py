@@ -1,0 +1,75 @@
+"""A quantized checkpoint as a float model, by the code of its own format.
+
+The packed layers are decoded with :meth:`quantkit.exports.Export.weight` and
+:meth:`quantkit.schemes.QuantizedWeight.dequantize`, one at a time as transformers asks for them; every other tensor
+comes as it lies on disk. So any format can be scored, on any device, whether or not a runtime for it is at hand.
+What it computes is what the file says; its memory and speed are those of a float model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import EllipsisType
+
+import torch
+
+from quantkit.exports import Export, open_export
+from quantkit.runtimes._checkpoint import check_checkpoint, translated, whole_config
+from quantkit.runtimes._model import TransformersModel, whole
+from quantkit.runtimes.base import LoadOptions
+
+
+class Promise:
+    """A tensor that is read, and decoded, when it is asked for by ``promise[...]``, as a slice of a file is."""
+
+    def __init__(self, read: Callable[[], torch.Tensor]) -> None:
+        self._read = read
+
+    def __getitem__(self, index: EllipsisType) -> torch.Tensor:
+        return self._read()
+
+
+def decoded_state(export: Export, dtype: torch.dtype) -> dict[str, Promise]:
+    """The state dict of the float model that a checkpoint stands for, none of its tensors read yet.
+
+    Args:
+        export: the checkpoint.
+        dtype: of the decoded weights; other tensors come as they are.
+    """
+    packed = {f"{layer}.weight": Promise(partial(_decoded, export, layer, dtype)) for layer in export.schemes}
+    return packed | {name: Promise(partial(export.float_tensor, name)) for name in export.float_names()}
+
+
+def load_decoded(path: Path, options: LoadOptions) -> TransformersModel:
+    """The float model that a quantized checkpoint stands for.
+
+    Raises:
+        EvaluationError: a tensor is missing, unexpected or of the wrong shape, or cannot be decoded.
+        QuantkitError: the format is unknown, or the files are broken.
+    """
+    from transformers import AutoModelForCausalLM
+
+    check_checkpoint(path)
+    export = open_export(path)
+    with translated(path, "the model"):
+        config = whole_config(path, trust_remote_code=options.trust_remote_code)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        dtype = getattr(torch, options.dtype) if options.dtype else config.dtype or torch.float32
+        with torch.device("meta"):
+            cls = type(AutoModelForCausalLM.from_config(config, trust_remote_code=options.trust_remote_code))
+        model, found = cls.from_pretrained(
+            None,
+            config=config,
+            state_dict=decoded_state(export, dtype),
+            dtype=dtype,
+            ignore_mismatched_sizes=True,  # they are reported by name
+            output_loading_info=True,
+        )
+    return whole(path, model, found, torch.device(options.device))
+
+
+def _decoded(export: Export, layer: str, dtype: torch.dtype) -> torch.Tensor:
+    return export.weight(layer).dequantize(torch.float32).to(dtype)

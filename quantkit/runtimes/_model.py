@@ -1,0 +1,119 @@
+"""A model of transformers, as what a runtime has loaded."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from quantkit.devices import device_name, synchronize
+from quantkit.errors import EvaluationError
+from quantkit.runtimes.base import LoadedModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+KEYS_SHOWN = 5
+
+
+class TransformersModel(LoadedModel):
+    """A model of transformers, in evaluation mode on its device.
+
+    Attributes:
+        model: the module.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.vocabulary = int(model.config.get_text_config().vocab_size)
+        self.dtype = str(model.dtype).removeprefix("torch.")
+        self.device = device_name(model.device)
+        keeps_last = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._last_only: dict[str, Any] = {"logits_to_keep": 1} if keeps_last else {}
+
+    @torch.inference_mode()
+    def logits(self, ids: torch.Tensor) -> torch.Tensor:
+        """One forward pass without cache; logits in the model's dtype, on its device."""
+        found: torch.Tensor = self.model(input_ids=ids.to(self.model.device).unsqueeze(0), use_cache=False).logits[0]
+        return found
+
+    @torch.inference_mode()
+    def prefill(self, ids: torch.Tensor) -> None:
+        """One forward pass with cache; where the model's class allows, with the last logits alone."""
+        self._forward(ids.unsqueeze(0))
+        synchronize(self.model.device)
+
+    @torch.inference_mode()
+    def decode(self, prompt: torch.Tensor, count: int) -> tuple[list[int], list[float]]:
+        """Read the prompt, then pick and read ``count`` tokens one by one with the KV cache."""
+        state = self._forward(prompt.unsqueeze(0))
+        if state.get("past_key_values") is None:
+            raise EvaluationError(
+                f"{type(self.model).__name__} keeps no KV cache, so its decode speed cannot be taken",
+                "leave 'speed' out of evaluation.metrics",
+            )
+        device, ids, seconds = self.model.device, [], []
+        for _ in range(count):
+            synchronize(device)
+            started = time.perf_counter()
+            token = state["logits"][:, -1:].argmax(dim=-1)
+            state = self._forward(token, past_key_values=state["past_key_values"])
+            synchronize(device)
+            seconds.append(time.perf_counter() - started)
+            ids.append(int(token))
+        return ids, seconds
+
+    def weights_bytes(self) -> int:
+        """Bytes of the storages behind all parameters and buffers; what is shared counts once."""
+        storages = {
+            (tensor.device, tensor.untyped_storage().data_ptr()): tensor.untyped_storage().nbytes()
+            for tensor in itertools.chain(self.model.parameters(), self.model.buffers())
+            if tensor.device.type != "meta"
+        }
+        return sum(storages.values())
+
+    def facts(self) -> dict[str, Any]:
+        """The version of transformers."""
+        import transformers
+
+        return {"transformers": transformers.__version__}
+
+    def _forward(self, ids: torch.Tensor, **state: Any) -> Any:
+        return self.model(input_ids=ids.to(self.model.device), use_cache=True, **self._last_only, **state)
+
+
+def whole(path: Path, model: PreTrainedModel, found: Mapping[str, Any], device: torch.device) -> TransformersModel:
+    """A model whose every tensor found its place, on its device.
+
+    Args:
+        path: the checkpoint, for messages.
+        model: as transformers made it.
+        found: the names of missing, unexpected and mismatched tensors as transformers gives them.
+        device: where it shall run.
+
+    Raises:
+        EvaluationError: a tensor is missing, unknown to the model, or of the wrong shape.
+    """
+    problems = {
+        "are missing": sorted(found["missing_keys"]),
+        "are not known to the model": sorted(found["unexpected_keys"]),
+        "have the wrong shape": sorted(str(key[0]) for key in found["mismatched_keys"]),
+        "could not be read": sorted(map(str, found["error_msgs"])),
+    }
+    texts = [f"{len(names)} {what}: {_listed(names)}" for what, names in problems.items() if names]
+    if texts:
+        raise EvaluationError(
+            f"{path} did not load whole: of its tensors {'; '.join(texts)}",
+            "export the checkpoint again; its files do not match its config.json",
+        )
+    return TransformersModel(model if model.device == device else model.to(device))
+
+
+def _listed(names: list[str]) -> str:
+    rest = len(names) - KEYS_SHOWN
+    return ", ".join(names[:KEYS_SHOWN]) + (f" and {rest} more" if rest > 0 else "")

@@ -1,0 +1,133 @@
+"""What a runtime is: it loads an exported checkpoint, and tells logits, memory and speed."""
+
+from __future__ import annotations
+
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    import torch
+
+    from quantkit.formats.base import Format
+    from quantkit.schemes import Scheme
+
+
+@dataclass(frozen=True, slots=True)
+class LoadOptions:
+    """How a checkpoint is loaded.
+
+    Attributes:
+        device: ``cpu``, ``cuda`` or ``cuda:N``.
+        dtype: compute dtype: ``float32``, ``float16``, ``bfloat16``; None is the checkpoint's own.
+        context_length: tokens that a prompt and its continuation have at most.
+        trust_remote_code: run Python code that comes with the checkpoint.
+    """
+
+    device: str = "cpu"
+    dtype: str | None = None
+    context_length: int = 2048
+    trust_remote_code: bool = False
+
+
+class LoadedModel(ABC):
+    """A checkpoint that a runtime has loaded, in this process.
+
+    Attributes:
+        vocabulary: logits per token.
+        dtype: in which it computes.
+        device: ``cpu``, or the name of the GPU.
+    """
+
+    vocabulary: int
+    dtype: str
+    device: str
+
+    @abstractmethod
+    def logits(self, ids: torch.Tensor) -> torch.Tensor:
+        """Logits after each of the tokens: int64 ``[n]`` to ``[n, vocabulary]``, floats of any width on any device."""
+
+    @abstractmethod
+    def prefill(self, ids: torch.Tensor) -> None:
+        """Read ``[n]`` tokens at once as a server does, with logits of the last alone, and wait for the end."""
+
+    @abstractmethod
+    def decode(self, prompt: torch.Tensor, count: int) -> tuple[list[int], list[float]]:
+        """Continue ``[n]`` tokens greedily by ``count``: the new ids, and the seconds that each took.
+
+        Ends of turns are not looked at.
+
+        Raises:
+            EvaluationError: the model keeps no KV cache.
+        """
+
+    @abstractmethod
+    def weights_bytes(self) -> int:
+        """Bytes that the weights take now, in the memory that the device computes from."""
+
+    def facts(self) -> dict[str, Any]:
+        """Versions, and what else a record should say."""
+        return {}
+
+
+class Runtime(ABC):
+    """Loads exported checkpoints. A subclass is one file and is never instantiated.
+
+    Attributes:
+        name: what recipes and the command line call it.
+        summary: one line for ``quantkit runtimes``.
+        install: the command that brings it.
+        formats: names of the formats that it loads; the matrix says with which schemes.
+        packed: whether it computes from packed weights; one that decodes them first has a float model's memory and
+            speed.
+        separate: whether it lives in an interpreter of its own, so that it can be verified with but not score.
+        fused: names of layers beside each other that it loads as one matrix, so that they must agree in scheme.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    install: ClassVar[str]
+    formats: ClassVar[tuple[str, ...]]
+    packed: ClassVar[bool] = True
+    separate: ClassVar[bool] = False
+    fused: ClassVar[tuple[tuple[str, ...], ...]] = ()
+
+    @classmethod
+    @abstractmethod
+    def missing(cls) -> str | None:
+        """Why it cannot be used here, on one line; None where it can."""
+
+    @classmethod
+    @abstractmethod
+    def load(cls, path: Path, options: LoadOptions) -> LoadedModel:
+        """Load a checkpoint into this process.
+
+        Raises:
+            EvaluationError: it cannot be loaded, or not whole: tensors are missing, unexpected or dropped.
+            MissingDependencyError: the runtime's package is not installed.
+        """
+
+    @classmethod
+    def computes_in(cls, store: type[Format], schemes: Collection[Scheme], device: str) -> tuple[str, ...]:
+        """The dtypes in which it runs checkpoints of a format with these schemes on a device."""
+        return ("float32", "bfloat16", "float16")
+
+    @classmethod
+    def requires(cls, store: type[Format]) -> tuple[str, ...]:
+        """The packages that it needs beside its own to load a format."""
+        return ()
+
+    @classmethod
+    def worker(cls, python: str | None = None) -> list[str]:
+        """The command that carries out a job of :mod:`quantkit.verification`, whose file is its argument.
+
+        Args:
+            python: an interpreter, for a runtime that has its own.
+
+        Raises:
+            QuantkitError: there is no such interpreter, or the runtime is not installed.
+        """
+        return [sys.executable, "-m", "quantkit.verification.worker"]

@@ -1,0 +1,55 @@
+"""16-bit floats: weights as they are, rounded to the dtype in which servers keep them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from quantkit.schemes.base import PER_CHANNEL, Scheme
+
+
+class PlainScheme(Scheme):
+    """Not quantized: every tensor of the model in one float dtype, which is the name of the kind."""
+
+    quantizer: ClassVar[str | None] = "none"
+
+    @property
+    def bits(self) -> int:
+        """Of a float."""
+        return 16
+
+    @property
+    def group_size(self) -> int:
+        """There are no scales."""
+        return PER_CHANNEL
+
+    @property
+    def free_scales(self) -> bool:
+        """There are none."""
+        return False
+
+    def bits_per_weight(self, in_features: int, scale_bits: int = 16, out_features: int | None = None) -> float:
+        """16."""
+        return 16.0
+
+    def describe(self) -> str:
+        """The dtype."""
+        return self.kind
+
+
+@dataclass(frozen=True, slots=True)
+class Float16Scheme(PlainScheme):
+    """IEEE half precision."""
+
+    kind: ClassVar[str] = "float16"
+    summary: ClassVar[str] = "not quantized: every tensor in float16"
+    source: ClassVar[str] = "IEEE 754-2008, binary16"
+
+
+@dataclass(frozen=True, slots=True)
+class BFloat16Scheme(PlainScheme):
+    """The upper half of a float32."""
+
+    kind: ClassVar[str] = "bfloat16"
+    summary: ClassVar[str] = "not quantized: every tensor in bfloat16"
+    source: ClassVar[str] = "Kalamkar et al. 2019, arXiv:1905.12322"

@@ -1,0 +1,76 @@
+"""What a process is asked to do with a checkpoint, and what it answers.
+
+A process is started with a runtime's command and the path of a job. It loads the checkpoint, writes the logits after
+every token of every prompt as float32 ``[tokens, vocabulary]`` (``.npy``, prompts one after another) to ``logits``,
+then its answer to ``result``:
+
+``generated``
+    token ids of a greedy continuation.
+``load_seconds``, ``peak_bytes``, ``dtype``, ``device``, ``vocabulary``, ``versions``
+    facts.
+``settings``
+    switches of the runtime that bear on its numbers.
+``dropped``
+    names of tensors that the loader was given and did not use.
+``error``
+    alone: ``kind``, ``problem`` and ``remedy`` of what went wrong.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class VerificationJob:
+    """One checkpoint for one runtime.
+
+    Attributes:
+        checkpoint: a folder, or a GGUF file.
+        runtime: its name.
+        device: ``cpu``, ``cuda`` or ``cuda:N``.
+        dtype: compute dtype.
+        context_length: tokens that a prompt and its continuation have at most.
+        prompts: token ids.
+        generate: which prompt is continued.
+        new_tokens: by how many tokens; 0 is not at all.
+        logits: file to write.
+        result: file to write.
+        trust_remote_code: run Python code that comes with the checkpoint.
+    """
+
+    checkpoint: Path
+    runtime: str
+    device: str
+    dtype: str
+    context_length: int
+    prompts: tuple[tuple[int, ...], ...]
+    generate: int
+    new_tokens: int
+    logits: Path
+    result: Path
+    trust_remote_code: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """The job as JSON data."""
+        return {
+            "checkpoint": str(self.checkpoint),
+            "runtime": self.runtime,
+            "device": self.device,
+            "dtype": self.dtype,
+            "context_length": self.context_length,
+            "prompts": [list(ids) for ids in self.prompts],
+            "generate": self.generate,
+            "new_tokens": self.new_tokens,
+            "logits": str(self.logits),
+            "result": str(self.result),
+            "trust_remote_code": self.trust_remote_code,
+        }
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> VerificationJob:
+        """The inverse of :meth:`to_json`."""
+        paths = {key: Path(data[key]) for key in ("checkpoint", "logits", "result")}
+        return cls(**{**data, **paths, "prompts": tuple(map(tuple, data["prompts"]))})

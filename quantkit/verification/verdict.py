@@ -1,0 +1,206 @@
+"""Compare a runtime with the reference decoder on a checkpoint, and keep the verdict in its manifest."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from quantkit.artifacts import read_json, write_json
+from quantkit.devices import resolve_device
+from quantkit.errors import MissingDependencyError, QuantkitError, did_you_mean
+from quantkit.exports.manifest import MANIFEST, VERIFIED, read_manifest
+from quantkit.formats import FORMATS
+from quantkit.progress import Observer, Silent
+from quantkit.runtimes import RUNTIMES
+from quantkit.runtimes._choice import is_installed
+from quantkit.runtimes.base import Runtime
+from quantkit.verification.comparison import Figures, compare
+from quantkit.verification.job import VerificationJob
+from quantkit.verification.process import carry_out
+from quantkit.verification.prompts import PROMPTS, Prompts, tokenize
+from quantkit.verification.subject import Subject, read_subject
+from quantkit.verification.tolerances import Tolerance, tolerance
+from quantkit.verification.traps import dropped_tensors, fused_layers, overflow
+
+NEW_TOKENS = 32
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def verify(
+    checkpoint: str | Path,
+    runtime: str,
+    *,
+    python: str | None = None,
+    device: str = "auto",
+    dtype: str | None = None,
+    prompts: Sequence[str] | None = None,
+    trust_remote_code: bool = False,
+    observer: Observer | None = None,
+) -> dict[str, Any]:
+    """Load a checkpoint in a runtime and compare its logits with those of the reference decoder.
+
+    Each of the two runs in a fresh process. The verdict is written into ``manifest.json`` under ``verified`` where
+    quantkit exported the checkpoint.
+
+    Args:
+        checkpoint: a folder, or a GGUF file.
+        runtime: a runtime's name.
+        python: the interpreter of a runtime that has its own.
+        device: ``auto`` is CUDA where there is one.
+        dtype: compute dtype; by default float32 on a CPU and the checkpoint's own on CUDA, where the runtime does it.
+        prompts: texts instead of the fixed ones.
+        trust_remote_code: run Python code that comes with the checkpoint.
+        observer: is told what happens.
+
+    Returns:
+        The verdict: ``runtime``, ``passed``, ``reason`` (None if passed), ``figures`` (``kl`` of the worst prompt,
+        ``max_abs``, ``top1``, ``prompts``; None if there are no logits), ``tolerance``, ``generated`` (text or None),
+        ``traps``, ``device``, ``dtype``, ``reference_dtype``, ``versions``, ``settings``, ``load_seconds``,
+        ``peak_bytes``, ``prompts_sha256`` and ``when``.
+
+    Raises:
+        QuantkitError: the checkpoint is broken, so that the reference cannot decode it; or the runtime is not known or
+            not installed.
+    """
+    watching, path = observer or Silent(), Path(checkpoint)
+    chosen = RUNTIMES.get(runtime)
+    command = _command(chosen, python)
+    place = str(resolve_device(device))
+    subject = read_subject(path, trust_remote_code=trust_remote_code)
+    _check_packages(chosen, subject)
+    computed = _dtype(chosen, subject, place, dtype)
+    texts = tokenize(path, PROMPTS if prompts is None else prompts, trust_remote_code=trust_remote_code)
+    with tempfile.TemporaryDirectory(prefix="quantkit-verify-") as scratch:
+        job = _job(subject, chosen.name, place, computed, texts, Path(scratch), trust_remote_code)
+        expected = _reference_job(job)
+        watching.stage(f"reference: {path} in {expected.dtype}")
+        carry_out(RUNTIMES.get("reference").worker(), expected, Path(scratch) / "reference.log")
+        watching.stage(f"{chosen.name}: {path} in {computed}")
+        verdict = _verdict(chosen, subject, command, job, expected, texts)
+    _record(path, chosen.name, verdict)
+    return verdict
+
+
+def _command(chosen: type[Runtime], python: str | None) -> list[str]:
+    """The runtime's command; a runtime that is not installed is no fault of the checkpoint."""
+    if not chosen.separate:
+        reason = chosen.missing()
+        if reason is not None:
+            raise QuantkitError(f"runtime {chosen.name} cannot be used: {reason}", chosen.install)
+    return chosen.worker(python)
+
+
+def _check_packages(chosen: type[Runtime], subject: Subject) -> None:
+    for package in chosen.requires(FORMATS.get(subject.format)):
+        if not is_installed(package):
+            raise MissingDependencyError(package, f"loading format {subject.format} in {chosen.name}")
+
+
+def _dtype(chosen: type[Runtime], subject: Subject, device: str, wanted: str | None) -> str:
+    """The dtype to compute in: what is wanted, else the most exact on a CPU and the checkpoint's own on CUDA."""
+    if wanted is not None:
+        if wanted not in DTYPES:
+            raise QuantkitError(f"'{wanted}' is no compute dtype", did_you_mean(wanted, DTYPES))
+        return wanted
+    able = chosen.computes_in(FORMATS.get(subject.format), set(subject.schemes.values()), device)
+    first = "float32" if device == "cpu" else subject.dtype
+    return next(each for each in (first, "bfloat16", "float16", "float32") if each in able)
+
+
+def _job(
+    subject: Subject, runtime: str, device: str, dtype: str, texts: Prompts, scratch: Path, trust_remote_code: bool
+) -> VerificationJob:
+    return VerificationJob(
+        checkpoint=subject.path.absolute(),
+        runtime=runtime,
+        device=device,
+        dtype=dtype,
+        context_length=texts.longest + NEW_TOKENS,
+        prompts=texts.ids,
+        generate=texts.continued,
+        new_tokens=NEW_TOKENS,
+        logits=scratch / "logits.npy",
+        result=scratch / "result.json",
+        trust_remote_code=trust_remote_code,
+    )
+
+
+def _reference_job(job: VerificationJob) -> VerificationJob:
+    """The same for the reference, in float32 where the runtime computes in float16, which can overflow."""
+    return replace(
+        job,
+        runtime="reference",
+        dtype="float32" if job.dtype == "float16" else job.dtype,
+        new_tokens=0,
+        logits=job.logits.with_name("reference.npy"),
+        result=job.result.with_name("reference-result.json"),
+    )
+
+
+def _verdict(
+    chosen: type[Runtime],
+    subject: Subject,
+    command: list[str],
+    job: VerificationJob,
+    expected: VerificationJob,
+    texts: Prompts,
+) -> dict[str, Any]:
+    allowed = tolerance(chosen.name, job.dtype, subject.schemes.values())
+    suspected = [fused_layers(subject.schemes, subject.layers, chosen.fused)]
+    answer: dict[str, Any] = {}
+    figures = reason = None
+    try:
+        answer = carry_out(command, job, job.result.with_name("runtime.log"))
+        figures = compare(expected.logits, job.logits, [len(ids) for ids in job.prompts])
+    except MissingDependencyError:
+        raise
+    except QuantkitError as error:
+        reason = str(error)
+    else:
+        suspected += [overflow(figures.finite, job.dtype), dropped_tensors(answer["dropped"])]
+        reason = _reason(figures, allowed)
+    traps = [trap for trap in suspected if trap is not None]
+    if reason is not None:
+        reason = "; ".join([reason, *(f"{trap.name}: {trap.found}" for trap in traps)])
+    return {
+        "runtime": chosen.name,
+        "passed": reason is None,
+        "reason": reason,
+        "figures": figures and figures.to_json(),
+        "tolerance": allowed.to_json(),
+        "generated": texts.text(answer["generated"]) if answer else None,
+        "traps": [trap.to_json() for trap in traps],
+        "device": answer.get("device", job.device),
+        "dtype": job.dtype,
+        "reference_dtype": expected.dtype,
+        **{key: answer.get(key) for key in ("versions", "settings", "load_seconds", "peak_bytes")},
+        "prompts_sha256": texts.sha256,
+        "when": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _reason(figures: Figures, allowed: Tolerance) -> str | None:
+    """Why a verdict fails; None where it passes."""
+    if not figures.finite:
+        return "logits are not finite"
+    found = []
+    if figures.kl > allowed.kl:
+        found.append(f"KL {figures.kl:.2g} nats on the worst prompt, and {allowed.kl:.2g} is allowed")
+    if figures.top1 < allowed.top1:
+        found.append(f"the likeliest token is the same at {figures.top1:.1%}, and {allowed.top1:.1%} is asked for")
+    if allowed.max_abs is not None and figures.max_abs > allowed.max_abs:
+        found.append(f"logits differ by up to {figures.max_abs:.2g}, and {allowed.max_abs:.2g} is allowed")
+    return "; ".join(found) or None
+
+
+def _record(path: Path, runtime: str, verdict: dict[str, Any]) -> None:
+    """Keep a verdict in the manifest, where quantkit wrote one."""
+    folder = path if path.is_dir() else path.parent
+    if read_manifest(folder) is None:
+        return
+    content = read_json(folder / MANIFEST)
+    write_json(folder / MANIFEST, {**content, VERIFIED: {**content.get(VERIFIED, {}), runtime: verdict}})

@@ -1,0 +1,76 @@
+"""The process of runtimes that live in this interpreter: ``python -m quantkit.verification.worker JOB.json``."""
+
+from __future__ import annotations
+
+import faulthandler
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from quantkit.artifacts import read_json, write_json
+from quantkit.errors import EXIT_USER_ERROR, QuantkitError
+from quantkit.evaluation.memory import peak_rss
+from quantkit.runtimes import RUNTIMES
+from quantkit.runtimes.base import LoadedModel, LoadOptions
+from quantkit.verification.job import VerificationJob
+
+
+def main(arguments: list[str]) -> int:
+    """Carry out the job in the file ``arguments[0]``; returns the exit code."""
+    if len(arguments) != 1:
+        sys.stderr.write("usage: python -m quantkit.verification.worker JOB.json\n")
+        return EXIT_USER_ERROR
+    faulthandler.enable()
+    job = VerificationJob.from_json(read_json(Path(arguments[0])))
+    try:
+        result, code = perform(job), 0
+    except QuantkitError as error:
+        result = {"error": {"kind": type(error).__name__, "problem": error.problem, "remedy": error.remedy}}
+        code = EXIT_USER_ERROR
+    write_json(job.result, result)
+    return code
+
+
+def perform(job: VerificationJob) -> dict[str, Any]:
+    """Load the checkpoint, write the logits, and continue a prompt.
+
+    Raises:
+        QuantkitError: the runtime cannot load it.
+    """
+    started = time.perf_counter()
+    options = LoadOptions(job.device, job.dtype, job.context_length, job.trust_remote_code)
+    model = RUNTIMES.get(job.runtime).load(job.checkpoint, options)
+    seconds = time.perf_counter() - started
+    _write_logits(job, model)
+    prompt = torch.tensor(job.prompts[job.generate])
+    return {
+        "generated": model.decode(prompt, job.new_tokens)[0] if job.new_tokens else [],
+        "load_seconds": seconds,
+        "peak_bytes": peak_rss(),
+        "dtype": model.dtype,
+        "device": model.device,
+        "vocabulary": model.vocabulary,
+        "versions": {"quantkit": version("quantkit"), "torch": torch.__version__, **model.facts()},
+        "settings": {"threads": torch.get_num_threads()},
+        "dropped": [],  # the loaders of this interpreter raise for a tensor that finds no place
+    }
+
+
+def _write_logits(job: VerificationJob, model: LoadedModel) -> None:
+    shape = (sum(map(len, job.prompts)), model.vocabulary)
+    rows = np.lib.format.open_memmap(job.logits, mode="w+", dtype=np.float32, shape=shape)
+    place = 0
+    for ids in job.prompts:
+        found = model.logits(torch.tensor(ids)).float().cpu().numpy()
+        rows[place : place + len(ids)] = found[:, : model.vocabulary]
+        place += len(ids)
+    rows.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

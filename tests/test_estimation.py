@@ -1,0 +1,439 @@
+"""Estimates equal what is written and loaded."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV2Config,
+    DeepseekV3Config,
+    Gemma2Config,
+    Gemma3TextConfig,
+    MixtralConfig,
+    Phi3Config,
+    Qwen3MoeConfig,
+)
+
+import quantkit
+from quantkit.checkpoint import CheckpointReader
+from quantkit.errors import QuantkitError, RecipeError, SchemeError, SourceError
+from quantkit.estimation import anatomy_of, cards, estimate, fits, of_variant, well_known
+from quantkit.estimation.configs import Config
+from quantkit.estimation.families import FAMILIES as DESCRIBED
+from quantkit.estimation.families import describe
+from quantkit.estimation.guides import INFERENCE, TRAINING, guide_table
+from quantkit.estimation.lines import parse_bytes
+from quantkit.estimation.tables import cards_table, estimate_table, fits_table
+from quantkit.estimation.unknown import built
+from quantkit.estimation.use import Use
+from quantkit.estimation.weights import Stored, stored
+from quantkit.matrix.rows import method_names, rows
+from quantkit.quantization import Job, Quantized, Wanted, quantize_together
+from quantkit.recipe import VariantSpec
+from quantkit.report.sections import variant_facts
+from quantkit.runtimes import RUNTIMES
+from quantkit.runtimes.base import LoadOptions
+from quantkit.schemes.codebook import CodebookScheme
+from quantkit.validation import parse_section
+from tests.runs import make_recipe
+from tests.tiny import FAMILIES, make_model, tiny_config, tiny_rows
+
+PARAMETERS = {
+    "gemma-3-1b": 999_885_952,
+    "gemma-3-27b": 27_009_346_304,
+    "llama-2-13b": 13_015_864_320,
+    "llama-2-70b": 68_976_648_192,
+    "llama-2-7b": 6_738_415_616,
+    "llama-3-70b": 70_553_706_496,
+    "llama-3-8b": 8_030_261_248,
+    "llama-30b": 32_528_943_616,
+    "mistral-7b": 7_241_732_096,
+    "mixtral-8x7b": 46_702_792_704,
+    "qwen2.5-0.5b": 494_032_768,
+    "qwen2.5-14b": 14_770_033_664,
+    "qwen2.5-32b": 32_763_876_352,
+    "qwen2.5-72b": 72_706_203_648,
+    "qwen2.5-7b": 7_615_616_512,
+    "qwen3-0.6b": 596_049_920,
+    "qwen3-30b-a3b": 30_532_122_624,
+    "qwen3-32b": 32_762_123_264,
+    "qwen3-8b": 8_190_735_360,
+}
+"""As published."""
+WIDE: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1}
+OFFSET_DIGITS = 6
+"""Bytes by which the text of an offset may be longer or shorter than is usual."""
+SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
+IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+GIB = 2**30
+
+
+def variant(**keys: Any) -> VariantSpec:
+    return parse_section(VariantSpec, {"name": "v", "method": "rtn", **keys}, "test")
+
+
+def tensor_bytes(folder: Path, form: str) -> int:
+    if form == "gguf":
+        (file,) = folder.glob("model-*.gguf")
+        return sum(int(tensor.n_bytes) for tensor in gguf.GGUFReader(file).tensors)
+    reader = CheckpointReader(folder)
+    return sum(reader.nbytes(name) for name in reader.names())
+
+
+def exported(job: Job, variants: list[VariantSpec], folder: Path) -> list[Path]:
+    wanted = [Wanted(each, folder / each.name) for each in variants]
+    found = quantize_together(job, wanted)
+    for outcome in found:
+        assert isinstance(outcome, Quantized), outcome
+    return [each.out for each in wanted]
+
+
+def slack(file: Stored) -> int:
+    """Bytes that depend on the weights: digits in bitsandbytes' text under double quantization, and nothing else."""
+    doubled = [each for each in file.packed.values() if isinstance(each.scheme, CodebookScheme)]
+    return OFFSET_DIGITS * sum(each.scheme.double_quant for each in doubled if isinstance(each.scheme, CodebookScheme))
+
+
+def matrix_variants(family: str) -> list[VariantSpec]:
+    """One for each row of the matrix that the family can be written in; who chooses the codes changes no byte."""
+    found = []
+    for number, row in enumerate(rows()):
+        if row.format == "gguf" and family not in ("llama", "qwen2"):
+            continue
+        able = (each for name in ("rtn", "none", *method_names()) if (each := row.variant(name)) is not None)
+        found.append(next(able).model_copy(update={"name": f"row{number}"}))
+    return found
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma"])
+def test_bytes_of_every_format_and_scheme_are_those_of_the_file(family: str, tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model", family, dtype=torch.bfloat16, head_dim=64, **WIDE)
+    variants = matrix_variants(family)
+    job = Job(model, {"reference": "small"}, "bfloat16", tiny_rows(count=2), "small", feed="float")
+    anatomy = anatomy_of(str(model))
+    for each, folder in zip(variants, exported(job, variants, tmp_path), strict=True):
+        file = stored(anatomy, each)
+        allowed = slack(file) if each.format == "bitsandbytes" else 0
+        assert abs(file.nbytes - tensor_bytes(folder, each.format)) <= allowed, (each.format, each.base_scheme())
+        assert sum(line.nbytes for line in file.lines()) == file.nbytes
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"ignore": []},
+        {"scheme": "fp8", "embeddings": {}},
+        {"scheme": "fp8", "ignore": [], "embeddings": {}},
+        {"first_blocks": {"count": 1, "bits": 8}, "overrides": {"down_proj": {"bits": 8, "group_size": -1}}},
+        {"format": "gguf", "ignore": [], "embeddings": {}, "group_size": 32},
+        {"format": "gguf", "ignore": ["q_proj"], "group_size": 32},
+        {"format": "gguf", "method": "none", "scheme": "float16"},
+    ],
+)
+def test_heads_embeddings_and_mixed_schemes_are_counted(keys: dict[str, Any], tied: bool, tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model", num_hidden_layers=2, tie_word_embeddings=tied)
+    spec = variant(**keys)
+    (folder,) = exported(Job(model, {"reference": "small"}, "float32"), [spec], tmp_path)
+    assert stored(anatomy_of(str(model)), spec).nbytes == tensor_bytes(folder, spec.format)
+
+
+def test_the_rope_of_llama_3_1_is_a_tensor_of_gguf_files(tmp_path: Path) -> None:
+    rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    model = make_model(tmp_path / "model", rope_parameters={**rope, "original_max_position_embeddings": 8192})
+    spec = variant(format="gguf", group_size=32)
+    (folder,) = exported(Job(model, {"reference": "small"}, "float32"), [spec], tmp_path)
+    file = stored(anatomy_of(str(model)), spec)
+    assert file.nbytes == tensor_bytes(folder, "gguf")
+    assert file.floats["rope_freqs"] == (8, 32)
+
+
+@pytest.mark.parametrize(
+    ("keys", "runtime", "dtype"),
+    [
+        ({"group_size": 64}, "transformers", "bfloat16"),
+        ({"group_size": 64}, "reference", "bfloat16"),
+        ({"group_size": 64}, "reference", "float32"),
+        ({"method": "none", "scheme": "bfloat16", "format": "float"}, "transformers", "bfloat16"),
+        ({"scheme": "nf4", "format": "bitsandbytes"}, "transformers", "bfloat16"),
+        ({"format": "gguf", "group_size": 32}, "llama.cpp", None),
+        ({"format": "gguf", "group_size": 32}, "reference", "float32"),
+    ],
+)
+def test_resident_bytes_are_within_five_percent(
+    keys: dict[str, Any], runtime: str, dtype: str | None, tmp_path: Path
+) -> None:
+    shape = {**WIDE, "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 2, "head_dim": 64}
+    model = make_model(tmp_path / "model", dtype=torch.bfloat16, **shape)
+    spec = variant(**keys)
+    (folder,) = exported(Job(model, {"reference": "small"}, "bfloat16"), [spec], tmp_path)
+    loaded = RUNTIMES.get(runtime).load(folder, LoadOptions(dtype=dtype, context_length=64))
+    found = of_variant(anatomy_of(str(model)), spec, Use(), decoded=dtype if runtime == "reference" else None)
+    assert found.part("inference").line("weights").nbytes == pytest.approx(loaded.weights_bytes(), rel=0.05)
+
+
+def test_a_report_shows_the_estimate_beside_the_measurement(model: Path, records: Path, tmp_path: Path) -> None:
+    variants = [{"name": "decoded", "method": "rtn", "format": "hqq"}]
+    evaluation = {"texts": ["prose"], "metrics": ["memory"], "context_length": 64, "max_tokens": 128, "device": "cpu"}
+    found = quantkit.run(make_recipe(model, records, tmp_path / "run", variants, evaluation=evaluation))
+    for row in found["variants"]:
+        memory = row["memory"]
+        assert memory["weights_estimated_bytes"] == pytest.approx(memory["weights_bytes"], rel=0.05)
+        ratio = memory["weights_estimated_bytes"] / memory["weights_bytes"]
+        shown = dict(variant_facts(row))["weights in memory"]
+        assert shown.startswith("estimated ")
+        assert shown.endswith(f"ratio {ratio:.3f}")
+
+
+def test_the_tables_of_the_docs_are_those_of_the_command() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "vram.md").read_text(encoding="utf-8")
+    for rows_of_guide, part in ((TRAINING, "training"), (INFERENCE, "inference")):
+        assert guide_table(rows_of_guide, part) in page
+
+
+@pytest.mark.parametrize("name", sorted(PARAMETERS))
+def test_well_known_models_have_the_parameters_that_are_published(name: str) -> None:
+    assert anatomy_of(name).parameters == PARAMETERS[name]
+
+
+def test_every_well_known_config_is_described_and_found_by_its_hub_name() -> None:
+    for name in well_known():
+        assert anatomy_of(name).blocks == len(anatomy_of(name).caches)
+    assert anatomy_of("meta-llama/Llama-2-7b-hf").parameters == PARAMETERS["llama-2-7b"]
+    assert anatomy_of("QWEN/qwen2.5-7b-instruct").parameters == PARAMETERS["qwen2.5-7b"]
+
+
+def configs() -> dict[str, Any]:
+    shared = {**SMALL, **IDS, "num_key_value_heads": 2, "vocab_size": 300}
+    found = {family: tiny_config(family, num_hidden_layers=4) for family in FAMILIES}
+    found["gemma3_text"] = Gemma3TextConfig(**shared, head_dim=16)
+    found["phi3"] = Phi3Config(**shared)
+    found["llama with biases"] = tiny_config("llama", attention_bias=True, mlp_bias=True)
+    found["llama, tied"] = tiny_config("llama", tie_word_embeddings=True)
+    return found
+
+
+@pytest.mark.parametrize("case", sorted(configs()))
+def test_described_models_are_those_of_transformers(case: str, tmp_path: Path) -> None:
+    config = configs()[case]
+    config.save_pretrained(tmp_path)
+    found = anatomy_of(str(tmp_path))
+    real = built(tmp_path, Config(json.loads((tmp_path / "config.json").read_text()), "x"))
+    assert {weight.name: weight for weight in found.weights} == {weight.name: weight for weight in real.weights}
+    places = ("embedding", "head", "tied", "blocks", "hidden", "vocabulary", "caches", "queries", "keys", "head_dim")
+    for attribute in places:
+        assert getattr(found, attribute) == getattr(real, attribute), attribute
+    usual = ["sliding_attention" if case == "mistral" else "full_attention"] * found.blocks
+    kinds = getattr(config, "layer_types", None) or usual
+    windows = [config.sliding_window if kind == "sliding_attention" else None for kind in kinds]
+    assert [cache.window for cache in found.caches] == windows
+
+
+EXPERTS: dict[str, Any] = {"moe_intermediate_size": 32, "num_experts_per_tok": 2}
+LATENT: dict[str, Any] = {
+    "n_routed_experts": 4, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16,
+    "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "n_shared_experts": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Gemma2Config(**SMALL, **IDS, num_key_value_heads=2, vocab_size=300, head_dim=16),
+        MixtralConfig(**SMALL, **IDS, num_key_value_heads=2, vocab_size=300, num_local_experts=4),
+        Qwen3MoeConfig(**SMALL, **IDS, **EXPERTS, num_key_value_heads=2, vocab_size=300, head_dim=16, num_experts=4),
+        DeepseekV2Config(**SMALL, **IDS, **EXPERTS, **LATENT, vocab_size=300, q_lora_rank=None),
+        DeepseekV3Config(**SMALL, **IDS, **EXPERTS, **LATENT, vocab_size=300, q_lora_rank=24),
+    ],
+    ids=lambda config: str(config.model_type),
+)
+def test_models_of_experts_have_as_many_parameters_as_in_transformers(config: Any) -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    found = describe(Config(json.loads(config.to_json_string()), "x"))
+    assert found is not None
+    corrections = sum(weight.numel for weight in found.weights if "correction_bias" in weight.name)
+    assert found.parameters - corrections == model.num_parameters()
+
+
+def test_a_family_that_is_not_described_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_config("llama").save_pretrained(tmp_path)
+    known = anatomy_of(str(tmp_path))
+    monkeypatch.delitem(DESCRIBED, "llama")
+    found = anatomy_of(str(tmp_path))
+    assert set(found.weights) == set(known.weights)
+    assert "built by transformers" in " ".join(found.notes)
+
+
+def test_the_cache_of_shared_heads_windows_and_latents() -> None:
+    def cache(model: str, **keys: Any) -> int:
+        part = estimate(model, method="rtn", group_size=-1, bits=8, **keys).part("inference")
+        return sum(line.nbytes for line in part.lines if line.name.startswith("KV cache"))
+
+    assert cache("llama-2-7b") == 2 * 32 * 4096 * 2048 * 2 == GIB
+    assert cache("llama-2-7b", batch=3) == 3 * GIB
+    assert cache("llama-3-8b") == 2 * 32 * 8 * 128 * 2048 * 2
+    assert cache("llama-3-8b", kv_dtype="fp8") == cache("llama-3-8b") // 2
+    assert cache("llama-3-8b", kv_dtype="q8_0") == cache("llama-3-8b") * 17 // 32
+    assert cache("mistral-7b", context=16384) == cache("mistral-7b", context=4096)
+    windowed, whole = 22 * 512, 4 * 8192
+    assert cache("gemma-3-1b", context=8192) == (windowed + whole) * 2 * 256 * 2
+    data = {
+        "model_type": "deepseek_v2", "hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4,
+        "intermediate_size": 256, "moe_intermediate_size": 64, "n_routed_experts": 4, "num_experts_per_tok": 2,
+        "n_shared_experts": 1, "first_k_dense_replace": 1, "vocab_size": 100, "kv_lora_rank": 48,
+        "qk_rope_head_dim": 16, "qk_nope_head_dim": 32, "v_head_dim": 32,
+    }  # fmt: skip
+    latent = describe(Config(data, "latent"))
+    assert latent is not None
+    part = of_variant(latent, variant(group_size=16), Use(context=100), dtype="float16").part("inference")
+    assert part.line("KV cache").nbytes == 3 * 100 * (48 + 16) * 2
+    assert any("latent attention" in note for note in part.notes)
+
+
+def test_logits_of_all_positions_are_counted_where_they_are_the_most() -> None:
+    found = estimate("gemma-3-1b", batch=2, context=512)
+    plain, whole = found.part("inference"), found.part("inference_all_logits")
+    assert whole.line("logits").nbytes == 1024 * (262144 + 2 * 1152) * 2
+    assert whole.nbytes - plain.nbytes == whole.line("logits").nbytes - plain.line("activations").nbytes
+
+
+def test_training_keeps_adapters_gradients_states_and_inputs_of_blocks() -> None:
+    keys: dict[str, Any] = {"method": "rtn", "scheme": "nf4", "format": "bitsandbytes", "context": 512, "train": True}
+    part = estimate("llama-2-7b", lora_rank=8, **keys).part("training")
+    adapters = 32 * 8 * (4 * (4096 + 4096) + 3 * (4096 + 11008))
+    assert part.line("adapters").nbytes == 4 * adapters
+    assert part.line("gradients").nbytes == 4 * adapters
+    assert part.line("optimizer").nbytes == pytest.approx(2 * adapters, rel=0.02)
+    assert part.line("saved activations").nbytes == 32 * 512 * 4096 * 2
+    wider = estimate("llama-2-7b", lora_rank=16, **keys).part("training")
+    assert wider.line("adapters").nbytes == 2 * part.line("adapters").nbytes
+    kept = estimate("llama-2-7b", lora_rank=8, gradient_checkpointing=False, **keys).part("training")
+    assert kept.line("saved activations").nbytes > 10 * part.line("saved activations").nbytes
+    full = estimate("llama-2-7b", lora_rank=8, optimizer="adamw", **keys).part("training")
+    assert full.line("optimizer").nbytes == 8 * adapters
+
+
+def test_while_quantizing_more_tokens_take_more_and_more_blocks_do_not() -> None:
+    def peak(model: str, **keys: Any) -> int:
+        return estimate(model, **keys).part("quantizing").nbytes
+
+    few, many = (peak("llama-2-7b", calibration_tokens=count) for count in (10_000, 20_000))
+    assert many - few == 10_000 * (4 * 4096 + 11008) * 2
+    assert peak("llama-2-7b", strategy="recompute") < peak("llama-2-7b")
+    assert peak("llama-2-7b", method="rtn") < few
+    assert peak("llama-2-7b", pass_dtype="float32") > peak("llama-2-7b")
+
+
+def test_what_fits_is_told_best_first() -> None:
+    found = fits("llama-3-8b", "8GiB")
+    assert found[0].way.method == "none"
+    best = next(each for each in found if each.fits)
+    assert best.nbytes <= 8 * GIB
+    assert 4 <= best.to_json()["bits_per_weight"] < 6
+    assert not any(each.fits for each in found[: found.index(best)])
+    longest = best.longest_context
+    for context, there in ((longest, True), (longest + 256, False)):
+        again = next(each for each in fits("llama-3-8b", "8GiB", context=context) if each.way == best.way)
+        assert again.fits == there
+    assert all(each.fits for each in fits("llama-3-8b", "80GiB"))
+    assert not any(each.fits for each in fits("llama-3-70b", "8GiB"))
+    assert not any(each.way.format == "gguf" for each in fits("gemma-3-4b", "8GiB"))
+
+
+def test_more_memory_never_fits_less() -> None:
+    rows_of_cards = sorted(cards("qwen2.5-14b"), key=lambda row: row.card.nbytes)
+    bits = [0.0 if row.best is None else row.best.to_json()["bits_per_weight"] for row in rows_of_cards]
+    assert bits == sorted(bits)
+    assert [row.trains for row in rows_of_cards] == sorted(row.trains for row in rows_of_cards)
+    assert {row.card.name.split()[0] for row in rows_of_cards} == {"RTX", "A100", "L40S", "H100"}
+
+
+def test_tables_show_every_line(capsys: pytest.CaptureFixture[str]) -> None:
+    from rich.console import Console
+
+    console = Console(width=200)
+    found = estimate("mixtral-8x7b", train=True)
+    console.print(estimate_table(found))
+    console.print(fits_table(fits("mistral-7b", "12GiB")))
+    console.print(cards_table(cards("mistral-7b")))
+    text = capsys.readouterr().out
+    for part in found.parts:
+        assert part.title in text
+        assert all(line.formula in text for line in part.lines)
+    assert "RTX 3060 12 GB" in text
+    assert json.loads(json.dumps(found.to_json()))["parameters"] == PARAMETERS["mixtral-8x7b"]
+
+
+def test_a_70b_answers_in_two_seconds_without_torch() -> None:
+    code = (
+        "import sys, time; started = time.perf_counter()\n"
+        "from quantkit.estimation import estimate\n"
+        "found = estimate('llama-2-70b', train=True)\n"
+        "print(time.perf_counter() - started, 'torch' in sys.modules, found.stored.nbytes)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    seconds, torch_is_there, nbytes = done.stdout.split()
+    assert float(seconds) < 2
+    assert torch_is_there == "False"
+    assert 33 * GIB < int(nbytes) < 36 * GIB
+
+
+@pytest.mark.parametrize(
+    ("keys", "kind"),
+    [
+        ({"group_size": 48}, SchemeError),
+        ({"bits": 9}, QuantkitError),
+        ({"batch": 0}, RecipeError),
+        ({"kv_dtype": "int3"}, RecipeError),
+        ({"overhead": "much"}, RecipeError),
+        ({"contxt": 3}, RecipeError),
+        ({"ignore": [""]}, SchemeError),
+    ],
+)
+def test_what_cannot_be_is_refused(keys: dict[str, Any], kind: type[QuantkitError]) -> None:
+    with pytest.raises(kind):
+        estimate("llama-2-7b", **keys)
+
+
+def test_models_that_are_not_there_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="llama-2-7b"):
+        anatomy_of("llama-2-7")
+    with pytest.raises(SourceError, match=r"config\.json"):
+        anatomy_of(str(tmp_path))
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(SourceError, match="mapping"):
+        anatomy_of(str(tmp_path))
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": "many"}')
+    with pytest.raises(SourceError, match="hidden_size"):
+        anatomy_of(str(tmp_path))
+    with pytest.raises(RecipeError, match="what fits"):
+        fits("llama-2-7b", "8GiB", bits=4)
+
+
+@pytest.mark.parametrize(
+    ("text", "nbytes"), [("8GiB", 8 * GIB), ("600 MiB", 600 * 2**20), ("1.5gb", 1_500_000_000), (7, 7), ("0", 0)]
+)
+def test_sizes_are_read(text: str | int, nbytes: int) -> None:
+    assert parse_bytes(text) == nbytes
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_peak_while_quantizing_is_within_ten_percent() -> None:
+    script = Path(__file__).parents[1] / "benchmarks" / "quantizing_peak.py"
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert len({row["blocks"] for row in found}) == 2
+    assert len({row["tokens"] for row in found}) == 3
+    for row in found:
+        assert math.isclose(row["estimated"], row["measured"], rel_tol=0.1), row
