@@ -21,8 +21,9 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     """The options of every comparison."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="float checkpoint folder")
-    parser.add_argument("--records", type=Path, required=True, help="alpaca records; the first 128 calibrate")
+    parser.add_argument("--records", type=Path, required=True, help="alpaca records; the first of them calibrate")
     parser.add_argument("--text", type=Path, required=True, help="text to score on, unlike the calibration")
+    parser.add_argument("--samples", type=int, default=128, help="how many of the records calibrate")
     return parser
 
 
@@ -47,11 +48,11 @@ class Setting:
 
 
 def read_calibration(given: argparse.Namespace, work: Path, *, feed: Feed = "quantized") -> Job:
-    """The model and the first 128 of the records that were named on the command line."""
+    """The model and the first of the records that were named on the command line."""
     records = json.loads(given.records.read_text(encoding="utf-8"))
-    (work / "calibration.json").write_text(json.dumps(records[:128]), encoding="utf-8")
+    (work / "calibration.json").write_text(json.dumps(records[: given.samples]), encoding="utf-8")
     source = resolve(ModelSpec(source=str(given.model)), work)
-    spec = CalibrationSpec(dataset=str(work / "calibration.json"), samples=128, max_length=512)
+    spec = CalibrationSpec(dataset=str(work / "calibration.json"), samples=given.samples, max_length=512)
     rows = calibration.build(spec, source.folder, work / "calibration").rows
     return Job(source.folder, source.made_from(), source.dtype, rows, "benchmark", feed=feed)
 

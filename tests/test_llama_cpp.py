@@ -312,4 +312,6 @@ def test_each_package_is_found_by_its_files(carrier: Carrier, tmp_path: Path, mo
     library_file.write_bytes(b"")
     (tmp_path / name / "__init__.py").write_text("raise RuntimeError('imported')")
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    for each in CARRIERS:  # what was imported is found before any path is looked at
+        monkeypatch.delitem(sys.modules, each.module, raising=False)
     assert [found.path for found in installed()] == [library_file]

@@ -94,7 +94,7 @@ def test_a_checkpoint_in_the_gptq_format_holds_it(tmp_path: Path) -> None:
     ("keys", "message"),
     [
         ({"method": "rtn", "range": "minmax"}, "method rtn asks for no calibration"),
-        ({"format": "compressed-tensors"}, "without g_idx"),
+        ({"format": "compressed-tensors"}, "no groups that gather columns"),
         ({"group_size": -1}, "desc_act orders the columns of groups"),
     ],
 )
