@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,13 @@ def logits(model: PreTrainedModel) -> torch.Tensor:
     with torch.no_grad():
         found: torch.Tensor = model(ids).logits
     return found
+
+
+def edit_json(file: Path, edit: Callable[[dict[str, Any]], object]) -> None:
+    """Change a JSON file in place."""
+    content = json.loads(file.read_text())
+    edit(content)
+    file.write_text(json.dumps(content))
 
 
 def hidden_names(folder: Path) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from quantkit.runtimes.base import LoadOptions
 from quantkit.schemes import IntScheme
 from quantkit.scores import report_figures
 from quantkit.validation import parse_section
-from tests.runs import decoded_model, load_model, logits
+from tests.runs import decoded_model, edit_json, load_model, logits
 from tests.tiny import make_model
 
 KEYS: dict[str, Any] = {"method": "rtn", "group_size": 32, "overrides": {"down_proj": {"bits": 8, "symmetric": False}}}
@@ -47,17 +47,7 @@ def exported(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def checkpoint(exported: Path, tmp_path: Path) -> Path:
     """A copy to damage."""
-    folder = tmp_path / "checkpoint"
-    folder.mkdir()
-    for file in exported.iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    return folder
-
-
-def edit_json(file: Path, edit: Callable[[dict[str, Any]], object]) -> None:
-    content = json.loads(file.read_text())
-    edit(content)
-    file.write_text(json.dumps(content))
+    return shutil.copytree(exported, tmp_path / "checkpoint")
 
 
 def edit_tensors(folder: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import logging
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -129,11 +130,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def checkpoint(original: Path, tmp_path: Path) -> Path:
-    folder = tmp_path / "tiny"
-    folder.mkdir()
-    for file in original.iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    return folder
+    return shutil.copytree(original, tmp_path / "tiny")
 
 
 def test_the_files_of_the_manifest_arrive_in_one_commit(checkpoint: Path, hub: Hub) -> None:

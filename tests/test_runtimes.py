@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from quantkit.runtimes._choice import choose_runtime
 from quantkit.runtimes._model import TransformersModel
 from quantkit.runtimes.base import LoadOptions
 from quantkit.validation import parse_section
+from tests.runs import edit_json
 from tests.tiny import make_model
 
 
@@ -30,17 +31,7 @@ def exported(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def checkpoint(exported: Path, tmp_path: Path) -> Path:
     """A copy to damage."""
-    folder = tmp_path / "checkpoint"
-    folder.mkdir()
-    for file in exported.iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    return folder
-
-
-def edit_json(file: Path, edit: Callable[[dict[str, Any]], object]) -> None:
-    content = json.loads(file.read_text())
-    edit(content)
-    file.write_text(json.dumps(content))
+    return shutil.copytree(exported, tmp_path / "checkpoint")
 
 
 def chosen(path: Path, *wanted: str) -> str:
