@@ -14,8 +14,10 @@ import torch
 
 from quantkit.checkpoint import CheckpointReader, ShardWriter
 from quantkit.errors import CheckpointError, QuantkitError, SourceError
+from quantkit.merging import merge_model
 from quantkit.recipe import ModelSpec
 from quantkit.source import SourceModel, resolve
+from tests.adapters import make_adapter
 from tests.tiny import make_model
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -322,6 +324,17 @@ def test_a_hub_model_is_downloaded_with_its_commit(tmp_path: Path, hub: Hub, ref
     assert all(torch.equal(ours.read(name), original.read(name)) for name in original.names())
     assert source.made_from() == resolved(hub.folder, tmp_path / "work").made_from()
     assert hub.tokens == {f"Bearer {TOKEN}"}
+
+
+def test_an_adapter_of_the_hub_is_merged_as_its_folder_is(tmp_path: Path, hub: Hub) -> None:
+    base = make_model(tmp_path / "base")
+    hub.folder = make_adapter(tmp_path / "adapter", base)
+    found = merge_model(str(base), f"org/tiny@{COMMIT}", tmp_path / "from-hub")
+    merge_model(str(base), str(hub.folder), tmp_path / "from-folder")
+    first, second = (CheckpointReader(tmp_path / name) for name in ("from-hub", "from-folder"))
+    assert all(torch.equal(first.read(name), second.read(name)) for name in second.names())
+    assert found["adapters"][0]["source"] == f"org/tiny@{COMMIT}"
+    assert "adapter_model.safetensors" in hub.downloaded
 
 
 def test_a_second_run_downloads_nothing(tmp_path: Path, hub: Hub) -> None:
