@@ -185,21 +185,18 @@ def _variant_rows(
     for places in walks(job, variants):
         outcomes = _quantized(current, job, [variants[place] for place in places])
         for place, outcome in zip(places, outcomes, strict=True):
-            rows[place] = _variant_row(current, variants[place], outcome, baseline)
-            if rows[place]["status"] == "ok":
-                _tell_in_card(job, rows[place], baseline, audit)
+            card_of = partial(_write_card, job, report_figures(baseline), audit)
+            rows[place] = _variant_row(current, variants[place], outcome, baseline, card_of)
     return [rows[place] for place in sorted(rows)]
 
 
-def _tell_in_card(job: Job, row: dict[str, Any], baseline: dict[str, Any], audit: dict[str, Any] | None) -> None:
-    """Write the measured figures into the model card of a checkpoint."""
-    folder = Path(row["checkpoint"])
-    before = report_figures(baseline)
-    text = card(
-        folder, replace(card_facts(job), scores=row, baseline=before, calibration=audit, repository=folder.name)
-    )
-    if (folder / CARD).read_text(encoding="utf-8") != text:
-        write_text(folder / CARD, text)
+def _write_card(job: Job, before: dict[str, Any], audit: dict[str, Any] | None, row: dict[str, Any]) -> None:
+    """Write the measured figures into the model card of a checkpoint, where they are not there yet."""
+    file = Path(row["checkpoint"]) / CARD
+    facts = replace(card_facts(job), scores=row, baseline=before, calibration=audit, repository=file.parent.name)
+    text = card(file.parent, facts)
+    if not file.is_file() or file.read_bytes() != text.encode():
+        write_text(file, text)
 
 
 def _other_merge_rows(current: Run, baseline: dict[str, Any]) -> list[dict[str, Any]]:
@@ -250,7 +247,11 @@ def _quantized(current: Run, job: Job, variants: list[VariantSpec]) -> list[Quan
 
 
 def _variant_row(
-    current: Run, variant: VariantSpec, outcome: Quantized | Exception, baseline: dict[str, Any]
+    current: Run,
+    variant: VariantSpec,
+    outcome: Quantized | Exception,
+    baseline: dict[str, Any],
+    write_card: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:
     scheme = variant.base_scheme()
     row: dict[str, Any] = {
@@ -269,7 +270,9 @@ def _variant_row(
     def work() -> dict[str, Any]:
         if isinstance(outcome, Exception):
             raise outcome
-        return _scored(current, variant, outcome, baseline)
+        scored = _scored(current, variant, outcome, baseline)
+        write_card(scored)
+        return scored
 
     return _attempted(current, row, work)
 

@@ -138,3 +138,19 @@ def test_import_recipe_prints_a_recipe(tmp_path: Path) -> None:
     assert recipe.model.source == "org/base"
     assert [adapter.source for adapter in recipe.model.adapter] == ["saves/lora"]
     assert recipe.variants[0].base_scheme().bits == 4
+
+
+def test_estimate_prints_lines_what_fits_and_cards() -> None:
+    told = invoke("estimate", "llama-2-7b", "--bits", "4", "--group-size", "128", "--train")
+    assert told.exit_code == 0, told.output
+    assert "int4 g128 sym" in told.stdout
+    found = json.loads(invoke("estimate", "llama-2-7b", "--json").stdout)
+    assert found["parts"]
+    small, large = (
+        json.loads(invoke("estimate", "llama-2-7b", "--fits", size, "--json").stdout) for size in ("4GiB", "80GiB")
+    )
+    assert sum(way["fits"] for way in small) < sum(way["fits"] for way in large)
+    assert "H100 80 GB" in invoke("estimate", "llama-2-7b", "--cards").stdout
+    refused = invoke("estimate", "llama-2-7b", "--fits", "much")
+    assert refused.exit_code == 2
+    assert "much" in refused.stderr

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import quantkit
 from quantkit import pipeline, scores
 from quantkit.artifacts import read_json
 from quantkit.checkpoint import CheckpointReader
@@ -169,6 +170,18 @@ def test_the_card_of_a_checkpoint_tells_what_was_measured(finished: tuple[Recipe
     assert f"{row['metrics']['kl_divergence'][name]['mean']:.5f}" in text
     assert f"# {row['name']}\n" in text
     assert recipe.model.source not in (folder / "manifest.json").read_text(encoding="utf-8")
+
+
+def test_a_card_that_was_removed_is_written_again(finished: tuple[Recipe, dict[str, Any]]) -> None:
+    recipe, report = finished
+    file = Path(report["variants"][1]["checkpoint"]) / "README.md"
+    text = file.read_text(encoding="utf-8")
+    file.unlink()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("quantkit.scores.run_job", score_here)
+        again = quantkit.run(recipe)
+    assert again["variants"][1]["status"] == "ok"
+    assert file.read_text(encoding="utf-8") == text
 
 
 def test_nothing_half_written_is_left(finished: tuple[Recipe, dict[str, Any]]) -> None:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from quantkit.cli.base import AsJson, app, console, say
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 PANEL = "Choices"
 
@@ -47,10 +51,7 @@ def matrix(
     from quantkit.matrix import matrix_table, read_matrix
 
     found = read_matrix()
-    if as_json:
-        say(json.dumps(found, indent=2))
-        return
-    console().print(matrix_table(found))
+    _print(found, lambda: matrix_table(found), as_json)
 
 
 @app.command(rich_help_panel=PANEL)
@@ -74,29 +75,35 @@ def estimate(
     as_json: AsJson = False,
 ) -> None:
     """Estimate the memory that a model takes, from its config alone."""
-    import quantkit
-    from quantkit import estimation
-    from quantkit.estimation import tables
-
-    given: dict[str, Any] = {
-        "batch": batch,
-        "context": context,
-        "kv_dtype": kv_dtype,
-        "lora_rank": lora_rank,
-        "overhead": overhead,
-    }
+    use = {"batch": batch, "context": context, "kv_dtype": kv_dtype, "lora_rank": lora_rank, "overhead": overhead}
     if fits is not None or cards:
-        ways = estimation.cards(model, **given) if cards else estimation.fits(model, fits or "", **given)
-        if as_json:
-            say(json.dumps([way.to_json() for way in ways], indent=2))
-            return
-        console().print(tables.cards_table(ways) if cards else tables.fits_table(ways))  # type: ignore[arg-type]  # as asked
+        _print_what_fits(model, use, fits, as_json)
         return
+    import quantkit
+    from quantkit.estimation.tables import estimate_table
+
     keys: dict[str, Any] = {
         key: value for key, value in {"bits": bits, "group_size": group_size}.items() if value is not None
     }
-    found = quantkit.estimate(model, method=method, scheme=scheme, format=format, train=train, **given, **keys)
+    found = quantkit.estimate(model, method=method, scheme=scheme, format=format, train=train, **{**use, **keys})
+    _print(found.to_json(), lambda: estimate_table(found), as_json)
+
+
+def _print_what_fits(model: str, use: dict[str, Any], memory: str | None, as_json: bool) -> None:
+    """What fits so much memory, or where none is given, the usual cards."""
+    from quantkit import estimation
+    from quantkit.estimation.tables import cards_table, fits_table
+
+    if memory is not None:
+        ways = estimation.fits(model, memory, **use)
+        _print([way.to_json() for way in ways], lambda: fits_table(ways), as_json)
+    else:
+        rows = estimation.cards(model, **use)
+        _print([row.to_json() for row in rows], lambda: cards_table(rows), as_json)
+
+
+def _print(data: Any, table: Callable[[], Table], as_json: bool) -> None:
     if as_json:
-        say(json.dumps(found.to_json(), indent=2))
-        return
-    console().print(tables.estimate_table(found))
+        say(json.dumps(data, indent=2))
+    else:
+        console().print(table())

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from quantkit.errors import SchemeError
+from quantkit.errors import CheckpointError, SchemeError
 from quantkit.schemes import QuantizedWeight, Scheme
 
 if TYPE_CHECKING:
@@ -149,7 +149,10 @@ class Format(ABC):
         Raises:
             CheckpointError: config and tensors do not fit each other, or the file has what quantkit does not read.
         """
-        raise NotImplementedError(f"format {cls.name} reads only what quantkit wrote")
+        raise CheckpointError(
+            f"format {cls.name} is read by its manifest alone, and this checkpoint has none",
+            "give a checkpoint that quantkit exported",
+        )
 
     @abstractmethod
     def pack(self, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
