@@ -1,0 +1,62 @@
+"""What ``report.json`` holds."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from importlib.metadata import version
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+from quantkit import report
+from quantkit.calibration import CalibrationSet
+from quantkit.checkpoint import CheckpointReader
+from quantkit.environment import describe
+from quantkit.merging import MergedModel
+from quantkit.pipeline.current import Run
+from quantkit.scores import report_figures
+
+if TYPE_CHECKING:
+    from quantkit.source import SourceModel
+
+
+def report_content(
+    current: Run,
+    model: SourceModel,
+    calibrated: CalibrationSet | None,
+    baseline: dict[str, Any],
+    rows: list[dict[str, Any]],
+) -> dict[str, Any]:
+    """The report of a run, with the verdicts of its gates; ``status`` is ``failed`` if a variant or a gate failed."""
+    recipe = current.recipe
+    variants = {variant.name for variant in recipe.variants}
+    gates = report.evaluate_gates(recipe.gates, [row for row in rows if row["name"] in variants])
+    failed = any(row["status"] == "failed" for row in rows) or not all(gate["passed"] for gate in gates)
+    return {
+        "schema": 1,
+        "name": recipe.name,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "status": "failed" if failed else "ok",
+        "quantkit_version": version("quantkit"),
+        "recipe": recipe.resolved(),
+        "recipe_text": recipe.to_yaml(),
+        "source": _source_facts(model),
+        "calibration": calibrated.audit if calibrated else None,
+        "environment": describe(),
+        "baseline": {**report_figures(baseline), "seconds": {"evaluate": baseline["seconds"]}},
+        "variants": rows,
+        "gates": gates,
+    }
+
+
+def _source_facts(model: SourceModel) -> dict[str, Any]:
+    reader = CheckpointReader(model.folder)
+    return {
+        "reference": model.reference,
+        "kind": model.kind,
+        "relative_to": model.relative_to,
+        "dtype": model.dtype,
+        "revision": model.revision,
+        "parameters": sum(prod(reader.shape(name)) for name in reader.names()),
+        "size_bytes": sum(reader.nbytes(name) for name in reader.names()),
+        "merge": model.merge if isinstance(model, MergedModel) else None,
+    }

@@ -1,0 +1,51 @@
+"""What all variants of a recipe are quantized from."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from quantkit.calibration import CalibrationSet
+from quantkit.engine.walk import Feed
+from quantkit.quantization import Job
+from quantkit.recipe import Recipe
+
+if TYPE_CHECKING:
+    from quantkit.source import SourceModel
+
+
+def quantize_job(recipe: Recipe, model: SourceModel, calibrated: CalibrationSet | None) -> Job:
+    """What all variants of a recipe are quantized from."""
+    return job_of(
+        model,
+        calibrated,
+        recipe.calibration.inputs,
+        device=recipe.evaluation.device,
+        trust_remote_code=recipe.model.trust_remote_code,
+    )
+
+
+def job_of(
+    model: SourceModel,
+    calibrated: CalibrationSet | None,
+    feed: Feed,
+    *,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+) -> Job:
+    """What is quantized: a float model, and the calibration set where a method needs one."""
+    return Job(
+        source=model.folder,
+        source_facts={"reference": model.reference, "relative_to": model.relative_to, **model.made_from()},
+        dtype=model.dtype,
+        rows=calibrated.rows if calibrated else (),
+        calibration_sha256=calibrated.sha256 if calibrated else None,
+        feed=feed,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        hub=(model.reference, model.revision) if model.kind == "hub" else None,
+    )
+
+
+def needs_calibration(recipe: Recipe) -> bool:
+    """Whether any variant's method asks for statistics."""
+    return any(variant.build_method().needs for variant in recipe.variants)

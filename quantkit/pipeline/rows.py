@@ -1,0 +1,108 @@
+"""The rows of a report: each variant quantized and scored, or the reason why it was not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from quantkit.artifacts import write_text
+from quantkit.estimation.beside import beside_measured
+from quantkit.exports.manifest import identity
+from quantkit.pipeline.current import Run, attempted, score_beside
+from quantkit.publishing import CARD, card
+from quantkit.quantization import Job, Quantized, Wanted, card_facts, quantize_together, walks
+from quantkit.recipe import VariantSpec
+from quantkit.scores import report_figures
+
+NAMES_SHOWN = 3
+"""Variants of a walk that its progress names."""
+
+
+def variant_rows(
+    current: Run, job: Job, baseline: dict[str, Any], audit: dict[str, Any] | None
+) -> list[dict[str, Any]]:
+    """Quantize walk by walk, score what each gives, and return the rows in the order of the recipe."""
+    variants = current.recipe.variants
+    rows: dict[int, dict[str, Any]] = {}
+    for places in walks(job, variants):
+        outcomes = _quantized(current, job, [variants[place] for place in places])
+        for place, outcome in zip(places, outcomes, strict=True):
+            card_of = partial(_write_card, job, report_figures(baseline), audit)
+            rows[place] = _variant_row(current, variants[place], outcome, baseline, card_of)
+    return [rows[place] for place in sorted(rows)]
+
+
+def _write_card(job: Job, before: dict[str, Any], audit: dict[str, Any] | None, row: dict[str, Any]) -> None:
+    """Write the measured figures into the model card of a checkpoint, where they are not there yet."""
+    file = Path(row["checkpoint"]) / CARD
+    facts = replace(card_facts(job), scores=row, baseline=before, calibration=audit, repository=file.parent.name)
+    text = card(file.parent, facts)
+    if not file.is_file() or file.read_bytes() != text.encode():
+        write_text(file, text)
+
+
+def _quantized(current: Run, job: Job, variants: list[VariantSpec]) -> list[Quantized | Exception]:
+    """The outcome of each variant of a walk; what stops the whole walk is that of all."""
+    names = ", ".join(variant.name for variant in variants[:NAMES_SHOWN])
+    rest = len(variants) - NAMES_SHOWN
+    current.observer.stage(f"quantize: {names} and {rest} more" if rest > 0 else f"quantize: {names}")
+    wanted = [Wanted(variant, current.variant_folder(variant.name)) for variant in variants]
+    try:
+        return quantize_together(job, wanted, on_segment=partial(current.observer.progress, "block"))
+    except Exception as error:
+        return [error] * len(variants)
+
+
+def _variant_row(
+    current: Run,
+    variant: VariantSpec,
+    outcome: Quantized | Exception,
+    baseline: dict[str, Any],
+    write_card: Callable[[dict[str, Any]], None],
+) -> dict[str, Any]:
+    scheme = variant.base_scheme()
+    row: dict[str, Any] = {
+        "name": variant.name,
+        "status": "ok",
+        "error": None,
+        "method": variant.method,
+        "format": variant.format,
+        "scheme": scheme.describe(),
+        "bits": scheme.bits,
+        "group_size": scheme.group_size,
+        "symmetric": scheme.symmetric,
+        "options": variant.method_options().model_dump(mode="json"),
+    }
+
+    def work() -> dict[str, Any]:
+        if isinstance(outcome, Exception):
+            raise outcome
+        scored = _scored(current, variant, outcome, baseline)
+        write_card(scored)
+        return scored
+
+    return attempted(current, row, work)
+
+
+def _scored(current: Run, variant: VariantSpec, done: Quantized, baseline: dict[str, Any]) -> dict[str, Any]:
+    if done.reused:
+        current.observer.note(f"{variant.name}: reused the finished checkpoint")
+    scored = score_beside(current, variant.name, done.folder, identity(done.folder), baseline)
+    return {
+        **_quantize_facts(done),
+        **beside_measured(report_figures(scored), scored, done.folder, variant),
+        "seconds": {"quantize": done.facts["seconds"], "evaluate": scored["seconds"]},
+    }
+
+
+def _quantize_facts(done: Quantized) -> dict[str, Any]:
+    facts = done.facts
+    return {
+        "checkpoint": str(done.folder),
+        "bits_per_weight": facts["bits_per_weight"],
+        "layers": facts["layers"],
+        "notes": facts["notes"],
+    }

@@ -1,0 +1,94 @@
+"""A run: from a recipe to a report, stage by stage, each reused where its result is already there."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from quantkit import calibration, report
+from quantkit.artifacts import check_writable, translated_os_errors
+from quantkit.calibration import CalibrationSet
+from quantkit.checkpoint import CheckpointReader
+from quantkit.errors import OutputError
+from quantkit.merging import merged_source
+from quantkit.pipeline.content import report_content
+from quantkit.pipeline.current import Run
+from quantkit.pipeline.jobs import needs_calibration, quantize_job
+from quantkit.pipeline.merged import other_merge_rows
+from quantkit.pipeline.rows import variant_rows
+from quantkit.progress import Observer
+from quantkit.recipe import Recipe
+from quantkit.scores import Scoring, score
+
+if TYPE_CHECKING:
+    from quantkit.source import SourceModel
+
+
+def run(recipe: Recipe, observer: Observer) -> dict[str, Any]:
+    """Run a recipe and write its report.
+
+    A variant that fails becomes a row of the report that says why; the others go on.
+
+    Returns:
+        The content of ``report.json``; its ``status`` is ``failed`` if a variant or a gate failed.
+
+    Raises:
+        QuantkitError: the model, the calibration set or the baseline cannot be had, so that no variant can run.
+    """
+    current = Run(recipe, recipe.folder, observer)
+    _check_folders(current)
+    for warning in recipe.warnings():
+        observer.note(f"warning: {warning}")
+    observer.stage(f"source: {recipe.model.source}")
+    model = merged_source(recipe.model, recipe.merge, current.folder, observer)
+    calibrated = _calibrate(current, model)
+    baseline = _baseline(current, model)
+    job = quantize_job(recipe, model, calibrated)
+    rows = other_merge_rows(current, baseline)
+    rows += variant_rows(current, job, baseline, calibrated.audit if calibrated else None)
+    content = report_content(current, model, calibrated, baseline, rows)
+    report.write(content, current.folder, recipe.report.formats)
+    return content
+
+
+def _check_folders(current: Run) -> None:
+    """Find out before any work whether all that the run will write can be written."""
+    folder = current.folder
+    if folder.is_file():
+        raise OutputError(f"{folder} exists and is not a folder", "set report.folder to another one")
+    check_writable(current.baseline)
+    for variant in current.recipe.variants:
+        check_writable(current.variant_folder(variant.name))
+    with translated_os_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+
+
+def _calibrate(current: Run, model: SourceModel) -> CalibrationSet | None:
+    if not needs_calibration(current.recipe):
+        return None
+    spec = current.recipe.calibration
+    current.observer.stage(f"calibration: {spec.dataset}")
+    found = calibration.build(
+        spec, model.folder, current.folder / "calibration", trust_remote_code=current.recipe.model.trust_remote_code
+    )
+    for warning in found.audit["warnings"]:
+        current.observer.note(f"calibration: {warning}")
+    return found
+
+
+def _baseline(current: Run, model: SourceModel) -> dict[str, Any]:
+    """The figures of the float model; its weights are checked before they are run for the first time."""
+    current.observer.stage("baseline: the float model")
+    scoring = Scoring(
+        "baseline",
+        model.folder,
+        model.made_from(),
+        current.recipe.evaluation,
+        current.baseline,
+        current.log("baseline"),
+        trust_remote_code=current.recipe.model.trust_remote_code,
+    )
+    if scoring.finished() is None:
+        reader = CheckpointReader(model.folder)
+        for name in reader.names():
+            reader.read_finite(name)
+    return score(scoring, current.observer)
