@@ -29,3 +29,29 @@ class Silent:
 
     def note(self, text: str) -> None:
         """Ignore it."""
+
+
+class Several:
+    """An observer that tells others.
+
+    Args:
+        observers: are told in this order.
+    """
+
+    def __init__(self, *observers: Observer) -> None:
+        self._observers = observers
+
+    def stage(self, title: str) -> None:
+        """Tell all."""
+        for each in self._observers:
+            each.stage(title)
+
+    def progress(self, step: str, done: int, total: int) -> None:
+        """Tell all."""
+        for each in self._observers:
+            each.progress(step, done, total)
+
+    def note(self, text: str) -> None:
+        """Tell all."""
+        for each in self._observers:
+            each.note(text)

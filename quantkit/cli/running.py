@@ -3,35 +3,72 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from quantkit.cli.base import EXIT_FAILED, AsJson, RecipePath, app, console, say, warn
 
+if TYPE_CHECKING:
+    from quantkit.recipe import Recipe
+
 PANEL = "Runs"
 
 
 @app.command(rich_help_panel=PANEL)
-def run(recipe: RecipePath) -> None:
+def run(
+    recipe: RecipePath,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print what happens as JSON lines; see docs/report.md.")
+    ] = False,
+) -> None:
     """Run a recipe: quantize every variant, score it, write the report."""
+    import quantkit
+
+    loaded = quantkit.Recipe.load(recipe)
+    result = _run_as_json(loaded) if as_json else _run_shown(loaded)
+    if result["status"] == "failed":
+        raise typer.Exit(EXIT_FAILED)
+
+
+def _run_shown(recipe: Recipe) -> dict[str, Any]:
+    """Run with progress on standard error, then print the table, the gates and where the report is."""
     import quantkit
     from quantkit import report
     from quantkit.display import Display
 
-    loaded = quantkit.Recipe.load(recipe)
     with Display(console(stderr=True)) as display:
-        result = quantkit.run(loaded, display)
+        result = quantkit.run(recipe, display)
     console().print(report.table(result))
     for verdict in result["gates"]:
         state = "passed" if verdict["passed"] else "FAILED"
         say(f"gate {state}: {verdict['variant']}: {verdict['gate']}")
-    say(
-        f"report: {loaded.folder / 'report.html' if 'html' in loaded.report.formats else loaded.folder / 'report.json'}"
-    )
-    if result["status"] == "failed":
-        raise typer.Exit(EXIT_FAILED)
+    say(f"report: {report_page(recipe)}")
+    return result
+
+
+def _run_as_json(recipe: Recipe) -> dict[str, Any]:
+    """Run with every event as a line of JSON on standard output; the last says how it ended and where the report is."""
+    import quantkit
+    from quantkit.events import EventLog
+    from quantkit.pipeline.run import outcome
+
+    log = EventLog(sys.stdout)
+    log.write("start", name=recipe.name, folder=str(recipe.folder))
+    try:
+        result = quantkit.run(recipe, log)
+    except BaseException as error:
+        log.write("error", kind=type(error).__name__, text=str(error))
+        raise
+    log.write("end", **outcome(result), report=str(report_page(recipe)))
+    return result
+
+
+def report_page(recipe: Recipe) -> Path:
+    """The report that a person opens first."""
+    return recipe.folder / ("report.html" if "html" in recipe.report.formats else "report.json")
 
 
 @app.command(rich_help_panel=PANEL)

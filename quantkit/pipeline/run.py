@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from quantkit import calibration, report
@@ -9,18 +11,22 @@ from quantkit.artifacts import check_writable, translated_os_errors
 from quantkit.calibration import CalibrationSet
 from quantkit.checkpoint import CheckpointReader
 from quantkit.errors import OutputError
+from quantkit.events import event_log
 from quantkit.merging import merged_source
 from quantkit.pipeline.content import report_content
 from quantkit.pipeline.current import Run
 from quantkit.pipeline.jobs import needs_calibration, quantize_job
 from quantkit.pipeline.merged import other_merge_rows
 from quantkit.pipeline.rows import variant_rows
-from quantkit.progress import Observer
+from quantkit.progress import Observer, Several
 from quantkit.recipe import Recipe
 from quantkit.scores import Scoring, score
 
 if TYPE_CHECKING:
     from quantkit.source import SourceModel
+
+EVENTS = "events.jsonl"
+"""In the folder of logs: what happened in every run of this folder."""
 
 
 def run(recipe: Recipe, observer: Observer) -> dict[str, Any]:
@@ -36,6 +42,23 @@ def run(recipe: Recipe, observer: Observer) -> dict[str, Any]:
     """
     current = Run(recipe, recipe.folder, observer)
     _check_folders(current)
+    with event_log(current.folder / "logs" / EVENTS, name=recipe.name, quantkit=version("quantkit")) as log:
+        content = _run(replace(current, observer=Several(observer, log)))
+        log.write("end", **outcome(content))
+    return content
+
+
+def outcome(content: dict[str, Any]) -> dict[str, Any]:
+    """What the last line of an event log says of a report: its status, that of each variant, and the gates missed."""
+    return {
+        "status": content["status"],
+        "variants": {row["name"]: row["status"] for row in content["variants"]},
+        "gates_missed": [f"{gate['variant']}: {gate['gate']}" for gate in content["gates"] if not gate["passed"]],
+    }
+
+
+def _run(current: Run) -> dict[str, Any]:
+    recipe, observer = current.recipe, current.observer
     for warning in recipe.warnings():
         observer.note(f"warning: {warning}")
     observer.stage(f"source: {recipe.model.source}")
