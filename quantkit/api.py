@@ -19,22 +19,24 @@ if TYPE_CHECKING:
     from quantkit.estimation import Estimate
 
 
-def run(recipe: Recipe | str | Path, observer: Observer | None = None) -> dict[str, Any]:
+def run(recipe: Recipe | str | Path, observer: Observer | None = None, *, install: bool = True) -> dict[str, Any]:
     """Run a recipe: quantize every variant, score each exported file, write the report.
 
     Args:
         recipe: a recipe, or the path of one.
         observer: is told what happens; nobody by default.
+        install: make the environments of libraries that are not there.
 
     Returns:
         The content of ``report.json``. ``status`` is ``failed`` if a variant or a gate failed.
 
     Raises:
-        QuantkitError: nothing can run: the recipe, the model or the calibration set is unusable.
+        QuantkitError: nothing can run: the recipe, the model or the calibration set is unusable, or the environment of
+            a library is not there and may not be made.
     """
-    from quantkit.pipeline import run as run_recipe
+    from quantkit.run_history.recording import recorded_run
 
-    return run_recipe(_loaded(recipe), observer or Silent())
+    return recorded_run(_loaded(recipe), observer or Silent(), installs=install)
 
 
 def plan(recipe: Recipe | str | Path) -> dict[str, Any]:
@@ -347,8 +349,9 @@ def _float_folder(reference: str | Path, work: Path) -> Path:
 
 
 def _without_costs(spec: EvaluationSpec) -> EvaluationSpec:
-    """The same without memory and speed, which nobody asked for of the baseline."""
-    return spec.model_copy(update={"metrics": tuple(m for m in spec.metrics if m not in ("memory", "speed"))})
+    """The same without memory, speed, tasks and answers, which nobody asked for of the baseline."""
+    metrics = tuple(metric for metric in spec.metrics if metric not in ("memory", "speed"))
+    return spec.model_copy(update={"metrics": metrics, "tasks": (), "answers": None})
 
 
 def _alone(spec: EvaluationSpec) -> EvaluationSpec:

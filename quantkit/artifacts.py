@@ -8,6 +8,7 @@ whose folder has the fingerprint that is wanted is done.
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -19,22 +20,27 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.errors import OutputError
+from quantkit.locks import alone
+from quantkit.refusals import ELSEWHERE, REMEDIES, translated_os_errors
+
+__all__ = [
+    "ELSEWHERE",
+    "REMEDIES",
+    "STAGE_FILE",
+    "check_writable",
+    "clear_up",
+    "file_sha256",
+    "fingerprint",
+    "new_folder",
+    "read_json",
+    "read_stage",
+    "translated_os_errors",
+    "write_json",
+    "write_stage",
+    "write_text",
+]
 
 STAGE_FILE = "stage.json"
-ELSEWHERE = "name another output folder"
-REMEDIES = {
-    errno.ENOSPC: "free some disk space and run the same command again; what is finished is kept",
-    errno.EDQUOT: "the disk quota is used up: free some space and run the same command again",
-    errno.EFBIG: "the file system or a limit of this session (ulimit -f) allows no file of this size",
-    errno.EIO: "the disk reports a fault: name an output folder on another one",
-    errno.EROFS: f"the file system is read-only: {ELSEWHERE}",
-    errno.EACCES: f"no permission: {ELSEWHERE} or change its permissions",
-    errno.EPERM: f"no permission: {ELSEWHERE} or change its permissions",
-    errno.EEXIST: f"a part of the path is a file: {ELSEWHERE}",
-    errno.ENOTDIR: f"a part of the path is a file: {ELSEWHERE}",
-    errno.ENAMETOOLONG: f"the path is too long: {ELSEWHERE}",
-}
-"""What the user can do about each refusal of the operating system to write."""
 
 
 def fingerprint(value: Any) -> str:
@@ -50,8 +56,18 @@ def file_sha256(path: Path) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """The parsed content of a JSON file."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    """The parsed content of a JSON file.
+
+    Raises:
+        OSError: there is none, or it is no plain file, such as a pipe that would never end.
+        ValueError: it is not JSON in UTF-8, or nested too deeply.
+    """
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "it is not a plain file", str(path))
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -71,7 +87,7 @@ def write_text(path: Path, text: str) -> None:
     """
     with translated_os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.partial-")
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as file:
                 file.write(text)
@@ -88,22 +104,42 @@ def write_text(path: Path, text: str) -> None:
 def new_folder(path: Path) -> Iterator[Path]:
     """A folder that appears at ``path`` whole when the block ends well, and not at all otherwise.
 
-    What stood at ``path`` before is kept until the new folder is whole, then replaced.
+    What stood at ``path`` before is kept until the new folder is whole, then replaced. One process at a time makes it;
+    what a killed one left of its own is removed.
 
     Raises:
-        OutputError: the folder cannot be written, or ``path`` holds files that no quantkit stage wrote.
+        OutputError: the folder cannot be written, another process writes it, or ``path`` holds files that no quantkit
+            stage wrote.
     """
     with translated_os_errors(path):
         check_writable(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.partial-"))
-        try:
-            os.chmod(temporary, 0o755)
-            yield temporary
-            _replace_folder(temporary, path)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
+        with alone(path, "writing it"):
+            clear_up(path)
+            temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.partial-"))
+            try:
+                os.chmod(temporary, 0o755)
+                yield temporary
+                _replace_folder(temporary, path)
+            except BaseException:
+                shutil.rmtree(temporary, ignore_errors=True)
+                raise
+
+
+def clear_up(path: Path) -> None:
+    """Remove what a killed process left of an output; what it had put aside comes back if nothing is in its place.
+
+    The lock is held, so that nobody else is at it.
+    """
+    name = glob.escape(f".{path.name}")
+    for aside in sorted(path.parent.glob(f"{name}.old-*")):
+        if not path.exists() and (aside / "folder").exists():
+            os.rename(aside / "folder", path)
+        shutil.rmtree(aside, ignore_errors=True)
+    for orphan in path.parent.glob(f"{name}.partial-*"):
+        if orphan.is_dir():
+            shutil.rmtree(orphan, ignore_errors=True)
+        else:
+            orphan.unlink(missing_ok=True)
 
 
 def check_writable(path: Path) -> None:
@@ -124,13 +160,13 @@ def check_writable(path: Path) -> None:
 
 
 def _check_parent(path: Path) -> None:
-    """Make a folder and remove it again in the nearest folder above ``path`` that there is."""
+    """Make a file without a name in the nearest folder above ``path`` that there is; a kill leaves nothing of it."""
     parent = path.absolute().parent
     while not parent.exists():
         parent = parent.parent
     if not parent.is_dir():
         raise OutputError(f"{parent} is not a folder", ELSEWHERE)
-    os.rmdir(tempfile.mkdtemp(dir=parent, prefix=".quantkit-probe-"))
+    tempfile.TemporaryFile(dir=parent, prefix=".quantkit-probe-").close()
 
 
 def write_stage(folder: Path, stage: str, made_from: dict[str, Any], **facts: Any) -> str:
@@ -149,17 +185,6 @@ def read_stage(folder: Path, stage: str, made_from: dict[str, Any]) -> dict[str,
     wanted = fingerprint({"stage": stage, **made_from})
     same = isinstance(written, dict) and written.get("fingerprint") == wanted
     return written if same else None
-
-
-@contextmanager
-def translated_os_errors(path: Path) -> Iterator[None]:
-    """Turn the operating system's refusals into one line that names the place and the remedy."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in REMEDIES:
-            raise
-        raise OutputError(f"cannot write {path}: {error.strerror}", REMEDIES[error.errno]) from error
 
 
 def _replace_folder(new: Path, place: Path) -> None:

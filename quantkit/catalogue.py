@@ -52,7 +52,7 @@ def options_of(method: type[Method]) -> list[Option]:
     return [
         Option(
             name,
-            "required" if field.is_required() else _written(field.default),
+            "required" if field.is_required() else written(field.default),
             field.description or documented.get(name, ""),
         )
         for name, field in method.Options.model_fields.items()
@@ -63,7 +63,7 @@ def needs_of(method: type[Method]) -> str:
     """What a method must know: no data, or which statistics, and the options that change it."""
     usual = _needs(method, {})
     others = {
-        f"{name}: {_written(value)}": needs
+        f"{name}: {written(value)}": needs
         for name, value in _choices(method.Options)
         if (needs := _needs(method, {name: value})) not in (None, usual)
     }
@@ -92,7 +92,7 @@ def scheme_keys(kind: str) -> list[Option]:
     documented = _documented(SCHEMES[kind])
     defaults = SCHEMES[kind].defaults()
     return [
-        Option(key, "required" if defaults[key] is MISSING else _written(defaults[key]), documented.get(key, ""))
+        Option(key, "required" if defaults[key] is MISSING else written(defaults[key]), documented.get(key, ""))
         for key in keys_of(kind)
     ]
 
@@ -173,7 +173,7 @@ def _ranges(numbers: list[int]) -> str:
     return "/".join(map(str, numbers))
 
 
-def _written(value: Any) -> str:
+def written(value: Any) -> str:
     """A value as a recipe writes it."""
     if value is None:
         return "none"

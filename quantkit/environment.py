@@ -10,7 +10,7 @@ from typing import Any
 
 PACKAGES = (
     "quantkit", "torch", "transformers", "tokenizers", "safetensors", "compressed-tensors", "bitsandbytes", "datasets",
-    "gguf", "numpy", "peft", "xllamacpp",
+    "gguf", "numpy", "peft", "xllamacpp", "lm-eval", "rouge-score",
 )  # fmt: skip
 
 

@@ -20,6 +20,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from quantkit.redaction import redacted
+
 EXIT_USER_ERROR = 2
 
 
@@ -32,7 +34,7 @@ class QuantkitError(Exception):
     """
 
     def __init__(self, problem: str, remedy: str = "") -> None:
-        self.problem = " ".join(problem.split())
+        self.problem = redacted(" ".join(problem.split()))
         self.remedy = " ".join(remedy.split())
         super().__init__(f"{self.problem} ({self.remedy})" if self.remedy else self.problem)
 

@@ -16,12 +16,13 @@ from quantkit.engine.skeleton import Skeleton
 from quantkit.estimation.weights import float_bytes
 from quantkit.formats import FORMATS
 from quantkit.formats.base import Format
+from quantkit.isolation.forecast import library_forecast
 from quantkit.merging import merged_source
 from quantkit.pipeline import needs_calibration, quantize_job
 from quantkit.progress import Silent
 from quantkit.quantization.job import DTYPES, finished_variant, made_from
 from quantkit.quantization.plan import choose_strategy, plan_layers
-from quantkit.recipe import Recipe, VariantSpec
+from quantkit.recipe import LibrarySpec, Recipe, VariantSpec
 
 
 def forecast(recipe: Recipe) -> dict[str, Any]:
@@ -29,9 +30,9 @@ def forecast(recipe: Recipe) -> dict[str, Any]:
 
     Returns:
         ``folder``, ``source``, ``calibration`` (or None), ``baseline``, ``warnings``, and ``variants``, each with
-        ``name``, ``state`` (beginning with ``finished`` or ``to do``), ``method``, ``format``, ``scheme``,
-        ``schemes`` (each that occurs to its number of layers), ``layers`` (quantized, all), ``size_bytes`` and
-        ``strategy``.
+        ``name``, ``state`` (beginning with ``finished``, ``to do`` or ``cannot run``), ``method``, ``format``,
+        ``scheme``, ``schemes`` (each that occurs to its number of layers), ``layers`` (quantized, all), ``size_bytes``
+        (None where a library alone knows it) and ``strategy``.
     """
     model = merged_source(recipe.model, recipe.merge, recipe.folder, Silent())
     skeleton = Skeleton(model.folder, recipe.model.trust_remote_code)
@@ -65,6 +66,9 @@ def forecast(recipe: Recipe) -> dict[str, Any]:
             "strategy": strategy,
         }
 
+    def of_library(variant: LibrarySpec) -> dict[str, Any]:
+        return library_forecast(job, variant, skeleton, recipe.folder / "variants" / variant.name)
+
     return {
         "folder": str(recipe.folder),
         "source": {
@@ -76,7 +80,9 @@ def forecast(recipe: Recipe) -> dict[str, Any]:
         "calibration": _calibration_state(recipe, calibrated),
         "baseline": _evaluation_state(recipe.folder / "baseline"),
         "warnings": list(recipe.warnings()),
-        "variants": [of(variant) for variant in recipe.variants],
+        "variants": [
+            of(variant) if isinstance(variant, VariantSpec) else of_library(variant) for variant in recipe.variants
+        ],
     }
 
 

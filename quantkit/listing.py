@@ -5,8 +5,10 @@ from __future__ import annotations
 import textwrap
 from typing import TYPE_CHECKING, Any
 
-from quantkit.catalogue import Option, bits_taken, needs_of, options_of, scheme_keys, schemes_taken, shown_bits
+from quantkit.catalogue import Option, bits_taken, needs_of, options_of, scheme_keys, schemes_taken, shown_bits, written
 from quantkit.formats import FORMATS
+from quantkit.isolation.catalogue import library_facts, offer_facts
+from quantkit.libraries import LIBRARIES
 from quantkit.methods import METHODS
 from quantkit.runtimes import RUNTIMES
 from quantkit.schemes import SCHEMES, GgmlMixture
@@ -37,6 +39,7 @@ def method_lines() -> Iterator[str]:
         yield from _options("options", options_of(method))
         yield ""
     yield from _broken(METHODS.broken())
+    yield from _library_lines()
     pairs = [f"{first}+{second}" for first in METHODS.names() for second in METHODS.names()]
     yield f"Two methods in one: {', '.join(pair for pair in pairs if pair in METHODS)}"
     yield ""
@@ -51,6 +54,21 @@ def method_lines() -> Iterator[str]:
         )
         yield from _options("keys", scheme_keys(kind))
         yield ""
+
+
+def _library_lines() -> Iterator[str]:
+    """Each library with its methods, and those that cannot be used."""
+    yield "Libraries, the key 'library' of a variant; see docs/plugins.md:"
+    yield ""
+    for library in LIBRARIES:
+        yield f"{library.name}: {library.summary}"
+        yield from _facts(library_facts(library))
+        for offer in library.offers:
+            yield from _wrapped(f"    {offer.method:<{LABEL_WIDTH}}", offer_facts(offer))
+            options = ", ".join(f"{name} = {written(value)}" for name, value in offer.options.items())
+            yield from _wrapped(" " * (LABEL_WIDTH + 4), f"options: {options}") if options else ()
+        yield ""
+    yield from _broken(LIBRARIES.broken())
 
 
 def format_lines() -> Iterator[str]:
@@ -104,7 +122,7 @@ def plan_table(found: Mapping[str, Any]) -> Table:
         table.add_row("calibration", calibration["dataset"], "", rows, calibration["state"])
     table.add_row("baseline", "float model", _size(source["size_bytes"]), "", found["baseline"])
     for variant in found["variants"]:
-        size = _size(variant["size_bytes"])
+        size = "by the library" if variant["size_bytes"] is None else _size(variant["size_bytes"])
         table.add_row(variant["name"], _what(variant), size, variant["strategy"], variant["state"])
     return table
 

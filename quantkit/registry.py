@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from importlib.metadata import entry_points
 from typing import Generic, TypeVar
 
-from quantkit.errors import MissingDependencyError, QuantkitError, RecipeError, did_you_mean
+from quantkit.errors import QuantkitError, RecipeError, did_you_mean
 
 T = TypeVar("T")
 
@@ -88,9 +88,7 @@ class Registry(Generic[T]):
                 importlib.import_module(f"{self._package}.{module.name}")
         for entry in entry_points(group=self._group):
             try:
-                loaded = entry.load()
-            except (ImportError, AttributeError, MissingDependencyError) as error:
+                self.register(entry.load())
+            except Exception as error:  # another package's code may fail in any way, and must not take the rest down
                 self._broken[entry.name] = f"{type(error).__name__}: {error}"
-                continue
-            self.register(loaded)
         self._loaded = True

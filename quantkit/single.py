@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from functools import partial
 from pathlib import Path
 
@@ -13,30 +12,25 @@ from quantkit.pipeline import job_of
 from quantkit.progress import Observer
 from quantkit.quantization import quantize
 from quantkit.recipe import CalibrationSpec, MergeSpec, ModelSpec, VariantSpec
+from quantkit.workplace import workplace
 
 
 def quantize_one(model: ModelSpec, variant: VariantSpec, spec: CalibrationSpec, out: Path, observer: Observer) -> Path:
-    """Quantize ``model`` into ``out``; source and calibration lie in a temporary folder beside it.
+    """Quantize ``model`` into ``out``; source and calibration lie in a folder beside it meanwhile.
 
     Raises:
         QuantkitError: with what is wrong and the remedy.
     """
     check_writable(out)
-    with tempfile.TemporaryDirectory(prefix=".quantkit-", dir=_existing_parent(out)) as scratch:
+    with workplace(out, "quantize") as scratch:
         observer.stage(f"source: {model.source}")
-        found = merged_source(model, MergeSpec(), Path(scratch), observer)
+        found = merged_source(model, MergeSpec(), scratch, observer)
         calibrated = None
         if variant.build_method().needs:
             observer.stage(f"calibration: {spec.dataset}")
             trusted = model.trust_remote_code
-            calibrated = calibration.build(spec, found.folder, Path(scratch) / "calibration", trust_remote_code=trusted)
+            calibrated = calibration.build(spec, found.folder, scratch / "calibration", trust_remote_code=trusted)
         observer.stage(f"quantize: {variant.method}")
         job = job_of(found, calibrated, spec.inputs, trust_remote_code=model.trust_remote_code)
-        return quantize(job, variant, out, on_segment=partial(observer.progress, "block")).folder
-
-
-def _existing_parent(path: Path) -> Path:
-    parent = path.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    return parent
+        on_segment = partial(observer.progress, "block")
+        return quantize(job, variant, out, on_segment=on_segment, on_note=observer.note).folder

@@ -8,6 +8,8 @@ import yaml
 
 from quantkit.errors import RecipeError
 
+MAX_DIGITS = 64
+
 
 def parse_mapping(text: str, origin: str) -> dict[str, Any]:
     """The mapping that ``text`` stands for.
@@ -18,15 +20,20 @@ def parse_mapping(text: str, origin: str) -> dict[str, Any]:
     try:
         # ValueError: the safe loader passes on what Python says of a date or a number that cannot be.
         content = yaml.load(text, Loader=_StrictLoader)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise RecipeError(f"{origin} is not valid YAML: {error}") from error
+    except RecursionError as error:
+        raise RecipeError(
+            f"{origin} is not valid YAML: it is nested too deeply", "a recipe has at most a dozen levels"
+        ) from error
+    except (yaml.YAMLError, ValueError) as error:
+        remedy = "write plain YAML: names, texts, numbers, lists and mappings, each key once"
+        raise RecipeError(f"{origin} is not valid YAML: {error}", remedy) from error
     if not isinstance(content, dict):
         raise RecipeError(f"{origin} is not a mapping of keys to values", "start with 'name:' and 'model:'")
     return content
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """YAML without aliases (a few lines could unfold to gigabytes) and without repeated keys."""
+    """YAML without aliases (a few lines could unfold to gigabytes), without repeated keys, and with short numbers."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.events.AliasEvent):
@@ -43,3 +50,12 @@ class _StrictLoader(yaml.SafeLoader):
                 raise yaml.YAMLError(f"key '{key}' is given twice")
             seen.add(key)
         return super().construct_mapping(node, deep)
+
+    def construct_short_int(self, node: Any) -> int:
+        """A whole number; one of thousands of digits, or in base sixty, would take its time."""
+        if len(node.value) > MAX_DIGITS:
+            raise yaml.YAMLError(f"a number of {len(node.value)} digits")
+        return int(super().construct_yaml_int(node))
+
+
+_StrictLoader.add_constructor("tag:yaml.org,2002:int", _StrictLoader.construct_short_int)

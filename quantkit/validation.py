@@ -21,6 +21,9 @@ S = TypeVar("S", bound=BaseModel)
 _MISTAKE = "quantkit_mistake"
 _UNKNOWN_KEY = "quantkit_unknown_key"
 _LONGEST_INPUT = 60
+_SEE = "docs/recipe.md tells what each key takes"
+MARKS = ("[key]", "[VariantSpec]", "[LibrarySpec]")
+"""Parts of a location that no one wrote: pydantic's mark for a mapping's key, and the tags of sections in a union."""
 _PLAIN = {
     "model_type": "must be a mapping of keys to values",
     "dict_type": "must be a mapping of keys to values",
@@ -71,41 +74,47 @@ def _as_recipe_error(first: ErrorDetails, section: type[BaseModel], origin: str)
     if kind == _UNKNOWN_KEY:
         return RecipeError(f"{origin}: unknown key '{_dotted((*location, context['key']))}'", context["remedy"])
     if kind == _MISTAKE:
-        return RecipeError(f"{where}{context['problem']}", context["remedy"])
+        return RecipeError(f"{where}{context['problem']}", context["remedy"] or _SEE)
     if kind == "extra_forbidden":
         known = _keys_at(section, location[:-1])
         return RecipeError(f"{origin}: unknown key '{path}'", did_you_mean(str(location[-1]), known))
     if kind == "missing":
-        return RecipeError(f"{origin}: key '{path}' is missing")
+        return RecipeError(f"{origin}: key '{path}' is missing", _SEE)
     if kind == "literal_error" and isinstance(first["input"], str):
         allowed = re.findall(r"'([^']*)'", str(context.get("expected", "")))
         return RecipeError(f"{where}'{first['input']}' is not allowed", did_you_mean(first["input"], allowed))
     if kind == "value_error":
-        return RecipeError(f"{where}{first['msg'].removeprefix('Value error, ')}")
+        return RecipeError(f"{where}{first['msg'].removeprefix('Value error, ')}", _SEE)
     message = _PLAIN.get(kind, first["msg"].replace("Input should ", "must "))
-    return RecipeError(f"{where}{message}, not {_shown(first['input'])}")
+    return RecipeError(f"{where}{message}, not {_shown(first['input'])}", _SEE)
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # a whole number of thousands of digits
+        return f"a {type(value).__name__} of many digits"
     return text if len(text) <= _LONGEST_INPUT else f"{text[:_LONGEST_INPUT]}..."
 
 
 def _dotted(location: Iterable[int | str]) -> str:
     text = ""
     for part in location:
-        if part != "[key]":  # pydantic's mark for a mapping's key where its value would stand otherwise
+        if part not in MARKS:
             text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
     return text
 
 
 def _keys_at(section: type[BaseModel], location: Iterable[int | str]) -> set[str]:
     """The keys allowed at a location of a recipe, for the remedy."""
-    current: type[BaseModel] = section
+    current, models = section, [section]
     for part in location:
+        if part in MARKS:
+            current = next((model for model in models if f"[{model.__name__}]" == part), current)
+            continue
         field = None if isinstance(part, int) else current.model_fields.get(part)
-        models = [] if field is None else _models_in(field.annotation)
-        current = models[0] if models else current
+        models = models if field is None else _models_in(field.annotation)
+        current = models[0] if models and field is not None else current
     return set(current.model_fields)
 
 

@@ -1,11 +1,8 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -257,31 +254,3 @@ def test_an_interrupt_says_that_what_is_finished_is_kept(recipe: Path, monkeypat
     done = invoke("run", recipe)
     assert done.exit_code == 130
     assert "interrupted: what is finished is kept, the same command goes on from there" in done.stderr
-
-
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_in_the_middle_of_a_layer_leaves_nothing_half_written(
-    model: Path, tmp_path: Path, number: signal.Signals, status: int
-) -> None:
-    slow = (
-        "import time\nfrom quantkit.engine.walk import Walk\nsolve = Walk._solve\nsolved = []\n"
-        "def slowly(self, *given):\n"
-        "    if solved:\n        print('in a layer', flush=True)\n        time.sleep(60)\n"
-        "    solve(self, *given)\n    solved.append(given)\n"
-        "Walk._solve = slowly\nfrom quantkit.cli import main\nmain()\n"
-    )
-    arguments = ["quantize", str(model), "-o", str(tmp_path / "out"), "--method", "rtn", "--group-size", "32"]
-    # A shell starts background jobs with SIGINT ignored, and children inherit that.
-    heard = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
-    pipe = subprocess.PIPE
-    child = subprocess.Popen(
-        [sys.executable, "-c", slow, *arguments], stdout=pipe, stderr=pipe, text=True, preexec_fn=heard
-    )
-    assert child.stdout is not None
-    assert child.stdout.readline() == "in a layer\n"
-    assert any(".spool-" in name for name in hidden_names(tmp_path))
-    os.kill(child.pid, number)
-    _, printed = child.communicate(timeout=60)
-    assert child.returncode == status, printed
-    assert "Traceback" not in printed
-    assert list(tmp_path.iterdir()) == []

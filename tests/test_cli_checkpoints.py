@@ -137,7 +137,7 @@ def test_import_recipe_prints_a_recipe(tmp_path: Path) -> None:
     recipe = Recipe.parse(done.stdout)
     assert recipe.model.source == "org/base"
     assert [adapter.source for adapter in recipe.model.adapter] == ["saves/lora"]
-    assert recipe.variants[0].base_scheme().bits == 4
+    assert recipe.own_variants[0].base_scheme().bits == 4
 
 
 def test_estimate_prints_lines_what_fits_and_cards() -> None:

@@ -206,9 +206,9 @@ def test_in_a_quantized_feed_the_passes_read_the_quantized_embedding(
     models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: str
 ) -> None:
     """The blocks come out as those of a float model that has the decoded embedding."""
-    from quantkit.quantization import stage
+    from quantkit.quantization import walking
 
-    monkeypatch.setattr(stage, "choose_strategy", lambda *_: strategy)
+    monkeypatch.setattr(walking, "choose_strategy", lambda *_: strategy)
     keys = {"scheme": "fp8", "granularity": "tensor"}
     source, spec = models["untied"], variant(method="gptq", bits=3)
     out = quantize(job(source), variant(method="gptq", bits=3, embeddings=keys), tmp_path / "out").folder

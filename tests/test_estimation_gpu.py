@@ -16,14 +16,14 @@ from typing import Any
 import pytest
 import torch
 
-from quantkit.estimation import Estimate, Use, anatomy_of, of_variant
-from quantkit.evaluation.memory import MemoryWatch
+from quantkit.estimation import OVERHEAD, Use, anatomy_of, of_variant
+from quantkit.evaluation.probes import CudaProbe
 from quantkit.quantization import Job, quantize
 from quantkit.recipe import VariantSpec
-from quantkit.runtimes import RUNTIMES
 from quantkit.runtimes.base import LoadOptions
 from quantkit.validation import parse_section
 from tests.tiny import SPECIAL, VOCABULARY, make_model
+from tests.vram import Table, context_bytes, watched
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -38,25 +38,17 @@ SHAPE: dict[str, Any] = {
 }
 CONTEXT = 4096
 CALIBRATION_ROWS = 32
-VARIANTS: dict[str, dict[str, Any]] = {
-    "bfloat16": {"method": "none", "scheme": "bfloat16", "format": "float"},
-    "int4": {"method": "rtn", "group_size": 128},
-    "nf4": {"method": "rtn", "scheme": "nf4", "format": "bitsandbytes"},
+RUNS: dict[str, tuple[str, dict[str, Any]]] = {
+    "bfloat16": ("transformers", {"method": "none", "scheme": "bfloat16", "format": "float"}),
+    "int4": ("transformers", {"method": "rtn", "group_size": 128}),
+    "int4, decoded": ("reference", {"method": "rtn", "group_size": 128}),
+    "nf4": ("transformers", {"method": "rtn", "scheme": "nf4", "format": "bitsandbytes"}),
 }
-HEAD = "| what | estimated | measured | estimated / measured |\n|---|---:|---:|---:|\n"
-
-
-class Table:
-    """The rows of the table that is written."""
-
-    def __init__(self) -> None:
-        self.rows: list[str] = []
-
-    def add(self, what: str, estimated: int, measured: int) -> float:
-        """Note a row and give the ratio."""
-        sizes = " | ".join(f"{nbytes / 2**20:,.1f} MiB" for nbytes in (estimated, measured))
-        self.rows.append(f"| {what} | {sizes} | {estimated / measured:.3f} |")
-        return estimated / measured
+METHODS: dict[str, dict[str, Any]] = {
+    "rtn": {"method": "rtn", "group_size": 128},
+    "gptq": {"method": "gptq", "group_size": 128},
+    "awq": {"method": "awq", "group_size": 128, "symmetric": False},
+}
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +56,7 @@ def table() -> Iterator[Table]:
     found = Table()
     yield found
     place = Path(os.environ.get("QUANTKIT_VRAM_TABLE", "vram-measured.md"))
-    title = f"{torch.cuda.get_device_name(0)}, torch {torch.__version__}\n\n"
-    place.write_text(title + HEAD + "\n".join(found.rows) + "\n", encoding="utf-8")
+    place.write_text(found.text(f"{torch.cuda.get_device_name(0)}, torch {torch.__version__}"), encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -84,48 +75,35 @@ def ids(count: int) -> torch.Tensor:
     return torch.randint(len(SPECIAL), VOCABULARY, (count,), generator=draw)
 
 
-def estimated(model: Path, keys: dict[str, Any], **use: Any) -> tuple[VariantSpec, Estimate]:
-    variant = parse_section(VariantSpec, {"name": "v", **keys}, "test")
-    return variant, of_variant(anatomy_of(str(model)), variant, Use(context=CONTEXT, **use))
+def spec(keys: dict[str, Any]) -> VariantSpec:
+    return parse_section(VariantSpec, {"name": "v", **keys}, "test")
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", RUNS)
 def test_running(name: str, big: Path, tmp_path: Path, table: Table) -> None:
-    variant, found = estimated(big, VARIANTS[name])
-    quantize(Job(big, {"reference": "big"}, "bfloat16", device="cpu"), variant, tmp_path / "out")
-    device = torch.device("cuda")
-    watch = MemoryWatch(device)
-    base = torch.cuda.memory_allocated(device)
-    model = RUNTIMES.get("transformers").load(tmp_path / "out", LoadOptions("cuda", "bfloat16", CONTEXT))
-    watch.loaded(model)
-    part = found.part("inference")
-    weights = torch.cuda.memory_allocated(device) - base
-    assert table.add(f"{name}: weights", part.line("weights").nbytes, weights) == pytest.approx(1, rel=0.05)
-    torch.cuda.reset_peak_memory_stats(device)
-    model.prefill(ids(CONTEXT))
-    prefill = torch.cuda.max_memory_allocated(device) - base
-    tensors = part.nbytes - part.line("device").nbytes
-    ratio = table.add(f"{name}: prefill of {CONTEXT:,} tokens, allocator", tensors, prefill)
-    assert ratio == pytest.approx(1, rel=0.15)
-    torch.cuda.reset_peak_memory_stats(device)
-    model.decode(ids(CONTEXT - 16), 16)
-    decode = torch.cuda.max_memory_allocated(device) - base
-    table.add(f"{name}: prefill and decode, allocator", tensors, decode)
-    of_process = watch.figures(model)["process_bytes"]
-    if of_process is not None:
-        table.add(f"{name}: process, NVML", part.nbytes, of_process)
+    runtime, keys = RUNS[name]
+    quantize(Job(big, {"reference": "big"}, "bfloat16", device="cpu"), spec(keys), tmp_path / "out")
+    options = LoadOptions("cuda", "bfloat16", CONTEXT)
+    torch.ones(1, 1, device="cuda") @ torch.ones(1, 1, device="cuda")  # what cuBLAS takes once is not the model's
+    memory, found = watched(tmp_path / "out", spec(keys), runtime, options, ids(CONTEXT))
+    ratios = table.add_all(name, found)
+    assert ratios["weights"] == pytest.approx(1, rel=0.05)
+    assert ratios["prefill"] == pytest.approx(1, rel=0.15)
+    assert {"weights", "prefill", "decode"} <= set(ratios)
+    for own in context_bytes(memory)[-1:]:
+        table.add(f"{name}: the device's own (process less allocator)", OVERHEAD, own)
 
 
 @pytest.mark.parametrize("rows", [CALIBRATION_ROWS // 2, CALIBRATION_ROWS])
-def test_quantizing(rows: int, big: Path, tmp_path: Path, table: Table) -> None:
-    keys = {"method": "gptq", "group_size": 128}
-    variant, found = estimated(big, keys, calibration_tokens=rows * 2048)
+@pytest.mark.parametrize("name", METHODS)
+def test_quantizing(name: str, rows: int, big: Path, tmp_path: Path, table: Table) -> None:
+    variant = spec(METHODS[name])
+    found = of_variant(anatomy_of(str(big)), variant, Use(calibration_tokens=rows * 2048))
     calibration = ids(rows * 2048).view(rows, 2048).tolist()
-    torch.cuda.synchronize()
-    base = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
+    probe = CudaProbe(torch.device("cuda", 0))
+    probe.begin()
+    base = probe.read()["used_bytes"]
     quantize(Job(big, {"reference": "big"}, "bfloat16", calibration, "x", device="cuda"), variant, tmp_path / "out")
-    torch.cuda.synchronize()
-    peak = torch.cuda.max_memory_allocated() - base
-    ratio = table.add(f"gptq with {rows * 2048:,} tokens, allocator", found.part("quantizing").nbytes, peak)
+    peak = probe.read()["peak_bytes"] - base
+    ratio = table.add(f"{name} with {rows * 2048:,} tokens, allocator", found.part("quantizing").nbytes, peak)
     assert ratio == pytest.approx(1, rel=0.15)

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 from quantkit.checkpoint import CheckpointReader
-from quantkit.engine import folds
+from quantkit.engine import finite, folds
 from quantkit.engine import statistics as statistics_module
 from quantkit.engine.batches import make_batches
 from quantkit.engine.precision import pass_dtype
@@ -108,6 +108,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     factorized = cycle([False, True])  # "did it fail?", "is it finite?"
     monkeypatch.setattr(factor, "decide", lambda _: next(factorized))
     monkeypatch.setattr(storing, "decide", lambda _: True)
+    monkeypatch.setattr(finite, "decide", lambda _: True)  # "is every input finite?"
     monkeypatch.setattr(folds, "decide", lambda _: True)  # "is it close?": every first candidate folds
     monkeypatch.setattr(awq, "number", lambda _: 1.0)  # "which is best?": the first one that scales
     lattice_of.cache_clear()

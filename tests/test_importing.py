@@ -45,7 +45,7 @@ def test_an_export_of_an_adapter_is_a_merge(tmp_path: Path) -> None:
     assert recipe.model.source == "meta-llama/Meta-Llama-3-8B-Instruct"
     assert [(adapter.source, adapter.weight) for adapter in recipe.model.adapter] == [("saves/llama3-8b/lora/sft", 1.0)]
     assert recipe.model.trust_remote_code
-    (variant,) = recipe.variants
+    (variant,) = recipe.own_variants
     assert (variant.method, variant.format, variant.scheme) == ("none", "float", "bfloat16")
     for remark in (
         "template: llama3 is left out",
@@ -62,7 +62,7 @@ def test_an_export_that_quantizes_is_gptq_with_its_calibration(tmp_path: Path) -
     assert recipe.name == "llama3-gptq"
     calibration = recipe.calibration
     assert (calibration.dataset, calibration.samples, calibration.max_length) == ("data/c4_demo.jsonl", 64, 2048)
-    (variant,) = recipe.variants
+    (variant,) = recipe.own_variants
     assert (variant.method, variant.format, variant.base_scheme().describe()) == ("gptq", "gptq", "int4 g128 sym")
     usual, _ = imported(tmp_path, QUANTIZE)
     assert (usual.calibration.samples, usual.calibration.max_length) == (128, 1024)
@@ -73,7 +73,7 @@ def test_both_at_once_several_adapters_and_a_hub_data_set(tmp_path: Path) -> Non
     recipe, _ = imported(tmp_path, config)
     assert [adapter.source for adapter in recipe.model.adapter] == ["one", "two"]
     assert recipe.calibration.dataset == "hub:allenai/c4"
-    assert recipe.variants[0].method == "gptq"
+    assert recipe.own_variants[0].method == "gptq"
 
 
 def test_what_is_not_known_is_named_and_cannot_break_out_of_its_comment(tmp_path: Path) -> None:

@@ -114,7 +114,7 @@ def test_a_row_holds_settings_errors_of_layers_and_figures(finished: tuple[Recip
     assert set(row) == {
         *("name", "status", "error", "method", "format", "scheme", "bits", "group_size", "symmetric", "options"),
         *("checkpoint", "bits_per_weight", "layers", "notes", "metrics", "texts", "size_bytes", "memory", "speed"),
-        *("seconds", "loaded_by"),
+        *("seconds", "loaded_by", "scored_on"),
     }
     assert (row["name"], row["status"], row["error"]) == ("gptq4", "ok", None)
     assert {layer["scheme"] for layer in row["layers"]} == {"int4 g32 sym", "int8 g32 sym"}
@@ -144,7 +144,7 @@ def test_every_checkpoint_loads_in_transformers_as_it_decodes(
 ) -> None:
     recipe, report = finished
     folder = Path(report["variants"][index]["checkpoint"])
-    wanted = decoded_model(Path(recipe.model.source), folder, recipe.variants[index])
+    wanted = decoded_model(Path(recipe.model.source), folder, recipe.own_variants[index])
     torch.testing.assert_close(logits(load_whole(folder)), logits(wanted), rtol=1e-4, atol=1e-4)
 
 
@@ -218,6 +218,7 @@ def test_a_second_run_redoes_nothing(rerun: Callable[..., Any], tmp_path: Path) 
     second, notes = rerun([RTN, GPTQ])
     assert notes == reused("rtn", "gptq")
     written_anew = {name for name, time in files_with_times(tmp_path / "run").items() if times[name] != time}
+    written_anew.remove("logs/events.jsonl")  # says of every run what happened in it
     assert all(name.startswith(("report.", "divergence", "perplexity")) for name in written_anew)
     assert {key: first[key] for key in ("variants", "baseline")} == {
         key: second[key] for key in ("variants", "baseline")
@@ -292,7 +293,7 @@ def test_a_variant_called_baseline_keeps_its_log_apart(rerun: Callable[..., Any]
     report, _ = rerun([{**RTN, "name": "baseline"}])
     assert report["status"] == "ok"
     logs = {path.name for path in (tmp_path / "run" / "logs").iterdir()}
-    assert logs == {"baseline.log", "evaluate-baseline.log"}
+    assert logs == {"baseline.log", "evaluate-baseline.log", "events.jsonl"}
 
 
 def test_an_unexpected_error_keeps_its_traceback_and_the_other_variants(
@@ -320,11 +321,12 @@ def test_an_interrupted_run_keeps_what_is_finished_and_goes_on_from_there(
         patch.setattr(Notebook, "progress", interrupt)
         with pytest.raises(KeyboardInterrupt):
             rerun([RTN, GPTQ])
-    assert hidden_names(tmp_path) == []
-    assert [path.name for path in (tmp_path / "run" / "variants").iterdir()] == ["rtn"]
+    variants = tmp_path / "run" / "variants"
+    assert sorted(path.name for path in variants.iterdir()) == [".gptq.spool", "rtn"]
     report, notes = rerun([RTN, GPTQ])
     assert notes == reused("rtn")
     assert report["status"] == "ok"
+    assert hidden_names(tmp_path) == []
 
 
 def test_gates_decide_the_status(rerun: Callable[..., Any]) -> None:

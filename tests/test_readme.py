@@ -23,14 +23,14 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 import quantkit
-from quantkit import api, recipe
+from quantkit import recipe
 from quantkit.catalogue import shown_bits
 from quantkit.cli import app
 from quantkit.formats import FORMATS
+from quantkit.gates import METRICS
 from quantkit.methods import METHODS
 from quantkit.methods.base import InputStatistics, Statistic
 from quantkit.records import dataset_names, named_dataset
-from quantkit.report.gates import METRICS
 from quantkit.schemes import SCHEMES, Fp4Scheme, IntScheme, Mxfp4Scheme, Nf4Scheme
 
 ROOT = Path(__file__).parent.parent
@@ -44,7 +44,14 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "variants": recipe.VariantSpec,
     "evaluation": recipe.EvaluationSpec,
     "texts": recipe.TextSpec,
+    "tasks": recipe.TaskSpec,
+    "answers": recipe.AnswerSpec,
     "report": recipe.ReportSpec,
+    "tracking": recipe.TrackingSpec,
+    "mlflow": recipe.MlflowSpec,
+    "history": recipe.HistorySpec,
+    "retention": recipe.RetentionSpec,
+    "webhook": recipe.WebhookSpec,
 }
 DATA_FOLDERS = ("calib_data", "eval_data", "report/templates", "estimation/configs")
 COMMANDS: dict[str, Any] = getattr(typer.main.get_command(app), "commands")  # noqa: B009 - of click's Group
@@ -169,7 +176,7 @@ def test_python_blocks_use_the_public_api(page: Path) -> None:
 
 
 def check_call(node: ast.Call) -> None:
-    function = getattr(api, ast.unparse(node.func).removeprefix("quantkit."))
+    function = getattr(quantkit, ast.unparse(node.func).removeprefix("quantkit."))
     inspect.signature(function).bind(*node.args, **{str(each.arg): each.value for each in node.keywords})
 
 
@@ -234,7 +241,7 @@ def test_the_page_on_methods_has_every_scheme_with_its_bits() -> None:
 def test_the_measured_variants_are_those_of_the_recipe() -> None:
     page = text_of("docs/methods.md")
     measured = page[page.index("<!-- measured: begin -->") : page.index("<!-- measured: end -->")]
-    variants = recipe.Recipe.load(ROOT / "recipes" / "methods.yaml").variants
+    variants = recipe.Recipe.load(ROOT / "recipes" / "methods.yaml").own_variants
     shown = re.findall(r"^\| `([^`]+)` \| ([^|]+) \|", measured, re.MULTILINE)
     assert set(shown) == {(variant.name, variant.base_scheme().describe()) for variant in variants}
 

@@ -263,8 +263,8 @@ def test_defaults_fill_what_a_variant_leaves_open_and_no_more() -> None:
             variants=[{"name": "a"}, {"name": "b", "bits": 4, "group_size": 64}],
         )
     )
-    assert found.variants[0].schemes() == [IntScheme(8, 32, False)]
-    assert found.variants[1].schemes() == [IntScheme(4, 64, False)]
+    assert found.own_variants[0].schemes() == [IntScheme(8, 32, False)]
+    assert found.own_variants[1].schemes() == [IntScheme(4, 64, False)]
 
 
 def test_an_option_among_the_defaults_goes_to_the_variants_whose_method_has_it() -> None:
@@ -274,8 +274,8 @@ def test_an_option_among_the_defaults_goes_to_the_variants_whose_method_has_it()
             variants=[{"name": "a", "method": "gptq"}, {"name": "b", "method": "rtn"}],
         )
     )
-    assert found.variants[0].method_options().model_dump()["damping"] == 0.25
-    assert "damping" not in found.variants[1].options
+    assert found.own_variants[0].method_options().model_dump()["damping"] == 0.25
+    assert "damping" not in found.own_variants[1].options
 
 
 def test_an_option_among_the_defaults_that_no_variant_has_is_refused() -> None:
@@ -285,7 +285,7 @@ def test_an_option_among_the_defaults_that_no_variant_has_is_refused() -> None:
 
 def test_a_method_among_the_defaults_brings_its_options() -> None:
     found = parsed(recipe(defaults={"method": "gptq", "damping": 0.25}, variants=[{"name": "a"}]))
-    assert found.variants[0].options == {"damping": 0.25}
+    assert found.own_variants[0].options == {"damping": 0.25}
 
 
 def test_the_first_override_that_matches_wins_and_ignore_beats_them_all() -> None:
@@ -294,7 +294,7 @@ def test_the_first_override_that_matches_wins_and_ignore_beats_them_all() -> Non
             ignore=["lm_head", r"layers\.1\.mlp"],
             overrides={r"down_proj$": {"bits": 8}, "mlp": {"bits": 3, "symmetric": False}, "proj": {"group_size": 32}},
         )
-    ).variants[0]
+    ).own_variants[0]
     assert found.scheme_of("model.layers.0.mlp.down_proj") == IntScheme(8, 64, True)
     assert found.scheme_of("model.layers.0.mlp.up_proj") == IntScheme(3, 64, False)
     assert found.scheme_of("model.layers.0.self_attn.q_proj") == IntScheme(4, 32, True)
@@ -304,10 +304,10 @@ def test_the_first_override_that_matches_wins_and_ignore_beats_them_all() -> Non
 
 
 def test_a_key_that_is_not_given_is_the_schemes_own() -> None:
-    assert parsed(variant()).variants[0].base_scheme() == IntScheme()
-    assert parsed(variant(scheme="fp8")).variants[0].base_scheme() == Fp8Scheme()
-    assert parsed(variant(scheme="fp8", granularity="block")).variants[0].base_scheme() == Fp8Scheme("block")
-    w8a8 = parsed(variant(bits=8, group_size=-1, activations="dynamic")).variants[0]
+    assert parsed(variant()).own_variants[0].base_scheme() == IntScheme()
+    assert parsed(variant(scheme="fp8")).own_variants[0].base_scheme() == Fp8Scheme()
+    assert parsed(variant(scheme="fp8", granularity="block")).own_variants[0].base_scheme() == Fp8Scheme("block")
+    w8a8 = parsed(variant(bits=8, group_size=-1, activations="dynamic")).own_variants[0]
     assert w8a8.base_scheme() == IntScheme(8, -1, True, activations="dynamic")
 
 
@@ -318,12 +318,12 @@ def test_defaults_that_the_scheme_of_a_variant_does_not_take_are_left_out() -> N
             variants=[{"name": "a"}, {"name": "b", "scheme": "fp8"}, {"name": "c", "scheme": "mxfp4"}],
         )
     )
-    assert [each.base_scheme() for each in found.variants] == [IntScheme(8, -1), Fp8Scheme("tensor"), Mxfp4Scheme()]
+    assert [each.base_scheme() for each in found.own_variants] == [IntScheme(8, -1), Fp8Scheme("tensor"), Mxfp4Scheme()]
 
 
 def test_a_scheme_among_the_defaults_is_that_of_all_variants() -> None:
     found = parsed(recipe(defaults={"scheme": "fp8", "granularity": "block"}, variants=[{"name": "a"}]))
-    assert found.variants[0].base_scheme() == Fp8Scheme("block")
+    assert found.own_variants[0].base_scheme() == Fp8Scheme("block")
 
 
 def test_a_key_of_a_scheme_among_the_defaults_that_no_variant_has_is_refused() -> None:
@@ -333,14 +333,14 @@ def test_a_key_of_a_scheme_among_the_defaults_that_no_variant_has_is_refused() -
 
 def test_a_patch_of_another_scheme_begins_from_its_defaults() -> None:
     patches = {"down": {"scheme": "int", "bits": 8}, "up": {"scheme": "fp8", "activations": "dynamic"}}
-    found = parsed(variant(scheme="fp8", granularity="tensor", overrides=patches)).variants[0]
+    found = parsed(variant(scheme="fp8", granularity="tensor", overrides=patches)).own_variants[0]
     assert found.scheme_of("down") == IntScheme(8)
     assert found.scheme_of("up") == Fp8Scheme("tensor", "dynamic")
 
 
 def test_a_patch_can_take_back_what_the_variant_gives() -> None:
     patch = {"activations": "none", "bits": 4, "group_size": 32}
-    found = parsed(variant(bits=8, group_size=-1, activations="dynamic", overrides={"down": patch})).variants[0]
+    found = parsed(variant(bits=8, group_size=-1, activations="dynamic", overrides={"down": patch})).own_variants[0]
     assert found.scheme_of("down") == IntScheme(4, 32)
 
 
@@ -352,7 +352,7 @@ def test_overrides_come_before_first_and_last_blocks_and_what_is_ignored_before_
             first_blocks={"count": 2, "bits": 8},
             last_blocks={"count": 1, "scheme": "fp8"},
         )
-    ).variants[0]
+    ).own_variants[0]
     of = {block: found.scheme_of("up", block, 5) for block in range(5)}
     assert of == {0: IntScheme(8), 1: IntScheme(8), 2: IntScheme(4), 3: IntScheme(4), 4: Fp8Scheme()}
     assert found.scheme_of("up") == IntScheme(4)
@@ -362,12 +362,12 @@ def test_overrides_come_before_first_and_last_blocks_and_what_is_ignored_before_
 
 
 def test_a_scheme_that_occurs_twice_is_named_once() -> None:
-    found = parsed(variant(overrides={"q": {"bits": 8}, "k": {"bits": 8}, "v": {"bits": 4}})).variants[0]
+    found = parsed(variant(overrides={"q": {"bits": 8}, "k": {"bits": 8}, "v": {"bits": 4}})).own_variants[0]
     assert found.schemes() == [IntScheme(4), IntScheme(8)]
 
 
 def test_a_composed_method_has_the_options_of_both() -> None:
-    found = parsed(variant(method="awq+gptq", damping=0.2, alphas=7)).variants[0]
+    found = parsed(variant(method="awq+gptq", damping=0.2, alphas=7)).own_variants[0]
     assert (found.options["damping"], found.options["alphas"]) == (0.2, 7)
     assert found.build_method().needs == METHODS.get("awq").needs | METHODS.get("gptq").needs
 
@@ -388,8 +388,8 @@ def test_warnings_name_their_variant_and_come_once_for_each_scheme(monkeypatch: 
 
 
 def test_the_head_stays_float_unless_asked_for() -> None:
-    assert parsed(variant()).variants[0].scheme_of("lm_head") is None
-    assert parsed(variant(ignore=[])).variants[0].scheme_of("lm_head") == IntScheme()
+    assert parsed(variant()).own_variants[0].scheme_of("lm_head") is None
+    assert parsed(variant(ignore=[])).own_variants[0].scheme_of("lm_head") == IntScheme()
 
 
 def test_resolved_fills_in_every_default_and_option() -> None:
@@ -454,7 +454,7 @@ def test_a_recipe_is_frozen() -> None:
     with pytest.raises(ValidationError, match="frozen"):
         found.name = "other"  # type: ignore[misc]  # what is tested
     with pytest.raises(ValidationError, match="frozen"):
-        found.variants[0].bits = 8  # type: ignore[misc]  # what is tested
+        found.own_variants[0].bits = 8  # type: ignore[misc]  # what is tested
 
 
 def test_short_texts_are_bundled_ones_or_files() -> None:
@@ -473,7 +473,7 @@ def schemes_of_pair(method: str, store: str) -> list[str]:
     taken = []
     for kind in SCHEMES:
         with contextlib.suppress(RecipeError):
-            found = parsed(variant(method=method, format=store, scheme=kind)).variants[0]
+            found = parsed(variant(method=method, format=store, scheme=kind)).own_variants[0]
             assert (found.method, found.format, found.scheme) == (method, store, kind)
             taken.append(kind)
     return taken

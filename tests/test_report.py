@@ -614,3 +614,47 @@ def test_reports_need_neither_torch_nor_matplotlib(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+# Estimates of memory
+
+
+def with_estimates(kind: str, prefix: str = "") -> dict[str, Any]:
+    """A report whose first variant has estimates beside what was measured of one kind."""
+    report = make_report()
+    pair = {"estimated_bytes": 90 * 2**20, "measured_bytes": 120 * 2**20, "ratio": 0.75, "lines": []}
+    estimates = {"weights": {**pair, "ratio": 0.9999}, f"{prefix}prefill": pair}
+    report["variants"][0]["memory"] |= {"peak_kind": kind, "peaks_are_of": "phase", "estimates": estimates}
+    return report
+
+
+@pytest.mark.parametrize(
+    ("kind", "prefix", "words"),
+    [
+        ("RSS", "", "what the resident set grew by"),
+        ("CUDA allocator", "", "allocator gave out since"),
+        ("NVML", "process_", "it is the whole process"),
+    ],
+)
+def test_estimates_stand_beside_measurements_everywhere(tmp_path: Path, kind: str, prefix: str, words: str) -> None:
+    report = with_estimates(kind, prefix)
+    write(report, tmp_path, FORMATS)
+    for file in ("report.md", "report.html"):
+        text = (tmp_path / file).read_text()
+        assert words in text, file
+        assert "At prefill, MiB" in text
+        assert "stimated / measured" in text
+        assert "estimated 90.0 MiB, measured 120.0 MiB, ratio 0.750" in text
+        assert "ratio 1.000" in text
+    console = Console(width=220, record=True)
+    console.print(table(report))
+    shown = console.export_text()
+    assert "120.0" in shown
+    assert "0.75" in shown
+
+
+def test_peaks_of_a_whole_process_are_called_so(tmp_path: Path) -> None:
+    report = with_estimates("RSS")
+    report["variants"][0]["memory"]["peaks_are_of"] = "process"
+    write(report, tmp_path, FORMATS)
+    assert "no peak could be begun anew" in (tmp_path / "report.md").read_text()

@@ -85,5 +85,5 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
         if (folder / "tokenizer.json").exists():
             read_json(folder / "tokenizer.json")
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # what the tokenizers package raises for a broken file is Exception itself
         raise CalibrationError(f"cannot load the tokenizer in {folder}: {error}", _REMEDY) from error

@@ -16,6 +16,8 @@ from quantkit.errors import CheckpointError
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000
+MAX_DIMENSIONS = 64
+"""As many as torch has."""
 COPY_AGAIN = "download or copy the file again"
 DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -57,15 +59,19 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
         CheckpointError: the file is missing, truncated or not safetensors.
     """
     try:
+        if file.exists() and not file.is_file():
+            raise CheckpointError(f"cannot read {file}: it is not a plain file", COPY_AGAIN)
         size = file.stat().st_size
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
                 raise CheckpointError(f"{file} is truncated or is not a safetensors file", COPY_AGAIN)
-            header = json.loads(stream.read(length))
+            header = json.loads(stream.read(length).decode("utf-8"), object_pairs_hook=_distinct)
         entries = [_entry_of(name, facts, file, 8 + length) for name, facts in header.items() if name != "__metadata__"]
     except OSError as error:
         raise CheckpointError(f"cannot read {file}: {error.strerror}", COPY_AGAIN) from error
+    except _TwiceError as error:
+        raise CheckpointError(f"{file}: the name '{error}' is given twice in its header", COPY_AGAIN) from error
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{file} has no valid safetensors header", COPY_AGAIN) from error
     entries.sort(key=lambda named: (named[1].start, named[1].nbytes))
@@ -91,18 +97,36 @@ def read_index(index: Path) -> dict[str, str]:
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise CheckpointError(f"{index} is not a valid index of shards", COPY_AGAIN) from error
     for shard in shards:
-        if not isinstance(shard, str) or shard in ("", "..") or "\\" in shard or Path(shard).name != shard:
+        odd = not isinstance(shard, str) or shard in ("", "..") or "\\" in shard or "\0" in shard
+        if odd or Path(shard).name != shard:
             raise CheckpointError(
                 f"{index} names the shard {shard!r}, which is not a plain file name", "get the model from its source"
             )
     return placed
 
 
+class _TwiceError(ValueError):
+    """A name that a JSON object gives twice."""
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _TwiceError(next(name for name in names if names.count(name) > 1))
+    return found
+
+
 def _entry_of(name: str, facts: dict[str, Any], file: Path, data_start: int) -> tuple[str, TensorEntry]:
     if facts["dtype"] not in DTYPES:
-        raise CheckpointError(f"{file}: tensor '{name}' has dtype {facts['dtype']}, which quantkit does not know")
+        raise CheckpointError(
+            f"{file}: tensor '{name}' has dtype {facts['dtype']}, which quantkit does not know",
+            f"it knows {', '.join(DTYPES)}",
+        )
     dtype, shape = DTYPES[facts["dtype"]], tuple(facts["shape"])
     begin, end = facts["data_offsets"]
+    if len(shape) > MAX_DIMENSIONS:
+        raise ValueError("no tensor has so many dimensions")
     if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
         raise ValueError("sizes and offsets are counts")
     if end - begin != math.prod(shape) * dtype.itemsize:

@@ -77,11 +77,22 @@ class CheckpointReader:
         """A tensor, in memory of its own on the CPU.
 
         Raises:
-            CheckpointError: there is no such tensor, or its file became shorter since the header was read.
+            CheckpointError: there is no such tensor, or its file became shorter since the header was read or cannot be
+                read.
         """
         entry = self._entry(name)
         tensor = torch.empty(entry.shape, dtype=entry.dtype)
         view = tensor.reshape(-1).view(torch.uint8).numpy().data
+        try:
+            self._fill(view, entry, name)
+        except OSError as error:
+            raise CheckpointError(
+                f"{entry.file} cannot be read at tensor '{name}': {error.strerror}", COPY_AGAIN
+            ) from error
+        return tensor
+
+    def _fill(self, view: memoryview, entry: TensorEntry, name: str) -> None:
+        """Read the bytes of a tensor."""
         with entry.file.open("rb", buffering=0) as file:
             file.seek(entry.start)
             done = 0
@@ -90,7 +101,6 @@ class CheckpointReader:
                 if not count:
                     raise CheckpointError(f"{entry.file} ends inside tensor '{name}'", COPY_AGAIN)
                 done += count
-        return tensor
 
     def read_finite(self, name: str) -> torch.Tensor:
         """A tensor, like :meth:`read`, whose values are all finite.

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 from importlib import import_module
 
 from quantkit.cli.base import app
+from quantkit.stopping import Terminated, request
 
 __all__ = ["app", "main"]
 
-EXIT_TERMINATED = 143
+WILL_STOP = b"asked to stop: the block under way is finished and saved first; ask again to stop at once\n"
 
-for _module in ("running", "checkpoints", "listings"):  # each adds its commands, in the order of the help
+# each adds its commands, in the order of the help
+for _module in ("running", "history", "tracking", "checkpoints", "signing", "listings", "environments"):
     import_module(f"quantkit.cli.{_module}")
 
 
 def main() -> None:
-    """The entry point; a request to terminate unwinds the run, so that nothing half-written stays."""
+    """The entry point; a request to terminate ends work at its next good moment, so that nothing done is lost."""
     signal.signal(signal.SIGTERM, _terminate)
     app()
 
 
 def _terminate(_number: int, _frame: object) -> None:
-    raise SystemExit(EXIT_TERMINATED)
+    """Finish the block and save it; where nothing is under way that can, or asked for the second time, stop at once."""
+    if not request():
+        raise Terminated
+    os.write(sys.stderr.fileno(), WILL_STOP)  # not print, which may be in the middle of a line of its own

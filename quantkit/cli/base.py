@@ -10,6 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from quantkit.errors import EXIT_USER_ERROR, QuantkitError
+from quantkit.stopping import EXIT_TERMINATED, Terminated
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -30,6 +31,9 @@ class _Commands(TyperGroup):
         except KeyboardInterrupt as error:
             say("interrupted: what is finished is kept, the same command goes on from there", stderr=True)
             raise typer.Exit(EXIT_INTERRUPTED) from error
+        except Terminated as error:
+            say("stopped: what is finished is kept, the same command goes on from there", stderr=True)
+            raise typer.Exit(EXIT_TERMINATED) from error
 
 
 app = typer.Typer(

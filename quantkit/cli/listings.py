@@ -69,13 +69,18 @@ def estimate(
     kv_dtype: Annotated[str | None, typer.Option(help="Of the KV cache; that of the activations by default.")] = None,
     lora_rank: Annotated[int, typer.Option(help="Of the adapters in training.")] = 16,
     train: Annotated[bool, typer.Option("--train", help="QLoRA training too.")] = False,
-    overhead: Annotated[str, typer.Option(help="What the device's runtime takes for itself.")] = "600MiB",
+    device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
+    overhead: Annotated[
+        str | None, typer.Option(help="What CUDA takes for itself: 600MiB by default, a round number to be adjusted.")
+    ] = None,
+    calibration_tokens: Annotated[int | None, typer.Option(help="That the model is quantized with.")] = None,
     fits: Annotated[str | None, typer.Option(metavar="MEMORY", help="What fits so much memory, such as 8GiB.")] = None,
     cards: Annotated[bool, typer.Option("--cards", help="What fits the usual cards.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Estimate the memory that a model takes, from its config alone."""
-    use = {"batch": batch, "context": context, "kv_dtype": kv_dtype, "lora_rank": lora_rank, "overhead": overhead}
+    use = {"batch": batch, "context": context, "kv_dtype": kv_dtype, "lora_rank": lora_rank}
+    use |= {"device": device, "overhead": overhead, "calibration_tokens": calibration_tokens}
     if fits is not None or cards:
         _print_what_fits(model, use, fits, as_json)
         return

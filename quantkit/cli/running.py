@@ -23,24 +23,27 @@ def run(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print what happens as JSON lines; see docs/report.md.")
     ] = False,
+    install: Annotated[
+        bool, typer.Option("--install/--no-install", help="Install environments of libraries that are not there.")
+    ] = True,
 ) -> None:
     """Run a recipe: quantize every variant, score it, write the report."""
     import quantkit
 
     loaded = quantkit.Recipe.load(recipe)
-    result = _run_as_json(loaded) if as_json else _run_shown(loaded)
+    result = _run_as_json(loaded, install) if as_json else _run_shown(loaded, install)
     if result["status"] == "failed":
         raise typer.Exit(EXIT_FAILED)
 
 
-def _run_shown(recipe: Recipe) -> dict[str, Any]:
+def _run_shown(recipe: Recipe, install: bool) -> dict[str, Any]:
     """Run with progress on standard error, then print the table, the gates and where the report is."""
     import quantkit
     from quantkit import report
     from quantkit.display import Display
 
     with Display(console(stderr=True)) as display:
-        result = quantkit.run(recipe, display)
+        result = quantkit.run(recipe, display, install=install)
     console().print(report.table(result))
     for verdict in result["gates"]:
         state = "passed" if verdict["passed"] else "FAILED"
@@ -49,7 +52,7 @@ def _run_shown(recipe: Recipe) -> dict[str, Any]:
     return result
 
 
-def _run_as_json(recipe: Recipe) -> dict[str, Any]:
+def _run_as_json(recipe: Recipe, install: bool) -> dict[str, Any]:
     """Run with every event as a line of JSON on standard output; the last says how it ended and where the report is."""
     import quantkit
     from quantkit.events import EventLog
@@ -58,7 +61,7 @@ def _run_as_json(recipe: Recipe) -> dict[str, Any]:
     log = EventLog(sys.stdout)
     log.write("start", name=recipe.name, folder=str(recipe.folder))
     try:
-        result = quantkit.run(recipe, log)
+        result = quantkit.run(recipe, log, install=install)
     except BaseException as error:
         log.write("error", kind=type(error).__name__, text=str(error))
         raise

@@ -24,10 +24,12 @@ class Batch:
     Attributes:
         token_ids: int64 ``[rows, length]``, padded on the right.
         valid: int64 ``[tokens]``, the flat positions that are not padding; None if there is no padding.
+        rows: the place of each row among all that were given.
     """
 
     token_ids: torch.Tensor
     valid: torch.Tensor | None
+    rows: tuple[int, ...] = ()
 
     def without_padding(self, flat: torch.Tensor) -> torch.Tensor:
         """The rows of ``[rows * length, features]`` that belong to tokens.
@@ -46,30 +48,34 @@ class Batch:
         return flat.index_select(0, self.valid)
 
 
-def make_batches(rows: Sequence[Sequence[int]], device: torch.device, may_pad: bool) -> list[Batch]:
+def make_batches(
+    rows: Sequence[Sequence[int]], device: torch.device, may_pad: bool, limit: int | None = None
+) -> list[Batch]:
     """Batches of rows sorted by length, the longest first.
 
     Args:
         rows: token ids; an empty row adds nothing.
         device: where the batches go.
         may_pad: whether rows of different length may share a batch; without it, only equal ones do.
+        limit: tokens of a batch that has several rows; by default those of :data:`BATCH_TOKENS`.
     """
-    limit = BATCH_TOKENS[device.type]
-    batches: list[list[Sequence[int]]] = []
-    for row in sorted(filter(len, rows), key=len, reverse=True):
+    limit = BATCH_TOKENS[device.type] if limit is None else limit
+    batches: list[list[int]] = []
+    for place in sorted((place for place, row in enumerate(rows) if len(row)), key=lambda each: -len(rows[each])):
         last = batches[-1] if batches else []
-        fits = bool(last) and (len(last) + 1) * len(last[0]) <= limit
-        if fits and (may_pad or len(last[0]) == len(row)):
-            last.append(row)
+        fits = bool(last) and (len(last) + 1) * len(rows[last[0]]) <= limit
+        if fits and (may_pad or len(rows[last[0]]) == len(rows[place])):
+            last.append(place)
         else:
-            batches.append([row])
-    return [_batch(members, device) for members in batches]
+            batches.append([place])
+    return [_batch(rows, members, device) for members in batches]
 
 
-def _batch(rows: Sequence[Sequence[int]], device: torch.device) -> Batch:
+def _batch(given: Sequence[Sequence[int]], members: Sequence[int], device: torch.device) -> Batch:
+    rows = [given[place] for place in members]
     length = len(rows[0])
     padded = torch.tensor([[*row, *[0] * (length - len(row))] for row in rows], dtype=torch.int64)
     if all(len(row) == length for row in rows):
-        return Batch(padded.to(device), None)
+        return Batch(padded.to(device), None, tuple(members))
     valid = torch.cat([torch.arange(len(row)) + index * length for index, row in enumerate(rows)])
-    return Batch(padded.to(device), valid.to(device))
+    return Batch(padded.to(device), valid.to(device), tuple(members))

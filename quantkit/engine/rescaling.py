@@ -80,9 +80,18 @@ class Rescaler:
             for leaf, parameter in module.named_parameters(recurse=False):
                 parameter.data = scaling.apply(name, leaf, self.originals.parameter(f"{name}.{leaf}")).to(dtype)
 
-    def hand_over(self, task: Task) -> None:
-        """Give a task's sink the float tensors that its factors change, and forget the factors."""
+    def put_back(self, task: Task, segment: Segment, dtype: torch.dtype) -> None:
+        """Put into the segment what an earlier walk's factors made of its parameters."""
+        if task.memory is not None:
+            self._scalings[task.name] = task.memory.scaling(segment.prefix).to(self.originals.device)
+            self.apply(task, segment, dtype)
+            del self._scalings[task.name]
+
+    def hand_over(self, task: Task, prefix: str) -> None:
+        """Give a task's sink the float tensors that its factors in a segment change, and forget the factors."""
         scaling, reader = self._scalings.pop(task.name, Scaling()), self.originals.reader
+        if task.memory is not None:
+            task.memory.remember_scaling(prefix, scaling)
         for name in scaling.touches():
             leaves = (["weight"] if name not in task.schemes else []) + (["bias"] if name in scaling.rows else [])
             for leaf in (leaf for leaf in leaves if f"{name}.{leaf}" in reader):

@@ -29,6 +29,11 @@ class Scaling:
         self.columns.update({f"{prefix}.{reader}": factors for reader in fold.readers})
         self.rows[f"{prefix}.{fold.producer}"] = (1 / fold.of_producer(factors), fold.offset)
 
+    def to(self, device: torch.device | str) -> Scaling:
+        """The same on another device."""
+        rows = {name: (factors.to(device), offset) for name, (factors, offset) in self.rows.items()}
+        return Scaling({name: factors.to(device) for name, factors in self.columns.items()}, rows)
+
     def touches(self) -> list[str]:
         """Full names of the modules that it changes."""
         return list(dict.fromkeys([*self.columns, *self.rows]))

@@ -22,6 +22,23 @@ from quantkit.schemes import QuantizedWeight
 T = TypeVar("T")
 
 
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """What was spent when the walk came to a segment.
+
+    Attributes:
+        own: by name the seconds of each task.
+        since: the clock then.
+    """
+
+    own: Mapping[str, float]
+    since: float = field(default_factory=perf_counter)
+
+    def elapsed(self) -> float:
+        """Seconds since then, in all."""
+        return perf_counter() - self.since
+
+
 @dataclass(slots=True)
 class Solver:
     """The tasks of a walk.
@@ -36,6 +53,9 @@ class Solver:
         rescaler: the factors of each task in the segment at which the walk stands.
         failures: by name the tasks that failed and were dropped while others went on.
         seconds: by name what each task's own work took.
+        tries_again: see :class:`quantkit.engine.walk.WalkSettings`.
+
+    A task that remembers a segment from an earlier walk is alive there, and has nothing to do.
     """
 
     tasks: Sequence[Task]
@@ -45,6 +65,7 @@ class Solver:
     rescaler: Rescaler = field(init=False)
     failures: dict[str, Exception] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    tries_again: bool = False
 
     def __post_init__(self) -> None:
         self.rescaler = Rescaler(self.originals)
@@ -53,17 +74,25 @@ class Solver:
         """The tasks that did not fail."""
         return [task for task in self.tasks if task.name not in self.failures]
 
-    def scaling(self) -> list[Task]:
-        """Those whose method asks for factors of the inputs."""
-        return [task for task in self.alive() if task.method.scales_inputs]
+    def at_work(self, segment: Segment) -> list[Task]:
+        """Those of them that still have layers of a segment to solve."""
+        return [task for task in self.alive() if task.lacks(segment.prefix, segment.linears)]
+
+    def looks_for_folds(self) -> bool:
+        """Whether some method asks for factors of the inputs."""
+        return any(task.method.scales_inputs for task in self.alive())
+
+    def scaling(self, segment: Segment) -> list[Task]:
+        """The tasks that still have to choose factors of the inputs of a segment."""
+        return [task for task in self.at_work(segment) if task.method.scales_inputs]
 
     def needs(self) -> frozenset[Statistic]:
         """The statistics that some task asks for."""
         return frozenset[Statistic]().union(*(task.method.needs for task in self.tasks))
 
     def wanted(self, segment: Segment) -> dict[str, nn.Linear]:
-        """The layers of a segment that a task quantizes."""
-        tasks = self.alive()
+        """The layers of a segment that a task still has to quantize."""
+        tasks = self.at_work(segment)
         return {name: module for name, module in linear_modules(segment) if any(name in t.schemes for t in tasks)}
 
     def work(self, task: Task, work: Callable[[], T]) -> T | None:
@@ -75,6 +104,8 @@ class Solver:
         try:
             return work()
         except Exception as error:
+            if self.tries_again and isinstance(error, torch.OutOfMemoryError):
+                raise
             self.failures[task.name] = error
             if not self.alive():
                 raise
@@ -82,22 +113,48 @@ class Solver:
         finally:
             self.seconds[task.name] = self.seconds.get(task.name, 0.0) + perf_counter() - started
 
-    def finish(self, segment: Segment) -> None:
-        """Tell every task that all layers of a segment were given."""
-        for task in self.alive():
-            self.work(task, partial(task.sink.segment_done, segment.prefix))
-
-    def solve(self, linears: Mapping[str, nn.Linear], statistics: InputStatistics, *, replace: bool) -> None:
-        """Solve layers that share an input for every task.
+    def finish(self, segment: Segment, spent: Spent) -> None:
+        """Tell every task that solved a segment that all its layers were given.
 
         Args:
+            segment: it.
+            spent: since the walk came to it.
+        """
+        tasks = self.at_work(segment)
+        own = {task.name: self.seconds.get(task.name, 0.0) - spent.own.get(task.name, 0.0) for task in tasks}
+        shared = max(0.0, spent.elapsed() - sum(own.values()))
+        for task in tasks:
+            if task.memory is not None:
+                task.memory.remember_seconds(own[task.name], shared)
+            self.work(task, partial(task.sink.segment_done, segment.prefix))
+
+    def clock(self) -> Spent:
+        """Starts to count what is spent on a segment."""
+        return Spent(dict(self.seconds))
+
+    def put_back(self, segment: Segment) -> None:
+        """Put the weights into a segment that its task gave it in an earlier walk, for a feed that is quantized."""
+        for task in self.alive():
+            self.rescaler.put_back(task, segment, self.dtype)
+            for name, module in linear_modules(segment):
+                if task.memory is not None and name in task.schemes:
+                    weight = task.memory.weight(name).to(self.originals.device)
+                    module.weight.data = weight.dequantize(torch.float32).to(self.dtype)
+
+    def solve(
+        self, segment: Segment, linears: Mapping[str, nn.Linear], statistics: InputStatistics, *, replace: bool
+    ) -> None:
+        """Solve layers that share an input for every task that still has to.
+
+        Args:
+            segment: they are of.
             linears: the layers by full name, the one that is called first at the head.
             statistics: of their input.
             replace: put the result in their place, for a feed that is quantized.
         """
         weights = {name: self.originals.weight(name) for name in linears}
         leader = next(iter(linears))
-        for task in self.alive():
+        for task in self.at_work(segment):
             scaling = self.rescaler.of(task)
             scaled = {name: scaling.apply(name, "weight", weight) for name, weight in weights.items()}
             own = scaling.statistics(leader, statistics) if self.scales else statistics
@@ -113,15 +170,25 @@ class Solver:
         name = segment.prefix
         weights = {name: self.originals.weight(name)}
         for task in [task for task in self.alive() if name in task.schemes]:
-            solve: Callable[[], dict[str, QuantizedWeight]]
-            solve = partial(solve_group, task, weights, InputStatistics(), embedding=True)
-            with _no_garbage_collection():
-                solved = self.work(task, solve)
-            if solved is not None:
-                self.work(task, partial(task.sink.segment_done, name))
+            started = self.clock()
+            solved = self._solve_embedding(task, weights, name)
             if solved is not None and replace:
-                decoded = solved[name].dequantize(torch.float32)
+                decoded = solved.dequantize(torch.float32)
                 segment.module.get_parameter("weight").data = decoded.to(self.dtype)
+            if solved is not None and task.lacks(name, [name]):
+                if task.memory is not None:
+                    task.memory.remember_seconds(started.elapsed(), 0.0)
+                self.work(task, partial(task.sink.segment_done, name))
+
+    def _solve_embedding(self, task: Task, weights: Mapping[str, torch.Tensor], name: str) -> QuantizedWeight | None:
+        """The quantized embedding of a task, from memory where an earlier walk solved it; None where it fails."""
+        if task.memory is not None and task.memory.has(name):
+            return task.memory.weight(name).to(self.originals.device)
+        solve: Callable[[], dict[str, QuantizedWeight]]
+        solve = partial(solve_group, task, weights, InputStatistics(), embedding=True)
+        with _no_garbage_collection():
+            solved = self.work(task, solve)
+        return None if solved is None else solved[name]
 
 
 @contextmanager

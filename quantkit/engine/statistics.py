@@ -7,6 +7,7 @@ from collections.abc import Set
 import torch
 
 from quantkit.engine.batches import Batch
+from quantkit.engine.finite import FiniteCheck
 from quantkit.engine.precision import bfloat16_products
 from quantkit.methods.base import InputStatistics, Statistic
 
@@ -21,10 +22,12 @@ class Gatherer:
 
     Args:
         needs: the union of their statistics.
+        name: of the layer that reads the input, for messages.
     """
 
-    def __init__(self, needs: Set[Statistic]) -> None:
+    def __init__(self, needs: Set[Statistic], name: str = "") -> None:
         self._needs = needs
+        self._check = FiniteCheck(name)
         self._sums: dict[Statistic, torch.Tensor] = {}
         self.tokens = 0
 
@@ -32,6 +35,7 @@ class Gatherer:
         """Take in the inputs of one batch, ``[..., in_features]``; those of padding are left out."""
         flat = batch.without_padding(inputs.detach().reshape(-1, inputs.shape[-1]))
         self.tokens += flat.shape[0]
+        self._check.add(flat, batch)
         if Statistic.GRAM in self._needs:
             add_gram(self._sum(Statistic.GRAM, flat, flat.shape[1]), flat)
         if Statistic.ABS_MEAN in self._needs:
@@ -40,9 +44,14 @@ class Gatherer:
             self._sum(Statistic.SQUARE_MEAN, flat).add_(flat.float().square().sum(0))
 
     def result(self) -> InputStatistics:
-        """The statistics over all tokens; a layer that no token reached has none."""
+        """The statistics over all tokens; a layer that no token reached has none.
+
+        Raises:
+            QuantizationError: the input is not finite; names the layer and the calibration row.
+        """
         if self.tokens == 0:
             return InputStatistics()
+        self._check.result()
         means = {statistic.value: total.div_(self.tokens) for statistic, total in self._sums.items()}
         if Statistic.GRAM in self._needs:
             means["gram"] = means["gram"].triu() + means["gram"].triu(1).T

@@ -12,6 +12,7 @@ from torch import nn
 
 from quantkit.engine.batches import Batch
 from quantkit.engine.groups import Enough, PreHook, call_order, hooked, shared_inputs
+from quantkit.engine.offload import CPU, move
 from quantkit.engine.passes import AtEnd, AtGroup, AtSegment, Pass, pause, running_batch
 from quantkit.engine.skeleton import Segment, linear_modules
 from quantkit.engine.statistics import Gatherer
@@ -50,11 +51,13 @@ class Streams:
         model: what they run.
         batches: the calibration tokens.
         needs: what is gathered of inputs.
+        offload: passes that stand before a segment leave their activations in the memory of the CPU meanwhile.
     """
 
     model: nn.Module
     batches: Sequence[Batch]
     needs: frozenset[Statistic]
+    offload: bool = False
     _passes: list[Pass] = field(default_factory=list)
 
     def start(self, segments: Sequence[Segment], cleanup: ExitStack) -> None:
@@ -76,45 +79,61 @@ class Streams:
     def advance(self) -> None:
         """Run every pass to where it pauses next."""
         for each in self._passes:
+            self._fetch(each)
             each.resume()
+            self._park(each)
+
+    def _fetch(self, each: Pass) -> None:
+        """Bring back what a pass left in the memory of the CPU."""
+        if self.offload:
+            move(each.place, each.batch.token_ids.device)
+
+    def _park(self, each: Pass) -> None:
+        """Leave the activations of a pass in the memory of the CPU, if it stands before a segment."""
+        if self.offload:
+            move(each.place, CPU)
 
     def advance_from(self, index: int) -> None:
         """Run the passes that stand at a group to where they pause next."""
         for each in self._passes:
             if each.place == AtGroup(index):
                 each.resume()
+                self._park(each)
 
     def groups(self, segment: Segment, wanted: dict[str, nn.Linear]) -> list[Group]:
         """The groups of a segment in the order of their calls, found by trying batches until all layers were seen."""
         smallest_first = sorted(self._passes, key=lambda each: each.batch.token_ids.numel())
-        runs = (shared_inputs(wanted, partial(_try, segment, each)) for each in smallest_first)
+        runs = (shared_inputs(wanted, partial(self._try, segment, each)) for each in smallest_first)
         order = call_order(list(wanted), runs) if wanted else []
-        return [Group({name: wanted[name] for name in names}, Gatherer(self.needs)) for names in order]
+        return [Group({name: wanted[name] for name in names}, Gatherer(self.needs, names[0])) for names in order]
 
     def smallest(self, segment: Segment) -> tuple[list[list[str]], Callable[[], Any]]:
         """The layers of a segment by the input that they read, and what runs it with the smallest batch."""
         smallest = min(self._passes, key=lambda each: each.batch.token_ids.numel())
-        inputs = shared_inputs(dict(linear_modules(segment)), partial(_try, segment, smallest))
+        inputs = shared_inputs(dict(linear_modules(segment)), partial(self._try, segment, smallest))
+        self._fetch(smallest)
         place = _standing(smallest, segment)
         return [list(names) for names in inputs], lambda: segment.module(*place.args, **place.kwargs)
 
     def observe(self, segment: Segment, groups: Sequence[Group]) -> dict[str, InputStatistics]:
         """The statistics of all inputs of a segment as it is, from one more run of it."""
-        seen = [Group(group.linears, Gatherer(self.needs)) for group in groups]
+        seen = [Group(group.linears, Gatherer(self.needs, group.name)) for group in groups]
         for each in self._passes:
 
             def gather(_: nn.Module, args: tuple[Any, ...], group: Group, each: Pass = each) -> None:
                 group.gatherer.add(args[0], each.batch)
 
             with hooked([(group.leader, partial(gather, group=group)) for group in seen]):
-                _try(segment, each)
+                self._try(segment, each)
         return by_layer(seen)
 
     def read_before(self, segment: Segment) -> InputStatistics:
         """The statistics of what the passes stand before a segment with, for one that is a single layer."""
-        gatherer = Gatherer(self.needs)
+        gatherer = Gatherer(self.needs, segment.prefix)
         for each in self._passes:
+            self._fetch(each)
             gatherer.add(_standing(each, segment).args[0], each.batch)
+            self._park(each)
         return gatherer.result()
 
     def gather_alone(self, segment: Segment, group: Group) -> InputStatistics:
@@ -126,7 +145,7 @@ class Streams:
                 raise Enough
 
             with hooked([(group.leader, gather)]):
-                _try(segment, each)
+                self._try(segment, each)
         return group.gatherer.result()
 
     @contextmanager
@@ -145,18 +164,19 @@ class Streams:
         with hooked([(group.leader, gather(index, group)) for index, group in enumerate(groups)]):
             yield
 
+    def _try(self, segment: Segment, each: Pass) -> None:
+        """Run a segment with the arguments of a pass that stands before it, which stays where it is."""
+        self._fetch(each)
+        place = _standing(each, segment)
+        with suppress(Enough):
+            segment.module(*place.args, **place.kwargs)
+        self._park(each)
+
 
 def by_layer(groups: Sequence[Group]) -> dict[str, InputStatistics]:
     """The finished statistics of each group by the names of its layers."""
     found = [(group, group.gatherer.result()) for group in groups]
     return {name: statistics for group, statistics in found for name in group.linears}
-
-
-def _try(segment: Segment, each: Pass) -> None:
-    """Run a segment with the arguments of a pass that stands before it, which stays where it is."""
-    place = _standing(each, segment)
-    with suppress(Enough):
-        segment.module(*place.args, **place.kwargs)
 
 
 def _standing(each: Pass, segment: Segment) -> AtSegment:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
+from quantkit.engine.memory import Memory
 from quantkit.engine.ordering import solve
 from quantkit.errors import QuantizationError
 from quantkit.methods.base import InputStatistics, Method, Solution
@@ -59,6 +60,7 @@ class Task:
         scale_dtype: dtype in which scales are stored.
         sink: takes the results.
         fused: full names of layers that runtimes load as one matrix, which are solved together.
+        memory: what an earlier walk left of it, and where this one leaves its own; None for a task that forgets.
     """
 
     name: str
@@ -67,6 +69,12 @@ class Task:
     scale_dtype: torch.dtype
     sink: Sink
     fused: tuple[tuple[str, ...], ...] = ()
+    memory: Memory | None = None
+
+    def lacks(self, prefix: str, layers: Sequence[str]) -> bool:
+        """Whether it quantizes some of these layers of a segment, and the segment is still to be solved."""
+        wanted = any(layer in self.schemes for layer in layers)
+        return wanted and (self.memory is None or not self.memory.has(prefix))
 
 
 def solve_group(

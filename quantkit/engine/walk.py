@@ -46,12 +46,17 @@ class WalkSettings:
         dtype: of weights and activations in the forward passes; layers are solved in float32.
         feed: what a layer is calibrated on, see :class:`quantkit.recipe.CalibrationSpec`.
         strategy: ``one-pass`` keeps the activations of all batches alive at a pause, ``recompute`` those of one.
+        offload: between segments activations wait in the memory of the CPU.
+        tries_again: a GPU that is full ends the walk, and whoever runs it tries with less; without, it is the failure
+            of the task whose own work it is.
     """
 
     device: torch.device
     dtype: torch.dtype = torch.float32
     feed: Feed = "quantized"
     strategy: Strategy = "one-pass"
+    offload: bool = False
+    tries_again: bool = False
 
 
 @dataclass(slots=True)
@@ -79,7 +84,8 @@ class Walk:
     def __post_init__(self) -> None:
         originals = Originals(self.skeleton, self.reader, self.settings.device)
         self._solver = Solver(self.tasks, originals, self.settings.dtype, scales=not self._is_quantized)
-        self._streams = Streams(self.skeleton.model, self.batches, self._solver.needs())
+        self._solver.tries_again = self.settings.tries_again
+        self._streams = Streams(self.skeleton.model, self.batches, self._solver.needs(), self.settings.offload)
 
     @property
     def failures(self) -> dict[str, Exception]:
@@ -101,10 +107,13 @@ class Walk:
         Raises:
             CheckpointError: a tensor is missing, of the wrong shape, or not finite.
             QuantizationError: a layer cannot be solved, and no other task is left that can.
+            torch.OutOfMemoryError: the GPU is full.
         """
         if self._is_quantized and len(self.tasks) > 1:
             raise ValueError("a quantized feed is the stream of one variant: give one task per walk")
         segments = self._wanted_segments()
+        if not self._is_left(segments):
+            return
         calibrated = bool(self._solver.needs()) and bool(self.batches)
         with torch.no_grad(), ExitStack() as cleanup:
             if calibrated:
@@ -113,19 +122,45 @@ class Walk:
             if calibrated:
                 self._streams.start(segments, cleanup)
             for index, segment in enumerate(segments):
-                self.skeleton.load(segment, self.reader, self.settings.device, self.settings.dtype)
-                if calibrated:
-                    self._calibrate(segment, last=index == len(segments) - 1)
-                else:
-                    self._solve_uncalibrated(segment)
-                self.skeleton.unload(segment)
-                self._solver.finish(segment)
+                started = self._solver.clock()
+                if calibrated or self._solver.at_work(segment):
+                    self._pass(segment, calibrated, last=index == len(segments) - 1)
+                self._solver.finish(segment, started)
                 self.on_segment(index + 1, len(segments))
+
+    def _pass(self, segment: Segment, calibrated: bool, last: bool) -> None:
+        """Load a segment, solve what is still to be solved of it, and go on."""
+        self.skeleton.load(segment, self.reader, self.settings.device, self.settings.dtype)
+        try:
+            if not calibrated:
+                self._solve_uncalibrated(segment)
+            elif self._solver.at_work(segment):
+                self._calibrate(segment, last)
+            else:
+                self._repeat(segment, last)
+        finally:
+            self.skeleton.unload(segment)
+
+    def _repeat(self, segment: Segment, last: bool) -> None:
+        """Bring every pass through a segment that all tasks remember, as it was when they solved it."""
+        if self._solver.looks_for_folds() and not isinstance(segment.module, nn.Linear):
+            self._solver.rescaler.find(segment, *self._streams.smallest(segment))
+        if self._is_quantized:
+            self._solver.put_back(segment)
+        if not last:
+            self._streams.advance()
 
     def _wanted_segments(self) -> list[Segment]:
         head = self.skeleton.head
         wants_head = head is not None and any(head.prefix in task.schemes for task in self.tasks)
         return [*self.skeleton.segments, *([head] if head is not None and wants_head else [])]
+
+    def _is_left(self, segments: Sequence[Segment]) -> bool:
+        """Whether some task still has something to solve."""
+        embedding = self.skeleton.embedding
+        places = [(segment.prefix, segment.linears) for segment in segments]
+        places += [] if embedding is None else [(embedding.prefix, (embedding.prefix,))]
+        return any(task.lacks(prefix, layers) for task in self.tasks for prefix, layers in places)
 
     def _solve_embedding(self, live: bool) -> None:
         """Solve the input embedding for the tasks that want it.
@@ -145,20 +180,20 @@ class Walk:
         """Solve a segment before which every pass stands, and bring them to the next."""
         if isinstance(segment.module, nn.Linear):
             for name, module in self._solver.wanted(segment).items():
-                self._solve(Group.of({name: module}), self._streams.read_before(segment))
+                self._solve(segment, Group.of({name: module}), self._streams.read_before(segment))
             if not last:
                 self._streams.advance()
             return
         groups = self._streams.groups(segment, self._solver.wanted(segment))
-        scaling = self._solver.scaling()
-        if scaling:
+        scaling = self._solver.scaling(segment)
+        if self._solver.looks_for_folds():
             self._solver.rescaler.find(segment, *self._streams.smallest(segment))
         if self._is_quantized:
             self._calibrate_quantized(segment, groups, scaling, last)
         else:
             self._calibrate_float(segment, groups, scaling)
         for task in scaling:
-            self._solver.work(task, partial(self._solver.rescaler.hand_over, task))
+            self._solver.work(task, partial(self._solver.rescaler.hand_over, task, segment.prefix))
 
     def _calibrate_float(self, segment: Segment, groups: Sequence[Group], scaling: Sequence[Task]) -> None:
         """Gather everything in one run of the segment, then solve all groups."""
@@ -168,7 +203,7 @@ class Walk:
         for task in scaling:
             self._solver.work(task, partial(self._solver.rescaler.choose, task, segment, known))
         for group in groups:
-            self._solve(group, known[group.name])
+            self._solve(segment, group, known[group.name])
 
     def _calibrate_quantized(
         self, segment: Segment, groups: Sequence[Group], scaling: Sequence[Task], last: bool
@@ -180,18 +215,18 @@ class Walk:
             self._solver.rescaler.apply(scaling[0], segment, self.settings.dtype)
         if self.settings.strategy == "one-pass":
             with self._streams.gathering(groups, pausing=True):
-                self._one_pass(groups, last)
+                self._one_pass(segment, groups, last)
             return
         for group in groups:
-            self._solve(group, self._streams.gather_alone(segment, group))
+            self._solve(segment, group, self._streams.gather_alone(segment, group))
         if not last:
             self._streams.advance()
 
-    def _one_pass(self, groups: Sequence[Group], last: bool) -> None:
+    def _one_pass(self, segment: Segment, groups: Sequence[Group], last: bool) -> None:
         """Solve the groups in their order, each when all passes stand at it or beyond."""
         self._streams.advance()
         for index, group in enumerate(groups):
-            self._solve(group, group.gatherer.result())
+            self._solve(segment, group, group.gatherer.result())
             if last and index == len(groups) - 1:
                 self._streams.stop()
             self._streams.advance_from(index)
@@ -201,8 +236,8 @@ class Walk:
         fused = dict.fromkeys(names for task in self.tasks for names in task.fused if set(names) <= set(wanted))
         alone = set(wanted) - {name for names in fused for name in names}
         for names in [*fused, *((name,) for name in wanted if name in alone)]:
-            self._solve(Group.of({name: wanted[name] for name in names}), InputStatistics())
+            self._solve(segment, Group.of({name: wanted[name] for name in names}), InputStatistics())
 
-    def _solve(self, group: Group, statistics: InputStatistics) -> None:
-        self._solver.solve(group.linears, statistics, replace=self._is_quantized)
+    def _solve(self, segment: Segment, group: Group, statistics: InputStatistics) -> None:
+        self._solver.solve(segment, group.linears, statistics, replace=self._is_quantized)
         group.solved = True

@@ -10,7 +10,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from quantkit.errors import QuantkitError, SourceError, did_you_mean
+from quantkit.errors import CheckpointError, QuantkitError, SourceError, did_you_mean
 from quantkit.estimation.anatomy import Anatomy
 from quantkit.estimation.configs import Config
 from quantkit.estimation.families import FAMILIES, describe
@@ -76,12 +76,24 @@ def _from_file(file: Path, name: str) -> Anatomy:
     if not isinstance(data, Mapping):
         raise SourceError(f"{file} is no config: it holds no mapping", "name the config.json of a model")
     config = Config(data, name)
+    _check_sizes(data, name)
     found = describe(config)
     if found is not None:
         return found
     from quantkit.estimation.unknown import built
 
     return built(file.parent, config)
+
+
+def _check_sizes(data: Mapping[str, Any], name: str) -> None:
+    from quantkit.checkpoint.sizes import (
+        check_sizes,
+    )  # brings torch along, which the configs that come along do without
+
+    try:
+        check_sizes(data, f"the config of {name}")
+    except CheckpointError as error:
+        raise SourceError(error.problem, error.remedy) from error
 
 
 def _fetched(reference: str) -> Path:

@@ -1,4 +1,4 @@
-"""The peak of a quantizing run of this engine: what is alive at once when a group of layers is solved.
+"""The peak of a quantizing run of this engine: what is alive at once at the widest moment of a block.
 
 The counts of matrices are those of the code, :mod:`quantkit.engine.statistics` and :mod:`quantkit.numerics.factor` for
 a Gram matrix, :mod:`quantkit.methods` for a weight. ``docs/vram.md`` has them beside measured peaks.
@@ -10,49 +10,69 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from quantkit.estimation.anatomy import Anatomy
+from quantkit.estimation.groups import Group, calibrated_groups, outer_group, uncalibrated_groups
 from quantkit.estimation.lines import Line, Part, largest, written
 from quantkit.estimation.use import Use
 from quantkit.estimation.weights import Stored
+from quantkit.formats import FORMATS
 from quantkit.formats.base import BYTES
-from quantkit.methods.base import Statistic
+from quantkit.methods.base import Method, Statistic
 from quantkit.recipe import VariantSpec
+from quantkit.schemes import Mxfp4Scheme, Nvfp4Scheme, Scheme
 from quantkit.schemes.codebook import CodebookScheme
 
-ATTENTION_INPUTS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value", "q_a_proj", "kv_a_proj_with_mqa")
-MLP_INPUTS = ("gate_proj", "up_proj", "gate_up_proj", "w1", "w3", "dense_h_to_4h")
+MULTIPLYING = ("awq",)
+"""The methods that ask for a Gram matrix and multiply with it, and neither factorize it nor solve with the factor."""
+SUMMED = 4
+"""Gram matrices' worth of float32 when its sums are there: the upper triangle, twice that without the rest, and both
+put together."""
 FACTORIZING = 8
-"""Gram matrices' worth of float32 while one is factorized."""
+"""The same while one is factorized."""
 KEPT = 4
 """The same while a layer is solved with it: the matrix, damped, its factor, and that divided by its diagonal."""
 SOLVING, SOLVING_ASYMMETRIC = 7, 11
 """Weights' worth of float32 that the column solver takes beside the weight."""
-ROUNDING, ROUNDING_CODEBOOK = 2.25, 4.25
-"""The same for methods that round without solving columns."""
+ROUNDING, ROUNDING_TABLE = 2.25, 3.25
+"""The same for methods that round without solving columns: codes in 8 bits and two copies, or where codes are looked up
+in a table the values, their places and the limits between them."""
+CAST = 1
+"""The same for a comparison that torch on a CPU casts to whole numbers, to add it to the places in a codebook."""
+CODES = 0.25
+"""The same for the codes of a solved layer."""
 EXPORTING = 3
 """Times the largest float tensor, which is checked for NaN and compared after writing."""
-BATCH_TOKENS = 16384
-"""Tokens that run at a time on CUDA."""
+BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
+"""Tokens that run at a time."""
+CHUNK_TOKENS = 512
+"""Tokens that a CPU multiplies at a time for a Gram matrix."""
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
-    """Layers that share an input.
+class _Run:
+    """What all moments of a run share.
 
     Attributes:
-        name: of its layers.
-        rows: of all of them.
-        columns: of the input.
-        members: how many layers.
-        paused: numbers of a token that are alive before the first of them is called.
-        words: how many that are.
+        size: bytes of a number in the passes.
+        method: that chooses the codes.
+        inside: parameters of the block, or of the head, that is loaded.
+        packed: bytes of its packed layers.
     """
 
-    name: str
-    rows: int
-    columns: int
-    members: int
-    paused: int
-    words: str
+    anatomy: Anatomy
+    variant: VariantSpec
+    use: Use
+    size: int
+    method: Method
+    inside: int
+    packed: int
+
+    @property
+    def needs(self) -> frozenset[Statistic]:
+        return self.method.needs
+
+    @property
+    def factorizes(self) -> bool:
+        return Statistic.GRAM in self.needs and self.variant.method not in MULTIPLYING
 
 
 def quantizing(anatomy: Anatomy, variant: VariantSpec, file: Stored, use: Use) -> Part:
@@ -64,108 +84,165 @@ def quantizing(anatomy: Anatomy, variant: VariantSpec, file: Stored, use: Use) -
         file: what comes of it.
         use: calibration tokens, feed and strategy.
     """
+    moments = [_exporting(file)]
+    schemes = {name: each.scheme for name, each in file.packed.items()}
     block = max(range(anatomy.blocks), key=lambda index: sum(map(_numel, anatomy.in_block(index).values())))
-    quantized = {name for name in file.packed if anatomy.linears().get(name, (None, None))[1] == block}
-    moments = [_solving(anatomy, variant, file, use, block, group) for group in groups(anatomy, block, quantized)]
-    return largest([*moments, _exporting(file)])
+    run = _run_in(anatomy, variant, file, use, block)
+    if run.needs:
+        groups = calibrated_groups(anatomy, block, schemes)
+    else:
+        groups = uncalibrated_groups(anatomy, block, schemes, FORMATS.get(variant.format))
+    for group in groups:
+        moments += _moments(run, group)
+    for name in (anatomy.head, anatomy.embedding):
+        if name in schemes:
+            head = name == anatomy.head
+            moments += _moments(
+                _run_outside(anatomy, variant, file, use, name), outer_group(anatomy, name, schemes, head=head)
+            )
+    return largest(moments)
 
 
-def groups(anatomy: Anatomy, block: int, quantized: set[str]) -> Iterator[Group]:
-    """The groups of a block, told by the names of its layers.
-
-    At a pause the embedding, the input of the block, and in the MLP the stream after attention are alive, beside what
-    the layer is about to read and what the attention still holds.
-    """
-    found: dict[tuple[str, str], list[tuple[int, int]]] = {}
-    for name, (shape, place) in anatomy.linears().items():
-        if place == block and name in quantized:
-            parent, _, leaf = name.rpartition(".")
-            role = "inputs" if leaf in (*ATTENTION_INPUTS, *MLP_INPUTS) else leaf
-            found.setdefault((parent, role), []).append(shape)
-    hidden, queries, keys = anatomy.hidden, anatomy.queries, anatomy.keys
-    for (parent, role), shapes in found.items():
-        columns, attends = shapes[0][1], "att" in parent
-        if role == "inputs":
-            paused, words = (3 * hidden, f"3 x {hidden:,}") if attends else (4 * hidden, f"4 x {hidden:,}")
-        elif attends:
-            paused = 3 * hidden + 2 * (queries + keys)
-            words = f"(3 x {hidden:,} + 2 x {queries:,} + 2 x {keys:,})"
-        else:
-            paused, words = 4 * hidden + anatomy.wide, f"(4 x {hidden:,} + {anatomy.wide:,})"
-        name = parent.rpartition(".")[2] if role == "inputs" else role
-        yield Group(name, sum(rows for rows, _ in shapes), columns, len(shapes), paused, words)
-
-
-def _solving(anatomy: Anatomy, variant: VariantSpec, file: Stored, use: Use, block: int, group: Group) -> Part:
-    """The moment at which a group is solved."""
-    size = BYTES[use.pass_dtype or ("float16" if file.dtype == "float16" else "bfloat16")]
-    needs = variant.build_method().needs
+def _run_in(anatomy: Anatomy, variant: VariantSpec, file: Stored, use: Use, block: int) -> _Run:
+    places = anatomy.linears()
+    packed = sum(each.nbytes for name, each in file.packed.items() if places.get(name, (None, None))[1] == block)
     inside = sum(map(_numel, anatomy.in_block(block).values()))
-    lines = [Line("block", inside * size, f"{written(inside)} parameters x {size} bytes")]
-    if needs:
-        lines += [_frame(anatomy, size), _activations(anatomy, use, group, size)]
-    if Statistic.GRAM in needs:
-        lines.append(_statistics(anatomy, variant, use, group))
-    lines += [_weights(variant, group, solves=Statistic.GRAM in needs), _packed(anatomy, file, block)]
-    return Part("quantizing", f"while quantizing, at {group.name} of a block", tuple(lines), _notes(use, bool(needs)))
+    return _Run(anatomy, variant, use, _pass_bytes(file, use), variant.build_method(), inside, packed)
 
 
-def _notes(use: Use, calibrated: bool) -> tuple[str, ...]:
-    if not calibrated:
+def _run_outside(anatomy: Anatomy, variant: VariantSpec, file: Stored, use: Use, name: str) -> _Run:
+    method = variant.build_method()
+    if name == anatomy.embedding:
+        method = method.for_embeddings()
+    return _Run(
+        anatomy, variant, use, _pass_bytes(file, use), method, _numel(anatomy.head_shape), file.packed[name].nbytes
+    )
+
+
+def _pass_bytes(file: Stored, use: Use) -> int:
+    return BYTES[use.pass_dtype or ("float16" if file.dtype == "float16" else "bfloat16")]
+
+
+def _moments(run: _Run, group: Group) -> Iterator[Part]:
+    """The moments of a group at which most may be alive."""
+    block = Line("block", run.inside * run.size, f"{written(run.inside)} parameters x {run.size} bytes")
+    packed = Line("packed layers of the block", run.packed, f"{written(run.packed)} bytes, written at its end")
+    if not (run.needs and group.paused):
+        yield _part(run, f"at {group.place}", [block, _weights(run, group), packed])
+        return
+    loaded = [block, _frame(run)]
+    reading = [_activations(run, group, reading=True), _gathering(run, group)]
+    yield _part(run, f"when a batch reaches {group.place}", [*loaded, *reading, packed])
+    standing = [*loaded, _activations(run, group, reading=False)]
+    if Statistic.GRAM not in run.needs:
+        yield _part(run, f"at {group.place}", [*standing, _weights(run, group), packed])
+        return
+    summed = _statistics(run, group, SUMMED, own=False)
+    yield _part(run, f"when the inputs of {group.place} are summed", [*standing, summed, packed])
+    if run.factorizes:
+        lines = [_statistics(run, group, FACTORIZING), _weights(run, group, solving=False)]
+        yield _part(run, f"at {group.place}", [*standing, *lines, packed])
+    kept = _statistics(run, group, KEPT if run.factorizes else 1)
+    yield _part(run, f"at {group.place}", [*standing, kept, _weights(run, group), packed])
+
+
+def _part(run: _Run, when: str, lines: list[Line]) -> Part:
+    return Part("quantizing", f"while quantizing, {when}", tuple(lines), _notes(run))
+
+
+def _notes(run: _Run) -> tuple[str, ...]:
+    if not run.needs:
         return ("no calibration is needed",)
+    use = run.use
     tokens = f"{use.calibration_tokens:,} calibration tokens, inputs: {use.feed}"
     return (tokens + (f", {use.strategy}" if use.feed == "quantized" else ""),)
 
 
-def _frame(anatomy: Anatomy, size: int) -> Line:
+def _frame(run: _Run) -> Line:
     """What runs beside the blocks, the head excepted."""
-    count = sum(weight.numel for weight in anatomy.weights if weight.block is None and weight.layer != anatomy.head)
-    return Line("embedding and last norm", count * size, f"{written(count)} parameters x {size} bytes")
+    outside = (weight for weight in run.anatomy.weights if weight.block is None and weight.layer != run.anatomy.head)
+    count = sum(weight.numel for weight in outside)
+    return Line("embedding and last norm", count * run.size, f"{written(count)} parameters x {run.size} bytes")
 
 
-def _activations(anatomy: Anatomy, use: Use, group: Group, size: int) -> Line:
-    tokens, hidden = use.calibration_tokens, anatomy.hidden
+def _activations(run: _Run, group: Group, *, reading: bool) -> Line:
+    """Those of all batches that stand at a group; where none pauses, those between two blocks, and of one that runs."""
+    use, size, hidden = run.use, run.size, run.anatomy.hidden
+    tokens = use.calibration_tokens
     if use.feed == "quantized" and use.strategy == "one-pass":
         return Line("activations", tokens * group.paused * size, f"{tokens:,} tokens x {group.words} x {size} bytes")
-    running = min(tokens, BATCH_TOKENS)
+    if not reading:
+        return Line("activations", tokens * 2 * hidden * size, f"{tokens:,} tokens x 2 x {hidden:,} x {size} bytes")
+    running = min(tokens, BATCH_TOKENS[use.device])
     nbytes = (tokens * 2 * hidden + running * group.paused) * size
     return Line("activations", nbytes, f"({tokens:,} x 2 x {hidden:,} + {running:,} x {group.words}) x {size} bytes")
 
 
-def _statistics(anatomy: Anatomy, variant: VariantSpec, use: Use, group: Group) -> Line:
-    """Gram matrices; with float inputs those of all groups of a block are there, and one is factorized."""
-    matrices = FACTORIZING if _factorizes(variant, group) else KEPT
-    if use.feed == "quantized":
-        return Line("statistics", 4 * matrices * group.columns**2, f"{matrices} x {group.columns:,}² x 4 bytes")
-    others = sum(width**2 for width in (anatomy.hidden, anatomy.queries, anatomy.hidden, anatomy.wide))
-    nbytes = 4 * (others + (matrices - 1) * group.columns**2)
-    formula = f"({written(others)} of all inputs + {matrices - 1} x {group.columns:,}²) x 4 bytes"
-    return Line("statistics", nbytes, formula)
+def _beside(run: _Run) -> tuple[int, str]:
+    """Numbers of the Gram matrices of a block's other inputs that are there.
+
+    With float inputs all are gathered in one run of the block; a method that scales inputs has them gathered so in any
+    case, before it chooses its factors, and they stay until the block is done.
+    """
+    if Statistic.GRAM not in run.needs or not (run.use.feed == "float" or run.method.scales_inputs):
+        return 0, ""
+    anatomy = run.anatomy
+    count = sum(width**2 for width in (anatomy.hidden, anatomy.queries, anatomy.hidden, anatomy.wide))
+    return count, f"{written(count)} of all inputs + "
 
 
-def _factorizes(variant: VariantSpec, group: Group) -> bool:
-    """Whether factorizing the Gram matrix takes more than solving with it."""
-    return (FACTORIZING - KEPT) * group.columns**2 >= _solver(variant) * group.rows * group.columns
+def _gathering(run: _Run, group: Group) -> Line:
+    """The sums of an input, and the float32 copies of the last batch that is added to them."""
+    columns, batch = group.columns, min(run.use.calibration_tokens, BATCH_TOKENS[run.use.device])
+    if Statistic.GRAM not in run.needs:
+        return Line("statistics", 8 * batch * columns, f"2 x {batch:,} tokens of a batch x {columns:,} x 4 bytes")
+    beside, words = _beside(run)
+    own = 0 if run.use.feed == "float" else columns**2
+    copies = 1 + bool(run.needs - {Statistic.GRAM})
+    if run.use.device == "cpu" and copies == 1:
+        batch = min(batch, CHUNK_TOKENS)
+    words += f"{columns:,}² + " if own else ""
+    what = f"{words}{copies} x {batch:,} tokens of a batch x {columns:,}"
+    return Line("statistics", 4 * (beside + own + copies * batch * columns), f"({what}) x 4 bytes")
 
 
-def _solver(variant: VariantSpec) -> int:
-    return SOLVING if variant.base_scheme().symmetric else SOLVING_ASYMMETRIC
+def _statistics(run: _Run, group: Group, matrices: int, *, own: bool = True) -> Line:
+    """Gram matrices after the last batch.
+
+    Args:
+        run: the run.
+        group: of which input.
+        matrices: of its size that are there.
+        own: a variant that scales float inputs has made a matrix of its own.
+    """
+    beside, words = _beside(run)
+    if run.use.feed == "float" and not (own and run.method.scales_inputs):
+        matrices -= 1  # it is among those of all inputs
+    nbytes = 4 * (beside + matrices * group.columns**2)
+    return Line("statistics", nbytes, f"({words}{matrices} x {group.columns:,}²) x 4 bytes")
 
 
-def _weights(variant: VariantSpec, group: Group, *, solves: bool) -> Line:
+def _weights(run: _Run, group: Group, *, solving: bool = True) -> Line:
     """The float weights of a group, and what is made of them until their codes are there."""
-    copies, count = 2 if group.members > 1 else 1, group.rows * group.columns
-    working = ROUNDING_CODEBOOK if isinstance(variant.base_scheme(), CodebookScheme) else ROUNDING
-    if solves:
-        working = 0 if _factorizes(variant, group) else _solver(variant)
-    nbytes = round(count * (copies + working) * 4)
-    return Line("weights in float32", nbytes, f"{written(count)} weights x ({copies} + {working:g}) x 4 bytes")
+    count, (most, scheme) = group.weights, group.solved
+    copies = 2 if run.method.scales_inputs and run.needs else 1
+    working = _working(run, scheme) if solving else 0.0
+    codes = CODES * (count - most)
+    nbytes = round((count * copies + group.stacked + most * working + codes) * 4)
+    words = [f"{copies} x {written(count)} weights"] if copies > 1 else [f"{written(count)} weights"]
+    words += [f"{written(group.stacked)} stacked"] if group.stacked else []
+    words += [f"{working:g} x {written(most)}"] if working else []
+    words += [f"{CODES:g} x {written(count - most)}"] if codes else []
+    return Line("weights in float32", nbytes, f"({' + '.join(words)}) x 4 bytes")
 
 
-def _packed(anatomy: Anatomy, file: Stored, block: int) -> Line:
-    places = anatomy.linears()
-    nbytes = sum(each.nbytes for name, each in file.packed.items() if places.get(name, (None, None))[1] == block)
-    return Line("packed layers of the block", nbytes, f"{written(nbytes)} bytes, written at its end")
+def _working(run: _Run, scheme: Scheme) -> float:
+    """Weights' worth of float32 beside the weight while its codes are chosen."""
+    if run.factorizes:
+        return SOLVING if scheme.symmetric else SOLVING_ASYMMETRIC
+    if isinstance(scheme, CodebookScheme):
+        return ROUNDING_TABLE + (CAST if run.use.device == "cpu" else 0)
+    return ROUNDING_TABLE if isinstance(scheme, Mxfp4Scheme | Nvfp4Scheme) else ROUNDING
 
 
 def _exporting(file: Stored) -> Part:

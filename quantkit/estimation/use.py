@@ -26,6 +26,11 @@ back. A round number between what is said of small and large cards; quantkit has
 CALIBRATION_TOKENS = 128 * 512
 """Of the calibration set that a recipe has by default."""
 
+
+def _own_bytes(given: dict[str, Any]) -> int:
+    return 0 if given.get("device") == "cpu" else OVERHEAD
+
+
 Count = Annotated[Whole, Field(ge=1)]
 
 
@@ -36,7 +41,10 @@ class Use(Section):
         batch: sequences at a time.
         context: tokens of a sequence.
         kv_dtype: of the KV cache, a key of :data:`KV_BYTES`; None is the dtype of the activations.
-        overhead: bytes that the device's runtime takes for itself, or a text such as ``600MiB``.
+        device: ``cuda``, or ``cpu``, which passes fewer tokens at a time through a model that is quantized and has
+            no context of its own.
+        overhead: bytes that the device's runtime takes for itself, or a text such as ``600MiB``; by default
+            :data:`OVERHEAD` on CUDA, and nothing on a CPU.
         calibration_tokens: that the model is quantized with.
         feed: what a layer is calibrated on, see :class:`quantkit.recipe.CalibrationSpec`.
         strategy: how the walk waits for statistics, see ``docs/engine.md``.
@@ -50,7 +58,8 @@ class Use(Section):
     batch: Count = 1
     context: Count = 2048
     kv_dtype: Literal["float32", "float16", "bfloat16", "fp8", "int8", "q8_0", "q4_0"] | None = None
-    overhead: Annotated[int, Field(ge=0)] = OVERHEAD
+    device: Literal["cpu", "cuda"] = "cuda"
+    overhead: Annotated[int, Field(ge=0)] = Field(default_factory=_own_bytes)
     calibration_tokens: Count = CALIBRATION_TOKENS
     feed: Literal["quantized", "float"] = "quantized"
     strategy: Literal["one-pass", "recompute"] = "one-pass"

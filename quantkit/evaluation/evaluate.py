@@ -5,12 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from quantkit.devices import device_name, resolve_device
 from quantkit.errors import EvaluationError
+from quantkit.evaluation.beyond import beyond
+from quantkit.evaluation.departures import in_words
 from quantkit.evaluation.job import EvaluationJob, Progress
 from quantkit.evaluation.memory import MemoryWatch, checkpoint_bytes
 from quantkit.evaluation.reference import TextReader, check_reference, prepare_folder, text_writer, write_index
@@ -23,7 +26,7 @@ from quantkit.runtimes._choice import choose_runtime
 from quantkit.runtimes.base import LoadedModel, LoadOptions, Runtime
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 
 def evaluate(job: EvaluationJob, progress: Progress) -> dict[str, Any]:
@@ -34,48 +37,56 @@ def evaluate(job: EvaluationJob, progress: Progress) -> dict[str, Any]:
 
     Returns:
         ``metrics``: ``perplexity``, ``kl_divergence`` (``mean``, ``stderr``, ``median``, ``p99``) and
-        ``top1_agreement``, each by text; ``texts``: how each was cut, its token ids' hash and sums;
+        ``top1_agreement``, each by text; ``texts``: how each was cut, its token ids' hash, sums over it and over each
+        of its windows, and the tokens furthest from the reference;
         ``size_bytes``; ``loaded_by``, the runtime's name; ``memory`` and ``speed``, None where the job does not ask,
         and for a model that the reference decoder loaded those of float weights, which ``memory.weights_are`` says;
-        ``seconds``; ``environment``.
+        ``seconds``; ``environment``; and what :meth:`quantkit.evaluation.beyond.Beyond.score` gives.
 
     Raises:
         EvaluationError: the checkpoint cannot be loaded, a text is too short, logits are NaN, tokens differ
             from the reference's, or the reference would be too large.
         CalibrationError: a text cannot be read.
-        OutputError: the reference cannot be written.
+        OutputError: the reference or the answers cannot be written.
+        MissingDependencyError: a package that a task or a metric needs is not installed.
     """
     started = time.perf_counter()
     device = resolve_device(job.spec.device)
     options = _load_options(job, device)
     runtime = choose_runtime(job.checkpoint, job.spec.loader, options.dtype)
-    windows = _cut_texts(job, progress)
+    tokenizer = load_tokenizer(job.checkpoint, trust_remote_code=job.trust_remote_code)
+    windows = _cut_texts(job, tokenizer, progress)
     config = load_config(job.checkpoint, trust_remote_code=job.trust_remote_code)
     _check_job(job, config, windows)
-    with _memory_errors(device):
-        watch = MemoryWatch(device)
+    with beyond(job, config, tokenizer) as further, _memory_errors(device):
+        options = replace(options, context_length=max(options.context_length, further.context_length))
+        watch = MemoryWatch(device, runtime.name)
         model = _load(job, runtime, options, progress)
         watch.loaded(model)
         memory, speed = _run_once(job, model, next(iter(windows.values())), watch)
         if memory is not None:
             memory["weights_are"] = f"as loaded by {runtime.name}" if runtime.packed else "decoded to float"
         scores = {name: _score_text(job, model, text, progress) for name, text in windows.items()}
+        more, about_more = further.score(model, progress)
     if job.writes_reference and job.reference is not None:
         write_index(job.reference, windows, config.vocab_size)
     return {
-        "metrics": _metrics(job, scores),
-        "texts": {name: {**text.facts(), **_sums(scores[name])} for name, text in windows.items()},
+        "metrics": _metrics(job, scores) | more,
+        "texts": {
+            name: {**text.facts(), **_sums(scores[name]), **_by_window(scores[name], text, tokenizer)}
+            for name, text in windows.items()
+        },
         "size_bytes": checkpoint_bytes(job.checkpoint),
         "loaded_by": runtime.name,
         "memory": memory,
         "speed": speed,
         "seconds": time.perf_counter() - started,
         "environment": _environment(model),
+        **about_more,
     }
 
 
-def _cut_texts(job: EvaluationJob, progress: Progress) -> dict[str, Windows]:
-    tokenizer = load_tokenizer(job.checkpoint, trust_remote_code=job.trust_remote_code)
+def _cut_texts(job: EvaluationJob, tokenizer: PreTrainedTokenizerBase, progress: Progress) -> dict[str, Windows]:
     spec, total = job.spec, len(job.spec.texts)
     windows = {}
     for done, text in enumerate(spec.texts, start=1):
@@ -131,13 +142,16 @@ def _load(job: EvaluationJob, runtime: type[Runtime], options: LoadOptions, prog
 def _run_once(
     job: EvaluationJob, model: LoadedModel, text: Windows, watch: MemoryWatch
 ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    """Run the model as a server would, and take its memory and speed; None for what the job does not ask."""
+    """Run the model as a server would, and take its memory and speed; None for what the job does not ask.
+
+    Memory comes first: at its first forward pass a runtime may do what it never does again, such as decode the weights.
+    """
     memory = speed = None
+    if "memory" in job.spec.metrics:
+        watch.run(model, text.ids[0])
+        memory = watch.figures(model)
     if "speed" in job.spec.metrics:
         speed = measure_speed(model, text.ids[0])
-    if "memory" in job.spec.metrics:
-        model.prefill(text.ids[0])
-        memory = watch.figures(model)
     return memory, speed
 
 
@@ -172,6 +186,18 @@ def _metrics(job: EvaluationJob, scores: Mapping[str, TextScore]) -> dict[str, A
 def _sums(text: TextScore) -> dict[str, Any]:
     sums: dict[str, Any] = {"nll_sum": text.nll_sum, "nll_count": text.nll_count}
     return sums if text.kl is None else {**sums, "stderr_over": text.kl.stderr_over}
+
+
+def _by_window(score: TextScore, text: Windows, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What two runs on the same windows are compared by."""
+    found: dict[str, Any] = {"nll_by_window": list(score.nll_by_window)}
+    if score.kl_by_window is None or score.agreements_by_window is None:
+        return found
+    return found | {
+        "kl_by_window": list(score.kl_by_window),
+        "agreements_by_window": list(score.agreements_by_window),
+        "departures": in_words(score.departures, text.ids, tokenizer),
+    }
 
 
 def _environment(model: LoadedModel) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from quantkit.evaluation.task_files import read_task
 from quantkit.recipe import EvaluationSpec
 
 Progress = Callable[[str, int, int], None]
@@ -25,7 +26,10 @@ class EvaluationJob:
         spec: texts, window length, metrics, device and dtype.
         reference: folder of the float model's log-probabilities; None where no metric needs them.
         writes_reference: this is the float model, and ``reference`` is written instead of read.
-        trust_remote_code: run Python code that comes with the checkpoint.
+        trust_remote_code: run Python code that comes with the checkpoint, a task or a metric.
+        answers_file: where the answers to the spec's questions are written; None keeps none of them.
+        float_answers: those of the float model, to compare with.
+        seen: the questions that the model was calibrated on, as :func:`quantkit.evaluation.questions.asked` has them.
     """
 
     checkpoint: Path
@@ -33,6 +37,9 @@ class EvaluationJob:
     reference: Path | None = None
     writes_reference: bool = False
     trust_remote_code: bool = False
+    answers_file: Path | None = None
+    float_answers: Path | None = None
+    seen: tuple[str, ...] = ()
 
     @property
     def compares(self) -> bool:
@@ -42,7 +49,10 @@ class EvaluationJob:
     @property
     def is_local(self) -> bool:
         """Whether nothing of the job comes from the network."""
-        return not self.trust_remote_code and all(text.dataset is None for text in self.spec.texts)
+        answers = self.spec.answers
+        fetched = [text.dataset for text in self.spec.texts] + ([answers.dataset] if answers else [])
+        local = all(task.file and read_task(Path(task.file)).is_local for task in self.spec.tasks)
+        return not self.trust_remote_code and local and not any(fetched)
 
     def to_json(self) -> dict[str, Any]:
         """The job as JSON data."""
@@ -52,6 +62,9 @@ class EvaluationJob:
             "reference": None if self.reference is None else str(self.reference),
             "writes_reference": self.writes_reference,
             "trust_remote_code": self.trust_remote_code,
+            "answers_file": None if self.answers_file is None else str(self.answers_file),
+            "float_answers": None if self.float_answers is None else str(self.float_answers),
+            "seen": list(self.seen),
         }
 
     @classmethod
@@ -63,4 +76,7 @@ class EvaluationJob:
             reference=None if data["reference"] is None else Path(data["reference"]),
             writes_reference=data["writes_reference"],
             trust_remote_code=data["trust_remote_code"],
+            answers_file=None if data["answers_file"] is None else Path(data["answers_file"]),
+            float_answers=None if data["float_answers"] is None else Path(data["float_answers"]),
+            seen=tuple(data["seen"]),
         )

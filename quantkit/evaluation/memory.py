@@ -1,22 +1,28 @@
-"""What a model takes: on disk, resident, and at its peak."""
+"""What a model takes: on disk, once loaded, and at its peaks while it is loaded, reads a prompt and writes tokens."""
 
 from __future__ import annotations
 
-import os
-import re
-import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import psutil
 import torch
 
 from quantkit.devices import device_name
+from quantkit.errors import EvaluationError
+from quantkit.evaluation.probes import Probe, peak_rss, probe_of
+from quantkit.evaluation.speed import NEW_TOKENS, PROMPT_TOKENS
 from quantkit.exports import IMATRIX
 from quantkit.runtimes.base import LoadedModel
 
+__all__ = ["OWN_ALLOCATORS", "MemoryWatch", "checkpoint_bytes", "peak_rss"]
+
+Phase = Literal["load", "prefill", "decode"]
 WEIGHTS = ("*.safetensors", "*.gguf")
 """The files that hold weights."""
+OWN_ALLOCATORS = ("llama.cpp",)
+"""The runtimes that take memory of a GPU by themselves, of which torch's allocator knows nothing."""
 
 
 def checkpoint_bytes(path: Path) -> int:
@@ -28,94 +34,93 @@ def checkpoint_bytes(path: Path) -> int:
 
 
 class MemoryWatch:
-    """Watches one process's memory from before the model is loaded to after it has run.
+    """Watches one process's memory from before the model is loaded, phase by phase.
 
-    On a CPU the peak is the process's resident set, with Python, torch and mapped files in it. On CUDA it is
-    what torch's allocator gave out, and beside it, where ``nvidia-ml-py`` is installed and the driver tells,
-    what the whole process holds on the device.
+    On a CPU that is the process's resident set. On CUDA it is what torch's allocator gave out, and beside it, where
+    ``nvidia-ml-py`` is installed and the driver tells, what the whole process holds on the device. Each phase begins
+    its peaks anew, where the system allows it.
 
     Args:
         device: where the model will run.
+        runtime: name of the runtime that loads it.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, runtime: str = "transformers") -> None:
         self._device = device
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-            torch.cuda.reset_peak_memory_stats(device)
-        self._baseline = _used_bytes(device)
-        self._loaded = 0
+        self._probe: Probe = probe_of(device)
+        self._knows = device.type == "cpu" or runtime not in OWN_ALLOCATORS
+        before = self._probe.read()
+        self._resets = self._probe.begin()
+        baseline = self._probe.read()
+        self._baseline: int = baseline["used_bytes"]
+        self._process_baseline: int | None = baseline.get("process_bytes")
+        self._highest: int = before["peak_bytes"] if device.type == "cpu" else self._baseline
+        self._phases: dict[Phase, dict[str, Any]] = {}
+        self._weights = 0
 
     def loaded(self, model: LoadedModel) -> None:
-        """Note the weights as they were loaded, before any forward pass."""
-        self._loaded = model.weights_bytes()
+        """Note the weights as they were loaded, and what loading took, before any forward pass."""
+        self._weights = model.weights_bytes()
+        self._note("load")
+
+    def run(self, model: LoadedModel, ids: torch.Tensor) -> None:
+        """Have the model read a prompt, then continue a short one, and note what either takes.
+
+        Args:
+            model: that was loaded.
+            ids: int64 ``[n]``, the prompt; its first tokens, again and again if need be, are continued.
+        """
+        with self.phase("prefill", tokens=len(ids)):
+            model.prefill(ids)
+        prompt = ids.repeat(-(-PROMPT_TOKENS // len(ids)))[:PROMPT_TOKENS]
+        try:
+            with self.phase("decode", tokens=NEW_TOKENS, prompt_tokens=PROMPT_TOKENS):
+                model.decode(prompt, NEW_TOKENS)
+        except EvaluationError as error:  # it keeps no KV cache
+            self._phases["decode"] = {"missing": error.problem}
+
+    @contextmanager
+    def phase(self, name: Phase, **facts: int) -> Iterator[None]:
+        """Watch what is done inside.
+
+        Args:
+            name: of the phase.
+            facts: what its figures say beside bytes.
+        """
+        self._probe.begin()
+        yield
+        self._note(name, **facts)
 
     def figures(self, model: LoadedModel) -> dict[str, Any]:
-        """All figures, after the model has run.
+        """All figures, after the phases.
 
         Returns:
-            ``weights_bytes`` as loaded, ``weights_bytes_running`` now, ``peak_bytes`` since the process began
-            (CPU) or since this watch did (CUDA), ``peak_kind``, ``baseline_bytes`` before loading, ``device``,
-            and on CUDA ``process_bytes`` (None where it cannot be told).
+            ``weights_bytes`` as loaded, ``weights_bytes_running`` now; ``peak_bytes``, the largest of all phases and on
+            a CPU of all that the process did before, and ``peak_kind``; ``peaks_are_of``, ``phase`` or ``process``
+            where no peak could be begun anew; ``baseline_bytes`` before loading; ``phases``, by name ``used_bytes`` at
+            its end and ``peak_bytes``, with the tokens of a prompt and of an answer; ``device``.
+
+            On CUDA each phase also has ``reserved_bytes`` and ``process_bytes``, and ``process_bytes`` is the largest
+            of these; None is what cannot be told, as the allocator's figures of a runtime that has its own.
         """
+        processes = [phase.get("process_bytes") for phase in self._phases.values()]
         figures: dict[str, Any] = {
-            "weights_bytes": self._loaded,
+            "weights_bytes": self._weights,
             "weights_bytes_running": model.weights_bytes(),
-            "peak_bytes": _peak_bytes(self._device),
-            "peak_kind": "CUDA allocator" if self._device.type == "cuda" else "RSS",
-            "baseline_bytes": self._baseline,
+            "peak_bytes": self._highest if self._knows else max(filter(None, processes), default=None),
+            "peak_kind": self._probe.kind if self._knows else "NVML",
+            "peaks_are_of": "phase" if self._resets else "process",
+            "baseline_bytes": self._baseline if self._knows else self._process_baseline,
+            "phases": dict(self._phases),
             "device": device_name(self._device),
         }
         if self._device.type == "cuda":
-            figures["process_bytes"] = _nvml_process_bytes(self._device)
+            figures["process_bytes"] = max(filter(None, processes), default=None)
         return figures
 
-
-def _used_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated(device)
-    return int(psutil.Process().memory_info().rss)
-
-
-def _peak_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device)
-    return peak_rss()
-
-
-def peak_rss() -> int:
-    """The largest resident set that this process has had, in bytes.
-
-    On Linux from ``VmHWM``, which begins with the program; ``ru_maxrss`` would begin with the size of the
-    process that started it (``execve`` keeps it).
-    """
-    if sys.platform == "win32":
-        return int(psutil.Process().memory_info().peak_wset)
-    if sys.platform == "linux":
-        found = re.search(r"^VmHWM:\s+(\d+) kB$", Path("/proc/self/status").read_text(encoding="ascii"), re.MULTILINE)
-        if found:
-            return int(found[1]) * 1024
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def _nvml_process_bytes(device: torch.device) -> int | None:
-    """What NVML says that this process holds on the device; None without ``nvidia-ml-py`` or its answer.
-
-    In a container the driver may list processes by numbers that mean nothing there.
-    """
-    try:
-        import pynvml
-    except ImportError:
-        return None
-    try:
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
-        running = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
-    except pynvml.NVMLError:
-        return None
-    used = [process.usedGpuMemory for process in running if process.pid == os.getpid()]
-    return used[0] if used else None
+    def _note(self, name: Phase, **facts: int) -> None:
+        found = self._probe.read()
+        self._highest = max(self._highest, found["peak_bytes"])
+        if not self._knows:
+            found |= dict.fromkeys(("used_bytes", "peak_bytes", "reserved_bytes"))
+        self._phases[name] = {**found, **facts}

@@ -51,7 +51,7 @@ def worker_command(job_file: Path) -> list[str]:
 
 
 def _environment(job: EvaluationJob) -> dict[str, str]:
-    environment = {**os.environ, "TQDM_DISABLE": "1"}
+    environment = {**os.environ, "TQDM_DISABLE": "1", "DISABLE_MULTIPROC": "1"}  # the last is lm-evaluation-harness's
     if job.is_local:
         environment["HF_HUB_OFFLINE"] = "1"
     return environment

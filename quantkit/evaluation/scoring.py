@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from quantkit.errors import EvaluationError
+from quantkit.evaluation.departures import Departure, departures
 from quantkit.evaluation.divergence import Summary, summarize
 from quantkit.evaluation.reference import TextReader, TextWriter
 from quantkit.evaluation.windows import Windows
@@ -27,12 +28,19 @@ class TextScore:
         nll_count: number of scored tokens.
         kl: ``KL(reference || model)`` per scored token in nats over the whole vocabulary; None without reference.
         top1_agreement: share of scored tokens whose likeliest prediction is the reference's; None without.
+        nll_by_window, kl_by_window: sums over each window's scored tokens, in nats; without reference no divergence.
+        agreements_by_window: how many of each window's scored tokens agree.
+        departures: the tokens at which the model is furthest from the reference.
     """
 
     nll_sum: float
     nll_count: int
     kl: Summary | None = None
     top1_agreement: float | None = None
+    nll_by_window: tuple[float, ...] = ()
+    kl_by_window: tuple[float, ...] | None = None
+    agreements_by_window: tuple[int, ...] | None = None
+    departures: tuple[Departure, ...] = ()
 
     @property
     def perplexity(self) -> float:
@@ -107,6 +115,8 @@ class _Tally:
         self._nll = torch.zeros(shape, dtype=torch.float64)
         self._kl = torch.zeros(shape, dtype=torch.float64)
         self._agrees = torch.zeros(shape, dtype=torch.bool)
+        self._expected = torch.zeros(shape, dtype=torch.int64)
+        self._predicted = torch.zeros(shape, dtype=torch.int64)
 
     def add_likelihood(self, window: int, start: int, log_probs: torch.Tensor, targets: torch.Tensor) -> None:
         if not log_probs.amin().isfinite():
@@ -127,11 +137,22 @@ class _Tally:
         rows = slice(start, start + len(kl))
         self._kl[window, rows] = kl.double().cpu()
         self._agrees[window, rows] = agrees.cpu()
+        self._expected[window, rows] = shifted.argmax(dim=-1).cpu()
+        self._predicted[window, rows] = likeliest.squeeze(1).cpu()
 
     def result(self, *, compared: bool) -> TextScore:
-        nll = self._nll.sum().item()
+        alone = TextScore(self._nll.sum().item(), self._nll.numel(), nll_by_window=_sums(self._nll))
         if not compared:
-            return TextScore(nll, self._nll.numel())
-        return TextScore(
-            nll, self._nll.numel(), kl=summarize(self._kl), top1_agreement=self._agrees.double().mean().item()
+            return alone
+        return replace(
+            alone,
+            kl=summarize(self._kl),
+            top1_agreement=self._agrees.double().mean().item(),
+            kl_by_window=_sums(self._kl),
+            agreements_by_window=tuple(self._agrees.sum(dim=1).tolist()),
+            departures=departures(self._kl, self._nll, self._expected, self._predicted),
         )
+
+
+def _sums(values: torch.Tensor) -> tuple[float, ...]:
+    return tuple(values.sum(dim=1).tolist())

@@ -10,9 +10,10 @@ import torch
 
 from quantkit.artifacts import read_json
 from quantkit.checkpoint import CheckpointReader
+from quantkit.checkpoint.sizes import check_sizes
 from quantkit.errors import CheckpointError
 from quantkit.exports.base import Export
-from quantkit.exports.manifest import read_manifest
+from quantkit.exports.manifest import FOREIGN, read_manifest
 from quantkit.formats import FORMATS
 from quantkit.formats.base import Format
 from quantkit.schemes import QuantizedWeight, Scheme, scheme_from_json
@@ -56,14 +57,21 @@ class FolderExport(Export):
         self._config = read_config(folder)
         self._reader = CheckpointReader(folder)
         manifest = read_manifest(folder)
-        self._foreign = manifest is None
-        if manifest is None:
+        self._foreign = manifest is None or manifest.get(FOREIGN) is True
+        if manifest is None or self._foreign:
             self._store, self.schemes = _read_foreign(folder, self._config, self._reader)
-            self.made_by = _author(folder, self._config)
+            self.made_by = _author(folder, self._config) if manifest is None else str(manifest["created_by"])
         else:
             self._store = FORMATS.get(manifest["format"])(_dtype(self._config))
             self.schemes = {name: scheme_from_json(scheme) for name, scheme in manifest["layers"].items()}
             self.embedding = manifest.get("embedding")
+            if self.embedding is not None and (
+                not isinstance(self.embedding, str) or self.embedding not in self.schemes
+            ):
+                raise CheckpointError(
+                    f"the manifest of {folder} calls {self.embedding!r} the embedding, which is no layer of it",
+                    "export the checkpoint again",
+                )
             self.made_by = str(manifest.get("created_by", "quantkit"))
         self.format = self._store.name
         self._names = {layer: self._packed_names(layer, scheme) for layer, scheme in self.schemes.items()}
@@ -79,7 +87,13 @@ class FolderExport(Export):
     def weight(self, layer: str) -> QuantizedWeight:
         """A packed layer, by the code of its format."""
         tensors = {suffix: self._reader.read(name) for suffix, name in self._names[layer].items()}
-        return self._store_of(layer).unpack(tensors, self.schemes[layer])
+        try:
+            return self._store_of(layer).unpack(tensors, self.schemes[layer])
+        except (RuntimeError, ValueError, TypeError, IndexError, MemoryError) as error:
+            raise CheckpointError(
+                f"layer {layer} of {self.path} cannot be unpacked: {str(error).splitlines()[0] if str(error) else ''}",
+                "the shapes of its tensors do not fit each other: get the checkpoint again",
+            ) from error
 
     def float_names(self) -> list[str]:
         """All tensors but those of packed layers and the scales of activations."""
@@ -155,6 +169,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{folder / 'config.json'} is not a mapping", "get the model from its source")
+    check_sizes(config, str(folder / "config.json"), folder)
     return config
 
 

@@ -157,8 +157,10 @@ class GgufExport(Export):
             return {}
         try:
             return {layer: scheme_from_json(scheme) for layer, scheme in json.loads(text).items()}
-        except (ValueError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{self.path}: {SCHEMES_KEY} does not map layers to schemes") from error
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise CheckpointError(
+                f"{self.path}: {SCHEMES_KEY} does not map layers to schemes", "download the file again"
+            ) from error
 
     def _author(self) -> str:
         version = self._head.metadata.get(VERSION_KEY)

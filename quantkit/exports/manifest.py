@@ -12,6 +12,8 @@ from quantkit.errors import CheckpointError
 MANIFEST = "manifest.json"
 VERIFIED = "verified"
 """The key under which verdicts of runtimes are kept; what it holds is no part of the checkpoint's identity."""
+FOREIGN = "foreign"
+"""The key that says that another tool wrote the tensors, so that they are read as any file of its kind."""
 DESCRIBING = ("README.md",)
 """Files that speak of the checkpoint and may be written again when more is known of it."""
 EXPORT_AGAIN = "export the checkpoint again"

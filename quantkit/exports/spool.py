@@ -35,7 +35,7 @@ class Spool:
 
     def keep(self, layer: str, weight: QuantizedWeight) -> QuantizedWeight:
         """Pack a layer; what the format can hold of it is returned."""
-        store = self._store.for_embeddings() if layer == self._embedding else self._store
+        store = self._store_of(layer)
         weight = store.fitted(weight.to("cpu"))
         self._digests[layer] = digest(weight)
         packed = {f"{layer}.{suffix}": tensor for suffix, tensor in store.pack(weight).items()}
@@ -59,13 +59,20 @@ class Spool:
         if not self._waiting:
             return
         folder = self._folder / name
+        self._write(folder)
+        self._readers.update(dict.fromkeys(self._waiting, CheckpointReader(folder)))
+        self._waiting = {}
+
+    def _store_of(self, layer: str) -> Format:
+        return self._store.for_embeddings() if layer == self._embedding else self._store
+
+    def _write(self, folder: Path) -> None:
+        """What waits, as a checkpoint."""
         with ShardWriter(folder) as writer:
             for each, tensor in self._waiting.items():
                 writer.declare(each, tensor.dtype, tuple(tensor.shape))
             for each, tensor in self._waiting.items():
                 writer.write(each, tensor)
-        self._readers.update(dict.fromkeys(self._waiting, CheckpointReader(folder)))
-        self._waiting = {}
 
     def packed(self, layer: str) -> dict[str, Stored]:
         """The packed tensors of a layer by suffix; none if it was not kept."""

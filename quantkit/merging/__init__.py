@@ -6,18 +6,18 @@ that memory holds one tensor. The result is compared with PEFT's own un-merged m
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from quantkit import source
-from quantkit.artifacts import check_writable, translated_os_errors
+from quantkit.artifacts import check_writable
 from quantkit.merging.model import MergedModel
 from quantkit.progress import Observer, Silent
 from quantkit.recipe import MergeSpec, ModelSpec
 from quantkit.source import SourceModel
 from quantkit.validation import parse_section
+from quantkit.workplace import workplace
 
 __all__ = ["MergedModel", "merge_model", "merged_source", "other_merge"]
 
@@ -94,12 +94,8 @@ def merge_model(
     model = parse_section(ModelSpec, given, "merge")
     merge = parse_section(MergeSpec, {"base": base_weights, "any_base": any_base}, "merge")
     check_writable(out)
-    parent = out.absolute().parent
-    with translated_os_errors(out):
-        parent.mkdir(parents=True, exist_ok=True)
-        scratch = tempfile.TemporaryDirectory(prefix=".quantkit-", dir=parent)
-    with scratch as work:
+    with workplace(out, "merge") as work:
         watching.stage(f"source: {model.source}")
-        found = source.resolve(ModelSpec(source=base, trust_remote_code=trust_remote_code), Path(work))
+        found = source.resolve(ModelSpec(source=base, trust_remote_code=trust_remote_code), work)
         merged = merge_into(found, model, merge, out, watching)
     return {"folder": str(merged.folder), "dtype": merged.dtype, **merged.merge}

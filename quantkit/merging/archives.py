@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import lzma
+import stat
+import struct
 import tarfile
 import zipfile
 import zlib
@@ -25,6 +28,11 @@ MAX_SIDE_BYTES = 256 << 20
 """Of a file that is no safetensors."""
 CHUNK = 1 << 20
 PACK_AGAIN = "pack the adapter's folder again, as it is"
+BROKEN = (
+    zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, struct.error, EOFError, OSError, ValueError,
+    LookupError, NotImplementedError, RuntimeError,
+)  # fmt: skip
+"""What ``zipfile`` and ``tarfile`` raise for archives that are not whole."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +67,7 @@ def unpack(archive: Path, target: Path) -> Path:
             for member in members:
                 if member.path.parent == home and member.path.suffix in WANTED:
                     total = _write(archive, member, target / member.path.name, total)
-    except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+    except BROKEN as error:
         raise SourceError(f"{archive} is no readable archive: {error}", PACK_AGAIN) from error
     return target
 
@@ -79,7 +87,8 @@ def _members(held: zipfile.ZipFile | tarfile.TarFile) -> Iterator[_Member]:
     if isinstance(held, zipfile.ZipFile):
         for info in held.infolist():
             if not info.is_dir():
-                yield _Member(PurePosixPath(info.filename), info.file_size, partial(held.open, info))
+                size = -1 if stat.S_ISLNK(info.external_attr >> 16) else info.file_size
+                yield _Member(PurePosixPath(info.filename), size, partial(held.open, info))
         return
     for entry in held:
         if not entry.isdir():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from peft.utils.other import get_pattern_key
 
 from quantkit.artifacts import read_json
 from quantkit.errors import SourceError
+from quantkit.patterns import why_refused
 
 CONFIG = "adapter_config.json"
 WITH_PEFT = "merge it with PEFT's merge_and_unload and give the folder that this saves"
@@ -109,6 +111,36 @@ def _read(folder: Path, origin: str) -> dict[str, Any]:
     return content
 
 
+def _check_types(given: dict[str, Any], origin: str) -> None:
+    """Check what PEFT believes: numbers, names, and patterns that end."""
+    alphas = given.get("alpha_pattern") or {}
+    for key, value in {
+        "lora_alpha": given.get("lora_alpha", 1),
+        **(alphas if isinstance(alphas, dict) else {}),
+    }.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise SourceError(f"{CONFIG} of adapter {origin} says {value!r} for {key}, not a number", "get it again")
+    patterns: list[Any] = []
+    for key in ("target_modules", "modules_to_save", "exclude_modules", "layers_pattern"):
+        value = given.get(key) or []
+        names = [value] if isinstance(value, str) else value
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise SourceError(f"{CONFIG} of adapter {origin}: {key} is no list of names", "get it again")
+        patterns += names if isinstance(value, str) else []
+    for key in ("rank_pattern", "alpha_pattern"):
+        value = given.get(key) or {}
+        if not isinstance(value, dict):
+            raise SourceError(f"{CONFIG} of adapter {origin}: {key} maps no names to numbers", "get it again")
+        patterns += value
+    for pattern in patterns:
+        refused = why_refused(pattern)
+        if refused is not None:
+            raise SourceError(
+                f"{CONFIG} of adapter {origin}: '{pattern[:80]}' is no pattern of names: {refused}",
+                "write the names of the modules out",
+            )
+
+
 def _lora_config(given: dict[str, Any], origin: str) -> LoraConfig:
     known = {field.name for field in fields(LoraConfig)}
     foreign = sorted(key for key, value in given.items() if key not in known and value)
@@ -117,6 +149,7 @@ def _lora_config(given: dict[str, Any], origin: str) -> LoraConfig:
             f"{CONFIG} of adapter {origin} has the key '{foreign[0]}', which the installed PEFT does not know",
             "pip install --upgrade peft",
         )
+    _check_types(given, origin)
     try:
         config = LoraConfig(**{key: value for key, value in given.items() if key in known})
         ranks = [config.r, *(config.rank_pattern or {}).values()]

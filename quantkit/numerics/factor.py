@@ -89,6 +89,6 @@ def inverse_factor(gram: torch.Tensor, damping: float) -> tuple[torch.Tensor, fl
                 return factor, tried
         tried = max(tried * 2, 1e-4)
     raise QuantizationError(
-        "the statistics of a layer's inputs cannot be factorized at any damping",
+        f"the statistics of a layer's inputs cannot be factorized at any damping from {damping:g} to {MAX_DAMPING:g}",
         "they hold NaN or infinities: check the model and the calibration texts",
     )

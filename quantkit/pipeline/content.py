@@ -8,9 +8,11 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from quantkit import report
+from quantkit.artifacts import fingerprint
 from quantkit.calibration import CalibrationSet
 from quantkit.checkpoint import CheckpointReader
 from quantkit.environment import describe
+from quantkit.estimation.beside import beside_measured
 from quantkit.merging import MergedModel
 from quantkit.pipeline.current import Run
 from quantkit.scores import report_figures
@@ -29,7 +31,9 @@ def report_content(
     """The report of a run, with the verdicts of its gates; ``status`` is ``failed`` if a variant or a gate failed."""
     recipe = current.recipe
     variants = {variant.name for variant in recipe.variants}
-    gates = report.evaluate_gates(recipe.gates, [row for row in rows if row["name"] in variants])
+    figures = beside_measured(report_figures(baseline), baseline, model.folder)
+    before = {**figures, "seconds": {"evaluate": baseline["seconds"]}}
+    gates = report.evaluate_gates(recipe.gates, [row for row in rows if row["name"] in variants], before)
     failed = any(row["status"] == "failed" for row in rows) or not all(gate["passed"] for gate in gates)
     return {
         "schema": 1,
@@ -42,7 +46,7 @@ def report_content(
         "source": _source_facts(model),
         "calibration": calibrated.audit if calibrated else None,
         "environment": describe(),
-        "baseline": {**report_figures(baseline), "seconds": {"evaluate": baseline["seconds"]}},
+        "baseline": before,
         "variants": rows,
         "gates": gates,
     }
@@ -56,6 +60,7 @@ def _source_facts(model: SourceModel) -> dict[str, Any]:
         "relative_to": model.relative_to,
         "dtype": model.dtype,
         "revision": model.revision,
+        "fingerprint": fingerprint(model.made_from()),
         "parameters": sum(prod(reader.shape(name)) for name in reader.names()),
         "size_bytes": sum(reader.nbytes(name) for name in reader.names()),
         "merge": model.merge if isinstance(model, MergedModel) else None,

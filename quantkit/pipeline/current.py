@@ -12,6 +12,7 @@ from quantkit.artifacts import write_text
 from quantkit.errors import QuantkitError
 from quantkit.progress import Observer
 from quantkit.recipe import Recipe
+from quantkit.redaction import redacted
 from quantkit.scores import LOGPROBS, Scoring, score
 
 
@@ -23,11 +24,17 @@ class Run:
         recipe: what was asked for.
         folder: where everything of the run lies.
         observer: is told what happens.
+        anew: score every file although its result is there.
+        seen: the questions of the calibration set, which are not asked.
+        installs: environments of libraries that are not there may be made.
     """
 
     recipe: Recipe
     folder: Path
     observer: Observer
+    anew: bool = False
+    seen: tuple[str, ...] = ()
+    installs: bool = True
 
     @property
     def baseline(self) -> Path:
@@ -54,8 +61,8 @@ def attempted(current: Run, row: dict[str, Any], work: Callable[[], dict[str, An
         failure = str(error)
     except Exception as error:
         path = current.log("traceback", name)
-        write_text(path, "".join(traceback.format_exception(error)))
-        failure = f"{type(error).__name__}: {error} (unexpected: the traceback is in {path})"
+        write_text(path, redacted("".join(traceback.format_exception(error))))
+        failure = f"{type(error).__name__}: {redacted(str(error))} (unexpected: the traceback is in {path})"
     current.observer.note(f"{name} failed: {failure}")
     return row | {"status": "failed", "error": failure}
 
@@ -72,5 +79,7 @@ def score_beside(current: Run, name: str, folder: Path, content: Any, baseline: 
         current.log("evaluate", name),
         current.baseline / LOGPROBS,
         current.recipe.model.trust_remote_code,
+        current.anew,
+        current.seen,
     )
     return score(scoring, current.observer)

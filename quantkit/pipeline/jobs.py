@@ -48,4 +48,4 @@ def job_of(
 
 def needs_calibration(recipe: Recipe) -> bool:
     """Whether any variant's method asks for statistics."""
-    return any(variant.build_method().needs for variant in recipe.variants)
+    return any(variant.calibrated for variant in recipe.variants)

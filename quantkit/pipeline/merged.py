@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from quantkit.estimation.beside import beside_measured
 from quantkit.merging import other_merge
 from quantkit.pipeline.current import Run, attempted, score_beside
 from quantkit.schemes.base import PER_CHANNEL
@@ -43,6 +44,6 @@ def _other_merge(current: Run, name: str, baseline: dict[str, Any]) -> dict[str,
         "bits_per_weight": float(bits),
         "layers": [],
         "notes": list(model.merge["notes"]),
-        **report_figures(scored),
+        **beside_measured(report_figures(scored), scored, model.folder),
         "seconds": {"quantize": 0.0, "evaluate": scored["seconds"]},
     }

@@ -12,6 +12,7 @@ from quantkit.artifacts import write_text
 from quantkit.estimation.beside import beside_measured
 from quantkit.exports.manifest import identity
 from quantkit.pipeline.current import Run, attempted, score_beside
+from quantkit.pipeline.library_rows import library_row
 from quantkit.publishing import CARD, card
 from quantkit.quantization import Job, Quantized, Wanted, card_facts, quantize_together, walks
 from quantkit.recipe import VariantSpec
@@ -24,15 +25,17 @@ NAMES_SHOWN = 3
 def variant_rows(
     current: Run, job: Job, baseline: dict[str, Any], audit: dict[str, Any] | None
 ) -> list[dict[str, Any]]:
-    """Quantize walk by walk, score what each gives, and return the rows in the order of the recipe."""
-    variants = current.recipe.variants
-    rows: dict[int, dict[str, Any]] = {}
+    """Quantize walk by walk, then library by library, score what each gives; rows are in the order of the recipe."""
+    variants = current.recipe.own_variants
+    card_of = partial(_write_card, job, report_figures(baseline), audit)
+    rows: dict[str, dict[str, Any]] = {}
     for places in walks(job, variants):
         outcomes = _quantized(current, job, [variants[place] for place in places])
         for place, outcome in zip(places, outcomes, strict=True):
-            card_of = partial(_write_card, job, report_figures(baseline), audit)
-            rows[place] = _variant_row(current, variants[place], outcome, baseline, card_of)
-    return [rows[place] for place in sorted(rows)]
+            rows[variants[place].name] = _variant_row(current, variants[place], outcome, baseline, card_of)
+    for variant in current.recipe.library_variants:
+        rows[variant.name] = library_row(current, job, variant, baseline, card_of)
+    return [rows[variant.name] for variant in current.recipe.variants]
 
 
 def _write_card(job: Job, before: dict[str, Any], audit: dict[str, Any] | None, row: dict[str, Any]) -> None:
@@ -51,7 +54,8 @@ def _quantized(current: Run, job: Job, variants: list[VariantSpec]) -> list[Quan
     current.observer.stage(f"quantize: {names} and {rest} more" if rest > 0 else f"quantize: {names}")
     wanted = [Wanted(variant, current.variant_folder(variant.name)) for variant in variants]
     try:
-        return quantize_together(job, wanted, on_segment=partial(current.observer.progress, "block"))
+        on_segment = partial(current.observer.progress, "block")
+        return quantize_together(job, wanted, on_segment=on_segment, on_note=current.observer.note)
     except Exception as error:
         return [error] * len(variants)
 

@@ -12,15 +12,20 @@ from quantkit.calibration import CalibrationSet
 from quantkit.checkpoint import CheckpointReader
 from quantkit.errors import OutputError
 from quantkit.events import event_log
+from quantkit.locks import held
 from quantkit.merging import merged_source
 from quantkit.pipeline.content import report_content
 from quantkit.pipeline.current import Run
+from quantkit.pipeline.held_out import seen_questions
 from quantkit.pipeline.jobs import needs_calibration, quantize_job
+from quantkit.pipeline.leftovers import clear_leftovers
+from quantkit.pipeline.library_rows import check_environments
 from quantkit.pipeline.merged import other_merge_rows
 from quantkit.pipeline.rows import variant_rows
 from quantkit.progress import Observer, Several
 from quantkit.recipe import Recipe
 from quantkit.scores import Scoring, score
+from quantkit.tracking import check_tracking, track_after
 
 if TYPE_CHECKING:
     from quantkit.source import SourceModel
@@ -29,21 +34,35 @@ EVENTS = "events.jsonl"
 """In the folder of logs: what happened in every run of this folder."""
 
 
-def run(recipe: Recipe, observer: Observer) -> dict[str, Any]:
+def run(recipe: Recipe, observer: Observer, *, installs: bool = True) -> dict[str, Any]:
     """Run a recipe and write its report.
 
     A variant that fails becomes a row of the report that says why; the others go on.
+
+    Args:
+        recipe: what to do.
+        observer: is told what happens.
+        installs: environments of libraries that are not there may be made.
 
     Returns:
         The content of ``report.json``; its ``status`` is ``failed`` if a variant or a gate failed.
 
     Raises:
-        QuantkitError: the model, the calibration set or the baseline cannot be had, so that no variant can run.
+        QuantkitError: the model, the calibration set or the baseline cannot be had, so that no variant can run; the
+            environment of a library is not there and may not be made.
     """
-    current = Run(recipe, recipe.folder, observer)
-    _check_folders(current)
-    with event_log(current.folder / "logs" / EVENTS, name=recipe.name, quantkit=version("quantkit")) as log:
-        content = _run(replace(current, observer=Several(observer, log)))
+    current = Run(recipe, recipe.folder, observer, installs=installs)
+    check_folders(current)
+    with held(current.folder, f"run {recipe.name}", inside=True):
+        clear_leftovers(current.folder, [current.variant_folder(variant.name) for variant in recipe.variants])
+        return run_holding(current)
+
+
+def run_holding(current: Run) -> dict[str, Any]:
+    """What :func:`run` does, for one who holds the lock of the run's folder."""
+    file = current.folder / "logs" / EVENTS
+    with event_log(file, name=current.recipe.name, quantkit=version("quantkit")) as log:
+        content = _run(replace(current, observer=Several(current.observer, log)))
         log.write("end", **outcome(content))
     return content
 
@@ -59,22 +78,26 @@ def outcome(content: dict[str, Any]) -> dict[str, Any]:
 
 def _run(current: Run) -> dict[str, Any]:
     recipe, observer = current.recipe, current.observer
+    check_environments(current)
+    check_tracking(recipe.tracking)
     for warning in recipe.warnings():
         observer.note(f"warning: {warning}")
     observer.stage(f"source: {recipe.model.source}")
     model = merged_source(recipe.model, recipe.merge, current.folder, observer)
     calibrated = _calibrate(current, model)
+    current = replace(current, seen=seen_questions(recipe, calibrated))
     baseline = _baseline(current, model)
     job = quantize_job(recipe, model, calibrated)
     rows = other_merge_rows(current, baseline)
     rows += variant_rows(current, job, baseline, calibrated.audit if calibrated else None)
     content = report_content(current, model, calibrated, baseline, rows)
     report.write(content, current.folder, recipe.report.formats)
+    track_after(recipe.tracking, current.folder, observer)
     return content
 
 
-def _check_folders(current: Run) -> None:
-    """Find out before any work whether all that the run will write can be written."""
+def check_folders(current: Run) -> None:
+    """Find out before any work whether all that the run will write can be written, and make its folder."""
     folder = current.folder
     if folder.is_file():
         raise OutputError(f"{folder} exists and is not a folder", "set report.folder to another one")
@@ -109,6 +132,8 @@ def _baseline(current: Run, model: SourceModel) -> dict[str, Any]:
         current.baseline,
         current.log("baseline"),
         trust_remote_code=current.recipe.model.trust_remote_code,
+        anew=current.anew,
+        seen=current.seen,
     )
     if scoring.finished() is None:
         reader = CheckpointReader(model.folder)

@@ -18,6 +18,7 @@ from huggingface_hub.errors import (
 from quantkit.errors import CheckpointError, OutputError, QuantkitError
 from quantkit.exports.manifest import MANIFEST, is_whole, read_manifest
 from quantkit.publishing.card import CARD
+from quantkit.signing.keys import SIGNATURE
 
 TOKEN_WANTED = "set the environment variable HF_TOKEN to a token that may write, or log in with 'hf auth login'"
 # huggingface_hub has changed the HTTP package beneath it; its own errors derive from that package's base error.
@@ -84,7 +85,8 @@ def files_to_push(folder: Path) -> dict[str, Path]:
     listed = manifest.get("files")
     if not isinstance(listed, dict) or not listed:
         raise CheckpointError(f"{folder / MANIFEST} lists no files", "export the checkpoint again")
-    names = [*listed, MANIFEST, *([CARD] if (folder / CARD).is_file() and CARD not in listed else [])]
+    signature = [SIGNATURE] if (folder / SIGNATURE).is_file() and SIGNATURE not in listed else []
+    names = [*listed, MANIFEST, *signature, *([CARD] if (folder / CARD).is_file() and CARD not in listed else [])]
     root = folder.resolve()
     for name in names:
         pure = PurePosixPath(name)

@@ -53,7 +53,7 @@ class Quantized:
 
     Attributes:
         folder: the checkpoint.
-        facts: of ``stage.json``: ``bits_per_weight``, ``seconds``, ``layers``, ``notes``, ``strategy``.
+        facts: of ``stage.json``: ``bits_per_weight``, ``seconds``, ``layers``, ``notes``, ``strategy``, ``resumed``.
         reused: it was already there.
     """
 

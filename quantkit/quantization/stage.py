@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from quantkit.artifacts import check_writable
-from quantkit.checkpoint import CheckpointReader
-from quantkit.devices import resolve_device
-from quantkit.engine.batches import make_batches
-from quantkit.engine.precision import pass_dtype
 from quantkit.engine.skeleton import Skeleton
-from quantkit.engine.tasks import Task
-from quantkit.engine.walk import Strategy, Walk, WalkSettings
-from quantkit.quantization.job import DTYPES, Job, Quantized, Wanted, finished_variant, made_from
-from quantkit.quantization.plan import choose_strategy
-from quantkit.quantization.underway import Seconds, finish, start
+from quantkit.errors import OutputError
+from quantkit.locks import alone, lock_file
+from quantkit.quantization.job import Job, Quantized, Wanted, finished_variant, made_from
+from quantkit.quantization.resuming import drop_spool, spool_folder
+from quantkit.quantization.underway import Seconds, Underway, finish, leave, start
+from quantkit.quantization.walking import OnNote, OnSegment, walk_all
 from quantkit.recipe import VariantSpec
 
 
@@ -27,17 +24,19 @@ def quantize(
     variant: VariantSpec,
     out: Path,
     *,
-    on_segment: Callable[[int, int], None] = lambda done, total: None,
+    on_segment: OnSegment = lambda done, total: None,
+    on_note: OnNote = lambda text: None,
 ) -> Quantized:
-    """Quantize one variant into ``out``, or reuse what is there.
+    """Quantize one variant into ``out``, or reuse what is there; go on where an earlier run was cut short.
 
     Raises:
         SchemeError: the variant does not suit the model's layers.
         CheckpointError: the source is broken, or the result could not be read back.
         QuantizationError: a layer cannot be solved.
-        OutputError: ``out`` cannot be written.
+        OutputError: ``out`` cannot be written, or another process writes it.
+        Terminated: somebody asked to stop, see :mod:`quantkit.stopping`; what was solved is saved.
     """
-    (found,) = quantize_together(job, [Wanted(variant, out)], on_segment=on_segment)
+    (found,) = quantize_together(job, [Wanted(variant, out)], on_segment=on_segment, on_note=on_note)
     if isinstance(found, Exception):
         raise found
     return found
@@ -56,9 +55,19 @@ def walks(job: Job, variants: Sequence[VariantSpec]) -> list[list[int]]:
 
 
 def quantize_together(
-    job: Job, wanted: Sequence[Wanted], *, on_segment: Callable[[int, int], None] = lambda done, total: None
+    job: Job,
+    wanted: Sequence[Wanted],
+    *,
+    on_segment: OnSegment = lambda done, total: None,
+    on_note: OnNote = lambda text: None,
 ) -> list[Quantized | Exception]:
     """Quantize variants in one walk, or reuse what is there; see :func:`walks` for which can share one.
+
+    Args:
+        job: what is quantized.
+        wanted: the variants.
+        on_segment: called with the number of finished segments and how many there are.
+        on_note: called with what the user should know, such as where a variant goes on.
 
     Returns:
         For each its checkpoint, or the error by which it failed while others went on.
@@ -73,8 +82,9 @@ def quantize_together(
                 missing.append(each)
             else:
                 found[each.variant.name] = Quantized(each.out, finished["facts"], reused=True)
+                _clear_up(each.out)
     if missing:
-        _quantize_missing(job, missing, found, on_segment)
+        _quantize_missing(job, missing, found, on_segment, on_note)
     return [found[each.variant.name] for each in wanted]
 
 
@@ -87,65 +97,54 @@ def _kept(found: dict[str, Quantized | Exception], each: Wanted) -> Iterator[Non
         found[each.variant.name] = error
 
 
+def _clear_up(out: Path) -> None:
+    """Remove what a killed run left beside a variant that is finished; whoever is at it clears up himself."""
+    if spool_folder(out).exists() or lock_file(out).exists():
+        with suppress(OutputError), alone(out, "clearing up"):
+            drop_spool(out)
+
+
 def _quantize_missing(
     job: Job,
     missing: Sequence[Wanted],
     found: dict[str, Quantized | Exception],
-    on_segment: Callable[[int, int], None],
+    on_segment: OnSegment,
+    on_note: OnNote,
 ) -> None:
     """Walk once for all that is missing, then export each."""
     skeleton = Skeleton(job.source, job.trust_remote_code)
-    with ExitStack() as folders:
-        underway = []
+    with ExitStack() as locks:
+        underway: list[Underway] = []
         for each in missing:
             with _kept(found, each):
-                underway.append(start(job, skeleton, each, folders))
+                underway.append(start(job, skeleton, each, locks))
+        for begun in underway:
+            locks.push(partial(_left, begun, found))
         if not underway:
             return
-        tasks = [each.task for each in underway if each.task.schemes]
-        walked = _walk(job, skeleton, tasks, on_segment) if tasks else _Walked()
+        for note, names in _alike({each.task.name: each.resumed.note for each in underway}).items():
+            on_note(f"{', '.join(names)}: {note}")
+        walked = walk_all(job, skeleton, underway, on_segment, on_note)
+        variants = max(1, sum(bool(each.task.schemes) for each in underway))
         found.update(walked.failures)
         for done in underway:
             name = done.task.name
             if name not in walked.failures:
                 with _kept(found, done.wanted):
-                    seconds = Seconds(walked.shared, walked.seconds.get(name, 0.0), max(1, len(tasks)))
-                    found[name] = finish(job, skeleton, done, walked.strategy, seconds)
+                    seconds = Seconds(walked.shared, walked.seconds.get(name, 0.0), variants)
+                    found[name] = finish(job, skeleton, done, seconds, walked.strategy, walked.notes)
 
 
-@dataclass(frozen=True, slots=True)
-class _Walked:
-    """What is left of a walk: which tasks failed, the seconds that all of it took and each task, and its strategy."""
-
-    failures: Mapping[str, Exception] = field(default_factory=dict)
-    shared: float = 0.0
-    seconds: Mapping[str, float] = field(default_factory=dict)
-    strategy: Strategy = "one-pass"
+def _left(done: Underway, found: Mapping[str, Quantized | Exception], *raised: Any) -> None:
+    """What became of a variant, or what ended the work on all; an exit callback."""
+    outcome = found.get(done.task.name)
+    leave(done, raised[1] if outcome is None else outcome)
 
 
-def _walk(job: Job, skeleton: Skeleton, tasks: Sequence[Task], on_segment: Callable[[int, int], None]) -> _Walked:
-    started = time.perf_counter()
-    device = resolve_device(job.device)
-    dtype = pass_dtype(device, DTYPES[job.dtype])
-    calibrated = any(task.method.needs for task in tasks)
-    rows = job.rows if calibrated else ()
-    batches = make_batches(rows, device, may_pad=not skeleton.has_routed_layers())
-    strategy = choose_strategy(skeleton, sum(map(len, rows)), dtype, device) if calibrated else "one-pass"
-    feed = job.feed if calibrated else "float"
-    walk = Walk(
-        skeleton, CheckpointReader(job.source), batches, tasks, WalkSettings(device, dtype, feed, strategy), on_segment
-    )
-    with _failures_kept(walk):
-        walk.run()
-    shared = time.perf_counter() - started - sum(walk.seconds.values())
-    return _Walked(walk.failures, shared, walk.seconds, strategy)
-
-
-@contextmanager
-def _failures_kept(walk: Walk) -> Iterator[None]:
-    """What the last task of a walk failed with is among its failures; anything else is not a task's."""
-    try:
-        yield
-    except Exception as error:
-        if error not in walk.failures.values():
-            raise
+def _alike(notes: Mapping[str, str]) -> dict[str, list[str]]:
+    """The notes, each with the names of those that share it."""
+    found: dict[str, list[str]] = {}
+    for name, note in notes.items():
+        if note:
+            found.setdefault(note, []).append(name)
+    return found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -14,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from quantkit.artifacts import STAGE_FILE, check_writable, new_folder, translated_os_errors, write_stage
+from quantkit.artifacts import STAGE_FILE, check_writable, new_folder, write_stage
 from quantkit.engine.skeleton import Skeleton
 from quantkit.engine.tasks import Task
 from quantkit.errors import QuantizationError
@@ -22,24 +21,42 @@ from quantkit.exports.manifest import write_manifest
 from quantkit.exports.writing import check_origin, origin_remarks, write_export
 from quantkit.formats import FORMATS
 from quantkit.formats.base import Format
+from quantkit.locks import alone
 from quantkit.publishing import CardFacts, write_card
 from quantkit.quantization.export import Origin, content_of
 from quantkit.quantization.importance import write_importance
 from quantkit.quantization.job import DTYPES, STAGE, Job, Quantized, Wanted, made_from
 from quantkit.quantization.plan import Layers, plan_layers
+from quantkit.quantization.resuming import (
+    TakenUp,
+    drop_spool,
+    is_worth_keeping,
+    spool_folder,
+    spool_identity,
+    take_up,
+)
 from quantkit.quantization.spool import SolvedLayers
 from quantkit.recipe import VariantSpec
+from quantkit.refusals import may_pass
 
 
 @dataclass(frozen=True, slots=True)
 class Underway:
-    """A variant that is being quantized."""
+    """A variant that is being quantized.
+
+    Attributes:
+        wanted: it and where it goes.
+        layers: its plan.
+        spool: its finished segments.
+        task: what a walk solves of it.
+        resumed: what was found of an earlier run.
+    """
 
     wanted: Wanted
-    folder: Path
     layers: Layers
     spool: SolvedLayers
     task: Task
+    resumed: TakenUp
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +69,14 @@ class Seconds:
 
 
 def start(job: Job, skeleton: Skeleton, wanted: Wanted, folders: ExitStack) -> Underway:
-    """Plan a variant and make the folder in which its solved layers wait.
+    """Plan a variant and open the folder in which its solved layers wait, with what an earlier run left there.
+
+    Nobody else writes its folder until ``folders`` is closed.
 
     Raises:
         SchemeError: the variant does not suit the model's layers.
         QuantizationError: it needs calibration rows and there are none.
-        OutputError: its folder cannot be written.
+        OutputError: its folder cannot be written, or another process writes it.
     """
     variant = wanted.variant
     layers = plan_layers(skeleton, variant)
@@ -66,19 +85,38 @@ def start(job: Job, skeleton: Skeleton, wanted: Wanted, folders: ExitStack) -> U
         raise QuantizationError(f"{variant.name}: method {variant.method} needs calibration rows", "give a data set")
     check_writable(wanted.out)
     check_origin(FORMATS.get(variant.format), job.source)
-    with translated_os_errors(wanted.out):
-        wanted.out.parent.mkdir(parents=True, exist_ok=True)
-        place = tempfile.TemporaryDirectory(dir=wanted.out.parent, prefix=f".{wanted.out.name}.spool-")
-    folder = Path(folders.enter_context(place))
+    folders.enter_context(alone(wanted.out, f"quantize {variant.name}"))
+    folder = spool_folder(wanted.out)
+    resumed = take_up(folder, spool_identity(job, variant), _segments(skeleton, layers))
     store = FORMATS.get(variant.format)
-    spool = SolvedLayers(folder, store(job.dtype), layers.embedding)
+    replays = bool(method.needs) and job.feed == "quantized"
+    spool = SolvedLayers(folder, store(job.dtype), layers.quantized, layers.embedding, replays=replays)
+    spool.take_up(resumed.segments)
     scale_dtype = DTYPES[store.scale_dtype(job.dtype)]
-    task = Task(variant.name, method, layers.quantized, scale_dtype, spool, layers.fused)
-    return Underway(wanted, folder, layers, spool, task)
+    task = Task(variant.name, method, layers.quantized, scale_dtype, spool, layers.fused, spool)
+    return Underway(wanted, layers, spool, task, resumed)
 
 
-def finish(job: Job, skeleton: Skeleton, done: Underway, strategy: str, seconds: Seconds) -> Quantized:
-    """Write the checkpoint of a solved variant."""
+def _segments(skeleton: Skeleton, layers: Layers) -> list[str]:
+    """The prefixes of the segments that hold quantized layers, in the order in which a walk solves them."""
+    head = [] if skeleton.head is None else [skeleton.head]
+    holding = [each.prefix for each in [*skeleton.segments, *head] if set(each.linears) & set(layers.quantized)]
+    return holding if layers.embedding is None else [layers.embedding, *holding]
+
+
+def finish(
+    job: Job, skeleton: Skeleton, done: Underway, seconds: Seconds, strategy: str, notes: Sequence[str]
+) -> Quantized:
+    """Write the checkpoint of a solved variant.
+
+    Args:
+        job: it was made from.
+        skeleton: of the model.
+        done: the variant.
+        seconds: that its walk took.
+        strategy: of its walk.
+        notes: on its walk.
+    """
     started = time.perf_counter()
     variant, out = done.wanted.variant, done.wanted.out
     store = FORMATS.get(variant.format)(job.dtype)
@@ -89,13 +127,15 @@ def finish(job: Job, skeleton: Skeleton, done: Underway, strategy: str, seconds:
         content = content_of(origin, done.spool, done.layers)
         write_export(content, store, folder)
         write_importance(folder, job, content, done.spool.tokens())
-        own = seconds.own + time.perf_counter() - started
+        own_before, shared_before = done.spool.seconds_before
+        own = own_before + seconds.own + time.perf_counter() - started
+        shared = shared_before + seconds.shared
+        remarks = [*origin_remarks(store, job.source, job.dtype), *_remarks(store, done.layers)]
         facts = {
-            **_facts(
-                done.layers, done.spool, [*origin_remarks(store, job.source, job.dtype), *_remarks(store, done.layers)]
-            ),
-            "seconds": seconds.shared + own,
-            "seconds_shared": seconds.shared,
+            **_facts(done.layers, done.spool, [*remarks, *filter(None, [done.resumed.note]), *notes]),
+            "resumed": len(done.resumed.segments),
+            "seconds": shared + own,
+            "seconds_shared": shared,
             "seconds_own": own,
             "walk_variants": seconds.variants,
             "strategy": strategy if done.task.method.needs and job.feed == "quantized" else "none",
@@ -103,7 +143,21 @@ def finish(job: Job, skeleton: Skeleton, done: Underway, strategy: str, seconds:
         _write_records(folder, job, variant, identity, facts, done.layers)
         write_card(folder, replace(card_facts(job), repository=out.name))
         write_stage(folder, STAGE, identity, facts=facts)
+    drop_spool(out)
     return Quantized(out, facts, reused=False)
+
+
+def leave(done: Underway, outcome: Quantized | BaseException | None) -> None:
+    """Keep what was solved of a variant for the next run, unless it is finished or would fail again.
+
+    Args:
+        done: the variant.
+        outcome: what became of it, or of the work on all.
+    """
+    fails_again = isinstance(outcome, BaseException) and not may_pass(outcome)
+    folder = spool_folder(done.wanted.out)
+    if folder.exists() and (fails_again or not is_worth_keeping(folder)):
+        drop_spool(done.wanted.out)
 
 
 def card_facts(job: Job) -> CardFacts:
@@ -142,7 +196,7 @@ def _write_records(
         {
             "schema": 1,
             "created_by": f"quantkit {versions['quantkit']}",
-            "source": {**job.source_facts, "reference": _public(job.source_facts.get("reference"))},
+            "source": {**job.source_facts, "reference": public_reference(job.source_facts.get("reference"))},
             "calibration_sha256": identity["calibration"],
             "feed": identity["feed"],
             "format": variant.format,
@@ -155,6 +209,6 @@ def _write_records(
     )
 
 
-def _public(reference: Any) -> Any:
+def public_reference(reference: Any) -> Any:
     """A model's reference for others: of one on this machine its name alone."""
     return Path(reference).name if isinstance(reference, str) and Path(reference).expanduser().exists() else reference

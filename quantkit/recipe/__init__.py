@@ -17,31 +17,47 @@ from quantkit.recipe.evaluation import (
     TextSpec,
 )
 from quantkit.recipe.fields import Section
+from quantkit.recipe.history import HistorySpec, RetentionSpec
+from quantkit.recipe.library import LibrarySpec
+from quantkit.recipe.limits import LimitsSpec
 from quantkit.recipe.merge import MergeSpec
 from quantkit.recipe.model import AdapterSpec, ModelSpec
 from quantkit.recipe.options import DEFAULT_METHOD
 from quantkit.recipe.report import ReportSpec
 from quantkit.recipe.scheme import BlocksPatch, SchemeKeys, SchemePatch
+from quantkit.recipe.tasks import ANSWER_METRICS, AnswerSpec, TaskSpec
+from quantkit.recipe.tracking import MlflowSpec, TrackingSpec
 from quantkit.recipe.variant import VariantSpec
+from quantkit.recipe.webhook import WebhookSpec
 
 __all__ = [
+    "ANSWER_METRICS",
     "BUNDLED_TEXTS",
     "COMPARING_METRICS",
     "DEFAULT_METHOD",
     "MAX_RECIPE_BYTES",
     "METRICS",
     "AdapterSpec",
+    "AnswerSpec",
     "BlocksPatch",
     "CalibrationSpec",
     "EvaluationSpec",
+    "HistorySpec",
+    "LibrarySpec",
+    "LimitsSpec",
     "MergeSpec",
     "Metric",
+    "MlflowSpec",
     "ModelSpec",
     "Recipe",
     "ReportSpec",
+    "RetentionSpec",
     "SchemeKeys",
     "SchemePatch",
     "Section",
+    "TaskSpec",
     "TextSpec",
+    "TrackingSpec",
     "VariantSpec",
+    "WebhookSpec",
 ]

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from quantkit.errors import RecipeError, did_you_mean
+from quantkit.recipe.library import taken_keys
 from quantkit.recipe.options import DEFAULT_METHOD, option_names
 from quantkit.recipe.variant import VariantSpec
 from quantkit.schemes import DEFAULT_KIND, SCHEME_KEYS, SCHEMES
@@ -14,8 +15,7 @@ from quantkit.schemes.kinds import keys_of
 
 def defaults_for(defaults: Mapping[str, Any], variant: Mapping[str, Any]) -> dict[str, Any]:
     """The defaults that apply to a variant: not the options of another method or the keys of another scheme."""
-    method, kind = _chosen(defaults, variant)
-    known = _scheme_free_keys() | _scheme_keys(kind) | option_names(method)
+    known = _keys_taken(defaults, variant)
     return {key: value for key, value in defaults.items() if key in known}
 
 
@@ -25,10 +25,11 @@ def check_default_keys(defaults: Mapping[Any, Any], variants: Sequence[Any]) -> 
     Raises:
         RecipeError: with the nearest key that one could.
     """
-    chosen = [_chosen(defaults, variant) for variant in variants if isinstance(variant, Mapping)]
-    known = _scheme_free_keys() - {"name", "options"}
-    for method, kind in chosen:
-        known |= option_names(method) | _scheme_keys(kind)
+    known = _scheme_free_keys()
+    for variant in variants:
+        if isinstance(variant, Mapping):
+            known |= _keys_taken(defaults, variant)
+    known -= {"name", "options", "library"}
     for key in defaults:
         if key in SCHEME_KEYS and key not in known:
             kinds = ", ".join(kind for kind in SCHEMES if key in keys_of(kind))
@@ -37,10 +38,12 @@ def check_default_keys(defaults: Mapping[Any, Any], variants: Sequence[Any]) -> 
             raise RecipeError(f"unknown key 'defaults.{key}'", did_you_mean(str(key), known))
 
 
-def _chosen(defaults: Mapping[str, Any], variant: Mapping[str, Any]) -> tuple[object, object]:
-    """Method and kind of scheme of a variant as written."""
+def _keys_taken(defaults: Mapping[str, Any], variant: Mapping[str, Any]) -> set[str]:
+    """The keys that a variant as written takes; a library's method is its own affair, so no default gives it."""
+    if "library" in variant:
+        return taken_keys(variant["library"], variant.get("method")) - {"method"}
     choices = {"method": DEFAULT_METHOD, "scheme": DEFAULT_KIND, **defaults, **variant}
-    return choices["method"], choices["scheme"]
+    return _scheme_free_keys() | _scheme_keys(choices["scheme"]) | option_names(choices["method"])
 
 
 def _scheme_free_keys() -> set[str]:

@@ -7,22 +7,41 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import Field, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from quantkit.errors import RecipeError
+from quantkit.gates import check_gate_syntax, parse_gate
 from quantkit.recipe.calibration import CalibrationSpec
 from quantkit.recipe.defaults import check_default_keys, defaults_for
 from quantkit.recipe.evaluation import METRICS, EvaluationSpec
 from quantkit.recipe.fields import Name, Section, require_distinct
+from quantkit.recipe.history import HistorySpec, RetentionSpec
+from quantkit.recipe.library import LibrarySpec
 from quantkit.recipe.merge import MergeSpec
 from quantkit.recipe.model import ModelSpec
 from quantkit.recipe.report import ReportSpec
+from quantkit.recipe.tasks import check_further_gate
+from quantkit.recipe.tracking import TrackingSpec
 from quantkit.recipe.variant import VariantSpec
-from quantkit.report.gates import check_gate_syntax, parse_gate
+from quantkit.recipe.webhook import WebhookSpec
 from quantkit.strict_yaml import parse_mapping
 from quantkit.validation import located, parse_section
 
 MAX_RECIPE_BYTES = 1 << 20
+MAX_GATE = 500
+"""Characters of a gate."""
+
+
+def _kind_of_variant(given: Any) -> str:
+    """The tag of a variant: a library's has the key ``library``. Messages leave out what stands in brackets."""
+    by_library = isinstance(given, LibrarySpec) or (isinstance(given, Mapping) and "library" in given)
+    return "[LibrarySpec]" if by_library else "[VariantSpec]"
+
+
+AnyVariant = Annotated[
+    Annotated[VariantSpec, Tag("[VariantSpec]")] | Annotated[LibrarySpec, Tag("[LibrarySpec]")],
+    Discriminator(_kind_of_variant),
+]
 
 
 class Recipe(Section):
@@ -37,10 +56,14 @@ class Recipe(Section):
     merge: MergeSpec = MergeSpec()
     calibration: CalibrationSpec = CalibrationSpec()
     defaults: dict[str, Any] = Field(default_factory=dict)
-    variants: Annotated[tuple[VariantSpec, ...], Field(min_length=1)]
+    variants: Annotated[tuple[AnyVariant, ...], Field(min_length=1)]
     evaluation: EvaluationSpec = EvaluationSpec()
     report: ReportSpec = ReportSpec()
-    gates: tuple[str, ...] = ()
+    tracking: TrackingSpec = TrackingSpec()
+    gates: tuple[Annotated[str, Field(max_length=MAX_GATE)], ...] = ()
+    history: HistorySpec = HistorySpec()
+    retention: RetentionSpec = RetentionSpec()
+    webhook: WebhookSpec | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -60,7 +83,7 @@ class Recipe(Section):
 
     @field_validator("variants")
     @classmethod
-    def _names_differ(cls, variants: tuple[VariantSpec, ...]) -> tuple[VariantSpec, ...]:
+    def _names_differ(cls, variants: tuple[AnyVariant, ...]) -> tuple[AnyVariant, ...]:
         require_distinct([variant.name for variant in variants], "variants")
         return variants
 
@@ -80,15 +103,31 @@ class Recipe(Section):
         with located():
             for gate in self.gates:
                 check_gate_syntax(gate, [text.name for text in self.evaluation.texts])
+                check_further_gate(parse_gate(gate), self.evaluation.tasks, self.evaluation.answers)
                 metric = parse_gate(gate).metric
                 if metric in METRICS and metric not in metrics:
                     raise RecipeError(f"gate '{gate}' needs {metric}", f"add {metric} to evaluation.metrics")
         return self
 
     @property
+    def own_variants(self) -> tuple[VariantSpec, ...]:
+        """Those that quantkit quantizes itself."""
+        return tuple(variant for variant in self.variants if isinstance(variant, VariantSpec))
+
+    @property
+    def library_variants(self) -> tuple[LibrarySpec, ...]:
+        """Those that one of the field's libraries quantizes."""
+        return tuple(variant for variant in self.variants if isinstance(variant, LibrarySpec))
+
+    @property
     def folder(self) -> Path:
         """Where everything of the run lies."""
         return Path(self.report.folder) if self.report.folder else Path("reports") / self.name
+
+    @property
+    def history_file(self) -> Path:
+        """Where runs are recorded, if they are."""
+        return Path(self.history.file) if self.history.file else self.folder.parent / "history.sqlite"
 
     @classmethod
     def load(cls, path: str | Path) -> Recipe:

@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from quantkit.errors import RecipeError, did_you_mean
 from quantkit.recipe.fields import Name, Section, Whole, require_distinct
+from quantkit.recipe.tasks import AnswerSpec, TaskSpec
 from quantkit.runtimes import RUNTIMES
 from quantkit.validation import located
 
@@ -70,6 +71,8 @@ class EvaluationSpec(Section):
         loader: the runtime that loads the checkpoints: ``transformers`` loads the files as they are, ``reference``
             decodes them by quantkit's own formats into a float model, ``llama.cpp`` loads GGUF files; ``auto`` is
             transformers or llama.cpp where they and the packages there can load the format, else the reference.
+        tasks: of lm-evaluation-harness, each its name, the path of a task file, or a :class:`TaskSpec`.
+        answers: instructions to answer; see :class:`AnswerSpec`.
     """
 
     texts: Annotated[tuple[TextSpec, ...], Field(min_length=1)] = (
@@ -83,6 +86,8 @@ class EvaluationSpec(Section):
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     reference_limit: Annotated[Whole, Field(ge=1 << 20)] = 8 << 30
     loader: str = "auto"
+    tasks: tuple[TaskSpec, ...] = ()
+    answers: AnswerSpec | None = None
 
     @property
     def compares(self) -> bool:
@@ -94,6 +99,12 @@ class EvaluationSpec(Section):
     def _names_differ(cls, texts: tuple[TextSpec, ...]) -> tuple[TextSpec, ...]:
         require_distinct([text.name for text in texts], "texts")
         return texts
+
+    @field_validator("tasks")
+    @classmethod
+    def _tasks_differ(cls, tasks: tuple[TaskSpec, ...]) -> tuple[TaskSpec, ...]:
+        require_distinct([task.label for task in tasks], "tasks")
+        return tasks
 
     @field_validator("device")
     @classmethod

@@ -162,6 +162,11 @@ class VariantSpec(SchemeKeys, Choice):
             return self._patched(self.last_blocks)
         return self.base_scheme()
 
+    @property
+    def calibrated(self) -> bool:
+        """Whether the method asks for statistics, and so for calibration tokens."""
+        return bool(self.build_method().needs)
+
     def warnings(self) -> tuple[str, ...]:
         """What the method has to say of this variant's schemes."""
         method = METHODS.get(self.method)

@@ -13,7 +13,14 @@ from quantkit.records.files import read_file
 from quantkit.records.hub import read_hub
 from quantkit.records.named import NamedDataset, dataset_names, named_dataset, read_named
 from quantkit.records.references import identify, load
-from quantkit.records.render import describe_template, encode, render, template_text
+from quantkit.records.render import (
+    describe_template,
+    encode,
+    encode_question,
+    render,
+    render_question,
+    template_text,
+)
 
 __all__ = [
     "Message",
@@ -24,6 +31,7 @@ __all__ = [
     "dataset_names",
     "describe_template",
     "encode",
+    "encode_question",
     "identify",
     "load",
     "named_dataset",
@@ -31,5 +39,6 @@ __all__ = [
     "read_hub",
     "read_named",
     "render",
+    "render_question",
     "template_text",
 ]

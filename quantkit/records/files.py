@@ -35,6 +35,8 @@ def read_file(
         records, skipped = collect(str(path), rows(path), columns, convert)
     except OSError as error:
         raise _unreadable(path, error) from error
+    if identify_file(path, columns=columns) != origin:
+        raise CalibrationError(f"{path} changed while it was read", "run the same command when nobody writes to it")
     return RecordSet(path.stem, origin, origin["sha256"], records, skipped)
 
 
@@ -44,6 +46,8 @@ def identify_file(path: Path, *, columns: Mapping[str, str] | None = None) -> di
     Raises:
         CalibrationError: the file cannot be read.
     """
+    if path.exists() and not path.is_file():
+        raise CalibrationError(f"{path} is not a plain file", "give a file of records")
     try:
         sha256 = file_sha256(path)
     except OSError as error:

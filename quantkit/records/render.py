@@ -1,17 +1,18 @@
 """Records to text, and text to tokens, as the model's chat template wants them.
 
-Templates run in the sandbox of ``transformers``, which refuses access to Python's internals. Its one source of
-change, today's date, is replaced by a fixed date, so that a record gives the same tokens on every day.
+Templates run as those of ``transformers`` do, in a process of their own, see :mod:`quantkit.records.sandbox`. The one
+source of change, today's date, is replaced by a fixed date, so that a record gives the same tokens on every day.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from quantkit.artifacts import file_sha256
 from quantkit.errors import CalibrationError
 from quantkit.records.formats import Record
+from quantkit.records.sandbox import TemplateFailure, render_chat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -116,13 +117,49 @@ def encode(
     return [int(token) for token in encoded["input_ids"]]
 
 
-def _applied(template: str, record: Record, tokenizer: PreTrainedTokenizerBase, index: int | None) -> str:
-    import jinja2
+def render_question(
+    record: Record, tokenizer: PreTrainedTokenizerBase, chat_template: str | None = AUTO, *, index: int | None = None
+) -> str:
+    """The text of a conversation that awaits an answer, with what the template writes before that.
 
-    messages: list[Any] = [{"role": message.role, "content": message.content} for message in record.messages]
+    Without a template the messages' contents are followed by a blank line.
+
+    Raises:
+        CalibrationError: see :func:`render`.
+    """
+    template = template_text(chat_template, tokenizer)
+    if template is None:
+        return render(record, tokenizer, None) + "\n\n"
+    return _applied(template, record, tokenizer, index, awaits_answer=True)
+
+
+def encode_question(
+    record: Record, tokenizer: PreTrainedTokenizerBase, chat_template: str | None = AUTO, *, index: int | None = None
+) -> list[int]:
+    """The token ids of :func:`render_question`.
+
+    Raises:
+        CalibrationError: see :func:`render`.
+    """
+    text = render_question(record, tokenizer, chat_template, index=index)
+    plain = template_text(chat_template, tokenizer) is None
+    encoded = tokenizer(text, add_special_tokens=plain, return_attention_mask=False, verbose=False)
+    return [int(token) for token in encoded["input_ids"]]
+
+
+def _applied(
+    template: str,
+    record: Record,
+    tokenizer: PreTrainedTokenizerBase,
+    index: int | None,
+    *,
+    awaits_answer: bool = False,
+) -> str:
+    messages = [{"role": message.role, "content": message.content} for message in record.messages]
+    variables = {**tokenizer.special_tokens_map, "add_generation_prompt": awaits_answer}
     try:
-        return str(tokenizer.apply_chat_template(messages, chat_template=_with_fixed_clock(template), tokenize=False))
-    except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, RecursionError) as error:
+        return render_chat(_with_fixed_clock(template), messages, variables)
+    except TemplateFailure as error:
         where = "" if index is None else f" on record {index}"
         remedy = "mend the template, remove the record, or set 'chat_template: none'"
         raise CalibrationError(f"the chat template fails{where}: {error}", remedy) from error

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from quantkit.gates import check_gate_syntax, evaluate_gates
 from quantkit.report.files import load, write
-from quantkit.report.gates import check_gate_syntax, evaluate_gates
 from quantkit.report.terminal import table
 
 __all__ = ["check_gate_syntax", "evaluate_gates", "load", "table", "write"]

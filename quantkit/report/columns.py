@@ -104,10 +104,25 @@ def _cost_columns(rows: Sequence[Record], ratio: str) -> dict[str, Column]:
         "bits": _column("Bits per weight", _values(rows, "bits_per_weight"), lambda value: fixed(value, 2), "low"),
         "weights": _marked_decoded(_bytes("Weights", _values(rows, "memory", "weights_bytes")), rows),
         "peak": _bytes("Peak", _values(rows, "memory", "peak_bytes")),
+        **_estimate_columns(rows),
         "prefill": _rate("Prefill tokens/s", _values(rows, "speed", "prefill_tokens_per_second")),
         "decode": _rate("Decode tokens/s", _values(rows, "speed", "decode_tokens_per_second")),
         "quantize": _column("Quantize", _values(rows, "seconds", "quantize"), duration, "low"),
         "evaluate": _column("Evaluate", _values(rows, "seconds", "evaluate"), duration, None),
+    }
+
+
+def _estimate_columns(rows: Sequence[Record]) -> dict[str, Column]:
+    """What a prefill took at most, beside its estimate; of the whole process where no more is known."""
+    told = [pick(row, "memory", "estimates") for row in rows]
+    found = [pick(each, "prefill") or pick(each, "process_prefill") for each in told]
+    measured, estimated, ratios = (
+        [figure(each, key) for each in found] for key in ("measured_bytes", "estimated_bytes", "ratio")
+    )
+    return {
+        "at_prefill": _bytes("At prefill", measured),
+        "estimated": _bytes("Estimated", estimated, None),
+        "estimate_ratio": _column("Estimated / measured", ratios, lambda value: fixed(value, 2), None),
     }
 
 
@@ -169,10 +184,10 @@ def _values(rows: Sequence[Record], *path: str) -> list[float | None]:
     return [figure(row, *path) for row in rows]
 
 
-def _bytes(title: str, values: list[float | None]) -> Column:
+def _bytes(title: str, values: list[float | None], better: Better | None = "low") -> Column:
     name, size = byte_unit(values)
     places = 0 if size == 1 else 2 if name == "GiB" else 1
-    return _column(f"{title}, {name}", values, lambda v: fixed(None if v is None else v / size, places), "low")
+    return _column(f"{title}, {name}", values, lambda v: fixed(None if v is None else v / size, places), better)
 
 
 def _rate(title: str, values: list[float | None]) -> Column:

@@ -103,7 +103,13 @@ def _shapes(report: Record) -> list[tuple[str, list[Shape]]]:
     return [
         ("On disk", [[("size", ""), ("ratio", "")], [("bits", "Bits")]]),
         *per_text,
-        ("Memory", [[("weights", ""), ("peak", "")]]),
+        (
+            "Memory",
+            [
+                [("weights", ""), ("peak", "")],
+                [("at_prefill", ""), ("estimated", ""), ("estimate_ratio", "estimated / measured")],
+            ],
+        ),
         ("Tokens/s", [[("decode", "Decode"), ("prefill", "prefill")]]),
         ("Time", [[("quantize", "Quantize"), ("evaluate", "evaluate")]]),
     ]

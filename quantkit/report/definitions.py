@@ -47,13 +47,33 @@ def definitions(report: Record) -> Facts:
     if any(pick(row, "metrics", "top1_agreement") for row in rows):
         meaning = f"Share of scored tokens at which the most likely next token is the same as that of {reference}."
         found.append(("Top-1", meaning))
-    found += _memory_definitions(rows) + _speed_definitions(rows)
+    found += _further_definitions(report, rows) + _memory_definitions(rows) + _speed_definitions(rows)
     if any(row.get("layers") for row in rows):
         meaning = (
             "Squared error of a layer's output on the calibration tokens, as its method reports it; before is "
             "ahead of the method's own refinement, where it has one."
         )
         found.append(("Layer error", meaning))
+    return found
+
+
+def _further_definitions(report: Record, rows: list[Record]) -> Facts:
+    found: Facts = []
+    if any(pick(row, "metrics", kind) for row in rows for kind in ("tasks", "task_losses")):
+        meaning = (
+            "Scored by lm-evaluation-harness on the checkpoint as exported, with the standard error over documents; "
+            "of each figure the task, the metric, and the filter where a task has several."
+        )
+        found.append(("Tasks", meaning))
+    about = pick(report, "baseline", "answers")
+    if about:
+        left_out = "; ".join(f"{count(number)} {reason}" for reason, number in (about.get("left_out") or {}).items())
+        meaning = (
+            f"{count(about.get('questions'))} instructions that no variant was calibrated on, answered greedily, with "
+            "the standard error over answers. Exact match is the share of answers that are the expected ones; ROUGE is "
+            "the F-measure of their words in common." + (f" Records left out: {left_out}." if left_out else "")
+        )
+        found.append(("Answers", meaning))
     return found
 
 
@@ -67,8 +87,10 @@ def _memory_definitions(rows: list[Record]) -> Facts:
         meaning = {
             "RSS": f"Peak resident set size (RSS) of the evaluating process{where}: its code and libraries included.",
             "CUDA allocator": f"Peak bytes that PyTorch's CUDA allocator held{where}; the CUDA context is not in it.",
+            "NVML": f"Bytes that the evaluating process held{where}, as the driver tells, the CUDA context included.",
         }
         found.append((f"Peak memory ({kind})", meaning.get(kind, f"Peak by {kind}{where}.")))
+    found += _estimate_definitions(rows)
     weights = any(figure(row, "memory", "weights_bytes") is not None for row in rows)
     if not weights:
         return found
@@ -79,6 +101,30 @@ def _memory_definitions(rows: list[Record]) -> Facts:
             "speed are those of a float model, and not of a runtime that keeps the weights packed."
         )
     return [("Weights memory", resident), *found]
+
+
+def _estimate_definitions(rows: list[Record]) -> Facts:
+    """What stands beside what, for the devices of the report."""
+    if not any(pick(row, "memory", "estimates") for row in rows):
+        return []
+    kinds = {pick(row, "memory", "peak_kind") for row in rows}
+    meaning = (
+        "Memory that was taken while one window was read at once, at most, and how it compares with the estimate of "
+        "weights, KV cache and activations, which knows the model's shapes alone."
+    )
+    if "RSS" in kinds:
+        meaning += (
+            " On a CPU it is what the resident set grew by since before the model was loaded: the code of libraries "
+            "that is read at first use, weights that are mapped and not copied, and what the C library keeps of freed "
+            "memory are in the measurement and not in the estimate. In small models they weigh."
+        )
+    if "CUDA allocator" in kinds:
+        meaning += " On CUDA it is what PyTorch's allocator gave out since before the model was loaded."
+    if "NVML" in kinds:
+        meaning += " Where the runtime has its own allocator it is the whole process, estimated with its CUDA context."
+    if any(pick(row, "memory", "peaks_are_of") == "process" for row in rows):
+        meaning += " Here no peak could be begun anew, so each is that of all that came before it."
+    return [("At prefill, estimated", meaning)]
 
 
 def _speed_definitions(rows: list[Record]) -> Facts:

@@ -81,7 +81,9 @@ def _checked(content: Any, origin: str) -> dict[str, Any]:
         raise QuantkitError(
             f"{origin} has schema {schema}, and this quantkit reads up to {SCHEMA}", "pip install --upgrade quantkit"
         )
-    variants = content.get("variants")
+    variants, baseline = content.get("variants"), content.get("baseline")
+    if baseline is not None and not isinstance(baseline, dict):
+        raise QuantkitError(f"{origin} is not a whole report: its baseline is no object", "run the recipe again")
     named = isinstance(variants, list) and all(isinstance(row, dict) and "name" in row for row in variants)
     if "name" not in content or not named:
         raise QuantkitError(f"{origin} is not a whole report: 'name' or 'variants' is missing", "run the recipe again")

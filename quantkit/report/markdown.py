@@ -14,7 +14,10 @@ from quantkit.report.page import context, environment, template_text
 from quantkit.report.plot import Plot, build_plot
 
 _SPECIAL = re.compile(r"([\\`*_\[\]<>|~#$])")
-_COST = ("size", "ratio", "bits", "weights", "peak", "prefill", "decode", "quantize", "evaluate")
+_COST = (
+    *("size", "ratio", "bits", "weights", "peak", "at_prefill", "estimated", "estimate_ratio"),
+    *("prefill", "decode", "quantize", "evaluate"),
+)
 _QUALITY = ("kl", "median", "p99", "perplexity", "rise", "share", "top1")
 _BAR = 40
 

@@ -11,6 +11,7 @@ from quantkit.report.choice import findings, frontier
 from quantkit.report.columns import Record, reference_name, reference_word, scheme_name
 from quantkit.report.comparison import build_comparison, failure
 from quantkit.report.definitions import definitions, text_definitions
+from quantkit.report.further import changed_answers, further_models, further_rows
 from quantkit.report.numbers import figure, fixed, pick
 from quantkit.report.plot import Plot
 from quantkit.report.sections import (
@@ -65,6 +66,8 @@ def context(report: Record, plot: Plot | None) -> dict[str, Any]:
         "has_divergence": any(pick(row, "metrics", "kl_divergence") for row in report["variants"]),
         "table": build_comparison(report),
         "plot": plot,
+        "further": further_rows(report),
+        "further_models": further_models(report),
         "gates": gate_table(report),
         "variants": [_variant(variant) for variant in report["variants"]],
         "calibrated": isinstance(report.get("calibration"), Mapping),
@@ -90,4 +93,5 @@ def _variant(variant: Record) -> dict[str, Any]:
         "notes": [str(note) for note in variant.get("notes") or []],
         "facts": variant_facts(variant),
         "layers": worst_layers(variant),
+        "answers": changed_answers(variant),
     }

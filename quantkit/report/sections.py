@@ -12,6 +12,7 @@ from typing import Any
 from quantkit.formats import FORMATS
 from quantkit.report.columns import Record, reference_name
 from quantkit.report.facts import Facts, present, words
+from quantkit.report.libraries import calibration_run, library_facts
 from quantkit.report.numbers import (
     ABSENT,
     MINUS,
@@ -30,6 +31,14 @@ from quantkit.report.numbers import (
 LAYERS_SHOWN = 15
 LOADERS = {"reference": "the reference decoder, as float weights"}
 """Who loaded a checkpoint to score it, in words; the others have names that say it."""
+ESTIMATED = {
+    "weights": "weights in memory",
+    "prefill": "memory taken at prefill",
+    "decode": "memory taken at decode",
+    "process_prefill": "the process at prefill",
+    "process_decode": "the process at decode",
+}
+"""The figures of memory that have an estimate beside them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +142,7 @@ def calibration_facts(report: Record) -> Facts:
         ("Rows", count(audit.get("rows"))),
         ("Tokens", count(audit.get("tokens"))),
         ("Tokens cut off by max_length", count(audit.get("truncated_tokens"))),
+        *calibration_run(report),
         ("Record length, tokens", length if lengths else ABSENT),
         *((name, words(audit.get(name))) for name in ("seed", "packing", "max_length", "chat_template")),
         ("SHA-256 of the token ids", words(audit.get("token_ids_sha256"))),
@@ -172,18 +182,19 @@ def variant_facts(variant: Record) -> Facts:
     return present(
         ("checkpoint", words(variant.get("checkpoint"))),
         ("loaded by", words(LOADERS.get(str(loader), loader))),
-        ("weights in memory", _beside_estimate(variant)),
+        *((label, _beside_estimate(variant, name)) for name, label in ESTIMATED.items()),
         *((str(key), words(value)) for key, value in options.items()),
+        *library_facts(variant),
     )
 
 
-def _beside_estimate(variant: Record) -> str:
-    """What the weights take, beside what was expected of them before they were there."""
-    measured, estimated = (figure(variant, "memory", f"weights_{kind}bytes") for kind in ("", "estimated_"))
-    if not measured or estimated is None:
+def _beside_estimate(variant: Record, name: str) -> str:
+    """What was measured, beside what was expected of it before it was there."""
+    found = pick(variant, "memory", "estimates", name)
+    measured, estimated, ratio = (figure(found, key) for key in ("measured_bytes", "estimated_bytes", "ratio"))
+    if measured is None or estimated is None:
         return ABSENT
-    ratio = f"ratio {fixed(estimated / measured, 3)}"
-    return f"estimated {in_bytes(estimated)}, measured {in_bytes(measured)}, {ratio}"
+    return f"estimated {in_bytes(estimated)}, measured {in_bytes(measured)}, ratio {fixed(ratio, 3)}"
 
 
 def gate_table(report: Record) -> GateTable:

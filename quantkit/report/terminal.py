@@ -6,22 +6,29 @@ from typing import TYPE_CHECKING, Any
 
 from quantkit.report.columns import Record, build_columns, reference_name, scheme_name, texts_of
 from quantkit.report.comparison import failure
+from quantkit.report.further import further_columns
 from quantkit.report.numbers import ABSENT
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 
+MOST_FURTHER = 5
+"""Figures of tasks and answers that the table has columns for; the report shows more of them."""
+
+
 def table(report: dict[str, Any]) -> Table:
-    """The comparison in short: size, loss on each text and decoding speed, the best in green.
+    """The comparison in short: size, loss on each text, memory beside its estimate and speed, the best in green.
 
     A failed variant has a row that says so, and its error below the table.
     """
     from rich.table import Table
     from rich.text import Text
 
-    columns = build_columns(report)
+    further = further_columns(report)
+    columns = build_columns(report) | further
     keys = [key for key in _keys(report) if key in columns]
+    keys += list(further) if len(further) <= MOST_FURTHER else []
     errors = [(str(row["name"]), error) for row in report["variants"] if (error := failure(row)) is not None]
     caption = Text("\n").join(Text(f"{name} failed: {error}", style="red") for name, error in errors)
     reference = reference_name(report)
@@ -29,7 +36,7 @@ def table(report: dict[str, Any]) -> Table:
     shown.add_column("Variant", overflow="fold", min_width=12)
     shown.add_column("Scheme")
     for key in keys:
-        text = key.partition(":")[2]
+        text = "" if key in further else key.partition(":")[2]
         shown.add_column(Text(f"{columns[key].title} {text}".strip()), justify="right")
     failed = {name for name, _ in errors}
     for index, (name, scheme) in enumerate(_rows(report)):
@@ -43,7 +50,7 @@ def table(report: dict[str, Any]) -> Table:
 
 def _keys(report: Record) -> list[str]:
     per_text = [f"{key}:{text}" for text in texts_of(report) for key in ("mean", "perplexity")]
-    return ["size", "ratio", *per_text, "decode"]
+    return ["size", "ratio", *per_text, "at_prefill", "estimate_ratio", "decode"]
 
 
 def _rows(report: Record) -> list[tuple[str, str]]:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 
-from quantkit.errors import EvaluationError
+from quantkit.artifacts import read_json
+from quantkit.checkpoint.reader import PICKLES, CheckpointReader
+from quantkit.checkpoint.sizes import check_sizes
+from quantkit.errors import EvaluationError, QuantkitError
 from quantkit.exports import find_gguf, open_export
 
 if TYPE_CHECKING:
@@ -31,11 +32,14 @@ def check_checkpoint(path: Path) -> None:
 
     Raises:
         EvaluationError: there is not.
+        CheckpointError: there are pickles alone.
     """
     if path.is_file() and not _begins_as_gguf(path):
         raise EvaluationError(f"{path} is neither a folder nor a GGUF file", "name the folder of the checkpoint")
     if not is_gguf(path) and not (path / "config.json").is_file():
         raise EvaluationError(f"{path} is not a checkpoint: it has no config.json", "check the path")
+    if not any(path.glob("*.safetensors")) and any(file for pattern in PICKLES for file in path.glob(pattern)):
+        CheckpointReader(path)  # refuses pickles with the way to convert them
 
 
 def _begins_as_gguf(path: Path) -> bool:
@@ -66,6 +70,10 @@ def load_config(path: Path, *, trust_remote_code: bool) -> PreTrainedConfig:
         EvaluationError: the checkpoint is missing or its config unusable.
     """
     check_checkpoint(path)
+    if not is_gguf(path):
+        with translated(path, "config.json"):
+            given = read_json(path / "config.json")
+        check_sizes(given if isinstance(given, dict) else {}, str(path / "config.json"), path)
     with translated(path, "config.json"):
         text_config: PreTrainedConfig = whole_config(path, trust_remote_code=trust_remote_code).get_text_config()
     return text_config
@@ -88,8 +96,15 @@ def translated(path: Path, what: str) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:
         raise
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError, json.JSONDecodeError) as error:
+    except QuantkitError:
+        raise
+    except Exception as error:  # the tokenizers package raises Exception itself, transformers whatever befalls it
         lines = str(error).strip().splitlines() or [""]
+        if "trust_remote_code" in str(error):
+            raise EvaluationError(
+                f"{what} in {path} needs Python code that comes with it (auto_map), which does not run here",
+                "read that code; where you trust it, a recipe runs it with model.trust_remote_code: true",
+            ) from error
         raise EvaluationError(
             f"{what} in {path} cannot be loaded: {type(error).__name__}: {lines[0]}",
             "check that the checkpoint is whole and that the packages its format needs are installed",

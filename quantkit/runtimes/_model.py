@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 KEYS_SHOWN = 5
+LOGITS_AT_ONCE = 1 << 27
+"""Logits of all rows of a batch: 512 MB of float32."""
 
 
 class TransformersModel(LoadedModel):
@@ -41,6 +43,25 @@ class TransformersModel(LoadedModel):
         """One forward pass without cache; logits in the model's dtype, on its device."""
         found: torch.Tensor = self.model(input_ids=ids.to(self.model.device).unsqueeze(0), use_cache=False).logits[0]
         return found
+
+    @torch.inference_mode()
+    def logits_of(self, rows: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """Several rows in one forward pass, padded at their ends, where causal attention never looks."""
+        for batch in _batches(rows, LOGITS_AT_ONCE // self.vocabulary):
+            ids = torch.nn.utils.rnn.pad_sequence(list(batch), batch_first=True)
+            found = self.model(input_ids=ids.to(self.model.device), use_cache=False).logits
+            yield from (logits[: len(row)] for logits, row in zip(found, batch, strict=True))
+
+    @torch.inference_mode()
+    def greedy(self, prompt: torch.Tensor) -> Iterator[int]:
+        """One token after another with the KV cache, where the model's class keeps one."""
+        state = self._forward(prompt.unsqueeze(0))
+        if state.get("past_key_values") is None:
+            yield from super().greedy(prompt)
+        while True:
+            token = state["logits"][:, -1:].argmax(dim=-1)
+            yield int(token)
+            state = self._forward(token, past_key_values=state["past_key_values"])
 
     @torch.inference_mode()
     def prefill(self, ids: torch.Tensor) -> None:
@@ -85,6 +106,18 @@ class TransformersModel(LoadedModel):
 
     def _forward(self, ids: torch.Tensor, **state: Any) -> Any:
         return self.model(input_ids=ids.to(self.model.device), use_cache=True, **self._last_only, **state)
+
+
+def _batches(rows: Sequence[torch.Tensor], room: int) -> Iterator[Sequence[torch.Tensor]]:
+    """Rows beside each other, as many as have ``room`` tokens when padded to the longest of them; at least one."""
+    start = longest = 0
+    for place, row in enumerate(rows):
+        longest = max(longest, len(row))
+        if place > start and longest * (place + 1 - start) > room:
+            yield rows[start:place]
+            start, longest = place, len(row)
+    if start < len(rows):
+        yield rows[start:]
 
 
 def whole(path: Path, model: PreTrainedModel, found: Mapping[str, Any], device: torch.device) -> TransformersModel:

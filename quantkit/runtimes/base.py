@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -63,6 +63,23 @@ class LoadedModel(ABC):
         Raises:
             EvaluationError: the model keeps no KV cache.
         """
+
+    def logits_of(self, rows: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """What :meth:`logits` gives for each of the rows, in their order; a runtime may take several at a time."""
+        yield from map(self.logits, rows)
+
+    def greedy(self, prompt: torch.Tensor) -> Iterator[int]:
+        """The likeliest tokens after ``[n]`` tokens, one after another without end.
+
+        This one reads the whole text anew for each token; a runtime with a cache does better.
+        """
+        import torch
+
+        ids = prompt
+        while True:
+            token = int(self.logits(ids)[-1].argmax())
+            yield token
+            ids = torch.cat([ids, torch.tensor([token])])
 
     @abstractmethod
     def weights_bytes(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -64,6 +65,14 @@ class LlamaCppModel(LoadedModel):
             self._model.wait()
             seconds.append(time.perf_counter() - started)
         return ids, seconds
+
+    def greedy(self, prompt: torch.Tensor) -> Iterator[int]:
+        """One token after another with the KV cache; see :meth:`LoadedModel.greedy`."""
+        self.prefill(prompt)
+        while True:
+            token = int(self._model.last_logits().argmax())
+            yield token
+            self._model.read([token])
 
     def weights_bytes(self) -> int:
         """Bytes of all tensors of the file, by llama.cpp's own count."""

@@ -11,6 +11,7 @@ import torch
 
 from quantkit.artifacts import file_sha256, read_json, translated_os_errors, write_json
 from quantkit.checkpoint import CheckpointReader, ShardWriter
+from quantkit.checkpoint.sizes import check_sizes
 from quantkit.errors import SourceError
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -46,6 +47,7 @@ class FloatFolder:
         self.folder = folder
         self.config = _json_object(folder / "config.json", "a model's folder has one; is this the folder?")
         _refuse_quantized(folder, self.config)
+        check_sizes(self.config, str(folder / "config.json"), folder)
         if not any((folder / name).exists() for name in TOKENIZERS):
             raise SourceError(f"{folder} holds no tokenizer", f"it needs one of {', '.join(TOKENIZERS)}")
         self.runs_code = _runs_code(folder, self.config)
@@ -55,6 +57,7 @@ class FloatFolder:
                 "read that code, and set model.trust_remote_code: true if you trust it",
             )
         self.reader = CheckpointReader(folder)
+        _check_known(folder, self.config, trust_remote_code)
         self.dtype = _float_dtype(folder, self.reader)
 
     def sha256(self) -> dict[str, str]:
@@ -102,6 +105,26 @@ def _refuse_quantized(folder: Path, config: dict[str, Any]) -> None:
     for part in (config, *nested):
         if part.get("quantization_config"):
             raise SourceError(f"{folder} is quantized already (quantization_config)", "give the float model")
+
+
+def _check_known(folder: Path, config: dict[str, Any], trust_remote_code: bool) -> None:
+    """Check that transformers reads the config; what it raises for a broken one is of every kind."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    kind = config.get("model_type")
+    if kind is not None and not isinstance(kind, str):
+        raise SourceError(f"{folder / 'config.json'}: model_type is {kind!r}, not a name", "get the file again")
+    try:
+        AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    except (
+        OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, ImportError,
+        StrictDataclassError,
+    ) as error:  # fmt: skip
+        raise SourceError(
+            f"transformers cannot read {folder / 'config.json'}: {error}",
+            "check that it is a decoder-only language model that the installed transformers knows",
+        ) from error
 
 
 def _runs_code(folder: Path, config: dict[str, Any]) -> bool:

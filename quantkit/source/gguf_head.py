@@ -22,6 +22,7 @@ GIVE_FLOAT = "give the float model that the file was made from"
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 ALIGNMENT = 32
+MAX_ALIGNMENT = 1 << 20
 MAX_KEYS = 1 << 16
 MAX_TENSORS = 1 << 17
 MAX_DIMENSIONS = 4
@@ -63,6 +64,8 @@ def read_head(path: Path) -> GGUFHead:
         SourceError: the file cannot be read, is not GGUF, or is broken or truncated.
     """
     try:
+        if not path.is_file():
+            raise SourceError(f"cannot read {path}: it is not a plain file", "check the path")
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             cursor = _Cursor(data)
             metadata, tensor_count = _read_metadata(cursor)
@@ -146,7 +149,7 @@ def _read_metadata(cursor: _Cursor) -> tuple[dict[str, Any], int]:
 def _read_tensors(cursor: _Cursor, count: int, metadata: dict[str, Any]) -> dict[str, GGUFTensor]:
     rows = [_read_row(cursor) for _ in range(count)]
     alignment = metadata.get("general.alignment", ALIGNMENT)
-    if not isinstance(alignment, int) or alignment < 1:
+    if type(alignment) is not int or not 1 <= alignment <= MAX_ALIGNMENT:
         raise ValueError(f"its alignment is {alignment!r}")
     data_start = -(-cursor.place // alignment) * alignment
     tensors: dict[str, GGUFTensor] = {}

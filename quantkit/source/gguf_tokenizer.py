@@ -96,7 +96,11 @@ def _splitting(head: GGUFHead) -> Splitting | None:
 def _check_vocabulary(head: GGUFHead) -> None:
     """Check what the tokenizer is built from, whose builders do not say what is wrong with it."""
     tokens = _strings(head, "tokenizer.ggml.tokens")
-    known = set(tokens)
+    known, rows = set(tokens), head.tensors["token_embd.weight"].shape[0]
+    if len(tokens) > rows:
+        raise SourceError(f"{head.path}: it has {len(tokens)} tokens for {rows} rows of weights", GIVE_FLOAT)
+    if len(known) < len(tokens):
+        raise SourceError(f"{head.path}: the vocabulary holds a token twice", GIVE_FLOAT)
     for name in ("bos", "eos", "unknown", "padding"):
         number = head.metadata.get(f"tokenizer.ggml.{name}_token_id", 0)
         if type(number) is not int or not 0 <= number < len(tokens):

@@ -17,6 +17,7 @@ from quantkit.source.gguf_head import read_head
 from quantkit.source.model import SourceModel
 
 STAGE = "source"
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
 def resolve(spec: ModelSpec, work: Path) -> SourceModel:
@@ -41,6 +42,11 @@ def resolve(spec: ModelSpec, work: Path) -> SourceModel:
         raise SourceError(f"model.revision '{spec.revision}' has no meaning for {path}", "remove it")
     if path.is_dir():
         return _from_folder(path, spec, work, "folder", None)
+    if path.suffix.lower() in PICKLE_SUFFIXES:
+        raise SourceError(
+            f"{path} holds pickled weights, which can run code when they are read",
+            "convert them to safetensors: load the model where you trust it and call save_pretrained",
+        )
     if path.suffix.lower() != ".gguf":
         raise SourceError(f"{path} is not a GGUF file", "give a .gguf file, or the folder that holds config.json")
     return _from_gguf(path, spec, work)

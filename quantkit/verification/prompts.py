@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import jinja2
-
 from quantkit.errors import EvaluationError
-from quantkit.runtimes._checkpoint import load_tokenizer
+from quantkit.records.sandbox import TemplateFailure, render_chat
+from quantkit.runtimes._checkpoint import load_config, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -79,12 +78,21 @@ def tokenize(checkpoint: Path, texts: Sequence[str], *, trust_remote_code: bool)
         if len(ids) < FEWEST_TOKENS:
             raise EvaluationError(f"prompt '{text}' has {len(ids)} tokens", f"give {FEWEST_TOKENS} or more")
     chats = [_as_chat(tokenizer, text) for text in texts] if tokenizer.chat_template else []
+    rows = load_config(checkpoint, trust_remote_code=trust_remote_code).vocab_size
+    largest = max(token for ids in (*plain, *chats) for token in ids)
+    if largest >= rows:
+        raise EvaluationError(
+            f"the tokenizer gives token id {largest}, and the model's vocabulary has {rows}",
+            "the checkpoint's tokenizer belongs to another model",
+        )
     return Prompts((*plain, *chats), len(chats), tokenizer)
 
 
 def _as_chat(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
     turn = [{"role": "user", "content": text}]
+    variables = {**tokenizer.special_tokens_map, "add_generation_prompt": True}
     try:
-        return tuple(tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False))
-    except (jinja2.TemplateError, ValueError) as error:
+        rendered = render_chat(str(tokenizer.get_chat_template()), turn, variables)
+    except (TemplateFailure, ValueError) as error:
         raise EvaluationError(f"the chat template cannot be used: {error}", "mend chat_template.jinja") from error
+    return tuple(tokenizer(rendered, add_special_tokens=False).input_ids)

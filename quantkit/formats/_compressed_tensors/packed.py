@@ -14,6 +14,8 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from quantkit.bitstream import pack_bits, unpack_bits
+from quantkit.errors import CheckpointError
+from quantkit.formats._compressed_tensors.arguments import GET_AGAIN
 from quantkit.formats._compressed_tensors.layout import Layout, integer_args
 from quantkit.formats.base import PackedShapes
 from quantkit.schemes import IntScheme, QuantizedWeight
@@ -54,7 +56,7 @@ class PackQuantized(Layout):
         import torch
 
         scheme = self.scheme
-        rows, columns = (int(size) for size in tensors["weight_shape"])
+        rows, columns = self._checked_size(tensors)
         scales = tensors["weight_scale"]
         if scheme.symmetric:
             zeros = torch.full(scales.shape, scheme.zero, dtype=torch.uint8)
@@ -63,6 +65,17 @@ class PackQuantized(Layout):
         codes = unpack_bits(tensors["weight_packed"], scheme.bits, columns)
         parts = {"g_idx": tensors["weight_g_idx"].int()} if scheme.desc_act else {}
         return QuantizedWeight(scheme, codes, scales, zeros, parts)
+
+    def _checked_size(self, tensors: Mapping[str, torch.Tensor]) -> tuple[int, int]:
+        """Rows and columns as ``weight_shape`` says, which must be those that the codes have room for."""
+        said = [int(size) for size in tensors["weight_shape"].flatten()]
+        words = tuple(tensors["weight_packed"].shape)
+        if len(said) != 2 or min(said) < 1 or words != (said[0], -(-said[1] * self.scheme.bits // 32)):
+            raise CheckpointError(
+                f"weight_shape of a packed layer says the shape {said}, and its codes have the shape {list(words)}",
+                GET_AGAIN,
+            )
+        return said[0], said[1]
 
     def size(self, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], torch.Tensor]) -> tuple[int, int]:
         """As ``weight_shape`` says."""

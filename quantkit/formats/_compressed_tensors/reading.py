@@ -17,6 +17,7 @@ from quantkit.formats._compressed_tensors.fp4 import Mxfp4Packed, Nvfp4Packed
 from quantkit.formats._compressed_tensors.layout import Layout
 from quantkit.formats._compressed_tensors.packed import PackQuantized
 from quantkit.formats._compressed_tensors.plain import FloatQuantized, IntQuantized
+from quantkit.patterns import why_refused
 from quantkit.schemes import Fp8Scheme, IntScheme, Mxfp4Scheme, Nvfp4Scheme, Scheme
 
 if TYPE_CHECKING:
@@ -107,12 +108,11 @@ def matches(target: str, layer: str) -> bool:
     """
     if not target.startswith(PATTERN):
         return False
-    try:
-        return re.match(target.removeprefix(PATTERN), layer) is not None
-    except re.error as error:
-        raise CheckpointError(
-            f"the target '{target}' of compressed-tensors is no pattern: {error}", GET_AGAIN
-        ) from error
+    pattern = target.removeprefix(PATTERN)
+    refused = why_refused(pattern)
+    if refused is not None:
+        raise CheckpointError(f"the target '{target}' of compressed-tensors is no pattern: {refused}", GET_AGAIN)
+    return re.match(pattern, layer) is not None
 
 
 def _is_class(target: str) -> bool:

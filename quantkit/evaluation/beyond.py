@@ -1,0 +1,105 @@
+"""Scores beyond likelihoods: tasks and answers. Prepared before the model is loaded, taken after its texts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from quantkit.evaluation import answers
+from quantkit.evaluation.answer_metrics import Metric, answer_metric
+from quantkit.evaluation.generation import end_tokens
+from quantkit.evaluation.job import EvaluationJob, Progress
+from quantkit.evaluation.questions import Questions, load_questions
+from quantkit.evaluation.tasks import LoadedTask, loaded_tasks, score_tasks
+from quantkit.runtimes.base import LoadedModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+UNLIMITED = 1 << 30
+
+
+@dataclass(frozen=True)
+class Beyond:
+    """What a job asks for beyond likelihoods.
+
+    Attributes:
+        job: the job.
+        tokenizer, ends: the model's, and the ids that end its texts.
+        longest: tokens that the model reads at most.
+        tasks: with their data.
+        questions, metrics: to answer, and to judge the answers by; None and empty where the job does not ask.
+    """
+
+    job: EvaluationJob
+    tokenizer: PreTrainedTokenizerBase
+    ends: frozenset[int]
+    longest: int
+    tasks: list[LoadedTask]
+    questions: Questions | None
+    metrics: tuple[Metric, ...]
+
+    @property
+    def context_length(self) -> int:
+        """Tokens that the runtime has to have room for."""
+        needed = [min(task.spec.max_length, self.longest) for task in self.tasks]
+        if self.questions is not None and self.job.spec.answers is not None:
+            longest = max(len(question.prompt) for question in self.questions.items)
+            needed.append(longest + self.job.spec.answers.max_new_tokens)
+        return max(needed, default=0)
+
+    def score(self, model: LoadedModel, progress: Progress) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Take the scores.
+
+        Returns:
+            ``tasks``, ``task_losses`` and ``answers`` for the metrics of a result; and facts of ``tasks`` and
+            ``answers`` for the result itself.
+
+        Raises:
+            EvaluationError: a task or an answer cannot be scored.
+            OutputError: the answers cannot be written.
+        """
+        metrics, facts = score_tasks(self.tasks, model, self.tokenizer, self.ends, self.longest, progress)
+        told: dict[str, Any] = {"tasks": facts} if facts else {}
+        if self.questions is not None:
+            metrics["answers"], told["answers"] = self._answer(model, self.questions, progress)
+        return metrics, told
+
+    def _answer(
+        self, model: LoadedModel, questions: Questions, progress: Progress
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        spec, job = self.job.spec.answers, self.job
+        if spec is None:
+            raise ValueError("there are questions and no section that asks for answers")
+        given = answers.answer(model, self.tokenizer, questions.items, spec, self.ends, _named(progress, "answers"))
+        facts = questions.facts()
+        if job.float_answers is not None:
+            given = answers.beside_float(given, job.float_answers)
+            facts |= answers.changes(given)
+        if job.answers_file is not None:
+            answers.write_answers(job.answers_file, given)
+        return answers.judged(given, self.metrics), facts
+
+
+@contextmanager
+def beyond(job: EvaluationJob, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> Iterator[Beyond]:
+    """Prepare what a job asks for, before its model is loaded.
+
+    Raises:
+        MissingDependencyError: a package for it is not installed.
+        EvaluationError: a task or a metric cannot be had, or no question is left.
+        CalibrationError: the questions cannot be read.
+    """
+    spec, trusted = job.spec.answers, job.trust_remote_code
+    longest = getattr(config, "max_position_embeddings", None) or UNLIMITED
+    questions = None if spec is None else load_questions(spec, tokenizer, frozenset(job.seen), longest)
+    metrics = () if spec is None else tuple(answer_metric(name, trusted=trusted) for name in spec.metrics)
+    ends = end_tokens(job.checkpoint, config, tokenizer)
+    with loaded_tasks(job.spec.tasks, trusted=trusted) as tasks:
+        yield Beyond(job, tokenizer, ends, longest, tasks, questions, metrics)
+
+
+def _named(progress: Progress, step: str) -> Callable[[int, int], None]:
+    return lambda done, total: progress(step, done, total)

@@ -1,0 +1,93 @@
+"""What gates can be about."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from decimal import Decimal
+from typing import Literal
+
+BYTE_UNITS = {
+    "B": Decimal(1),
+    "KB": Decimal(10**3),
+    "MB": Decimal(10**6),
+    "GB": Decimal(10**9),
+    "KiB": Decimal(2**10),
+    "MiB": Decimal(2**20),
+    "GiB": Decimal(2**30),
+}
+Spread = Literal["likelihood", "divergence", "agreement", "timings", "stderr", "exact"]
+"""Where the noise of a figure is told from: sums of each window, repeated timings, its standard error, or none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """What a gate may ask of one metric.
+
+    Attributes:
+        fields: the names below it, one of which the path must end in; none if it is a number itself.
+        per_text: it is taken on every text, whose name stands before the field.
+        units: the units that its number may carry, each with its factor.
+        lower_is_better: which way it gets better.
+        unit: what its figures are written in.
+        spread: where the noise of its figures is told from; None if a relative gate cannot be about it.
+        comparable: the fields that a relative gate may be about; all if empty.
+        versus_float: whether it compares with the float model already, so that a gate relative to that means nothing.
+        implied: the field that is meant where the path names none; what stands for the text is then the name of a
+            figure, such as ``arc_easy.acc``.
+    """
+
+    fields: tuple[str, ...] = ()
+    per_text: bool = False
+    units: Mapping[str, Decimal] = field(default_factory=dict)
+    lower_is_better: bool = True
+    unit: str = ""
+    spread: Spread | None = None
+    comparable: tuple[str, ...] = ()
+    versus_float: bool = False
+    implied: str = ""
+
+
+METRICS = {
+    "perplexity": Metric(per_text=True, spread="likelihood"),
+    "kl_divergence": Metric(
+        ("mean", "stderr", "median", "p99"),
+        per_text=True,
+        unit="nats",
+        spread="divergence",
+        comparable=("mean",),
+        versus_float=True,
+    ),
+    "top1_agreement": Metric(
+        per_text=True,
+        units={"%": Decimal("0.01")},
+        lower_is_better=False,
+        unit="share",
+        spread="agreement",
+        versus_float=True,
+    ),
+    "tasks": Metric(
+        per_text=True, units={"%": Decimal("0.01")}, lower_is_better=False, spread="stderr", implied="value"
+    ),
+    "task_losses": Metric(per_text=True, spread="stderr", implied="value"),
+    "answers": Metric(
+        per_text=True, units={"%": Decimal("0.01")}, lower_is_better=False, spread="stderr", implied="value"
+    ),
+    "size_bytes": Metric(units=BYTE_UNITS, unit="bytes", spread="exact"),
+    "bits_per_weight": Metric(unit="bits", spread="exact"),
+    "memory": Metric(("weights_bytes", "peak_bytes"), units=BYTE_UNITS, unit="bytes", spread="exact"),
+    "speed": Metric(
+        ("prefill_tokens_per_second", "decode_tokens_per_second"),
+        lower_is_better=False,
+        unit="tokens/s",
+        spread="timings",
+    ),
+    "seconds": Metric(("quantize", "evaluate"), unit="seconds"),
+}
+
+
+def full_path(path: str) -> str:
+    """A path with its metric: ``decode_tokens_per_second`` stands for ``speed.decode_tokens_per_second``."""
+    plain = path.removeprefix("metrics.")
+    owners = [name for name, metric in METRICS.items() if plain in metric.fields and not metric.per_text]
+    return f"{owners[0]}.{plain}" if len(owners) == 1 else plain

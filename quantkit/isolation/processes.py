@@ -1,0 +1,99 @@
+"""The processes of a worker: how much memory they hold, and their end."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from pathlib import Path
+
+import psutil
+
+MARK = "QUANTKIT_WORKER"
+"""Environment variable by which even a process that left the worker's session is found."""
+GRACE = 5.0
+"""Seconds between asking processes to end and killing them."""
+
+
+def resident_bytes(pid: int, at_most: int | None = None) -> int:
+    """Resident bytes of a process and all below it.
+
+    Pages that processes share count once. To tell that is slow, so it is done where a sum over ``at_most`` asks for it.
+    """
+    family = _family(pid)
+    total = sum(_resident(each) for each in family)
+    if at_most is not None and total > at_most and len(family) > 1:
+        return sum(_proportional(each) for each in family)
+    return total
+
+
+def end_all(pid: int, mark: str, *, patient: bool = True) -> None:
+    """End a worker, its process group, and every process that bears its mark.
+
+    Args:
+        pid: of the worker, which leads its group.
+        mark: value of :data:`MARK` in its environment.
+        patient: leave them :data:`GRACE` for ending by themselves.
+    """
+    strays = {*_family(pid), *_marked(mark)}
+    if patient and strays:
+        _signal_group(pid, signal.SIGTERM)
+        _each(strays, signal.SIGTERM)
+        psutil.wait_procs(strays, timeout=GRACE)
+    _signal_group(pid, signal.SIGKILL)
+    deadline = time.monotonic() + GRACE
+    while (left := _marked(mark)) and time.monotonic() < deadline:
+        _each(left, signal.SIGKILL)
+        psutil.wait_procs(left, timeout=0.2)
+
+
+def killed_for_memory() -> int:
+    """How many processes the kernel has killed for want of memory since it started; 0 where it does not say."""
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/proc/vmstat").read_text(encoding="ascii").splitlines():
+            if line.startswith("oom_kill "):
+                return int(line.split()[1])
+    return 0
+
+
+def _family(pid: int) -> list[psutil.Process]:
+    try:
+        root = psutil.Process(pid)
+        return [root, *root.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _marked(mark: str) -> list[psutil.Process]:
+    """The living processes whose environment has the mark; those of other users cannot be asked."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.environ().get(MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+def _signal_group(pid: int, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS forbids it for a group of zombies
+        os.killpg(pid, number)
+
+
+def _each(processes: list[psutil.Process] | set[psutil.Process], number: signal.Signals) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            process.send_signal(number)
+
+
+def _resident(process: psutil.Process) -> int:
+    with contextlib.suppress(psutil.Error):
+        return int(process.memory_info().rss)
+    return 0
+
+
+def _proportional(process: psutil.Process) -> int:
+    with contextlib.suppress(psutil.Error):
+        found = process.memory_full_info()
+        return int(getattr(found, "pss", found.rss))
+    return 0

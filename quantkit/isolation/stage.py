@@ -1,0 +1,189 @@
+"""Quantize one variant by a library, in a worker."""
+
+from __future__ import annotations
+
+import glob
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantkit.artifacts import check_writable, new_folder, translated_os_errors, write_stage
+from quantkit.checkpoint import CheckpointReader
+from quantkit.errors import QuantizationError
+from quantkit.isolation.attempt import Attempt, place_for
+from quantkit.isolation.checking import RESCALED, WEIGHTS_ALONE, Looked, believed, checked_export
+from quantkit.isolation.codes import chosen_format, read_schemes, write_in_format
+from quantkit.isolation.ending import Ending, Kind
+from quantkit.isolation.identity import device_for, made_from
+from quantkit.isolation.launch import Place, fixed_variables, launch
+from quantkit.isolation.records import write_records
+from quantkit.isolation.supervise import Limits
+from quantkit.libraries.base import CODES
+from quantkit.locks import held
+from quantkit.publishing import write_card
+from quantkit.quantization import Job, Quantized, card_facts, finished_variant
+from quantkit.quantization.job import STAGE
+
+if TYPE_CHECKING:
+    from quantkit.schemes import Scheme
+
+OUTPUT = "output"
+"""In the folder of an attempt: where the library writes."""
+RENAMED = {"recipe.yaml": "library_recipe.yaml", "README.md": "library_README.md"}
+"""Files of libraries that have the names of ours."""
+
+
+def quantize_by_library(attempt: Attempt) -> Quantized:
+    """Quantize a variant in a worker, or reuse what is there.
+
+    Raises:
+        QuantizationError: the library failed, was ended, or left nothing that can be used; the log is named.
+        QuantkitError: its environment cannot be had, the device is not one of its own, ``out`` cannot be written.
+    """
+    check_writable(attempt.out)
+    identity = made_from(attempt.job, attempt.variant)
+    finished = finished_variant(attempt.out, identity)
+    if finished is not None:
+        return Quantized(attempt.out, finished["facts"], reused=True)
+    if attempt.variant.calibrated and not attempt.job.rows:
+        raise QuantizationError(f"{attempt.variant.label} needs calibration rows", "give a data set")
+    place = place_for(attempt)
+    started = time.perf_counter()
+    with _scratch(attempt.out) as scratch, new_folder(attempt.out) as folder:
+        (scratch / OUTPUT).mkdir()
+        fixed = fixed_variables(attempt.variant.plugin, device_for(attempt.variant, attempt.job))
+        ending = _run(attempt, place, scratch, fixed)
+        store, schemes, looked = _written(attempt, ending, scratch, folder)
+        facts = {"format": store, **_facts(attempt, ending, fixed, looked, time.perf_counter() - started)}
+        write_records(folder, attempt.job, attempt.variant, store, schemes, identity, facts)
+        write_card(folder, replace(card_facts(attempt.job), repository=attempt.out.name))
+        write_stage(folder, STAGE, identity, facts=facts)
+    return Quantized(attempt.out, facts, reused=False)
+
+
+@contextmanager
+def _scratch(out: Path) -> Iterator[Path]:
+    """An empty folder beside an output that nobody else may write meanwhile; what killed runs left of theirs goes."""
+    prefix = f".{out.name}.library-"
+    with held(out, "quantizing it"), translated_os_errors(out):
+        for orphan in out.absolute().parent.glob(f"{glob.escape(prefix)}*"):
+            shutil.rmtree(orphan, ignore_errors=True)
+        with tempfile.TemporaryDirectory(dir=out.absolute().parent, prefix=prefix) as scratch:
+            yield Path(scratch)
+
+
+def _run(attempt: Attempt, place: Place, scratch: Path, fixed: dict[str, str]) -> Ending:
+    """The worker's good end.
+
+    Raises:
+        QuantizationError: it came to another.
+    """
+    variant, limits = attempt.variant, attempt.variant.limits
+    ending = launch(
+        variant.plugin,
+        place,
+        _request(attempt, scratch),
+        fixed,
+        scratch=scratch,
+        limits=Limits(limits.seconds, limits.memory_bytes),
+        log=attempt.log,
+        on_progress=attempt.observer.progress,
+    )
+    if ending.kind is not Kind.DONE:
+        raise ending.error(variant.label)
+    return ending
+
+
+def _request(attempt: Attempt, scratch: Path) -> dict[str, Any]:
+    job, variant = attempt.job, attempt.variant
+    model = job.source if variant.plugin.takes == "folder" else _as_gguf(job, scratch)
+    return {
+        "model": str(model.absolute()),
+        "tokens": [list(row) for row in job.rows] if variant.calibrated else [],
+        "out": str((scratch / OUTPUT).absolute()),
+        "method": variant.offer.method,
+        "bits": variant.width,
+        "group_size": variant.group,
+        "symmetric": variant.is_symmetric,
+        "ignore": list(variant.ignore),
+        "dtype": job.dtype,
+        "device": device_for(variant, job),
+        "options": variant.all_options(),
+    }
+
+
+def _as_gguf(job: Job, scratch: Path) -> Path:
+    """The float model as a GGUF file of 16 bits."""
+    from quantkit.exports import find_gguf
+    from quantkit.quantization import quantize
+    from quantkit.recipe import VariantSpec
+    from quantkit.validation import parse_section
+
+    scheme = "bfloat16" if job.dtype == "bfloat16" else "float16"
+    keys = {"name": "float", "method": "none", "scheme": scheme, "format": "gguf"}
+    made = quantize(job, parse_section(VariantSpec, keys, "float model"), scratch / "gguf")
+    file = find_gguf(made.folder)
+    if file is None:
+        raise QuantizationError(f"{made.folder} holds no GGUF file")
+    return file
+
+
+def _written(attempt: Attempt, ending: Ending, scratch: Path, folder: Path) -> tuple[str, dict[str, Scheme], Looked]:
+    """The library's output, checked and in the checkpoint's folder: its format, its schemes, what was seen of it."""
+    job, variant, output = attempt.job, attempt.variant, scratch / OUTPUT
+    offer, trusted = variant.offer, partial(believed, variant.label, output, ending)
+    if offer.writes == CODES:
+        with trusted():
+            schemes = read_schemes(output)
+        store = chosen_format(variant.format, schemes)(job.dtype)
+        with trusted():
+            return store.name, schemes, write_in_format(job, output, schemes, store, scratch, folder)
+    with trusted():
+        export, looked = checked_export(output, offer.writes, CheckpointReader(job.source))
+    schemes = dict(export.schemes)
+    del export  # it holds the files open
+    for path in sorted(output.iterdir()):
+        with translated_os_errors(folder):
+            shutil.move(path, folder / RENAMED.get(path.name, path.name))
+    return offer.writes, schemes, looked
+
+
+def _facts(attempt: Attempt, ending: Ending, fixed: dict[str, str], looked: Looked, seconds: float) -> dict[str, Any]:
+    """What the report and ``stage.json`` hold of the variant."""
+    variant, job, result = attempt.variant, attempt.job, ending.result or {}
+    used, has_errors = result["used"], any(layer["error_after"] is not None for layer in looked.layers)
+    given = {"samples": len(job.rows), "tokens": sum(map(len, job.rows))} if variant.calibrated else None
+    return {
+        "bits_per_weight": looked.packed_bytes * 8 / looked.weights,
+        "layers": looked.layers,
+        "notes": [*calibration_notes(given, used), *used["notes"], WEIGHTS_ALONE if has_errors else RESCALED],
+        "seconds": seconds,
+        "strategy": "library",
+        "library": {
+            "name": variant.library,
+            "method": variant.offer.method,
+            "env": variant.env,
+            "versions": result["versions"],
+            "variables": fixed,
+            "calibration": None if given is None else {"given": given, "used": {k: used[k] for k in given}},
+            "cuda_peak_bytes": result.get("cuda_peak_bytes"),
+            "seconds_quantizing": result["seconds"],
+            **ending.facts(),
+        },
+    }
+
+
+def calibration_notes(given: dict[str, int] | None, used: dict[str, Any]) -> list[str]:
+    """What is to be said where a library did not run the calibration set that it was given."""
+    if given is None or all(given[key] == used[key] for key in given):
+        return []
+    return [
+        f"of {given['samples']} calibration rows with {given['tokens']} tokens the library ran "
+        f"{used['samples']} with {used['tokens']}"
+    ]

@@ -1,0 +1,145 @@
+"""Chat templates, rendered by a process of their own that has little time, little memory and nothing to reach.
+
+A chat template is code of whoever published the model. Jinja's sandbox keeps it from Python's internals, and cannot
+keep it from never ending: one operation, such as ``9 ** 9 ** 9``, is a single call that no signal, trace function or
+other thread can end. A process can be ended, whatever it does and from whichever thread it was asked. It is started
+once, serves every template, and is started again where it had to be ended.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+WORKER = Path(__file__).with_name("sandbox_worker.py")
+SECONDS = 10.0
+"""That one text may take."""
+START_SECONDS = 60.0
+"""That the process may take to start, on a loaded machine."""
+KEPT_VARIABLES = ("PATH", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "SYSTEMROOT", "VIRTUAL_ENV")
+"""Of the environment; tokens and passwords stay here."""
+
+
+class TemplateFailure(Exception):  # noqa: N818 - told to people by who asked, as an error of theirs
+    """A template was refused, failed, or was ended; the text says which."""
+
+
+def render_chat(
+    template: str, messages: Sequence[Mapping[str, str]], variables: Mapping[str, Any], seconds: float | None = None
+) -> str:
+    """The text that a chat template makes of a conversation, as ``apply_chat_template`` of transformers makes it.
+
+    Args:
+        template: Jinja source.
+        messages: mappings with ``role`` and ``content``.
+        variables: further variables, as JSON data: special tokens, ``add_generation_prompt``.
+        seconds: that it may take; ``SECONDS`` by default.
+
+    Raises:
+        TemplateFailure: it is broken, does what it may not, or takes more time, memory or room than a text needs.
+    """
+    answer = _RENDERER.ask(
+        {"template": template, "messages": list(messages), "variables": dict(variables)}, seconds or SECONDS
+    )
+    if "text" not in answer:
+        raise TemplateFailure(str(answer["error"]))
+    return str(answer["text"])
+
+
+class _Renderer:
+    """The process, started when it is first asked; one asks at a time."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._child: subprocess.Popen[bytes] | None = None
+        self._owner = 0
+        self._answers: queue.Queue[bytes] = queue.Queue()
+
+    def ask(self, request: dict[str, Any], seconds: float) -> dict[str, Any]:
+        """The answer, or one that says why there is none."""
+        with self._lock:
+            child = self._running()
+            try:
+                return self._asked(child, json.dumps(request).encode() + b"\n", seconds)
+            except BaseException:
+                self.close()
+                raise
+
+    def _asked(self, child: subprocess.Popen[bytes], line: bytes, seconds: float) -> dict[str, Any]:
+        try:
+            _pipe(child.stdin).write(line)
+            _pipe(child.stdin).flush()
+            answer = self._answers.get(timeout=seconds)
+        except queue.Empty:
+            self.close()
+            return {"error": f"it takes more than {seconds:g} seconds"}
+        except OSError:
+            answer = b""
+        if not answer:
+            self.close()
+            return {"error": "it takes more memory or time than a text needs"}
+        found: dict[str, Any] = json.loads(answer)
+        return found
+
+    def _running(self) -> subprocess.Popen[bytes]:
+        if self._child is None or self._child.poll() is not None or self._owner != os.getpid():
+            return self._start()
+        return self._child
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        if self._owner == os.getpid():
+            self.close()
+        environment = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
+        child = self._child = subprocess.Popen(
+            [sys.executable, "-P", str(WORKER)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=environment,
+        )
+        if self._owner != os.getpid():
+            atexit.register(self.close)
+        self._owner, self._answers = os.getpid(), queue.Queue()
+        reading = threading.Thread(target=_read, args=(_pipe(self._child.stdout), self._answers), daemon=True)
+        reading.start()
+        try:
+            ready = self._answers.get(timeout=START_SECONDS)
+        except queue.Empty:
+            ready = b""
+        if not ready:
+            self.close()
+            raise TemplateFailure("the process that renders chat templates does not start")
+        return child
+
+    def close(self) -> None:
+        """End the process."""
+        child, self._child = self._child, None
+        if child is not None and self._owner == os.getpid():
+            child.kill()
+            child.wait()
+            _pipe(child.stdin).close()
+
+
+def _read(stream: IO[bytes], answers: queue.Queue[bytes]) -> None:
+    """Pass the lines on until there are no more; an empty one ends them."""
+    with stream:
+        for line in stream:
+            answers.put(line)
+    answers.put(b"")
+
+
+def _pipe(found: IO[bytes] | None) -> IO[bytes]:
+    if found is None:
+        raise RuntimeError("the process was started without a pipe")
+    return found
+
+
+_RENDERER = _Renderer()

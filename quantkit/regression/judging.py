@@ -1,0 +1,84 @@
+"""Judge the gates of a recipe on a run, beside the runs that are accepted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import stdev
+
+from quantkit.gates.absolute import judge_absolute
+from quantkit.gates.comparable import why_not
+from quantkit.gates.compare import TIMINGS
+from quantkit.gates.noise import Spread
+from quantkit.gates.relative import RUNS_FOR_SPREAD, judge_relative
+from quantkit.gates.syntax import Gate, parse_gate
+from quantkit.regression.document import GateResult, Outcome
+from quantkit.run_history.record import RunRecord, VariantRecord
+
+
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """What a run is compared with.
+
+    Attributes:
+        references: for each variant that has one its accepted run, whole.
+        earlier: the runs before, oldest first, without windows.
+    """
+
+    references: Mapping[str, RunRecord]
+    earlier: Sequence[RunRecord]
+
+    def variant(self, name: str) -> VariantRecord | None:
+        """The variant in its accepted run, or None."""
+        run = self.references.get(name)
+        return None if run is None else run.variant(name)
+
+
+def judge(gates: Sequence[str], run: RunRecord, beside: Beside) -> list[GateResult]:
+    """The verdict of every gate on every variant, gate by gate.
+
+    Raises:
+        RecipeError: a gate cannot be read.
+    """
+    results = []
+    for gate in map(parse_gate, gates):
+        texts = sorted({key[1] for variant in run.variants for key in variant.figures if key[0] == gate.metric})
+        results += [_result(gate, variant, run, beside, texts) for variant in run.variants]
+    return results
+
+
+def verdict(results: Sequence[GateResult], run: RunRecord) -> Outcome:
+    """``regressed`` if any gate is, else ``unknown`` if any cannot be told or a variant failed, else ``passed``."""
+    outcomes = {result.outcome for result in results}
+    if "regressed" in outcomes:
+        return "regressed"
+    failed = any(variant.status != "ok" for variant in run.variants)
+    return "unknown" if failed or "unknown" in outcomes or not outcomes else "passed"
+
+
+def _result(gate: Gate, variant: VariantRecord, run: RunRecord, beside: Beside, texts: Sequence[str]) -> GateResult:
+    if gate.kind == "absolute":
+        return judge_absolute(gate, variant, texts)
+    if gate.kind == "baseline":
+        return judge_relative(gate, variant, run.baseline, texts, absent="the float model was not scored")
+    absent = f"no run is accepted for variant {variant.name}"
+    then = beside.variant(variant.name)
+    return judge_relative(gate, variant, then, texts, absent=absent, spreads=speed_spreads(variant, beside.earlier))
+
+
+def speed_spreads(variant: VariantRecord, earlier: Sequence[RunRecord]) -> dict[str, Spread]:
+    """How much each speed differs from run to run on this machine, where enough earlier runs tell it.
+
+    A run that regressed and that nobody accepted does not count: its speed may be what was wrong with it.
+    """
+    sound = [run for run in earlier if run.verdict != "regressed" or variant.name in run.accepted]
+    records = [found for run in sound if (found := run.variant(variant.name)) is not None]
+    alike = [record for record in records if why_not("speed", None, variant, record) is None]
+    spreads = {}
+    for figure in TIMINGS:
+        speeds = [record.figures.get(("speed", "", figure), 0.0) for record in alike]
+        logs = [math.log(speed) for speed in speeds if speed > 0]
+        if len(logs) >= RUNS_FOR_SPREAD:
+            spreads[figure] = Spread(stdev(logs), len(logs) - 1)
+    return spreads

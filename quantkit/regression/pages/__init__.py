@@ -1,0 +1,7 @@
+"""A check as pages and files for people and for other tools."""
+
+from __future__ import annotations
+
+from quantkit.regression.pages.files import HTML, JUNIT, MARKDOWN, write_pages
+
+__all__ = ["HTML", "JUNIT", "MARKDOWN", "write_pages"]
