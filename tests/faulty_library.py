@@ -61,6 +61,13 @@ def rounded(request: Request, weights: dict[str, Any]) -> Used:
 
 
 @fault()
+def litters(request: Request) -> Used:
+    """Writes beside itself, as libraries do that keep a log."""
+    Path("logs").mkdir()
+    return works(request)
+
+
+@fault()
 def drops_rows(request: Request) -> Used:
     works(request)
     return Used(len(request.tokens) - 1, sum(map(len, request.tokens[1:])))

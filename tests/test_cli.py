@@ -123,7 +123,8 @@ def test_evaluate_prints_json(model: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_methods_are_listed_with_what_they_need_take_and_cost() -> None:
     text = invoke("methods").stdout
-    listed = {block.partition(":")[0]: block for block in text.split("\n\n")}
+    blocks = reversed(text.split("\n\n"))  # so that a library of the same name, which comes later, does not win
+    listed = {block.partition(":")[0]: block for block in blocks}
     for method in METHODS:
         block = listed[method.name]
         assert f"{method.name}: {method.summary}" in block
@@ -247,7 +248,7 @@ def test_usage_errors_exit_with_two(arguments: list[str]) -> None:
 
 
 def test_an_interrupt_says_that_what_is_finished_is_kept(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(*_: Any) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("quantkit.api.run", interrupted)

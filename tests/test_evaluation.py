@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from quantkit import records
 from quantkit.devices import resolve_device
-from quantkit.errors import CalibrationError, EvaluationError, MissingDependencyError, QuantkitError
+from quantkit.errors import CalibrationError, CheckpointError, EvaluationError, MissingDependencyError, QuantkitError
 from quantkit.evaluation import EvaluationJob, process, run_job, scoring, texts
 from quantkit.evaluation.divergence import clustered_stderr, summarize
 from quantkit.evaluation.evaluate import evaluate
@@ -442,7 +442,7 @@ def test_pickles_are_refused(tmp_path: Path) -> None:
     folder = make_model(tmp_path / "model")
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
-    with pytest.raises(EvaluationError, match="cannot be loaded"):
+    with pytest.raises(CheckpointError, match=r"holds only pickled weights \(pytorch_model\.bin\).*convert them"):
         load(folder)
 
 

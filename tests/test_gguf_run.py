@@ -113,4 +113,4 @@ def test_verify_keeps_its_verdict_and_changes_nothing_else(report: dict[str, Any
     verdict = quantkit.verify(folder, runtime="llama.cpp")
     assert verdict["passed"], verdict["reason"]
     assert identity(folder) == before
-    assert read_json(folder / "manifest.json")["verified"]["llama.cpp"]["passed"]
+    assert read_json(folder / "verified.json")["llama.cpp"]["passed"]

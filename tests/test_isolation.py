@@ -22,6 +22,7 @@ from quantkit.exports import open_export
 from quantkit.inspection import inspect
 from quantkit.isolation.attempt import Attempt
 from quantkit.isolation.ending import WorkerFailedError
+from quantkit.isolation.launch import WORKER
 from quantkit.isolation.log import LogCopy
 from quantkit.isolation.stage import quantize_by_library
 from quantkit.libraries import LIBRARIES
@@ -174,6 +175,17 @@ def test_what_works_is_a_checkpoint_like_any_other(job: Job, tmp_path: Path) -> 
     assert quantized(job, tmp_path, "works").reused
 
 
+def test_what_a_library_leaves_in_its_working_folder_is_not_left_with_the_user(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    user = tmp_path / "user"
+    user.mkdir()
+    monkeypatch.chdir(user)
+    quantized(job, Path("results"), "litters")
+    assert [path.name for path in user.iterdir()] == ["results"]
+    assert not (user / "results" / "logs").exists()
+
+
 def test_what_a_library_wrote_itself_is_kept_as_it_is(job: Job, tmp_path: Path) -> None:
     done = quantized(job, tmp_path, "writes_packed", bits=8)
     export = open_export(done.folder)
@@ -262,7 +274,7 @@ def terminating() -> Iterator[None]:
 
 def test_a_request_to_terminate_ends_the_worker_too(job: Job, tmp_path: Path, terminating: None) -> None:
     def terminate_once_it_runs() -> None:
-        while not (found := psutil.Process().children()):
+        while not (found := [each for each in psutil.Process().children() if str(WORKER) in each.cmdline()]):
             time.sleep(0.05)
         workers.extend(found)
         os.kill(os.getpid(), signal.SIGTERM)

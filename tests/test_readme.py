@@ -53,7 +53,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "retention": recipe.RetentionSpec,
     "webhook": recipe.WebhookSpec,
 }
-DATA_FOLDERS = ("calib_data", "eval_data", "report/templates", "estimation/configs")
+DATA_FOLDERS = ("calib_data", "eval_data", "report/templates", "regression/pages/templates", "estimation/configs")
 COMMANDS: dict[str, Any] = getattr(typer.main.get_command(app), "commands")  # noqa: B009 - of click's Group
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from quantkit.formats import FORMATS
+from quantkit.libraries import LIBRARIES
 from quantkit.methods import METHODS
 from quantkit.recipe import Recipe
 from quantkit.records.named import FOLDER
@@ -29,6 +30,9 @@ def test_a_shipped_recipe_names_what_is_there(path: Path) -> None:
     recipe = Recipe.load(path)
     named = {file.stem for file in FOLDER.glob("*.yaml")}
     assert recipe.calibration.dataset in named or recipe.calibration.dataset.startswith(("hub:", "./"))
-    for variant in recipe.variants:
+    for variant in recipe.own_variants:
         assert variant.method in METHODS  # two may be joined, as in awq+gptq
         assert variant.format in FORMATS.names()
+    for each in recipe.library_variants:
+        assert each.library in LIBRARIES
+        assert each.stores() in (None, *FORMATS.names())

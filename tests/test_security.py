@@ -4,21 +4,32 @@ from __future__ import annotations
 
 import ast
 import json
+import os
+import pickle
 import shutil
 import stat
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import quantkit
 from quantkit.cli import app
 from quantkit.errors import QuantkitError, SourceError
+from quantkit.exports.manifest import write_manifest
+from quantkit.merging.check import _load
 from quantkit.patterns import why_refused
-from quantkit.records.sandbox import TemplateFailure, render_chat
+from quantkit.publishing.card import write_card
+from quantkit.publishing.push import files_to_push
+from quantkit.records.sandbox import SECONDS, TemplateFailure, _Renderer, render_chat
 from quantkit.redaction import HIDDEN, redacted
+from quantkit.runtimes._decoded import load_decoded
+from quantkit.runtimes._packed import load_packed
+from quantkit.runtimes.base import LoadOptions
 from tests.test_source import TOKEN, Hub, hub, resolved
 from tests.tiny import CHAT_TEMPLATE, make_model, tiny_tokenizer
 
@@ -63,6 +74,46 @@ def test_nothing_unpickles_or_runs_text() -> None:
             assert keywords["Loader"] in SAFE_LOADERS, file
         if called.rpartition(".")[2] == "load" and called.rpartition(".")[0] in ("np", "numpy"):
             assert keywords["allow_pickle"] == "False"
+
+
+def test_every_model_is_loaded_from_safetensors_alone() -> None:
+    loads = []
+    for file, node in nodes():
+        if not isinstance(node, ast.Call) or not ast.unparse(node.func).endswith("from_pretrained"):
+            continue
+        name = ast.unparse(node.func).removesuffix(".from_pretrained")
+        if name.endswith(("Config", "Tokenizer", "TokenizerFast")) or name in ("PeftModel", "AutoAWQForCausalLM"):
+            continue  # of adapters the safetensors are checked before, and AutoAWQ has a default of its own
+        keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+        assert keywords.get("use_safetensors") == "True", file
+        loads.append(name)
+    assert len(loads) >= 6
+
+
+class Touch:
+    """What makes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {self.path}",)
+
+
+def test_a_pickle_beside_the_weights_or_in_their_place_is_never_loaded(export: Path, tmp_path: Path) -> None:
+    canary = tmp_path / "canary"
+    places = {"model": export.parent / "model", "packed": export, "decoded": export}
+    for name, origin in places.items():
+        shutil.copytree(origin, tmp_path / name)
+        (tmp_path / name / "pytorch_model.bin").write_bytes(pickle.dumps(Touch(canary)))
+    assert _load(tmp_path / "model", trust_remote_code=False).num_parameters() > 0
+    load_packed(tmp_path / "packed", LoadOptions(device="cpu"))
+    load_decoded(tmp_path / "decoded", LoadOptions(device="cpu"))
+    assert not canary.exists()
+    (tmp_path / "model" / "model.safetensors").unlink()
+    torch.save({"lm_head.weight": torch.zeros(2, 2)}, tmp_path / "model" / "pytorch_model.bin")
+    with pytest.raises(OSError, match="safetensors"):
+        _load(tmp_path / "model", trust_remote_code=False)
 
 
 def test_foreign_code_is_never_trusted_by_a_constant() -> None:
@@ -110,6 +161,43 @@ def test_a_template_that_never_ends_is_ended_in_any_thread_and_the_next_one_is_r
         thread.join()
     assert told == ["it takes more than 0.5 seconds"] * 2
     assert render_chat("{{ messages | length }}", CHAT, {}) == "2"
+
+
+@pytest.mark.parametrize(
+    ("template", "told"),
+    [
+        ("{{ raise_exception('roles must take turns') }}", "roles must take turns"),
+        ("{% for m in messages %}{{ m.content.nothing.at_all }}{% endfor %}", "has no attribute 'nothing'"),
+        ("{% macro m(x) %}{{ x / 0 }}{% endmacro %}{{ m(1) }}", "ZeroDivisionError: division by zero"),
+        ("{% if %}", "Expected an expression, got 'end of statement block'"),
+        ("{{ messages | nothing }}", "No filter named 'nothing'."),
+        ("{{ 'x'.encode('nothing') }}", "LookupError: unknown encoding: nothing"),
+    ],
+)
+def test_a_template_that_fails_is_told_by_its_own_error_and_not_by_a_limit(template: str, told: str) -> None:
+    fresh = _Renderer()  # Jinja imports some of its modules when they are first used, and so opens files
+    try:
+        answer = fresh.ask({"kind": "chat", "template": template, "given": {"messages": CHAT}}, SECONDS)
+    finally:
+        fresh.close()
+    assert told in answer["error"]
+    assert "OSError" not in answer["error"]
+
+
+@pytest.mark.parametrize("kind", ["chat", "task"])
+def test_what_jinja_and_python_import_late_is_there_for_a_template(kind: str) -> None:
+    late = (
+        "{{ messages | pprint | length > 9 }}|{{ '%d' | format(3) }}|{{ 'a b' | urlencode }}|{{ 'www.a.de' | urlize }}"
+        "|{{ 'x'.encode('punycode') | length }}|{{ lipsum(n=1, html=false) | length > 9 }}|{{ [3] | random }}"
+        "|{{ 'a b' | wordwrap(1) | length }}|{{ 1000 | filesizeformat }}"
+    )
+    fresh = _Renderer()
+    try:
+        answer = fresh.ask({"kind": kind, "template": late, "given": {"messages": CHAT}}, SECONDS)
+    finally:
+        fresh.close()
+    link = '<a href="https://www.a.de" rel="noopener">www.a.de</a>'
+    assert answer == {"text": f"True|3|a%20b|{link}|2|True|3|3|1.0 kB"}
 
 
 def test_a_template_sees_no_secret_and_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,6 +370,18 @@ def test_a_checkpoint_that_was_touched_is_one_line(
     assert told.startswith("error: ")
     assert len(told.splitlines()) == 1
     assert expected in told
+
+
+def test_a_signature_survives_a_verdict_and_a_manifest_lists_no_signature(signed: Path, tmp_path: Path) -> None:
+    assert quantkit.verify(signed, runtime="reference", device="cpu")["passed"]
+    write_card(signed)
+    assert {"verified.json", "README.md", "manifest.json.minisig"} <= {file.name for file in signed.iterdir()}
+    assert {"verified.json", "README.md", "manifest.json.minisig"} <= files_to_push(signed).keys()
+    assert command("verify-signature", signed, "--key", tmp_path / "mine.pub")[0] == 0
+    write_manifest(signed, {})
+    listed = set(json.loads((signed / "manifest.json").read_text())["files"])
+    assert "model.safetensors" in listed
+    assert not listed & {"verified.json", "README.md", "manifest.json.minisig", "manifest.json"}
 
 
 def test_another_key_is_one_line(signed: Path, tmp_path: Path) -> None:

@@ -130,6 +130,27 @@ def test_an_unknown_or_broken_config_is_a_source_error(tmp_path: Path, config: A
         Skeleton(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("change", "cause"),
+    [
+        ({"hidden_size": -8}, RuntimeError),
+        ({"dtype": "nope"}, AttributeError),
+        ({"num_key_value_heads": 0}, ZeroDivisionError),
+        ({"pad_token_id": 10**6}, AssertionError),
+        ({"hidden_act": "nope"}, KeyError),
+    ],
+)
+def test_whatever_transformers_raises_for_an_odd_config_is_a_source_error(
+    tmp_path: Path, change: dict[str, Any], cause: type[Exception]
+) -> None:
+    file = make_model(tmp_path) / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(SourceError, match=r"config\.json") as caught:
+        skeleton_module.empty_model(tmp_path)
+    assert isinstance(caught.value.__cause__, cause)
+    assert "\n" not in str(caught.value)
+
+
 def test_no_config_is_a_source_error(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"config\.json"):
         Skeleton(tmp_path)

@@ -14,8 +14,9 @@ import torch
 
 from quantkit.checkpoint import CheckpointReader, ShardWriter
 from quantkit.errors import CheckpointError, QuantkitError, SourceError
-from quantkit.merging import merge_model
-from quantkit.recipe import ModelSpec
+from quantkit.merging import merge_model, merged_source
+from quantkit.progress import Silent
+from quantkit.recipe import MergeSpec, ModelSpec
 from quantkit.source import SourceModel, resolve
 from tests.adapters import make_adapter
 from tests.tiny import make_model
@@ -248,6 +249,7 @@ class Hub:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.refuse: tuple[int, str] | None = None
+        self.refuse_metadata = False
         self.downloaded: list[str] = []
         self.tokens: set[str | None] = set()
 
@@ -255,9 +257,14 @@ class Hub:
         return sorted(str(file.relative_to(self.folder)) for file in self.folder.rglob("*") if file.is_file())
 
     def answer(self, path: str) -> tuple[int, dict[str, str], bytes]:
-        path = path.partition("?")[0]
+        path, _, query = path.partition("?")
         if self.refuse:
             return self.refuse[0], {"X-Error-Code": self.refuse[1]}, b"{}"
+        if path == f"/api/models/org/tiny/revision/{COMMIT}" and "blobs=" in query:
+            if self.refuse_metadata:
+                return 500, {}, b"{}"
+            siblings = [self.described(name) for name in self.files()]
+            return 200, {}, json.dumps({"id": "org/tiny", "sha": COMMIT, "siblings": siblings}).encode()
         if path in ("/api/models/org/tiny", "/api/models/org/tiny/revision/main", "/api/models/org/tiny/revision/v1"):
             siblings = [{"rfilename": name} for name in self.files()]
             facts = {"id": "org/tiny", "modelId": "org/tiny", "sha": COMMIT, "siblings": siblings, "private": False}
@@ -269,15 +276,38 @@ class Hub:
         prefix = f"/org/tiny/resolve/{COMMIT}/"
         if path.startswith(prefix) and (self.folder / path.removeprefix(prefix)).is_file():
             name = path.removeprefix(prefix)
-            return 200, {"X-Repo-Commit": COMMIT, "ETag": f'"{self.entry(name)["oid"]}"'}, self.read(name)
+            return 200, {"X-Repo-Commit": COMMIT, "ETag": f'"{self.etag(name)}"'}, self.read(name)
         return 404, {"X-Error-Code": "RepoNotFound"}, b"{}"
 
     def entry(self, name: str) -> dict[str, Any]:
-        data = self.read(name)
-        return {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+        """Of the listing of a tree."""
+        told = {"type": "file", "path": name, "size": len(self.read(name)), "oid": self.git_sha1(name)}
+        if is_large(name):
+            told["lfs"] = {"oid": self.etag(name), "size": told["size"], "pointerSize": 100}
+        return told
+
+    def described(self, name: str) -> dict[str, Any]:
+        """Of the facts of a model with the metadata of its files."""
+        told = {"rfilename": name, "size": len(self.read(name)), "blobId": self.git_sha1(name)}
+        if is_large(name):
+            told["lfs"] = {"sha256": self.etag(name), "size": told["size"], "pointerSize": 100}
+        return told
+
+    def etag(self, name: str) -> str:
+        return hashlib.sha256(self.read(name)).hexdigest() if is_large(name) else self.git_sha1(name)
+
+    def git_sha1(self, name: str) -> str:
+        """What ``git hash-object`` gives, of the pointer in place of a large file."""
+        data = b"pointer to " + name.encode() if is_large(name) else self.read(name)
+        return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
     def read(self, name: str) -> bytes:
         return (self.folder / name).read_bytes()
+
+
+def is_large(name: str) -> bool:
+    """Whether Git LFS keeps a file."""
+    return name.endswith(".safetensors")
 
 
 @pytest.fixture
@@ -335,6 +365,117 @@ def test_an_adapter_of_the_hub_is_merged_as_its_folder_is(tmp_path: Path, hub: H
     assert all(torch.equal(first.read(name), second.read(name)) for name in second.names())
     assert found["adapters"][0]["source"] == f"org/tiny@{COMMIT}"
     assert "adapter_model.safetensors" in hub.downloaded
+
+
+def blob(name: str) -> Path:
+    """The file of the cache that ``name`` of ``org/tiny`` is a link to."""
+    cache = Path(huggingface_hub.constants.HF_HUB_CACHE)
+    return (cache / "models--org--tiny" / "snapshots" / COMMIT / name).resolve()
+
+
+def damage_byte(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+
+
+def only_shard(folder: Path) -> str:
+    return min(file.name for file in folder.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("offline", [False, True])
+@pytest.mark.parametrize("large", [False, True])
+def test_a_blob_of_the_cache_that_is_damaged_is_one_line_and_is_downloaded_again_when_it_is_removed(
+    tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch, large: bool, offline: bool
+) -> None:
+    first = resolved("org/tiny", tmp_path / "work")
+    name = only_shard(hub.folder) if large else "tokenizer.json"
+    file = blob(name)
+    assert file.name == hub.etag(name)
+    damage_byte(file)
+    found = hashlib.sha256(file.read_bytes()).hexdigest()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
+    with pytest.raises(SourceError, match=f"{name} of org/tiny is not the file that the hub states") as caught:
+        resolved("org/tiny", tmp_path / "work")
+    assert hub.etag(name) in caught.value.problem
+    assert (found in caught.value.problem) == large
+    assert f"remove {file} " in caught.value.remedy
+    assert "\n" not in str(caught.value)
+    file.unlink()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    assert resolved("org/tiny", tmp_path / "work") == first
+
+
+def test_what_the_hub_sends_is_compared_with_what_it_states(
+    tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub, "etag", lambda name: "0" * (64 if is_large(name) else 40))
+    with pytest.raises(SourceError, match=r"of org/tiny is not the file that the hub states: 0{40}"):
+        resolved("org/tiny", tmp_path / "work")
+
+
+def test_a_mirror_may_state_the_plain_sha1(tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "git_sha1", lambda name: hashlib.sha1(hub.read(name)).hexdigest())
+    assert resolved("org/tiny", tmp_path / "work").unchecked == ()
+    damage_byte(blob("tokenizer.json"))
+    with pytest.raises(SourceError, match=r"tokenizer\.json of org/tiny is not the file"):
+        resolved("org/tiny", tmp_path / "work")
+
+
+def without_links(name: str) -> None:
+    """Let the cache hold a file as it does where links cannot be made."""
+    file = blob(name)
+    link = file.parents[1] / "snapshots" / COMMIT / name
+    file.replace(link)
+
+
+def test_a_cache_without_links_is_compared_with_what_the_hub_says_when_asked(tmp_path: Path, hub: Hub) -> None:
+    first = resolved("org/tiny", tmp_path / "work")
+    names = [only_shard(hub.folder), "tokenizer.json"]
+    for name in names:
+        without_links(name)
+    assert resolved("org/tiny", tmp_path / "work") == first
+    for name in names:
+        damage_byte(blob(name))
+        with pytest.raises(SourceError, match=f"{name} of org/tiny is not the file that the hub states"):
+            resolved("org/tiny", tmp_path / "work")
+        damage_byte(blob(name))
+
+
+@pytest.mark.parametrize("offline", [False, True])
+def test_what_could_not_be_compared_is_said(
+    tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch, offline: bool
+) -> None:
+    resolved("org/tiny", tmp_path / "work")
+    without_links("tokenizer.json")
+    hub.refuse_metadata = True
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
+    notes: list[str] = []
+    observer = Silent()
+    monkeypatch.setattr(observer, "note", notes.append)
+    found = merged_source(ModelSpec(source="org/tiny"), MergeSpec(), tmp_path / "work", observer)
+    assert found.unchecked == ("tokenizer.json",)
+    assert len(notes) == 1
+    assert notes[0].startswith("org/tiny: not compared with the hub")
+    assert notes[0].endswith(": tokenizer.json")
+
+
+def test_no_file_is_hashed_twice(tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    again: list[Path] = []
+    monkeypatch.setattr("quantkit.source.folder.file_sha256", again.append)
+    source = resolved("org/tiny", tmp_path / "work")
+    assert again == []
+    for name, digest in source.sha256.items():
+        assert digest == hashlib.sha256(hub.read(name)).hexdigest()
+
+
+def test_an_adapter_of_the_hub_that_is_damaged_is_one_line(tmp_path: Path, hub: Hub) -> None:
+    base = make_model(tmp_path / "base")
+    hub.folder = make_adapter(tmp_path / "adapter", base)
+    merge_model(str(base), f"org/tiny@{COMMIT}", tmp_path / "one")
+    damage_byte(blob("adapter_model.safetensors"))
+    with pytest.raises(SourceError, match=r"adapter_model\.safetensors of org/tiny is not the file"):
+        merge_model(str(base), f"org/tiny@{COMMIT}", tmp_path / "two")
 
 
 def test_a_second_run_downloads_nothing(tmp_path: Path, hub: Hub) -> None:

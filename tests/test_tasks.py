@@ -8,6 +8,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from datetime import date
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +23,7 @@ from quantkit.evaluation import EvaluationJob, run_job
 from quantkit.evaluation.evaluate import evaluate
 from quantkit.evaluation.harness import HarnessModel
 from quantkit.evaluation.tasks import loaded_tasks
+from quantkit.evaluation.templates import Templates
 from quantkit.recipe import EvaluationSpec, TaskSpec
 from quantkit.runtimes import RUNTIMES, _model
 from quantkit.runtimes._model import TransformersModel
@@ -250,6 +252,55 @@ def test_templates_run_in_a_sandbox(checkpoint: Path, tmp_path: Path, prompt: st
     with pytest.raises(EvaluationError, match=hint):
         scored(checkpoint, str(write_task(tmp_path, prompt)))
     assert utils.env is engine
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "{{ 9 ** (9 ** (9 ** 9)) }}",
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        "{{ 'aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaab' | regex_replace('(a|a)*c', '') }}",
+    ],
+)
+def test_a_template_that_never_ends_is_one_line(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prompt: str
+) -> None:
+    monkeypatch.setattr("quantkit.records.sandbox.SECONDS", 1.0)
+    with pytest.raises(EvaluationError, match=r"task .*: a template fails: it takes more than 1 seconds"):
+        scored(checkpoint, str(write_task(tmp_path, prompt)))
+
+
+def test_templates_give_what_the_package_gives() -> None:
+    from lm_eval.utils import apply_template
+
+    document: dict[str, Any] = {
+        "question": "Wie groß?\n",
+        "choices": ["a", "b"],
+        "right": 1,
+        "score": 0.5,
+        "nested": {"x": [1, None, True]},
+        "when": date(2024, 2, 29),
+        "raw": b"bytes",
+        "self": "a name that Python uses",
+    }
+    for template in (
+        "Q: {{question}}A:\n",
+        "{{choices}} {{choices[right]}} {{nested}} {{nested.x}} {{score * 2}}",
+        "{{choices.index('b')}}{% set _ = choices.append('c') %}{{choices | length}}",
+        "{{when}} {{raw}} {{question | regex_replace('[^a-z]+', '_')}}",
+        "{% for each in choices %}\n  {{loop.index}}. {{each}}\n{% endfor %}\n",
+        "{{ question | trim | upper }}{% if score > 0 %} yes{% endif %} {{ 7 // 2 }}",
+    ):
+        copy = {**document, "choices": list(document["choices"])}
+        del copy["self"]  # which the package cannot take
+        assert Templates().from_string(template).render(**document) == apply_template(template, copy)
+
+
+def test_a_template_that_draws_gives_the_same_text_each_time() -> None:
+    template = Templates().from_string("{{ range(1000) | random }}")
+    drawn = [template.render(number=number) for number in (1, 2, 1, 2)]
+    assert drawn[:2] == drawn[2:]
+    assert drawn[0] != drawn[1]
 
 
 def test_code_of_a_task_runs_only_when_it_is_trusted(checkpoint: Path, tmp_path: Path) -> None:

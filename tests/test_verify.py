@@ -7,18 +7,21 @@ import math
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import quantkit
 from quantkit.errors import CheckpointError, EvaluationError, MissingDependencyError, QuantkitError, RecipeError
-from quantkit.exports.manifest import identity, is_whole
+from quantkit.exports.manifest import identity, is_whole, read_verdicts
 from quantkit.formats import FORMATS
+from quantkit.publishing.card import card
 from quantkit.runtimes import RUNTIMES
 from quantkit.runtimes._vllm_script import Reads, Tap, prompt_logits
 from quantkit.runtimes.base import LoadedModel, LoadOptions
@@ -78,7 +81,7 @@ def changed(name: str, change: Callable[[torch.Tensor], torch.Tensor], monkeypat
 
 
 def test_a_runtime_is_verified_in_processes_of_its_own_and_the_verdict_kept(checkpoint: Path) -> None:
-    before = identity(checkpoint)
+    before, manifest = identity(checkpoint), (checkpoint / "manifest.json").read_bytes()
     verdict = verify(checkpoint, "transformers", prompts=TEXTS, device="cpu")
     assert verdict["passed"], verdict["reason"]
     assert verdict["figures"]["top1"] == 1
@@ -89,7 +92,8 @@ def test_a_runtime_is_verified_in_processes_of_its_own_and_the_verdict_kept(chec
     assert verdict["traps"] == []
     assert verdict["generated"]
     assert set(verdict["versions"]) >= {"quantkit", "torch", "transformers"}
-    assert json.loads((checkpoint / "manifest.json").read_text())["verified"] == {"transformers": verdict}
+    assert json.loads((checkpoint / "verified.json").read_text()) == {"transformers": verdict}
+    assert (checkpoint / "manifest.json").read_bytes() == manifest
     assert identity(checkpoint) == before
     assert is_whole(checkpoint)
 
@@ -97,9 +101,29 @@ def test_a_runtime_is_verified_in_processes_of_its_own_and_the_verdict_kept(chec
 def test_verdicts_of_several_runtimes_stand_beside_each_other(checkpoint: Path, here: list[VerificationJob]) -> None:
     for name in ("transformers", "reference"):
         verify(checkpoint, name, prompts=TEXTS, device="cpu")
-    assert set(json.loads((checkpoint / "manifest.json").read_text())["verified"]) == {"transformers", "reference"}
+    assert set(json.loads((checkpoint / "verified.json").read_text())) == {"transformers", "reference"}
     assert [job.runtime for job in here] == ["reference", "transformers", "reference", "reference"]
     assert [job.new_tokens for job in here] == [0, 32, 0, 32]
+
+
+def test_a_verdict_that_an_earlier_version_kept_in_the_manifest_is_still_read(
+    checkpoint: Path, here: list[VerificationJob]
+) -> None:
+    file = checkpoint / "manifest.json"
+    before = identity(checkpoint)
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"verified": {"llama.cpp": {"passed": True}}}))
+    assert identity(checkpoint) == before
+    verify(checkpoint, "reference", prompts=TEXTS, device="cpu")
+    assert list(read_verdicts(checkpoint)) == ["llama.cpp", "reference"]
+    assert "with llama.cpp: loads it" in card(checkpoint)
+    assert "with reference (cpu, float32): loads it" in card(checkpoint)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"llama.cpp": 1}'])
+def test_verdicts_that_are_broken_are_one_line(checkpoint: Path, content: str) -> None:
+    (checkpoint / "verified.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"verified\.json"):
+        card(checkpoint)
 
 
 def test_without_a_manifest_the_verdict_is_only_returned(checkpoint: Path, here: list[VerificationJob]) -> None:
@@ -123,7 +147,7 @@ def test_packed_weights_that_are_read_wrongly_fail(
     assert not verdict["passed"]
     assert "KL" in verdict["reason"]
     assert "the likeliest token is the same at 0.0%" in verdict["reason"]
-    assert not json.loads((checkpoint / "manifest.json").read_text())["verified"]["transformers"]["passed"]
+    assert not json.loads((checkpoint / "verified.json").read_text())["transformers"]["passed"]
 
 
 def test_a_shift_that_no_probability_shows_fails_in_float32(
@@ -228,7 +252,7 @@ def test_a_gguf_checkpoint_is_verified_too(
     verdict = verify(next(folder.glob("*.gguf")), runtime, prompts=PROMPTS[:3], device="cpu")
     assert verdict["passed"], verdict["reason"]
     assert verdict["generated"]
-    assert json.loads((folder / "manifest.json").read_text())["verified"][runtime]["passed"]
+    assert json.loads((folder / "verified.json").read_text())[runtime]["passed"]
 
 
 # Processes
@@ -262,6 +286,22 @@ def test_a_job_survives_the_way_through_json(tmp_path: Path) -> None:
 def test_a_process_that_dies_is_told(tmp_path: Path, code: str, message: str) -> None:
     with pytest.raises(EvaluationError, match=message):
         carry_out([sys.executable, "-c", code], job_for(tmp_path, tmp_path), tmp_path / "log")
+
+
+def test_a_process_that_hangs_is_ended_with_all_that_it_started(tmp_path: Path) -> None:
+    code = (
+        "import pathlib, subprocess, sys, time\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        f"pathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(child.pid))\n"
+        "print('waiting', flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    job = replace(job_for(tmp_path, tmp_path), seconds=5.0)
+    with pytest.raises(EvaluationError, match=r"within 5 s; last line of its log: waiting .*--time-limit"):
+        carry_out([sys.executable, "-c", code], job, tmp_path / "log")
+    left = int((tmp_path / "pid").read_text())
+    _, alive = psutil.wait_procs([psutil.Process(left)] if psutil.pid_exists(left) else [], timeout=10)
+    assert [each for each in alive if each.status() != psutil.STATUS_ZOMBIE] == []
 
 
 def test_a_mistake_found_in_the_process_keeps_its_class(model: Path, tmp_path: Path) -> None:

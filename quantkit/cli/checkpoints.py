@@ -61,6 +61,7 @@ def verify(
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16; the runtime's usual one.")] = None,
+    time_limit: Annotated[str, typer.Option(help="That a runtime may take: 90s, 30min, 2h.")] = "1h",
     as_json: AsJson = False,
 ) -> None:
     """Load a checkpoint in a runtime and compare its logits with those of the reference decoder."""
@@ -70,7 +71,13 @@ def verify(
 
     with Display(console(stderr=True)) as display:
         verdict = quantkit.verify(
-            checkpoint, runtime=runtime, python=python, device=device, dtype=dtype, observer=display
+            checkpoint,
+            runtime=runtime,
+            python=python,
+            device=device,
+            dtype=dtype,
+            time_limit=time_limit,
+            observer=display,
         )
     for line in [json.dumps(verdict, indent=2)] if as_json else verdict_lines(verdict):
         say(line)

@@ -203,7 +203,10 @@ def empty_model(folder: Path, trust_remote_code: bool = False) -> PreTrainedMode
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 config, dtype=torch.float32, trust_remote_code=trust_remote_code, attn_implementation="sdpa"
             )
-    except (OSError, ValueError, TypeError, KeyError, ImportError, StrictDataclassError) as error:
+    except (
+        OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, RuntimeError,
+        ImportError, StrictDataclassError,
+    ) as error:  # fmt: skip  # of a config that no check foresaw
         raise SourceError(
             f"transformers cannot build the model of {folder / 'config.json'}: {error}",
             "check that it is a decoder-only language model that the installed transformers knows",

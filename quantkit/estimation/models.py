@@ -101,6 +101,7 @@ def _fetched(reference: str) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HFValidationError
 
+    from quantkit.source.hashes import check_files
     from quantkit.source.hub import REFERENCE, TRANSPORT_ERROR
 
     match = REFERENCE.fullmatch(reference)
@@ -111,7 +112,9 @@ def _fetched(reference: str) -> Path:
         )
     try:
         endpoint = os.environ.get("HF_ENDPOINT")
-        return Path(hf_hub_download(match["id"], CONFIG, revision=match["revision"], endpoint=endpoint))
+        file = Path(hf_hub_download(match["id"], CONFIG, revision=match["revision"], endpoint=endpoint))
+        check_files(match["id"], [file], file.parent.name, errors=(OSError, TRANSPORT_ERROR), endpoint=endpoint)
+        return file
     except (HFValidationError, OSError, TRANSPORT_ERROR) as error:
         raise _unreachable(match["id"], match["revision"], error) from error
 

@@ -1,7 +1,7 @@
 """Tasks of lm-evaluation-harness, scored on a loaded model.
 
 The package reads its tasks, builds the prompts and judges the answers; :mod:`quantkit.evaluation.harness` gives it the
-model. Unless remote code is trusted, templates run in jinja's sandbox, which the package does not use by itself, and
+model. Unless remote code is trusted, templates run in a process of their own (:mod:`quantkit.evaluation.templates`), and
 metrics that it would fetch from the Hugging Face hub as scripts are refused.
 """
 
@@ -23,6 +23,7 @@ from quantkit.artifacts import fingerprint
 from quantkit.errors import EvaluationError, MissingDependencyError
 from quantkit.evaluation.harness import HarnessModel
 from quantkit.evaluation.task_files import TaskFile, read_task
+from quantkit.evaluation.templates import Templates
 from quantkit.recipe import TaskSpec
 from quantkit.report.numbers import finite
 from quantkit.runtimes.base import LoadedModel
@@ -238,9 +239,8 @@ def _translated(spec: TaskSpec, remedy: str) -> Iterator[None]:
 
 @contextmanager
 def _sandboxed() -> Iterator[list[str]]:
-    """Templates in jinja's sandbox, and no scripts of the hub; gives the list of those that were asked for."""
+    """Templates in a process of their own, and no scripts of the hub; gives the list of those that were asked for."""
     import evaluate
-    from jinja2.sandbox import SandboxedEnvironment
     from lm_eval import utils
 
     refused: list[str] = []
@@ -250,9 +250,7 @@ def _sandboxed() -> Iterator[list[str]]:
         raise ValueError(f"{path} is a script of the hub")
 
     engine, load = utils.env, evaluate.load
-    sandbox = SandboxedEnvironment(undefined=engine.undefined, keep_trailing_newline=True)
-    sandbox.filters.update(engine.filters)
-    utils.env, evaluate.load = sandbox, refuse
+    utils.env, evaluate.load = Templates(), refuse
     try:
         yield refused
     finally:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from quantkit.schemes import QuantizedWeight, Scheme
+from quantkit.schemes import Decodable, QuantizedWeight, Scheme
 
 
 class Export(ABC):
@@ -45,7 +45,16 @@ class Export(ABC):
 
         Raises:
             CheckpointError: the file is broken.
+            SchemeError: its codes stand for groups of weights, so that it can only be decoded.
         """
+
+    def decodable(self, layer: str) -> Decodable:
+        """A packed layer of any scheme, to be decoded.
+
+        Raises:
+            CheckpointError: the file is broken.
+        """
+        return self.weight(layer)
 
     @abstractmethod
     def float_names(self) -> list[str]:

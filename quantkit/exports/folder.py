@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 
@@ -16,8 +16,9 @@ from quantkit.exports.base import Export
 from quantkit.exports.manifest import FOREIGN, read_manifest
 from quantkit.formats import FORMATS
 from quantkit.formats.base import Format
-from quantkit.schemes import QuantizedWeight, Scheme, scheme_from_json
+from quantkit.schemes import Decodable, QuantizedWeight, Scheme, scheme_from_json
 
+W = TypeVar("W")
 SCALES_OF_ACTIVATIONS = (
     ".input_scale", ".input_zero_point", ".input_global_scale", ".output_scale", ".output_zero_point",
     ".q_scale", ".k_scale", ".v_scale", ".q_zero_point", ".k_zero_point", ".v_zero_point",
@@ -86,13 +87,22 @@ class FolderExport(Export):
 
     def weight(self, layer: str) -> QuantizedWeight:
         """A packed layer, by the code of its format."""
+        return self._read(layer, self._store_of(layer).unpack)
+
+    def decodable(self, layer: str) -> Decodable:
+        """A packed layer to be decoded, by the code of its format."""
+        return self._read(layer, self._store_of(layer).decodable)
+
+    def _read(self, layer: str, made: Callable[[Mapping[str, torch.Tensor], Scheme], W]) -> W:
         tensors = {suffix: self._reader.read(name) for suffix, name in self._names[layer].items()}
         try:
-            return self._store_of(layer).unpack(tensors, self.schemes[layer])
+            return made(tensors, self.schemes[layer])
+        except CheckpointError as error:
+            raise CheckpointError(f"layer {layer} of {self.path}: {error.problem}", error.remedy) from error
         except (RuntimeError, ValueError, TypeError, IndexError, MemoryError) as error:
             raise CheckpointError(
                 f"layer {layer} of {self.path} cannot be unpacked: {str(error).splitlines()[0] if str(error) else ''}",
-                "the shapes of its tensors do not fit each other: get the checkpoint again",
+                "its tensors do not fit each other: get the checkpoint again",
             ) from error
 
     def float_names(self) -> list[str]:

@@ -10,21 +10,25 @@ from quantkit.artifacts import file_sha256, fingerprint, read_json, write_json
 from quantkit.errors import CheckpointError
 
 MANIFEST = "manifest.json"
+SIGNATURE = "manifest.json.minisig"
+VERDICTS = "verified.json"
+"""Verdicts of runtimes by their names, in a file of their own, which a signature of the manifest does not cover."""
 VERIFIED = "verified"
-"""The key under which verdicts of runtimes are kept; what it holds is no part of the checkpoint's identity."""
+"""The key under which earlier versions kept verdicts in the manifest; it is no part of the checkpoint's identity."""
 FOREIGN = "foreign"
 """The key that says that another tool wrote the tensors, so that they are read as any file of its kind."""
-DESCRIBING = ("README.md",)
+DESCRIBING = ("README.md", VERDICTS)
 """Files that speak of the checkpoint and may be written again when more is known of it."""
+NOT_LISTED = (MANIFEST, SIGNATURE, *DESCRIBING)
 EXPORT_AGAIN = "export the checkpoint again"
 
 
 def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Write the manifest: the facts, and the SHA-256 and size of every other file of the folder."""
+    """Write the manifest: the facts, and the SHA-256 and size of every file of the folder but ``NOT_LISTED``."""
     files = {
         path.relative_to(folder).as_posix(): {"sha256": file_sha256(path), "bytes": path.stat().st_size}
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path != folder / MANIFEST and path.name not in DESCRIBING
+        if path.is_file() and path.relative_to(folder).as_posix() not in NOT_LISTED
     }
     write_json(folder / MANIFEST, {**facts, "files": files})
 
@@ -50,6 +54,38 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     if not all(isinstance(scheme, dict) for scheme in layers.values()):
         raise CheckpointError(f"{file}: 'layers' does not map layers to schemes", EXPORT_AGAIN)
     return content
+
+
+def read_verdicts(folder: Path) -> dict[str, dict[str, Any]]:
+    """What runtimes were found to make of a checkpoint that quantkit exported, by their names.
+
+    Raises:
+        CheckpointError: the file is broken, or the manifest is.
+    """
+    kept = (read_manifest(folder) or {}).get(VERIFIED) or {}
+    file = folder / VERDICTS
+    try:
+        later = read_json(file) if file.exists() else {}
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{file} cannot be read: {error}", "remove it, and run 'quantkit verify' again"
+        ) from error
+    for place, content in ((folder / MANIFEST, kept), (file, later)):
+        if not isinstance(content, dict) or not all(isinstance(verdict, dict) for verdict in content.values()):
+            raise CheckpointError(
+                f"{place} does not map runtimes to verdicts", "run 'quantkit verify' again without it"
+            )
+    return {**kept, **later}
+
+
+def keep_verdict(folder: Path, runtime: str, verdict: Mapping[str, Any]) -> None:
+    """Put a runtime's verdict beside those of others, in the place of its earlier one.
+
+    Raises:
+        CheckpointError: the file of verdicts is broken.
+        OutputError: it cannot be written.
+    """
+    write_json(folder / VERDICTS, {**read_verdicts(folder), runtime: dict(verdict)})
 
 
 def identity(folder: Path) -> str:

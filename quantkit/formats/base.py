@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from quantkit.errors import CheckpointError, SchemeError
-from quantkit.schemes import QuantizedWeight, Scheme
+from quantkit.schemes import Decodable, QuantizedWeight, Scheme
 
 if TYPE_CHECKING:
     import torch
@@ -20,7 +20,7 @@ PackedShapes = dict[str, tuple[str, tuple[int, ...]]]
 """By suffix, a tensor's dtype as torch names it and its shape."""
 BYTES = {
     **dict.fromkeys(("uint8", "int8", "float8_e4m3fn"), 1),
-    **dict.fromkeys(("float16", "bfloat16"), 2),
+    **dict.fromkeys(("float16", "bfloat16", "int16"), 2),
     **dict.fromkeys(("int32", "float32"), 4),
     "int64": 8,
 }
@@ -45,6 +45,7 @@ class Format(ABC):
         shares_head: whether a quantized input embedding can be the output head as well, where a model ties them.
         beside: suffixes of tensors that :meth:`pack` gives and the weight does not need; they count for nothing.
         container: a folder of safetensors that transformers could read, or one GGUF file.
+        read_only: why quantkit does not write it, for a format that it only reads; empty for all others.
     """
 
     name: ClassVar[str]
@@ -58,6 +59,7 @@ class Format(ABC):
     shares_head: ClassVar[bool] = False
     beside: ClassVar[tuple[str, ...]] = ()
     container: ClassVar[Container] = "safetensors"
+    read_only: ClassVar[str] = ""
 
     @classmethod
     @abstractmethod
@@ -161,6 +163,14 @@ class Format(ABC):
     @abstractmethod
     def unpack(self, tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> QuantizedWeight:
         """The inverse of :meth:`pack`, from tensors as they were read from disk."""
+
+    def decodable(self, tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> Decodable:
+        """What such tensors decode to; more than :meth:`unpack` where codes stand for groups of weights.
+
+        Raises:
+            ValueError: the tensors do not fit each other.
+        """
+        return self.unpack(tensors, scheme)
 
     @abstractmethod
     def packed_shapes(self, scheme: Scheme, out_features: int, in_features: int) -> PackedShapes:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from quantkit.exports import Export
-from quantkit.schemes import Fp8Scheme, QuantizedWeight, Scheme
+from quantkit.schemes import Decodable, Fp8Scheme, QuantizedWeight, Scheme
 
 FAR = 6.0
 """Standard deviations beyond which a weight counts as an outlier."""
@@ -39,16 +39,20 @@ def layer_facts(export: Export, name: str, *, deep: bool) -> dict[str, Any]:
         "bytes": stored,
         "bits_per_weight": stored * 8 / (rows * columns),
     }
-    return facts | _decoded_facts(export.weight(name)) if deep else facts
+    return facts | _decoded_facts(export.decodable(name)) if deep else facts
 
 
-def _decoded_facts(weight: QuantizedWeight) -> dict[str, Any]:
-    ends = torch.tensor(_ends(weight.scheme), dtype=weight.codes.dtype)
+def _decoded_facts(weight: Decodable) -> dict[str, Any]:
     return {
         **_outliers(weight.dequantize(torch.float32)),
-        "at_ends": float(torch.isin(weight.codes, ends).sum()) / weight.codes.numel(),
+        "at_ends": _at_ends(weight) if isinstance(weight, QuantizedWeight) else None,
         "scales": _scale_facts(weight.scales),
     }
+
+
+def _at_ends(weight: QuantizedWeight) -> float:
+    ends = torch.tensor(_ends(weight.scheme), dtype=weight.codes.dtype)
+    return float(torch.isin(weight.codes, ends).sum()) / weight.codes.numel()
 
 
 def _outliers(values: torch.Tensor) -> dict[str, float | None]:

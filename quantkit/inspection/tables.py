@@ -93,11 +93,11 @@ def _layers(found: dict[str, Any]) -> Table:
 def _decoded(layer: dict[str, Any]) -> tuple[str, ...]:
     scales = layer["scales"]
     bad = scales["zero"] + scales["denormal"] + scales["non_finite"]
-    far, largest = layer["outliers"], layer["largest"]
+    far, largest, ends = layer["outliers"], layer["largest"], layer["at_ends"]
     return (
         ABSENT if far is None else f"{far:.2e}",
         ABSENT if largest is None else f"{largest:.1f} std",
-        f"{layer['at_ends']:.2%}",
+        ABSENT if ends is None else f"{ends:.2%}",
         f"{bad} of {scales['count']}" if bad else "0",
     )
 

@@ -15,7 +15,7 @@ from quantkit.checkpoint import CheckpointReader
 from quantkit.errors import OutputError, QuantizationError, QuantkitError
 from quantkit.exports import Export, open_export
 from quantkit.isolation.ending import Ending, Kind, WorkerFailedError
-from quantkit.schemes import QuantizedWeight
+from quantkit.schemes import Decodable
 
 WEIGHTS_ALONE = "errors of layers are those of their weights, not of their outputs"
 RESCALED = "the library moved factors from weights into other layers, so that errors of weights would say nothing"
@@ -87,13 +87,13 @@ def checked_export(folder: Path, writes: str, source: CheckpointReader) -> tuple
     rescaled = _check_floats(export, source)
     looked = Looked()
     for layer in export.schemes:
-        look(layer, export.weight(layer), source, looked, errors=not rescaled)
+        look(layer, export.decodable(layer), source, looked, errors=not rescaled)
         looked.packed_bytes += export.layer_bytes(layer)
     _check_differs(looked)
     return export, looked
 
 
-def look(layer: str, weight: QuantizedWeight, source: CheckpointReader, looked: Looked, *, errors: bool = True) -> None:
+def look(layer: str, weight: Decodable, source: CheckpointReader, looked: Looked, *, errors: bool = True) -> None:
     """Check one decoded layer against the float model's.
 
     Raises:

@@ -65,7 +65,8 @@ def run_worker(
 
     Args:
         command: the command line, given the descriptor to which progress is written.
-        result_file: where the worker leaves its result; it must not exist.
+        result_file: where the worker leaves its result; it must not exist. The worker's working folder is the one
+            that holds it, so that what a library writes beside itself is not left with the user.
         environment: all variables that the worker has.
         limits: what it may take.
         log: file for all that it prints; replaced if it exists.
@@ -85,6 +86,7 @@ def run_worker(
             child = subprocess.Popen(
                 command(writing),
                 env={**environment, MARK: mark},
+                cwd=result_file.parent,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,

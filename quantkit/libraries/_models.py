@@ -25,7 +25,9 @@ def load(request: Request) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(request.model, dtype=getattr(torch, request.dtype))
+    model = AutoModelForCausalLM.from_pretrained(
+        request.model, dtype=getattr(torch, request.dtype), use_safetensors=True
+    )
     return model.to(request.device).eval()
 
 

@@ -47,6 +47,7 @@ class BitsAndBytes(Library):
         model = AutoModelForCausalLM.from_pretrained(
             request.model,
             dtype=getattr(torch, request.dtype),
+            use_safetensors=True,
             device_map={"": request.device},
             quantization_config=BitsAndBytesConfig(**config_for(request, skipped)),
         )

@@ -86,7 +86,8 @@ def loaded(request: Request) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(request.model, dtype=getattr(torch, request.dtype)).eval()
+    dtype = getattr(torch, request.dtype)
+    return AutoModelForCausalLM.from_pretrained(request.model, dtype=dtype, use_safetensors=True).eval()
 
 
 def loader(request: Request) -> DataLoader[Any] | None:

@@ -46,7 +46,9 @@ class Optimum(Library):
         from quantkit.libraries._counting import Counter
         from quantkit.libraries._models import copy_tokenizer
 
-        model = AutoModelForCausalLM.from_pretrained(request.model, dtype=getattr(torch, request.dtype))
+        model = AutoModelForCausalLM.from_pretrained(
+            request.model, dtype=getattr(torch, request.dtype), use_safetensors=True
+        )
         quantizer = GPTQQuantizer(
             bits=request.bits,
             dataset=[{"input_ids": [list(row)], "attention_mask": [[1] * len(row)]} for row in request.tokens],

@@ -16,6 +16,7 @@ from quantkit.merging.model import MergedModel
 from quantkit.progress import Observer, Silent
 from quantkit.recipe import MergeSpec, ModelSpec
 from quantkit.source import SourceModel
+from quantkit.source.hashes import tell_unchecked
 from quantkit.validation import parse_section
 from quantkit.workplace import workplace
 
@@ -33,7 +34,7 @@ def merged_source(model: ModelSpec, merge: MergeSpec, work: Path, observer: Obse
         OutputError: ``work`` cannot be written.
     """
     if not model.adapter:
-        return source.resolve(model, work)
+        return _resolved(model, work, observer)
     return _merged(model, merge, work, observer)
 
 
@@ -52,8 +53,14 @@ def other_merge(model: ModelSpec, merge: MergeSpec, work: Path, observer: Observ
 def _merged(model: ModelSpec, merge: MergeSpec, work: Path, observer: Observer) -> MergedModel:
     from quantkit.merging.stage import merge_into
 
-    base = source.resolve(model.model_copy(update={"dtype": "auto", "adapter": ()}), work)
+    base = _resolved(model.model_copy(update={"dtype": "auto", "adapter": ()}), work, observer)
     return merge_into(base, model, merge, work / f"merged-{merge.base}", observer)
+
+
+def _resolved(model: ModelSpec, work: Path, observer: Observer) -> SourceModel:
+    found = source.resolve(model, work)
+    tell_unchecked(found.reference, found.unchecked, observer)
+    return found
 
 
 def merge_model(
@@ -96,6 +103,6 @@ def merge_model(
     check_writable(out)
     with workplace(out, "merge") as work:
         watching.stage(f"source: {model.source}")
-        found = source.resolve(ModelSpec(source=base, trust_remote_code=trust_remote_code), work)
+        found = _resolved(ModelSpec(source=base, trust_remote_code=trust_remote_code), work, watching)
         merged = merge_into(found, model, merge, out, watching)
     return {"folder": str(merged.folder), "dtype": merged.dtype, **merged.merge}

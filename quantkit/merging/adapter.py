@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -68,6 +69,12 @@ class Contents:
 class Adapter:
     """A checked adapter.
 
+    Args:
+        folder: where it lies.
+        origin: what the user called it.
+        weight: what its change is multiplied with.
+        known: SHA-256 of its files, as far as they were read before.
+
     Attributes:
         origin: what the user called it.
         weight: what its change is multiplied with.
@@ -81,8 +88,8 @@ class Adapter:
         CheckpointError: its safetensors are broken.
     """
 
-    def __init__(self, folder: Path, origin: str, weight: float) -> None:
-        self.folder, self.origin, self.weight = folder, origin, weight
+    def __init__(self, folder: Path, origin: str, weight: float, known: Mapping[str, str]) -> None:
+        self.folder, self.origin, self.weight, self._known = folder, origin, weight, known
         self.config = AdapterConfig(folder, origin)
         if not (folder / WEIGHTS).is_file():
             raise _no_weights(folder, origin)
@@ -92,9 +99,10 @@ class Adapter:
             self._check_parts(module, parts)
         self._check_weight()
 
-    def sha256(self) -> dict[str, str]:
-        """File name to hash, of all that decides the weights."""
-        return {name: file_sha256(self.folder / name) for name in (CONFIG, WEIGHTS)}
+    def sha256(self, *further: str) -> dict[str, str]:
+        """File name to hash, of all that decides the weights, and of ``further`` files."""
+        names = (CONFIG, WEIGHTS, *further)
+        return {name: self._known.get(name) or file_sha256(self.folder / name) for name in names}
 
     def read(self, key: str) -> torch.Tensor:
         """A tensor, whose values are all finite.

@@ -9,15 +9,15 @@ from quantkit.merging.archives import SUFFIXES, is_archive, unpack
 from quantkit.source import hub
 
 
-def adapter_folder(reference: str, scratch: Path) -> Path:
-    """The folder of an adapter.
+def adapter_folder(reference: str, scratch: Path) -> Path | hub.Snapshot:
+    """The folder of an adapter, or a revision of the hub that is one.
 
     Args:
         reference: folder, archive, or hub id ``org/name`` or ``org/name@revision``.
         scratch: an empty folder; an archive is unpacked into it.
 
     Raises:
-        SourceError: there is no such adapter, or its archive cannot be used.
+        SourceError: there is no such adapter, its archive cannot be used, or a file is not what the hub states.
     """
     path = Path(reference).expanduser()
     if path.is_dir():
@@ -30,7 +30,7 @@ def adapter_folder(reference: str, scratch: Path) -> Path:
             f"give the folder that holds adapter_config.json, or an archive of it ({', '.join(SUFFIXES)})",
         )
     if hub.REFERENCE.fullmatch(reference) and not is_archive(path):
-        return hub.download(reference, None, trust_remote_code=False).folder
+        return hub.download(reference, None, trust_remote_code=False)
     raise SourceError(
         f"there is no adapter {path}", "give a folder, an archive, or the hub id org/name of a PEFT adapter"
     )

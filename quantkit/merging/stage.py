@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from quantkit.artifacts import file_sha256, new_folder, read_stage, translated_os_errors, write_stage
+from quantkit.artifacts import new_folder, read_stage, translated_os_errors, write_stage
 from quantkit.checkpoint import CheckpointReader, ShardWriter
 from quantkit.errors import CheckpointError, SourceError
 from quantkit.merging.adapter import Adapter
@@ -23,6 +23,8 @@ from quantkit.progress import Observer
 from quantkit.recipe import AdapterSpec, MergeSpec, ModelSpec
 from quantkit.source import SourceModel
 from quantkit.source.folder import FLOATS
+from quantkit.source.hashes import tell_unchecked
+from quantkit.source.hub import Snapshot
 
 STAGE = "merge"
 MERGER = 1
@@ -36,7 +38,7 @@ def merge_into(base: SourceModel, model: ModelSpec, merge: MergeSpec, out: Path,
         QuantkitError: see :func:`quantkit.merging.merged_source`.
     """
     observer.stage(f"merge: {', '.join(adapter.source for adapter in model.adapter)}")
-    with _opened(model.adapter, out) as adapters:
+    with _opened(model.adapter, out, observer) as adapters:
         notes = [] if merge.any_base else _names_checked(adapters, base)
         content = _content(base, adapters, model, merge)
         done = read_stage(out, STAGE, content)
@@ -52,13 +54,14 @@ def merge_into(base: SourceModel, model: ModelSpec, merge: MergeSpec, out: Path,
         dtype=content["dtype"],
         sha256=base.sha256,
         revision=base.revision,
+        unchecked=base.unchecked,
         content=content,
         merge={key: done[key] for key in ("base", "base_weights", "adapters", "notes", "check")},
     )
 
 
 @contextmanager
-def _opened(adapters: Sequence[AdapterSpec], out: Path) -> Iterator[tuple[Adapter, ...]]:
+def _opened(adapters: Sequence[AdapterSpec], out: Path, observer: Observer) -> Iterator[tuple[Adapter, ...]]:
     """The adapters, checked by themselves; those in archives lie in a temporary folder meanwhile."""
     parent = out.absolute().parent
     with translated_os_errors(out):
@@ -69,7 +72,12 @@ def _opened(adapters: Sequence[AdapterSpec], out: Path) -> Iterator[tuple[Adapte
         for number, adapter in enumerate(adapters):
             folder = Path(name) / str(number)
             folder.mkdir()
-            opened.append(Adapter(adapter_folder(adapter.source, folder), adapter.source, adapter.weight))
+            found = adapter_folder(adapter.source, folder)
+            if isinstance(found, Snapshot):
+                tell_unchecked(adapter.source, found.unchecked, observer)
+                opened.append(Adapter(found.folder, adapter.source, adapter.weight, found.sha256))
+            else:
+                opened.append(Adapter(found, adapter.source, adapter.weight, {}))
         yield tuple(opened)
 
 
@@ -91,7 +99,7 @@ def _content(base: SourceModel, adapters: tuple[Adapter, ...], model: ModelSpec,
         "adapters": [
             {
                 "weight": adapter.weight,
-                "sha256": adapter.sha256() | {file.name: file_sha256(file) for file in tokenizer_files(adapter)},
+                "sha256": adapter.sha256(*(file.name for file in tokenizer_files(adapter))),
             }
             for adapter in adapters
         ],

@@ -60,6 +60,7 @@ def _source_facts(model: SourceModel) -> dict[str, Any]:
         "relative_to": model.relative_to,
         "dtype": model.dtype,
         "revision": model.revision,
+        "unchecked": list(model.unchecked),
         "fingerprint": fingerprint(model.made_from()),
         "parameters": sum(prod(reader.shape(name)) for name in reader.names()),
         "size_bytes": sum(reader.nbytes(name) for name in reader.names()),

@@ -10,7 +10,7 @@ import yaml
 
 from quantkit.artifacts import write_text
 from quantkit.errors import CheckpointError
-from quantkit.exports.manifest import EXPORT_AGAIN, MANIFEST, VERIFIED, read_manifest
+from quantkit.exports.manifest import EXPORT_AGAIN, MANIFEST, read_manifest, read_verdicts
 from quantkit.formats import FORMATS
 from quantkit.publishing.facts import CardFacts
 from quantkit.publishing.front_matter import front_matter
@@ -50,7 +50,7 @@ def card(folder: Path, facts: CardFacts | None = None) -> str:
     name = given.repository or folder.resolve().name
     sections = {
         "": _opening(name, manifest, schemes, given),
-        "Measured": _measured(manifest, given),
+        "Measured": _measured(read_verdicts(folder), given),
         "How to load it": usage(_subject(name, folder, manifest, schemes)),
         "Worth knowing": _remarks(manifest, schemes),
         "How it was made": _made(manifest, recipe, given),
@@ -96,9 +96,9 @@ def _opening(name: str, manifest: Mapping[str, Any], schemes: Mapping[str, Schem
     )
 
 
-def _measured(manifest: Mapping[str, Any], facts: CardFacts) -> str:
+def _measured(found: Mapping[str, Mapping[str, Any]], facts: CardFacts) -> str:
     parts = [_scores(facts.scores, facts.baseline) if facts.scores else NOT_MEASURED]
-    verdicts = [_verdict(str(name), verdict) for name, verdict in (manifest.get(VERIFIED) or {}).items()]
+    verdicts = [_verdict(name, verdict) for name, verdict in found.items()]
     return "\n\n".join([*parts, *(["\n".join(verdicts)] if verdicts else [])])
 
 

@@ -16,9 +16,7 @@ from huggingface_hub.errors import (
 )
 
 from quantkit.errors import CheckpointError, OutputError, QuantkitError
-from quantkit.exports.manifest import MANIFEST, is_whole, read_manifest
-from quantkit.publishing.card import CARD
-from quantkit.signing.keys import SIGNATURE
+from quantkit.exports.manifest import DESCRIBING, MANIFEST, SIGNATURE, is_whole, read_manifest
 
 TOKEN_WANTED = "set the environment variable HF_TOKEN to a token that may write, or log in with 'hf auth login'"
 # huggingface_hub has changed the HTTP package beneath it; its own errors derive from that package's base error.
@@ -34,7 +32,7 @@ def push(
     token: str | None = None,
     message: str | None = None,
 ) -> str:
-    """Upload the files that a checkpoint's manifest lists, the manifest and the model card, in one commit.
+    """Upload the files that a checkpoint's manifest lists, it, its signature, verdicts and card, in one commit.
 
     Other files of the folder stay where they are, and so does what the repository holds beside them.
 
@@ -85,8 +83,8 @@ def files_to_push(folder: Path) -> dict[str, Path]:
     listed = manifest.get("files")
     if not isinstance(listed, dict) or not listed:
         raise CheckpointError(f"{folder / MANIFEST} lists no files", "export the checkpoint again")
-    signature = [SIGNATURE] if (folder / SIGNATURE).is_file() and SIGNATURE not in listed else []
-    names = [*listed, MANIFEST, *signature, *([CARD] if (folder / CARD).is_file() and CARD not in listed else [])]
+    beside = [name for name in (SIGNATURE, *DESCRIBING) if (folder / name).is_file() and name not in listed]
+    names = [*listed, MANIFEST, *beside]
     root = folder.resolve()
     for name in names:
         pure = PurePosixPath(name)

@@ -75,10 +75,8 @@ class LibrarySpec(Section):
         with located():
             offer = self.offer
             if offer.scores_only:
-                raise RecipeError(
-                    f"{self.label} cannot quantize here: {offer.scores_only}",
-                    "leave the variant out, or choose another library",
-                )
+                problem = f"{self.label} cannot quantize here: {offer.scores_only}"
+                raise RecipeError(problem, "leave the variant out, or choose another library")
             for text in _refusals(self, offer):
                 raise RecipeError(*text)
             _check_options(self.label, offer, self.options)
@@ -228,7 +226,9 @@ def _refusals(spec: LibrarySpec, offer: Offer) -> Iterator[tuple[str, str]]:
     if spec.format is None:
         return
     if offer.writes == CODES:
-        FORMATS.get(spec.format)  # raises for an unknown name
+        reason = FORMATS.get(spec.format).read_only  # raises for an unknown name
+        if reason:
+            yield f"quantkit reads the {spec.format} format and does not write it: {reason}", "choose another format"
     elif spec.format != offer.writes:
         yield (
             f"{spec.label} writes {offer.writes} files",

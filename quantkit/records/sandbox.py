@@ -1,6 +1,6 @@
-"""Chat templates, rendered by a process of their own that has little time, little memory and nothing to reach.
+"""Templates, rendered by a process of their own that has little time, little memory and nothing to reach.
 
-A chat template is code of whoever published the model. Jinja's sandbox keeps it from Python's internals, and cannot
+A chat template is code of whoever published the model, and that of a task of whoever wrote the task. Jinja's sandbox keeps it from Python's internals, and cannot
 keep it from never ending: one operation, such as ``9 ** 9 ** 9``, is a single call that no signal, trace function or
 other thread can end. A process can be ended, whatever it does and from whichever thread it was asked. It is started
 once, serves every template, and is started again where it had to be ended.
@@ -46,9 +46,26 @@ def render_chat(
     Raises:
         TemplateFailure: it is broken, does what it may not, or takes more time, memory or room than a text needs.
     """
-    answer = _RENDERER.ask(
-        {"template": template, "messages": list(messages), "variables": dict(variables)}, seconds or SECONDS
-    )
+    given = {"tools": None, "documents": None, **variables, "messages": list(messages)}
+    return _rendered({"kind": "chat", "template": template, "given": given}, seconds)
+
+
+def render_task(template: str, document: Mapping[str, Any], seconds: float | None = None) -> str:
+    """The text that a template of a task makes of a document, as ``apply_template`` of lm-evaluation-harness makes it.
+
+    Args:
+        template: Jinja source.
+        document: variables; those that are no JSON data, such as dates, are given as their texts.
+        seconds: that it may take; ``SECONDS`` by default.
+
+    Raises:
+        TemplateFailure: as for :func:`render_chat`.
+    """
+    return _rendered({"kind": "task", "template": template, "given": dict(document)}, seconds)
+
+
+def _rendered(request: dict[str, Any], seconds: float | None) -> str:
+    answer = _RENDERER.ask(request, seconds or SECONDS)
     if "text" not in answer:
         raise TemplateFailure(str(answer["error"]))
     return str(answer["text"])
@@ -68,7 +85,7 @@ class _Renderer:
         with self._lock:
             child = self._running()
             try:
-                return self._asked(child, json.dumps(request).encode() + b"\n", seconds)
+                return self._asked(child, json.dumps(request, default=str).encode() + b"\n", seconds)
             except BaseException:
                 self.close()
                 raise
@@ -116,7 +133,7 @@ class _Renderer:
             ready = b""
         if not ready:
             self.close()
-            raise TemplateFailure("the process that renders chat templates does not start")
+            raise TemplateFailure("the process that renders templates does not start")
         return child
 
     def close(self) -> None:

@@ -1,12 +1,15 @@
-"""The process that renders chat templates: run as a file, it imports Jinja and nothing of quantkit.
+"""The process that renders templates: run as a file, it imports Jinja and nothing of quantkit.
 
-The environment is that of transformers' ``apply_chat_template``: its filters, functions and tags, with Jinja's
-immutable sandbox beneath. A request is one line of JSON and so is an answer.
+A chat template has the environment of transformers' ``apply_chat_template``: its filters, functions and tags, with
+Jinja's immutable sandbox beneath; a template of a task has that of lm-evaluation-harness, in Jinja's sandbox. A request
+is one line of JSON and so is an answer.
 """
 
 from __future__ import annotations
 
 import json
+import random
+import re
 import sys
 from datetime import datetime
 from functools import lru_cache
@@ -14,7 +17,7 @@ from typing import Any
 
 import jinja2
 from jinja2.ext import Extension, loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedEnvironment
 
 MEMORY = 512 << 20
 """Bytes beyond what the process takes at its start."""
@@ -59,14 +62,16 @@ def main() -> None:
     """Answer until the input ends."""
     requests, answers = sys.stdin.buffer, sys.stdout.buffer
     sys.stdout = sys.stderr
-    environment = _environment()
+    environments = {"chat": _chat_environment(), "task": _task_environment()}
     for sample in ("{{ 1 | tojson }}", "{{ nothing.at.all }}", "{% for %}"):  # what Jinja imports late is imported now
-        _rendered(environment, {"template": sample, "variables": {}, "messages": []})
+        for kind in environments:
+            _rendered(environments, {"kind": kind, "template": sample, "given": {}})
     _limit()
     _answer(answers, {"ready": True})
     for line in requests:
         _more_time()
-        _answer(answers, _rendered(environment, json.loads(line)))
+        random.seed(line)  # so that a template that draws gives the same text each time
+        _answer(answers, _rendered(environments, json.loads(line)))
 
 
 def _answer(stream: Any, content: dict[str, Any]) -> None:
@@ -74,13 +79,12 @@ def _answer(stream: Any, content: dict[str, Any]) -> None:
     stream.flush()
 
 
-def _rendered(environment: Any, request: dict[str, Any]) -> dict[str, Any]:
+def _rendered(environments: dict[str, Any], request: dict[str, Any]) -> dict[str, Any]:
     try:
-        template = _compiled(environment, request["template"])
-        given = {"tools": None, "documents": None, **request["variables"], "messages": request["messages"]}
+        template = _compiled(environments[request["kind"]], request["template"])
         parts: list[str] = []
         length = 0
-        for part in template.generate(**given):
+        for part in template.generate(request["given"]):
             length += len(part)
             if length > MAX_TEXT:
                 raise TooLongError(f"its text has more than {MAX_TEXT} characters")
@@ -101,7 +105,17 @@ def _compiled(environment: Any, source: str) -> Any:
     return environment.from_string(source)
 
 
-def _environment() -> ImmutableSandboxedEnvironment:
+def _task_environment() -> SandboxedEnvironment:
+    environment = SandboxedEnvironment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+    environment.filters["regex_replace"] = _regex_replace
+    return environment
+
+
+def _regex_replace(string: str, pattern: str, repl: str, count: int = 0) -> str:
+    return re.sub(pattern, repl, string, count=count)
+
+
+def _chat_environment() -> ImmutableSandboxedEnvironment:
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
     )

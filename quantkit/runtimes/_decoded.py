@@ -1,7 +1,7 @@
 """A quantized checkpoint as a float model, by the code of its own format.
 
-The packed layers are decoded with :meth:`quantkit.exports.Export.weight` and
-:meth:`quantkit.schemes.QuantizedWeight.dequantize`, one at a time as transformers asks for them; every other tensor
+The packed layers are decoded with :meth:`quantkit.exports.Export.decodable` and
+:meth:`quantkit.schemes.Decodable.dequantize`, one at a time as transformers asks for them; every other tensor
 comes as it lies on disk. So any format can be scored, on any device, whether or not a runtime for it is at hand.
 What it computes is what the file says; its memory and speed are those of a float model.
 """
@@ -65,6 +65,7 @@ def load_decoded(path: Path, options: LoadOptions) -> TransformersModel:
             config=config,
             state_dict=decoded_state(export, dtype),
             dtype=dtype,
+            use_safetensors=True,
             ignore_mismatched_sizes=True,  # they are reported by name
             output_loading_info=True,
         )
@@ -72,4 +73,4 @@ def load_decoded(path: Path, options: LoadOptions) -> TransformersModel:
 
 
 def _decoded(export: Export, layer: str, dtype: torch.dtype) -> torch.Tensor:
-    return export.weight(layer).dequantize(torch.float32).to(dtype)
+    return export.decodable(layer).dequantize(torch.float32).to(dtype)

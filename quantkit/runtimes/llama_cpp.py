@@ -104,7 +104,7 @@ class LlamaCpp(Runtime):
         try:
             library()
         except QuantkitError as error:
-            return str(error)
+            return error.problem
         return None
 
     @classmethod

@@ -15,7 +15,7 @@ class Reference(Runtime):
     name = "reference"
     summary = "decodes any format that quantkit reads into a float model; says what the file means"
     install = "pip install quantkit"
-    formats = ("awq", "bitsandbytes", "compressed-tensors", "float", "gguf", "gptq", "hqq")
+    formats = ("aqlm", "awq", "bitsandbytes", "compressed-tensors", "float", "gguf", "gptq", "hqq")
     packed = False
 
     @classmethod

@@ -6,6 +6,7 @@ A scheme is plain data, without torch; the arithmetic that belongs to it is its 
 
 from __future__ import annotations
 
+from quantkit.schemes.additive import AdditiveScheme, AdditiveWeight
 from quantkit.schemes.base import PER_CHANNEL, Scheme, dividing_group_sizes
 from quantkit.schemes.blockfloat import Mxfp4Scheme, Nvfp4Scheme
 from quantkit.schemes.codebook import Fp4Scheme, Nf4Scheme
@@ -15,7 +16,7 @@ from quantkit.schemes.ggml_mixture import GgmlMixture
 from quantkit.schemes.integer import INTEGER_BITS, IntScheme
 from quantkit.schemes.kinds import DEFAULT_KIND, SCHEME_KEYS, SCHEMES, make_scheme, scheme_from_json
 from quantkit.schemes.plain import PlainScheme
-from quantkit.schemes.weight import QuantizedWeight
+from quantkit.schemes.weight import Decodable, QuantizedWeight
 
 __all__ = [
     "DEFAULT_KIND",
@@ -23,6 +24,9 @@ __all__ = [
     "PER_CHANNEL",
     "SCHEMES",
     "SCHEME_KEYS",
+    "AdditiveScheme",
+    "AdditiveWeight",
+    "Decodable",
     "Fp4Scheme",
     "Fp8Scheme",
     "GgmlMixture",

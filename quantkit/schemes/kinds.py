@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from quantkit.errors import SchemeError, did_you_mean
+from quantkit.schemes.additive import AdditiveScheme
 from quantkit.schemes.base import Scheme
 from quantkit.schemes.blockfloat import Mxfp4Scheme, Nvfp4Scheme
 from quantkit.schemes.codebook import Fp4Scheme, Nf4Scheme
@@ -30,6 +31,8 @@ _FAMILIES: tuple[tuple[type[Scheme], ...], ...] = (
     (BFloat16Scheme, Float16Scheme),
 )
 SCHEMES: dict[str, type[Scheme]] = {scheme.kind: scheme for family in _FAMILIES for scheme in family}
+READ_ONLY: dict[str, type[Scheme]] = {AdditiveScheme.kind: AdditiveScheme}
+"""Kinds that files may have and recipes cannot ask for, as nothing here chooses their codes."""
 DEFAULT_KIND = IntScheme.kind
 
 
@@ -65,4 +68,7 @@ def scheme_from_json(data: Mapping[str, Any]) -> Scheme:
         SchemeError: the data does not describe a scheme.
     """
     rest = dict(data)
-    return make_scheme(str(rest.pop("kind", "")), rest)
+    kind = str(rest.pop("kind", ""))
+    if kind in READ_ONLY and rest.keys() <= READ_ONLY[kind].defaults().keys():
+        return READ_ONLY[kind](**rest)
+    return make_scheme(kind, rest)

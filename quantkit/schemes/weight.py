@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from quantkit.schemes.base import Scheme
 
@@ -13,6 +13,21 @@ if TYPE_CHECKING:
 
 BY_COLUMN = ("g_idx", "importance")
 """The parts that belong to the columns of a weight and not to its rows."""
+
+
+class Decodable(Protocol):
+    """What every packed layer that quantkit reads can tell, whatever its codes stand for."""
+
+    @property
+    def scheme(self) -> Scheme:
+        """Which numbers its weights can be."""
+
+    @property
+    def scales(self) -> torch.Tensor:
+        """Its scales, of any shape, in the dtype in which weights are decoded."""
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The weights, ``[out_features, in_features]``, computed in ``dtype`` or else in that of the scales."""
 
 
 @dataclass(frozen=True, slots=True)

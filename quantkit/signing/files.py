@@ -7,11 +7,10 @@ from typing import Any
 
 from quantkit.artifacts import STAGE_FILE, file_sha256, read_json
 from quantkit.errors import CheckpointError
-from quantkit.exports.manifest import DESCRIBING, MANIFEST
-from quantkit.signing.keys import SIGNATURE
+from quantkit.exports.manifest import MANIFEST, NOT_LISTED
 
 GET_AGAIN = "get the checkpoint again from its source"
-NOT_LISTED = {MANIFEST, SIGNATURE, STAGE_FILE, *DESCRIBING}
+ALLOWED = {*NOT_LISTED, STAGE_FILE}
 
 
 def check_files(folder: Path) -> int:
@@ -27,7 +26,7 @@ def check_files(folder: Path) -> int:
     for name, facts in listed.items():
         _check_file(folder, name, facts)
     there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
-    unlisted = sorted(name for name in there - listed.keys() - NOT_LISTED if PurePosixPath(name).name[0] != ".")
+    unlisted = sorted(name for name in there - listed.keys() - ALLOWED if PurePosixPath(name).name[0] != ".")
     if unlisted:
         raise CheckpointError(
             f"{folder} holds {unlisted[0]}, which its manifest does not list", "remove it, or export again"

@@ -11,7 +11,6 @@ from quantkit.refusals import translated_os_errors
 if TYPE_CHECKING:
     from minisign import PublicKey, SecretKey
 
-SIGNATURE = "manifest.json.minisig"
 MAX_BYTES = 1 << 16
 """Of a key or a signature."""
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from quantkit.artifacts import file_sha256, write_text
-from quantkit.exports.manifest import MANIFEST
+from quantkit.exports.manifest import MANIFEST, SIGNATURE
 from quantkit.signing.files import check_files
-from quantkit.signing.keys import SIGNATURE, require_minisign, secret_key
+from quantkit.signing.keys import require_minisign, secret_key
 
 
 def sign(checkpoint: str | Path, key: str | Path, *, password: str | None = None) -> Path:

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quantkit.errors import CheckpointError
-from quantkit.exports.manifest import MANIFEST
+from quantkit.exports.manifest import MANIFEST, SIGNATURE
 from quantkit.signing.files import GET_AGAIN, check_files
-from quantkit.signing.keys import SIGNATURE, public_key, require_minisign, small_file
+from quantkit.signing.keys import public_key, require_minisign, small_file
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +61,10 @@ class FloatFolder:
         _check_known(folder, self.config, trust_remote_code)
         self.dtype = _float_dtype(folder, self.reader)
 
-    def sha256(self) -> dict[str, str]:
-        """File name to hash, of everything that makes up the model."""
-        return {file.name: file_sha256(file) for file in [*self._side_files(), *self.reader.files()]}
+    def sha256(self, known: Mapping[str, str]) -> dict[str, str]:
+        """File name to hash, of everything that makes up the model; files with a ``known`` one are not read again."""
+        files = [*self._side_files(), *self.reader.files()]
+        return {file.name: known.get(file.name) or file_sha256(file) for file in files}
 
     def copy_as(self, dtype: str, target: Path) -> None:
         """Write the model to ``target`` with all its floating-point tensors in ``dtype``.

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from huggingface_hub import constants, snapshot_download
@@ -20,6 +22,7 @@ from huggingface_hub.errors import (
 
 from quantkit.artifacts import translated_os_errors
 from quantkit.errors import SourceError
+from quantkit.source.hashes import check_files
 
 REFERENCE = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(?P<revision>[\w./-]+))?", re.ASCII)
 WANTED = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "README.md", "LICENSE*"]
@@ -30,20 +33,30 @@ TRANSPORT_ERROR: type[BaseException] = next(base for base in HfHubHTTPError.__mr
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """A downloaded revision: its folder and its commit."""
+    """A downloaded revision, whose files are what the hub states.
+
+    Attributes:
+        folder: it.
+        revision: its commit.
+        sha256: of each file that was wanted, by name.
+        unchecked: names of those whose hash could not be learnt from the hub or its cache.
+    """
 
     folder: Path
     revision: str
+    sha256: dict[str, str]
+    unchecked: tuple[str, ...]
 
 
 def download(reference: str, revision: str | None, *, trust_remote_code: bool) -> Snapshot:
     """Download the model ``org/name`` or ``org/name@revision``, or find it in the cache.
 
-    Pickled weights are never downloaded, and Python files only with ``trust_remote_code``.
+    Pickled weights are never downloaded, and Python files only with ``trust_remote_code``. Every file is compared with
+    the hash that the hub states of it, each time.
 
     Raises:
         SourceError: the hub cannot be reached and the model is not in the cache, there is no such model or
-            revision, it may not be read without a token, or it has no safetensors.
+            revision, it may not be read without a token, it has no safetensors, or a file is not what the hub states.
         OutputError: the cache cannot be written.
     """
     match = REFERENCE.fullmatch(reference)
@@ -54,14 +67,15 @@ def download(reference: str, revision: str | None, *, trust_remote_code: bool) -
             f"model.source asks for revision '{match['revision']}' and model.revision for '{revision}'", "keep one"
         )
     name, revision = match["id"], revision or match["revision"]
+    endpoint, wanted = os.environ.get("HF_ENDPOINT"), [*WANTED, "*.py"] if trust_remote_code else WANTED
     try:
         with translated_os_errors(Path(constants.HF_HUB_CACHE)):
             folder = Path(
                 snapshot_download(
                     name,
                     revision=revision,
-                    endpoint=os.environ.get("HF_ENDPOINT"),
-                    allow_patterns=[*WANTED, "*.py"] if trust_remote_code else WANTED,
+                    endpoint=endpoint,
+                    allow_patterns=wanted,
                     ignore_patterns=UNWANTED,
                 )
             )
@@ -72,7 +86,16 @@ def download(reference: str, revision: str | None, *, trust_remote_code: bool) -
             f"hub model {name} has no safetensors at the top of its repository",
             "choose a model or revision that has, or convert the weights where you trust them",
         )
-    return Snapshot(folder, folder.name)
+    with translated_os_errors(folder):
+        files = sorted(file for file in folder.iterdir() if file.is_file() and _is_wanted(file.name, wanted))
+        checked = check_files(name, files, folder.name, errors=(OSError, TRANSPORT_ERROR), endpoint=endpoint)
+    return Snapshot(folder, folder.name, checked.sha256, checked.unchecked)
+
+
+def _is_wanted(file: str, wanted: Sequence[str]) -> bool:
+    """Whether it was to be downloaded: the cache may hold what other programs have read."""
+    is_unwanted = any(fnmatchcase(file, pattern) for pattern in UNWANTED)
+    return not is_unwanted and any(fnmatchcase(file, pattern) for pattern in wanted)
 
 
 def translated_error(name: str, revision: str | None, error: BaseException) -> SourceError:

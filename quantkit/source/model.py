@@ -22,6 +22,7 @@ class SourceModel:
         dtype: of the weights in ``folder``: ``float32``, ``float16`` or ``bfloat16``.
         sha256: file name to hash, of all files of the source that make up the model.
         revision: commit of a hub model.
+        unchecked: files of a hub model whose hash could not be learnt from the hub or its cache.
     """
 
     folder: Path
@@ -31,6 +32,7 @@ class SourceModel:
     dtype: str
     sha256: dict[str, str]
     revision: str | None = None
+    unchecked: tuple[str, ...] = ()
 
     def made_from(self) -> dict[str, Any]:
         """What the model's values and tokens depend on, for fingerprints; not where the model lies."""

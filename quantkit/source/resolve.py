@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from quantkit.artifacts import file_sha256, new_folder, read_stage, write_stage
 from quantkit.checkpoint import CheckpointReader
@@ -35,13 +35,13 @@ def resolve(spec: ModelSpec, work: Path) -> SourceModel:
     path = package.locate(reference) if reference.startswith(package.PREFIX) else Path(reference).expanduser()
     if not path.exists() and hub.REFERENCE.fullmatch(reference) and path.suffix != ".gguf":
         snapshot = hub.download(reference, spec.revision, trust_remote_code=spec.trust_remote_code)
-        return _from_folder(snapshot.folder, spec, work, "hub", snapshot.revision)
+        return _from_folder(snapshot.folder, spec, work, snapshot)
     if not path.exists():
         raise SourceError(f"there is no file or folder {path}", _near(path))
     if spec.revision:
         raise SourceError(f"model.revision '{spec.revision}' has no meaning for {path}", "remove it")
     if path.is_dir():
-        return _from_folder(path, spec, work, "folder", None)
+        return _from_folder(path, spec, work, None)
     if path.suffix.lower() in PICKLE_SUFFIXES:
         raise SourceError(
             f"{path} holds pickled weights, which can run code when they are read",
@@ -52,15 +52,22 @@ def resolve(spec: ModelSpec, work: Path) -> SourceModel:
     return _from_gguf(path, spec, work)
 
 
-def _from_folder(
-    folder: Path, spec: ModelSpec, work: Path, kind: Literal["folder", "hub"], revision: str | None
-) -> SourceModel:
+def _from_folder(folder: Path, spec: ModelSpec, work: Path, snapshot: hub.Snapshot | None) -> SourceModel:
     model = FloatFolder(folder, trust_remote_code=spec.trust_remote_code)
     dtype = model.dtype if spec.dtype == "auto" else spec.dtype
     if dtype not in FLOATS:
         raise SourceError(f"{folder} holds {dtype} weights", f"set model.dtype to one of {', '.join(FLOATS)}")
     target = folder if dtype == model.dtype else work / STAGE
-    source = SourceModel(target, spec.source, kind, "the float model", dtype, model.sha256(), revision)
+    source = SourceModel(
+        folder=target,
+        reference=spec.source,
+        kind="hub" if snapshot else "folder",
+        relative_to="the float model",
+        dtype=dtype,
+        sha256=model.sha256(snapshot.sha256 if snapshot else {}),
+        revision=snapshot.revision if snapshot else None,
+        unchecked=snapshot.unchecked if snapshot else (),
+    )
     if target != folder and not _is_done(target, source.made_from()):
         with new_folder(target) as partial:
             model.copy_as(dtype, partial)

@@ -22,6 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+SECONDS = 3600.0
+"""A runtime that has not answered by then hangs."""
+
 
 @dataclass(frozen=True, slots=True)
 class VerificationJob:
@@ -39,6 +42,7 @@ class VerificationJob:
         logits: file to write.
         result: file to write.
         trust_remote_code: run Python code that comes with the checkpoint.
+        seconds: after which whoever started the process ends it; no part of the JSON.
     """
 
     checkpoint: Path
@@ -52,6 +56,7 @@ class VerificationJob:
     logits: Path
     result: Path
     trust_remote_code: bool = False
+    seconds: float = SECONDS
 
     def to_json(self) -> dict[str, Any]:
         """The job as JSON data."""

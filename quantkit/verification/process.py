@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from quantkit.artifacts import read_json, write_json
 from quantkit.errors import EvaluationError
-from quantkit.processes import last_error, restored_error, signal_name
+from quantkit.processes import last_error, last_line, restored_error, signal_name
 from quantkit.verification.job import VerificationJob
 
 
@@ -34,18 +36,31 @@ def carry_out(command: list[str], job: VerificationJob, log: Path) -> dict[str, 
     if not job.trust_remote_code:
         environment["HF_HUB_OFFLINE"] = "1"
     with log.open("wb") as file:
-        done = subprocess.run(
-            [*command, str(job_file)],
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=file,
-            check=False,
+        status = _run([*command, str(job_file)], environment, file, job.seconds)
+    if status is None:
+        raise EvaluationError(
+            f"{job.runtime} did not answer from {job.checkpoint} within {job.seconds:.0f} s; last line of its log:"
+            f" {last_line(log)}",
+            "give it longer with --time-limit, if it is slow and does not hang",
         )
     answer: dict[str, Any] = read_json(job.result) if job.result.exists() else {}
     if "error" in answer:
         raise restored_error(**answer["error"])
-    if done.returncode or not answer:
-        how = signal_name(-done.returncode) if done.returncode < 0 else f"exit code {done.returncode}"
+    if status or not answer:
+        how = signal_name(-status) if status < 0 else f"exit code {status}"
         raise EvaluationError(f"{job.runtime} did not answer from {job.checkpoint} ({how}): {last_error(log)}")
     return answer
+
+
+def _run(command: list[str], environment: dict[str, str], log: IO[bytes], seconds: float) -> int | None:
+    """Run a process and all that it starts to their end; None if they had to be ended at the time limit."""
+    with subprocess.Popen(
+        command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+    ) as child:
+        try:
+            return child.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return None
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)

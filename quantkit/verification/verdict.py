@@ -1,4 +1,4 @@
-"""Compare a runtime with the reference decoder on a checkpoint, and keep the verdict in its manifest."""
+"""Compare a runtime with the reference decoder on a checkpoint, and keep the verdict beside its manifest."""
 
 from __future__ import annotations
 
@@ -9,17 +9,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from quantkit.artifacts import read_json, write_json
 from quantkit.devices import resolve_device
 from quantkit.errors import MissingDependencyError, QuantkitError, did_you_mean
-from quantkit.exports.manifest import MANIFEST, VERIFIED, read_manifest
+from quantkit.exports.manifest import keep_verdict, read_manifest
 from quantkit.formats import FORMATS
 from quantkit.progress import Observer, Silent
 from quantkit.runtimes import RUNTIMES
 from quantkit.runtimes._choice import is_installed
 from quantkit.runtimes.base import Runtime
 from quantkit.verification.comparison import Figures, compare
-from quantkit.verification.job import VerificationJob
+from quantkit.verification.job import SECONDS, VerificationJob
 from quantkit.verification.process import carry_out
 from quantkit.verification.prompts import PROMPTS, Prompts, tokenize
 from quantkit.verification.subject import Subject, read_subject
@@ -39,12 +38,13 @@ def verify(
     dtype: str | None = None,
     prompts: Sequence[str] | None = None,
     trust_remote_code: bool = False,
+    seconds: float = SECONDS,
     observer: Observer | None = None,
 ) -> dict[str, Any]:
     """Load a checkpoint in a runtime and compare its logits with those of the reference decoder.
 
-    Each of the two runs in a fresh process. The verdict is written into ``manifest.json`` under ``verified`` where
-    quantkit exported the checkpoint.
+    Each of the two runs in a fresh process. The verdict is kept in ``verified.json`` where quantkit exported the
+    checkpoint.
 
     Args:
         checkpoint: a folder, or a GGUF file.
@@ -54,6 +54,7 @@ def verify(
         dtype: compute dtype; by default float32 on a CPU and the checkpoint's own on CUDA, where the runtime does it.
         prompts: texts instead of the fixed ones.
         trust_remote_code: run Python code that comes with the checkpoint.
+        seconds: that each of the two may take.
         observer: is told what happens.
 
     Returns:
@@ -76,6 +77,7 @@ def verify(
     texts = tokenize(path, PROMPTS if prompts is None else prompts, trust_remote_code=trust_remote_code)
     with tempfile.TemporaryDirectory(prefix="quantkit-verify-") as scratch:
         job = _job(subject, chosen.name, place, computed, texts, Path(scratch), trust_remote_code)
+        job = replace(job, seconds=seconds)
         expected = _reference_job(job)
         watching.stage(f"reference: {path} in {expected.dtype}")
         carry_out(RUNTIMES.get("reference").worker(), expected, Path(scratch) / "reference.log")
@@ -198,9 +200,7 @@ def _reason(figures: Figures, allowed: Tolerance) -> str | None:
 
 
 def _record(path: Path, runtime: str, verdict: dict[str, Any]) -> None:
-    """Keep a verdict in the manifest, where quantkit wrote one."""
+    """Keep a verdict beside the manifest, where quantkit wrote one."""
     folder = path if path.is_dir() else path.parent
-    if read_manifest(folder) is None:
-        return
-    content = read_json(folder / MANIFEST)
-    write_json(folder / MANIFEST, {**content, VERIFIED: {**content.get(VERIFIED, {}), runtime: verdict}})
+    if read_manifest(folder) is not None:
+        keep_verdict(folder, runtime, verdict)

@@ -72,7 +72,7 @@ class PackQuantized(Layout):
         words = tuple(tensors["weight_packed"].shape)
         if len(said) != 2 or min(said) < 1 or words != (said[0], -(-said[1] * self.scheme.bits // 32)):
             raise CheckpointError(
-                f"weight_shape of a packed layer says the shape {said}, and its codes have the shape {list(words)}",
+                f"weight_shape says the shape {said}, and its codes have the shape {list(words)}",
                 GET_AGAIN,
             )
         return said[0], said[1]
