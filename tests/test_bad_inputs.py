@@ -18,7 +18,7 @@ from tests.runs import files_with_times, hidden_names
 
 KEPT = (".out.spool", "out/logs/", "history.sqlite")
 SECONDS = 20
-"""Of the processor, that a refusal may take."""
+"""Of the processor, that a refusal may take, with the processes that it starts."""
 
 
 def written(folder: Path) -> dict[str, int]:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -130,3 +134,43 @@ def test_progress_tells_every_layer(model: Path, tmp_path: Path) -> None:
     told: list[tuple[int, int]] = []
     convert(first, "hqq", tmp_path / "out", on_layer=lambda done, total: told.append((done, total)))
     assert told == [(number, 14) for number in range(1, 15)]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from quantkit.conversion import convert
+
+def killed(done, total):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+convert(Path(sys.argv[1]), "hqq", Path(sys.argv[2]), on_layer=killed)
+"""
+
+
+def test_what_a_killed_conversion_leaves_lies_beside_its_output_until_the_next(model: Path, tmp_path: Path) -> None:
+    first, out, elsewhere = exported(model, tmp_path / "first", **SYMMETRIC), tmp_path / "out", tmp_path / "temporary"
+    elsewhere.mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(first), str(out)],
+        env={**os.environ, "TMPDIR": str(elsewhere)},
+        cwd=Path(quantkit.__file__).parents[1],
+        check=False,
+    )
+    assert done.returncode == -signal.SIGKILL
+    assert list(elsewhere.iterdir()) == []
+    assert list((tmp_path / ".out.work" / "convert" / "layers").iterdir())
+    convert(first, "hqq", out)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "out", "temporary"]
+    same_values(open_export(first), open_export(out))
+
+
+def test_a_conversion_that_is_stopped_leaves_nothing(model: Path, tmp_path: Path) -> None:
+    first = exported(model, tmp_path / "first", **SYMMETRIC)
+
+    def stopped(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(first, "hqq", tmp_path / "out", on_layer=stopped)
+    assert [path.name for path in tmp_path.iterdir()] == ["first"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from quantkit.artifacts import check_writable, new_folder, write_json, write_stage
+from quantkit.artifacts import check_writable, new_folder, translated_os_errors, write_json, write_stage
 from quantkit.conversion.recast import SHIFT_ALLOWED, recast, shift, target_scheme, with_scales_in
 from quantkit.engine.skeleton import empty_model
 from quantkit.errors import SchemeError
@@ -25,6 +25,7 @@ from quantkit.exports.writing import check_origin, origin_remarks, write_export
 from quantkit.formats import FORMATS
 from quantkit.formats.base import Format
 from quantkit.schemes import Scheme
+from quantkit.workplace import workplace
 
 STAGE = "convert"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -61,13 +62,13 @@ def convert(
     check_writable(out)
     export, target = open_export(checkpoint), FORMATS.get(to)
     schemes = {layer: _placed(layer, target, export) for layer in export.schemes}
-    with tempfile.TemporaryDirectory(prefix="quantkit-convert-") as scratch, new_folder(out) as folder:
-        origin = _origin(export, Path(scratch) / "origin")
+    with workplace(out, "convert") as work, _scratch(work) as scratch, new_folder(out) as folder:
+        origin = _origin(export, scratch / "origin")
         linears = _linears(origin, schemes, trust_remote_code)
         _check_together(export, target, linears, schemes)
         dtype = _dtype(export)
         check_origin(target, origin, [*export.float_names(), *(f"{layer}.weight" for layer in schemes)])
-        spool = Spool(Path(scratch) / "layers", target(dtype), export.embedding)
+        spool = Spool(scratch / "layers", target(dtype), export.embedding)
         largest = 0.0
         for done, layer in enumerate(schemes, start=1):
             largest = max(largest, _move(export, layer, schemes[layer], DTYPES[target.scale_dtype(dtype)], spool))
@@ -77,6 +78,19 @@ def convert(
         facts = _facts(export, store, origin, schemes, spool, largest)
         _write_records(folder, checkpoint, export, schemes, facts)
     return facts
+
+
+@contextmanager
+def _scratch(work: Path) -> Iterator[Path]:
+    """An empty folder for the time of the block; what a killed process left there is of no use."""
+    folder = work / "convert"
+    with translated_os_errors(work):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _placed(layer: str, target: type[Format], export: Export) -> Scheme:

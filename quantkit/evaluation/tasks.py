@@ -1,8 +1,8 @@
 """Tasks of lm-evaluation-harness, scored on a loaded model.
 
 The package reads its tasks, builds the prompts and judges the answers; :mod:`quantkit.evaluation.harness` gives it the
-model. Unless remote code is trusted, templates run in a process of their own (:mod:`quantkit.evaluation.templates`), and
-metrics that it would fetch from the Hugging Face hub as scripts are refused.
+model. Unless remote code is trusted, templates run in a process of their own, see :mod:`quantkit.evaluation.templates`,
+and metrics that it would fetch from the Hugging Face hub as scripts are refused.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ class Aqlm(Library):
     name = "aqlm"
     summary = "additive codebooks of 1 to 4 bits a weight; for checkpoints that exist"
     distribution = "aqlm"
-    requirements = ("aqlm[cpu]==1.1.7", "torch==2.14.1", "transformers==5.23.0")
+    requirements = ("aqlm[cpu]==1.1.7", "torch==2.14.1", "transformers==4.57.6")
     offers = (Offer("aqlm", (2, 1, 3, 4), "aqlm", grouped=False, devices=("cuda",), scores_only=NO_QUANTIZER),)
 
     def quantize(self, request: Request) -> Used:

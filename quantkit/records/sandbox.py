@@ -1,9 +1,10 @@
 """Templates, rendered by a process of their own that has little time, little memory and nothing to reach.
 
-A chat template is code of whoever published the model, and that of a task of whoever wrote the task. Jinja's sandbox keeps it from Python's internals, and cannot
-keep it from never ending: one operation, such as ``9 ** 9 ** 9``, is a single call that no signal, trace function or
-other thread can end. A process can be ended, whatever it does and from whichever thread it was asked. It is started
-once, serves every template, and is started again where it had to be ended.
+A chat template is code of whoever published the model, and that of a task of whoever wrote the task. Jinja's sandbox
+keeps it from Python's internals, and cannot keep it from never ending: one operation, such as ``9 ** 9 ** 9``, is a
+single call that no signal, trace function or other thread can end. A process can be ended, whatever it does and from
+whichever thread it was asked. It is started once, serves every template, and is started again where it had to be
+ended.
 """
 
 from __future__ import annotations
