@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from quantkit.errors import SchemeError
+from quantkit.validation import located
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)]
 Whole = Annotated[int, Field(strict=True)]
@@ -37,3 +38,14 @@ def compiled(pattern: str) -> re.Pattern[str]:
         return re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as error:
         raise SchemeError(f"'{pattern}' is not a regular expression: {error}") from error
+
+
+def _all_compile(patterns: tuple[str, ...]) -> tuple[str, ...]:
+    with located():
+        for pattern in patterns:
+            compiled(pattern)
+    return patterns
+
+
+Patterns = Annotated[tuple[str, ...], AfterValidator(_all_compile)]
+"""Regular expressions."""

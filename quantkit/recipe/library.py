@@ -11,7 +11,7 @@ from quantkit.errors import RecipeError, SchemeError, did_you_mean
 from quantkit.formats import FORMATS
 from quantkit.libraries import LIBRARIES, Library
 from quantkit.libraries.base import CODES, Offer
-from quantkit.recipe.fields import Flag, Name, Section, Whole, compiled
+from quantkit.recipe.fields import Flag, Name, Patterns, Section, Whole, compiled
 from quantkit.recipe.limits import LimitsSpec
 from quantkit.schemes import PER_CHANNEL, SCHEMES, Scheme, make_scheme
 from quantkit.schemes.kinds import keys_of
@@ -44,7 +44,7 @@ class LibrarySpec(Section):
     bits: Whole | None = None
     group_size: Whole | None = None
     symmetric: Flag | None = None
-    ignore: tuple[str, ...] = ("lm_head",)
+    ignore: Patterns = ("lm_head",)
     format: str | None = None
     env: Literal["own", "current"] = "own"
     limits: LimitsSpec = LimitsSpec()
@@ -61,14 +61,6 @@ class LibrarySpec(Section):
         with located():
             LIBRARIES.get(name)
         return name
-
-    @field_validator("ignore")
-    @classmethod
-    def _ignore_compiles(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
-        with located():
-            for pattern in patterns:
-                compiled(pattern)
-        return patterns
 
     @model_validator(mode="after")
     def _check_offer(self) -> LibrarySpec:

@@ -12,7 +12,7 @@ from quantkit.errors import SchemeError
 from quantkit.formats import FORMATS
 from quantkit.methods import METHODS
 from quantkit.methods.base import Method, MethodOptions
-from quantkit.recipe.fields import Name, Section, compiled
+from quantkit.recipe.fields import Name, Patterns, Section, compiled
 from quantkit.recipe.options import DEFAULT_METHOD, gathered
 from quantkit.recipe.scheme import BlocksPatch, SchemeKeys, SchemePatch, known_kind, written_keys
 from quantkit.schemes import DEFAULT_KIND, Scheme, make_scheme
@@ -63,7 +63,7 @@ class VariantSpec(SchemeKeys, Choice):
         options: the method's own options; in YAML they stand beside the other keys.
     """
 
-    ignore: tuple[str, ...] = ("lm_head",)
+    ignore: Patterns = ("lm_head",)
     overrides: dict[str, SchemePatch] = Field(default_factory=dict)
     first_blocks: BlocksPatch | None = None
     last_blocks: BlocksPatch | None = None
@@ -74,14 +74,6 @@ class VariantSpec(SchemeKeys, Choice):
     @classmethod
     def _gather_options(cls, given: Any) -> Any:
         return gathered(given, cls.model_fields) if isinstance(given, Mapping) else given
-
-    @field_validator("ignore")
-    @classmethod
-    def _ignore_compiles(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
-        with located():
-            for pattern in patterns:
-                compiled(pattern)
-        return patterns
 
     @field_validator("overrides")
     @classmethod
