@@ -326,6 +326,7 @@ def test_an_interrupted_run_keeps_what_is_finished_and_goes_on_from_there(
     report, notes = rerun([RTN, GPTQ])
     assert notes == reused("rtn")
     assert report["status"] == "ok"
+    assert any(note.startswith("went on after a run that ended early") for note in report["variants"][1]["notes"])
     assert hidden_names(tmp_path) == []
 
 
