@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import sys
 from collections.abc import Callable
@@ -53,7 +54,9 @@ def watched(model: Model, device: torch.device, runtime: str = "transformers") -
 
 
 def touch(nbytes: int) -> None:
-    torch.ones(nbytes, dtype=torch.uint8)
+    """Hold memory of the system for a moment; malloc might keep it, where its heap has a hole of that size."""
+    with mmap.mmap(-1, nbytes) as taken:
+        torch.frombuffer(taken, dtype=torch.uint8).fill_(1)
 
 
 @linux
@@ -82,7 +85,7 @@ def test_what_came_before_the_model_is_in_the_overall_peak_alone() -> None:
     touch(256 * MIB)
     before = peak_rss()
     found = watched(Model(touch), torch.device("cpu"))
-    assert found["peak_bytes"] == before
+    assert before <= found["peak_bytes"] < before + MIB
     assert all(phase["peak_bytes"] < before for phase in found["phases"].values())
 
 
@@ -91,7 +94,9 @@ def test_where_no_peak_can_begin_anew_that_is_said(monkeypatch: pytest.MonkeyPat
     assert not HostProbe().begin()
     found = watched(Model(touch), torch.device("cpu"))
     assert found["peaks_are_of"] == "process"
-    assert found["phases"]["decode"]["peak_bytes"] >= found["phases"]["prefill"]["peak_bytes"]
+    peaks = [phase["peak_bytes"] for phase in found["phases"].values()]
+    assert peaks == sorted(peaks)
+    assert found["peak_bytes"] == peaks[-1]
 
 
 def test_a_model_without_cache_has_no_figures_of_decoding(monkeypatch: pytest.MonkeyPatch) -> None:

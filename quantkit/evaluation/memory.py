@@ -121,6 +121,8 @@ class MemoryWatch:
     def _note(self, name: Phase, **facts: int) -> None:
         found = self._probe.read()
         self._highest = max(self._highest, found["peak_bytes"])
+        if not self._resets:  # the kernel counts in portions for each core, so that its own figure may fall a little
+            found["peak_bytes"] = self._highest
         if not self._knows:
             found |= dict.fromkeys(("used_bytes", "peak_bytes", "reserved_bytes"))
         self._phases[name] = {**found, **facts}
