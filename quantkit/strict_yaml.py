@@ -1,4 +1,4 @@
-"""YAML as recipes are written in: without aliases and without repeated keys."""
+"""YAML as recipes and task files are written in: without aliases and without repeated keys."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def parse_mapping(text: str, origin: str) -> dict[str, Any]:
     """
     try:
         # ValueError: the safe loader passes on what Python says of a date or a number that cannot be.
-        content = yaml.load(text, Loader=_StrictLoader)
+        content = yaml.load(text, Loader=StrictLoader)
     except RecursionError as error:
         raise RecipeError(
             f"{origin} is not valid YAML: it is nested too deeply", "a recipe has at most a dozen levels"
@@ -32,15 +32,17 @@ def parse_mapping(text: str, origin: str) -> dict[str, Any]:
     return content
 
 
-class _StrictLoader(yaml.SafeLoader):
+class StrictLoader(yaml.SafeLoader):
     """YAML without aliases (a few lines could unfold to gigabytes), without repeated keys, and with short numbers."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
+        """A node, unless it stands for another."""
         if self.check_event(yaml.events.AliasEvent):
-            raise yaml.YAMLError("aliases (*name) are not allowed in a recipe")
+            raise yaml.YAMLError("aliases (*name) are not allowed")
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        """A mapping, each of whose keys is plain and stands once."""
         seen = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
@@ -58,4 +60,4 @@ class _StrictLoader(yaml.SafeLoader):
         return int(super().construct_yaml_int(node))
 
 
-_StrictLoader.add_constructor("tag:yaml.org,2002:int", _StrictLoader.construct_short_int)
+StrictLoader.add_constructor("tag:yaml.org,2002:int", StrictLoader.construct_short_int)

@@ -38,7 +38,7 @@ __all__ = ["hub"]  # the fixture: a stand-in for the hub on loopback
 PACKAGE = Path(quantkit.__file__).parent
 FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal", "joblib"}
 FORBIDDEN_CALLS = {"torch.load", "pickle.load", "pickle.loads", "os.system", "eval", "exec", "yaml.unsafe_load"}
-SAFE_LOADERS = {"_StrictLoader", "_loader(path, code)"}
+SAFE_LOADERS = {"StrictLoader", "_loader(path, code)"}
 """Subclasses of ``yaml.SafeLoader``; see the tests of recipes and of task files."""
 CHAT = [{"role": "user", "content": "Hellö"}, {"role": "assistant", "content": 'say "hi"'}]
 

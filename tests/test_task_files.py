@@ -194,3 +194,19 @@ def test_a_job_with_answers_travels(tmp_path: Path) -> None:
     spec = EvaluationSpec.model_validate({"tasks": ["arc_easy"], "answers": {"samples": 3}})
     job = EvaluationJob(tmp_path, spec, answers_file=tmp_path / "a", float_answers=tmp_path / "b", seen=("x", "y"))
     assert EvaluationJob.from_json(job.to_json()) == job
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("dataset_kwargs: many\n", "'dataset_kwargs' is not a mapping"),
+        ("metric_list: 3\n", "'metric_list' is not a list"),
+        ('include: "a\\0b"\n', "which is no file name"),
+        ("a: &a [1]\nb: *a\n", "aliases"),
+        ("task: again\n", "given twice"),
+    ],
+)
+def test_what_a_task_file_cannot_say_is_one_line(task: Path, text: str, told: str) -> None:
+    task.write_text(f"task: sums\n{text}", encoding="utf-8")
+    with pytest.raises(EvaluationError, match=told):
+        read_task(task)

@@ -209,9 +209,8 @@ def report(
     """Render a run's report again from its JSON, as HTML and Markdown."""
     from quantkit import report as reports
 
-    content = reports.load(path)
     folder = out or (path if path.is_dir() else path.parent)
-    for written in reports.write(content, folder, ("html", "md")):
+    for written in reports.render_again(path, folder, ("html", "md")):
         say(str(written))
 
 

@@ -16,6 +16,7 @@ import yaml
 
 from quantkit.artifacts import file_sha256
 from quantkit.errors import EvaluationError
+from quantkit.strict_yaml import StrictLoader
 
 LOADERS = ("arrow", "csv", "json", "parquet", "text")
 """Values of ``dataset_path`` that read local files, with ``data_files`` in ``dataset_kwargs``."""
@@ -95,6 +96,8 @@ def read_task(path: Path) -> TaskFile:
 
 def _merged(path: Path, files: list[Path], code: list[str]) -> dict[str, Any]:
     """The keys of a file over those of the files that it includes."""
+    if "\0" in str(path):
+        raise EvaluationError(f"task file {files[-1]} includes {path.name!r}, which is no file name", "check the path")
     if path.resolve() in [each.resolve() for each in files]:
         raise EvaluationError(f"task file {path} includes itself", "take the include out")
     files.append(path)
@@ -115,6 +118,10 @@ def _parsed(path: Path, code: list[str]) -> dict[str, Any]:
         raise EvaluationError(f"task file {path} is not valid YAML: {error}", "see docs/evaluation.md#tasks") from error
     if not isinstance(config, dict):
         raise EvaluationError(f"task file {path} is not a mapping", "see docs/evaluation.md#tasks")
+    for key, wanted in (("dataset_kwargs", dict), ("metric_list", list)):
+        if not isinstance(config.get(key) or wanted(), wanted):
+            what = "mapping" if wanted is dict else "list"
+            raise EvaluationError(f"task file {path}: '{key}' is not a {what}", "see docs/evaluation.md#tasks")
     code += [f"{path}: '{key}' names {config[key]}" for key in _CODE_KEYS if key in config]
     if config.get("unsafe_code"):
         code.append(f"{path}: 'unsafe_code' runs what the model writes")
@@ -124,13 +131,13 @@ def _parsed(path: Path, code: list[str]) -> dict[str, Any]:
     return config
 
 
-def _loader(path: Path, code: list[str]) -> type[yaml.SafeLoader]:
+def _loader(path: Path, code: list[str]) -> type[StrictLoader]:
     """A safe loader that notes each function that the file names, and resolves none."""
 
-    class Loader(yaml.SafeLoader):
+    class Loader(StrictLoader):
         """Of this file."""
 
-    def note(loader: yaml.SafeLoader, node: yaml.Node) -> str:
+    def note(loader: StrictLoader, node: yaml.Node) -> str:
         line = node.start_mark.line + 1
         text = f"{_FUNCTION} {getattr(node, 'value', '')}"
         code.append(f"{path}, line {line}: '{text}'")

@@ -96,7 +96,10 @@ class FolderExport(Export):
     def _read(self, layer: str, made: Callable[[Mapping[str, torch.Tensor], Scheme], W]) -> W:
         tensors = {suffix: self._reader.read(name) for suffix, name in self._names[layer].items()}
         try:
-            return made(tensors, self.schemes[layer])
+            found = made(tensors, self.schemes[layer])
+            if isinstance(found, QuantizedWeight):
+                found.check()
+            return found
         except CheckpointError as error:
             raise CheckpointError(f"layer {layer} of {self.path}: {error.problem}", error.remedy) from error
         except (RuntimeError, ValueError, TypeError, IndexError, MemoryError) as error:

@@ -73,6 +73,41 @@ def load(path: Path) -> dict[str, Any]:
     return _checked(content, str(file))
 
 
+def render_again(path: Path, folder: Path, formats: Sequence[str]) -> list[Path]:
+    """Write a report of which there is only the JSON, which anything may have written or cut.
+
+    Args:
+        path: a ``report.json``, or the folder that holds one.
+        folder: where the files go.
+        formats: as of :func:`write`.
+
+    Returns:
+        The files, ``report.json`` first.
+
+    Raises:
+        QuantkitError: as of :func:`load`, or something in it is not what a report has there; nothing is written then.
+        OutputError: the folder cannot be written.
+    """
+    from jinja2 import TemplateError
+
+    content = load(path)
+    try:
+        return write(content, folder, formats)
+    except (
+        AttributeError,
+        TypeError,
+        LookupError,
+        ValueError,
+        ArithmeticError,
+        RecursionError,
+        TemplateError,
+    ) as error:
+        what = str(error).partition("\n")[0][:200]
+        raise QuantkitError(
+            f"report {path} cannot be rendered: {type(error).__name__}: {what}", "run the recipe again"
+        ) from error
+
+
 def _checked(content: Any, origin: str) -> dict[str, Any]:
     schema = content.get("schema") if isinstance(content, dict) else None
     if not isinstance(schema, int) or isinstance(schema, bool):

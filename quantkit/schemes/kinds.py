@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from functools import cache
+from typing import Any, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
 
 from quantkit.errors import SchemeError, did_you_mean
 from quantkit.schemes.additive import AdditiveScheme
@@ -58,7 +61,7 @@ def make_scheme(kind: str, keys: Mapping[str, Any]) -> Scheme:
         if key not in known:
             takes = ", ".join(known) if known else "no keys: its blocks and scales are fixed"
             raise SchemeError(f"scheme {kind} does not take '{key}'", f"it takes {takes}")
-    return SCHEMES[kind](**keys)
+    return SCHEMES[kind](**_checked(SCHEMES[kind], keys))
 
 
 def scheme_from_json(data: Mapping[str, Any]) -> Scheme:
@@ -70,5 +73,21 @@ def scheme_from_json(data: Mapping[str, Any]) -> Scheme:
     rest = dict(data)
     kind = str(rest.pop("kind", ""))
     if kind in READ_ONLY and rest.keys() <= READ_ONLY[kind].defaults().keys():
-        return READ_ONLY[kind](**rest)
+        return READ_ONLY[kind](**_checked(READ_ONLY[kind], rest))
     return make_scheme(kind, rest)
+
+
+def _checked(scheme: type[Scheme], keys: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The keys, each of the type that the scheme declares."""
+    for key, value in keys.items():
+        try:
+            _type_of(scheme, key).validate_python(value, strict=True)
+        except ValidationError as error:
+            wanted = str(error.errors()[0]["msg"])
+            raise SchemeError(f"scheme {scheme.kind}: {key} is {value!r}", wanted[0].lower() + wanted[1:]) from error
+    return keys
+
+
+@cache
+def _type_of(scheme: type[Scheme], key: str) -> TypeAdapter[Any]:
+    return TypeAdapter(get_type_hints(scheme)[key])

@@ -67,6 +67,24 @@ class QuantizedWeight:
         found = lattice.uncelled(cells.mul_(self.scales.to(dtype).unsqueeze(-1)), codes.shape)
         return found if order is None else found[:, order.argsort()]
 
+    def check(self) -> None:
+        """Check that codes, scales, zero points and the parts that belong to columns fit each other.
+
+        Raises:
+            ValueError: they do not.
+        """
+        from quantkit.numerics.lattices import lattice_of
+
+        if self.codes.ndim != 2:
+            raise ValueError(f"its codes have the shape {list(self.codes.shape)}")
+        wanted = lattice_of(self.scheme).cells(self.codes).shape[:-1]
+        for name, found in (("scales", self.scales), ("zero points", self.zeros)):
+            if found.shape != wanted:
+                raise ValueError(f"its {name} have the shape {list(found.shape)} and not {list(wanted)}")
+        for name in BY_COLUMN:
+            if name in self.parts and self.parts[name].shape != self.codes.shape[1:]:
+                raise ValueError(f"its {name} is not one number for each of {self.codes.shape[1]} columns")
+
     def rows(self, start: int, stop: int) -> QuantizedWeight:
         """The rows ``start .. stop - 1``, for layers that were solved as one; the scheme must stack."""
         if start == 0 and stop == self.codes.shape[0]:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from quantkit.artifacts import read_json, write_json
 from quantkit.errors import MissingDependencyError, OutputError, QuantkitError, RecipeError
@@ -87,8 +88,10 @@ def track_again(folder: Path, uri: str | None = None, experiment: str | None = N
     Raises:
         QuantkitError: see :func:`track`.
     """
-    recipe = load_report(folder).get("recipe") or {}
-    asked = {**((recipe.get("tracking") or {}).get("mlflow") or {})}
+    found: Any = load_report(folder)
+    for key in ("recipe", "tracking", "mlflow"):
+        found = found.get(key) if isinstance(found, dict) else None
+    asked = dict(found) if isinstance(found, dict) else {}
     asked |= {key: value for key, value in (("uri", uri), ("experiment", experiment)) if value is not None}
     return track(parse_section(MlflowSpec, asked, "tracking.mlflow"), folder)
 

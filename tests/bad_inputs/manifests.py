@@ -146,3 +146,13 @@ def a_shape_tensor_beyond_the_world(place: Place) -> list[str]:
     tensors[name] = torch.tensor([1 << 40, 1 << 40])
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     return ["inspect", str(folder)]
+
+
+@case("scheme int: group_size is '32'")
+def a_group_size_that_is_text(place: Place) -> list[str]:
+    return edited(place, with_scheme({"kind": "int", "bits": 4, "group_size": "32"}))
+
+
+@case("scheme int: symmetric is 1")
+def a_flag_that_is_a_number(place: Place) -> list[str]:
+    return edited(place, with_scheme({"kind": "int", "bits": 4, "symmetric": 1}))

@@ -55,3 +55,8 @@ def variants_that_are_numbers(place: Place) -> list[str]:
 @case("is not a whole report")
 def a_baseline_that_is_a_list(place: Place) -> list[str]:
     return report(place, baseline=[1], model="x", environment=5, variants=[{"name": "a"}])
+
+
+@case("cannot be rendered: AttributeError")
+def a_library_that_is_text(place: Place) -> list[str]:
+    return report(place, variants=[{"name": "a", "library": "x"}])

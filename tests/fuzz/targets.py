@@ -6,23 +6,34 @@ it raises is a finding. Each has a few sound inputs, from which the fuzzers begi
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
+import math
+import random
 import struct
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
 
 from quantkit import report
-from quantkit.checkpoint.header import read_header, read_index
+from quantkit.checkpoint.header import DTYPES, read_header, read_index
 from quantkit.checkpoint.sizes import check_sizes
 from quantkit.errors import QuantkitError
+from quantkit.evaluation.task_files import read_task
+from quantkit.exports import open_export
 from quantkit.exports.folder import read_config
 from quantkit.exports.manifest import read_manifest
+from quantkit.gates.syntax import parse_gate
 from quantkit.importing import import_recipe
+from quantkit.inspection import inspect
 from quantkit.merging.archives import unpack
 from quantkit.merging.config import AdapterConfig
 from quantkit.patterns import why_refused
@@ -32,11 +43,14 @@ from quantkit.records.sandbox import TemplateFailure, render_chat
 from quantkit.schemes import scheme_from_json
 from quantkit.signing.files import check_files
 from quantkit.signing.keys import public_key
+from quantkit.signing.verify import verify_signature
 from quantkit.source.gguf_config import generation_config, model_config
 from quantkit.source.gguf_head import read_head
+from tests.fuzz.mutation import Mutate, in_json, in_lines, in_text, in_yaml, words_in
 
 Read = Callable[[Path, bytes], object]
 TEMPLATE_SECONDS = 2.0
+SIZES = {name: dtype.itemsize for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +60,14 @@ class Target:
     Attributes:
         read: gives it the bytes; the path is of an empty folder.
         sound: inputs that it takes.
+        words: what its grammar is made of, as far as that stands in the code.
+        shape: makes mutations that keep the shape of its inputs; None where these are no text.
     """
 
     read: Read
     sound: tuple[bytes, ...]
+    words: tuple[str, ...] = ()
+    shape: Callable[[Sequence[str]], Mutate] | None = None
 
     def __call__(self, data: bytes) -> bool:
         """Whether the reader took the bytes; what it may not raise passes through."""
@@ -61,6 +79,15 @@ class Target:
                     raise ValueError(f"not one line: {error!r}") from error
                 return False
             return True
+
+    def mutated(self, data: bytes, draw: random.Random) -> bytes | None:
+        """The input changed in its shape; None where it has none."""
+        if self.shape is None:
+            return None
+        try:
+            return self.shape(self.words)(data, draw)
+        except (ValueError, RecursionError, OverflowError, yaml.YAMLError):
+            return None
 
 
 def _file(name: str, read: Callable[[Path], object]) -> Read:
@@ -80,8 +107,6 @@ def _in_folder(name: str, read: Callable[[Path], object]) -> Read:
 
 
 def _gguf(path: Path) -> object:
-    import torch
-
     head = read_head(path)
     return model_config(head, torch.float16), generation_config(head)
 
@@ -106,6 +131,72 @@ def _scheme(_folder: Path, data: bytes) -> object:
     except (ValueError, RecursionError):
         return None
     return scheme_from_json(given) if isinstance(given, dict) else None
+
+
+MOST_BYTES = 1 << 20
+
+
+def _export(folder: Path, data: bytes) -> object:
+    """A checkpoint as described: its config, its manifest, and the names, types, shapes and bytes of its tensors."""
+    try:
+        given = json.loads(data)
+        _write_export(folder, given["config"], given["manifest"], given["tensors"], given["bytes"])
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError, OverflowError):
+        return None  # no such description
+    export = open_export(folder)
+    for layer in export.schemes:
+        export.decodable(layer).dequantize(torch.float32)
+    return inspect(folder, deep=False)
+
+
+def _write_export(folder: Path, config: Any, manifest: Any, tensors: Any, given: Any) -> None:
+    header: dict[str, Any] = {}
+    body = bytearray()
+    for name, (dtype, shape) in tensors.items():
+        count = math.prod(max(0, int(size)) for size in shape) * SIZES.get(dtype, 1)
+        if count > MOST_BYTES - len(body):
+            raise ValueError("too large to be tried")
+        content = bytes.fromhex(given.get(name, ""))
+        content += bytes((3 * place + 1) % 251 for place in range(min(count, 2048) - len(content)))
+        content = (content * (count // max(1, len(content)) + 1))[:count]
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [len(body), len(body) + count]}
+        body += content
+    head = json.dumps(header).encode()
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(head)) + head + body)
+    if manifest is not None:
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def _gate(_folder: Path, data: bytes) -> object:
+    return parse_gate(data.decode("utf-8", "replace"))
+
+
+def _report(folder: Path, data: bytes) -> object:
+    """A report that is read is written again, in every format."""
+    (folder / "report.json").write_bytes(data)
+    return report.render_again(folder, folder / "again", ["html", "md"])
+
+
+def _task(folder: Path, data: bytes) -> object:
+    (folder / "data.jsonl").write_text('{"question": "a"}\n')
+    (folder / "task.yaml").write_bytes(data)
+    task = read_task(folder / "task.yaml")
+    task.check(trusted=False)
+    return task.name, task.identity()
+
+
+def _files(folder: Path, data: bytes) -> object:
+    (folder / "manifest.json").write_bytes(data)
+    (folder / "a.txt").write_bytes(b"a")
+    return check_files(folder)
+
+
+def _signature(folder: Path, data: bytes) -> object:
+    (folder / "manifest.json").write_bytes(MANIFEST)
+    (folder / "manifest.json.minisig").write_bytes(data)
+    (folder / "a.txt").write_bytes(b"a")
+    return verify_signature(folder, KEY.decode().splitlines()[1])
 
 
 def _pattern(_folder: Path, data: bytes) -> object:
@@ -150,10 +241,22 @@ def _safetensors() -> bytes:
 
 
 def _gguf_bytes() -> bytes:
-    key = struct.pack("<Q", 20) + b"general.architecture" + struct.pack("<IQ", 8, 5) + b"llama"
-    row = struct.pack("<Q", 17) + b"token_embd.weight" + struct.pack("<IQQIQ", 2, 4, 4, 0, 0)
-    head = b"GGUF" + struct.pack("<IQQ", 3, 1, 1) + key + row
-    return head + bytes(-len(head) % 32 + 64)
+    """A Llama of one block without tensors of it: what its config needs, and an embedding."""
+
+    def text(value: bytes) -> bytes:
+        return struct.pack("<Q", len(value)) + value
+
+    counts = {b"embedding_length": 4, b"feed_forward_length": 8, b"attention.head_count": 2, b"context_length": 16}
+    keys = [text(b"general.architecture") + struct.pack("<I", 8) + text(b"llama")]
+    keys += [text(b"llama." + name) + struct.pack("<II", 4, count) for name, count in counts.items()]
+    keys += [text(b"llama.block_count") + struct.pack("<II", 4, 1)]
+    keys += [text(b"llama.attention.layer_norm_rms_epsilon") + struct.pack("<If", 6, 1e-5)]
+    keys += [text(b"tokenizer.ggml.tokens") + struct.pack("<IIQ", 9, 8, 2) + text(b"a") + text(b"b")]
+    keys += [text(b"tokenizer.ggml.eos_token_id") + struct.pack("<II", 4, 1)]
+    names = (b"token_embd.weight", b"blk.0.attn_q.weight")
+    rows = [text(name) + struct.pack("<IQQIQ", 2, 4, 4, 0, 64 * place) for place, name in enumerate(names)]
+    head = b"GGUF" + struct.pack("<IQQ", 3, len(rows), len(keys)) + b"".join(keys + rows)
+    return head + bytes(-len(head) % 32 + 128)
 
 
 def _parquet() -> bytes:
@@ -179,7 +282,8 @@ FACTORY = b"model_name_or_path: org/name\nexport_dir: out\nexport_quantization_b
 ADAPTER = b'{"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], "rank_pattern": {"q_proj": 2}}'
 CONFIG = b'{"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "text_config": {"vocab_size": 9}}'
 MANIFEST = (
-    b'{"format": "gptq", "layers": {"a": {"kind": "int"}}, "files": {"manifest.json": {"bytes": 2, "sha256": "0"}}}'
+    b'{"format": "gptq", "layers": {"a": {"kind": "int"}}, "files": {"a.txt": {"bytes": 1, "sha256": "%s"}}}'
+    % hashlib.sha256(b"a").hexdigest().encode()
 )
 REPORT = b'{"schema": 1, "name": "x", "variants": [{"name": "a", "metrics": {}}], "baseline": {}}'
 RECORDS = (
@@ -190,27 +294,111 @@ TEMPLATE = (
     b"{% if loop.last %}{{ bos_token }}{% endif %}{% endfor %}"
 )
 SCHEME = b'{"kind": "int", "bits": 4, "group_size": 32, "symmetric": true}'
-KEY = b"untrusted comment: minisign public key\nRWQf6LRCGA9i53mlYecO4IzT51TGPpvWucNSCh1CBM0QTaLn73Y7GFO3\n"
+KEY = (
+    b"untrusted comment: minisign public key 5732A44849C6FBCC\nRWRXMqRIScb7zL6pnsFKwBy1RDaqOIsbnEIjF320avzd0PvwPzgEJk3m"
+)
+GATE = b"kl_divergence.prose.mean <= 0.05"
+TASK = b"""task: demo
+dataset_path: json
+dataset_kwargs: {data_files: {test: data.jsonl}}
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: [a, b]
+metric_list:
+- {metric: acc, aggregation: mean, higher_is_better: true}
+"""
+SIGNATURE = (
+    b"untrusted comment: signature from minisign secret key\n"
+    b"RURXMqRIScb7zBIW4dBOZMyeJyBUmUFmunc97EFCoPupGIyKF6gVEI7MKpJba0SskduP/QlM+Ql3Ln52uF0UIPDZAcQqq3+r+wU=\n"
+    b"trusted comment: a file\n"
+    b"aSJvH5H61gBgnczkvDL9zVpqiQDCRkuA4Uyn6tYgbaBCaiRnbIEVkUo9LwEYvnb2fIUmEubH4Qn07od4/RlMDw=="
+)
+EXPORT = json.dumps(
+    {
+        "config": {
+            "model_type": "llama",
+            "dtype": "float16",
+            "quantization_config": {
+                "quant_method": "gptq",
+                "checkpoint_format": "gptq",
+                "bits": 4,
+                "group_size": 32,
+                "sym": False,
+                "desc_act": False,
+            },
+        },
+        "manifest": None,
+        "tensors": {
+            "model.layers.0.mlp.up_proj.qweight": ["I32", [8, 32]],
+            "model.layers.0.mlp.up_proj.qzeros": ["I32", [2, 4]],
+            "model.layers.0.mlp.up_proj.scales": ["F16", [2, 32]],
+            "model.layers.0.mlp.up_proj.g_idx": ["I32", [64]],
+            "model.norm.weight": ["F16", [64]],
+        },
+        "bytes": {"model.layers.0.mlp.up_proj.g_idx": "00000000" * 32 + "01000000" * 32},
+    }
+).encode()
+JINJA = (
+    "{{", "}}", "{%", "%}", "{%-", "-%}", "{#", "#}", "for", "in", "endfor", "if", "elif", "else", "endif",
+    "set", "endset", "macro", "endmacro", "call", "endcall", "filter", "endfilter", "block", "endblock",
+    "include", "import", "from", "extends", "generation", "endgeneration", "break", "continue", "recursive",
+    "not", "and", "or", "is", "defined", "none", "true", "namespace(", "range(", "dict(", "cycler(", "joiner(",
+    "lipsum(", "raise_exception(", "strftime_now(", "tojson", "trim", "join", "map", "select", "selectattr",
+    "groupby", "batch", "slice", "format", "replace", "indent", "center", "sort", "unique", "sum", "list",
+    "string", "length", "first", "last", "random", "messages", "message", "role", "content", "loop",
+    "loop.index0", "loop.changed", "self", "caller", "varargs", "kwargs", "__class__", "__globals__",
+    "__init__", "__subclasses__", "attr(", "~", "|", ".", "[", "]", "(", ")", ",", ":", "=", "==", "**", "*",
+    "//", "%", "+", "-", "<", "9", "99999999", "'a'", '"%s"', "'%999999999d'",
+)  # fmt: skip
+REGEX = (
+    "(", ")", "(?:", "(?=", "(?!", "(?<=", "(?P<a>", "(?P=a)", "\\1", "(?i)", "[a-z]", "[^.]", ".", ".*", ".+",
+    "?", "*?", "{0,9}", "{9}", "|", "^", "$", "a", "_proj", "\\d", "\\b",
+)  # fmt: skip
 
 TARGETS: dict[str, Target] = {
-    "safetensors": Target(_file("model.safetensors", read_header), (_safetensors(),)),
-    "index": Target(_file("model.safetensors.index.json", read_index), (b'{"weight_map": {"a": "b.safetensors"}}',)),
-    "gguf": Target(_file("model.gguf", _gguf), (_gguf_bytes(),)),
-    "config": Target(_in_folder("config.json", _config), (CONFIG,)),
-    "recipe": Target(_file("recipe.yaml", Recipe.load), (RECIPE,)),
-    "llamafactory": Target(_file("export.yaml", import_recipe), (FACTORY,)),
-    "records": Target(_file("data.jsonl", read_file), (RECORDS,)),
-    "records-json": Target(_file("data.json", read_file), (b'[{"text": "a"}]', b'{"data": [{"text": "a"}]}')),
+    "safetensors": Target(_file("model.safetensors", read_header), (_safetensors(),), words_in("checkpoint")),
+    "index": Target(
+        _file("model.safetensors.index.json", read_index),
+        (b'{"weight_map": {"a": "b.safetensors"}}',),
+        words_in("checkpoint"),
+        in_json,
+    ),
+    "gguf": Target(_file("model.gguf", _gguf), (_gguf_bytes(),), words_in("source")),
+    "config": Target(
+        _in_folder("config.json", _config), (CONFIG,), words_in("checkpoint", "exports", "estimation"), in_json
+    ),
+    "export": Target(
+        _export, (EXPORT,), words_in("exports", "formats", "schemes", "inspection", "checkpoint"), in_json
+    ),
+    "recipe": Target(_file("recipe.yaml", Recipe.load), (RECIPE,), words_in("recipe", "gates"), in_yaml),
+    "llamafactory": Target(_file("export.yaml", import_recipe), (FACTORY,), words_in("importing"), in_yaml),
+    "records": Target(_file("data.jsonl", read_file), (RECORDS,), words_in("records"), in_lines),
+    "records-json": Target(
+        _file("data.json", read_file), (b'[{"text": "a"}]', b'{"data": [{"text": "a"}]}'), words_in("records"), in_json
+    ),
     "parquet": Target(_file("data.parquet", read_file), (_parquet(),)),
-    "adapter": Target(_in_folder("adapter_config.json", lambda folder: AdapterConfig(folder, "x")), (ADAPTER,)),
+    "adapter": Target(
+        _in_folder("adapter_config.json", lambda folder: AdapterConfig(folder, "x")),
+        (ADAPTER,),
+        words_in("merging"),
+        in_json,
+    ),
     "zip": Target(_archive(".zip"), (_zip(),)),
     "tar": Target(_archive(".tar"), (_tar(),)),
-    "template": Target(_template, (TEMPLATE,)),
-    "pattern": Target(_pattern, (rb"re:.*layers\.(1|2)\..*_proj$", rb"[^\].]+(?:a|b)?")),
-    "scheme": Target(_scheme, (SCHEME, b'{"kind": "nf4"}')),
-    "manifest": Target(_in_folder("manifest.json", read_manifest), (MANIFEST,)),
-    "files": Target(_in_folder("manifest.json", check_files), (MANIFEST,)),
-    "report": Target(_file("report.json", report.load), (REPORT,)),
+    "template": Target(_template, (TEMPLATE,), JINJA, in_text),
+    "pattern": Target(
+        _pattern,
+        (rb"re:.*layers\.(1|2)\..*_proj$", rb"[^\].]+(?:a|b)?"),
+        REGEX,
+        in_text,
+    ),
+    "scheme": Target(_scheme, (SCHEME, b'{"kind": "nf4"}'), words_in("schemes"), in_json),
+    "manifest": Target(_in_folder("manifest.json", read_manifest), (MANIFEST,), words_in("exports"), in_json),
+    "files": Target(_files, (MANIFEST,), words_in("exports"), in_json),
+    "report": Target(_report, (REPORT,), words_in("report", "pipeline"), in_json),
+    "gate": Target(_gate, (GATE,), words_in("gates"), in_text),
+    "task": Target(_task, (TASK,), words_in("evaluation/task_files.py"), in_yaml),
     "key": Target(_file("key.pub", lambda path: public_key(str(path))), (KEY,)),
+    "signature": Target(_signature, (SIGNATURE,)),
 }
 """By name, for the command line."""
