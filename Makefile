@@ -36,8 +36,8 @@ libraries: $(TEST_STAMP)  ## what each library plugin keeps to, in its environme
 	$(PIP) --editable '.[libraries]'
 	$(BIN)/python -m pytest -m slow tests/test_library_contract.py
 
-kill-test: $(TEST_STAMP)  ## kill a quantization at 50 random moments and compare bytes
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.kill_run --kills 50
+kill-test: $(TEST_STAMP)  ## kill commands at random moments in 50 rounds and compare bytes
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.kill_run --rounds 50
 
 audit: $(TEST_STAMP)  ## look the installed packages up in the data base of known holes, where it can be reached
 	$(PIP) pip-audit

@@ -1,9 +1,13 @@
-"""Kill a quantization at random moments, let the same command go on, and compare bytes with an undisturbed run.
+"""Kill a command at random moments, let the same command go on, and compare bytes with an undisturbed run.
 
-``python -m tests.kill_run --kills 50`` prints what was killed where, and ends with 1 if a byte differs. Each attempt is
-a process of its own, forked from one that has imported everything, so that a kill costs a second. Half of the moments
-are drawn among the accesses to files below the work folder, at which the process kills itself, so that every gap
-between two of them is hit in time; the others are delays after which it is killed from outside.
+``python -m tests.kill_run --rounds 50`` prints what was killed where, and ends with 1 if a byte differs. A round is one
+output, killed once or several times until an attempt comes to its end. Each attempt is a process of its own, forked
+from one that has imported everything, so that a kill costs a second. Half of the moments are drawn among the accesses
+to files below the work folder, at which the process kills itself, so that every gap between two of them is hit in time;
+the others are delays after which it is killed from outside.
+
+Three cases quantize. The fourth is a whole run of a recipe, with the processes that score: of these none may live on,
+and its figures must be the same.
 """
 
 from __future__ import annotations
@@ -23,6 +27,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from quantkit.artifacts import file_sha256, read_json
 from quantkit.cli import main as quantkit_main
 from quantkit.display import Display
@@ -38,6 +44,12 @@ IMPORTED = (Display, quantize_one)
 TOUCHING = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir")
 """Audit events of the interpreter that change or read files."""
 TIMES = ("seconds", "seconds_own", "seconds_shared", "walk_variants", "resumed")
+FIGURES = ("metrics", "texts", "size_bytes")
+"""What of the result of scoring follows from its input; the rest is speed and memory."""
+NO_RESULTS = ("logs/", "report.", "divergence.svg")
+"""Files of a run that tell of times, or show what others hold."""
+ORPHANS_END = 30.0
+"""Seconds that a process may take to see that whoever started it is gone."""
 SWEEP: dict[str, dict[str, Any]] = {
     "gptq": {"method": "gptq", "group_size": 32},
     "awq-gptq": {"method": "awq+gptq", "group_size": 32},
@@ -52,6 +64,8 @@ class Case:
 
     name: str
     work: Callable[[Path], object]
+    share: int = 1
+    """Of the rounds."""
 
 
 @dataclass
@@ -61,6 +75,7 @@ class Outcome:
     kills: int = 0
     rounds: int = 0
     differing: int = 0
+    orphans: int = 0
 
 
 def cases(root: Path) -> list[Case]:
@@ -87,7 +102,29 @@ def cases(root: Path) -> list[Case]:
             if isinstance(each, Exception):
                 raise each
 
-    return [Case("gptq", quantize("gptq")), Case("awq+gptq", quantize("awq+gptq")), Case("sweep", sweep)]
+    def run(folder: Path) -> None:
+        recipe = root / "recipe.json"
+        text = root / "text.txt"
+        text.write_text(texts[0] * 8, encoding="utf-8")
+        content = {
+            "name": "kill",
+            "model": {"source": str(model)},
+            "calibration": {"dataset": str(records), "samples": 8, "max_length": 48},
+            "variants": [{"name": name, **SWEEP[name]} for name in ("gptq", "rtn")],
+            "evaluation": {"context_length": 32, "texts": [{"name": "tide", "file": str(text)}]},
+            "report": {"folder": str(folder), "formats": ["json", "md"]},
+            "history": {"file": str(root / "history.sqlite")},
+        }
+        recipe.write_text(json.dumps(content), encoding="utf-8")
+        sys.argv = ["quantkit", "run", str(recipe)]
+        quantkit_main()
+
+    return [
+        Case("gptq", quantize("gptq"), 3),
+        Case("awq+gptq", quantize("awq+gptq"), 3),
+        Case("sweep", sweep, 3),
+        Case("run", run),
+    ]
 
 
 def say(text: str) -> None:
@@ -107,6 +144,7 @@ def fork(case: Case, folder: Path, at: int | None = None, log: Path | None = Non
         quiet = os.open(log or os.devnull, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(quiet, 1)
         os.dup2(quiet, 2)
+        tempfile.tempdir = str(folder.with_name("scratch"))  # by which the processes that it starts are found
         sys.addaudithook(_Counter(str(folder), at, folder.with_name("accesses")))
         case.work(folder)
         status = 0
@@ -140,20 +178,26 @@ def digests(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = path.relative_to(folder).as_posix()
-        if path.name == "stage.json":
+        if name.startswith(NO_RESULTS):
+            continue
+        if path.name == "result.json":
+            found[name] = {key: value for key, value in read_json(path).items() if key in FIGURES}
+        elif path.name == "stage.json":
             content = read_json(path)
-            kept = {key: value for key, value in content["facts"].items() if key not in TIMES}
-            kept["notes"] = [note for note in kept["notes"] if "went on after" not in note and "afresh" not in note]
+            kept = {key: value for key, value in content.get("facts", {}).items() if key not in TIMES}
+            kept["notes"] = [
+                note for note in kept.get("notes", []) if "went on after" not in note and "afresh" not in note
+            ]
             found[name] = {**content, "facts": kept}
         else:
             found[name] = file_sha256(path)
     return found
 
 
-def kill_case(case: Case, root: Path, kills: int, draw: random.Random) -> Outcome:
-    """Kill a case so many times, and compare whenever it came to its end."""
+def kill_case(case: Case, root: Path, rounds: int, draw: random.Random) -> Outcome:
+    """Kill a case in so many rounds, and compare at the end of each."""
     whole, folder, log = root / case.name / "whole", root / case.name / "work", root / case.name / "log"
-    for each in (whole, folder):
+    for each in (whole, folder, folder.with_name("scratch")):
         each.mkdir(parents=True)
     started = time.monotonic()
     _expect_end(fork(case, folder, log=log), log)
@@ -164,14 +208,39 @@ def kill_case(case: Case, root: Path, kills: int, draw: random.Random) -> Outcom
     say(f"{case.name}: undisturbed {longest:.2f} s, {accesses} accesses to {len(expected)} files")
     outcome = Outcome()
     folder.mkdir()
-    while outcome.kills < kills:
-        ended = _attempt(case, folder, log, draw, longest, accesses)
-        outcome.kills += not ended
-        if ended:
+    while outcome.rounds < rounds:
+        kills = 0
+        while not _attempt(case, folder, log, draw, longest, accesses):
+            kills += 1
+            outcome.orphans += _orphans(folder)
+        outcome.kills += kills
+        if kills:
             _compare(case, folder, expected, outcome)
-    _expect_end(fork(case, folder, log=log), log)
-    _compare(case, folder, expected, outcome)
+        shutil.rmtree(folder)
+        folder.mkdir()
     return outcome
+
+
+def _orphans(folder: Path) -> int:
+    """How many processes of a case live on after their parent was killed."""
+    place = str(folder.parent)
+    deadline = time.monotonic() + ORPHANS_END
+    while True:
+        alive = [each for each in psutil.process_iter() if any(place in word for word in _words(each))]
+        if not alive or time.monotonic() > deadline:
+            for each in alive:
+                say(f"{each.pid} lives on: {' '.join(_words(each))}")
+                each.kill()
+            return len(alive)
+        time.sleep(0.05)
+
+
+def _words(process: psutil.Process) -> list[str]:
+    """The command line of a living process; a forked one has that of this process, which names no folder."""
+    try:
+        return process.cmdline() if process.status() != psutil.STATUS_ZOMBIE else []
+    except psutil.Error:
+        return []
 
 
 def _attempt(case: Case, folder: Path, log: Path, draw: random.Random, longest: float, accesses: int) -> bool:
@@ -201,32 +270,35 @@ def _expect_end(child: int, log: Path) -> None:
 
 
 def _compare(case: Case, folder: Path, expected: dict[str, Any], outcome: Outcome) -> None:
-    """Compare a finished round with the undisturbed one, and begin the next."""
+    """Compare a finished round with the undisturbed one."""
     found = digests(folder)
     wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     wrong += [f"{name} stayed behind" for name in hidden_names(folder)]
     outcome.rounds += 1
     outcome.differing += bool(wrong)
     say(f"{case.name}: round {outcome.rounds}: {', '.join(wrong) if wrong else 'the same bytes'}")
-    shutil.rmtree(folder)
-    folder.mkdir()
 
 
 def main() -> int:
     """The command."""
-    parser = argparse.ArgumentParser(description="Kill quantizations at random moments and compare bytes.")
-    parser.add_argument("--kills", type=int, default=50)
+    parser = argparse.ArgumentParser(description="Kill commands at random moments and compare bytes.")
+    parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--case", action="append", help="gptq, awq+gptq or sweep; all by default")
+    parser.add_argument("--case", action="append", help="gptq, awq+gptq, sweep or run; all by default")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="quantkit-kill-") as name:
         chosen = [case for case in cases(Path(name)) if not given.case or case.name in given.case]
-        shares = [given.kills // len(chosen) + (place < given.kills % len(chosen)) for place in range(len(chosen))]
+        places = [case for case in chosen for _ in range(case.share)]
         draw = random.Random(given.seed)
-        found = [kill_case(case, Path(name), share, draw) for case, share in zip(chosen, shares, strict=True)]
-    kills, rounds, wrong = (sum(getattr(each, key) for each in found) for key in ("kills", "rounds", "differing"))
-    say(f"{kills} kills, {rounds} rounds that came to their end, {rounds - wrong} of them bit-identical")
-    return 1 if wrong else 0
+        found = [
+            kill_case(case, Path(name), sum(places[turn % len(places)] is case for turn in range(given.rounds)), draw)
+            for case in chosen
+        ]
+    kills, rounds, wrong, orphans = (
+        sum(getattr(each, key) for each in found) for key in ("kills", "rounds", "differing", "orphans")
+    )
+    say(f"{rounds} rounds with {kills} kills, {rounds - wrong} of them bit-identical, {orphans} processes lived on")
+    return 1 if wrong or orphans else 0
 
 
 if __name__ == "__main__":

@@ -60,8 +60,8 @@ def _environment(job: EvaluationJob) -> dict[str, str]:
 def _run(command: list[str], environment: dict[str, str], log: IO[bytes], on_progress: Progress | None) -> int:
     """Run ``command`` to its end: progress lines go to ``on_progress``, all else to the log."""
     with subprocess.Popen(
-        command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log
-    ) as child:
+        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log
+    ) as child:  # its standard input is its lifeline
         try:
             for line in child.stdout or ():
                 progress = _parsed_progress(line)
@@ -70,6 +70,7 @@ def _run(command: list[str], environment: dict[str, str], log: IO[bytes], on_pro
                     log.flush()
                 elif on_progress is not None:
                     on_progress(*progress)
+            child.wait()  # with its lifeline: leaving this block would cut it
         except BaseException:
             child.kill()
             raise

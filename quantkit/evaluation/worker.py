@@ -17,6 +17,7 @@ from quantkit.artifacts import read_json, write_json
 from quantkit.errors import EXIT_USER_ERROR, QuantkitError
 from quantkit.evaluation.job import EvaluationJob
 from quantkit.evaluation.process import RESULT_FILE
+from quantkit.lifeline import live_no_longer_than_the_parent
 
 
 def main(arguments: list[str]) -> int:
@@ -24,6 +25,7 @@ def main(arguments: list[str]) -> int:
     if len(arguments) != 1:
         sys.stderr.write("usage: python -m quantkit.evaluation.worker JOB.json\n")
         return EXIT_USER_ERROR
+    live_no_longer_than_the_parent()
     faulthandler.enable()
     channel = _ProgressChannel()
     job_file = Path(arguments[0])

@@ -195,9 +195,15 @@ def _read_foreign(
         raise CheckpointError(
             f"{folder} is not quantized: its config.json has no quantization_config", "check the path"
         )
-    for store in FORMATS:
-        if store.reads(found):
-            return store.for_config(found, _dtype(config)), store.schemes_in(found, reader)
+    try:
+        for store in FORMATS:
+            if store.reads(found):
+                return store.for_config(found, _dtype(config)), store.schemes_in(found, reader)
+    except (AttributeError, TypeError, LookupError, ValueError, ArithmeticError, RuntimeError) as error:
+        raise CheckpointError(
+            f"the quantization_config of {folder} cannot be read: {type(error).__name__}: {str(error)[:200]}",
+            "its keys are not what its format has there: get the checkpoint again from its source",
+        ) from error
     method = found.get("quant_method", "none")
     raise CheckpointError(
         f"{folder} is quantized with '{method}', which quantkit does not read",

@@ -1,12 +1,12 @@
 """The process in which a library quantizes: ``PYTHON worker.py JOB.json``, with the library's interpreter.
 
 quantkit may be installed among packages that must not be seen here, so its folder is not put on the path: the package
-is loaded from its own files, and of it no more than :mod:`quantkit.libraries`, :mod:`quantkit.registry` and
-:mod:`quantkit.errors`. The module of a third party's plugin is loaded in the same way.
+is loaded from its own files, and of it no more than :mod:`quantkit.libraries`, :mod:`quantkit.registry`,
+:mod:`quantkit.lifeline` and :mod:`quantkit.errors`. The module of a third party's plugin is loaded in the same way.
 
 The job, as :mod:`quantkit.isolation.job` writes it, names the file of the result. Progress goes as JSON lines to the
-descriptor ``progress``. Standard input is the lifeline: when it ends, so does whoever waits for this process, which
-then kills its process group.
+descriptor ``progress``. When standard input ends, so does whoever waits for this process, which then kills its process
+group.
 """
 
 from __future__ import annotations
@@ -18,9 +18,7 @@ import importlib.util
 import json
 import os
 import platform
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -37,7 +35,10 @@ RECORDED = ("torch", "transformers", "safetensors", "numpy")
 def main(arguments: list[str]) -> int:
     """Carry out the job in the file ``arguments[0]``; returns the exit code."""
     job = json.loads(Path(arguments[0]).read_text(encoding="utf-8"))
-    _live_no_longer_than_the_parent()
+    adopt("quantkit", Path(job["quantkit"]))
+    from quantkit.lifeline import live_no_longer_than_the_parent
+
+    live_no_longer_than_the_parent(group=True)
     faulthandler.enable()
     with contextlib.suppress(OSError):  # not on Linux, or not allowed
         Path("/proc/self/oom_score_adj").write_text(FIRST_TO_GO, encoding="ascii")
@@ -58,7 +59,6 @@ def main(arguments: list[str]) -> int:
 
 def perform(job: Mapping[str, Any]) -> dict[str, Any]:
     """Quantize; returns what the library used, its versions, seconds and what was asked of torch at its peak."""
-    adopt("quantkit", Path(job["quantkit"]))
     library = load_plugin(job["plugin"])
     from quantkit.libraries.base import Request
 
@@ -122,22 +122,6 @@ def versions(distribution: str) -> dict[str, str]:
         with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
     return found
-
-
-def _live_no_longer_than_the_parent() -> None:
-    """Watch the lifeline in a thread, out of sight of the library and of the processes that it starts."""
-    lifeline = os.dup(0)
-    os.set_inheritable(lifeline, False)
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(nothing, 0)
-    os.close(nothing)
-
-    def watch() -> None:
-        while os.read(lifeline, 1):
-            pass
-        os.killpg(os.getpgid(0), signal.SIGKILL)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def _is_memory(error: BaseException) -> bool:

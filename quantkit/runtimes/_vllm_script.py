@@ -11,6 +11,7 @@ log-probabilities of their own tokens, for which vLLM computes the logits of eve
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import resource
@@ -92,6 +93,7 @@ def main(arguments: list[str]) -> int:
     """Carry out the job in the file ``arguments[0]``; returns the exit code."""
     own = Path(__file__).resolve().parent
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != own]  # has a module named vllm
+    _live_no_longer_than_the_parent()
     job_file = Path(arguments[0])
     job = json.loads(job_file.read_text(encoding="utf-8"))
     for key, value in ENGINE_SETTINGS.items():
@@ -99,6 +101,16 @@ def main(arguments: list[str]) -> int:
     result = perform(job)
     Path(job["result"]).write_text(json.dumps(result), encoding="utf-8")
     return 0
+
+
+def _live_no_longer_than_the_parent() -> None:
+    """By quantkit's own file for it, which imports nothing of quantkit."""
+    spec = importlib.util.spec_from_file_location("lifeline", Path(__file__).resolve().parents[1] / "lifeline.py")
+    if spec is None or spec.loader is None:
+        raise ImportError("quantkit's lifeline.py is missing")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.live_no_longer_than_the_parent(group=True)
 
 
 def perform(job: dict[str, Any]) -> dict[str, Any]:

@@ -55,8 +55,8 @@ def carry_out(command: list[str], job: VerificationJob, log: Path) -> dict[str, 
 def _run(command: list[str], environment: dict[str, str], log: IO[bytes], seconds: float) -> int | None:
     """Run a process and all that it starts to their end; None if they had to be ended at the time limit."""
     with subprocess.Popen(
-        command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
-    ) as child:
+        command, env=environment, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True
+    ) as child:  # its standard input is its lifeline
         try:
             return child.wait(seconds)
         except subprocess.TimeoutExpired:

@@ -15,6 +15,7 @@ import torch
 from quantkit.artifacts import read_json, write_json
 from quantkit.errors import EXIT_USER_ERROR, QuantkitError
 from quantkit.evaluation.memory import peak_rss
+from quantkit.lifeline import live_no_longer_than_the_parent
 from quantkit.runtimes import RUNTIMES
 from quantkit.runtimes.base import LoadedModel, LoadOptions
 from quantkit.verification.job import VerificationJob
@@ -25,6 +26,7 @@ def main(arguments: list[str]) -> int:
     if len(arguments) != 1:
         sys.stderr.write("usage: python -m quantkit.verification.worker JOB.json\n")
         return EXIT_USER_ERROR
+    live_no_longer_than_the_parent(group=True)
     faulthandler.enable()
     job = VerificationJob.from_json(read_json(Path(arguments[0])))
     try:

@@ -1,0 +1,78 @@
+"""A process that was started for a run ends with the run, however that ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from quantkit.artifacts import write_json
+from quantkit.evaluation.job import EvaluationJob
+from quantkit.evaluation.process import RESULT_FILE, worker_command
+from quantkit.lifeline import EXIT_ORPHANED
+from quantkit.recipe import EvaluationSpec
+from quantkit.verification.job import VerificationJob
+from tests.tiny import make_model
+
+posix = pytest.mark.skipif(os.name != "posix", reason="signals")
+CHILD = "import time\nfrom quantkit.lifeline import live_no_longer_than_the_parent as live\nlive()\ntime.sleep(600)"
+PARENT = (
+    "import subprocess, sys, time\n"
+    f"child = subprocess.Popen([sys.executable, '-c', {CHILD!r}], stdin=subprocess.PIPE)\n"
+    "print(child.pid, flush=True)\n"
+    "time.sleep(600)\n"
+)
+LONG = 30.0
+"""Seconds that an orphan may take to start and to end, on a loaded machine."""
+
+
+def gone(pid: int) -> bool:
+    deadline = time.monotonic() + LONG
+    while time.monotonic() < deadline:
+        try:
+            if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+                return True
+        except psutil.NoSuchProcess:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+@posix
+def test_an_orphan_of_a_killed_process_ends() -> None:
+    with subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        child = int(parent.stdout.readline())
+        assert psutil.Process(child).status() != psutil.STATUS_ZOMBIE
+        parent.send_signal(signal.SIGKILL)
+    assert gone(child)
+
+
+def test_scoring_ends_with_whoever_waits_for_it(tmp_path: Path) -> None:
+    job = EvaluationJob(make_model(tmp_path / "model"), EvaluationSpec.model_validate({}))
+    write_json(tmp_path / "job.json", job.to_json())
+    child = subprocess.Popen(
+        worker_command(tmp_path / "job.json"), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    _, told = child.communicate(timeout=4 * LONG)  # closes its standard input at once
+    assert child.returncode == EXIT_ORPHANED, told
+    assert not (tmp_path / RESULT_FILE).exists()
+
+
+@posix
+def test_a_runtime_that_is_verified_ends_with_whoever_waits_for_it(tmp_path: Path) -> None:
+    ends = f"from quantkit.verification import worker\nworker.perform = lambda job: __import__('time').sleep({LONG})\n"
+    files = (tmp_path / "logits.npy", tmp_path / "result.json")
+    job = VerificationJob(tmp_path, "transformers", "cpu", "float32", 8, ((1,),), 0, 1, *files).to_json()
+    write_json(tmp_path / "job.json", job)
+    command = [sys.executable, "-c", f"{ends}worker.main([{str(tmp_path / 'job.json')!r}])"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True) as child:
+        _, told = child.communicate(timeout=4 * LONG)
+    assert child.returncode == -signal.SIGKILL, told
+    assert not (tmp_path / "result.json").exists()
