@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import sys
 from collections.abc import Sequence
@@ -22,8 +23,8 @@ from quantkit.errors import EvaluationError, MissingDependencyError
 from quantkit.evaluation import EvaluationJob, run_job
 from quantkit.evaluation.evaluate import evaluate
 from quantkit.evaluation.harness import HarnessModel
-from quantkit.evaluation.tasks import loaded_tasks
-from quantkit.evaluation.templates import Templates
+from quantkit.evaluation.tasks import _sandboxed, loaded_tasks
+from quantkit.evaluation.templates import Patterns, Templates
 from quantkit.recipe import EvaluationSpec, TaskSpec
 from quantkit.runtimes import RUNTIMES, _model
 from quantkit.runtimes._model import TransformersModel
@@ -301,6 +302,40 @@ def test_a_template_that_draws_gives_the_same_text_each_time() -> None:
     drawn = [template.render(number=number) for number in (1, 2, 1, 2)]
     assert drawn[:2] == drawn[2:]
     assert drawn[0] != drawn[1]
+
+
+ANSWERS = ["#### 1,234 and #### 5", "(A) or (b)", "", "ÄÖ 7\n#### -8"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "flags"), [(r"#### (\-?[0-9\.\,]+)", 0), (r"\(([a-z])\)", re.IGNORECASE), (r"(\w)(\d)?", 0), (r"x*", 0)]
+)
+def test_patterns_find_what_python_finds(pattern: str, flags: int) -> None:
+    patterns = Patterns()
+    for answer in ANSWERS:
+        assert patterns.compile(pattern, flags).findall(answer) == re.findall(pattern, answer, flags)
+        assert patterns.findall(pattern, answer, flags) == re.findall(pattern, answer, flags)
+        assert patterns.sub(pattern, r"<\g<0>>", answer, flags) == re.sub(pattern, r"<\g<0>>", answer, flags=flags)
+    assert patterns.escape("a.b") == r"a\.b"
+    with pytest.raises(re.error):
+        patterns.compile("(")
+
+
+def test_a_pattern_that_never_ends_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lm_eval.api import metrics
+    from lm_eval.filters import extraction
+
+    monkeypatch.setattr("quantkit.records.sandbox.SECONDS", 1.0)
+    with _sandboxed():
+        found = extraction.RegexFilter(r"#### (\d+)").apply([["#### 12"], ["none"]], [{}, {}])
+        assert list(found) == [["12"], ["[invalid]"]]
+        with pytest.raises(
+            EvaluationError, match=r"pattern '\(a\|a\)\*c' of a task fails: it takes more than 1 seconds"
+        ):
+            extraction.RegexFilter("(a|a)*c").apply([["a" * 60]], [{}])
+        with pytest.raises(EvaluationError, match="takes more than 1 seconds"):
+            metrics.exact_match_hf_evaluate(["a" * 60], ["b"], regexes_to_ignore=["(a|a)*c"])
+    assert extraction.re is metrics.re is re
 
 
 def test_code_of_a_task_runs_only_when_it_is_trusted(checkpoint: Path, tmp_path: Path) -> None:

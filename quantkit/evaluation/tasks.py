@@ -1,8 +1,8 @@
 """Tasks of lm-evaluation-harness, scored on a loaded model.
 
 The package reads its tasks, builds the prompts and judges the answers; :mod:`quantkit.evaluation.harness` gives it the
-model. Unless remote code is trusted, templates run in a process of their own, see :mod:`quantkit.evaluation.templates`,
-and metrics that it would fetch from the Hugging Face hub as scripts are refused.
+model. Unless remote code is trusted, templates and patterns run in a process of their own, see
+:mod:`quantkit.evaluation.templates`, and metrics that it would fetch from the Hugging Face hub as scripts are refused.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from quantkit.artifacts import fingerprint
 from quantkit.errors import EvaluationError, MissingDependencyError
 from quantkit.evaluation.harness import HarnessModel
 from quantkit.evaluation.task_files import TaskFile, read_task
-from quantkit.evaluation.templates import Templates
+from quantkit.evaluation.templates import Patterns, Templates
 from quantkit.recipe import TaskSpec
 from quantkit.report.numbers import finite
 from quantkit.runtimes.base import LoadedModel
@@ -239,9 +239,11 @@ def _translated(spec: TaskSpec, remedy: str) -> Iterator[None]:
 
 @contextmanager
 def _sandboxed() -> Iterator[list[str]]:
-    """Templates in a process of their own, and no scripts of the hub; gives the list of those that were asked for."""
+    """Templates and patterns in a process of their own, and no scripts of the hub; gives those that were asked for."""
     import evaluate
     from lm_eval import utils
+    from lm_eval.api import metrics
+    from lm_eval.filters import extraction
 
     refused: list[str] = []
 
@@ -249,9 +251,10 @@ def _sandboxed() -> Iterator[list[str]]:
         refused.append(path)
         raise ValueError(f"{path} is a script of the hub")
 
-    engine, load = utils.env, evaluate.load
-    utils.env, evaluate.load = Templates(), refuse
-    try:
+    patterns = Patterns()
+    stand_ins = [(utils, "env", Templates()), (evaluate, "load", refuse), (metrics, "re", patterns)]
+    with ExitStack() as stack:
+        for place, name, stand_in in [*stand_ins, (extraction, "re", patterns)]:
+            stack.callback(setattr, place, name, getattr(place, name))
+            setattr(place, name, stand_in)
         yield refused
-    finally:
-        utils.env, evaluate.load = engine, load

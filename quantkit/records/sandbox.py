@@ -1,10 +1,10 @@
-"""Templates, rendered by a process of their own that has little time, little memory and nothing to reach.
+"""Templates and patterns, handled by a process of their own that has little time, little memory and nothing to reach.
 
 A chat template is code of whoever published the model, and that of a task of whoever wrote the task. Jinja's sandbox
 keeps it from Python's internals, and cannot keep it from never ending: one operation, such as ``9 ** 9 ** 9``, is a
 single call that no signal, trace function or other thread can end. A process can be ended, whatever it does and from
-whichever thread it was asked. It is started once, serves every template, and is started again where it had to be
-ended.
+whichever thread it was asked. The same holds for a regular expression that tries every way of matching. The process is
+started once, serves every template and pattern, and is started again where it had to be ended.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ KEPT_VARIABLES = ("PATH", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "SYSTEM
 
 
 class TemplateFailure(Exception):  # noqa: N818 - told to people by who asked, as an error of theirs
-    """A template was refused, failed, or was ended; the text says which."""
+    """A template or pattern was refused, failed, or was ended; the text says which."""
 
 
 def render_chat(
@@ -65,11 +65,38 @@ def render_task(template: str, document: Mapping[str, Any], seconds: float | Non
     return _rendered({"kind": "task", "template": template, "given": dict(document)}, seconds)
 
 
+def find_all(pattern: str, text: str, flags: int = 0, seconds: float | None = None) -> list[Any]:
+    """As :func:`re.findall`.
+
+    Args:
+        pattern: of whoever wrote the task.
+        text: to search.
+        flags: of :mod:`re`.
+        seconds: that it may take; ``SECONDS`` by default.
+
+    Raises:
+        TemplateFailure: the pattern is broken, or takes more time or memory than a text needs.
+    """
+    request = {"kind": "find", "pattern": pattern, "text": text, "flags": flags}
+    found = _asked(request, "found", seconds)
+    return [tuple(each) if isinstance(each, list) else each for each in found]
+
+
+def substitute(pattern: str, replacement: str, text: str, flags: int = 0, seconds: float | None = None) -> str:
+    """As :func:`re.sub`; see :func:`find_all`."""
+    request = {"kind": "replace", "pattern": pattern, "replacement": replacement, "text": text, "flags": flags}
+    return str(_asked(request, "text", seconds))
+
+
 def _rendered(request: dict[str, Any], seconds: float | None) -> str:
+    return str(_asked(request, "text", seconds))
+
+
+def _asked(request: dict[str, Any], wanted: str, seconds: float | None) -> Any:
     answer = _RENDERER.ask(request, seconds or SECONDS)
-    if "text" not in answer:
+    if wanted not in answer:
         raise TemplateFailure(str(answer["error"]))
-    return str(answer["text"])
+    return answer[wanted]
 
 
 class _Renderer:

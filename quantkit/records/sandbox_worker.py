@@ -1,4 +1,4 @@
-"""The process that renders templates: run as a file, it imports Jinja and nothing of quantkit.
+"""The process that renders templates and matches patterns: run as a file, it imports Jinja and nothing of quantkit.
 
 A chat template has the environment of transformers' ``apply_chat_template``: its filters, functions and tags, with
 Jinja's immutable sandbox beneath; a template of a task has that of lm-evaluation-harness, in Jinja's sandbox. A request
@@ -71,7 +71,8 @@ def main() -> None:
     for line in requests:
         _more_time()
         random.seed(line)  # so that a template that draws gives the same text each time
-        _answer(answers, _rendered(environments, json.loads(line)))
+        request = json.loads(line)
+        _answer(answers, _matched(request) if "pattern" in request else _rendered(environments, request))
 
 
 def _answer(stream: Any, content: dict[str, Any]) -> None:
@@ -98,6 +99,19 @@ def _rendered(environments: dict[str, Any], request: dict[str, Any]) -> dict[str
         return {"error": str(error)[:500] or type(error).__name__}
     except Exception as error:  # a template may raise whatever it likes
         return {"error": f"{type(error).__name__}: {error}"[:500]}
+
+
+def _matched(request: dict[str, Any]) -> dict[str, Any]:
+    """What :mod:`re` says: all matches, or the text with each of them replaced."""
+    pattern, text, flags = request["pattern"], request["text"], request["flags"]
+    try:
+        if request["kind"] == "find":
+            return {"found": re.findall(pattern, text, flags)}
+        return {"text": re.sub(pattern, request["replacement"], text, flags=flags)}
+    except (MemoryError, RecursionError):
+        return {"error": "it takes more memory than a text needs"}
+    except (re.error, ValueError, IndexError, OverflowError) as error:
+        return {"error": str(error)[:500]}
 
 
 @lru_cache(maxsize=8)
