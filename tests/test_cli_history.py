@@ -79,6 +79,7 @@ def test_one_run_is_shown_whole(file: Path) -> None:
     for words in ("run 1: demo, check, passed", "model org/model", "torch 2.13", "kl_divergence.prose.mean = 0.1"):
         assert words in result.stdout
     found = shown("history", "show", "latest")
+    assert shown("history", "show") == found
     assert found["id"] == 3
     assert found["variants"][0]["texts"]["prose"]["departures"][0]["token"] == " out"
 

@@ -6,12 +6,15 @@ import hashlib
 import importlib.util
 import json
 import os
+import subprocess
 import sys
+import time
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 import pytest
 from typer.testing import CliRunner
 
@@ -183,6 +186,20 @@ def test_a_library_runs_in_its_environment_alone(bare: type[Library], model: Pat
     assert done.facts["library"]["versions"]["quantkit-bare"] == "1.0"
     again = quantize_by_library(Attempt(job, variant, tmp_path / "out", tmp_path / "log", Notebook()))
     assert again.reused
+
+
+def test_an_environment_in_use_is_not_removed(bare: type[Library]) -> None:
+    folder = install(bare, Notebook()).folder
+    with subprocess.Popen([str(folder / "bin" / "python"), "-c", "input()"], stdin=subprocess.PIPE) as user:
+        deadline = time.monotonic() + 30
+        while (
+            psutil.Process(user.pid).cmdline()[:1] != [str(folder / "bin" / "python")] and time.monotonic() < deadline
+        ):
+            time.sleep(0.02)
+        with pytest.raises(OutputError, match=f"is in use by process {user.pid}"):
+            remove("bare")
+        assert folder.exists()
+    assert remove("bare") == [folder]
 
 
 def test_another_lock_is_another_environment(bare: type[Library], tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from quantkit.errors import EvaluationError
-from quantkit.evaluation import memory, probes
+from quantkit.evaluation import probes
 from quantkit.evaluation.memory import MemoryWatch
 from quantkit.evaluation.probes import HostProbe, peak_rss
 from quantkit.evaluation.speed import NEW_TOKENS, PROMPT_TOKENS
@@ -46,8 +46,8 @@ class Model:
         return [0] * count, [0.0] * count
 
 
-def watched(model: Model, device: torch.device, runtime: str = "transformers") -> dict[str, Any]:
-    watch, loaded = MemoryWatch(device, runtime), cast(LoadedModel, model)
+def watched(model: Model, device: torch.device, *, own_allocator: bool = False) -> dict[str, Any]:
+    watch, loaded = MemoryWatch(device, own_allocator=own_allocator), cast(LoadedModel, model)
     watch.loaded(loaded)
     watch.run(loaded, IDS)
     return watch.figures(loaded)
@@ -162,12 +162,10 @@ def test_a_process_of_which_nvml_tells_nothing(cuda: FakeCuda, monkeypatch: pyte
 
 
 def test_of_a_runtime_with_its_own_allocator_the_process_is_told(cuda: FakeCuda) -> None:
-    (own,) = memory.OWN_ALLOCATORS
-
     def take(nbytes: int) -> None:
         cuda.context = 300 * MIB + nbytes
 
-    found = watched(Model(take), cuda.device, own)
+    found = watched(Model(take), cuda.device, own_allocator=True)
     assert (found["peak_kind"], found["peak_bytes"], found["baseline_bytes"]) == ("NVML", 396 * MIB, 300 * MIB)
     assert found["phases"]["prefill"]["peak_bytes"] is None
     assert found["phases"]["prefill"]["process_bytes"] == 396 * MIB

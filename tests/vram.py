@@ -57,7 +57,7 @@ def watched(
     Returns:
         The figures of memory, and the estimates by name.
     """
-    watch = MemoryWatch(resolve_device(options.device), runtime)
+    watch = MemoryWatch(resolve_device(options.device), own_allocator=RUNTIMES.get(runtime).own_allocator)
     model = RUNTIMES.get(runtime).load(folder, options)
     watch.loaded(model)
     watch.run(model, tokens)

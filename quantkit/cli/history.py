@@ -63,7 +63,7 @@ def accept(
 
 @app.command(rich_help_panel=PANEL)
 def history(
-    what: Annotated[str | None, typer.Argument(metavar="[RECIPE]", help="A recipe file, or: show RUN.")] = None,
+    what: Annotated[str | None, typer.Argument(metavar="[RECIPE]", help="A recipe file, or: show [RUN].")] = None,
     run: Annotated[str | None, typer.Argument(metavar="[RUN]", hidden=True)] = None,
     file: File = None,
     name: RecipeName = None,
@@ -75,9 +75,9 @@ def history(
     last: Annotated[int | None, typer.Option(min=1, help="The newest so many.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List the recorded runs, or show one: quantkit history show RUN."""
-    if what == SHOW and run is not None:
-        _show(run, file, as_json)
+    """List the recorded runs, or show one, the latest or a number: quantkit history show [RUN]."""
+    if what == SHOW:
+        _show(run or "latest", file, as_json)
         return
     from quantkit.regression.api import recorded
     from quantkit.run_history.terminal import runs_table, to_json

@@ -60,7 +60,7 @@ def evaluate(job: EvaluationJob, progress: Progress) -> dict[str, Any]:
     _check_job(job, config, windows)
     with beyond(job, config, tokenizer) as further, _memory_errors(device):
         options = replace(options, context_length=max(options.context_length, further.context_length))
-        watch = MemoryWatch(device, runtime.name)
+        watch = MemoryWatch(device, own_allocator=runtime.own_allocator)
         model = _load(job, runtime, options, progress)
         watch.loaded(model)
         memory, speed = _run_once(job, model, next(iter(windows.values())), watch)

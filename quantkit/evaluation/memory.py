@@ -16,13 +16,11 @@ from quantkit.evaluation.speed import NEW_TOKENS, PROMPT_TOKENS
 from quantkit.exports import IMATRIX
 from quantkit.runtimes.base import LoadedModel
 
-__all__ = ["OWN_ALLOCATORS", "MemoryWatch", "checkpoint_bytes", "peak_rss"]
+__all__ = ["MemoryWatch", "checkpoint_bytes", "peak_rss"]
 
 Phase = Literal["load", "prefill", "decode"]
 WEIGHTS = ("*.safetensors", "*.gguf")
 """The files that hold weights."""
-OWN_ALLOCATORS = ("llama.cpp",)
-"""The runtimes that take memory of a GPU by themselves, of which torch's allocator knows nothing."""
 
 
 def checkpoint_bytes(path: Path) -> int:
@@ -42,13 +40,14 @@ class MemoryWatch:
 
     Args:
         device: where the model will run.
-        runtime: name of the runtime that loads it.
+        own_allocator: whether the runtime that loads it takes memory of a GPU past torch's allocator, so that NVML
+            alone can tell.
     """
 
-    def __init__(self, device: torch.device, runtime: str = "transformers") -> None:
+    def __init__(self, device: torch.device, *, own_allocator: bool = False) -> None:
         self._device = device
         self._probe: Probe = probe_of(device)
-        self._knows = device.type == "cpu" or runtime not in OWN_ALLOCATORS
+        self._knows = device.type == "cpu" or not own_allocator
         before = self._probe.read()
         self._resets = self._probe.begin()
         baseline = self._probe.read()

@@ -16,7 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import psutil
+
 from quantkit.artifacts import read_json, translated_os_errors
+from quantkit.errors import OutputError
 from quantkit.isolation.cache import cache_folder
 from quantkit.isolation.lockfile import Lock, read_lock
 from quantkit.libraries import LIBRARIES, Library
@@ -103,10 +106,13 @@ def remove(name: str) -> list[Path]:
     """Remove all environments of a library, and return their folders.
 
     Raises:
-        OutputError: one is being made, or cannot be removed.
+        OutputError: one is being made, is in use, or cannot be removed.
     """
     gone = [path for library, path in folders() if library == name]
     for path in gone:
+        users = [str(process.pid) for process in psutil.process_iter() if _runs_from(process, path)]
+        if users:
+            raise OutputError(f"{path} is in use by process {', '.join(users)}", "wait for its end")
         with held(path, "removing it"), translated_os_errors(path):
             (path / MARKER).unlink(missing_ok=True)
             shutil.rmtree(path)
@@ -121,6 +127,14 @@ def interpreter(folder: Path) -> Path:
 def size_of(folder: Path) -> int:
     """Bytes of all files below; those that are hard links into uv's cache count like others."""
     return sum((Path(place) / name).lstat().st_size for place, _, names in os.walk(folder) for name in names)
+
+
+def _runs_from(process: psutil.Process, folder: Path) -> bool:
+    """Whether a process was started with the interpreter of an environment; those of other users may not be asked."""
+    try:
+        return process.cmdline()[:1] == [str(interpreter(folder))]
+    except psutil.Error:
+        return False
 
 
 def _has_lock(library: type[Library]) -> bool:

@@ -101,6 +101,7 @@ class Runtime(ABC):
         packed: whether it computes from packed weights; one that decodes them first has a float model's memory and
             speed.
         separate: whether it lives in an interpreter of its own, so that it can be verified with but not score.
+        own_allocator: whether it takes memory of a GPU by itself, of which torch's allocator knows nothing.
         fused: names of layers beside each other that it loads as one matrix, so that they must agree in scheme.
     """
 
@@ -110,6 +111,7 @@ class Runtime(ABC):
     formats: ClassVar[tuple[str, ...]]
     packed: ClassVar[bool] = True
     separate: ClassVar[bool] = False
+    own_allocator: ClassVar[bool] = False
     fused: ClassVar[tuple[tuple[str, ...], ...]] = ()
 
     @classmethod

@@ -95,6 +95,7 @@ class LlamaCpp(Runtime):
     summary: ClassVar[str] = "llama.cpp on the CPU, or on GPUs with a build for them"
     install: ClassVar[str] = "pip install 'quantkit[llama-cpp]'"
     formats: ClassVar[tuple[str, ...]] = ("gguf",)
+    own_allocator: ClassVar[bool] = True
 
     @classmethod
     def missing(cls) -> str | None:
