@@ -112,6 +112,9 @@ def _warnings(
     checks = {
         f"fewer records than asked for: {used} of {spec.samples}": used < spec.samples,
         f"records skipped as unusable: {len(found.skipped)} of {found.read}": bool(found.skipped),
+        f"files not compared with the hub, whose hashes are not to be had: {', '.join(found.unchecked)}": (
+            bool(found.unchecked)
+        ),
         f"records dropped: {len(dropped)}": bool(dropped),
         f"records cut to {spec.max_length} tokens: {len(packed.truncated)} of {used}": bool(packed.truncated),
         "the model has no chat template: messages are joined plainly": (

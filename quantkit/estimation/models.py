@@ -113,7 +113,7 @@ def _fetched(reference: str) -> Path:
     try:
         endpoint = os.environ.get("HF_ENDPOINT")
         file = Path(hf_hub_download(match["id"], CONFIG, revision=match["revision"], endpoint=endpoint))
-        check_files(match["id"], [file], file.parent.name, errors=(OSError, TRANSPORT_ERROR), endpoint=endpoint)
+        check_files(match["id"], {CONFIG: file}, file.parent.name, errors=(OSError, TRANSPORT_ERROR), endpoint=endpoint)
         return file
     except (HFValidationError, OSError, TRANSPORT_ERROR) as error:
         raise _unreachable(match["id"], match["revision"], error) from error

@@ -48,6 +48,7 @@ class RecordSet:
         sha256: of the file's bytes; for a hub data set, of the records as :func:`records_sha256` defines.
         records: in the order of the data set.
         skipped: in the order of the data set.
+        unchecked: names of files of the hub whose hashes could not be compared.
     """
 
     name: str
@@ -55,6 +56,7 @@ class RecordSet:
     sha256: str
     records: list[Record]
     skipped: list[Skipped]
+    unchecked: tuple[str, ...] = ()
 
     @property
     def read(self) -> int:

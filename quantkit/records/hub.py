@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from quantkit.errors import CalibrationError
+from quantkit.errors import CalibrationError, SourceError
 from quantkit.records.dataset import Convert, RecordSet, collect, records_sha256
 
 HUB_PREFIX = "hub:"
 _REMEDY = "check the id and the network, or use a local file, or 'dataset: instructions_mini', which needs no network"
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_HUB_FILE = re.compile(r"hf://datasets/(?P<id>[^@]+)@(?P<commit>[0-9a-f]{40})/(?P<path>.+)")
 
 
 def read_hub(
@@ -39,18 +42,19 @@ def read_hub(
         convert: see :func:`quantkit.records.dataset.collect`.
 
     Raises:
-        CalibrationError: it cannot be reached or found, lacks the configuration, split or revision, or has no
-            usable record.
+        CalibrationError: it cannot be reached or found, lacks the configuration, split or revision, has a file that
+            is not what the hub states, or no usable record.
     """
     builder = _builder(dataset, config, split, revision, data_files)
     # The split sizes that a data set announces are those of all its files.
     checks = "no_checks" if data_files else None
     with _translated(dataset):
         builder.download_and_prepare(verification_mode=checks)
+        unchecked = _compared(dataset, builder)
         rows = builder.as_dataset(split=split)
     records, skipped = collect(f"{HUB_PREFIX}{dataset}", rows, columns, convert)
     origin = _origin(dataset, config, split, builder.hash, columns, data_files)
-    return RecordSet(dataset.split("/")[1], origin, records_sha256(records), records, skipped)
+    return RecordSet(dataset.split("/")[1], origin, records_sha256(records), records, skipped, unchecked)
 
 
 def identify_hub(
@@ -78,6 +82,43 @@ def _origin(
     given = {"config": config, "columns": dict(columns) if columns else None, "data_files": data_files}
     chosen = {key: value for key, value in given.items() if value is not None}
     return {"kind": "hub", "dataset": dataset, "split": split, "revision": commit, **chosen}
+
+
+def _compared(dataset: str, builder: Any) -> tuple[str, ...]:
+    """Compare the files that the data set was made from with what the hub states; names of those that it could not be.
+
+    A data set that was prepared before is taken from the library's own cache; files that the hub's cache no longer
+    holds count as not compared.
+
+    Raises:
+        CalibrationError: a file is not what the hub states.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    from quantkit.source.hashes import check_files
+    from quantkit.source.hub import TRANSPORT_ERROR
+
+    lists = (builder.config.data_files or {}).values()
+    places = [match for files in lists for file in files if (match := _HUB_FILE.fullmatch(str(file)))]
+    found = {
+        match["path"]: try_to_load_from_cache(match["id"], match["path"], revision=match["commit"], repo_type="dataset")
+        for match in places
+        if match["id"] == dataset
+    }
+    files = {path: Path(file) for path, file in found.items() if isinstance(file, str)}
+    try:
+        checked = check_files(
+            dataset,
+            files,
+            builder.hash,
+            errors=(OSError, TRANSPORT_ERROR),
+            endpoint=os.environ.get("HF_ENDPOINT"),
+            repo_type="dataset",
+        )
+    except SourceError as error:
+        shutil.rmtree(builder.cache_dir, ignore_errors=True)  # what was made of the file; it is made again
+        raise CalibrationError(error.problem, error.remedy) from error
+    return tuple(sorted({*checked.unchecked, *(found.keys() - files.keys())}))
 
 
 def _builder(dataset: str, config: str | None, split: str, revision: str | None, data_files: str | None) -> Any:

@@ -9,15 +9,20 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 from quantkit.errors import SourceError
 from quantkit.progress import Observer
 
+if TYPE_CHECKING:
+    from huggingface_hub.hf_api import DatasetInfo, ModelInfo
+
 HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 SHA1_DIGITS = 40
+RepoType = Literal["model", "dataset"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,32 +39,39 @@ class Checked:
 
 
 def check_files(
-    name: str, files: Iterable[Path], commit: str, *, errors: tuple[type[BaseException], ...], endpoint: str | None
+    name: str,
+    files: Mapping[str, Path],
+    commit: str,
+    *,
+    errors: tuple[type[BaseException], ...],
+    endpoint: str | None,
+    repo_type: RepoType = "model",
 ) -> Checked:
     """Compare files of a snapshot with what the hub states, reading each of them once.
 
     Args:
         name: of the repository, ``org/name``.
-        files: of the snapshot.
+        files: of the snapshot, by their names in the repository.
         commit: of the snapshot.
         errors: what is raised where the hub cannot be reached; the files are then said to be unchecked.
         endpoint: of the hub; its own by default.
+        repo_type: what the repository holds.
 
     Raises:
         SourceError: a file is not what the hub states.
         OSError: a file cannot be read.
     """
-    named = {file: file.resolve().name for file in files}
-    unnamed = [file.name for file, blob in named.items() if not HASH.fullmatch(blob)]
-    stated = _asked(name, unnamed, commit, errors, endpoint) if unnamed else {}
+    blobs = {each: file.resolve().name for each, file in files.items()}
+    unnamed = [each for each, blob in blobs.items() if not HASH.fullmatch(blob)]
+    stated = _asked(name, unnamed, commit, errors, endpoint, repo_type) if unnamed else {}
     sha256: dict[str, str] = {}
-    for file, blob in named.items():
-        wanted = stated.get(file.name) or blob
-        sha256[file.name], found = _read(file, wanted)
+    for each, file in files.items():
+        wanted = stated.get(each) or blobs[each]
+        sha256[each], found = _read(file, wanted)
         if HASH.fullmatch(wanted) and found != wanted:
             kind = "SHA-1 of Git" if len(wanted) == SHA1_DIGITS else "SHA-256"
             raise SourceError(
-                f"{file.name} of {name} is not the file that the hub states: {wanted} is its {kind}, and {found} is "
+                f"{each} of {name} is not the file that the hub states: {wanted} is its {kind}, and {found} is "
                 f"that of the file here",
                 f"remove {file.resolve()} and run the same command again, which downloads it",
             )
@@ -92,13 +104,23 @@ def _read(path: Path, stated: str) -> tuple[str, str]:
 
 
 def _asked(
-    name: str, files: Collection[str], commit: str, errors: tuple[type[BaseException], ...], endpoint: str | None
+    name: str,
+    files: Collection[str],
+    commit: str,
+    errors: tuple[type[BaseException], ...],
+    endpoint: str | None,
+    repo_type: RepoType,
 ) -> dict[str, str]:
     """The hashes of files that the hub states when it is asked; of none of them, if it cannot be reached."""
     from huggingface_hub import HfApi
 
     try:
-        found = HfApi(endpoint=endpoint).model_info(name, revision=commit, files_metadata=True)
+        api = HfApi(endpoint=endpoint)
+        found: ModelInfo | DatasetInfo
+        if repo_type == "model":
+            found = api.model_info(name, revision=commit, files_metadata=True)
+        else:
+            found = api.dataset_info(name, revision=commit, files_metadata=True)
     except errors:
         return {}
     told = {each.rfilename: each.lfs.sha256 if each.lfs else each.blob_id for each in found.siblings or ()}

@@ -88,7 +88,8 @@ def download(reference: str, revision: str | None, *, trust_remote_code: bool) -
         )
     with translated_os_errors(folder):
         files = sorted(file for file in folder.iterdir() if file.is_file() and _is_wanted(file.name, wanted))
-        checked = check_files(name, files, folder.name, errors=(OSError, TRANSPORT_ERROR), endpoint=endpoint)
+        named = {file.name: file for file in files}
+        checked = check_files(name, named, folder.name, errors=(OSError, TRANSPORT_ERROR), endpoint=endpoint)
     return Snapshot(folder, folder.name, checked.sha256, checked.unchecked)
 
 
