@@ -201,7 +201,8 @@ def test_a_job_with_answers_travels(tmp_path: Path) -> None:
     [
         ("dataset_kwargs: many\n", "'dataset_kwargs' is not a mapping"),
         ("metric_list: 3\n", "'metric_list' is not a list"),
-        ('include: "a\\0b"\n', "which is no file name"),
+        ('include: "a\\0b"\n', "to include"),
+        (f"include: {'a' * 300}\n", "to include"),
         ("a: &a [1]\nb: *a\n", "aliases"),
         ("task: again\n", "given twice"),
     ],
@@ -210,3 +211,10 @@ def test_what_a_task_file_cannot_say_is_one_line(task: Path, text: str, told: st
     task.write_text(f"task: sums\n{text}", encoding="utf-8")
     with pytest.raises(EvaluationError, match=told):
         read_task(task)
+
+
+def test_data_files_that_no_file_can_be_called_are_one_line(task: Path) -> None:
+    task.write_text(f"task: a\ndataset_path: json\ndataset_kwargs: {{data_files: {'a' * 300}}}\n", encoding="utf-8")
+    with pytest.raises(EvaluationError, match="there is no data file"):
+        read_task(task).check(trusted=False)
+    assert list(read_task(task).identity()) == [task.name]

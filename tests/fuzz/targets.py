@@ -15,11 +15,13 @@ import struct
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import gguf
 import torch
 import yaml
 
@@ -152,7 +154,7 @@ def _export(folder: Path, data: bytes) -> object:
 def _write_export(folder: Path, config: Any, manifest: Any, tensors: Any, given: Any) -> None:
     header: dict[str, Any] = {}
     body = bytearray()
-    for name, (dtype, shape) in tensors.items():
+    for name, (dtype, shape) in _entries(tensors):
         count = math.prod(max(0, int(size)) for size in shape) * SIZES.get(dtype, 1)
         if count > MOST_BYTES - len(body):
             raise ValueError("too large to be tried")
@@ -166,6 +168,74 @@ def _write_export(folder: Path, config: Any, manifest: Any, tensors: Any, given:
     (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(head)) + head + body)
     if manifest is not None:
         (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def _gguf_export(folder: Path, data: bytes) -> object:
+    """A quantized GGUF file as described: its metadata, and the names, types and shapes of its tensors."""
+    try:
+        given = json.loads(data)
+        content = _described_gguf(given["metadata"], given["tensors"])
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError, OverflowError, struct.error):
+        return None  # no such description
+    (folder / "model.gguf").write_bytes(content)
+    export = open_export(folder / "model.gguf")
+    for layer in export.schemes:
+        export.decodable(layer).dequantize(torch.float32)
+    return inspect(folder / "model.gguf", deep=False), export.tokenizer_folder()
+
+
+def _entries(tensors: dict[str, Any]) -> Iterator[tuple[str, tuple[Any, list[int]]]]:
+    """The tensors whose descriptions say a type and a shape."""
+    for name, each in tensors.items():
+        match each:
+            case [kind, [*shape]] if all(type(size) is int and 0 <= size < MOST_BYTES for size in shape):
+                yield name, (kind, shape)
+
+
+def _described_gguf(metadata: Any, tensors: Any) -> bytes:
+    rows, keys, body = [], [], bytearray()
+    for name, (kind, shape) in _entries(tensors):
+        block, nbytes = gguf.GGML_QUANT_SIZES.get(kind, (1, 4))
+        count = math.prod(max(0, int(size)) for size in shape) // block * nbytes
+        if count > MOST_BYTES - len(body):
+            raise ValueError("too large to be tried")
+        sizes = struct.pack(f"<I{len(shape)}Q", len(shape), *reversed(shape))
+        rows.append(_text(name) + sizes + struct.pack("<IQ", kind, len(body)))
+        content = bytes((3 * place + 1) % 59 for place in range(59))  # no NaN, in whatever type
+        body += (content * (count // len(content) + 1))[:count]
+        body += bytes(-len(body) % 32)
+    for key, value in metadata.items():
+        with suppress(TypeError, struct.error):
+            keys.append(_text(key) + _value(value))
+    head = b"GGUF" + struct.pack("<IQQ", 3, len(rows), len(keys)) + b"".join(keys + rows)
+    return head + bytes(-len(head) % 32) + body
+
+
+def _text(value: str) -> bytes:
+    data = value.encode("utf-8", "surrogatepass")
+    return struct.pack("<Q", len(data)) + data
+
+
+def _value(value: Any) -> bytes:
+    """A value of the metadata: its type and its bytes."""
+    match value:
+        case bool():
+            return struct.pack("<I?", 7, value)
+        case int():
+            return struct.pack("<II", 4, value) if 0 <= value < 1 << 32 else struct.pack("<Iq", 11, value)
+        case float():
+            return struct.pack("<If", 6, value)
+        case str():
+            return struct.pack("<I", 8) + _text(value)
+        case list():
+            items = [_value(each) for each in value] or [struct.pack("<I", 4)]
+            return (
+                struct.pack("<I", 9)
+                + items[0][:4]
+                + struct.pack("<Q", len(value))
+                + b"".join(each[4:] for each in items)
+            )
+    raise TypeError("no value of GGUF")
 
 
 def _gate(_folder: Path, data: bytes) -> object:
@@ -338,6 +408,37 @@ EXPORT = json.dumps(
         "bytes": {"model.layers.0.mlp.up_proj.g_idx": "00000000" * 32 + "01000000" * 32},
     }
 ).encode()
+PROJECTIONS = {"attn_q": 32, "attn_k": 16, "attn_v": 16, "attn_output": 32, "ffn_gate": 64, "ffn_up": 64}
+GGUF_EXPORT = json.dumps(
+    {
+        "metadata": {
+            "general.architecture": "llama",
+            "llama.embedding_length": 32,
+            "llama.feed_forward_length": 64,
+            "llama.attention.head_count": 2,
+            "llama.attention.head_count_kv": 1,
+            "llama.context_length": 64,
+            "llama.block_count": 1,
+            "llama.attention.layer_norm_rms_epsilon": 0.5,
+            "tokenizer.ggml.model": "gpt2",
+            "tokenizer.ggml.pre": "gpt-2",
+            "tokenizer.ggml.tokens": ["a", "b", "ab", "<s>"],
+            "tokenizer.ggml.token_type": [1, 1, 1, 3],
+            "tokenizer.ggml.merges": ["a b"],
+            "tokenizer.ggml.bos_token_id": 3,
+            "tokenizer.ggml.eos_token_id": 3,
+            "tokenizer.chat_template": "{{ messages }}",
+        },
+        "tensors": {
+            "token_embd.weight": [8, [4, 32]],
+            "output_norm.weight": [0, [32]],
+            "blk.0.attn_norm.weight": [0, [32]],
+            "blk.0.ffn_norm.weight": [0, [32]],
+            **{f"blk.0.{name}.weight": [2, [rows, 32]] for name, rows in PROJECTIONS.items()},
+            "blk.0.ffn_down.weight": [1, [32, 64]],
+        },
+    }
+).encode()
 JINJA = (
     "{{", "}}", "{%", "%}", "{%-", "-%}", "{#", "#}", "for", "in", "endfor", "if", "elif", "else", "endif",
     "set", "endset", "macro", "endmacro", "call", "endcall", "filter", "endfilter", "block", "endblock",
@@ -370,6 +471,7 @@ TARGETS: dict[str, Target] = {
     "export": Target(
         _export, (EXPORT,), words_in("exports", "formats", "schemes", "inspection", "checkpoint"), in_json
     ),
+    "gguf-export": Target(_gguf_export, (GGUF_EXPORT,), words_in("source", "exports", "schemes"), in_json),
     "recipe": Target(_file("recipe.yaml", Recipe.load), (RECIPE,), words_in("recipe", "gates"), in_yaml),
     "llamafactory": Target(_file("export.yaml", import_recipe), (FACTORY,), words_in("importing"), in_yaml),
     "records": Target(_file("data.jsonl", read_file), (RECORDS,), words_in("records"), in_lines),
