@@ -7,9 +7,7 @@ import hashlib
 import json
 import logging
 import shutil
-import threading
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ import quantkit
 from quantkit.artifacts import read_json, write_json
 from quantkit.errors import CheckpointError, OutputError
 from quantkit.publishing import push, write_card
+from tests.loopback import Answer, Request, serving
 from tests.tiny import make_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # huggingface_hub's own upload
@@ -86,38 +85,19 @@ class Hub:
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     stand_in = Hub()
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            stand_in.tokens.add(self.headers.get("Authorization"))
-            status, code, found = stand_in.answer(self.path.partition("?")[0], body)
-            data = json.dumps(found).encode()
-            self.send_response(status)
-            for key, value in {"Content-Type": "application/json", "X-Error-Code": code, "ETag": '"x"'}.items():
-                if value:
-                    self.send_header(key, value)
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
+    def answer(request: Request) -> Answer:
+        stand_in.tokens.add(request.headers.get("Authorization"))
+        status, code, found = stand_in.answer(request.path.partition("?")[0], request.body)
+        headers = {"Content-Type": "application/json", "X-Error-Code": code, "ETag": '"x"'}
+        return status, {key: value for key, value in headers.items() if value}, json.dumps(found).encode()
 
-        do_PUT = do_POST  # noqa: N815 - the name that http.server looks for
-
-        def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the name of the base class
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    stand_in.address = f"http://127.0.0.1:{server.server_address[1]}"
-    monkeypatch.setenv("HF_ENDPOINT", stand_in.address)
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)  # a store that the stand-in has not
-    yield stand_in
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(answer) as stand_in.address:
+        monkeypatch.setenv("HF_ENDPOINT", stand_in.address)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)  # a store that the stand-in has not
+        yield stand_in
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ import pytest
 
 from quantkit import records
 from quantkit.errors import CalibrationError
+from tests.loopback import Answer, Request, serving
 
 COMMIT = "c" * 40
 DATA = "data/train.jsonl"
@@ -44,8 +43,8 @@ class Hub:
         told = {"type": "file", "path": name, "size": len(self.files[name]), "oid": "0" * 40}
         return told | ({"lfs": lfs} if name == DATA else {})
 
-    def answer(self, path: str) -> tuple[int, dict[str, str], bytes]:
-        path, _, _ = path.partition("?")
+    def answer(self, request: Request) -> Answer:
+        path, _, _ = request.path.partition("?")
         if path.startswith(f"{API}/tree/{COMMIT}"):
             under = path.removeprefix(f"{API}/tree/{COMMIT}").strip("/")
             folder = [] if under else [{"type": "directory", "path": "data", "oid": "0" * 40, "size": 0}]
@@ -57,6 +56,7 @@ class Hub:
             return 200, {}, json.dumps(facts).encode()
         name = path.removeprefix(RESOLVE).partition("/")[2]
         if path.startswith(RESOLVE) and name in self.files:
+            self.downloads += request.method == "GET" and name == DATA
             return 200, {"X-Repo-Commit": COMMIT, "ETag": f'"{self.hash(name)}"'}, self.served[name]
         return 404, {"X-Error-Code": "EntryNotFound"}, b"{}"
 
@@ -69,36 +69,14 @@ class Hub:
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     stand_in = Hub(tmp_path)
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            status, headers, body = stand_in.answer(self.path)
-            stand_in.downloads += self.command == "GET" and self.path.endswith(DATA)
-            self.send_response(status)
-            for key, value in {**headers, "Content-Length": str(len(body))}.items():
-                self.send_header(key, value)
-            self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(body)
-
-        do_HEAD = do_GET  # noqa: N815 - the name that http.server looks for
-
-        def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the name of the base class
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    endpoint = f"http://127.0.0.1:{server.server_address[1]}"
-    monkeypatch.setenv("HF_ENDPOINT", endpoint)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(datasets.config, "HF_ENDPOINT", endpoint)
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "prepared")
-    yield stand_in
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(stand_in.answer) as endpoint:
+        monkeypatch.setenv("HF_ENDPOINT", endpoint)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(datasets.config, "HF_ENDPOINT", endpoint)
+        monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "prepared")
+        yield stand_in
 
 
 def read() -> records.RecordSet:

@@ -6,12 +6,10 @@ import hashlib
 import hmac
 import json
 import re
-import threading
 import xml.etree.ElementTree as ET
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +44,7 @@ from quantkit.regression.pages.trend import BLOCKS, blocks, build_trend
 from quantkit.regression.pages.view import gate_row
 from quantkit.report.numbers import ABSENT
 from tests.browser import browser, needs_browser
+from tests.loopback import Answer, Request, serving
 
 RUNS = 30
 HOSTILE = "<script>document.title = 'owned'</script>|`x`"
@@ -262,39 +261,18 @@ def test_the_page_in_a_browser(tmp_path: Path, width: int, dark: bool) -> None:
         assert len(driver.get_screenshot_as_png()) > 20_000
 
 
-class Hook(BaseHTTPRequestHandler):
-    """Answers with the statuses that the test wants, in turn, and keeps what was posted."""
-
-    answers: list[int]
-    got: list[tuple[str, dict[str, str], bytes]]
-
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        self.got.append((self.path, dict(self.headers.items()), body))
-        status = self.answers[min(len(self.got), len(self.answers)) - 1]
-        self.send_response(status)
-        if status == 302:
-            self.send_header("Location", "/elsewhere")
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-
 @contextmanager
-def hook(*answers: int) -> Iterator[tuple[str, list[tuple[str, dict[str, str], bytes]]]]:
-    got: list[tuple[str, dict[str, str], bytes]] = []
-    handler = type("Handler", (Hook,), {"answers": list(answers), "got": got})
-    server = HTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}/hooks/T0KEN", got
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+def hook(*answers: int) -> Iterator[tuple[str, list[tuple[str, Mapping[str, str], bytes]]]]:
+    """The address of a server that answers with these statuses in turn, and what was posted to it."""
+    got: list[tuple[str, Mapping[str, str], bytes]] = []
+
+    def answer(request: Request) -> Answer:
+        got.append((request.path, dict(request.headers.items()), request.body))
+        status = answers[min(len(got), len(answers)) - 1]
+        return status, {"Location": "/elsewhere"} if status == 302 else {}, b""
+
+    with serving(answer) as address:
+        yield f"{address}/hooks/T0KEN", got
 
 
 @pytest.fixture

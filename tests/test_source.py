@@ -2,9 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import threading
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from quantkit.progress import Silent
 from quantkit.recipe import MergeSpec, ModelSpec
 from quantkit.source import SourceModel, resolve
 from tests.adapters import make_adapter
+from tests.loopback import Answer, Request, serving
 from tests.tiny import make_model
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -256,7 +255,14 @@ class Hub:
     def files(self) -> list[str]:
         return sorted(str(file.relative_to(self.folder)) for file in self.folder.rglob("*") if file.is_file())
 
-    def answer(self, path: str) -> tuple[int, dict[str, str], bytes]:
+    def serve(self, request: Request) -> Answer:
+        """What was asked is kept, and answered."""
+        self.tokens.add(request.headers.get("Authorization"))
+        if request.method == "GET" and "/resolve/" in request.path:
+            self.downloaded.append(request.path.rpartition("/")[2])
+        return self.answer(request.path)
+
+    def answer(self, path: str) -> Answer:
         path, _, query = path.partition("?")
         if self.refuse:
             return self.refuse[0], {"X-Error-Code": self.refuse[1]}, b"{}"
@@ -314,35 +320,12 @@ def is_large(name: str) -> bool:
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     stand_in = Hub(make_model(tmp_path / "remote", shards=2))
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            status, headers, body = stand_in.answer(self.path)
-            stand_in.tokens.add(self.headers.get("Authorization"))
-            if self.command == "GET" and "/resolve/" in self.path:
-                stand_in.downloaded.append(self.path.rpartition("/")[2])
-            self.send_response(status)
-            for key, value in {**headers, "Content-Length": str(len(body))}.items():
-                self.send_header(key, value)
-            self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(body)
-
-        do_HEAD = do_GET  # noqa: N815 - the name that http.server looks for
-
-        def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the name of the base class
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_address[1]}")
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    yield stand_in
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(stand_in.serve) as endpoint:
+        monkeypatch.setenv("HF_ENDPOINT", endpoint)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        yield stand_in
 
 
 @pytest.mark.parametrize("reference", ["org/tiny", "org/tiny@v1", f"org/tiny@{COMMIT}"])
