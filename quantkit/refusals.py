@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,18 @@ REMEDIES = {
     errno.ENAMETOOLONG: f"the path is too long: {ELSEWHERE}",
 }
 """What the user can do about each refusal of the operating system to write."""
+ANYWHERE = {
+    errno.ENAMETOOLONG: "check the path",
+    errno.ELOOP: "check the path: its links lead in a circle",
+    errno.EACCES: "no permission: check who may read and write it",
+    errno.EPERM: "no permission: check who may read and write it",
+    errno.EMFILE: "too many files are open: raise the limit of this session (ulimit -n)",
+    errno.ENFILE: "too many files are open on this machine",
+    errno.EIO: "the disk reports a fault: check the disk, and copy the file from its source",
+    errno.ENOSPC: REMEDIES[errno.ENOSPC],
+    errno.EDQUOT: REMEDIES[errno.EDQUOT],
+}
+"""What the user can do about each refusal that can meet any access to a file."""
 
 
 @contextmanager
@@ -34,6 +47,21 @@ def translated_os_errors(path: Path) -> Iterator[None]:
         if error.errno not in REMEDIES:
             raise
         raise OutputError(f"cannot write {path}: {error.strerror}", REMEDIES[error.errno]) from error
+
+
+def as_quantkit_error(error: OSError) -> QuantkitError | None:
+    """A refusal of the operating system that no reader foresaw, in one line; None for what is more likely a bug."""
+    if error.errno not in ANYWHERE or not isinstance(error.filename, str | bytes):
+        return None
+    return QuantkitError(f"cannot use {os.fsdecode(error.filename)}: {error.strerror}", ANYWHERE[error.errno])
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is such a file, where the name is of a foreign document: one that no file can have is of none."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def may_pass(error: BaseException) -> bool:

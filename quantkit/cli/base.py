@@ -10,6 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from quantkit.errors import EXIT_USER_ERROR, QuantkitError
+from quantkit.refusals import as_quantkit_error
 from quantkit.stopping import EXIT_TERMINATED, Terminated
 
 if TYPE_CHECKING:
@@ -27,6 +28,12 @@ class _Commands(TyperGroup):
             return super().invoke(ctx)
         except QuantkitError as error:
             say(f"error: {error}", stderr=True)
+            raise typer.Exit(EXIT_USER_ERROR) from error
+        except OSError as error:
+            refusal = as_quantkit_error(error)
+            if refusal is None:
+                raise
+            say(f"error: {refusal}", stderr=True)
             raise typer.Exit(EXIT_USER_ERROR) from error
         except KeyboardInterrupt as error:
             say("interrupted: what is finished is kept, the same command goes on from there", stderr=True)

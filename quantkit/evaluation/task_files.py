@@ -16,6 +16,7 @@ import yaml
 
 from quantkit.artifacts import file_sha256
 from quantkit.errors import EvaluationError
+from quantkit.refusals import is_file
 from quantkit.strict_yaml import StrictLoader
 
 LOADERS = ("arrow", "csv", "json", "parquet", "text")
@@ -59,7 +60,7 @@ class TaskFile:
         """SHA-256 of the files that it depends on, by name: the YAML, the data, and code that it names."""
         data = [Path(each) for each in _flat(self.data_files())] if self.is_local else []
         code = sorted(self.path.parent.glob("*.py")) if self.code else []
-        return {file.name: file_sha256(file) for file in (*self.files, *data, *code) if _is_file(file)}
+        return {file.name: file_sha256(file) for file in (*self.files, *data, *code) if is_file(file)}
 
     def check(self, *, trusted: bool) -> None:
         """Refuse code that is not trusted, and data files that are not there.
@@ -75,7 +76,7 @@ class TaskFile:
                 remedy = "give dataset_kwargs: {data_files: {test: data.jsonl}}"
                 raise EvaluationError(f"task file {self.path} names no data files", remedy)
             for file in given:
-                if not _is_file(Path(file)):
+                if not is_file(Path(file)):
                     raise EvaluationError(f"task file {self.path}: there is no data file {file}", "check the path")
 
 
@@ -96,7 +97,7 @@ def read_task(path: Path) -> TaskFile:
 
 def _merged(path: Path, files: list[Path], code: list[str]) -> dict[str, Any]:
     """The keys of a file over those of the files that it includes."""
-    if files and not _is_file(path):
+    if files and not is_file(path):
         raise EvaluationError(f"task file {files[-1]}: there is no {str(path)!r} to include", "check the path")
     if path.resolve() in [each.resolve() for each in files]:
         raise EvaluationError(f"task file {path} includes itself", "take the include out")
@@ -129,14 +130,6 @@ def _parsed(path: Path, code: list[str]) -> dict[str, Any]:
         if isinstance(metric, Mapping) and metric.get("hf_evaluate"):
             code.append(f"{path}: metric '{metric.get('metric')}' is a script of the hub")
     return config
-
-
-def _is_file(path: Path) -> bool:
-    """Whether there is such a file; a name that no file can have is of none."""
-    try:
-        return path.is_file()
-    except (OSError, ValueError):
-        return False
 
 
 def _loader(path: Path, code: list[str]) -> type[StrictLoader]:

@@ -17,6 +17,7 @@ from huggingface_hub.errors import (
 
 from quantkit.errors import CheckpointError, OutputError, QuantkitError
 from quantkit.exports.manifest import DESCRIBING, MANIFEST, SIGNATURE, is_whole, read_manifest
+from quantkit.refusals import is_file
 
 TOKEN_WANTED = "set the environment variable HF_TOKEN to a token that may write, or log in with 'hf auth login'"
 # huggingface_hub has changed the HTTP package beneath it; its own errors derive from that package's base error.
@@ -88,7 +89,7 @@ def files_to_push(folder: Path) -> dict[str, Path]:
     root = folder.resolve()
     for name in names:
         pure = PurePosixPath(name)
-        plain = not pure.is_absolute() and ".." not in pure.parts and "\\" not in name
+        plain = not pure.is_absolute() and ".." not in pure.parts and "\\" not in name and "\0" not in name
         if not plain or not (folder / name).resolve().is_relative_to(root):
             raise CheckpointError(
                 f"{folder / MANIFEST} names {name!r}, which lies outside the checkpoint", "export the checkpoint again"
@@ -104,7 +105,7 @@ def files_to_push(folder: Path) -> dict[str, Path]:
 
 def _is_there(file: Path, facts: object) -> bool:
     size = facts.get("bytes") if isinstance(facts, dict) else None
-    return file.is_file() and file.stat().st_size == size
+    return is_file(file) and file.stat().st_size == size
 
 
 def _refusal(error: BaseException) -> BaseException:

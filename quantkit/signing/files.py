@@ -8,6 +8,7 @@ from typing import Any
 from quantkit.artifacts import STAGE_FILE, file_sha256, read_json
 from quantkit.errors import CheckpointError
 from quantkit.exports.manifest import MANIFEST, NOT_LISTED
+from quantkit.refusals import is_file
 
 GET_AGAIN = "get the checkpoint again from its source"
 ALLOWED = {*NOT_LISTED, STAGE_FILE}
@@ -51,7 +52,7 @@ def _check_file(folder: Path, name: str, facts: Any) -> None:
     if pure.is_absolute() or ".." in pure.parts or "\\" in name or "\0" in name:
         raise CheckpointError(f"{folder / MANIFEST} names {name!r}, which lies outside the checkpoint", GET_AGAIN)
     path = folder / name
-    if not path.is_file():
+    if not is_file(path):
         raise CheckpointError(f"{name} of {folder} is missing", GET_AGAIN)
     if not isinstance(facts, dict) or path.stat().st_size != facts.get("bytes"):
         raise CheckpointError(f"{name} of {folder} is not of the size that the manifest says", GET_AGAIN)

@@ -148,6 +148,23 @@ def a_shape_tensor_beyond_the_world(place: Place) -> list[str]:
     return ["inspect", str(folder)]
 
 
+@case("is missing")
+def a_file_name_of_three_hundred_letters(place: Place) -> list[str]:
+    return edited(
+        place, lambda content: content["files"].update({"a" * 300: {"bytes": 1, "sha256": "0"}}), "push", "org/a"
+    )
+
+
+@case("lies outside")
+def a_file_name_with_a_nul(place: Place) -> list[str]:
+    return edited(place, lambda content: content["files"].update({"a\0b": {"bytes": 1}}), "push", "org/a")
+
+
+@case("File name too long")
+def a_path_of_three_hundred_letters(place: Place) -> list[str]:
+    return ["inspect", str(place.inside / ("a" * 300))]
+
+
 @case("scheme int: group_size is '32'")
 def a_group_size_that_is_text(place: Place) -> list[str]:
     return edited(place, with_scheme({"kind": "int", "bits": 4, "group_size": "32"}))

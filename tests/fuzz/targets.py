@@ -39,6 +39,7 @@ from quantkit.inspection import inspect
 from quantkit.merging.archives import unpack
 from quantkit.merging.config import AdapterConfig
 from quantkit.patterns import why_refused
+from quantkit.publishing.push import files_to_push
 from quantkit.recipe import Recipe
 from quantkit.records import read_file
 from quantkit.records.sandbox import TemplateFailure, render_chat
@@ -259,7 +260,15 @@ def _task(folder: Path, data: bytes) -> object:
 def _files(folder: Path, data: bytes) -> object:
     (folder / "manifest.json").write_bytes(data)
     (folder / "a.txt").write_bytes(b"a")
-    return check_files(folder)
+    found = []
+    for read in (check_files, files_to_push):
+        try:
+            found.append(read(folder))
+        except QuantkitError as error:
+            refused = error
+    if len(found) < 2:
+        raise refused
+    return found
 
 
 def _signature(folder: Path, data: bytes) -> object:
