@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import errno
 import re
 
 import pytest
 
 from quantkit import errors
 from quantkit.errors import MissingDependencyError, QuantkitError, SourceError, did_you_mean
+from quantkit.refusals import as_quantkit_error
 
 
 def drawn_tree() -> dict[str, int]:
@@ -56,3 +58,10 @@ def test_a_missing_package_comes_with_the_command_that_installs_it() -> None:
 )
 def test_did_you_mean_names_the_nearest_and_then_all(name: str, expected: str) -> None:
     assert did_you_mean(name, ["rtn", "gptq"]) == expected
+
+
+def test_a_refusal_that_nobody_foresaw_is_one_line_and_a_bug_is_not() -> None:
+    told = as_quantkit_error(OSError(errno.EACCES, "Permission denied", "/srv/models"))
+    assert str(told) == "cannot use /srv/models: Permission denied (no permission: check who may read and write it)"
+    assert as_quantkit_error(OSError(errno.EACCES, "Permission denied")) is None
+    assert as_quantkit_error(OSError(errno.EBADF, "Bad file descriptor", "/srv/models")) is None
