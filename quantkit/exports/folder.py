@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -95,16 +96,23 @@ class FolderExport(Export):
 
     def _read(self, layer: str, made: Callable[[Mapping[str, torch.Tensor], Scheme], W]) -> W:
         tensors = {suffix: self._reader.read(name) for suffix, name in self._names[layer].items()}
-        try:
+        with self._unpacking(layer):
             found = made(tensors, self.schemes[layer])
             if isinstance(found, QuantizedWeight):
                 found.check()
             return found
+
+    @contextmanager
+    def _unpacking(self, layer: str) -> Iterator[None]:
+        """Turn what comes of tensors that do not fit each other into one line."""
+        try:
+            yield
         except CheckpointError as error:
             raise CheckpointError(f"layer {layer} of {self.path}: {error.problem}", error.remedy) from error
-        except (RuntimeError, ValueError, TypeError, IndexError, MemoryError) as error:
+        except (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, MemoryError) as error:
+            what = str(error).partition("\n")[0]
             raise CheckpointError(
-                f"layer {layer} of {self.path} cannot be unpacked: {str(error).splitlines()[0] if str(error) else ''}",
+                f"layer {layer} of {self.path} cannot be unpacked: {type(error).__name__}: {what}",
                 "its tensors do not fit each other: get the checkpoint again",
             ) from error
 
@@ -143,7 +151,8 @@ class FolderExport(Export):
         store, names = self._store_of(layer), self._names[layer]
         if isinstance(store, TellsShapes):
             shapes = {suffix: self._reader.shape(name) for suffix, name in names.items()}
-            return store.layer_shape(shapes, lambda suffix: self._reader.read(names[suffix]), self.schemes[layer])
+            with self._unpacking(layer):
+                return store.layer_shape(shapes, lambda suffix: self._reader.read(names[suffix]), self.schemes[layer])
         weight = self.weight(layer)
         rows, columns = weight.codes.shape
         return rows, columns

@@ -139,9 +139,10 @@ class GgufExport(Export):
                 continue
             layer = name.removesuffix(".weight")
             scheme = noted.get(layer) or scheme_of(tensor.kind.name)
-            if scheme is None or name == layer:
+            if scheme is None or name == layer or len(tensor.shape) != 2:
                 raise CheckpointError(
-                    f"{self.path}: quantkit does not read the type {tensor.kind.name} of tensor '{tensor.name}'",
+                    f"{self.path}: quantkit does not read tensor '{tensor.name}' of the type {tensor.kind.name} and the "
+                    f"shape {list(tensor.shape)}",
                     "give a file of another type",
                 )
             if type_of(scheme) != tensor.kind.name:
