@@ -141,8 +141,8 @@ class GgufExport(Export):
             scheme = noted.get(layer) or scheme_of(tensor.kind.name)
             if scheme is None or name == layer or len(tensor.shape) != 2:
                 raise CheckpointError(
-                    f"{self.path}: quantkit does not read tensor '{tensor.name}' of the type {tensor.kind.name} and the "
-                    f"shape {list(tensor.shape)}",
+                    f"{self.path}: quantkit does not read tensor '{tensor.name}', {tensor.kind.name} of the shape "
+                    f"{list(tensor.shape)}",
                     "give a file of another type",
                 )
             if type_of(scheme) != tensor.kind.name:
