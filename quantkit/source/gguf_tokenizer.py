@@ -34,7 +34,11 @@ def write_tokenizer(head: GGUFHead, folder: Path) -> None:
     """
     splitting = _splitting(head)
     _check_vocabulary(head)
-    tokenizer = _sentencepiece(head) if splitting is None else _byte_level(head, splitting)
+    try:
+        tokenizer = _sentencepiece(head) if splitting is None else _byte_level(head, splitting)
+    except Exception as error:  # the package tokenizers raises no narrower class, and transformers any
+        what = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
+        raise SourceError(f"{head.path}: its tokenizer cannot be built: {what}", GIVE_FLOAT) from error
     with translated_os_errors(folder):
         tokenizer.save_pretrained(folder)
     config = read_json(folder / "tokenizer_config.json")
@@ -105,11 +109,18 @@ def _check_vocabulary(head: GGUFHead) -> None:
         number = head.metadata.get(f"tokenizer.ggml.{name}_token_id", 0)
         if type(number) is not int or not 0 <= number < len(tokens):
             raise SourceError(f"{head.path}: the {name} token {number!r} is not in the vocabulary", GIVE_FLOAT)
+    kinds = head.metadata.get("tokenizer.ggml.token_type", [])
+    if not isinstance(kinds, list) or len(kinds) not in (0, len(tokens)):
+        raise SourceError(f"{head.path}: its token_type is not a number for each of {len(tokens)} tokens", GIVE_FLOAT)
+    for name in ("add_bos_token", "add_eos_token"):
+        if not isinstance(head.metadata.get(f"tokenizer.ggml.{name}", False), bool):
+            raise SourceError(f"{head.path}: its {name} is not true or false", GIVE_FLOAT)
     template = head.metadata.get("tokenizer.chat_template", "")
     if not isinstance(template, str):
         raise SourceError(f"{head.path}: the chat template is not text", GIVE_FLOAT)
     if head.metadata["tokenizer.ggml.model"] != "gpt2":
-        if len(head.metadata.get("tokenizer.ggml.scores") or ()) != len(tokens):
+        scores = head.metadata.get("tokenizer.ggml.scores")
+        if not isinstance(scores, list) or len(scores) != len(tokens):
             raise SourceError(f"{head.path}: the vocabulary does not have a score for each token", GIVE_FLOAT)
         return
     for merge in _strings(head, "tokenizer.ggml.merges"):

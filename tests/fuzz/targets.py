@@ -448,6 +448,18 @@ GGUF_EXPORT = json.dumps(
         },
     }
 ).encode()
+GGUF_SENTENCEPIECE = json.dumps(
+    {
+        **json.loads(GGUF_EXPORT),
+        "metadata": {
+            **json.loads(GGUF_EXPORT)["metadata"],
+            "tokenizer.ggml.model": "llama",
+            "tokenizer.ggml.tokens": ["<unk>", "a", "b", "ab"],
+            "tokenizer.ggml.token_type": [2, 1, 1, 1],
+            "tokenizer.ggml.scores": [0.0, -1.0, -2.0, -0.5],
+        },
+    }
+).encode()
 JINJA = (
     "{{", "}}", "{%", "%}", "{%-", "-%}", "{#", "#}", "for", "in", "endfor", "if", "elif", "else", "endif",
     "set", "endset", "macro", "endmacro", "call", "endcall", "filter", "endfilter", "block", "endblock",
@@ -480,7 +492,9 @@ TARGETS: dict[str, Target] = {
     "export": Target(
         _export, (EXPORT,), words_in("exports", "formats", "schemes", "inspection", "checkpoint"), in_json
     ),
-    "gguf-export": Target(_gguf_export, (GGUF_EXPORT,), words_in("source", "exports", "schemes"), in_json),
+    "gguf-export": Target(
+        _gguf_export, (GGUF_EXPORT, GGUF_SENTENCEPIECE), words_in("source", "exports", "schemes"), in_json
+    ),
     "recipe": Target(_file("recipe.yaml", Recipe.load), (RECIPE,), words_in("recipe", "gates"), in_yaml),
     "llamafactory": Target(_file("export.yaml", import_recipe), (FACTORY,), words_in("importing"), in_yaml),
     "records": Target(_file("data.jsonl", read_file), (RECORDS,), words_in("records"), in_lines),
