@@ -57,11 +57,11 @@ class AdapterConfig:
         self.starts_from_base = start.startswith(CHANGES_BASE)
         if not (self.starts_from_base or start in ("true", "false", *HARMLESS_STARTS)):
             raise SourceError(f"adapter {origin} was initialized by '{start}', which is not merged here", WITH_PEFT)
+        for key, what in NOT_MERGED.items():
+            if given.get(key):
+                raise SourceError(f"adapter {origin} {what}", WITH_PEFT)
         self.lora = _lora_config(given, origin)
         self.base = str(given.get("base_model_name_or_path") or "")
-        for key, what in NOT_MERGED.items():
-            if getattr(self.lora, key, None):
-                raise SourceError(f"adapter {origin} {what}", WITH_PEFT)
 
     @property
     def depends_on_base(self) -> bool:
