@@ -14,8 +14,11 @@ import huggingface_hub
 import pytest
 
 from quantkit import records
+from quantkit.calibration import build
 from quantkit.errors import CalibrationError
+from quantkit.recipe import CalibrationSpec
 from tests.loopback import Answer, Request, serving
+from tests.tiny import make_model
 
 COMMIT = "c" * 40
 DATA = "data/train.jsonl"
@@ -121,3 +124,7 @@ def test_what_cannot_be_compared_is_said(hub: Hub) -> None:
     found = read()
     assert texts(found) == TEXTS
     assert found.unchecked == (DATA,)
+    model = make_model(hub.cache / "model")
+    spec = CalibrationSpec.model_validate({"dataset": "hub:org/name", "samples": 2, "max_length": 8})
+    warnings = build(spec, model, hub.cache / "calibration").audit["warnings"]
+    assert any(DATA in warning and "not compared with the hub" in warning for warning in warnings)

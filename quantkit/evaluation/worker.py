@@ -1,7 +1,8 @@
 """The process that scores one checkpoint: ``python -m quantkit.evaluation.worker JOB.json``.
 
 It writes ``result.json`` beside the job's file. Its standard output carries one JSON line for each step of
-progress and nothing else; whatever a library prints goes to standard error, which is the log.
+progress and nothing else; whatever a library prints goes to standard error, which is the log. When its standard input
+ends, so does the process, see :mod:`quantkit.lifeline`.
 """
 
 from __future__ import annotations
