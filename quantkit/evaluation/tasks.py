@@ -251,10 +251,14 @@ def _sandboxed() -> Iterator[list[str]]:
         refused.append(path)
         raise ValueError(f"{path} is a script of the hub")
 
-    patterns = Patterns()
-    stand_ins = [(utils, "env", Templates()), (evaluate, "load", refuse), (metrics, "re", patterns)]
+    stand_ins = (
+        (utils, "env", Templates()),
+        (evaluate, "load", refuse),
+        (metrics, "re", Patterns()),
+        (extraction, "re", Patterns()),
+    )
     with ExitStack() as stack:
-        for place, name, stand_in in [*stand_ins, (extraction, "re", patterns)]:
+        for place, name, stand_in in stand_ins:
             stack.callback(setattr, place, name, getattr(place, name))
             setattr(place, name, stand_in)
         yield refused

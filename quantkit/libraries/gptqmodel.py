@@ -133,11 +133,11 @@ def write_found(model: torch.nn.Module, request: Request) -> None:
     from quantkit.libraries._codes import write_codes
 
     part = "weight_scale_inv" if request.method == "fp8" else "qweight"
-    layers = {name: module for name, module in model.named_modules() if hasattr(module, part)}
+    layers: dict[str, Any] = {name: module for name, module in model.named_modules() if hasattr(module, part)}
     codes: dict[str, dict[str, torch.Tensor]] = {}
     for name, module in layers.items():
         if request.method == "fp8":
-            codes[name] = fp8_parts(getattr(module, "weight"), getattr(module, part))  # noqa: B009 - of no known class
+            codes[name] = fp8_parts(module.weight, getattr(module, part))
         else:
             codes[name] = block_parts(getattr(module, part), request.bits)
     scheme: dict[str, Any] = {"scheme": "fp8", "granularity": "channel"}

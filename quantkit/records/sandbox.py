@@ -65,34 +65,33 @@ def render_task(template: str, document: Mapping[str, Any], seconds: float | Non
     return _rendered({"kind": "task", "template": template, "given": dict(document)}, seconds)
 
 
-def find_all(pattern: str, text: str, flags: int = 0, seconds: float | None = None) -> list[Any]:
+def find_all(pattern: str, text: str, flags: int) -> list[Any]:
     """As :func:`re.findall`.
 
     Args:
         pattern: of whoever wrote the task.
         text: to search.
         flags: of :mod:`re`.
-        seconds: that it may take; ``SECONDS`` by default.
 
     Raises:
         TemplateFailure: the pattern is broken, or takes more time or memory than a text needs.
     """
     request = {"kind": "find", "pattern": pattern, "text": text, "flags": flags}
-    found = _asked(request, "found", seconds)
+    found = _asked(request, "found")
     return [tuple(each) if isinstance(each, list) else each for each in found]
 
 
-def substitute(pattern: str, replacement: str, text: str, flags: int = 0, seconds: float | None = None) -> str:
+def substitute(pattern: str, replacement: str, text: str, flags: int) -> str:
     """As :func:`re.sub`; see :func:`find_all`."""
     request = {"kind": "replace", "pattern": pattern, "replacement": replacement, "text": text, "flags": flags}
-    return str(_asked(request, "text", seconds))
+    return str(_asked(request, "text"))
 
 
 def _rendered(request: dict[str, Any], seconds: float | None) -> str:
     return str(_asked(request, "text", seconds))
 
 
-def _asked(request: dict[str, Any], wanted: str, seconds: float | None) -> Any:
+def _asked(request: dict[str, Any], wanted: str, seconds: float | None = None) -> Any:
     answer = _RENDERER.ask(request, seconds or SECONDS)
     if wanted not in answer:
         raise TemplateFailure(str(answer["error"]))

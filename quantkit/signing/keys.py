@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,10 +22,8 @@ def require_minisign() -> None:
     Raises:
         MissingDependencyError: it is not.
     """
-    try:
-        import minisign  # noqa: F401 - whether it is there
-    except ImportError as error:
-        raise MissingDependencyError("py-minisign", "signing", "'quantkit[signing]'") from error
+    if find_spec("minisign") is None:
+        raise MissingDependencyError("py-minisign", "signing", "'quantkit[signing]'")
 
 
 def small_file(path: Path, what: str, remedy: str) -> bytes:
