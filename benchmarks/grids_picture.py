@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from quantkit.checkpoint import CheckpointReader
-from quantkit.numerics.grids import encode, quantized, range_grid
+from quantkit.numerics.grid_search import encode, quantized, range_grid
 from quantkit.report.axes import Axis
 from quantkit.schemes import Fp4Scheme, IntScheme, Mxfp4Scheme, Nf4Scheme, Scheme
 

@@ -75,7 +75,7 @@ def measure(folder: Path, rows: int, out: Path, keys: dict[str, Any]) -> dict[st
     from quantkit.engine.precision import pass_dtype
     from quantkit.estimation import estimate
     from quantkit.recipe import VariantSpec
-    from quantkit.validation import parse_section
+    from quantkit.system.validation import parse_section
 
     feed = keys.pop("feed", "quantized")
     variant = parse_section(VariantSpec, {"name": "v", **keys}, "benchmark")

@@ -11,10 +11,10 @@ from typing import Any
 import quantkit
 from quantkit import calibration
 from quantkit.engine.walk import Feed
-from quantkit.environment import describe
 from quantkit.quantization import Job
 from quantkit.recipe import CalibrationSpec, ModelSpec
 from quantkit.source import resolve
+from quantkit.system.environment import describe
 
 
 def arguments(description: str | None) -> argparse.ArgumentParser:

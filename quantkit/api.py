@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantkit.errors import EvaluationError, RecipeError
-from quantkit.progress import Observer, Silent
 from quantkit.recipe import COMPARING_METRICS, CalibrationSpec, EvaluationSpec, ModelSpec, Recipe, VariantSpec
 from quantkit.recipe.limits import parse_seconds
-from quantkit.validation import parse_section
+from quantkit.system.progress import Observer, Silent
+from quantkit.system.validation import parse_section
 
 if TYPE_CHECKING:
     from quantkit.estimation import Estimate
@@ -48,7 +48,7 @@ def plan(recipe: Recipe | str | Path) -> dict[str, Any]:
     Raises:
         QuantkitError: the recipe or the model is unusable, or a variant does not suit the model.
     """
-    from quantkit.forecast import forecast
+    from quantkit.pipeline.plan import forecast
 
     return forecast(_loaded(recipe))
 
@@ -83,7 +83,7 @@ def quantize(
     Raises:
         QuantkitError: with what is wrong and the remedy.
     """
-    from quantkit.single import quantize_one
+    from quantkit.pipeline.single import quantize_one
 
     watching = observer or Silent()
     given = {"name": "variant", "method": method, "scheme": scheme, "format": format}
@@ -156,7 +156,7 @@ def convert(checkpoint: str | Path, to: str, *, out: str | Path, observer: Obser
     Raises:
         QuantkitError: the format cannot tell a layer's grid, with the reason; the checkpoint is broken.
     """
-    from quantkit.conversion import convert as convert_checkpoint
+    from quantkit.exports.convert import convert as convert_checkpoint
 
     watching = observer or Silent()
     watching.stage(f"convert: {checkpoint} to {to}")
@@ -285,7 +285,7 @@ def import_recipe(path: str | Path) -> str:
     Raises:
         QuantkitError: the file cannot be read, is no export configuration, or asks for what quantkit refuses.
     """
-    from quantkit.importing import import_recipe as imported
+    from quantkit.recipe.llamafactory import import_recipe as imported
 
     return imported(path)
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-from quantkit.redaction import redacted
+from quantkit.system.redaction import redacted
 
 EXIT_USER_ERROR = 2
 

@@ -14,11 +14,11 @@ from transformers import PreTrainedTokenizerFast
 from quantkit.checkpoint import CheckpointReader
 from quantkit.exports.content import Content, Stored, digest
 from quantkit.formats.gguf import Gguf
+from quantkit.gguf.kquants import decoded
+from quantkit.gguf.splitting import SPLITTINGS
 from quantkit.llama_cpp.quantizer import quantize_rows
-from quantkit.numerics.ggml_blocks import decoded
-from quantkit.numerics.grids import encode, quantized, search_grid
+from quantkit.numerics.grid_search import encode, quantized, search_grid
 from quantkit.schemes import GgmlScheme, QuantizedWeight, Scheme
-from quantkit.source.gguf_splitting import SPLITTINGS
 from tests.tiny import SPECIAL, make_model
 
 PROSE = (

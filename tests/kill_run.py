@@ -29,12 +29,12 @@ from typing import Any
 
 import psutil
 
-from quantkit.artifacts import file_sha256, read_json
 from quantkit.cli import main as quantkit_main
-from quantkit.display import Display
+from quantkit.cli.display import Display
+from quantkit.pipeline.single import quantize_one
 from quantkit.quantization import Job, Wanted, quantize_together
 from quantkit.recipe import VariantSpec
-from quantkit.single import quantize_one
+from quantkit.system.artifacts import file_sha256, read_json
 from tests.runs import hidden_names
 from tests.tiny import make_model, tiny_rows
 

@@ -1,4 +1,4 @@
-"""Writes quantkit/matrix/matrix.json anew: ``python -m tests.matrix_file``, or ``make matrix``.
+"""Writes quantkit/verification/matrix/matrix.json anew: ``python -m tests.matrix_file``, or ``make matrix``.
 
 With ``--vllm-python`` the checkpoints are loaded in vLLM as well, in the interpreter of its environment; without it
 those cells are kept as they were.
@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 
-from quantkit.artifacts import read_json, write_json
-from quantkit.matrix import matrix_markdown, reasons_markdown
-from quantkit.matrix.build import RUNTIMES_HERE, build, load_in
-from quantkit.matrix.data import MATRIX_FILE, UNTRIED
-from quantkit.matrix.rows import method_names, rows
 from quantkit.quantization import Job
 from quantkit.runtimes import RUNTIMES
+from quantkit.system.artifacts import read_json, write_json
+from quantkit.verification.matrix import matrix_markdown, reasons_markdown
+from quantkit.verification.matrix.build import RUNTIMES_HERE, build, load_in
+from quantkit.verification.matrix.data import MATRIX_FILE, UNTRIED
+from quantkit.verification.matrix.rows import method_names, rows
 from tests.tiny import make_model, tiny_rows
 
 PAGE = Path(__file__).parent.parent / "docs" / "formats.md"

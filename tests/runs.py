@@ -11,7 +11,6 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from quantkit.artifacts import read_json
 from quantkit.evaluation.evaluate import evaluate
 from quantkit.evaluation.job import EvaluationJob, Progress
 from quantkit.exports import open_export
@@ -19,6 +18,7 @@ from quantkit.recipe import Recipe, VariantSpec
 from quantkit.runtimes._choice import choose_runtime
 from quantkit.runtimes._model import TransformersModel
 from quantkit.runtimes.base import LoadOptions
+from quantkit.system.artifacts import read_json
 from tests.tiny import VOCABULARY
 
 TOPICS = ("the tide", "a kettle", "the moon", "old maps", "rye bread")

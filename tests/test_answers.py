@@ -15,21 +15,22 @@ import pytest
 import torch
 from rich.console import Console
 
-from quantkit import report, scores
-from quantkit.artifacts import read_json
+from quantkit import report
 from quantkit.calibration import CalibrationSet
 from quantkit.errors import EvaluationError, MissingDependencyError
+from quantkit.evaluation import stage as scores
 from quantkit.evaluation.answer_metrics import answer_metric, exact_match, jackknifed
 from quantkit.evaluation.answers import beside_float, changes, read_answers, write_answers
 from quantkit.evaluation.evaluate import evaluate
 from quantkit.evaluation.job import EvaluationJob
 from quantkit.evaluation.questions import asked, load_questions
 from quantkit.pipeline import run
-from quantkit.pipeline.held_out import seen_questions
+from quantkit.pipeline.contamination import seen_questions
 from quantkit.recipe import AnswerSpec, EvaluationSpec, Recipe
 from quantkit.records import Message, Record, read_file
 from quantkit.runtimes._packed import load_packed
 from quantkit.runtimes.base import LoadOptions
+from quantkit.system.artifacts import read_json
 from tests.runs import Notebook, make_recipe, recipe_data, score_here
 from tests.task_files import write_task
 from tests.tiny import tiny_tokenizer

@@ -9,12 +9,12 @@ import torch
 
 import quantkit
 from quantkit import evaluation
-from quantkit.artifacts import read_json
 from quantkit.errors import EvaluationError, OutputError, QuantkitError, RecipeError
 from quantkit.methods import METHODS
 from quantkit.recipe import CalibrationSpec, VariantSpec
 from quantkit.schemes import Fp8Scheme, IntScheme
-from quantkit.validation import parse_section
+from quantkit.system.artifacts import read_json
+from quantkit.system.validation import parse_section
 from tests.runs import (
     Notebook,
     decoded_model,
@@ -143,7 +143,7 @@ def test_a_log_that_an_error_names_stays_and_any_other_goes(
 def test_run_and_plan_take_a_recipe_or_its_path(
     model: Path, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("quantkit.scores.run_job", score_here)
+    monkeypatch.setattr("quantkit.evaluation.stage.run_job", score_here)
     data = recipe_data(model, records, tmp_path / "run", [{"name": "rtn", "method": "rtn"}])
     path = write_recipe(tmp_path / "demo.yaml", data)
     assert quantkit.plan(str(path))["variants"][0]["state"] == "to do"

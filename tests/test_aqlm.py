@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
-from quantkit.artifacts import read_json, write_json
 from quantkit.checkpoint import CheckpointReader
 from quantkit.cli import app
 from quantkit.errors import CheckpointError, RecipeError, SchemeError
@@ -26,7 +25,8 @@ from quantkit.isolation.codes import chosen_format
 from quantkit.recipe import EvaluationSpec, LibrarySpec, TextSpec, VariantSpec
 from quantkit.runtimes._choice import choose_runtime
 from quantkit.schemes import SCHEMES, AdditiveScheme, AdditiveWeight, scheme_from_json
-from quantkit.validation import parse_section
+from quantkit.system.artifacts import read_json, write_json
+from quantkit.system.validation import parse_section
 from tests.runs import edit_json, load_model, load_whole, logits
 from tests.tiny import make_model
 

@@ -9,8 +9,9 @@ from typing import NoReturn
 
 import pytest
 
-from quantkit import artifacts
-from quantkit.artifacts import (
+from quantkit.errors import OutputError
+from quantkit.system import artifacts
+from quantkit.system.artifacts import (
     STAGE_FILE,
     check_writable,
     file_sha256,
@@ -23,7 +24,6 @@ from quantkit.artifacts import (
     write_stage,
     write_text,
 )
-from quantkit.errors import OutputError
 
 
 def names(folder: Path) -> list[str]:

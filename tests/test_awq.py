@@ -15,8 +15,8 @@ from quantkit.engine.walk import Feed, Walk, WalkSettings
 from quantkit.errors import RecipeError
 from quantkit.methods import METHODS
 from quantkit.methods.base import InputStatistics, Statistic
-from quantkit.numerics.awq import candidate, pooled, search_factors
-from quantkit.numerics.grids import encode, quantized, range_grid, search_grid
+from quantkit.numerics.grid_search import encode, quantized, range_grid, search_grid
+from quantkit.numerics.smoothing import candidate, pooled, search_factors
 from quantkit.schemes import IntScheme, Mxfp4Scheme, Nf4Scheme, Scheme
 from tests.tiny import Collected, make_model, tiny_method, tiny_rows, tiny_task
 

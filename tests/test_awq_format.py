@@ -20,7 +20,7 @@ from quantkit.formats.awq import AwqFormat
 from quantkit.quantization import Job, quantize
 from quantkit.recipe import VariantSpec
 from quantkit.schemes import PER_CHANNEL, Fp8Scheme, IntScheme, Nf4Scheme, QuantizedWeight, Scheme
-from quantkit.validation import parse_section
+from quantkit.system.validation import parse_section
 from tests.tiny import make_model, tiny_rows
 
 ROWS, COLUMNS = 24, 64

@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import quantkit
-from quantkit.artifacts import read_json
 from quantkit.errors import CheckpointError, RecipeError, SchemeError
 from quantkit.exports import open_export
 from quantkit.formats._bitsandbytes.int8 import INT8, STEP
@@ -22,7 +21,8 @@ from quantkit.recipe import VariantSpec
 from quantkit.runtimes._choice import choose_runtime
 from quantkit.schemes import Fp4Scheme, Fp8Scheme, IntScheme, Mxfp4Scheme, Nf4Scheme, QuantizedWeight, Scheme
 from quantkit.schemes.codebook import CodebookScheme
-from quantkit.validation import parse_section
+from quantkit.system.artifacts import read_json
+from quantkit.system.validation import parse_section
 from tests.runs import decoded_model, logits
 from tests.tiny import make_model, tiny_method
 

@@ -9,9 +9,9 @@ from compressed_tensors.quantization.utils import calculate_qparams, generate_gp
 
 from quantkit.errors import QuantizationError, SchemeError
 from quantkit.formats.compressed_tensors import CompressedTensors
-from quantkit.numerics.grids import encode, quantized, range_grid, search_grid
-from quantkit.numerics.lattices import lattice_of
+from quantkit.numerics.grid_search import encode, quantized, range_grid, search_grid
 from quantkit.schemes import Mxfp4Scheme, Nvfp4Scheme, QuantizedWeight, Scheme
+from quantkit.schemes.grids import lattice_of
 from tests.layers import assert_same_bytes, correlated_gram, layer_error, package_scheme, random_weight, solved
 
 SCHEMES: list[Scheme] = [Mxfp4Scheme(), Nvfp4Scheme()]

@@ -12,12 +12,12 @@ import torch
 import yaml
 
 import quantkit
-from quantkit.artifacts import read_json, write_json
 from quantkit.errors import CheckpointError
 from quantkit.exports.manifest import is_whole
 from quantkit.publishing import CardFacts, card, write_card
 from quantkit.publishing.front_matter import stated
 from quantkit.publishing.markdown import code, fenced, plain
+from quantkit.system.artifacts import read_json, write_json
 from tests.tiny import make_model
 
 SCORES = {

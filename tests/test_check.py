@@ -16,14 +16,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from quantkit import scores
-from quantkit.artifacts import read_json
 from quantkit.errors import EvaluationError, OutputError, QuantkitError, RecipeError
-from quantkit.locks import held
+from quantkit.evaluation import stage as scores
 from quantkit.recipe import Recipe
 from quantkit.regression import Check, read_check
 from quantkit.regression.api import accept, check, history
 from quantkit.run_history import History
+from quantkit.system.artifacts import read_json
+from quantkit.system.locks import held
 from tests.runs import Notebook, make_recipe, recipe_data, score_here, write_recipe, write_records
 from tests.trained import make_trained
 

@@ -11,8 +11,8 @@ import typer.main
 from typer.testing import CliRunner, Result
 
 from quantkit import evaluation
-from quantkit.catalogue import schemes_taken
 from quantkit.cli import app
+from quantkit.cli.catalogue import schemes_taken
 from quantkit.errors import SchemeError
 from quantkit.formats import FORMATS
 from quantkit.methods import METHODS

@@ -11,10 +11,10 @@ import torch
 
 from quantkit.errors import QuantizationError, SchemeError
 from quantkit.methods.base import InputStatistics, Method, Solution
-from quantkit.numerics.lattices import lattice_of
-from quantkit.numerics.lattices.codebook import dynamic_table, nested_parts, nested_scales
 from quantkit.schemes import Fp4Scheme, Nf4Scheme, QuantizedWeight, Scheme
 from quantkit.schemes.codebook import CodebookScheme
+from quantkit.schemes.grids import lattice_of
+from quantkit.schemes.grids.codebook import dynamic_table, nested_parts, nested_scales
 from tests.tiny import tiny_method
 
 reference: Any = bitsandbytes.functional

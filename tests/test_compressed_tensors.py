@@ -18,11 +18,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from quantkit.artifacts import read_json, write_json
-from quantkit.bitstream import pack_bits, unpack_bits
 from quantkit.errors import SchemeError
 from quantkit.formats.compressed_tensors import ASYMMETRIC, FOUR_BIT_FLOATS, CompressedTensors
-from quantkit.numerics.grids import encode, quantized, range_grid, search_grid
+from quantkit.numerics.grid_search import encode, quantized, range_grid, search_grid
 from quantkit.schemes import (
     INTEGER_BITS,
     PER_CHANNEL,
@@ -34,6 +32,8 @@ from quantkit.schemes import (
     QuantizedWeight,
     Scheme,
 )
+from quantkit.schemes.bitstream import pack_bits, unpack_bits
+from quantkit.system.artifacts import read_json, write_json
 from tests.runs import logits
 from tests.tiny import int_schemes, make_model
 

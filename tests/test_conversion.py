@@ -13,9 +13,9 @@ import pytest
 import torch
 
 import quantkit
-from quantkit.conversion import convert
 from quantkit.errors import CheckpointError, QuantkitError, SchemeError
 from quantkit.exports import Export, open_export
+from quantkit.exports.convert import convert
 from quantkit.exports.manifest import is_whole
 from tests.tiny import make_model
 
@@ -139,7 +139,7 @@ def test_progress_tells_every_layer(model: Path, tmp_path: Path) -> None:
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from quantkit.conversion import convert
+from quantkit.exports.convert import convert
 
 def killed(done, total):
     os.kill(os.getpid(), signal.SIGKILL)

@@ -16,6 +16,7 @@ from quantkit.checkpoint import CheckpointReader
 from quantkit.errors import CheckpointError, EvaluationError, QuantkitError
 from quantkit.evaluation import EvaluationJob
 from quantkit.evaluation.evaluate import evaluate
+from quantkit.evaluation.stage import report_figures
 from quantkit.exports import open_export
 from quantkit.formats import FORMATS
 from quantkit.recipe import EvaluationSpec, TextSpec, VariantSpec
@@ -26,8 +27,7 @@ from quantkit.runtimes import RUNTIMES
 from quantkit.runtimes._decoded import decoded_state
 from quantkit.runtimes.base import LoadOptions
 from quantkit.schemes import IntScheme
-from quantkit.scores import report_figures
-from quantkit.validation import parse_section
+from quantkit.system.validation import parse_section
 from tests.runs import decoded_model, edit_json, load_model, logits
 from tests.tiny import make_model
 

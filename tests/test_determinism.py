@@ -13,7 +13,7 @@ from quantkit.methods import METHODS
 CODE = """
 import json, sys
 from pathlib import Path
-from quantkit.artifacts import file_sha256
+from quantkit.system.artifacts import file_sha256
 from quantkit.quantization import Job, Wanted, quantize_together
 from quantkit.recipe import VariantSpec
 from tests.tiny import tiny_rows

@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Gemma3TextConfig
 
-from quantkit.artifacts import read_json
 from quantkit.checkpoint import CheckpointReader
 from quantkit.engine.skeleton import Skeleton
 from quantkit.errors import CheckpointError, EvaluationError, RecipeError, SchemeError
@@ -19,11 +18,12 @@ from quantkit.exports.folder import FolderExport
 from quantkit.exports.manifest import MANIFEST
 from quantkit.formats import FORMATS
 from quantkit.formats.compressed_tensors import CompressedTensors
-from quantkit.numerics.grids import encode, quantized, range_grid, search_grid
+from quantkit.numerics.grid_search import encode, quantized, range_grid, search_grid
 from quantkit.quantization import Job, Quantized, Wanted, plan_layers, quantize, quantize_together
 from quantkit.recipe import VariantSpec
 from quantkit.schemes import PER_CHANNEL, Fp8Scheme, IntScheme, Scheme
-from quantkit.validation import parse_section
+from quantkit.system.artifacts import read_json
+from quantkit.system.validation import parse_section
 from tests import tiny
 from tests.runs import config_of, load_model, load_whole, logits
 from tests.tiny import VOCABULARY, make_model, tiny_rows
@@ -206,7 +206,7 @@ def test_in_a_quantized_feed_the_passes_read_the_quantized_embedding(
     models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: str
 ) -> None:
     """The blocks come out as those of a float model that has the decoded embedding."""
-    from quantkit.quantization import walking
+    from quantkit.quantization import walk_variants as walking
 
     monkeypatch.setattr(walking, "choose_strategy", lambda *_: strategy)
     keys = {"scheme": "fp8", "granularity": "tensor"}

@@ -7,7 +7,7 @@ import pytest
 
 from quantkit import errors
 from quantkit.errors import MissingDependencyError, QuantkitError, SourceError, did_you_mean
-from quantkit.refusals import as_quantkit_error
+from quantkit.system.os_errors import as_quantkit_error
 
 
 def drawn_tree() -> dict[str, int]:

@@ -27,24 +27,24 @@ import quantkit
 from quantkit.checkpoint import CheckpointReader
 from quantkit.errors import QuantkitError, RecipeError, SchemeError, SourceError
 from quantkit.estimation import OVERHEAD, anatomy_of, cards, estimate, fits, of_variant, well_known
-from quantkit.estimation.beside import estimates
 from quantkit.estimation.configs import Config
 from quantkit.estimation.families import FAMILIES as DESCRIBED
 from quantkit.estimation.families import describe
+from quantkit.estimation.from_transformers import built
 from quantkit.estimation.guides import INFERENCE, TRAINING, guide_table
 from quantkit.estimation.lines import parse_bytes
+from quantkit.estimation.measured import estimates
 from quantkit.estimation.tables import cards_table, estimate_table, fits_table
-from quantkit.estimation.unknown import built
 from quantkit.estimation.use import Use
 from quantkit.estimation.weights import Stored, stored
-from quantkit.matrix.rows import method_names, rows
 from quantkit.quantization import Job, Quantized, Wanted, quantize_together
 from quantkit.recipe import VariantSpec
 from quantkit.report.sections import variant_facts
 from quantkit.runtimes import RUNTIMES
 from quantkit.runtimes.base import LoadOptions
 from quantkit.schemes.codebook import CodebookScheme
-from quantkit.validation import parse_section
+from quantkit.system.validation import parse_section
+from quantkit.verification.matrix.rows import method_names, rows
 from tests.runs import make_recipe
 from tests.tiny import FAMILIES, make_model, tiny_config, tiny_rows
 from tests.vram import Table, context_bytes, watched

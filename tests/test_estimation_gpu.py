@@ -17,11 +17,11 @@ import pytest
 import torch
 
 from quantkit.estimation import OVERHEAD, Use, anatomy_of, of_variant
-from quantkit.evaluation.probes import CudaProbe
+from quantkit.evaluation.memory_probe import CudaProbe
 from quantkit.quantization import Job, quantize
 from quantkit.recipe import VariantSpec
 from quantkit.runtimes.base import LoadOptions
-from quantkit.validation import parse_section
+from quantkit.system.validation import parse_section
 from tests.tiny import SPECIAL, VOCABULARY, make_model
 from tests.vram import Table, context_bytes, watched
 

@@ -21,7 +21,6 @@ from tokenizers import processors
 from transformers import AutoModelForCausalLM
 
 from quantkit import records
-from quantkit.devices import resolve_device
 from quantkit.errors import CalibrationError, CheckpointError, EvaluationError, MissingDependencyError, QuantkitError
 from quantkit.evaluation import EvaluationJob, process, run_job, scoring, texts
 from quantkit.evaluation.divergence import clustered_stderr, summarize
@@ -32,13 +31,14 @@ from quantkit.evaluation.scoring import score
 from quantkit.evaluation.speed import DECODE_RUNS, NEW_TOKENS, PREFILL_RUNS, PROMPT_TOKENS, measure_speed
 from quantkit.evaluation.texts import Tokens, added_bos, load_text
 from quantkit.evaluation.windows import Windows, cut
-from quantkit.processes import restored_error
 from quantkit.recipe import EvaluationSpec, TextSpec
 from quantkit.records.dataset import collect
 from quantkit.runtimes._checkpoint import load_config, load_tokenizer
 from quantkit.runtimes._model import TransformersModel
 from quantkit.runtimes._packed import load_packed
 from quantkit.runtimes.base import LoadOptions
+from quantkit.system.devices import resolve_device
+from quantkit.system.processes import restored_error
 from tests.tiny import SPECIAL, VOCABULARY, make_model, tiny_tokenizer
 
 BOS = SPECIAL.index("<s>")

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from quantkit import events, scores
 from quantkit.cli import app
 from quantkit.errors import OutputError
-from quantkit.events import EventLog, event_log
-from quantkit.progress import Several
+from quantkit.evaluation import stage as scores
+from quantkit.system import events
+from quantkit.system.events import EventLog, event_log
+from quantkit.system.progress import Several
 from tests.runs import Notebook, recipe_data, score_here, write_recipe, write_records
 from tests.tiny import make_model
 

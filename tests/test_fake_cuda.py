@@ -1,7 +1,7 @@
 """The walk on CUDA without a GPU: with fake tensors, that have a device and no values.
 
 Torch refuses to mix fake tensors of two devices as it refuses real ones, and to read a value of one. So a tensor
-that is made on the wrong device, or a question to the device outside ``quantkit.numerics.host``, fails here.
+that is made on the wrong device, or a question to the device outside ``quantkit.system.host``, fails here.
 """
 
 from __future__ import annotations
@@ -18,17 +18,19 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 from quantkit.checkpoint import CheckpointReader
-from quantkit.engine import finite, folds
+from quantkit.engine import finite
+from quantkit.engine import smoothing as folds
 from quantkit.engine import statistics as statistics_module
 from quantkit.engine.batches import make_batches
 from quantkit.engine.precision import pass_dtype
 from quantkit.engine.skeleton import Skeleton
 from quantkit.engine.walk import Feed, Strategy, Walk, WalkSettings
 from quantkit.methods.base import Method
-from quantkit.numerics import awq, factor
-from quantkit.numerics.lattices import codebook, integer, lattice_of, storing
-from quantkit.numerics.lattices.codebook import CodebookLattice
+from quantkit.numerics import factor
+from quantkit.numerics import smoothing as awq
 from quantkit.schemes import Fp8Scheme, IntScheme, Mxfp4Scheme, Nf4Scheme, Nvfp4Scheme, Scheme
+from quantkit.schemes.grids import codebook, integer, lattice_of, storing
+from quantkit.schemes.grids.codebook import CodebookLattice
 from tests.tiny import Collected, make_model, tiny_method, tiny_rows, tiny_task
 
 CUDA = torch.device("cuda", 0)

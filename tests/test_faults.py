@@ -20,8 +20,9 @@ from quantkit.checkpoint import CheckpointReader
 from quantkit.engine.solver import Solver
 from quantkit.engine.walk import Walk
 from quantkit.errors import CalibrationError, CheckpointError, OutputError, QuantizationError
-from quantkit.quantization import Job, Wanted, quantize, quantize_together, walking
-from quantkit.quantization.resuming import spool_folder
+from quantkit.quantization import Job, Wanted, quantize, quantize_together
+from quantkit.quantization import walk_variants as walking
+from quantkit.quantization.resume import spool_folder
 from quantkit.recipe import VariantSpec
 from quantkit.records import files
 from tests.commands import quantize_arguments
@@ -303,7 +304,7 @@ def test_activations_that_wait_elsewhere_change_no_byte(
 ) -> None:
     from quantkit.engine import streams
     from quantkit.engine.passes import AtSegment
-    from quantkit.quantization.ladder import Rung
+    from quantkit.quantization.oom import Rung
 
     moved: list[tuple[int, str]] = []
 
@@ -322,7 +323,7 @@ def test_activations_that_wait_elsewhere_change_no_byte(
 
 
 def test_a_full_disk_is_told_from_a_mistake(tmp_path: Path) -> None:
-    from quantkit.refusals import may_pass, translated_os_errors
+    from quantkit.system.os_errors import may_pass, translated_os_errors
 
     with pytest.raises(OutputError) as caught, translated_os_errors(tmp_path):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

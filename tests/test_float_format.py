@@ -10,10 +10,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import quantkit
-from quantkit.artifacts import read_json
 from quantkit.checkpoint import CheckpointReader
 from quantkit.errors import CheckpointError, QuantkitError
 from quantkit.recipe import Recipe
+from quantkit.system.artifacts import read_json
 from tests.runs import score_here
 from tests.tiny import make_model
 
@@ -68,7 +68,7 @@ def test_only_the_three_together_make_sense(model: Path, tmp_path: Path, keys: d
 
 
 def test_it_is_a_variant_among_others(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("quantkit.scores.run_job", score_here)
+    monkeypatch.setattr("quantkit.evaluation.stage.run_job", score_here)
     recipe = Recipe.parse(f"""
         name: float
         model: {{source: "{model}"}}

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from quantkit.engine.folds import Fold, FoldFinder, scaled_rows
 from quantkit.engine.groups import shared_inputs
+from quantkit.engine.smoothing import Fold, FoldFinder, scaled_rows
 from tests.tiny import make_model
 
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")

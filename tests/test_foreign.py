@@ -17,13 +17,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import quantkit
-from quantkit.artifacts import read_json, write_json
-from quantkit.bitstream import pack_bits, unpack_bits
 from quantkit.errors import CheckpointError, SchemeError
 from quantkit.exports import open_export
 from quantkit.exports.folder import FolderExport
 from quantkit.formats.compressed_tensors import CompressedTensors
 from quantkit.schemes import Fp4Scheme, Fp8Scheme, IntScheme, Mxfp4Scheme, Nf4Scheme, Nvfp4Scheme, Scheme
+from quantkit.schemes.bitstream import pack_bits, unpack_bits
+from quantkit.system.artifacts import read_json, write_json
 from tests.runs import load_model, logits
 from tests.tiny import make_model
 

@@ -10,7 +10,7 @@ from torch.nn.functional import pad
 
 from quantkit.errors import QuantizationError, SchemeError
 from quantkit.formats.compressed_tensors import CompressedTensors
-from quantkit.numerics.grids import encode, quantized, range_grid, search_grid
+from quantkit.numerics.grid_search import encode, quantized, range_grid, search_grid
 from quantkit.schemes import Fp8Scheme, QuantizedWeight
 from quantkit.schemes.floating import BLOCK
 from tests.layers import assert_same_bytes, correlated_gram, layer_error, package_scheme, random_weight, solved

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import quantkit
-from quantkit.artifacts import read_json
 from quantkit.exports import open_export
 from quantkit.recipe import Recipe
+from quantkit.system.artifacts import read_json
 from tests.runs import score_here
 from tests.tiny import make_model
 
@@ -42,7 +42,7 @@ def report(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, A
         report: {{folder: "{folder}", formats: [json]}}
     """)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("quantkit.scores.run_job", score_here)
+        patch.setattr("quantkit.evaluation.stage.run_job", score_here)
         return quantkit.run(recipe)
 
 
@@ -99,7 +99,7 @@ def test_a_run_again_reuses_every_file(report: dict[str, Any]) -> None:
     recipe = Recipe.parse(report["recipe_text"])
     before = {path: path.stat().st_mtime_ns for path in recipe.folder.rglob("*.gguf")}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("quantkit.scores.run_job", score_here)
+        patch.setattr("quantkit.evaluation.stage.run_job", score_here)
         again = quantkit.run(recipe)
     assert again["status"] == "ok"
     assert {path: path.stat().st_mtime_ns for path in recipe.folder.rglob("*.gguf")} == before

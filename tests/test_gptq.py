@@ -13,10 +13,10 @@ from quantkit.methods.gptq import Gptq, GptqOptions
 from quantkit.methods.rtn import Rtn, RtnOptions
 from quantkit.numerics.columns import solve_columns
 from quantkit.numerics.factor import damped, inverse_factor
-from quantkit.numerics.grids import codes_of, encode, search_grid
-from quantkit.numerics.lattices import Grid, lattice_of
+from quantkit.numerics.grid_search import codes_of, encode, search_grid
 from quantkit.numerics.refine import Problem, descend, refine, refit_scales
 from quantkit.schemes import PER_CHANNEL, IntScheme
+from quantkit.schemes.grids import Grid, lattice_of
 from tests.tiny import int_schemes, spread
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -22,7 +22,7 @@ from quantkit.formats.gptq import GptqFormat
 from quantkit.quantization import Job, quantize
 from quantkit.recipe import VariantSpec
 from quantkit.schemes import PER_CHANNEL, Fp8Scheme, IntScheme, Nf4Scheme, QuantizedWeight, Scheme
-from quantkit.validation import parse_section
+from quantkit.system.validation import parse_section
 from tests.tiny import BITS, make_model, tiny_rows
 
 ROWS, COLUMNS = 32, 64

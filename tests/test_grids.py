@@ -6,17 +6,17 @@ import pytest
 import torch
 
 from quantkit.errors import QuantizationError
-from quantkit.numerics.grids import (
+from quantkit.numerics.grid_search import (
     codes_of,
     encode,
     quantized,
     range_grid,
     search_grid,
 )
-from quantkit.numerics.lattices import Grid, lattice_of
-from quantkit.numerics.lattices.integer import Limits
-from quantkit.numerics.lattices.storing import stored
 from quantkit.schemes import PER_CHANNEL, IntScheme
+from quantkit.schemes.grids import Grid, lattice_of
+from quantkit.schemes.grids.integer import Limits
+from quantkit.schemes.grids.storing import stored
 from tests.tiny import BITS, int_schemes, spread
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

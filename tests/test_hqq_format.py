@@ -19,7 +19,7 @@ from quantkit.quantization import Job, quantize
 from quantkit.recipe import VariantSpec
 from quantkit.runtimes._choice import choose_runtime
 from quantkit.schemes import PER_CHANNEL, IntScheme, Mxfp4Scheme, Nf4Scheme, QuantizedWeight
-from quantkit.validation import parse_section
+from quantkit.system.validation import parse_section
 from tests.runs import load_model
 from tests.tiny import make_model, tiny_method
 

@@ -72,4 +72,4 @@ def test_importing_its_modules_changes_no_more_than_their_libraries_do() -> None
     # Loggers that a library makes for itself are its own matter.
     assert changed_by("import quantkit.api, quantkit.cli, quantkit.recipe") <= {"loggers"}
     libraries = changed_by("import torch, transformers, rich, yaml, pydantic, jinja2, psutil")
-    assert changed_by("import quantkit.pipeline, quantkit.forecast, quantkit.single") <= libraries
+    assert changed_by("import quantkit.pipeline, quantkit.pipeline.plan, quantkit.pipeline.single") <= libraries

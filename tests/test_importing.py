@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from quantkit.errors import CalibrationError, RecipeError
-from quantkit.importing import import_recipe
 from quantkit.recipe import Recipe
+from quantkit.recipe.llamafactory import import_recipe
 from quantkit.records import Message, identify, load
 
 MERGE = {

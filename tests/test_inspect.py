@@ -14,11 +14,11 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 import quantkit
-from quantkit.artifacts import read_json, write_json
 from quantkit.checkpoint import CheckpointReader
 from quantkit.errors import CheckpointError, QuantkitError
 from quantkit.exports import open_export
 from quantkit.inspection import inspect, inspect_tables
+from quantkit.system.artifacts import read_json, write_json
 from tests.tiny import make_model
 
 DOWN = "model.layers.0.mlp.down_proj"

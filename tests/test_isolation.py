@@ -20,16 +20,16 @@ import pytest
 from quantkit.errors import QuantkitError, SchemeError
 from quantkit.exports import open_export
 from quantkit.inspection import inspect
-from quantkit.isolation.attempt import Attempt
-from quantkit.isolation.ending import WorkerFailedError
 from quantkit.isolation.launch import WORKER
 from quantkit.isolation.log import LogCopy
+from quantkit.isolation.outcome import WorkerFailedError
+from quantkit.isolation.request import Attempt
 from quantkit.isolation.stage import quantize_by_library
 from quantkit.libraries import LIBRARIES
 from quantkit.quantization import Job, Quantized
 from quantkit.recipe import LibrarySpec
 from quantkit.schemes import IntScheme
-from quantkit.validation import parse_section
+from quantkit.system.validation import parse_section
 from tests.faulty_library import CHILD, Faulty
 from tests.runs import Notebook, config_of, hidden_names
 from tests.tiny import make_model, tiny_rows

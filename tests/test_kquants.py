@@ -10,16 +10,16 @@ import torch
 from quantkit.engine.tasks import Task, solve_group
 from quantkit.errors import QuantizationError, RecipeError, SchemeError
 from quantkit.formats import FORMATS
+from quantkit.gguf.kquants import decoded
 from quantkit.llama_cpp.quantizer import quantize_rows
 from quantkit.methods import METHODS
 from quantkit.methods.base import InputStatistics, Solution
 from quantkit.methods.ggml import INTEGERS
-from quantkit.numerics.ggml_blocks import decoded
-from quantkit.numerics.grids import search_grid
-from quantkit.numerics.lattices import Grid, lattice_of
+from quantkit.numerics.grid_search import search_grid
 from quantkit.recipe import VariantSpec
 from quantkit.schemes import SCHEMES, GgmlMixture, GgmlScheme, IntScheme, Scheme, make_scheme
-from quantkit.validation import parse_section
+from quantkit.schemes.grids import Grid, lattice_of
+from quantkit.system.validation import parse_section
 from tests.layers import random_weight
 from tests.tiny import Collected, tiny_method
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from quantkit.locks import held
-from quantkit.pipeline.leftovers import clear_leftovers
+from quantkit.pipeline.cleanup import clear_leftovers
+from quantkit.system.locks import held
 from tests.runs import hidden_names
 
 

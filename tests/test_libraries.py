@@ -19,14 +19,14 @@ import pytest
 import yaml
 
 import quantkit
-from quantkit.artifacts import read_json
+from quantkit.cli.tables import method_lines, plan_table
 from quantkit.errors import QuantkitError, RecipeError
 from quantkit.exports.manifest import is_whole
 from quantkit.libraries import LIBRARIES, Libraries, Library
 from quantkit.libraries.base import Offer, Request, Used
-from quantkit.listing import method_lines, plan_table
 from quantkit.publishing import card
 from quantkit.recipe import LibrarySpec, Recipe, VariantSpec
+from quantkit.system.artifacts import read_json
 from tests.faulty_library import Faulty
 from tests.runs import Notebook, hidden_names, make_recipe, score_here
 
@@ -131,7 +131,7 @@ ROWS: list[dict[str, Any]] = [
 def test_a_sweep_goes_on_past_libraries_that_fail(
     model: Path, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("quantkit.scores.run_job", score_here)
+    monkeypatch.setattr("quantkit.evaluation.stage.run_job", score_here)
     given = make_recipe(model, records, tmp_path / "run", json.loads(json.dumps(ROWS)))
     result = quantkit.run(given, Notebook())
     rows = {row["name"]: row for row in result["variants"]}
@@ -230,7 +230,7 @@ BROKEN = {"lost": "no_such_package:Library", "nameless": f"{__name__}:Nameless",
 
 def test_a_plugin_that_cannot_be_used_is_listed_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     points = [EntryPoint(name, value, "quantkit.quantizers") for name, value in BROKEN.items()]
-    monkeypatch.setattr("quantkit.registry.entry_points", lambda group: points)
+    monkeypatch.setattr("quantkit.system.registry.entry_points", lambda group: points)
     found = Libraries("library", "quantkit.libraries", "quantkit.quantizers")
     assert found.names() == []  # those that ship are imported already, and registered with another
     assert set(found.broken()) == set(BROKEN)
@@ -273,10 +273,10 @@ def _digest(text: str) -> str:
 
 
 COMMAND = """
-import quantkit.scores
+import quantkit.evaluation.stage
 from quantkit.cli import main
 from tests.runs import score_here
-quantkit.scores.run_job = score_here
+quantkit.evaluation.stage.run_job = score_here
 main()
 """
 """The command line, which scores in its own process, as that takes less time."""

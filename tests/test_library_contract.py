@@ -12,17 +12,17 @@ import pytest
 import torch
 
 from quantkit.calibration.stored import token_ids_sha256
-from quantkit.devices import resolve_device
 from quantkit.errors import QuantkitError
 from quantkit.exports import open_export
-from quantkit.isolation.attempt import Attempt
 from quantkit.isolation.environments import environment_of
 from quantkit.isolation.lockfile import read_lock
+from quantkit.isolation.request import Attempt
 from quantkit.isolation.stage import quantize_by_library
 from quantkit.libraries import LIBRARIES
 from quantkit.quantization import Job
 from quantkit.recipe import LibrarySpec
-from quantkit.validation import parse_section
+from quantkit.system.devices import resolve_device
+from quantkit.system.validation import parse_section
 from tests.lock_files import downloads
 from tests.runs import Notebook, hidden_names
 from tests.tiny import make_model, tiny_rows

@@ -19,7 +19,7 @@ from quantkit.libraries.base import CODES, Library, Offer, Request
 from quantkit.quantization import Job, quantize
 from quantkit.recipe import VariantSpec
 from quantkit.schemes import QuantizedWeight, make_scheme
-from quantkit.validation import parse_section
+from quantkit.system.validation import parse_section
 from tests.tiny import make_model
 
 MINE = ("autoround", "bitsandbytes", "hqq", "llama.cpp", "quanto", "torchao")

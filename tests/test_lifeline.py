@@ -12,16 +12,19 @@ from pathlib import Path
 import psutil
 import pytest
 
-from quantkit.artifacts import write_json
 from quantkit.evaluation.job import EvaluationJob
 from quantkit.evaluation.process import RESULT_FILE, worker_command
-from quantkit.lifeline import EXIT_ORPHANED
 from quantkit.recipe import EvaluationSpec
+from quantkit.system.artifacts import write_json
+from quantkit.system.parent_watch import EXIT_ORPHANED
 from quantkit.verification.job import VerificationJob
 from tests.tiny import make_model
 
 posix = pytest.mark.skipif(os.name != "posix", reason="signals")
-CHILD = "import time\nfrom quantkit.lifeline import live_no_longer_than_the_parent as live\nlive()\ntime.sleep(600)"
+CHILD = (
+    "import time\nfrom quantkit.system.parent_watch import live_no_longer_than_the_parent as live\n"
+    "live()\ntime.sleep(600)"
+)
 PARENT = (
     "import subprocess, sys, time\n"
     f"child = subprocess.Popen([sys.executable, '-c', {CHILD!r}], stdin=subprocess.PIPE)\n"

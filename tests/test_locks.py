@@ -14,16 +14,16 @@ from pathlib import Path
 
 import pytest
 
-from quantkit.artifacts import new_folder, write_stage
 from quantkit.errors import OutputError
-from quantkit.locks import alone, held, holds, lock_file
+from quantkit.system.artifacts import new_folder, write_stage
+from quantkit.system.locks import alone, held, holds, lock_file
 from tests.runs import hidden_names
 
 HOLD = """
 import sys
 from pathlib import Path
 from quantkit.errors import OutputError
-from quantkit.locks import held
+from quantkit.system.locks import held
 try:
     with held(Path(sys.argv[1]), "a test"):
         print("held", flush=True)
@@ -35,7 +35,7 @@ CONTEND = """
 import sys
 from pathlib import Path
 from quantkit.errors import OutputError
-from quantkit.locks import held
+from quantkit.system.locks import held
 count, tries = Path(sys.argv[2]), 0
 while tries < 60:
     try:

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from quantkit.matrix import matrix_markdown, matrix_table, read_matrix, reasons_markdown
-from quantkit.matrix.build import RUNTIMES_HERE, build
-from quantkit.matrix.data import FAILS, UNTRIED, WORKS
-from quantkit.matrix.rows import method_names, rows
 from quantkit.runtimes import RUNTIMES
+from quantkit.verification.matrix import matrix_markdown, matrix_table, read_matrix, reasons_markdown
+from quantkit.verification.matrix.build import RUNTIMES_HERE, build
+from quantkit.verification.matrix.data import FAILS, UNTRIED, WORKS
+from quantkit.verification.matrix.rows import method_names, rows
 from tests.matrix_file import PAGE, small_job
 
 
@@ -74,17 +74,17 @@ def test_a_broken_cell_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         return type(weight)(weight.scheme, weight.codes, weight.scales * 1.3, weight.zeros, weight.parts)
 
     wanted = [row for row in rows() if row.format == "gguf"][:1]
-    monkeypatch.setattr("quantkit.matrix.rows.COMPOSED", ())
+    monkeypatch.setattr("quantkit.verification.matrix.rows.COMPOSED", ())
     found = build(small_job(tmp_path), wanted, tmp_path / "out", RUNTIMES_HERE)
     with monkeypatch.context() as patch:
-        patch.setattr("quantkit.matrix.build._logits", _after_export(patch, Gguf, shifted))
+        patch.setattr("quantkit.verification.matrix.build._logits", _after_export(patch, Gguf, shifted))
         ((row, _),) = found
     assert row["runtimes"]["llama.cpp"]["state"] == FAILS
     assert "KL" in row["runtimes"]["llama.cpp"]["reason"]
 
 
 def _after_export(patch: pytest.MonkeyPatch, cls: type, changed: Any) -> Any:
-    from quantkit.matrix import build as module
+    from quantkit.verification.matrix import build as module
 
     logits = module._logits
 

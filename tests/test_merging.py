@@ -16,17 +16,17 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from quantkit.artifacts import read_json, write_json
 from quantkit.checkpoint import CheckpointReader
 from quantkit.errors import CheckpointError, QuantkitError, SourceError
 from quantkit.exports import open_export
-from quantkit.forecast import forecast
 from quantkit.merging import merge_model
 from quantkit.merging.names import check_base
 from quantkit.merging.nf4 import nf4_round_trip
 from quantkit.pipeline import run
+from quantkit.pipeline.plan import forecast
+from quantkit.pipeline.single import quantize_one
 from quantkit.recipe import Recipe
-from quantkit.single import quantize_one
+from quantkit.system.artifacts import read_json, write_json
 from tests.adapters import make_adapter, names_in, unmerged, unmerged_logits
 from tests.runs import (
     Notebook,
@@ -531,7 +531,7 @@ def tuned_recipe(base: Path, adapter: Path, records: Path, out: Path, **changes:
 def test_a_recipe_merges_first_and_reports_both_bases(
     base: Path, adapter: Path, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("quantkit.scores.run_job", score_here)
+    monkeypatch.setattr("quantkit.evaluation.stage.run_job", score_here)
     changes: dict[str, Any] = {"gates": ["size_bytes <= 400000"], "merge": {"compare": "nf4"}}
     recipe = tuned_recipe(base, adapter, records, tmp_path / "run", **changes)
     content = run(recipe, Notebook())

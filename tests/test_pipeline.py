@@ -12,13 +12,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import quantkit
-from quantkit import pipeline, scores
-from quantkit.artifacts import read_json
+from quantkit import pipeline
 from quantkit.checkpoint import CheckpointReader
 from quantkit.errors import CalibrationError, CheckpointError, OutputError, RecipeError
-from quantkit.forecast import forecast
+from quantkit.evaluation import stage as scores
 from quantkit.methods.rtn import Rtn
+from quantkit.pipeline.plan import forecast
 from quantkit.recipe import Recipe
+from quantkit.system.artifacts import read_json
 from tests.runs import (
     Notebook,
     decoded_model,
@@ -178,7 +179,7 @@ def test_a_card_that_was_removed_is_written_again(finished: tuple[Recipe, dict[s
     text = file.read_text(encoding="utf-8")
     file.unlink()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("quantkit.scores.run_job", score_here)
+        patch.setattr("quantkit.evaluation.stage.run_job", score_here)
         again = quantkit.run(recipe)
     assert again["variants"][1]["status"] == "ok"
     assert file.read_text(encoding="utf-8") == text

@@ -19,7 +19,7 @@ from quantkit.methods import METHODS
 from quantkit.quantization.plan import Layers, plan_layers
 from quantkit.recipe import VariantSpec
 from quantkit.schemes import Fp8Scheme, IntScheme, Mxfp4Scheme, Nvfp4Scheme, Scheme
-from quantkit.validation import parse_section
+from quantkit.system.validation import parse_section
 from tests.runs import make_recipe, write_records
 from tests.tiny import make_model
 

@@ -15,9 +15,9 @@ import huggingface_hub.constants
 import pytest
 
 import quantkit
-from quantkit.artifacts import read_json, write_json
 from quantkit.errors import CheckpointError, OutputError
 from quantkit.publishing import push, write_card
+from quantkit.system.artifacts import read_json, write_json
 from tests.loopback import Answer, Request, serving
 from tests.tiny import make_model
 

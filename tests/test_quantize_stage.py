@@ -10,9 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from quantkit.artifacts import read_json
 from quantkit.checkpoint import CheckpointReader, writer
-from quantkit.devices import resolve_device
 from quantkit.engine.skeleton import Skeleton
 from quantkit.errors import CheckpointError, OutputError, QuantizationError, QuantkitError, SchemeError
 from quantkit.exports.manifest import MANIFEST, is_whole, write_manifest
@@ -22,7 +20,9 @@ from quantkit.quantization.export import Origin
 from quantkit.quantization.plan import choose_strategy, paused_bytes
 from quantkit.recipe import VariantSpec
 from quantkit.schemes import IntScheme
-from quantkit.validation import parse_section
+from quantkit.system.artifacts import read_json
+from quantkit.system.devices import resolve_device
+from quantkit.system.validation import parse_section
 from tests.runs import config_of, decoded_model, files_with_times, hidden_names, load_whole, logits
 from tests.tiny import make_model, tiny_rows
 

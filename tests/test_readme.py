@@ -8,7 +8,6 @@ import pkgutil
 import re
 import shlex
 import sys
-import textwrap
 import tomllib
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
@@ -24,14 +23,15 @@ from pydantic_core import PydanticUndefined
 
 import quantkit
 from quantkit import recipe
-from quantkit.catalogue import shown_bits
 from quantkit.cli import app
+from quantkit.cli.catalogue import shown_bits
 from quantkit.formats import FORMATS
 from quantkit.gates import METRICS
 from quantkit.methods import METHODS
 from quantkit.methods.base import InputStatistics, Statistic
 from quantkit.records import dataset_names, named_dataset
 from quantkit.schemes import SCHEMES, Fp4Scheme, IntScheme, Mxfp4Scheme, Nf4Scheme
+from tests import files_page
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -53,7 +53,6 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "retention": recipe.RetentionSpec,
     "webhook": recipe.WebhookSpec,
 }
-DATA_FOLDERS = ("calib_data", "eval_data", "report/templates", "regression/pages/templates", "estimation/configs")
 COMMANDS: dict[str, Any] = getattr(typer.main.get_command(app), "commands")  # noqa: B009 - of click's Group
 
 
@@ -271,22 +270,8 @@ def test_every_format_is_named() -> None:
 # The list of files
 
 
-def listed_files() -> set[str]:
-    """The paths of the list; a folder stands for its ``__init__.py``."""
-    folders: list[str] = []
-    found = set()
-    for line in textwrap.dedent(blocks(ROOT / "docs" / "files.md", "text")[0]).splitlines():
-        name = line.split()[0]
-        depth = (len(line) - len(line.lstrip())) // 4
-        folders[depth:] = [name]
-        found.add("".join(folders) + ("__init__.py" if name.endswith("/") else ""))
-    return found
-
-
-def test_every_file_of_the_package_is_listed_and_no_other() -> None:
-    present = {path.relative_to(ROOT).as_posix() for path in (ROOT / "quantkit").rglob("*.py")}
-    data = {f"quantkit/{folder}/__init__.py" for folder in DATA_FOLDERS}
-    assert listed_files() - data == present
+def test_the_page_of_files_is_what_their_docstrings_say() -> None:
+    assert files_page.PAGE.read_text(encoding="utf-8") == files_page.page(), "run python -m tests.files_page"
 
 
 def test_the_readme_lists_every_page() -> None:

@@ -14,7 +14,7 @@ from quantkit.formats import FORMATS
 from quantkit.methods import METHODS
 from quantkit.recipe import MAX_RECIPE_BYTES, EvaluationSpec, Recipe, SchemeKeys, VariantSpec
 from quantkit.schemes import SCHEME_KEYS, SCHEMES, Fp8Scheme, IntScheme, Mxfp4Scheme, Scheme
-from quantkit.validation import parse_section
+from quantkit.system.validation import parse_section
 
 
 def recipe(**changes: Any) -> dict[str, Any]:

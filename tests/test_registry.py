@@ -13,7 +13,7 @@ import pytest
 from quantkit.errors import MissingDependencyError, QuantkitError, RecipeError
 from quantkit.formats import FORMATS
 from quantkit.methods import METHODS
-from quantkit.registry import Registry
+from quantkit.system.registry import Registry
 
 
 class Thing:
@@ -45,7 +45,7 @@ def plug_in(monkeypatch: pytest.MonkeyPatch, *points: EntryPoint) -> None:
     def entry_points(group: str) -> list[EntryPoint]:
         return [point for point in points if point.group == group]
 
-    monkeypatch.setattr("quantkit.registry.entry_points", entry_points)
+    monkeypatch.setattr("quantkit.system.registry.entry_points", entry_points)
 
 
 def point(name: str, value: str) -> EntryPoint:

@@ -12,16 +12,18 @@ from typing import Any
 import pytest
 import torch
 
-from quantkit.artifacts import file_sha256, read_json
 from quantkit.engine.skeleton import Segment
 from quantkit.engine.solver import Solver
 from quantkit.errors import QuantizationError
-from quantkit.locks import held
-from quantkit.quantization import Job, Quantized, Wanted, quantize, quantize_together, resuming, walking
-from quantkit.quantization.resuming import spool_folder
-from quantkit.quantization.spool import EXACT
+from quantkit.quantization import Job, Quantized, Wanted, quantize, quantize_together
+from quantkit.quantization import resume as resuming
+from quantkit.quantization import walk_variants as walking
+from quantkit.quantization.resume import spool_folder
+from quantkit.quantization.solved_layers import EXACT
 from quantkit.recipe import VariantSpec
-from quantkit.stopping import Terminated, request
+from quantkit.system.artifacts import file_sha256, read_json
+from quantkit.system.locks import held
+from quantkit.system.shutdown import Terminated, request
 from tests.runs import edit_json, hidden_names
 from tests.tiny import make_model, tiny_rows
 

@@ -18,7 +18,7 @@ from quantkit.recipe import Recipe
 from quantkit.run_history import History, Wanted, connection
 from quantkit.run_history.building import stopped_record
 from quantkit.run_history.insert import RUN_COLUMNS
-from quantkit.run_history.places import place, private
+from quantkit.run_history.location import place, private
 from quantkit.run_history.recording import append
 from quantkit.run_history.schema import APPLICATION_ID, STEPS, VERSION, statements
 from tests.history_records import run, variant

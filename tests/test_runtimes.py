@@ -18,7 +18,7 @@ from quantkit.runtimes import RUNTIMES
 from quantkit.runtimes._choice import choose_runtime
 from quantkit.runtimes._model import TransformersModel
 from quantkit.runtimes.base import LoadOptions
-from quantkit.validation import parse_section
+from quantkit.system.validation import parse_section
 from tests.runs import edit_json
 from tests.tiny import make_model
 

@@ -22,14 +22,14 @@ from quantkit.cli import app
 from quantkit.errors import QuantkitError, SourceError
 from quantkit.exports.manifest import write_manifest
 from quantkit.merging.check import _load
-from quantkit.patterns import why_refused
 from quantkit.publishing.card import write_card
 from quantkit.publishing.push import files_to_push
 from quantkit.records.sandbox import SECONDS, TemplateFailure, _Renderer, render_chat
-from quantkit.redaction import HIDDEN, redacted
 from quantkit.runtimes._decoded import load_decoded
 from quantkit.runtimes._packed import load_packed
 from quantkit.runtimes.base import LoadOptions
+from quantkit.system.patterns import why_refused
+from quantkit.system.redaction import HIDDEN, redacted
 from tests.test_source import TOKEN, Hub, hub, resolved
 from tests.tiny import CHAT_TEMPLATE, make_model, tiny_tokenizer
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from quantkit.artifacts import file_sha256, read_json
+from quantkit.system.artifacts import file_sha256, read_json
 from tests.commands import go_to, quantize_arguments, read_line, run_command, stepping
 from tests.runs import hidden_names
 

@@ -20,10 +20,10 @@ from quantkit.libraries import LIBRARIES, _devices, _layers, autoawq, eetq, gptq
 from quantkit.libraries._blocks import blocks_of, telling
 from quantkit.libraries._counting import Counter
 from quantkit.libraries.base import Request
-from quantkit.numerics.lattices import lattice_of
 from quantkit.recipe import LibrarySpec
 from quantkit.schemes import Fp8Scheme, QuantizedWeight
-from quantkit.validation import parse_section
+from quantkit.schemes.grids import lattice_of
+from quantkit.system.validation import parse_section
 from tests.tiny import make_model
 
 LOCKED = ("gptqmodel", "llmcompressor", "optimum", "autoawq", "aqlm")

@@ -13,9 +13,9 @@ import torch
 from quantkit.checkpoint import CheckpointReader, ShardWriter
 from quantkit.errors import CheckpointError, QuantkitError, SourceError
 from quantkit.merging import merge_model, merged_source
-from quantkit.progress import Silent
 from quantkit.recipe import MergeSpec, ModelSpec
 from quantkit.source import SourceModel, resolve
+from quantkit.system.progress import Silent
 from tests.adapters import make_adapter
 from tests.loopback import Answer, Request, serving
 from tests.tiny import make_model

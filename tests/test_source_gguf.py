@@ -17,9 +17,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from quantkit.checkpoint import CheckpointReader
 from quantkit.errors import SourceError
+from quantkit.gguf.head import read_head
 from quantkit.recipe import ModelSpec
 from quantkit.source import SourceModel, resolve
-from quantkit.source.gguf_head import read_head
 from tests.tiny import CHAT_TEMPLATE, SPECIAL, make_model
 
 Q = gguf.GGMLQuantizationType
@@ -204,7 +204,7 @@ def test_auto_keeps_bfloat16(tmp_path: Path) -> None:
 def test_large_tensors_are_dequantized_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_gguf(tmp_path / "m.gguf")
     whole = converted(path)
-    monkeypatch.setattr("quantkit.source.gguf_tensors.CHUNK_VALUES", 200)
+    monkeypatch.setattr("quantkit.gguf.tensors_in.CHUNK_VALUES", 200)
     parts = resolve(ModelSpec(source=str(path)), tmp_path / "parts")
     readers = CheckpointReader(whole.folder), CheckpointReader(parts.folder)
     assert all(torch.equal(readers[0].read(name), readers[1].read(name)) for name in readers[0].names())

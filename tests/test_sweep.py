@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from quantkit.artifacts import file_sha256
 from quantkit.checkpoint import CheckpointReader
 from quantkit.engine.passes import Pass
 from quantkit.errors import QuantizationError
@@ -16,6 +15,7 @@ from quantkit.methods.gptq import Gptq
 from quantkit.methods.hqq import Hqq
 from quantkit.quantization import Job, Quantized, Wanted, quantize, quantize_together, walks
 from quantkit.recipe import VariantSpec
+from quantkit.system.artifacts import file_sha256
 from tests.runs import load_model
 from tests.tiny import make_model, tiny_rows
 
@@ -106,7 +106,7 @@ def test_the_walk_runs_the_calibration_set_once_whatever_the_number_of_variants(
 def test_the_factors_of_an_input_are_searched_once_for_all_that_ask_the_same(
     job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from quantkit.numerics import awq
+    from quantkit.numerics import smoothing as awq
 
     searches: list[Any] = []
     search = awq.search_factors

@@ -22,10 +22,9 @@ from quantkit import report
 from quantkit.cli import app
 from quantkit.errors import MissingDependencyError, OutputError, RecipeError
 from quantkit.pipeline import run
+from quantkit.publishing.mlflow import SECRETS, URI, _environment, check_tracking, track, track_after
+from quantkit.publishing.mlflow_record import LONGEST_VALUE, figures, tracked
 from quantkit.recipe import MlflowSpec, Recipe, TrackingSpec
-from quantkit.tracking import check_tracking, track, track_after
-from quantkit.tracking.process import SECRETS, URI, _environment
-from quantkit.tracking.record import LONGEST_VALUE, figures, tracked
 from tests.mlflow_server import Server, mlflow_server
 from tests.runs import Notebook, recipe_data
 

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from quantkit.devices import resolve_device
 from quantkit.estimation import anatomy_of
-from quantkit.estimation.beside import estimates
+from quantkit.estimation.measured import estimates
 from quantkit.evaluation.memory import MemoryWatch
 from quantkit.recipe import VariantSpec
 from quantkit.runtimes import RUNTIMES
 from quantkit.runtimes.base import LoadOptions
+from quantkit.system.devices import resolve_device
 
 HEAD = "| what | estimated | measured | estimated / measured |\n|---|---:|---:|---:|\n"
 WORDS = {

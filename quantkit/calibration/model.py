@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantkit.artifacts import file_sha256, read_json
 from quantkit.errors import CalibrationError
+from quantkit.system.artifacts import file_sha256, read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

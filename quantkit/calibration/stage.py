@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantkit import records
-from quantkit.artifacts import check_writable, file_sha256, new_folder, read_stage, write_stage
 from quantkit.calibration.audit import make_audit
 from quantkit.calibration.draw import draw
 from quantkit.calibration.model import ModelLimits, load_tokenizer, model_limits, tokenizer_files
@@ -16,6 +15,7 @@ from quantkit.calibration.stored import CalibrationSet, load, save, token_ids_sh
 from quantkit.errors import CalibrationError
 from quantkit.recipe import CalibrationSpec
 from quantkit.records import Record, RecordSet
+from quantkit.system.artifacts import check_writable, file_sha256, new_folder, read_stage, write_stage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

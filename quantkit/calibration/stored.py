@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from safetensors.numpy import save as serialized
 
-from quantkit.artifacts import read_json, write_json
 from quantkit.errors import CalibrationError
+from quantkit.system.artifacts import read_json, write_json
 
 TOKENS_FILE = "tokens.safetensors"
 AUDIT_FILE = "audit.json"

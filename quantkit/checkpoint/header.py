@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from quantkit.artifacts import read_json
 from quantkit.errors import CheckpointError
+from quantkit.system.artifacts import read_json
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

@@ -12,8 +12,8 @@ from typing import BinaryIO
 
 import torch
 
-from quantkit.artifacts import translated_os_errors, write_json
 from quantkit.checkpoint.header import DTYPE_NAMES, INDEX_FILE, SINGLE_FILE
+from quantkit.system.artifacts import translated_os_errors, write_json
 
 
 @dataclass(frozen=True, slots=True)

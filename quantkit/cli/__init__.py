@@ -8,7 +8,7 @@ import sys
 from importlib import import_module
 
 from quantkit.cli.base import app
-from quantkit.stopping import Terminated, request
+from quantkit.system.shutdown import Terminated, request
 
 __all__ = ["app", "main"]
 

@@ -10,8 +10,8 @@ import typer
 from typer.core import TyperGroup
 
 from quantkit.errors import EXIT_USER_ERROR, QuantkitError
-from quantkit.refusals import as_quantkit_error
-from quantkit.stopping import EXIT_TERMINATED, Terminated
+from quantkit.system.os_errors import as_quantkit_error
+from quantkit.system.shutdown import EXIT_TERMINATED, Terminated
 
 if TYPE_CHECKING:
     from rich.console import Console

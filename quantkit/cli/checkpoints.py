@@ -23,7 +23,7 @@ def convert(
 ) -> None:
     """Write a quantized checkpoint in another format, with the same codes."""
     import quantkit
-    from quantkit.display import Display
+    from quantkit.cli.display import Display
 
     with Display(console(stderr=True)) as display:
         found = quantkit.convert(checkpoint, to, out=out, observer=display)
@@ -66,7 +66,7 @@ def verify(
 ) -> None:
     """Load a checkpoint in a runtime and compare its logits with those of the reference decoder."""
     import quantkit
-    from quantkit.display import Display
+    from quantkit.cli.display import Display
     from quantkit.verification import verdict_lines
 
     with Display(console(stderr=True)) as display:

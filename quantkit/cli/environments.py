@@ -26,7 +26,7 @@ def install_environments(
     names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Libraries; see 'quantkit methods'.")],
 ) -> None:
     """Install the environment of a library: its locked packages, each file checked by its hash."""
-    from quantkit.display import Display
+    from quantkit.cli.display import Display
     from quantkit.isolation.install import install
     from quantkit.libraries import LIBRARIES
 

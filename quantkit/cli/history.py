@@ -28,7 +28,7 @@ def check(
 ) -> None:
     """Run a recipe and judge it beside the accepted run: 0 passed, 1 regressed, 2 cannot be told or could not run."""
     import quantkit
-    from quantkit.display import Display
+    from quantkit.cli.display import Display
     from quantkit.regression.api import check as check_recipe
     from quantkit.regression.files import to_json
     from quantkit.regression.terminal import rendered

@@ -19,7 +19,7 @@ PANEL = "Choices"
 @app.command(rich_help_panel=PANEL)
 def methods() -> None:
     """List the methods with their options, and the schemes."""
-    from quantkit.listing import method_lines
+    from quantkit.cli.tables import method_lines
 
     for line in method_lines():
         say(line)
@@ -28,7 +28,7 @@ def methods() -> None:
 @app.command(rich_help_panel=PANEL)
 def formats() -> None:
     """List the formats: which schemes each stores, and who loads it."""
-    from quantkit.listing import format_lines
+    from quantkit.cli.tables import format_lines
 
     for line in format_lines():
         say(line)
@@ -37,7 +37,7 @@ def formats() -> None:
 @app.command(rich_help_panel=PANEL)
 def runtimes() -> None:
     """List the runtimes: what each loads, and whether it can be used here."""
-    from quantkit.listing import runtime_lines
+    from quantkit.cli.tables import runtime_lines
 
     for line in runtime_lines():
         say(line)
@@ -48,7 +48,7 @@ def matrix(
     as_json: AsJson = False,
 ) -> None:
     """Print which methods, formats and runtimes go together, as tests have found."""
-    from quantkit.matrix import matrix_table, read_matrix
+    from quantkit.verification.matrix import matrix_table, read_matrix
 
     found = read_matrix()
     _print(found, lambda: matrix_table(found), as_json)

@@ -40,7 +40,7 @@ def _run_shown(recipe: Recipe, install: bool) -> dict[str, Any]:
     """Run with progress on standard error, then print the table, the gates and where the report is."""
     import quantkit
     from quantkit import report
-    from quantkit.display import Display
+    from quantkit.cli.display import Display
 
     with Display(console(stderr=True)) as display:
         result = quantkit.run(recipe, display, install=install)
@@ -55,8 +55,8 @@ def _run_shown(recipe: Recipe, install: bool) -> dict[str, Any]:
 def _run_as_json(recipe: Recipe, install: bool) -> dict[str, Any]:
     """Run with every event as a line of JSON on standard output; the last says how it ended and where the report is."""
     import quantkit
-    from quantkit.events import EventLog
     from quantkit.pipeline.run import outcome
+    from quantkit.system.events import EventLog
 
     log = EventLog(sys.stdout)
     log.write("start", name=recipe.name, folder=str(recipe.folder))
@@ -91,7 +91,7 @@ def plan(recipe: RecipePath, as_json: AsJson = False) -> None:
     The model is fetched or converted if it is not here yet.
     """
     import quantkit
-    from quantkit.listing import plan_table
+    from quantkit.cli.tables import plan_table
 
     found = quantkit.plan(recipe)
     warn(found["warnings"])
@@ -116,7 +116,7 @@ def merge(
 ) -> None:
     """Merge LoRA adapters into a float model."""
     import quantkit
-    from quantkit.display import Display
+    from quantkit.cli.display import Display
 
     adapters = [{"source": adapter, "weight": weight}, *map(_weighted, further or [])]
     with Display(console(stderr=True)) as display:
@@ -160,7 +160,7 @@ def quantize(
 ) -> None:
     """Quantize a model into one checkpoint."""
     import quantkit
-    from quantkit.display import Display
+    from quantkit.cli.display import Display
 
     given = {"bits": bits, "group_size": group_size, "symmetric": False if asymmetric else None}
     options = {key: value for key, value in given.items() if value is not None} | _settings(further or [])
@@ -186,7 +186,7 @@ def evaluate(
 ) -> None:
     """Score a checkpoint in a fresh process and print the figures as JSON."""
     import quantkit
-    from quantkit.display import Display
+    from quantkit.cli.display import Display
 
     with Display(console(stderr=True)) as display:
         result = quantkit.evaluate(
@@ -236,7 +236,7 @@ def _settings(given: list[str]) -> dict[str, Any]:
         RecipeError: one is not of the form KEY=VALUE, or no key of a variant.
     """
     from quantkit.errors import RecipeError
-    from quantkit.strict_yaml import parse_mapping
+    from quantkit.system.strict_yaml import parse_mapping
 
     found: dict[str, Any] = {}
     for text in given:

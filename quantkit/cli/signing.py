@@ -22,7 +22,7 @@ def keygen(
     """Make a pair of minisign keys; QUANTKIT_KEY_PASSWORD sets a password."""
     import os
 
-    from quantkit.signing.keys import new_pair, require_minisign
+    from quantkit.publishing.signature_keys import new_pair, require_minisign
 
     require_minisign()
     place = Path(name)
@@ -39,7 +39,7 @@ def sign(
     """Sign a checkpoint's manifest, which holds the hash of every file."""
     import os
 
-    from quantkit import signing
+    from quantkit.publishing import signing
 
     say(f"signature: {signing.sign(checkpoint, key, password=os.environ.get(PASSWORD))}")
 
@@ -50,7 +50,7 @@ def verify_signature(
     key: Annotated[str, typer.Option("--key", metavar="FILE|KEY", help="Public key of minisign.")],
 ) -> None:
     """Check a checkpoint's signature, and every file against its hash."""
-    from quantkit import signing
+    from quantkit.publishing import signatures
 
-    found = signing.verify_signature(checkpoint, key)
+    found = signatures.verify_signature(checkpoint, key)
     say(f"signed by this key: {checkpoint} ({found.files} files are as they were signed; {found.comment})")

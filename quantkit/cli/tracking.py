@@ -17,7 +17,7 @@ def track(
     experiment: Annotated[str | None, typer.Option(help="Its experiment; that of the recipe.")] = None,
 ) -> None:
     """Tell an MLflow server of a run that has ended."""
-    from quantkit.tracking import track_again
+    from quantkit.publishing.mlflow import track_again
 
     told = track_again(path, uri, experiment)
     say(f"MLflow at {told['uri']} was told of the run: {told['run_id']}")

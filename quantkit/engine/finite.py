@@ -8,7 +8,7 @@ import torch
 
 from quantkit.engine.batches import Batch
 from quantkit.errors import QuantizationError
-from quantkit.numerics.host import decide
+from quantkit.system.host import decide
 
 
 @dataclass(slots=True)

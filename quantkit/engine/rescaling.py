@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from quantkit.engine.folds import Fold, FoldFinder
 from quantkit.engine.scaling import Scaling, choose_scaling
 from quantkit.engine.skeleton import Segment, Skeleton, WeightReader
+from quantkit.engine.smoothing import Fold, FoldFinder
 from quantkit.engine.tasks import Task
 from quantkit.methods.base import InputStatistics
 

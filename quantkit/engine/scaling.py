@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from quantkit.engine.folds import Fold, scaled_rows
+from quantkit.engine.smoothing import Fold, scaled_rows
 from quantkit.engine.tasks import Task
 from quantkit.methods.base import InputStatistics
 

@@ -8,8 +8,8 @@ from typing import Protocol
 
 import torch
 
-from quantkit.engine.memory import Memory
 from quantkit.engine.ordering import solve
+from quantkit.engine.resume_state import Memory
 from quantkit.errors import QuantizationError
 from quantkit.methods.base import InputStatistics, Method, Solution
 from quantkit.schemes import QuantizedWeight, Scheme

@@ -15,7 +15,7 @@ from quantkit.estimation.training import training
 from quantkit.estimation.use import Use
 from quantkit.estimation.weights import Stored, stored
 from quantkit.recipe import VariantSpec
-from quantkit.validation import parse_section
+from quantkit.system.validation import parse_section
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from quantkit.estimation.training import training
 from quantkit.estimation.use import Use
 from quantkit.estimation.weights import Stored, stored
 from quantkit.recipe import VariantSpec
-from quantkit.validation import parse_section
+from quantkit.system.validation import parse_section
 
 STEP = 256
 """Contexts are tried in steps of so many tokens."""

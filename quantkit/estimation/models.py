@@ -80,7 +80,7 @@ def _from_file(file: Path, name: str) -> Anatomy:
     found = describe(config)
     if found is not None:
         return found
-    from quantkit.estimation.unknown import built
+    from quantkit.estimation.from_transformers import built
 
     return built(file.parent, config)
 

@@ -8,7 +8,7 @@ from pydantic import Field, field_validator
 
 from quantkit.estimation.lines import parse_bytes
 from quantkit.recipe.fields import Flag, Section, Whole
-from quantkit.validation import located
+from quantkit.system.validation import located
 
 KV_BYTES = {
     "float32": 4.0,

@@ -7,13 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantkit.artifacts import fingerprint, write_text
 from quantkit.errors import EvaluationError
 from quantkit.evaluation.answer_metrics import Metric
 from quantkit.evaluation.generation import continuation
 from quantkit.evaluation.questions import Question
 from quantkit.recipe import AnswerSpec
 from quantkit.runtimes.base import LoadedModel
+from quantkit.system.artifacts import fingerprint, write_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -10,20 +10,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from quantkit.devices import device_name, resolve_device
 from quantkit.errors import EvaluationError
-from quantkit.evaluation.beyond import beyond
-from quantkit.evaluation.departures import in_words
 from quantkit.evaluation.job import EvaluationJob, Progress
 from quantkit.evaluation.memory import MemoryWatch, checkpoint_bytes
 from quantkit.evaluation.reference import TextReader, check_reference, prepare_folder, text_writer, write_index
 from quantkit.evaluation.scoring import TextScore, score
 from quantkit.evaluation.speed import NEW_TOKENS, PROMPT_TOKENS, measure_speed
+from quantkit.evaluation.tasks_and_answers import beyond
 from quantkit.evaluation.texts import load_text
 from quantkit.evaluation.windows import Windows, cut
+from quantkit.evaluation.worst_tokens import in_words
 from quantkit.runtimes._checkpoint import load_config, load_tokenizer
 from quantkit.runtimes._choice import choose_runtime
 from quantkit.runtimes.base import LoadedModel, LoadOptions, Runtime
+from quantkit.system.devices import device_name, resolve_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -41,7 +41,7 @@ def evaluate(job: EvaluationJob, progress: Progress) -> dict[str, Any]:
         of its windows, and the tokens furthest from the reference;
         ``size_bytes``; ``loaded_by``, the runtime's name; ``memory`` and ``speed``, None where the job does not ask,
         and for a model that the reference decoder loaded those of float weights, which ``memory.weights_are`` says;
-        ``seconds``; ``environment``; and what :meth:`quantkit.evaluation.beyond.Beyond.score` gives.
+        ``seconds``; ``environment``; and what :meth:`quantkit.evaluation.tasks_and_answers.Beyond.score` gives.
 
     Raises:
         EvaluationError: the checkpoint cannot be loaded, a text is too short, logits are NaN, tokens differ

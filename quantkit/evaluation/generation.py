@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from quantkit.artifacts import read_json
 from quantkit.runtimes.base import LoadedModel
+from quantkit.system.artifacts import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase

@@ -9,12 +9,12 @@ from typing import Any, Literal
 
 import torch
 
-from quantkit.devices import device_name
 from quantkit.errors import EvaluationError
-from quantkit.evaluation.probes import Probe, peak_rss, probe_of
+from quantkit.evaluation.memory_probe import Probe, peak_rss, probe_of
 from quantkit.evaluation.speed import NEW_TOKENS, PROMPT_TOKENS
 from quantkit.exports import IMATRIX
 from quantkit.runtimes.base import LoadedModel
+from quantkit.system.devices import device_name
 
 __all__ = ["MemoryWatch", "checkpoint_bytes", "peak_rss"]
 

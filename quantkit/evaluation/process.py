@@ -10,10 +10,10 @@ import tempfile
 from pathlib import Path
 from typing import IO, Any
 
-from quantkit.artifacts import read_json, translated_os_errors, write_json
 from quantkit.errors import EvaluationError
 from quantkit.evaluation.job import EvaluationJob, Progress
-from quantkit.processes import last_line, restored_error, signal_name
+from quantkit.system.artifacts import read_json, translated_os_errors, write_json
+from quantkit.system.processes import last_line, restored_error, signal_name
 
 RESULT_FILE = "result.json"
 

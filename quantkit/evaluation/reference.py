@@ -17,9 +17,9 @@ from typing import IO, Any
 import numpy as np
 import torch
 
-from quantkit.artifacts import read_json, translated_os_errors, write_json
 from quantkit.errors import EvaluationError
 from quantkit.evaluation.windows import Windows
+from quantkit.system.artifacts import read_json, translated_os_errors, write_json
 
 INDEX_FILE = "reference.json"
 STORED = np.dtype("<f2")

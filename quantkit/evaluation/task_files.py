@@ -14,10 +14,10 @@ from typing import Any
 
 import yaml
 
-from quantkit.artifacts import file_sha256
 from quantkit.errors import EvaluationError
-from quantkit.refusals import is_file
-from quantkit.strict_yaml import StrictLoader
+from quantkit.system.artifacts import file_sha256
+from quantkit.system.os_errors import is_file
+from quantkit.system.strict_yaml import StrictLoader
 
 LOADERS = ("arrow", "csv", "json", "parquet", "text")
 """Values of ``dataset_path`` that read local files, with ``data_files`` in ``dataset_kwargs``."""

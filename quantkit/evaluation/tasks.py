@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from quantkit.artifacts import fingerprint
 from quantkit.errors import EvaluationError, MissingDependencyError
 from quantkit.evaluation.harness import HarnessModel
 from quantkit.evaluation.task_files import TaskFile, read_task
@@ -27,6 +26,7 @@ from quantkit.evaluation.templates import Patterns, Templates
 from quantkit.recipe import TaskSpec
 from quantkit.report.numbers import finite
 from quantkit.runtimes.base import LoadedModel
+from quantkit.system.artifacts import fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

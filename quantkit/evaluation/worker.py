@@ -2,7 +2,7 @@
 
 It writes ``result.json`` beside the job's file. Its standard output carries one JSON line for each step of
 progress and nothing else; whatever a library prints goes to standard error, which is the log. When its standard input
-ends, so does the process, see :mod:`quantkit.lifeline`.
+ends, so does the process, see :mod:`quantkit.system.parent_watch`.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from quantkit.artifacts import read_json, write_json
 from quantkit.errors import EXIT_USER_ERROR, QuantkitError
 from quantkit.evaluation.job import EvaluationJob
 from quantkit.evaluation.process import RESULT_FILE
-from quantkit.lifeline import live_no_longer_than_the_parent
+from quantkit.system.artifacts import read_json, write_json
+from quantkit.system.parent_watch import live_no_longer_than_the_parent
 
 
 def main(arguments: list[str]) -> int:

@@ -27,7 +27,7 @@ def open_export(path: Path) -> Export:
     file = find_gguf(path)
     if file is None:
         return FolderExport(path)
-    from quantkit.exports.gguf_reader import GgufExport
+    from quantkit.exports.gguf import GgufExport
 
     return GgufExport(file)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from quantkit.artifacts import STAGE_FILE, translated_os_errors
 from quantkit.exports.manifest import MANIFEST
+from quantkit.system.artifacts import STAGE_FILE, translated_os_errors
 
 COMPANIONS = (
     "*.json", "*.jinja", "additional_chat_templates/*.jinja", "*.model", "merges.txt", "vocab.*", "*.tiktoken",

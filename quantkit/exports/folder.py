@@ -9,7 +9,6 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 
-from quantkit.artifacts import read_json
 from quantkit.checkpoint import CheckpointReader
 from quantkit.checkpoint.sizes import check_sizes
 from quantkit.errors import CheckpointError
@@ -18,6 +17,7 @@ from quantkit.exports.manifest import FOREIGN, read_manifest
 from quantkit.formats import FORMATS
 from quantkit.formats.base import Format
 from quantkit.schemes import Decodable, QuantizedWeight, Scheme, scheme_from_json
+from quantkit.system.artifacts import read_json
 
 W = TypeVar("W")
 SCALES_OF_ACTIVATIONS = (

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 
-from quantkit.artifacts import read_json, write_json, write_text
 from quantkit.checkpoint import CheckpointReader, ShardWriter
 from quantkit.errors import CheckpointError
 from quantkit.exports.companions import copy_companions
 from quantkit.exports.content import Content, Stored, digest
 from quantkit.formats.base import Format
+from quantkit.system.artifacts import read_json, write_json, write_text
 
 FAULTY = "the disk or its memory is faulty, or another process writes here: quantize again"
 

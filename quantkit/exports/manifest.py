@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from quantkit.artifacts import file_sha256, fingerprint, read_json, write_json
 from quantkit.errors import CheckpointError
+from quantkit.system.artifacts import file_sha256, fingerprint, read_json, write_json
 
 MANIFEST = "manifest.json"
 SIGNATURE = "manifest.json.minisig"

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from quantkit.formats.base import Format
-from quantkit.registry import Registry
+from quantkit.system.registry import Registry
 
 FORMATS: Registry[Format] = Registry("format", "quantkit.formats", "quantkit.formats")

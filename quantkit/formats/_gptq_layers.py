@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from quantkit.bitstream import pack_bits, unpack_bits
 from quantkit.errors import CheckpointError
 from quantkit.formats._per_layer import BROKEN, Rules, columns_per_group, require, require_matrix
 from quantkit.schemes import IntScheme
+from quantkit.schemes.bitstream import pack_bits, unpack_bits
 
 if TYPE_CHECKING:
     import torch

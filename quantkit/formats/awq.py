@@ -11,13 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
-from quantkit.bitstream import pack_bits, unpack_bits
 from quantkit.errors import CheckpointError, SchemeError
 from quantkit.formats import FORMATS
 from quantkit.formats._gptq_rules import FUSED, commonest, holds_head, kept_float
 from quantkit.formats._per_layer import Rules, columns_per_group, packed_layers, require, require_matrix
 from quantkit.formats.base import Format, PackedShapes
 from quantkit.schemes import PER_CHANNEL, IntScheme, QuantizedWeight, Scheme
+from quantkit.schemes.bitstream import pack_bits, unpack_bits
 
 if TYPE_CHECKING:
     import torch

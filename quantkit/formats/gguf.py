@@ -1,6 +1,6 @@
 """gguf: one file for llama.cpp and Ollama, with model, metadata and tokenizer.
 
-A layer is the raw blocks of one GGML type, see :mod:`quantkit.formats._gguf`; the file around them is written and
+A layer is the raw blocks of one GGML type, see :mod:`quantkit.gguf.blocks`; the file around them is written and
 read by :mod:`quantkit.exports`.
 """
 
@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from quantkit.errors import SchemeError
 from quantkit.formats import FORMATS
-from quantkit.formats._gguf import BLOCK, codec_of, row_bytes, type_of
 from quantkit.formats.base import Container, Format, PackedShapes
+from quantkit.gguf.blocks import BLOCK, codec_of, row_bytes, type_of
 from quantkit.schemes import GgmlMixture, IntScheme, PlainScheme, QuantizedWeight, Scheme
 
 if TYPE_CHECKING:

@@ -17,7 +17,6 @@ from collections.abc import Callable, Collection, Mapping
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from quantkit.bitstream import pack_bits, unpack_bits
 from quantkit.errors import CheckpointError, SchemeError
 from quantkit.formats import FORMATS
 from quantkit.formats._gptq_layers import BITS, WORD, less_in, scheme_in, shifted_zeros
@@ -25,6 +24,7 @@ from quantkit.formats._gptq_rules import FUSED, commonest, exceptions, holds_hea
 from quantkit.formats._per_layer import BROKEN, Rules, packed_layers
 from quantkit.formats.base import Format, PackedShapes
 from quantkit.schemes import PER_CHANNEL, IntScheme, QuantizedWeight, Scheme
+from quantkit.schemes.bitstream import pack_bits, unpack_bits
 
 if TYPE_CHECKING:
     import torch

@@ -14,7 +14,7 @@ import torch
 from quantkit.checkpoint import CheckpointReader
 from quantkit.errors import OutputError, QuantizationError, QuantkitError
 from quantkit.exports import Export, open_export
-from quantkit.isolation.ending import Ending, Kind, WorkerFailedError
+from quantkit.isolation.outcome import Ending, Kind, WorkerFailedError
 from quantkit.schemes import Decodable
 
 WEIGHTS_ALONE = "errors of layers are those of their weights, not of their outputs"

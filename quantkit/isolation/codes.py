@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from quantkit.artifacts import read_json
 from quantkit.checkpoint import CheckpointReader
 from quantkit.errors import CheckpointError, QuantizationError, SchemeError
 from quantkit.exports.content import Content, Stored
-from quantkit.exports.spool import Spool
+from quantkit.exports.layer_store import Spool
 from quantkit.exports.writing import check_origin, write_export
 from quantkit.formats import FORMATS
 from quantkit.formats.base import Format
 from quantkit.isolation.checking import HEAD, Looked, look
 from quantkit.libraries._codes import CODES_FILE, SCHEMES_FILE
-from quantkit.numerics.lattices import lattice_of
 from quantkit.schemes import QuantizedWeight, Scheme, make_scheme
+from quantkit.schemes.grids import lattice_of
+from quantkit.system.artifacts import read_json
 
 if TYPE_CHECKING:
     from quantkit.quantization import Job

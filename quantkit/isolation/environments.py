@@ -18,12 +18,12 @@ from typing import Any, Literal
 
 import psutil
 
-from quantkit.artifacts import read_json, translated_os_errors
 from quantkit.errors import OutputError
 from quantkit.isolation.cache import cache_folder
 from quantkit.isolation.lockfile import Lock, read_lock
 from quantkit.libraries import LIBRARIES, Library
-from quantkit.locks import held
+from quantkit.system.artifacts import read_json, translated_os_errors
+from quantkit.system.locks import held
 
 MARKER = "quantkit.json"
 PROBE_SECONDS = 60

@@ -32,7 +32,7 @@ STATES = {
 def library_forecast(job: Job, variant: LibrarySpec, skeleton: Skeleton, out: Path) -> dict[str, Any]:
     """The plan of one variant; ``size_bytes`` is None where the library's grid is not known before it has run.
 
-    See :func:`quantkit.forecast.forecast` for the keys.
+    See :func:`quantkit.pipeline.plan.forecast` for the keys.
     """
     linears = {name: module for name, module in skeleton.model.named_modules() if isinstance(module, nn.Linear)}
     head = skeleton.head.prefix if skeleton.head else None

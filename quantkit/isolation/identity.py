@@ -8,12 +8,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantkit.artifacts import file_sha256
-from quantkit.devices import resolve_device
 from quantkit.errors import QuantizationError
 from quantkit.isolation.launch import plugin_place
 from quantkit.isolation.lockfile import read_lock
 from quantkit.quantization import Job
+from quantkit.system.artifacts import file_sha256
+from quantkit.system.devices import resolve_device
 
 if TYPE_CHECKING:
     from quantkit.recipe import LibrarySpec

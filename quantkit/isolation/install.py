@@ -8,15 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-from quantkit.artifacts import translated_os_errors, write_json
 from quantkit.errors import OutputError, QuantkitError
 from quantkit.isolation.cache import cache_folder
 from quantkit.isolation.environments import MARKER, Environment, environment_of, interpreter, size_of
 from quantkit.isolation.lockfile import Lock, read_lock
 from quantkit.isolation.uv import uv_command, uv_environment
 from quantkit.libraries import Library
-from quantkit.locks import held
-from quantkit.progress import Observer
+from quantkit.system.artifacts import translated_os_errors, write_json
+from quantkit.system.locks import held
+from quantkit.system.progress import Observer
 
 DISK_FULL = ("no space left on device", "os error 28", "disk quota exceeded")
 NO_NETWORK = ("dns error", "error sending request", "failed to fetch", "connection refused", "network is unreachable",

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import quantkit
-from quantkit.artifacts import write_json
 from quantkit.errors import QuantkitError
-from quantkit.isolation.ending import Ending
+from quantkit.isolation.outcome import Ending
 from quantkit.isolation.supervise import Limits, Progress, run_worker
 from quantkit.libraries import Library
+from quantkit.system.artifacts import write_json
 
 WORKER = Path(__file__).with_name("worker.py")
 PASSED = (

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from quantkit.artifacts import STAGE_FILE, write_text
 from quantkit.exports.manifest import FOREIGN, write_manifest
 from quantkit.libraries.base import CODES
-from quantkit.quantization.underway import public_reference
+from quantkit.quantization.variant import public_reference
+from quantkit.system.artifacts import STAGE_FILE, write_text
 
 if TYPE_CHECKING:
     from quantkit.quantization import Job

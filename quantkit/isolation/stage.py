@@ -13,22 +13,22 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantkit.artifacts import check_writable, new_folder, translated_os_errors, write_stage
 from quantkit.checkpoint import CheckpointReader
 from quantkit.errors import QuantizationError
-from quantkit.isolation.attempt import Attempt, place_for
 from quantkit.isolation.checking import RESCALED, WEIGHTS_ALONE, Looked, believed, checked_export
 from quantkit.isolation.codes import chosen_format, read_schemes, write_in_format
-from quantkit.isolation.ending import Ending, Kind
 from quantkit.isolation.identity import device_for, made_from
 from quantkit.isolation.launch import Place, fixed_variables, launch
+from quantkit.isolation.outcome import Ending, Kind
 from quantkit.isolation.records import write_records
+from quantkit.isolation.request import Attempt, place_for
 from quantkit.isolation.supervise import Limits
 from quantkit.libraries.base import CODES
-from quantkit.locks import held
 from quantkit.publishing import write_card
 from quantkit.quantization import Job, Quantized, card_facts, finished_variant
 from quantkit.quantization.job import STAGE
+from quantkit.system.artifacts import check_writable, new_folder, translated_os_errors, write_stage
+from quantkit.system.locks import held
 
 if TYPE_CHECKING:
     from quantkit.schemes import Scheme
@@ -123,7 +123,7 @@ def _as_gguf(job: Job, scratch: Path) -> Path:
     from quantkit.exports import find_gguf
     from quantkit.quantization import quantize
     from quantkit.recipe import VariantSpec
-    from quantkit.validation import parse_section
+    from quantkit.system.validation import parse_section
 
     scheme = "bfloat16" if job.dtype == "bfloat16" else "float16"
     keys = {"name": "float", "method": "none", "scheme": scheme, "format": "gguf"}

@@ -1,8 +1,9 @@
 """The process in which a library quantizes: ``PYTHON worker.py JOB.json``, with the library's interpreter.
 
 quantkit may be installed among packages that must not be seen here, so its folder is not put on the path: the package
-is loaded from its own files, and of it no more than :mod:`quantkit.libraries`, :mod:`quantkit.registry`,
-:mod:`quantkit.lifeline` and :mod:`quantkit.errors`. The module of a third party's plugin is loaded in the same way.
+is loaded from its own files, and of it no more than :mod:`quantkit.libraries`, :mod:`quantkit.system.registry`,
+:mod:`quantkit.system.parent_watch` and :mod:`quantkit.errors`. The module of a third party's plugin is loaded in the
+same way.
 
 The job, as :mod:`quantkit.isolation.job` writes it, names the file of the result. Progress goes as JSON lines to the
 descriptor ``progress``. When standard input ends, so does whoever waits for this process, which then kills its process
@@ -36,7 +37,7 @@ def main(arguments: list[str]) -> int:
     """Carry out the job in the file ``arguments[0]``; returns the exit code."""
     job = json.loads(Path(arguments[0]).read_text(encoding="utf-8"))
     adopt("quantkit", Path(job["quantkit"]))
-    from quantkit.lifeline import live_no_longer_than_the_parent
+    from quantkit.system.parent_watch import live_no_longer_than_the_parent
 
     live_no_longer_than_the_parent(group=True)
     faulthandler.enable()

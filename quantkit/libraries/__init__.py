@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from quantkit.registry import Registry
+from quantkit.system.registry import Registry
 
 from .base import Library
 

@@ -113,7 +113,7 @@ def type_for(method: str, layer: str, blocks: int, shape: tuple[int, ...]) -> st
     Raises:
         SchemeError: not even blocks of 32 divide its rows.
     """
-    from quantkit.formats._gguf.types import type_of
+    from quantkit.gguf.blocks.types import type_of
     from quantkit.schemes import SCHEMES
     from quantkit.schemes.ggml import SUPER_BLOCK
     from quantkit.schemes.ggml_mixture import FALLBACK_BLOCK, FALLBACKS

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from quantkit import source
-from quantkit.artifacts import check_writable
 from quantkit.merging.model import MergedModel
-from quantkit.progress import Observer, Silent
 from quantkit.recipe import MergeSpec, ModelSpec
 from quantkit.source import SourceModel
 from quantkit.source.hashes import tell_unchecked
-from quantkit.validation import parse_section
-from quantkit.workplace import workplace
+from quantkit.system.artifacts import check_writable
+from quantkit.system.progress import Observer, Silent
+from quantkit.system.scratch import workplace
+from quantkit.system.validation import parse_section
 
 __all__ = ["MergedModel", "merge_model", "merged_source", "other_merge"]
 

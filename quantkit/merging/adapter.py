@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 
-from quantkit.artifacts import file_sha256
 from quantkit.checkpoint import CheckpointReader
 from quantkit.checkpoint.header import read_header
 from quantkit.errors import SourceError
 from quantkit.merging.config import CONFIG, WITH_PEFT, AdapterConfig
+from quantkit.system.artifacts import file_sha256
 
 WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"

@@ -15,8 +15,8 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from quantkit.artifacts import translated_os_errors
 from quantkit.errors import SourceError
+from quantkit.system.artifacts import translated_os_errors
 
 SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz")
 WANTED = (".json", ".safetensors", ".jinja", ".txt", ".model")

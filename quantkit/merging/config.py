@@ -10,9 +10,9 @@ from typing import Any
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 
-from quantkit.artifacts import read_json
 from quantkit.errors import SourceError
-from quantkit.patterns import why_refused
+from quantkit.system.artifacts import read_json
+from quantkit.system.patterns import why_refused
 
 CONFIG = "adapter_config.json"
 WITH_PEFT = "merge it with PEFT's merge_and_unload and give the folder that this saves"

@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from quantkit.artifacts import read_json
 from quantkit.errors import SourceError
+from quantkit.system.artifacts import read_json
 
 _CACHE = re.compile(r"(?:^|/)models--[^/]+?--([^/]+)(?:/snapshots/[^/]+)?$")
 _NF4_COPY = re.compile(r"(-unsloth)?-bnb-4bit$")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from quantkit.numerics.grids import encode, quantized, range_grid
+from quantkit.numerics.grid_search import encode, quantized, range_grid
 from quantkit.schemes.codebook import Nf4Scheme
 
 SCHEME = Nf4Scheme(group_size=64, double_quant=True)

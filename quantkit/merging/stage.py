@@ -8,23 +8,23 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from quantkit.artifacts import new_folder, read_stage, translated_os_errors, write_stage
 from quantkit.checkpoint import CheckpointReader, ShardWriter
 from quantkit.errors import CheckpointError, SourceError
 from quantkit.merging.adapter import Adapter
 from quantkit.merging.base import Base, open_base
 from quantkit.merging.check import check_merge
+from quantkit.merging.locate import adapter_folder
 from quantkit.merging.model import MergedModel
 from quantkit.merging.names import check_base
-from quantkit.merging.places import adapter_folder
 from quantkit.merging.tensors import MergedTensors
 from quantkit.merging.vocabulary import check_tokenizer, tokenizer_files, write_companions
-from quantkit.progress import Observer
 from quantkit.recipe import AdapterSpec, MergeSpec, ModelSpec
 from quantkit.source import SourceModel
 from quantkit.source.folder import FLOATS
 from quantkit.source.hashes import tell_unchecked
 from quantkit.source.hub import Snapshot
+from quantkit.system.artifacts import new_folder, read_stage, translated_os_errors, write_stage
+from quantkit.system.progress import Observer
 
 STAGE = "merge"
 MERGER = 1

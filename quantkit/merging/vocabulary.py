@@ -5,11 +5,11 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from quantkit.artifacts import file_sha256, read_json, translated_os_errors, write_json
 from quantkit.errors import SourceError
 from quantkit.merging.adapter import Adapter
 from quantkit.runtimes._checkpoint import load_tokenizer
 from quantkit.source.folder import IDENTITY, TOKENIZERS
+from quantkit.system.artifacts import file_sha256, read_json, translated_os_errors, write_json
 
 CONFIGS = ("config.json", "generation_config.json")
 TOKENIZER_FILES = tuple(pattern for pattern in IDENTITY if pattern not in CONFIGS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from quantkit.methods.base import Method
-from quantkit.registry import Registry
+from quantkit.system.registry import Registry
 
 
 class MethodRegistry(Registry[Method]):

@@ -1,7 +1,7 @@
 """AWQ: scale the channels with strong inputs up before rounding, then clip each group's range.
 
 The factors go into whatever makes the input, so that the file needs nothing special; where that is can be found by
-:mod:`quantkit.engine.folds`. Before another method, as in ``awq+gptq``, only the factors are used.
+:mod:`quantkit.engine.smoothing`. Before another method, as in ``awq+gptq``, only the factors are used.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Awq(Method):
         channels: torch.Tensor | None,
     ) -> torch.Tensor | None:
         """The factors of least output error; variants that ask the same of an input share the search."""
-        from quantkit.numerics.awq import search_factors
+        from quantkit.numerics.smoothing import search_factors
 
         if statistics.gram is None or statistics.abs_mean is None:
             raise ValueError("AWQ needs the Gram matrix and the mean magnitude of the inputs")
@@ -104,7 +104,7 @@ class Awq(Method):
         """Round to nearest within clipped ranges; see :meth:`Method.quantize`."""
         import torch
 
-        from quantkit.numerics.grids import encode, quantized, range_grid, search_grid
+        from quantkit.numerics.grid_search import encode, quantized, range_grid, search_grid
         from quantkit.numerics.refine import row_errors
 
         options = self.options

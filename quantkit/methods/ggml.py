@@ -128,7 +128,7 @@ def _importance(statistics: InputStatistics, block: int) -> torch.Tensor | None:
 
 def _taken_apart(blocks: torch.Tensor, scheme: Scheme) -> QuantizedWeight:
     from quantkit.formats import FORMATS
-    from quantkit.numerics.ggml_blocks import decoded
+    from quantkit.gguf.kquants import decoded
 
     if isinstance(scheme, GgmlScheme):
         return decoded(blocks, scheme)

@@ -66,9 +66,9 @@ class Gptq(Method):
         self, weight: torch.Tensor, statistics: InputStatistics, scheme: Scheme, scale_dtype: torch.dtype
     ) -> Solution:
         """Solve, then refine; see :meth:`Method.quantize`."""
-        from quantkit.numerics.grids import codes_of, quantized, search_grid
-        from quantkit.numerics.lattices import lattice_of
+        from quantkit.numerics.grid_search import codes_of, quantized, search_grid
         from quantkit.numerics.refine import Problem, refine
+        from quantkit.schemes.grids import lattice_of
 
         options, lattice = self.options, lattice_of(scheme)
         curvature = statistics.curvature(options.damping, options.activation_order, weight)

@@ -85,9 +85,9 @@ class Hqq(Method):
     ) -> Solution:
         """Fit the grid, then round to it; see :meth:`Method.quantize`."""
         from quantkit.methods.rtn import rounded
-        from quantkit.numerics.grids import encode, quantized
+        from quantkit.numerics.grid_search import encode, quantized
         from quantkit.numerics.half_quadratic import Schedule, fit_grid
-        from quantkit.numerics.lattices.integer import IntLattice
+        from quantkit.schemes.grids.integer import IntLattice
 
         options, lattice = self.options, IntLattice(_integer(scheme))
         in_steps = options.beta_unit == "step"

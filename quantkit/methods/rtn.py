@@ -50,7 +50,7 @@ class Rtn(Method):
         self, weight: torch.Tensor, statistics: InputStatistics, scheme: Scheme, scale_dtype: torch.dtype
     ) -> Solution:
         """Round each weight to its grid; see :meth:`Method.quantize`."""
-        from quantkit.numerics.grids import encode, quantized, range_grid, search_grid
+        from quantkit.numerics.grid_search import encode, quantized, range_grid, search_grid
 
         if self.options.range == "minmax":
             grid = range_grid(weight, scheme, scale_dtype)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from quantkit.numerics.lattices import Snap
+from quantkit.schemes.grids import Snap
 
 BLOCK = 32
 

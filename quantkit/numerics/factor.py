@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from quantkit.errors import QuantizationError
-from quantkit.numerics.host import decide
+from quantkit.system.host import decide
 
 MAX_DAMPING = 10.0
 

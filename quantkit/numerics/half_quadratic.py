@@ -16,10 +16,10 @@ from dataclasses import dataclass
 
 import torch
 
-from quantkit.numerics.host import decide
-from quantkit.numerics.lattices import Grid
-from quantkit.numerics.lattices.integer import IntLattice
-from quantkit.numerics.lattices.storing import stored
+from quantkit.schemes.grids import Grid
+from quantkit.schemes.grids.integer import IntLattice
+from quantkit.schemes.grids.storing import stored
+from quantkit.system.host import decide
 
 CHUNK = 1 << 17
 """Weights fitted at a time on the CPU: their buffers stay in the caches."""
@@ -76,7 +76,7 @@ def fit_grid(
             update and the scale is fitted with them; a symmetric scheme has only its scale fitted.
         scale_dtype: dtype in which scales are stored.
         schedule: how the fit runs.
-        negative_scales: see :func:`quantkit.numerics.grids.search_grid`.
+        negative_scales: see :func:`quantkit.numerics.grid_search.search_grid`.
 
     Raises:
         QuantizationError: the grid reaches beyond what ``scale_dtype`` holds.

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 import torch
 
-from quantkit.numerics.lattices import Lattice, Snap
-from quantkit.numerics.lattices.storing import stored
+from quantkit.schemes.grids import Lattice, Snap
+from quantkit.schemes.grids.storing import stored
 
 BLOCK = 32
 

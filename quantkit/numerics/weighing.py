@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from quantkit.numerics.lattices import Lattice
+from quantkit.schemes.grids import Lattice
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,14 +8,14 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from quantkit import report
-from quantkit.artifacts import fingerprint
 from quantkit.calibration import CalibrationSet
 from quantkit.checkpoint import CheckpointReader
-from quantkit.environment import describe
-from quantkit.estimation.beside import beside_measured
+from quantkit.estimation.measured import beside_measured
+from quantkit.evaluation.stage import report_figures
 from quantkit.merging import MergedModel
-from quantkit.pipeline.current import Run
-from quantkit.scores import report_figures
+from quantkit.pipeline.context import Run
+from quantkit.system.artifacts import fingerprint
+from quantkit.system.environment import describe
 
 if TYPE_CHECKING:
     from quantkit.source import SourceModel

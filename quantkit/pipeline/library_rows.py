@@ -7,20 +7,20 @@ from collections.abc import Callable
 from typing import Any
 
 from quantkit.errors import RecipeError
-from quantkit.estimation.beside import beside_measured
+from quantkit.estimation.measured import beside_measured
+from quantkit.evaluation.stage import report_figures
 from quantkit.exports.manifest import identity, read_manifest
-from quantkit.isolation.attempt import Attempt, not_installed
-from quantkit.isolation.ending import WorkerFailedError
 from quantkit.isolation.environments import environment_of
 from quantkit.isolation.install import announcement
+from quantkit.isolation.outcome import WorkerFailedError
+from quantkit.isolation.request import Attempt, not_installed
 from quantkit.isolation.stage import quantize_by_library
-from quantkit.pipeline.current import Run, attempted, score_beside
+from quantkit.pipeline.context import Run, attempted, score_beside
 from quantkit.quantization import Job, Quantized
 from quantkit.recipe import LibrarySpec, VariantSpec
 from quantkit.recipe.scheme import written_keys
 from quantkit.schemes import scheme_from_json
-from quantkit.scores import report_figures
-from quantkit.validation import parse_section
+from quantkit.system.validation import parse_section
 
 LOG = "quantize"
 """Kind of the log files of workers."""

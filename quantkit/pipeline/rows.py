@@ -8,15 +8,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from quantkit.artifacts import write_text
-from quantkit.estimation.beside import beside_measured
+from quantkit.estimation.measured import beside_measured
+from quantkit.evaluation.stage import report_figures
 from quantkit.exports.manifest import identity
-from quantkit.pipeline.current import Run, attempted, score_beside
+from quantkit.pipeline.context import Run, attempted, score_beside
 from quantkit.pipeline.library_rows import library_row
 from quantkit.publishing import CARD, card
 from quantkit.quantization import Job, Quantized, Wanted, card_facts, quantize_together, walks
 from quantkit.recipe import VariantSpec
-from quantkit.scores import report_figures
+from quantkit.system.artifacts import write_text
 
 NAMES_SHOWN = 3
 """Variants of a walk that its progress names."""

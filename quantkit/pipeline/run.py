@@ -7,25 +7,25 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from quantkit import calibration, report
-from quantkit.artifacts import check_writable, translated_os_errors
 from quantkit.calibration import CalibrationSet
 from quantkit.checkpoint import CheckpointReader
 from quantkit.errors import OutputError
-from quantkit.events import event_log
-from quantkit.locks import held
+from quantkit.evaluation.stage import Scoring, score
 from quantkit.merging import merged_source
+from quantkit.pipeline.baselines import other_merge_rows
+from quantkit.pipeline.cleanup import clear_leftovers
+from quantkit.pipeline.contamination import seen_questions
 from quantkit.pipeline.content import report_content
-from quantkit.pipeline.current import Run
-from quantkit.pipeline.held_out import seen_questions
+from quantkit.pipeline.context import Run
 from quantkit.pipeline.jobs import needs_calibration, quantize_job
-from quantkit.pipeline.leftovers import clear_leftovers
 from quantkit.pipeline.library_rows import check_environments
-from quantkit.pipeline.merged import other_merge_rows
 from quantkit.pipeline.rows import variant_rows
-from quantkit.progress import Observer, Several
+from quantkit.publishing.mlflow import check_tracking, track_after
 from quantkit.recipe import Recipe
-from quantkit.scores import Scoring, score
-from quantkit.tracking import check_tracking, track_after
+from quantkit.system.artifacts import check_writable, translated_os_errors
+from quantkit.system.events import event_log
+from quantkit.system.locks import held
+from quantkit.system.progress import Observer, Several
 
 if TYPE_CHECKING:
     from quantkit.source import SourceModel

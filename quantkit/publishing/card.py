@@ -8,7 +8,6 @@ from typing import Any
 
 import yaml
 
-from quantkit.artifacts import write_text
 from quantkit.errors import CheckpointError
 from quantkit.exports.manifest import EXPORT_AGAIN, MANIFEST, read_manifest, read_verdicts
 from quantkit.formats import FORMATS
@@ -17,6 +16,7 @@ from quantkit.publishing.front_matter import front_matter
 from quantkit.publishing.markdown import code, fenced, plain, table
 from quantkit.publishing.usage import Subject, usage
 from quantkit.schemes import Scheme, scheme_from_json
+from quantkit.system.artifacts import write_text
 
 CARD = "README.md"
 RECIPE = "recipe.yaml"

@@ -17,7 +17,7 @@ from huggingface_hub.errors import (
 
 from quantkit.errors import CheckpointError, OutputError, QuantkitError
 from quantkit.exports.manifest import DESCRIBING, MANIFEST, SIGNATURE, is_whole, read_manifest
-from quantkit.refusals import is_file
+from quantkit.system.os_errors import is_file
 
 TOKEN_WANTED = "set the environment variable HF_TOKEN to a token that may write, or log in with 'hf auth login'"
 # huggingface_hub has changed the HTTP package beneath it; its own errors derive from that package's base error.

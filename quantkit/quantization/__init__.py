@@ -5,7 +5,7 @@ from __future__ import annotations
 from quantkit.quantization.job import Job, Quantized, Wanted, finished_variant, made_from
 from quantkit.quantization.plan import Layers, plan_layers
 from quantkit.quantization.stage import quantize, quantize_together, walks
-from quantkit.quantization.underway import card_facts
+from quantkit.quantization.variant import card_facts
 
 __all__ = [
     "Job",

@@ -10,7 +10,7 @@ from quantkit.checkpoint import CheckpointReader
 from quantkit.exports.content import Content, Stored
 from quantkit.quantization.job import DTYPES
 from quantkit.quantization.plan import Layers
-from quantkit.quantization.spool import SolvedLayers
+from quantkit.quantization.solved_layers import SolvedLayers
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ def write_importance(folder: Path, job: Job, content: Content, tokens: dict[str,
     weighed = {layer: packed["importance"] for layer, packed in content.packed.items() if "importance" in packed}
     if not weighed:
         return
-    from quantkit.exports.gguf_imatrix import Importance, write_imatrix
+    from quantkit.gguf.imatrix import Importance, write_imatrix
 
     write_imatrix(
         folder / IMATRIX,

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from quantkit.artifacts import read_stage
 from quantkit.engine.walk import Feed
 from quantkit.exports.manifest import is_whole
 from quantkit.recipe import VariantSpec
+from quantkit.system.artifacts import read_stage
 
 STAGE = "quantize"
 CODE_VERSION = 2

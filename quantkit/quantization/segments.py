@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quantkit.artifacts import file_sha256, read_json, translated_os_errors, write_json
+from quantkit.system.artifacts import file_sha256, read_json, translated_os_errors, write_json
 
 RECORD = "segment.json"
 """What is known of a segment: facts of its layers, and the SHA-256 of every other file of the folder."""

@@ -8,15 +8,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from quantkit.artifacts import check_writable
 from quantkit.engine.skeleton import Skeleton
 from quantkit.errors import OutputError
-from quantkit.locks import alone, lock_file
 from quantkit.quantization.job import Job, Quantized, Wanted, finished_variant, made_from
-from quantkit.quantization.resuming import drop_spool, spool_folder
-from quantkit.quantization.underway import Seconds, Underway, finish, leave, start
-from quantkit.quantization.walking import OnNote, OnSegment, walk_all
+from quantkit.quantization.resume import drop_spool, spool_folder
+from quantkit.quantization.variant import Seconds, Underway, finish, leave, start
+from quantkit.quantization.walk_variants import OnNote, OnSegment, walk_all
 from quantkit.recipe import VariantSpec
+from quantkit.system.artifacts import check_writable
+from quantkit.system.locks import alone, lock_file
 
 
 def quantize(
@@ -34,7 +34,7 @@ def quantize(
         CheckpointError: the source is broken, or the result could not be read back.
         QuantizationError: a layer cannot be solved.
         OutputError: ``out`` cannot be written, or another process writes it.
-        Terminated: somebody asked to stop, see :mod:`quantkit.stopping`; what was solved is saved.
+        Terminated: somebody asked to stop, see :mod:`quantkit.system.shutdown`; what was solved is saved.
     """
     (found,) = quantize_together(job, [Wanted(variant, out)], on_segment=on_segment, on_note=on_note)
     if isinstance(found, Exception):

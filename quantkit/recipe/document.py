@@ -24,8 +24,8 @@ from quantkit.recipe.tasks import check_further_gate
 from quantkit.recipe.tracking import TrackingSpec
 from quantkit.recipe.variant import VariantSpec
 from quantkit.recipe.webhook import WebhookSpec
-from quantkit.strict_yaml import parse_mapping
-from quantkit.validation import located, parse_section
+from quantkit.system.strict_yaml import parse_mapping
+from quantkit.system.validation import located, parse_section
 
 MAX_RECIPE_BYTES = 1 << 20
 MAX_GATE = 500

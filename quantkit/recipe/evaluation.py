@@ -12,7 +12,7 @@ from quantkit.errors import RecipeError, did_you_mean
 from quantkit.recipe.fields import Name, Section, Whole, require_distinct
 from quantkit.recipe.tasks import AnswerSpec, TaskSpec
 from quantkit.runtimes import RUNTIMES
-from quantkit.validation import located
+from quantkit.system.validation import located
 
 Metric = Literal["perplexity", "kl_divergence", "top1_agreement", "memory", "speed"]
 COMPARING_METRICS: tuple[Metric, ...] = ("kl_divergence", "top1_agreement")

@@ -8,7 +8,7 @@ from typing import Annotated
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from quantkit.errors import SchemeError
-from quantkit.validation import located
+from quantkit.system.validation import located
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)]
 Whole = Annotated[int, Field(strict=True)]

@@ -15,7 +15,7 @@ from quantkit.recipe.fields import Flag, Name, Patterns, Section, Whole, compile
 from quantkit.recipe.limits import LimitsSpec
 from quantkit.schemes import PER_CHANNEL, SCHEMES, Scheme, make_scheme
 from quantkit.schemes.kinds import keys_of
-from quantkit.validation import located, unknown_key
+from quantkit.system.validation import located, unknown_key
 
 DEFAULT_GROUP = 64
 

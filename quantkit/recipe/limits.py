@@ -9,7 +9,7 @@ from pydantic import field_validator
 
 from quantkit.errors import RecipeError
 from quantkit.recipe.fields import Section
-from quantkit.validation import located
+from quantkit.system.validation import located
 
 SECONDS = {"s": 1, "min": 60, "h": 3600, "d": 86400}
 DEFAULT_TIME = "12h"

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from quantkit.methods import METHODS
-from quantkit.validation import unknown_key
+from quantkit.system.validation import unknown_key
 
 DEFAULT_METHOD = "gptq"
 

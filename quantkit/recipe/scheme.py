@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from quantkit.errors import SchemeError, did_you_mean
 from quantkit.recipe.fields import Flag, Section, Whole
 from quantkit.schemes import SCHEME_KEYS, SCHEMES, Scheme
-from quantkit.validation import located
+from quantkit.system.validation import located
 
 
 class SchemeKeys(Section):

@@ -16,7 +16,7 @@ from quantkit.recipe.fields import Name, Patterns, Section, compiled
 from quantkit.recipe.options import DEFAULT_METHOD, gathered
 from quantkit.recipe.scheme import BlocksPatch, SchemeKeys, SchemePatch, known_kind, written_keys
 from quantkit.schemes import DEFAULT_KIND, Scheme, make_scheme
-from quantkit.validation import located
+from quantkit.system.validation import located
 
 
 class Choice(Section):

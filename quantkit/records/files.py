@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from quantkit.artifacts import file_sha256
 from quantkit.errors import CalibrationError
 from quantkit.records.dataset import Convert, RecordSet, collect
+from quantkit.system.artifacts import file_sha256
 
 
 def read_file(

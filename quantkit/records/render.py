@@ -9,10 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quantkit.artifacts import file_sha256
 from quantkit.errors import CalibrationError
 from quantkit.records.formats import Record
 from quantkit.records.sandbox import TemplateFailure, render_chat
+from quantkit.system.artifacts import file_sha256
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantkit.errors import QuantkitError
-from quantkit.progress import Observer, Silent
 from quantkit.recipe import Recipe
+from quantkit.system.progress import Observer, Silent
 
 if TYPE_CHECKING:
     from quantkit.regression.document import Check

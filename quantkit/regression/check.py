@@ -9,25 +9,25 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.errors import EXIT_USER_ERROR, QuantkitError, RecipeError
-from quantkit.locks import held
-from quantkit.progress import Observer
+from quantkit.evaluation.stage import LOGPROBS
 from quantkit.recipe import Recipe
 from quantkit.regression.changes import changes
 from quantkit.regression.document import SCHEMA, Check, GateResult, Outcome, Reference, VariantState
 from quantkit.regression.figures import RUNS_SHOWN, metrics, trends
 from quantkit.regression.files import write_check
 from quantkit.regression.judging import Beside, judge, verdict
+from quantkit.regression.notify import tell
 from quantkit.regression.pages import write_pages
 from quantkit.regression.retention import checkpoint_of, clean_up, keep, keep_reports
 from quantkit.regression.shifts import layer_shifts, text_shifts
 from quantkit.regression.summary import notes, summary
-from quantkit.regression.telling import tell
 from quantkit.run_history.building import finished_record, now, stopped_record
-from quantkit.run_history.places import place
+from quantkit.run_history.location import place
 from quantkit.run_history.record import RunRecord
 from quantkit.run_history.recording import append
 from quantkit.run_history.store import Accepted, History, Wanted
-from quantkit.scores import LOGPROBS
+from quantkit.system.locks import held
+from quantkit.system.progress import Observer
 
 EXIT_CODES: dict[Outcome, int] = {"passed": 0, "regressed": 1, "unknown": EXIT_USER_ERROR}
 
@@ -72,7 +72,7 @@ def check(recipe: Recipe, observer: Observer, *, installs: bool = True) -> Check
 
 
 def _run(recipe: Recipe, observer: Observer, started: str, installs: bool) -> dict[str, Any]:
-    from quantkit.pipeline.current import Run
+    from quantkit.pipeline.context import Run
     from quantkit.pipeline.run import check_folders, run_holding
 
     current = Run(recipe, recipe.folder, observer, anew=True, installs=installs)

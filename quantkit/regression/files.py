@@ -10,9 +10,9 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from quantkit.artifacts import write_json
 from quantkit.errors import QuantkitError
 from quantkit.regression.document import SCHEMA, Check
+from quantkit.system.artifacts import write_json
 
 CHECK_FILE = "check.json"
 

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from quantkit.artifacts import read_json, translated_os_errors, write_json
-from quantkit.progress import Observer
 from quantkit.recipe import RetentionSpec
+from quantkit.system.artifacts import read_json, translated_os_errors, write_json
+from quantkit.system.progress import Observer
 
 RUNS = "runs"
 MARK = "run.json"

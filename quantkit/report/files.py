@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from quantkit.artifacts import write_json, write_text
 from quantkit.errors import QuantkitError, RecipeError, did_you_mean
+from quantkit.system.artifacts import write_json, write_text
 
 SCHEMA = 1
 FORMATS = ("html", "json", "md")

@@ -11,7 +11,6 @@ from quantkit.report.choice import findings, frontier
 from quantkit.report.columns import Record, reference_name, reference_word, scheme_name
 from quantkit.report.comparison import build_comparison, failure
 from quantkit.report.definitions import definitions, text_definitions
-from quantkit.report.further import changed_answers, further_models, further_rows
 from quantkit.report.numbers import figure, fixed, pick
 from quantkit.report.plot import Plot
 from quantkit.report.sections import (
@@ -25,6 +24,7 @@ from quantkit.report.sections import (
     worst_layers,
     written_date,
 )
+from quantkit.report.tasks_and_answers import changed_answers, further_models, further_rows
 
 
 def environment(**options: Any) -> jinja2.Environment:

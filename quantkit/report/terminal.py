@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from quantkit.report.columns import Record, build_columns, reference_name, scheme_name, texts_of
 from quantkit.report.comparison import failure
-from quantkit.report.further import further_columns
 from quantkit.report.numbers import ABSENT
+from quantkit.report.tasks_and_answers import further_columns
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.recipe import Recipe
-from quantkit.run_history.places import place, private, without_folders
+from quantkit.run_history.location import place, private, without_folders
 from quantkit.run_history.record import RunRecord
 from quantkit.run_history.rows import variant_record
 

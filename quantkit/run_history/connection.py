@@ -9,8 +9,8 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 from quantkit.errors import OutputError, QuantkitError
-from quantkit.refusals import translated_os_errors
 from quantkit.run_history.schema import APPLICATION_ID, STEPS, VERSION, statements
+from quantkit.system.os_errors import translated_os_errors
 
 PATIENCE = 30.0
 """Seconds that a writer waits for another one."""

@@ -12,7 +12,7 @@ Key = tuple[str, str, str]
 
 @dataclass(frozen=True, slots=True)
 class TokenRecord:
-    """A token at which a file departs far from the float model; see :mod:`quantkit.evaluation.departures`."""
+    """A token at which a file departs far from the float model; see :mod:`quantkit.evaluation.worst_tokens`."""
 
     window: int
     position: int
@@ -106,7 +106,7 @@ class RunRecord:
         error: why, for the last two.
         verdict: of a check.
         quantkit: version.
-        recipe: resolved; paths are those of :mod:`quantkit.run_history.places`.
+        recipe: resolved; paths are those of :mod:`quantkit.run_history.location`.
         source: what the recipe calls the model.
         source_fingerprint: of its content.
         calibration_fingerprint: of the calibration tokens; None where no method needs any.

@@ -6,11 +6,11 @@ from typing import Any
 
 from quantkit.errors import QuantkitError
 from quantkit.gates import parse_gate
-from quantkit.progress import Observer
 from quantkit.recipe import Recipe
 from quantkit.run_history.building import finished_record, now, stopped_record
 from quantkit.run_history.record import RunRecord
 from quantkit.run_history.store import History
+from quantkit.system.progress import Observer
 
 
 def recorded_run(recipe: Recipe, observer: Observer, *, installs: bool = True) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from quantkit.registry import Registry
 from quantkit.runtimes.base import Runtime
+from quantkit.system.registry import Registry
 
 RUNTIMES: Registry[Runtime] = Registry("runtime", "quantkit.runtimes", "quantkit.runtimes")

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from quantkit.artifacts import read_json
 from quantkit.checkpoint.reader import PICKLES, CheckpointReader
 from quantkit.checkpoint.sizes import check_sizes
 from quantkit.errors import EvaluationError, QuantkitError
 from quantkit.exports import find_gguf, open_export
+from quantkit.system.artifacts import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase

@@ -7,7 +7,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from quantkit.artifacts import read_json
 from quantkit.checkpoint import CheckpointReader
 from quantkit.errors import CheckpointError, EvaluationError
 from quantkit.exports.manifest import read_manifest
@@ -17,6 +16,7 @@ from quantkit.runtimes import RUNTIMES
 from quantkit.runtimes._checkpoint import check_checkpoint, is_gguf, translated
 from quantkit.runtimes.base import Runtime
 from quantkit.schemes import Scheme, scheme_from_json
+from quantkit.system.artifacts import read_json
 
 AUTO = "auto"
 

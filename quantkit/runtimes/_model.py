@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from quantkit.devices import device_name, synchronize
 from quantkit.errors import EvaluationError
 from quantkit.runtimes.base import LoadedModel
+from quantkit.system.devices import device_name, synchronize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

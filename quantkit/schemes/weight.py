@@ -57,7 +57,7 @@ class QuantizedWeight:
 
         Without a ``dtype``, in the dtype of the scales, as runtimes do.
         """
-        from quantkit.numerics.lattices import lattice_of
+        from quantkit.schemes.grids import lattice_of
 
         dtype = dtype or self.scales.dtype
         lattice = lattice_of(self.scheme)
@@ -73,7 +73,7 @@ class QuantizedWeight:
         Raises:
             ValueError: they do not.
         """
-        from quantkit.numerics.lattices import lattice_of
+        from quantkit.schemes.grids import lattice_of
 
         if self.codes.ndim != 2:
             raise ValueError(f"its codes have the shape {list(self.codes.shape)}")

@@ -20,9 +20,9 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from quantkit.artifacts import translated_os_errors
 from quantkit.errors import SourceError
 from quantkit.source.hashes import check_files
+from quantkit.system.artifacts import translated_os_errors
 
 REFERENCE = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(?P<revision>[\w./-]+))?", re.ASCII)
 WANTED = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "README.md", "LICENSE*"]

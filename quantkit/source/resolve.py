@@ -6,15 +6,16 @@ import difflib
 from pathlib import Path
 from typing import Any
 
-from quantkit.artifacts import file_sha256, new_folder, read_stage, write_stage
 from quantkit.checkpoint import CheckpointReader
 from quantkit.errors import CheckpointError, SourceError
+from quantkit.gguf import tensors_in as gguf_tensors
+from quantkit.gguf.convert import convert_gguf
+from quantkit.gguf.head import read_head
 from quantkit.recipe import ModelSpec
-from quantkit.source import gguf_tensors, hub, package
+from quantkit.source import hub, package
 from quantkit.source.folder import FLOATS, FloatFolder
-from quantkit.source.gguf_convert import convert_gguf
-from quantkit.source.gguf_head import read_head
 from quantkit.source.model import SourceModel
+from quantkit.system.artifacts import file_sha256, new_folder, read_stage, write_stage
 
 STAGE = "source"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")

@@ -9,9 +9,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
-from quantkit.artifacts import read_json, write_json
 from quantkit.errors import EvaluationError
-from quantkit.processes import last_error, last_line, restored_error, signal_name
+from quantkit.system.artifacts import read_json, write_json
+from quantkit.system.processes import last_error, last_line, restored_error, signal_name
 from quantkit.verification.job import VerificationJob
 
 

@@ -9,14 +9,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from quantkit.devices import resolve_device
 from quantkit.errors import MissingDependencyError, QuantkitError, did_you_mean
 from quantkit.exports.manifest import keep_verdict, read_manifest
 from quantkit.formats import FORMATS
-from quantkit.progress import Observer, Silent
 from quantkit.runtimes import RUNTIMES
 from quantkit.runtimes._choice import is_installed
 from quantkit.runtimes.base import Runtime
+from quantkit.system.devices import resolve_device
+from quantkit.system.progress import Observer, Silent
 from quantkit.verification.comparison import Figures, compare
 from quantkit.verification.job import SECONDS, VerificationJob
 from quantkit.verification.process import carry_out

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from quantkit.artifacts import read_json, write_json
 from quantkit.errors import EXIT_USER_ERROR, QuantkitError
 from quantkit.evaluation.memory import peak_rss
-from quantkit.lifeline import live_no_longer_than_the_parent
 from quantkit.runtimes import RUNTIMES
 from quantkit.runtimes.base import LoadedModel, LoadOptions
+from quantkit.system.artifacts import read_json, write_json
+from quantkit.system.parent_watch import live_no_longer_than_the_parent
 from quantkit.verification.job import VerificationJob
 
 

@@ -38,7 +38,7 @@ def words_in(*names: str) -> tuple[str, ...]:
     """The short texts that stand in the code of some modules or packages of quantkit: keys and values they look for.
 
     Args:
-        names: such as ``exports`` or ``source/gguf_head.py``, without a trailing slash.
+        names: such as ``exports`` or ``gguf/head.py``, without a trailing slash.
     """
     found: set[str] = set()
     for name in names:

@@ -34,21 +34,21 @@ from quantkit.exports import open_export
 from quantkit.exports.folder import read_config
 from quantkit.exports.manifest import read_manifest
 from quantkit.gates.syntax import parse_gate
-from quantkit.importing import import_recipe
+from quantkit.gguf.config import generation_config, model_config
+from quantkit.gguf.head import read_head
 from quantkit.inspection import inspect
 from quantkit.merging.archives import unpack
 from quantkit.merging.config import AdapterConfig
-from quantkit.patterns import why_refused
 from quantkit.publishing.push import files_to_push
+from quantkit.publishing.signature_files import check_files
+from quantkit.publishing.signature_keys import public_key
+from quantkit.publishing.signatures import verify_signature
 from quantkit.recipe import Recipe
+from quantkit.recipe.llamafactory import import_recipe
 from quantkit.records import read_file
 from quantkit.records.sandbox import TemplateFailure, render_chat
 from quantkit.schemes import scheme_from_json
-from quantkit.signing.files import check_files
-from quantkit.signing.keys import public_key
-from quantkit.signing.verify import verify_signature
-from quantkit.source.gguf_config import generation_config, model_config
-from quantkit.source.gguf_head import read_head
+from quantkit.system.patterns import why_refused
 from tests.fuzz.mutation import Mutate, in_json, in_lines, in_text, in_yaml, words_in
 
 Read = Callable[[Path, bytes], object]
@@ -485,7 +485,7 @@ TARGETS: dict[str, Target] = {
         words_in("checkpoint"),
         in_json,
     ),
-    "gguf": Target(_file("model.gguf", _gguf), (_gguf_bytes(),), words_in("source")),
+    "gguf": Target(_file("model.gguf", _gguf), (_gguf_bytes(),), words_in("gguf")),
     "config": Target(
         _in_folder("config.json", _config), (CONFIG,), words_in("checkpoint", "exports", "estimation"), in_json
     ),
@@ -493,10 +493,12 @@ TARGETS: dict[str, Target] = {
         _export, (EXPORT,), words_in("exports", "formats", "schemes", "inspection", "checkpoint"), in_json
     ),
     "gguf-export": Target(
-        _gguf_export, (GGUF_EXPORT, GGUF_SENTENCEPIECE), words_in("source", "exports", "schemes"), in_json
+        _gguf_export, (GGUF_EXPORT, GGUF_SENTENCEPIECE), words_in("gguf", "exports", "schemes"), in_json
     ),
     "recipe": Target(_file("recipe.yaml", Recipe.load), (RECIPE,), words_in("recipe", "gates"), in_yaml),
-    "llamafactory": Target(_file("export.yaml", import_recipe), (FACTORY,), words_in("importing"), in_yaml),
+    "llamafactory": Target(
+        _file("export.yaml", import_recipe), (FACTORY,), words_in("recipe/llamafactory.py"), in_yaml
+    ),
     "records": Target(_file("data.jsonl", read_file), (RECORDS,), words_in("records"), in_lines),
     "records-json": Target(
         _file("data.json", read_file), (b'[{"text": "a"}]', b'{"data": [{"text": "a"}]}'), words_in("records"), in_json

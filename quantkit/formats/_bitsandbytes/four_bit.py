@@ -57,7 +57,7 @@ class FourBit(Layout):
         }
         offset = float(weight.parts["nested_offset"]) if scheme.double_quant else None
         if scheme.double_quant:
-            from quantkit.numerics.lattices.codebook import dynamic_table
+            from quantkit.schemes.grids.codebook import dynamic_table
 
             tensors["weight.nested_absmax"] = weight.parts["nested_absmax"]
             tensors["weight.nested_quant_map"] = dynamic_table(torch.device("cpu")).clone()
@@ -112,7 +112,7 @@ class FourBit(Layout):
         codes = torch.cat([packed >> 4, packed & 15], dim=1).view(*state["shape"])
         scales, parts = tensors["weight.absmax"].view(codes.shape[0], -1), {}
         if scheme.double_quant:
-            from quantkit.numerics.lattices.codebook import nested_scales
+            from quantkit.schemes.grids.codebook import nested_scales
 
             offset = torch.tensor(state["nested_offset"], dtype=torch.float32)
             parts = {"absmax": scales, "nested_absmax": tensors["weight.nested_absmax"], "nested_offset": offset}
@@ -168,7 +168,7 @@ def _checked(state: dict[str, Any], scheme: CodebookScheme) -> dict[str, Any]:
 def _check_tables(tensors: Mapping[str, torch.Tensor], scheme: CodebookScheme) -> None:
     import torch
 
-    from quantkit.numerics.lattices.codebook import dynamic_table
+    from quantkit.schemes.grids.codebook import dynamic_table
 
     tables = {"weight.quant_map": torch.tensor(scheme.table)}
     if scheme.double_quant:

@@ -3,8 +3,8 @@
 Codes lie along the rows, zero points along the columns of ``[rows, groups]``. For 3 bits the stream is dense from
 version 0.18 of the package on; earlier ones put ten codes in a word and leave two bits of it empty.
 
-Scales of a symmetric scheme may be negative, see :func:`quantkit.numerics.grids.search_grid`; the package decompresses
-them exactly. vLLM's Marlin kernel misreads them in its opt-in mode with int8 activations
+Scales of a symmetric scheme may be negative, see :func:`quantkit.numerics.grid_search.search_grid`; the package
+decompresses them exactly. vLLM's Marlin kernel misreads them in its opt-in mode with int8 activations
 (https://github.com/vllm-project/vllm/issues/48905).
 """
 
@@ -13,12 +13,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from quantkit.bitstream import pack_bits, unpack_bits
 from quantkit.errors import CheckpointError
 from quantkit.formats._compressed_tensors.arguments import GET_AGAIN
 from quantkit.formats._compressed_tensors.layout import Layout, integer_args
 from quantkit.formats.base import PackedShapes
 from quantkit.schemes import IntScheme, QuantizedWeight
+from quantkit.schemes.bitstream import pack_bits, unpack_bits
 
 if TYPE_CHECKING:
     import torch

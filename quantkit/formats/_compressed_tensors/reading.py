@@ -17,8 +17,8 @@ from quantkit.formats._compressed_tensors.fp4 import Mxfp4Packed, Nvfp4Packed
 from quantkit.formats._compressed_tensors.layout import Layout
 from quantkit.formats._compressed_tensors.packed import PackQuantized
 from quantkit.formats._compressed_tensors.plain import FloatQuantized, IntQuantized
-from quantkit.patterns import why_refused
 from quantkit.schemes import Fp8Scheme, IntScheme, Mxfp4Scheme, Nvfp4Scheme, Scheme
+from quantkit.system.patterns import why_refused
 
 if TYPE_CHECKING:
     from quantkit.checkpoint import CheckpointReader

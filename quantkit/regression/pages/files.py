@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from quantkit.artifacts import translated_os_errors, write_text
 from quantkit.regression.document import Check
 from quantkit.regression.pages.html import render_html
 from quantkit.regression.pages.junit import render_junit
 from quantkit.regression.pages.markdown import render_markdown
+from quantkit.system.artifacts import translated_os_errors, write_text
 
 HTML, MARKDOWN, JUNIT = "check.html", "check.md", "check.junit.xml"
 STEP_SUMMARY = "GITHUB_STEP_SUMMARY"

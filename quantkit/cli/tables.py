@@ -1,0 +1,175 @@
+"""The tables of the command line: methods and schemes, formats, and the plan of a run."""
+
+from __future__ import annotations
+
+import textwrap
+from typing import TYPE_CHECKING, Any
+
+from quantkit.cli.catalogue import (
+    Option,
+    bits_taken,
+    needs_of,
+    options_of,
+    scheme_keys,
+    schemes_taken,
+    shown_bits,
+    written,
+)
+from quantkit.formats import FORMATS
+from quantkit.isolation.catalogue import library_facts, offer_facts
+from quantkit.libraries import LIBRARIES
+from quantkit.methods import METHODS
+from quantkit.runtimes import RUNTIMES
+from quantkit.schemes import SCHEMES, GgmlMixture
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from rich.table import Table
+
+    from quantkit.formats.base import Format
+
+LABEL_WIDTH, LINE_WIDTH = 14, 118
+
+
+def method_lines() -> Iterator[str]:
+    """Each method with what it needs, takes and costs, and its options; then the schemes."""
+    for method in METHODS:
+        yield f"{method.name}: {method.summary}"
+        yield from _facts(
+            {
+                "needs": needs_of(method),
+                "schemes": ", ".join(schemes_taken(method.check)),
+                "bits": bits_taken(method.check),
+                "source": method.source,
+                "cost": method.cost,
+            }
+        )
+        yield from _options("options", options_of(method))
+        yield ""
+    yield from _broken(METHODS.broken())
+    yield from _library_lines()
+    pairs = [f"{first}+{second}" for first in METHODS.names() for second in METHODS.names()]
+    yield f"Two methods in one: {', '.join(pair for pair in pairs if pair in METHODS)}"
+    yield ""
+    yield "Schemes, the key 'scheme' of a variant (bits per weight as they are by default, with their scales):"
+    yield ""
+    for kind, scheme in SCHEMES.items():
+        yield f"{kind}: {scheme.summary}"
+        width = f"{shown_bits(kind):.4g} per weight"
+        mixed = issubclass(scheme, GgmlMixture)
+        yield from _facts(
+            {"bits": f"{width} in most layers, more in others" if mixed else width, "source": scheme.source}
+        )
+        yield from _options("keys", scheme_keys(kind))
+        yield ""
+
+
+def _library_lines() -> Iterator[str]:
+    """Each library with its methods, and those that cannot be used."""
+    yield "Libraries, the key 'library' of a variant; see docs/plugins.md:"
+    yield ""
+    for library in LIBRARIES:
+        yield f"{library.name}: {library.summary}"
+        yield from _facts(library_facts(library))
+        for offer in library.offers:
+            yield from _wrapped(f"    {offer.method:<{LABEL_WIDTH}}", offer_facts(offer))
+            options = ", ".join(f"{name} = {written(value)}" for name, value in offer.options.items())
+            yield from _wrapped(" " * (LABEL_WIDTH + 4), f"options: {options}") if options else ()
+        yield ""
+    yield from _broken(LIBRARIES.broken())
+
+
+def format_lines() -> Iterator[str]:
+    """Each format with who loads it and the schemes that it stores."""
+    for each in FORMATS:
+        yield f"{each.name}: {each.summary}"
+        yield from _facts(
+            {
+                "schemes": ", ".join(schemes_taken(each.check)),
+                "read only": each.read_only,
+                "runtimes": ", ".join(each.runtimes),
+                "packages": ", ".join(each.requires),
+                "evaluated by": _evaluated_by(each),
+            }
+        )
+        yield ""
+    yield from _broken(FORMATS.broken())
+
+
+def runtime_lines() -> Iterator[str]:
+    """Each runtime with the formats that it loads, and whether it can be used here."""
+    for each in RUNTIMES:
+        yield f"{each.name}: {each.summary}"
+        missing = each.missing()
+        facts = {"formats": ", ".join(each.formats), "here": "yes" if missing is None else f"no: {missing}"}
+        yield from _facts(facts if missing is None else {**facts, "install": each.install})
+        yield ""
+    yield from _broken(RUNTIMES.broken())
+
+
+def _evaluated_by(store: type[Format]) -> str:
+    if store.container == "gguf":
+        return "llama.cpp if it is installed, else the reference decoder"
+    return (
+        "transformers if the packages are installed, else the reference decoder"
+        if store.native
+        else "the reference decoder"
+    )
+
+
+def plan_table(found: Mapping[str, Any]) -> Table:
+    """What :func:`quantkit.plan` returns, as a table."""
+    from rich.table import Table
+
+    source, calibration = found["source"], found["calibration"]
+    title = f"{source['reference']} ({source['dtype']}, {_size(source['size_bytes'])})"
+    table = Table(title=title, caption=f"results in {found['folder']}", title_justify="left", caption_justify="left")
+    for column in ("stage", "what", "estimated size", "calibration pass", "state"):
+        table.add_column(column)
+    if calibration is not None:
+        rows = f"{calibration['samples']} records, {calibration['max_length']} tokens each at most"
+        table.add_row("calibration", calibration["dataset"], "", rows, calibration["state"])
+    table.add_row("baseline", "float model", _size(source["size_bytes"]), "", found["baseline"])
+    for variant in found["variants"]:
+        size = "by the library" if variant["size_bytes"] is None else _size(variant["size_bytes"])
+        table.add_row(variant["name"], _what(variant), size, variant["strategy"], variant["state"])
+    return table
+
+
+def _what(variant: Mapping[str, Any]) -> str:
+    quantized, linears = variant["layers"]
+    kinds = variant["schemes"]
+    scheme = ", ".join(kinds if len(kinds) == 1 else (f"{name} ({count})" for name, count in kinds.items()))
+    return f"{variant['method']} {scheme} {variant['format']}, {quantized} of {linears} linear layers"
+
+
+def _facts(facts: Mapping[str, str]) -> Iterator[str]:
+    for label, text in facts.items():
+        if text:
+            yield from _wrapped(f"    {label:<{LABEL_WIDTH}}", text)
+
+
+def _options(title: str, options: list[Option]) -> Iterator[str]:
+    if not options:
+        return
+    yield f"    {title}"
+    width = max(len(f"{option.name} = {option.default}") for option in options) + 2
+    for option in options:
+        yield from _wrapped(f"      {f'{option.name} = {option.default}':<{width}}", option.meaning)
+
+
+def _wrapped(label: str, text: str) -> Iterator[str]:
+    lines = textwrap.wrap(text, LINE_WIDTH - len(label)) or [""]
+    yield f"{label}{lines[0]}".rstrip()
+    yield from (" " * len(label) + line for line in lines[1:])
+
+
+def _broken(reasons: Mapping[str, str]) -> Iterator[str]:
+    for name, reason in reasons.items():
+        yield f"{name}: cannot be used: {reason}"
+        yield ""
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

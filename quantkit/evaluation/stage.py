@@ -1,0 +1,136 @@
+"""The evaluate stage of a run: a checkpoint is scored once for the same content and settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quantkit.evaluation import EvaluationJob, run_job
+from quantkit.evaluation.task_files import read_task
+from quantkit.recipe import EvaluationSpec
+from quantkit.system.artifacts import (
+    file_sha256,
+    fingerprint,
+    new_folder,
+    read_json,
+    read_stage,
+    write_json,
+    write_stage,
+)
+from quantkit.system.progress import Observer
+
+EVALUATION_VERSION = 2
+"""Part of the fingerprint: raised when the same checkpoint and texts would give other figures."""
+STAGE = "evaluate"
+RESULT = "result.json"
+LOGPROBS = "logprobs"
+ANSWERS = "answers.jsonl"
+
+
+@dataclass(frozen=True, slots=True)
+class Scoring:
+    """One evaluation of a run.
+
+    Attributes:
+        name: what it is called in notes.
+        checkpoint: what is scored.
+        identity: what the checkpoint's content depends on.
+        spec: how it is scored.
+        out: the stage's folder.
+        log: file for what the scoring process prints.
+        reference: the float model's log-probabilities; None if this is the float model, which writes its own.
+        trust_remote_code: run Python code that comes with the checkpoint.
+        anew: score it although its result is there.
+        seen: the questions that the model was calibrated on; they are not asked.
+    """
+
+    name: str
+    checkpoint: Path
+    identity: dict[str, Any]
+    spec: EvaluationSpec
+    out: Path
+    log: Path
+    reference: Path | None = None
+    trust_remote_code: bool = False
+    anew: bool = False
+    seen: tuple[str, ...] = ()
+
+    def made_from(self) -> dict[str, Any]:
+        """What the figures depend on, for the fingerprint."""
+        made = {"code": EVALUATION_VERSION, "spec": evaluation_identity(self.spec), "checkpoint": self.identity}
+        return made if self.spec.answers is None else {**made, "seen": fingerprint(self.seen)}
+
+    def finished(self) -> dict[str, Any] | None:
+        """The result that is there, with its ``fingerprint``, or None."""
+        if self.anew:
+            return None
+        written = read_stage(self.out, STAGE, self.made_from())
+        if written is None or (self.reference is None and self.spec.compares and not (self.out / LOGPROBS).is_dir()):
+            return None
+        if self.spec.answers is not None and not (self.out / ANSWERS).is_file():
+            return None
+        try:
+            return {**read_json(self.out / RESULT), "fingerprint": written["fingerprint"]}
+        except (OSError, ValueError, TypeError):
+            return None  # damaged since it was written: scored again
+
+
+def score(scoring: Scoring, observer: Observer) -> dict[str, Any]:
+    """Score a checkpoint in a fresh process, or reuse its result.
+
+    Returns:
+        The result of :func:`quantkit.evaluation.run_job`, with the stage's ``fingerprint``.
+
+    Raises:
+        QuantkitError: the checkpoint cannot be scored, or the result not written.
+    """
+    finished = scoring.finished()
+    if finished is not None:
+        observer.note(f"{scoring.name}: reused the finished evaluation")
+        return finished
+    is_baseline, compares = scoring.reference is None, scoring.spec.compares
+    with new_folder(scoring.out) as folder:
+        job = EvaluationJob(
+            checkpoint=scoring.checkpoint,
+            spec=scoring.spec,
+            reference=(folder / LOGPROBS if is_baseline else scoring.reference) if compares else None,
+            writes_reference=is_baseline and compares,
+            trust_remote_code=scoring.trust_remote_code,
+            answers_file=folder / ANSWERS if scoring.spec.answers else None,
+            float_answers=scoring.reference.with_name(ANSWERS) if scoring.reference and scoring.spec.answers else None,
+            seen=scoring.seen,
+        )
+        result = run_job(job, log=scoring.log, on_progress=observer.progress)
+        write_json(folder / RESULT, result)
+        mark = write_stage(folder, STAGE, scoring.made_from())
+    return {**result, "fingerprint": mark}
+
+
+def evaluation_identity(spec: EvaluationSpec) -> dict[str, Any]:
+    """What the figures of a checkpoint depend on beside it: settings, and the content of local texts."""
+    files = {text.name: file_sha256(Path(text.file)) for text in spec.texts if text.file and Path(text.file).is_file()}
+    tasks = {task.file: read_task(Path(task.file)).identity() for task in spec.tasks if task.file}
+    if spec.answers is not None and spec.answers.file is not None and Path(spec.answers.file).is_file():
+        tasks["answers"] = {"file": file_sha256(Path(spec.answers.file))}
+    return {"settings": spec.model_dump(mode="json"), "files": {**files, **tasks}}
+
+
+def report_figures(result: dict[str, Any]) -> dict[str, Any]:
+    """A result as the report has it."""
+    speed = result["speed"]
+    return {
+        "metrics": result["metrics"],
+        "texts": result["texts"],
+        **{key: result[key] for key in ("tasks", "answers") if key in result},
+        "size_bytes": result["size_bytes"],
+        "loaded_by": result.get("loaded_by"),
+        "scored_on": {key: result["environment"][key] for key in ("device", "dtype", "threads")},
+        "memory": result["memory"],
+        "speed": speed
+        and {
+            "prefill_tokens_per_second": speed["prefill"]["tokens_per_second"],
+            "decode_tokens_per_second": speed["decode"]["tokens_per_second"],
+            **speed,
+        },
+    }

@@ -1,0 +1,217 @@
+"""The convert stage: a checkpoint of one format in, one of another out."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from quantkit.engine.skeleton import empty_model
+from quantkit.errors import SchemeError
+from quantkit.exports import Export, open_export
+from quantkit.exports.companions import copy_companions
+from quantkit.exports.content import Content, Stored
+from quantkit.exports.layer_store import Spool
+from quantkit.exports.manifest import write_manifest
+from quantkit.exports.recast import SHIFT_ALLOWED, recast, shift, target_scheme, with_scales_in
+from quantkit.exports.writing import check_origin, origin_remarks, write_export
+from quantkit.formats import FORMATS
+from quantkit.formats.base import Format
+from quantkit.schemes import Scheme
+from quantkit.system.artifacts import check_writable, new_folder, translated_os_errors, write_json, write_stage
+from quantkit.system.scratch import workplace
+
+STAGE = "convert"
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def convert(
+    checkpoint: Path,
+    to: str,
+    out: Path,
+    *,
+    trust_remote_code: bool = False,
+    on_layer: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Any]:
+    """Write a quantized checkpoint in another format, with the same codes.
+
+    Scales and minimums that the other format keeps in fewer bits are rounded, if that moves no weight by more than a
+    tenth of a step.
+
+    Args:
+        checkpoint: folder or GGUF file, quantkit's or another tool's.
+        to: name of a format.
+        out: folder of the new checkpoint; it appears when it is whole.
+        trust_remote_code: run Python code that comes with the checkpoint, to find its layers.
+        on_layer: called with the number of layers done and their total.
+
+    Returns:
+        ``from``, ``format``, ``layers``, ``bits_per_weight``, ``largest_shift`` in steps of the grid, and ``notes``.
+
+    Raises:
+        SchemeError: the format cannot tell the grid of a layer.
+        CheckpointError: the checkpoint is broken, or of a format that quantkit does not read.
+        OutputError: ``out`` cannot be written.
+    """
+    check_writable(out)
+    export, target = open_export(checkpoint), FORMATS.get(to)
+    schemes = {layer: _placed(layer, target, export) for layer in export.schemes}
+    with workplace(out, "convert") as work, _scratch(work) as scratch, new_folder(out) as folder:
+        origin = _origin(export, scratch / "origin")
+        linears = _linears(origin, schemes, trust_remote_code)
+        _check_together(export, target, linears, schemes)
+        dtype = _dtype(export)
+        check_origin(target, origin, [*export.float_names(), *(f"{layer}.weight" for layer in schemes)])
+        spool = Spool(scratch / "layers", target(dtype), export.embedding)
+        largest = 0.0
+        for done, layer in enumerate(schemes, start=1):
+            largest = max(largest, _move(export, layer, schemes[layer], DTYPES[target.scale_dtype(dtype)], spool))
+            on_layer(done, len(schemes))
+        store = target(dtype)
+        write_export(_content(export, origin, linears, schemes, spool), store, folder)
+        facts = _facts(export, store, origin, schemes, spool, largest)
+        _write_records(folder, checkpoint, export, schemes, facts)
+    return facts
+
+
+@contextmanager
+def _scratch(work: Path) -> Iterator[Path]:
+    """An empty folder for the time of the block; what a killed process left there is of no use."""
+    folder = work / "convert"
+    with translated_os_errors(work):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _placed(layer: str, target: type[Format], export: Export) -> Scheme:
+    """The scheme in which the target stores a layer's grid."""
+    with _named(layer):
+        scheme = target_scheme(export.schemes[layer], target, export.shape(layer))
+        if layer == export.embedding:
+            target.check_embedding(scheme)
+    return scheme
+
+
+def _move(export: Export, layer: str, scheme: Scheme, scales: torch.dtype, spool: Spool) -> float:
+    """Pack a layer in the target format; how far its weights moved, in steps."""
+    weight = recast(export.weight(layer), scheme)
+    moved = shift(weight, spool.keep(layer, with_scales_in(weight, scales)))
+    spool.flush(layer)
+    if not moved <= SHIFT_ALLOWED:
+        raise SchemeError(
+            f"{layer}: a weight of {scheme.describe()} would move by {moved:.2g} steps of its grid, "
+            f"as scales are kept in {str(scales).removeprefix('torch.')}",
+            "quantize the float model again, in this format",
+        )
+    return moved
+
+
+def _origin(export: Export, folder: Path) -> Path:
+    """A folder with the float model's config, the tokenizer and what else goes along."""
+    folder.mkdir()
+    copy_companions(export.tokenizer_folder(), folder, runs_code=True)
+    write_json(folder / "config.json", export.config())
+    return folder
+
+
+def _linears(origin: Path, schemes: Mapping[str, Scheme], trust_remote_code: bool) -> dict[str, Scheme | None]:
+    """Every Linear layer of the model with its scheme."""
+    model = empty_model(origin, trust_remote_code)
+    return {name: schemes.get(name) for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+
+
+def _check_together(
+    export: Export, target: type[Format], linears: Mapping[str, Scheme | None], schemes: Mapping[str, Scheme]
+) -> None:
+    lost = [name for name in schemes if name not in linears and name != export.embedding]
+    if lost:
+        raise SchemeError(
+            f"{export.path}: {lost[0]} is no linear layer of the model", "convert models with Linear layers"
+        )
+    target.check_together({scheme for scheme in linears.values() if scheme is not None})
+    target(_dtype(export)).quantization_config(linears)  # raises for what one checkpoint cannot hold
+
+
+def _content(
+    export: Export,
+    origin: Path,
+    linears: Mapping[str, Scheme | None],
+    schemes: Mapping[str, Scheme],
+    spool: Spool,
+) -> Content:
+    def plain(name: str) -> Stored:
+        return Stored(export.float_dtype(name), export.float_shape(name), lambda: export.float_tensor(name))
+
+    return Content(
+        origin=origin,
+        dtype=_dtype(export),
+        linears=linears,
+        packed={layer: spool.packed(layer) for layer in schemes},
+        floats={name: plain(name) for name in export.float_names()},
+        digests=spool.digests(),
+        embedding=None if export.embedding is None else (export.embedding, schemes[export.embedding]),
+    )
+
+
+def _facts(
+    export: Export, store: Format, origin: Path, schemes: Mapping[str, Scheme], spool: Spool, largest: float
+) -> dict[str, Any]:
+    weights = sum(rows * columns for rows, columns in map(export.shape, schemes))
+    return {
+        "from": export.format,
+        "format": store.name,
+        "layers": len(schemes),
+        "bits_per_weight": spool.stored_bytes * 8 / weights,
+        "largest_shift": largest,
+        "notes": [*origin_remarks(store, origin, store.dtype), *store.remarks(set(schemes.values()))],
+    }
+
+
+def _write_records(
+    folder: Path, checkpoint: Path, export: Export, schemes: Mapping[str, Scheme], facts: Mapping[str, Any]
+) -> None:
+    """The manifest of the new checkpoint, and the mark of a finished stage."""
+    made_by = f"quantkit {version('quantkit')}"
+    origin = {"reference": str(checkpoint), "format": export.format, "made_by": export.made_by}
+    layers = {name: scheme.to_json() for name, scheme in schemes.items()}
+    identity = {"source": origin, "format": facts["format"], "layers": layers}
+    write_manifest(
+        folder,
+        {
+            "schema": 1,
+            "created_by": made_by,
+            "source": origin,
+            "format": facts["format"],
+            "layers": layers,
+            "embedding": export.embedding,
+            "bits_per_weight": facts["bits_per_weight"],
+            "largest_shift": facts["largest_shift"],
+        },
+    )
+    write_stage(folder, STAGE, identity, facts=dict(facts))
+
+
+def _dtype(export: Export) -> str:
+    """The dtype of the float model."""
+    config = export.config()
+    found = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
+    return found if found in DTYPES else "float32"
+
+
+@contextmanager
+def _named(layer: str) -> Iterator[None]:
+    """Inside the block, what a format refuses is said with the name of the layer."""
+    try:
+        yield
+    except SchemeError as error:
+        raise SchemeError(f"{layer}: {error.problem}", error.remedy) from error

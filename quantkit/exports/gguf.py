@@ -1,0 +1,177 @@
+"""A checkpoint that is one GGUF file."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+
+from quantkit.errors import CheckpointError, SourceError
+from quantkit.exports.base import Export
+from quantkit.formats.gguf import Gguf
+from quantkit.gguf.blocks import scheme_of, type_of
+from quantkit.gguf.config import generation_config, model_config
+from quantkit.gguf.convert import heads_of, parameters_of
+from quantkit.gguf.head import GGUFTensor, read_head
+from quantkit.gguf.names import in_transformers_order
+from quantkit.gguf.tensors_in import FLOATS, dequantized
+from quantkit.gguf.tokenizer_in import write_tokenizer
+from quantkit.schemes import QuantizedWeight, Scheme, scheme_from_json
+from quantkit.system.artifacts import write_json
+
+SCHEMES_KEY, VERSION_KEY = "quantkit.schemes", "quantkit.version"
+"""Metadata of files that quantkit wrote: the layers' schemes as JSON, and its version."""
+EMBEDDING = "model.embed_tokens"
+
+
+class GgufExport(Export):
+    """One GGUF file, by quantkit or another tool.
+
+    Args:
+        path: the file.
+
+    Raises:
+        CheckpointError: it is broken, or holds a model or a type that quantkit does not read.
+        SchemeError: it names a scheme that quantkit does not have.
+    """
+
+    format = Gguf.name
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with _as_checkpoint_errors():
+            self._head = read_head(path)
+            self._config = model_config(self._head, torch.float16)
+            self._stored = {name: stored for name, (stored, _) in parameters_of(self._head, self._config).items()}
+        self._config["dtype"] = str(self._float_dtype()).removeprefix("torch.")
+        self.schemes = self._schemes()
+        self.embedding = EMBEDDING if EMBEDDING in self.schemes else None
+        self.made_by = self._author()
+        self._tokenizer: Path | None = None
+
+    def config(self) -> dict[str, Any]:
+        """``config.json`` of the model, told from the file's metadata."""
+        return dict(self._config)
+
+    def tokenizer_folder(self) -> Path:
+        """A temporary folder with the tokenizer and the config, which goes when this object does."""
+        if self._tokenizer is None:
+            folder = Path(tempfile.mkdtemp(prefix="quantkit-tokenizer-"))
+            weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+            with _as_checkpoint_errors():
+                write_tokenizer(self._head, folder)
+                write_json(folder / "generation_config.json", generation_config(self._head))
+            write_json(folder / "config.json", self._config)
+            self._tokenizer = folder
+        return self._tokenizer
+
+    def weight(self, layer: str) -> QuantizedWeight:
+        """A packed layer, its rows in the order of transformers."""
+        return Gguf().unpack({"weight": self.blocks(layer)}, self.schemes[layer])
+
+    def blocks(self, layer: str) -> torch.Tensor:
+        """The raw blocks of a packed layer, uint8 ``[rows, row_bytes]``, its rows in the order of transformers.
+
+        Raises:
+            CheckpointError: the file became shorter.
+        """
+        tensor, name = self._tensor(f"{layer}.weight"), f"{layer}.weight"
+        packed = numpy.fromfile(self.path, dtype=numpy.uint8, count=tensor.nbytes, offset=tensor.start)
+        if packed.size < tensor.nbytes:
+            raise CheckpointError(f"{self.path} ends inside tensor '{tensor.name}'", "download the file again")
+        blocks = torch.from_numpy(packed).view(tensor.shape[0], -1)
+        return in_transformers_order(blocks, heads_of(name, self._config))
+
+    def float_names(self) -> list[str]:
+        """All parameters but the weights of packed layers."""
+        return [name for name in self._stored if name.removesuffix(".weight") not in self.schemes]
+
+    def float_shape(self, name: str) -> tuple[int, ...]:
+        """From the file's head."""
+        return self._tensor(name).shape
+
+    def float_dtype(self, name: str) -> torch.dtype:
+        """From the file's head."""
+        return FLOATS[self._tensor(name).kind]
+
+    def float_tensor(self, name: str) -> torch.Tensor:
+        """As the file holds it, its rows in the order of transformers."""
+        with _as_checkpoint_errors():
+            tensor = dequantized(self._head, self._stored[name], self.float_dtype(name))
+        return in_transformers_order(tensor, heads_of(name, self._config))
+
+    def shape(self, layer: str) -> tuple[int, int]:
+        """From the file's head."""
+        rows, columns = self._tensor(f"{layer}.weight").shape
+        return rows, columns
+
+    def layer_bytes(self, layer: str) -> int:
+        """From the file's head."""
+        return self._tensor(f"{layer}.weight").nbytes
+
+    def files(self) -> list[Path]:
+        """The file."""
+        return [self.path]
+
+    def _tensor(self, name: str) -> GGUFTensor:
+        return self._head.tensors[self._stored[name]]
+
+    def _float_dtype(self) -> torch.dtype:
+        """The dtype of the matrices that are float, where they have one; float16, that of the scales, elsewhere."""
+        tensors = [self._tensor(name) for name in self._stored]
+        kinds = {tensor.kind for tensor in tensors if len(tensor.shape) > 1 and tensor.kind in FLOATS}
+        return FLOATS[kinds.pop()] if len(kinds) == 1 else torch.float16
+
+    def _schemes(self) -> dict[str, Scheme]:
+        """The scheme of each packed layer: as quantkit noted it, or else by its type."""
+        noted, found = self._noted(), {}
+        for name in self._stored:
+            tensor = self._tensor(name)
+            if tensor.kind in FLOATS:
+                continue
+            layer = name.removesuffix(".weight")
+            scheme = noted.get(layer) or scheme_of(tensor.kind.name)
+            if scheme is None or name == layer or len(tensor.shape) != 2:
+                raise CheckpointError(
+                    f"{self.path}: quantkit does not read tensor '{tensor.name}', {tensor.kind.name} of the shape "
+                    f"{list(tensor.shape)}",
+                    "give a file of another type",
+                )
+            if type_of(scheme) != tensor.kind.name:
+                raise CheckpointError(f"{self.path}: tensor '{tensor.name}' is not of the scheme {scheme.describe()}")
+            scheme.check_layer(*self.shape(layer))
+            found[layer] = scheme
+        return found
+
+    def _noted(self) -> Mapping[str, Scheme]:
+        """The schemes that quantkit wrote into the file; none in a file of another tool."""
+        text = self._head.metadata.get(SCHEMES_KEY)
+        if text is None:
+            return {}
+        try:
+            return {layer: scheme_from_json(scheme) for layer, scheme in json.loads(text).items()}
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise CheckpointError(
+                f"{self.path}: {SCHEMES_KEY} does not map layers to schemes", "download the file again"
+            ) from error
+
+    def _author(self) -> str:
+        version = self._head.metadata.get(VERSION_KEY)
+        return f"quantkit {version}" if version else str(self._head.metadata.get("general.quantized_by", "unknown"))
+
+
+@contextmanager
+def _as_checkpoint_errors() -> Iterator[None]:
+    """What is wrong with a file is wrong with a checkpoint here, and not with a source."""
+    try:
+        yield
+    except SourceError as error:
+        raise CheckpointError(error.problem, error.remedy) from error

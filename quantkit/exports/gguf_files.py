@@ -1,0 +1,118 @@
+"""Writes a GGUF file while holding no more than one tensor.
+
+The layout is https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, version 3, little-endian, which
+:mod:`quantkit.gguf.head` reads. The package gguf has a writer too, which cannot write the empty list of merges
+that a tokenizer of single bytes has.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from quantkit.gguf.head import ALIGNMENT, ARRAY, FLOAT32, MAGIC, STRING
+from quantkit.system.artifacts import translated_os_errors
+
+VERSION = 3
+UINT32, INT32, BOOL = 4, 5, 7
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A tensor on its way into a file.
+
+    Attributes:
+        name: in the file.
+        kind: number of its GGML type.
+        shape: in torch's order; of a packed tensor that of its weights.
+        nbytes: that it takes.
+        read: gives it, on the CPU and contiguous, with that many bytes.
+    """
+
+    name: str
+    kind: int
+    shape: tuple[int, ...]
+    nbytes: int
+    read: Callable[[], torch.Tensor]
+
+
+def write_file(path: Path, metadata: Mapping[str, Any], entries: Sequence[Entry]) -> None:
+    """Write a GGUF file, its tensors one at a time.
+
+    Args:
+        path: the file, which is replaced.
+        metadata: keys and values: text, bool, int (uint32), float (float32), or lists of text, int (int32) or float.
+        entries: the tensors in their order in the file.
+
+    Raises:
+        OutputError: the disk is full, the folder read-only.
+        ValueError: a tensor does not have the bytes that were announced.
+    """
+    with translated_os_errors(path), path.open("wb") as file:
+        file.write(MAGIC + struct.pack("<IQQ", VERSION, len(entries), len(metadata)))
+        for key, value in metadata.items():
+            file.write(_string(key) + _value(value))
+        file.write(_table(entries))
+        for entry in entries:
+            _pad(file)
+            _write_tensor(file, entry)
+        _pad(file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _table(entries: Iterable[Entry]) -> bytes:
+    """Name, shape, type and offset of each tensor."""
+    rows, offset = [], 0
+    for entry in entries:
+        shape = struct.pack(f"<I{len(entry.shape)}Q", len(entry.shape), *reversed(entry.shape))
+        rows.append(_string(entry.name) + shape + struct.pack("<IQ", entry.kind, offset))
+        offset += -(-entry.nbytes // ALIGNMENT) * ALIGNMENT
+    return b"".join(rows)
+
+
+def _write_tensor(file: BinaryIO, entry: Entry) -> None:
+    data = entry.read().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    if len(data) != entry.nbytes:
+        raise ValueError(f"tensor '{entry.name}' has {len(data)} bytes where {entry.nbytes} were announced")
+    file.write(data)
+
+
+def _pad(file: BinaryIO) -> None:
+    file.write(bytes(-file.tell() % ALIGNMENT))
+
+
+def _string(text: str) -> bytes:
+    data = text.encode()
+    return struct.pack("<Q", len(data)) + data
+
+
+def _value(value: Any) -> bytes:
+    match value:
+        case bool():
+            return struct.pack("<I?", BOOL, value)
+        case int():
+            return struct.pack("<II", UINT32, value)
+        case float():
+            return struct.pack("<If", FLOAT32, value)
+        case str():
+            return struct.pack("<I", STRING) + _string(value)
+        case list():
+            return struct.pack("<I", ARRAY) + _array(value)
+    raise TypeError(f"a GGUF file has no type for {type(value).__name__}")
+
+
+def _array(items: list[Any]) -> bytes:
+    """A list, whose first item tells the type; an empty one is of texts."""
+    match items[:1]:
+        case [int()]:
+            return struct.pack(f"<IQ{len(items)}i", INT32, len(items), *items)
+        case [float()]:
+            return struct.pack(f"<IQ{len(items)}f", FLOAT32, len(items), *items)
+    return struct.pack("<IQ", STRING, len(items)) + b"".join(map(_string, items))

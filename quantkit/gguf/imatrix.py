@@ -1,0 +1,74 @@
+"""llama.cpp's importance matrix, for ``llama-quantize --imatrix``.
+
+A GGUF file with two float32 tensors for each quantized tensor: ``NAME.in_sum2``, the sums of squares of the layer's
+input columns, and ``NAME.counts``, the tokens over which they were taken. See ``IMatrixCollector::save_imatrix`` in
+``tools/imatrix/imatrix.cpp`` of https://github.com/ggml-org/llama.cpp (commit 050fc7f).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import gguf
+import torch
+
+from quantkit.exports.gguf_files import Entry, write_file
+from quantkit.gguf.metadata import read_model_config
+from quantkit.gguf.tensors_out import Naming
+
+
+@dataclass(frozen=True, slots=True)
+class Importance:
+    """How strong the inputs of a layer are.
+
+    Attributes:
+        mean_square: of each input column, float32 ``[in_features]``.
+        tokens: over which the mean was taken.
+    """
+
+    mean_square: torch.Tensor
+    tokens: int
+
+
+def write_imatrix(
+    path: Path, importance: Mapping[str, Importance], *, origin: Path, datasets: Sequence[str], chunk_size: int
+) -> None:
+    """Write an importance matrix.
+
+    Args:
+        path: the file, which is replaced.
+        importance: full name of a layer to the strength of its inputs.
+        origin: folder of the float model, whose config tells the names.
+        datasets: what the calibration texts were, for llama.cpp to write into the files that it makes.
+        chunk_size: tokens of a row of the calibration set.
+
+    Raises:
+        SourceError: the model or a layer has no place in a GGUF file.
+        OutputError: the file cannot be written.
+    """
+    naming = Naming(read_model_config(origin), origin)
+    named = {naming.name(f"{layer}.weight"): found for layer, found in importance.items()}
+    entries = [entry for name in sorted(named) for entry in _entries(name, named[name])]
+    most = max((found.tokens for found in named.values()), default=0)
+    metadata = {
+        "general.type": "imatrix",
+        "imatrix.datasets": list(datasets),
+        "imatrix.chunk_count": most // chunk_size,
+        "imatrix.chunk_size": chunk_size,
+    }
+    write_file(path, metadata, entries)
+
+
+def _entries(name: str, found: Importance) -> Iterator[Entry]:
+    sums = (found.mean_square.double() * found.tokens).float().view(1, -1)
+    counts = torch.tensor([[float(found.tokens)]])
+    for suffix, tensor in (("in_sum2", sums), ("counts", counts)):
+        kind, shape = gguf.GGMLQuantizationType.F32, tuple(tensor.shape)
+        yield Entry(f"{name}.{suffix}", int(kind), shape, tensor.nbytes, partial(_same, tensor))
+
+
+def _same(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor

@@ -1,0 +1,136 @@
+"""From a GGUF file's vocabulary to the tokenizer files that transformers reads.
+
+The merges of a sentencepiece vocabulary, which follow from its scores, are found by transformers. How a byte-level
+tokenizer splits text before the merges, which a GGUF file gives by a name alone, is set from what the models of that
+name use.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+from transformers import PreTrainedTokenizerFast
+
+from quantkit.errors import SourceError, did_you_mean
+from quantkit.gguf.head import GIVE_FLOAT, GGUFHead
+from quantkit.gguf.splitting import SPLITTINGS, Splitting
+from quantkit.system.artifacts import read_json, translated_os_errors, write_json
+
+SPACE = "▁"
+"""How sentencepiece writes a space."""
+SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+CONTROL, USER_DEFINED = 3, 4
+"""Types of tokens: special ones, and others that are found in a text before it is split."""
+NOISE = ("backend", "is_local", "local_files_only", "name_or_path", "vocab_file")
+
+
+def write_tokenizer(head: GGUFHead, folder: Path) -> None:
+    """Write ``tokenizer.json``, its config and the chat template of a GGUF file to ``folder``.
+
+    Raises:
+        SourceError: the file's tokenizer is broken, or of a kind that quantkit cannot convert.
+    """
+    splitting = _splitting(head)
+    _check_vocabulary(head)
+    try:
+        tokenizer = _sentencepiece(head) if splitting is None else _byte_level(head, splitting)
+    except Exception as error:  # the package tokenizers raises no narrower class, and transformers any
+        what = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
+        raise SourceError(f"{head.path}: its tokenizer cannot be built: {what}", GIVE_FLOAT) from error
+    with translated_os_errors(folder):
+        tokenizer.save_pretrained(folder)
+    config = read_json(folder / "tokenizer_config.json")
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    write_json(folder / "tokenizer_config.json", {key: config[key] for key in config if key not in NOISE})
+
+
+def _byte_level(head: GGUFHead, splitting: Splitting) -> PreTrainedTokenizerFast:
+    """The tokenizer of a byte-level vocabulary."""
+    metadata, tokens = head.metadata, head.metadata["tokenizer.ggml.tokens"]
+    merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]
+    backend = Tokenizer(models.BPE({token: number for number, token in enumerate(tokens)}, merges))
+    backend.decoder = decoders.ByteLevel()
+    splitting.apply(backend)
+    kinds = metadata.get("tokenizer.ggml.token_type") or []
+    for token, kind in zip(tokens, kinds, strict=False):
+        if kind in (CONTROL, USER_DEFINED):
+            backend.add_tokens([AddedToken(token, normalized=False, special=kind == CONTROL)])
+    ids = {name: metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in SPECIAL.items()}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        chat_template=metadata.get("tokenizer.chat_template"),
+        add_bos_token=metadata.get("tokenizer.ggml.add_bos_token", splitting.begins),
+        add_eos_token=metadata.get("tokenizer.ggml.add_eos_token", False),
+        **{name: None if number is None else tokens[number] for name, number in ids.items()},
+    )
+
+
+def _sentencepiece(head: GGUFHead) -> PreTrainedTokenizerFast:
+    """The tokenizer of a sentencepiece vocabulary, with a space before every text between special tokens."""
+    # Alone in a folder: other tokenizer files beside the GGUF file would be read in its place.
+    with tempfile.TemporaryDirectory() as alone:
+        (Path(alone) / "model.gguf").symlink_to(head.path.resolve())
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(alone, gguf_file="model.gguf")
+    backend = tokenizer.backend_tokenizer
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
+    backend.pre_tokenizer = None
+    return tokenizer
+
+
+def _splitting(head: GGUFHead) -> Splitting | None:
+    """How to split for a byte-level vocabulary; None for a sentencepiece one, which does not."""
+    kind = head.metadata.get("tokenizer.ggml.model")
+    if kind == "llama":
+        if head.metadata.get("tokenizer.ggml.add_space_prefix") is False:
+            raise SourceError(f"{head.path}: a sentencepiece tokenizer without space prefix", GIVE_FLOAT)
+        return None
+    if kind != "gpt2":
+        raise SourceError(f"{head.path}: quantkit cannot convert the tokenizer model {kind!r}", GIVE_FLOAT)
+    name = str(head.metadata.get("tokenizer.ggml.pre"))
+    if name not in SPLITTINGS:
+        raise SourceError(
+            f"{head.path}: quantkit does not know how the tokenizer '{name}' splits text",
+            f"{did_you_mean(name, SPLITTINGS)}; or {GIVE_FLOAT}",
+        )
+    return SPLITTINGS[name]
+
+
+def _check_vocabulary(head: GGUFHead) -> None:
+    """Check what the tokenizer is built from, whose builders do not say what is wrong with it."""
+    tokens = _strings(head, "tokenizer.ggml.tokens")
+    known, rows = set(tokens), head.tensors["token_embd.weight"].shape[0]
+    if len(tokens) > rows:
+        raise SourceError(f"{head.path}: it has {len(tokens)} tokens for {rows} rows of weights", GIVE_FLOAT)
+    if len(known) < len(tokens):
+        raise SourceError(f"{head.path}: the vocabulary holds a token twice", GIVE_FLOAT)
+    for name in ("bos", "eos", "unknown", "padding"):
+        number = head.metadata.get(f"tokenizer.ggml.{name}_token_id", 0)
+        if type(number) is not int or not 0 <= number < len(tokens):
+            raise SourceError(f"{head.path}: the {name} token {number!r} is not in the vocabulary", GIVE_FLOAT)
+    kinds = head.metadata.get("tokenizer.ggml.token_type", [])
+    if not isinstance(kinds, list) or len(kinds) not in (0, len(tokens)):
+        raise SourceError(f"{head.path}: its token_type is not a number for each of {len(tokens)} tokens", GIVE_FLOAT)
+    for name in ("add_bos_token", "add_eos_token"):
+        if not isinstance(head.metadata.get(f"tokenizer.ggml.{name}", False), bool):
+            raise SourceError(f"{head.path}: its {name} is not true or false", GIVE_FLOAT)
+    template = head.metadata.get("tokenizer.chat_template", "")
+    if not isinstance(template, str):
+        raise SourceError(f"{head.path}: the chat template is not text", GIVE_FLOAT)
+    if head.metadata["tokenizer.ggml.model"] != "gpt2":
+        scores = head.metadata.get("tokenizer.ggml.scores")
+        if not isinstance(scores, list) or len(scores) != len(tokens):
+            raise SourceError(f"{head.path}: the vocabulary does not have a score for each token", GIVE_FLOAT)
+        return
+    for merge in _strings(head, "tokenizer.ggml.merges"):
+        left, space, right = merge.partition(" ")
+        if not (space and left in known and right in known and left + right in known):
+            raise SourceError(f"{head.path}: the merge {merge!r} joins what is not in the vocabulary", GIVE_FLOAT)
+
+
+def _strings(head: GGUFHead, key: str) -> list[str]:
+    value = head.metadata.get(key)
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise SourceError(f"{head.path}: the metadata key '{key}' is not a list of texts", GIVE_FLOAT)
+    return value

@@ -1,0 +1,166 @@
+"""From a tokenizer of transformers to the vocabulary of a GGUF file: the inverse of ``source.gguf_tokenizer``.
+
+Two kinds can be said: byte-level BPE, whose splitting goes by a name (:mod:`quantkit.gguf.splitting`), and
+the BPE of sentencepiece with bytes to fall back on, whose merges follow from a score for each token.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from quantkit.errors import SourceError
+from quantkit.gguf.metadata import OTHER_FORMAT
+from quantkit.gguf.sentencepiece import puts_space_before_first_text, sentencepiece_metadata
+from quantkit.gguf.splitting import Splitting
+from quantkit.gguf.tokenizer_in import CONTROL, SPECIAL, USER_DEFINED
+from quantkit.gguf.vocabulary import NORMAL, UNUSED, Vocabulary
+
+COMPOSED = "gguf: llama.cpp does not bring Unicode to its composed form (NFC), as the model's tokenizer does"
+SPACED = "gguf: llama.cpp puts a space before every text after a special token, the model's tokenizer before the first"
+
+
+def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model's folder.
+
+    Raises:
+        SourceError: it cannot be read, or is none of the package tokenizers.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise SourceError(f"{folder}: the tokenizer cannot be read: {error}", OTHER_FORMAT) from error
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        raise SourceError(f"{folder}: {type(tokenizer).__name__} has no tokenizer.json", OTHER_FORMAT)
+    return tokenizer
+
+
+def tokenizer_metadata(tokenizer: PreTrainedTokenizerBase, folder: Path, rows: int) -> dict[str, Any]:
+    """The keys of a tokenizer.
+
+    Args:
+        tokenizer: see :func:`read_tokenizer`.
+        folder: of the model, for messages and its generation config.
+        rows: of the embedding; those without a token become unused ones.
+
+    Raises:
+        SourceError: GGUF has no words for what the tokenizer does.
+    """
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocabulary = _vocabulary(tokenizer, folder, rows)
+    model = backend["model"]
+    if model["type"] != "BPE" or model.get("dropout") or model.get("end_of_word_suffix"):
+        raise SourceError(f"{folder}: quantkit cannot write a {model['type']} tokenizer of this kind as GGUF",
+                          OTHER_FORMAT)  # fmt: skip
+    if model.get("byte_fallback"):
+        found = sentencepiece_metadata(backend, vocabulary, folder)
+    else:
+        found = _byte_level(backend, vocabulary, folder)
+    return found | _special(tokenizer, folder, rows) | _template(tokenizer)
+
+
+def remarks_on(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """Where llama.cpp gives other tokens than transformers, on one line each."""
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    remarks = {COMPOSED: backend.get("normalizer") == {"type": "NFC"}}
+    remarks[SPACED] = bool(backend["model"].get("byte_fallback")) and puts_space_before_first_text(backend)
+    return tuple(remark for remark, holds in remarks.items() if holds)
+
+
+def _byte_level(backend: dict[str, Any], vocabulary: Vocabulary, folder: Path) -> dict[str, Any]:
+    splitting = Splitting.of(backend)
+    names = [] if splitting is None else splitting.names
+    if not names:
+        raise SourceError(
+            f"{folder}: the tokenizer splits text in a way that GGUF files have no name for, as far as quantkit knows",
+            OTHER_FORMAT,
+        )
+    alphabet = set(ByteLevel.alphabet())
+    for token, kind in zip(vocabulary.tokens, vocabulary.kinds, strict=True):
+        if kind == NORMAL and not set(token) <= alphabet:
+            raise SourceError(f"{folder}: the token {token!r} is not written in bytes", OTHER_FORMAT)
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": names[0],
+        "tokenizer.ggml.tokens": vocabulary.tokens,
+        "tokenizer.ggml.token_type": vocabulary.kinds,
+        "tokenizer.ggml.merges": [
+            merge if isinstance(merge, str) else " ".join(merge) for merge in backend["model"]["merges"]
+        ],
+    }
+
+
+def _vocabulary(tokenizer: PreTrainedTokenizerBase, folder: Path, rows: int) -> Vocabulary:
+    """Every row of the embedding with its token.
+
+    Tokens beyond the last row are left out where they were added, as transformers does for some families.
+    """
+    tokens = {number: token for token, number in tokenizer.get_vocab().items()}
+    added = {number: token.special for number, token in tokenizer.added_tokens_decoder.items()}
+    beyond = [number for number in tokens if number >= rows and number not in added]
+    if beyond:
+        raise SourceError(
+            f"{folder}: the tokenizer has the token {max(beyond)}, and the embedding has {rows} rows",
+            "give the model its own tokenizer",
+        )
+    kinds = [
+        UNUSED if number not in tokens
+        else NORMAL if number not in added
+        else CONTROL if added[number]
+        else USER_DEFINED
+        for number in range(rows)
+    ]  # fmt: skip
+    return Vocabulary([tokens.get(number, f"[PAD{number}]") for number in range(rows)], kinds)
+
+
+def _special(tokenizer: PreTrainedTokenizerBase, folder: Path, rows: int) -> dict[str, Any]:
+    """The special tokens that have a row, and which of them a text is given."""
+    stated = {name: getattr(tokenizer, f"{attribute}_id") for attribute, name in SPECIAL.items()}
+    ids = {name: number if number is not None and number < rows else None for name, number in stated.items()}
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    framed = tokenizer("a")["input_ids"]
+    begins, ends = framed[:1] == [ids["bos"]], framed[-1:] == [ids["eos"]]
+    if framed != [*([ids["bos"]] if begins else []), *plain, *([ids["eos"]] if ends else [])]:
+        raise SourceError(f"{folder}: the tokenizer adds other tokens than BOS and EOS to a text", OTHER_FORMAT)
+    found = {f"tokenizer.ggml.{name}_token_id": number for name, number in ids.items() if number is not None}
+    turn = _end_of_turn(tokenizer, folder)
+    if turn is not None:
+        found["tokenizer.ggml.eot_token_id"] = turn
+    return found | {"tokenizer.ggml.add_bos_token": begins, "tokenizer.ggml.add_eos_token": ends}
+
+
+def end_ids(tokenizer: PreTrainedTokenizerBase, folder: Path) -> list[int]:
+    """Every token that ends a turn or a text: the tokenizer's own, then those of ``generation_config.json``."""
+    found = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    try:
+        stated = json.loads((folder / "generation_config.json").read_text(encoding="utf-8")).get("eos_token_id")
+    except FileNotFoundError:
+        stated = None
+    except (OSError, ValueError, AttributeError) as error:
+        raise SourceError(
+            f"{folder / 'generation_config.json'} cannot be read: {error}", "get the file again"
+        ) from error
+    found += stated if isinstance(stated, list) else [] if stated is None else [stated]
+    return list(dict.fromkeys(number for number in found if isinstance(number, int)))
+
+
+def _end_of_turn(tokenizer: PreTrainedTokenizerBase, folder: Path) -> int | None:
+    """The token that ends a turn where it is not the one that ends a text."""
+    template = chat_template(tokenizer) or ""
+    used = [number for number in end_ids(tokenizer, folder) if str(tokenizer.convert_ids_to_tokens(number)) in template]
+    return used[0] if used and tokenizer.eos_token_id not in used else None
+
+
+def chat_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The chat template; of several the one called ``default``."""
+    given = tokenizer.chat_template
+    return given.get("default") if isinstance(given, dict) else given
+
+
+def _template(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    template = chat_template(tokenizer)
+    return {} if not template else {"tokenizer.chat_template": template}

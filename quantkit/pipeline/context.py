@@ -1,0 +1,85 @@
+"""A run in progress, and what is done for each row of its report."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quantkit.errors import QuantkitError
+from quantkit.evaluation.stage import LOGPROBS, Scoring, score
+from quantkit.recipe import Recipe
+from quantkit.system.artifacts import write_text
+from quantkit.system.progress import Observer
+from quantkit.system.redaction import redacted
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A run in progress: what its stages share.
+
+    Attributes:
+        recipe: what was asked for.
+        folder: where everything of the run lies.
+        observer: is told what happens.
+        anew: score every file although its result is there.
+        seen: the questions of the calibration set, which are not asked.
+        installs: environments of libraries that are not there may be made.
+    """
+
+    recipe: Recipe
+    folder: Path
+    observer: Observer
+    anew: bool = False
+    seen: tuple[str, ...] = ()
+    installs: bool = True
+
+    @property
+    def baseline(self) -> Path:
+        """The figures and log-probabilities of the float model."""
+        return self.folder / "baseline"
+
+    def variant_folder(self, name: str) -> Path:
+        """The checkpoint of a variant."""
+        return self.folder / "variants" / name
+
+    def log(self, kind: str, name: str = "") -> Path:
+        """A log file of some kind, of a variant or of the whole run."""
+        return self.folder / "logs" / (f"{kind}-{name}.log" if name else f"{kind}.log")
+
+
+def attempted(current: Run, row: dict[str, Any], work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The row with what ``work`` adds, or with the reason why it failed."""
+    name = row["name"]
+    # A variant that fails must not take the others down, so any error becomes its row. What is not a
+    # QuantkitError is a bug or a lack of memory, so its traceback is kept.
+    try:
+        return row | work()
+    except QuantkitError as error:
+        failure = str(error)
+    except Exception as error:
+        path = current.log("traceback", name)
+        write_text(path, redacted("".join(traceback.format_exception(error))))
+        failure = f"{type(error).__name__}: {redacted(str(error))} (unexpected: the traceback is in {path})"
+    current.observer.note(f"{name} failed: {failure}")
+    return row | {"status": "failed", "error": failure}
+
+
+def score_beside(current: Run, name: str, folder: Path, content: Any, baseline: dict[str, Any]) -> dict[str, Any]:
+    """Score a checkpoint, known by its ``content``, beside the baseline."""
+    current.observer.stage(f"evaluate: {name}")
+    scoring = Scoring(
+        name,
+        folder,
+        {"checkpoint": content, "reference": baseline["fingerprint"]},
+        current.recipe.evaluation,
+        current.folder / "evaluations" / name,
+        current.log("evaluate", name),
+        current.baseline / LOGPROBS,
+        current.recipe.model.trust_remote_code,
+        current.anew,
+        current.seen,
+    )
+    return score(scoring, current.observer)

@@ -1,0 +1,112 @@
+"""What a run would do, before it does it."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from quantkit.calibration import load
+from quantkit.checkpoint import CheckpointReader
+from quantkit.engine.precision import pass_dtype
+from quantkit.engine.skeleton import Skeleton
+from quantkit.estimation.weights import float_bytes
+from quantkit.formats import FORMATS
+from quantkit.formats.base import Format
+from quantkit.isolation.forecast import library_forecast
+from quantkit.merging import merged_source
+from quantkit.pipeline import needs_calibration, quantize_job
+from quantkit.quantization.job import DTYPES, finished_variant, made_from
+from quantkit.quantization.plan import choose_strategy, plan_layers
+from quantkit.recipe import LibrarySpec, Recipe, VariantSpec
+from quantkit.system.artifacts import STAGE_FILE
+from quantkit.system.devices import resolve_device
+from quantkit.system.progress import Silent
+
+
+def forecast(recipe: Recipe) -> dict[str, Any]:
+    """The stages of a run and the estimated bytes of its variants.
+
+    Returns:
+        ``folder``, ``source``, ``calibration`` (or None), ``baseline``, ``warnings``, and ``variants``, each with
+        ``name``, ``state`` (beginning with ``finished``, ``to do`` or ``cannot run``), ``method``, ``format``,
+        ``scheme``, ``schemes`` (each that occurs to its number of layers), ``layers`` (quantized, all), ``size_bytes``
+        (None where a library alone knows it) and ``strategy``.
+    """
+    model = merged_source(recipe.model, recipe.merge, recipe.folder, Silent())
+    skeleton = Skeleton(model.folder, recipe.model.trust_remote_code)
+    reader = CheckpointReader(model.folder)
+    total = sum(reader.nbytes(name) for name in reader.names())
+    calibrated = recipe.folder / "calibration"
+    found = load(calibrated) if needs_calibration(recipe) and (calibrated / STAGE_FILE).exists() else None
+    job = quantize_job(recipe, model, found)
+    device, dtype = resolve_device(job.device), DTYPES[model.dtype]
+    tokens = recipe.calibration.samples * recipe.calibration.max_length if found is None else found.tokens
+
+    def of(variant: VariantSpec) -> dict[str, Any]:
+        layers = plan_layers(skeleton, variant)
+        stored = finished_variant(recipe.folder / "variants" / variant.name, made_from(job, variant))
+        store = FORMATS.get(variant.format)
+        kept = sum(_float_bytes(reader, name, store, layers.cast) for name in layers.kept(reader.names()).values())
+        strategy = "weights only"
+        if variant.build_method().needs and job.feed == "float":
+            strategy = "one walk for all"
+        elif variant.build_method().needs:
+            strategy = choose_strategy(skeleton, tokens, pass_dtype(device, dtype), device)
+        return {
+            "name": variant.name,
+            "state": _variant_state(stored is not None, calibrated=bool(variant.build_method().needs)),
+            "method": variant.method,
+            "format": variant.format,
+            "scheme": variant.base_scheme().describe(),
+            "schemes": dict(Counter(scheme.describe() for scheme in layers.quantized.values()).most_common()),
+            "layers": (len(layers.quantized), len(layers.schemes)),
+            "size_bytes": kept + layers.quantized_bytes(store(model.dtype)),
+            "strategy": strategy,
+        }
+
+    def of_library(variant: LibrarySpec) -> dict[str, Any]:
+        return library_forecast(job, variant, skeleton, recipe.folder / "variants" / variant.name)
+
+    return {
+        "folder": str(recipe.folder),
+        "source": {
+            "reference": model.reference,
+            "folder": str(model.folder),
+            "size_bytes": total,
+            "dtype": model.dtype,
+        },
+        "calibration": _calibration_state(recipe, calibrated),
+        "baseline": _evaluation_state(recipe.folder / "baseline"),
+        "warnings": list(recipe.warnings()),
+        "variants": [
+            of(variant) if isinstance(variant, VariantSpec) else of_library(variant) for variant in recipe.variants
+        ],
+    }
+
+
+def _float_bytes(reader: CheckpointReader, name: str, store: type[Format], cast: str | None) -> int:
+    """Bytes of a float tensor of the source in the file of a variant."""
+    shape, dtype = reader.shape(name), cast or str(reader.dtype(name)).removeprefix("torch.")
+    return math.prod(shape) * float_bytes(store.container, dtype, shape)
+
+
+def _variant_state(finished: bool, calibrated: bool) -> str:
+    if not finished:
+        return "to do"
+    return "finished, for the calibration set that is there" if calibrated else "finished"
+
+
+def _calibration_state(recipe: Recipe, folder: Path) -> dict[str, Any] | None:
+    if not needs_calibration(recipe):
+        return None
+    spec = recipe.calibration
+    state = "there, to be checked" if (folder / STAGE_FILE).exists() else "to do"
+    return {"dataset": spec.dataset, "samples": spec.samples, "max_length": spec.max_length, "state": state}
+
+
+def _evaluation_state(folder: Path) -> str:
+    if not (folder / STAGE_FILE).exists():
+        return "to do"
+    return "there, to be checked"

@@ -1,0 +1,36 @@
+"""One checkpoint without a recipe: what ``quantkit quantize`` does."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+from quantkit import calibration
+from quantkit.merging import merged_source
+from quantkit.pipeline import job_of
+from quantkit.quantization import quantize
+from quantkit.recipe import CalibrationSpec, MergeSpec, ModelSpec, VariantSpec
+from quantkit.system.artifacts import check_writable
+from quantkit.system.progress import Observer
+from quantkit.system.scratch import workplace
+
+
+def quantize_one(model: ModelSpec, variant: VariantSpec, spec: CalibrationSpec, out: Path, observer: Observer) -> Path:
+    """Quantize ``model`` into ``out``; source and calibration lie in a folder beside it meanwhile.
+
+    Raises:
+        QuantkitError: with what is wrong and the remedy.
+    """
+    check_writable(out)
+    with workplace(out, "quantize") as scratch:
+        observer.stage(f"source: {model.source}")
+        found = merged_source(model, MergeSpec(), scratch, observer)
+        calibrated = None
+        if variant.build_method().needs:
+            observer.stage(f"calibration: {spec.dataset}")
+            trusted = model.trust_remote_code
+            calibrated = calibration.build(spec, found.folder, scratch / "calibration", trust_remote_code=trusted)
+        observer.stage(f"quantize: {variant.method}")
+        job = job_of(found, calibrated, spec.inputs, trust_remote_code=model.trust_remote_code)
+        on_segment = partial(observer.progress, "block")
+        return quantize(job, variant, out, on_segment=on_segment, on_note=observer.note).folder

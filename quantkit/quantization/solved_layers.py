@@ -1,0 +1,213 @@
+"""Solved layers on their way to a checkpoint, packed and on disk as soon as a segment is done.
+
+What a run that was cut short left here is taken up: a walk asks which segments are finished, and in a quantized feed
+for their weights as the method returned them. These are unpacked from what is stored, or lie beside it where the format
+could not hold them exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quantkit.checkpoint import CheckpointReader
+from quantkit.engine.scaling import Scaling
+from quantkit.engine.tasks import LayerResult
+from quantkit.exports.content import digest
+from quantkit.exports.layer_store import Spool
+from quantkit.formats.base import Format
+from quantkit.quantization.segments import SavedSegment, save_segment
+from quantkit.schemes import QuantizedWeight, Scheme
+
+EXACT = "exact."
+"""Before the suffix of a tensor that holds a layer as the method returned it."""
+COLUMNS, ROWS = "factors of columns of ", "factors of rows of "
+
+
+@dataclass(frozen=True, slots=True)
+class _Facts:
+    """What is kept of a layer once its codes are on disk."""
+
+    name: str
+    scheme: str
+    tokens: int
+    error_before: float
+    error_after: float
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Taken:
+    """A layer of the segment that is being solved; its errors stay on the device until the segment is done."""
+
+    name: str
+    scheme: str
+    tokens: int
+    before: torch.Tensor
+    after: torch.Tensor
+    notes: tuple[str, ...]
+
+
+class SolvedLayers(Spool):
+    """A spool for the layers of a variant as a walk solves them.
+
+    See :class:`quantkit.engine.tasks.Sink` and :class:`quantkit.engine.resume_state.Memory`.
+
+    Args:
+        folder: where segments go.
+        store: the format that packs layers.
+        schemes: of the layers.
+        embedding: full name of the input embedding if it is quantized.
+        replays: a later walk will ask for weights and factors, as one with a quantized feed does.
+
+    Attributes:
+        seconds_before: what the segments took that earlier runs solved: the variant's own work, and what was shared.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        store: Format,
+        schemes: Mapping[str, Scheme],
+        embedding: str | None = None,
+        *,
+        replays: bool = False,
+    ) -> None:
+        super().__init__(folder, store, embedding)
+        self._schemes = schemes
+        self._replays = replays
+        self._facts: list[_Facts] = []
+        self._taken: list[_Taken] = []
+        self._finished: set[str] = set()
+        self._offsets: dict[str, dict[str, float]] = {}
+        self._scaling = Scaling()
+        self._seconds = (0.0, 0.0)
+        self._stored_before = 0
+        self.seconds_before = (0.0, 0.0)
+
+    # A walk gives what it solves.
+
+    def take(self, result: LayerResult) -> None:
+        """Pack a solved layer."""
+        given = result.weight.to("cpu")
+        kept = self.keep(result.name, given)
+        if self._replays and kept is not given and digest(given) != self.digests()[result.name]:
+            parts = {"codes": given.codes, "scales": given.scales, "zeros": given.zeros}
+            parts |= {"g_idx": given.parts["g_idx"]} if "g_idx" in given.parts else {}
+            self._waiting |= {f"{result.name}.{EXACT}{part}": tensor for part, tensor in parts.items()}
+        scheme = kept.scheme.describe()
+        self._taken.append(_Taken(result.name, scheme, result.tokens, result.error_before, result.error, result.notes))
+
+    def segment_done(self, prefix: str) -> None:
+        """Write what was packed since the last segment.
+
+        Raises:
+            OutputError: the folder cannot be written, the disk is full.
+        """
+        facts = _asked(self._taken)
+        layers = [each.name for each in self._taken]
+        offsets = {name: offset for name, (_, offset) in self._scaling.rows.items()}
+        record = {
+            "layers": [asdict(each) for each in facts],
+            "tensors": {layer: self._tensors[layer] for layer in layers},
+            "digests": {layer: self._digests[layer] for layer in layers},
+            "replaced": [name for name in self._waiting if name in self._replaced],
+            "stored_bytes": self.stored_bytes - self._stored_before,
+            "offsets": offsets,
+            "seconds": self._seconds,
+        }
+        if self._replays:
+            self._waiting |= {f"{COLUMNS}{name}": factors.cpu() for name, factors in self._scaling.columns.items()}
+            self._waiting |= {f"{ROWS}{name}": factors.cpu() for name, (factors, _) in self._scaling.rows.items()}
+        folder = self._folder / prefix
+        save_segment(folder, self._write, record)
+        self._know(prefix, folder, facts, offsets)
+        self._taken, self._waiting, self._scaling = [], {}, Scaling()
+
+    def forget_unfinished(self) -> None:
+        """Let go of the segment at which a walk stood that is to be walked again."""
+        self._taken, self._waiting, self._scaling = [], {}, Scaling()
+        self.stored_bytes = self._stored_before
+
+    # A walk asks what there is.
+
+    def take_up(self, segments: Sequence[SavedSegment]) -> None:
+        """Count segments that an earlier run saved as finished."""
+        for segment in segments:
+            record = segment.record
+            self._tensors |= record["tensors"]
+            self._digests |= record["digests"]
+            self._replaced |= set(record["replaced"])
+            self.stored_bytes += record["stored_bytes"]
+            self.seconds_before = _sum(self.seconds_before, record["seconds"])
+            facts = [_Facts(**{**each, "notes": tuple(each["notes"])}) for each in record["layers"]]
+            self._know(segment.folder.name, segment.folder, facts, record["offsets"])
+
+    def has(self, prefix: str) -> bool:
+        """Whether a segment is finished."""
+        return prefix in self._finished
+
+    def weight(self, layer: str) -> QuantizedWeight:
+        """A layer of a finished segment as the method returned it."""
+        scheme = self._schemes[layer]
+        if f"{layer}.{EXACT}codes" not in self._readers:
+            store = self._store_of(layer)
+            tensors = {suffix: self.stored(f"{layer}.{suffix}").read() for suffix in store.layer_suffixes(scheme)}
+            return store.unpack(tensors, scheme)
+        names = [name for name in ("codes", "scales", "zeros", "g_idx") if f"{layer}.{EXACT}{name}" in self._readers]
+        parts = {name: self.stored(f"{layer}.{EXACT}{name}").read() for name in names}
+        return QuantizedWeight(scheme, parts.pop("codes"), parts.pop("scales"), parts.pop("zeros"), parts)
+
+    def scaling(self, prefix: str) -> Scaling:
+        """The factors that were chosen in a finished segment."""
+        inside = [name for name in self._readers if name.startswith((f"{COLUMNS}{prefix}.", f"{ROWS}{prefix}."))]
+        read = {name: self.stored(name).read() for name in inside}
+        columns = {name.removeprefix(COLUMNS): factors for name, factors in read.items() if name.startswith(COLUMNS)}
+        rows = {name.removeprefix(ROWS): factors for name, factors in read.items() if name.startswith(ROWS)}
+        return Scaling(columns, {name: (factors, self._offsets[prefix][name]) for name, factors in rows.items()})
+
+    def remember_scaling(self, prefix: str, scaling: Scaling) -> None:
+        """Keep the factors that were chosen in the segment at which the walk stands."""
+        self._scaling = scaling
+
+    def remember_seconds(self, own: float, shared: float) -> None:
+        """Keep what the segment at which the walk stands took."""
+        self._seconds = (own, shared)
+
+    # What the checkpoint is made of.
+
+    def tokens(self) -> dict[str, int]:
+        """Calibration tokens that reached each layer."""
+        return {each.name: each.tokens for each in self._facts}
+
+    def layers(self) -> list[dict[str, Any]]:
+        """Scheme, errors and notes of each layer, for the report."""
+        return [{**asdict(each), "notes": list(each.notes)} for each in self._facts]
+
+    def _know(self, prefix: str, folder: Path, facts: Sequence[_Facts], offsets: Mapping[str, float]) -> None:
+        """A segment that lies on disk counts as finished."""
+        reader = CheckpointReader(folder)
+        self._readers.update(dict.fromkeys(reader.names(), reader))
+        self._facts += facts
+        self._offsets[prefix] = dict(offsets)
+        self._finished.add(prefix)
+        self._stored_before = self.stored_bytes
+
+
+def _asked(taken: Sequence[_Taken]) -> list[_Facts]:
+    """The facts of the layers of a segment; the device is asked once for all their errors."""
+    if not taken:
+        return []
+    numbers = torch.stack([error for each in taken for error in (each.before, each.after)]).tolist()
+    return [
+        _Facts(each.name, each.scheme, each.tokens, before, after, each.notes)
+        for each, before, after in zip(taken, numbers[::2], numbers[1::2], strict=True)
+    ]
+
+
+def _sum(one: tuple[float, float], other: Sequence[float]) -> tuple[float, float]:
+    return one[0] + other[0], one[1] + other[1]

@@ -1,0 +1,202 @@
+"""The lattice of integer schemes: levels are ``code - zero``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import repeat
+from typing import Any
+
+import torch
+
+from quantkit.schemes.grids.base import Grid, Lattice, Snap
+from quantkit.schemes.grids.storing import require_held, stored
+from quantkit.schemes.integer import IntScheme
+
+NARROWEST = {1: 0.4, 2: 0.45, 3: 0.6, 4: 0.7, 5: 0.8, 6: 0.88, 7: 0.93, 8: 0.96}
+"""By bits, the narrowest range that is tried, as a share of the full one: fewer bits clip more."""
+TINY = 4 * torch.finfo(torch.float32).tiny
+"""The smallest scale that is tried: its narrowest candidate is a normal number still."""
+FARTHEST = 1024
+"""The largest float zero, for a cell far from level zero: beyond it float16 holds no halves."""
+
+
+class IntLattice(Lattice):
+    """Integer levels with the code of zero fixed, whole or, on request, any number."""
+
+    scheme: IntScheme
+
+    def cells(self, weight: torch.Tensor) -> torch.Tensor:
+        """``[rows, columns]`` in cells; along axis 0 they are ``[cells, 1, group_size]``."""
+        if self.scheme.axis == 0:
+            return weight.reshape(self.scheme.group_size, -1).T.unsqueeze(1)
+        return super().cells(weight)
+
+    def uncelled(self, cells: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+        """The inverse of :meth:`cells`."""
+        return cells.squeeze(1).T.reshape(shape) if self.scheme.axis == 0 else super().uncelled(cells, shape)
+
+    def heights(self, importance: torch.Tensor | None, columns: int, device: torch.device) -> torch.Tensor:
+        """Along axis 0 a cell lies in one column, so that all its weights count alike."""
+        return super().heights(None if self.scheme.axis == 0 else importance, columns, device)
+
+    def spread(self, values: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+        """``[A, G]`` to ``[columns, rows]``."""
+        if self.scheme.axis == 0:
+            return values.T.expand(self.scheme.group_size, -1).reshape(rows, columns).T.contiguous()
+        return super().spread(values, rows, columns)
+
+    def levels(self, codes: torch.Tensor, zeros: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """``code - zero``, computed in ``dtype``."""
+        return codes.to(dtype) - zeros.to(dtype).unsqueeze(-1)
+
+    def codes(self, levels: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
+        """``level + zero``."""
+        return (levels + zeros).round_().to(torch.uint8)
+
+    def nearest_(self, values: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
+        """Round, and clamp to the codes that there are."""
+        zero = zeros.unsqueeze(-1)
+        if self.scheme.zeros == "float":
+            return values.add_(zero).round_().clamp_(0, self.scheme.levels - 1).sub_(zero)
+        return values.round_().clamp_(-zero, self.scheme.levels - 1 - zero)
+
+    def encode(self, cells: torch.Tensor, grid: Grid) -> torch.Tensor:
+        """The nearest codes; of two equally near the even one.
+
+        A whole zero is added as a signed number, as compressed-tensors does, so that near ties round as there.
+        """
+        shift = 0 if self.scheme.zeros == "float" else self.scheme.zero
+        codes = (cells / grid.scales.float().unsqueeze(-1)).add_((grid.zeros - shift).unsqueeze(-1))
+        return codes.round_().add_(shift).clamp_(0, self.scheme.levels - 1).to(torch.uint8)
+
+    def spanning(self, cells: torch.Tensor, scale_dtype: torch.dtype) -> Grid:
+        """The grid that just spans each cell's range, zero included: round-to-nearest's usual choice.
+
+        Symmetric: ``scale = 2 max|w| / (2**bits - 1)``; asymmetric: ``(max - min) / (2**bits - 1)``. These are
+        the formulas of compressed-tensors' ``calculate_qparams``, so that its quantizer gives the same grid.
+        With float zeros the range need not include zero, as in HQQ.
+        """
+        scheme, last = self.scheme, self.scheme.levels - 1
+        low, high = cells.amin(-1), cells.amax(-1)
+        if scheme.zeros == "float":
+            scales = stored(torch.maximum((high - low) / last, _least_scale(low, high)), scale_dtype)
+            return self._held(Grid(scales, (-low / scales.float()).to(scale_dtype).float()))
+        low.clamp_(max=0)
+        high.clamp_(min=0)
+        if scheme.symmetric:
+            scales = stored(torch.maximum(-low, high) / (last / 2), scale_dtype)
+            return self._held(Grid(scales, torch.full_like(low, scheme.zero)))
+        scales = stored((high - low) / last, scale_dtype)
+        # The sum is taken of signed zeros, as compressed-tensors does, so that near ties round alike.
+        zeros = (-scheme.zero - low / scales.float()).round_().add_(scheme.zero).clamp_(0, last)
+        return self._held(Grid(scales, zeros))
+
+    def candidates(
+        self, cells: torch.Tensor, count: int, *, negative_scales: bool
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Scales and zeros of ranges from the full one down.
+
+        With ``negative_scales`` a symmetric grid, which reaches one step further on one side, is turned so that
+        this side is that of the weight of largest magnitude; not where activations are rounded too, as kernels for
+        that may read scales as unsigned. Ranges shrink towards zero, with float zeros towards their middle.
+        """
+        scheme, last = self.scheme, self.scheme.levels - 1
+        narrowest = NARROWEST[scheme.bits]
+        shrinks = [1 - (1 - narrowest) * index / max(1, count - 1) for index in range(count)]
+        low, high = cells.amin(-1), cells.amax(-1)
+        if scheme.symmetric:
+            zero = torch.full_like(low, scheme.zero)
+            if negative_scales and scheme.activations is None:
+                full = -torch.where(-low >= high, low, high) / scheme.zero
+            else:
+                full = torch.maximum(-low / scheme.zero, high / (scheme.zero - 1))
+            full = torch.where(full.abs() < TINY, TINY, full)
+            return [(full * shrink, zero) for shrink in shrinks]
+        if scheme.zeros == "float":
+            return [self._about_middle(low, high, shrink) for shrink in shrinks]
+        low.clamp_(max=0)
+        high.clamp_(min=0)
+        found = []
+        for shrink in shrinks:
+            scale = ((high - low) * (shrink / last)).clamp_(min=TINY)
+            found.append((scale, (-low * shrink / scale).round_().clamp_(0, last)))
+        return found
+
+    def _about_middle(self, low: torch.Tensor, high: torch.Tensor, shrink: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scale and float zero of a range shrunk towards its middle."""
+        width = high - low
+        scale = (width * (shrink / (self.scheme.levels - 1))).maximum(_least_scale(low, high)).clamp_(min=TINY)
+        return scale, -(low + width * ((1 - shrink) / 2)) / scale
+
+    def stored(self, scales: torch.Tensor, zeros: torch.Tensor, scale_dtype: torch.dtype) -> Grid:
+        """Scales rounded to ``scale_dtype``, and float zeros too."""
+        zeros = zeros.to(scale_dtype).float() if self.scheme.zeros == "float" else zeros
+        return self._held(Grid(stored(scales, scale_dtype), zeros))
+
+    def stored_zeros(self, grid: Grid) -> torch.Tensor:
+        """uint8, or float zeros in the dtype of the scales."""
+        return grid.zeros.to(grid.scales.dtype if self.scheme.zeros == "float" else torch.uint8)
+
+    def _held(self, grid: Grid) -> Grid:
+        """The grid itself, if the dtype of its scales holds every value on it."""
+        reach = torch.maximum(grid.zeros.abs(), ((self.scheme.levels - 1) - grid.zeros).abs())
+        require_held(reach * grid.scales.float().abs(), grid.scales.dtype)
+        return grid
+
+    def snap(self, grid: Grid, rows: int, columns: int) -> Snap:
+        """Limits of each weight; a symmetric scheme has the same for all."""
+        last = self.scheme.levels - 1
+        if self.scheme.symmetric:
+            return Limits(-self.scheme.zero, last - self.scheme.zero)
+        zeros = self.spread(grid.zeros, rows, columns)
+        return Shifted(zeros, last) if self.scheme.zeros == "float" else Limits(-zeros, last - zeros)
+
+
+def _least_scale(low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
+    """The least scale at which a float zero is no farther off than it may be."""
+    return torch.maximum(-low, high).div_(FARTHEST)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Lowest and highest level of each weight of a transposed layer: numbers, or float32 ``[columns, rows]``."""
+
+    low: torch.Tensor | int
+    high: torch.Tensor | int
+
+    def columns(self) -> Iterator[tuple[Any, Any]]:
+        """The limits of each column in turn."""
+        low = self.low.unbind(0) if isinstance(self.low, torch.Tensor) else repeat(self.low)
+        high = self.high.unbind(0) if isinstance(self.high, torch.Tensor) else repeat(self.high)
+        return zip(low, high, strict=False)
+
+    def nearest_(self, values: torch.Tensor, column: tuple[Any, Any]) -> None:
+        """Round and clamp."""
+        values.round_().clamp_(*column)
+
+    def ordered(self, order: torch.Tensor) -> Limits:
+        """The limits with the columns in another order."""
+        if isinstance(self.low, torch.Tensor) and isinstance(self.high, torch.Tensor):
+            return Limits(self.low[order], self.high[order])
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class Shifted:
+    """Levels that lie between the whole numbers: ``code - zero`` with float zeros, ``[columns, rows]``."""
+
+    zeros: torch.Tensor
+    last: int
+
+    def columns(self) -> Iterator[torch.Tensor]:
+        """The zeros of each column in turn."""
+        return iter(self.zeros.unbind(0))
+
+    def nearest_(self, values: torch.Tensor, column: torch.Tensor) -> None:
+        """Round where the codes are whole."""
+        values.add_(column).round_().clamp_(0, self.last).sub_(column)
+
+    def ordered(self, order: torch.Tensor) -> Shifted:
+        """The zeros with the columns in another order."""
+        return Shifted(self.zeros[order], self.last)

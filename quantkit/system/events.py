@@ -1,0 +1,83 @@
+"""What happens in a run as JSON lines, for pipelines and for whoever asks later how it went.
+
+Each line is an object with ``time`` (UTC, ISO 8601), ``elapsed`` (seconds since the log began, from a clock that never
+jumps) and ``event``: ``start``, ``stage`` (``title``), ``progress`` (``step``, ``done``, ``total``), ``note``
+(``text``), ``error`` (``text``) and ``end`` (``status``). Others may be added; readers skip what they do not know.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO, Any
+
+from quantkit.system.artifacts import translated_os_errors
+
+PROGRESS_EVERY = 1.0
+"""Seconds between progress lines of one step; its last one is always written."""
+
+
+class EventLog:
+    """An observer that writes JSON lines; see :class:`quantkit.system.progress.Observer`.
+
+    Args:
+        stream: text, written and flushed line by line.
+    """
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+        self._started = time.monotonic()
+        self._step = ""
+        self._last = 0.0
+
+    def write(self, event: str, **facts: Any) -> None:
+        """Write one line."""
+        line = {
+            "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+            "elapsed": round(time.monotonic() - self._started, 3),
+            "event": event,
+            **facts,
+        }
+        self._stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+        self._stream.flush()
+
+    def stage(self, title: str) -> None:
+        """A stage begins."""
+        self._step = ""
+        self.write("stage", title=title)
+
+    def progress(self, step: str, done: int, total: int) -> None:
+        """Write the first of a step, the last, and one a second between them."""
+        now = time.monotonic()
+        if step == self._step and done < total and now - self._last < PROGRESS_EVERY:
+            return
+        self._step, self._last = step, now
+        self.write("progress", step=step, done=done, total=total)
+
+    def note(self, text: str) -> None:
+        """Something that the user should read."""
+        self.write("note", text=text)
+
+
+@contextmanager
+def event_log(file: Path, **facts: Any) -> Iterator[EventLog]:
+    """Append to a log what happens inside the block, its ``start`` with ``facts``, and how it ended if it raised.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    with translated_os_errors(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        stream = file.open("a", encoding="utf-8")
+    with stream:
+        log = EventLog(stream)
+        log.write("start", **facts)
+        try:
+            yield log
+        except BaseException as error:
+            log.write("error", kind=type(error).__name__, text=str(error))
+            raise

@@ -1,0 +1,57 @@
+"""How long work tells what it is doing."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class Observer(Protocol):
+    """Is told of stages and their progress; see :mod:`quantkit.cli.display` for the one of the command line."""
+
+    def stage(self, title: str) -> None:
+        """A stage begins; the one before has ended."""
+
+    def progress(self, step: str, done: int, total: int) -> None:
+        """Within the stage: ``done`` of ``total`` of a step such as ``block``."""
+
+    def note(self, text: str) -> None:
+        """Something that the user should read."""
+
+
+class Silent:
+    """An observer that tells nobody."""
+
+    def stage(self, title: str) -> None:
+        """Ignore it."""
+
+    def progress(self, step: str, done: int, total: int) -> None:
+        """Ignore it."""
+
+    def note(self, text: str) -> None:
+        """Ignore it."""
+
+
+class Several:
+    """An observer that tells others.
+
+    Args:
+        observers: are told in this order.
+    """
+
+    def __init__(self, *observers: Observer) -> None:
+        self._observers = observers
+
+    def stage(self, title: str) -> None:
+        """Tell all."""
+        for each in self._observers:
+            each.stage(title)
+
+    def progress(self, step: str, done: int, total: int) -> None:
+        """Tell all."""
+        for each in self._observers:
+            each.progress(step, done, total)
+
+    def note(self, text: str) -> None:
+        """Tell all."""
+        for each in self._observers:
+            each.note(text)

@@ -1,0 +1,12 @@
+"""Which methods, formats and runtimes go together: found by doing it, and kept as data.
+
+``matrix.json`` beside this file is written by :mod:`quantkit.verification.matrix.build`; a test does it again and
+compares.
+"""
+
+from __future__ import annotations
+
+from quantkit.verification.matrix.data import MATRIX_FILE, read_matrix
+from quantkit.verification.matrix.table import matrix_markdown, matrix_table, reasons_markdown
+
+__all__ = ["MATRIX_FILE", "matrix_markdown", "matrix_table", "read_matrix", "reasons_markdown"]
