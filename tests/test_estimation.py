@@ -32,7 +32,6 @@ from quantkit.estimation.families import FAMILIES as DESCRIBED
 from quantkit.estimation.families import describe
 from quantkit.estimation.from_transformers import built
 from quantkit.estimation.guides import INFERENCE, TRAINING, guide_table
-from quantkit.estimation.lines import parse_bytes
 from quantkit.estimation.measured import estimates
 from quantkit.estimation.tables import cards_table, estimate_table, fits_table
 from quantkit.estimation.use import Use
@@ -43,6 +42,7 @@ from quantkit.report.sections import variant_facts
 from quantkit.runtimes import RUNTIMES
 from quantkit.runtimes.base import LoadOptions
 from quantkit.schemes.codebook import CodebookScheme
+from quantkit.system.units import parse_bytes
 from quantkit.system.validation import parse_section
 from quantkit.verification.matrix.rows import method_names, rows
 from tests.runs import make_recipe

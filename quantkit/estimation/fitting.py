@@ -12,12 +12,12 @@ from quantkit.estimation.anatomy import Anatomy
 from quantkit.estimation.cards import CARDS, GGUF_FAMILIES, WAYS, Card, Way
 from quantkit.estimation.estimate import split
 from quantkit.estimation.inference import running
-from quantkit.estimation.lines import parse_bytes
 from quantkit.estimation.models import anatomy_of
 from quantkit.estimation.training import training
 from quantkit.estimation.use import Use
 from quantkit.estimation.weights import Stored, stored
 from quantkit.recipe import VariantSpec
+from quantkit.system.units import parse_bytes
 from quantkit.system.validation import parse_section
 
 STEP = 256

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from quantkit.estimation.lines import in_units
+from quantkit.system.units import in_units
 
 if TYPE_CHECKING:
     from rich.table import Table

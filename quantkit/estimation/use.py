@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from quantkit.estimation.lines import parse_bytes
 from quantkit.recipe.fields import Flag, Section, Whole
+from quantkit.system.units import parse_bytes
 from quantkit.system.validation import located
 
 KV_BYTES = {

@@ -10,7 +10,7 @@ from typing import Any
 
 from quantkit.errors import EvaluationError, MissingDependencyError
 from quantkit.recipe import ANSWER_METRICS
-from quantkit.report.numbers import finite
+from quantkit.system.units import finite
 
 ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 Metric = Callable[[Sequence[str], Sequence[str]], dict[str, dict[str, Any]]]

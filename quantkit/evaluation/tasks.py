@@ -24,9 +24,9 @@ from quantkit.evaluation.harness import HarnessModel
 from quantkit.evaluation.task_files import TaskFile, read_task
 from quantkit.evaluation.templates import Patterns, Templates
 from quantkit.recipe import TaskSpec
-from quantkit.report.numbers import finite
 from quantkit.runtimes.base import LoadedModel
 from quantkit.system.artifacts import fingerprint
+from quantkit.system.units import finite
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quantkit.errors import QuantkitError
-from quantkit.estimation.lines import in_units
+from quantkit.system.units import in_units
 
 if TYPE_CHECKING:
     from quantkit.libraries import Library

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.errors import QuantizationError
-from quantkit.estimation.lines import in_units
 from quantkit.system.processes import last_error, last_line, signal_name
+from quantkit.system.units import in_units
 
 
 class Kind(StrEnum):

@@ -22,12 +22,12 @@ from typing import Any
 
 import psutil
 
-from quantkit.estimation.lines import in_units
 from quantkit.isolation.log import LogCopy
 from quantkit.isolation.outcome import Ending, Kind
 from quantkit.isolation.processes import GRACE, MARK, end_all, killed_for_memory, resident_bytes
 from quantkit.system.artifacts import read_json, translated_os_errors
 from quantkit.system.processes import signal_name
+from quantkit.system.units import in_units
 
 BEAT = 0.1
 """Seconds between two looks at a worker."""

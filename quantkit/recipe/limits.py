@@ -9,6 +9,7 @@ from pydantic import field_validator
 
 from quantkit.errors import RecipeError
 from quantkit.recipe.fields import Section
+from quantkit.system.units import parse_bytes
 from quantkit.system.validation import located
 
 SECONDS = {"s": 1, "min": 60, "h": 3600, "d": 86400}
@@ -37,8 +38,6 @@ class LimitsSpec(Section):
     @field_validator("memory", mode="before")
     @classmethod
     def _memory_is_some(cls, given: Any) -> Any:
-        from quantkit.estimation.lines import parse_bytes
-
         with located():
             if given is not None and (not isinstance(given, str) or parse_bytes(given) <= 0):
                 raise RecipeError(f"'{given}' is no amount of memory", "write 12GiB, for one")
@@ -52,8 +51,6 @@ class LimitsSpec(Section):
     @property
     def memory_bytes(self) -> int | None:
         """The memory, where it is given."""
-        from quantkit.estimation.lines import parse_bytes
-
         return None if self.memory is None else parse_bytes(self.memory)
 
 

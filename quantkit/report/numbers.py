@@ -6,16 +6,11 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from quantkit.system.units import finite
+
 ABSENT = "\N{EN DASH}"
 MINUS = "\N{MINUS SIGN}"
 BYTE_STEPS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10), ("B", 1))
-
-
-def finite(value: Any) -> float | None:
-    """``value`` as a float, or None if it is no finite number."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return None
-    return float(value)
 
 
 def pick(data: Any, *path: str) -> Any:

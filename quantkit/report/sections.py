@@ -18,7 +18,6 @@ from quantkit.report.numbers import (
     MINUS,
     count,
     figure,
-    finite,
     fixed,
     in_bytes,
     padded,
@@ -27,6 +26,7 @@ from quantkit.report.numbers import (
     pick,
     significant,
 )
+from quantkit.system.units import finite
 
 LAYERS_SHOWN = 15
 LOADERS = {"reference": "the reference decoder, as float weights"}
