@@ -11,7 +11,7 @@ from quantkit.errors import QuantizationError, SchemeError
 from quantkit.formats.compressed_tensors import CompressedTensors
 from quantkit.numerics.grid_search import encode, quantized, range_grid, search_grid
 from quantkit.schemes import Mxfp4Scheme, Nvfp4Scheme, QuantizedWeight, Scheme
-from quantkit.schemes.grids import lattice_of
+from quantkit.schemes.grids import blockfloat
 from tests.layers import assert_same_bytes, correlated_gram, layer_error, package_scheme, random_weight, solved
 
 SCHEMES: list[Scheme] = [Mxfp4Scheme(), Nvfp4Scheme()]
@@ -107,11 +107,11 @@ def test_the_largest_block_of_nvfp4_has_the_largest_local_scale() -> None:
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=names)
 def test_levels_and_codes_are_inverse(scheme: Scheme) -> None:
-    lattice, codes, none = lattice_of(scheme), torch.arange(16, dtype=torch.uint8), torch.zeros(1)
-    levels = lattice.levels(codes, none, torch.float32)
-    assert torch.equal(lattice.codes(levels, none), codes)
-    assert torch.equal(lattice.nearest_(levels.clone(), none).view(torch.int32), levels.view(torch.int32))
-    assert lattice.nearest_(torch.tensor([100.0, -7.0]), none).tolist() == [6.0, -6.0]
+    grids, codes, none = scheme.grids(), torch.arange(16, dtype=torch.uint8), torch.zeros(1)
+    levels = grids.levels(codes, none, torch.float32)
+    assert torch.equal(grids.codes(levels, none), codes)
+    assert torch.equal(grids.nearest_(levels.clone(), none).view(torch.int32), levels.view(torch.int32))
+    assert grids.nearest_(torch.tensor([100.0, -7.0]), none).tolist() == [6.0, -6.0]
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=names)
@@ -197,3 +197,22 @@ def test_weights_that_are_not_finite_are_refused(scheme: Scheme, wrong: float) -
 def test_a_layer_that_blocks_do_not_divide_is_refused(scheme: Scheme, columns: int) -> None:
     with pytest.raises(SchemeError, match=f"{scheme.kind} has blocks of {scheme.group_size} only"):
         scheme.check_layer(16, columns)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=names)
+def test_tables_go_to_a_device_once(scheme: Scheme, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[torch.device] = []
+    init = blockfloat._Tables.__init__
+
+    def counted(self: blockfloat._Tables, device: torch.device) -> None:
+        made.append(device)
+        init(self, device)
+
+    monkeypatch.setattr(blockfloat._Tables, "__init__", counted)
+    blockfloat._tables.cache_clear()
+    values, zeros = torch.empty(2, 3, 16, device="meta"), torch.empty(2, 3, device="meta")
+    for _ in range(3):
+        grids = scheme.grids().fitted(torch.ones(2, 3, 16))
+        grids.nearest_(values, zeros)
+        grids.levels(grids.codes(values, zeros), zeros, torch.float32)
+    assert made == [torch.device("meta")]

@@ -13,7 +13,6 @@ from quantkit.errors import QuantizationError, SchemeError
 from quantkit.methods.base import InputStatistics, Method, Solution
 from quantkit.schemes import Fp4Scheme, Nf4Scheme, QuantizedWeight, Scheme
 from quantkit.schemes.codebook import CodebookScheme
-from quantkit.schemes.grids import lattice_of
 from quantkit.schemes.grids.codebook import dynamic_table, nested_parts, nested_scales
 from tests.tiny import tiny_method
 
@@ -216,7 +215,7 @@ def test_a_weight_that_is_not_finite_is_refused(scheme: CodebookScheme, value: f
 
 @pytest.mark.parametrize("scheme", [Nf4Scheme(), Fp4Scheme()], ids=names)
 def test_levels_are_found_as_by_a_binary_search(scheme: CodebookScheme) -> None:
-    lattice, zeros = lattice_of(scheme), torch.zeros(1, 1)
+    grids, zeros = scheme.grids(), torch.zeros(1, 1)
     levels = levels_of(scheme)
     thresholds = (levels[1:] + levels[:-1]) / 2
     edges = torch.tensor([0.0, -0.0, 1e-45, -1e-45, 2.0**31, -(2.0**31), 3e38, -3e38, math.inf, -math.inf])
@@ -224,10 +223,10 @@ def test_levels_are_found_as_by_a_binary_search(scheme: CodebookScheme) -> None:
     beside = (thresholds.nextafter(INFINITY), thresholds.nextafter(-INFINITY))
     values = torch.cat([edges, levels, *beside, spread])
     expected = levels[torch.bucketize(values, thresholds)]
-    assert torch.equal(lattice.nearest_(values.clone(), zeros), expected)
-    cells = values[: 1 << 18].view(64, 64, 64).transpose(0, 2)
-    assert torch.equal(lattice.nearest_(cells.clone(), zeros), expected[: 1 << 18].view(64, 64, 64).transpose(0, 2))
-    assert bool(lattice.nearest_(torch.full((7, 9), math.nan), zeros).isfinite().all())
+    assert torch.equal(grids.nearest_(values.clone(), zeros), expected)
+    groups = values[: 1 << 18].view(64, 64, 64).transpose(0, 2)
+    assert torch.equal(grids.nearest_(groups.clone(), zeros), expected[: 1 << 18].view(64, 64, 64).transpose(0, 2))
+    assert bool(grids.nearest_(torch.full((7, 9), math.nan), zeros).isfinite().all())
 
 
 @pytest.mark.parametrize("kind", [Nf4Scheme, Fp4Scheme])

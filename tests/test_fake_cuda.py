@@ -29,8 +29,10 @@ from quantkit.methods.base import Method
 from quantkit.numerics import factor
 from quantkit.numerics import smoothing as awq
 from quantkit.schemes import Fp8Scheme, IntScheme, Mxfp4Scheme, Nf4Scheme, Nvfp4Scheme, Scheme
-from quantkit.schemes.grids import codebook, integer, lattice_of, storing
-from quantkit.schemes.grids.codebook import CodebookLattice
+from quantkit.schemes.base import grids_of
+from quantkit.schemes.grids import base as grids_base
+from quantkit.schemes.grids import blockfloat, codebook, integer
+from quantkit.schemes.grids.codebook import CodebookGrids
 from tests.tiny import Collected, make_model, tiny_method, tiny_rows, tiny_task
 
 CUDA = torch.device("cuda", 0)
@@ -109,20 +111,26 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Fake tensors, and answers to the questions that the numerics ask: all is well at once."""
     factorized = cycle([False, True])  # "did it fail?", "is it finite?"
     monkeypatch.setattr(factor, "decide", lambda _: next(factorized))
-    monkeypatch.setattr(storing, "decide", lambda _: True)
+    monkeypatch.setattr(grids_base, "decide", lambda _: True)
     monkeypatch.setattr(finite, "decide", lambda _: True)  # "is every input finite?"
     monkeypatch.setattr(folds, "decide", lambda _: True)  # "is it close?": every first candidate folds
     monkeypatch.setattr(awq, "number", lambda _: 1.0)  # "which is best?": the first one that scales
-    lattice_of.cache_clear()
-    table, tables = codebook.dynamic_table(torch.device("cpu")), [lattice_of(scheme) for scheme in CODEBOOKS]
+    _forget_grids()
+    table, tables = codebook.dynamic_table(torch.device("cpu")), [scheme.grids() for scheme in CODEBOOKS]
     with FakeTensorMode() as mode, WithoutGuard():
         # Tables are computed with real numbers, and then made fake.
         monkeypatch.setattr(codebook, "dynamic_table", lambda device: mode.from_tensor(table).to(device))
-        for lattice in tables:
-            assert isinstance(lattice, CodebookLattice)
-            lattice._tables = {device: _faked(mode, kept) for device, kept in lattice._tables.items()}
+        for grids in tables:
+            assert isinstance(grids, CodebookGrids)
+            grids._tables = {device: _faked(mode, kept) for device, kept in grids._tables.items()}
         yield
-    lattice_of.cache_clear()
+    _forget_grids()
+
+
+def _forget_grids() -> None:
+    """Tables are kept for the process, and those of a test are fake."""
+    grids_of.cache_clear()
+    blockfloat._tables.cache_clear()
 
 
 def _faked(mode: FakeTensorMode, tables: Any) -> Any:
@@ -225,7 +233,7 @@ def test_numerics_on_the_wrong_device_fail(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, name: str
 ) -> None:
     folder = make_real_model(tmp_path, "llama")
-    owner: Any = integer if name == "stored" else integer.IntLattice
+    owner: Any = integer if name == "stored" else integer.IntGrids
     monkeypatch.setattr(owner, name, on_cpu(getattr(owner, name)))
     with pytest.raises(RuntimeError, match="found at least two devices"):
         solve(folder, tiny_method(method))
@@ -243,7 +251,7 @@ def test_statistics_on_the_wrong_device_fail(tmp_path: Path, monkeypatch: pytest
 @pytest.mark.usefixtures("fake")
 def test_a_question_to_the_device_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make_real_model(tmp_path, "llama")
-    monkeypatch.setattr(storing, "decide", bool)
+    monkeypatch.setattr(grids_base, "decide", bool)
     with pytest.raises(RuntimeError, match="local_scalar_dense"):
         solve(folder, tiny_method("rtn"))
 

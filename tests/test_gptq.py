@@ -16,7 +16,7 @@ from quantkit.numerics.factor import damped, inverse_factor
 from quantkit.numerics.grid_search import codes_of, encode, search_grid
 from quantkit.numerics.refine import Problem, descend, refine, refit_scales
 from quantkit.schemes import PER_CHANNEL, IntScheme
-from quantkit.schemes.grids import Grid, lattice_of
+from quantkit.schemes.grids import Grid
 from tests.tiny import int_schemes, spread
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -65,13 +65,13 @@ class Case:
         self.hessian = damped(self.gram, self.damping)
         self.grid = search_grid(self.weight, self.gram.diagonal(), self.scheme, torch.float32, 8)
         self.columns = self.weight.shape[1]
-        self.lattice = lattice_of(self.scheme)
-        self.snap = self.lattice.snap(self.grid, *self.weight.shape)
+        self.grids = self.scheme.grids()
+        self.rounder = self.grids.rounder(self.grid, *self.weight.shape)
         self.scales = spread(self.grid.scales, self.columns)
 
     def problem(self) -> Problem:
         columns = self.weight.T.contiguous()
-        return Problem(columns, self.gram, self.hessian, self.hessian @ columns, self.lattice, self.snap)
+        return Problem(columns, self.gram, self.hessian, self.hessian @ columns, self.grids, self.rounder)
 
     def rounded_steps(self) -> torch.Tensor:
         codes = encode(self.weight, self.grid, self.scheme).float()
@@ -117,7 +117,7 @@ def test_the_column_solver_gives_the_codes_of_the_textbook(scheme: IntScheme, or
     assert used == given.damping
     steps = torch.empty(COLUMNS, ROWS)
     steps[order] = solve_columns(
-        given.weight.T[order].contiguous(), factor, given.scales[order], given.snap.ordered(order)
+        given.weight.T[order].contiguous(), factor, given.scales[order], given.rounder.ordered(order)
     )
     found = codes_of(steps, given.grid, scheme)
     expected = textbook_codes(given.weight, given.hessian, given.grid, scheme, order)
@@ -129,7 +129,7 @@ def test_the_column_solver_gives_the_codes_of_the_textbook(scheme: IntScheme, or
 def test_blocks_of_columns_join_without_a_seam(columns: int) -> None:
     given = case(IntScheme(4, PER_CHANNEL), columns)
     factor, _ = inverse_factor(given.gram, given.damping)
-    steps = solve_columns(given.weight.T.contiguous(), factor, given.scales, given.snap)
+    steps = solve_columns(given.weight.T.contiguous(), factor, given.scales, given.rounder)
     order = torch.arange(columns)
     expected = textbook_codes(given.weight, given.hessian, given.grid, given.scheme, order)
     assert int((codes_of(steps, given.grid, given.scheme) != expected).any(1).sum()) <= 1
@@ -185,7 +185,7 @@ def test_descent_never_raises_the_error_and_ends_where_no_single_code_is_better(
     first = energy
     for _ in range(60):
         before = steps.clone()
-        descend(given.weight.T.contiguous(), steps, given.scales, given.snap, given.hessian)
+        descend(given.weight.T.contiguous(), steps, given.scales, given.rounder, given.hessian)
         now = given.objective(steps, given.scales)
         assert bool((now <= energy * (1 + 1e-6)).all())
         energy = now
@@ -209,7 +209,7 @@ def test_a_sweep_of_descent_is_that_of_one_code_after_another(scheme: IntScheme,
         pull = hessian[column] @ (given.weight.T.double() - expected * scales) / hessian[column, column]
         wanted = (expected[column] + pull / scales[column]).round() + zeros[column]
         expected[column] = wanted.clamp(0, scheme.levels - 1) - zeros[column]
-    descend(given.weight.T.contiguous(), steps, given.scales, given.snap, given.hessian)
+    descend(given.weight.T.contiguous(), steps, given.scales, given.rounder, given.hessian)
     assert int((steps != expected).any(0).sum()) <= 1
 
 

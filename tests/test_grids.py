@@ -14,9 +14,9 @@ from quantkit.numerics.grid_search import (
     search_grid,
 )
 from quantkit.schemes import PER_CHANNEL, IntScheme
-from quantkit.schemes.grids import Grid, lattice_of
+from quantkit.schemes.grids import Grid
+from quantkit.schemes.grids.base import stored
 from quantkit.schemes.grids.integer import Limits
-from quantkit.schemes.grids.storing import stored
 from tests.tiny import BITS, int_schemes, spread
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -83,7 +83,7 @@ def test_the_scale_is_that_of_least_squares_for_its_codes(scheme: IntScheme) -> 
     weight, importance = torch.randn(8, 64), torch.rand(64)
     grid = search_grid(weight, importance, scheme, torch.float32, candidates=1)
     groups = scheme.groups(64)
-    parts, heights = weight.view(8, groups, -1), importance.view(1, groups, -1)
+    parts, column_weights = weight.view(8, groups, -1), importance.view(1, groups, -1)
     if scheme.symmetric:
         low, high = parts.amin(-1), parts.amax(-1)
         full = -torch.where(-low >= high, low, high) / scheme.zero
@@ -91,7 +91,7 @@ def test_the_scale_is_that_of_least_squares_for_its_codes(scheme: IntScheme) -> 
         full = (parts.amax(-1).clamp(min=0) - parts.amin(-1).clamp(max=0)) / (scheme.levels - 1)
     steps = (parts / full.unsqueeze(-1)).round()
     steps = steps.clamp((-grid.zeros).unsqueeze(-1), (scheme.levels - 1 - grid.zeros).unsqueeze(-1))
-    best = (heights * parts * steps).sum(-1) / (heights * steps.square()).sum(-1)
+    best = (column_weights * parts * steps).sum(-1) / (column_weights * steps.square()).sum(-1)
     torch.testing.assert_close(grid.scales, best, rtol=1e-3, atol=1e-6)
 
 
@@ -153,10 +153,10 @@ def test_a_grid_that_float16_cannot_hold_is_refused(scheme: IntScheme, value: fl
 
 def test_a_value_of_the_grid_that_overflows_is_refused_though_its_scale_fits() -> None:
     scheme = IntScheme(4, PER_CHANNEL)
-    lattice, zeros = lattice_of(scheme), torch.tensor([[8.0]])
-    assert float(lattice.stored(torch.tensor([[8000.0]]), zeros, torch.float16).scales) == 8000
+    grids, zeros = scheme.grids(), torch.tensor([[8.0]])
+    assert float(grids.stored(torch.tensor([[8000.0]]), zeros, torch.float16).scales) == 8000
     with pytest.raises(QuantizationError, match=r"largest value is 65504"):
-        lattice.stored(torch.tensor([[9000.0]]), zeros, torch.float16)
+        grids.stored(torch.tensor([[9000.0]]), zeros, torch.float16)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -176,7 +176,7 @@ def test_steps_and_codes_are_two_views_of_one_thing(scheme: IntScheme) -> None:
     codes = encode(weight, grid, scheme)
     steps = codes.T.float() - spread(grid.zeros, 64)
     torch.testing.assert_close(codes_of(steps, grid, scheme), codes, rtol=0, atol=0)
-    limits = lattice_of(scheme).snap(grid, 8, 64)
+    limits = scheme.grids().rounder(grid, 8, 64)
     assert isinstance(limits, Limits)
     assert bool((steps >= limits.low).all())
     assert bool((steps <= limits.high).all())

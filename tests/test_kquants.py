@@ -18,7 +18,7 @@ from quantkit.methods.ggml import INTEGERS
 from quantkit.numerics.grid_search import search_grid
 from quantkit.recipe import VariantSpec
 from quantkit.schemes import SCHEMES, GgmlMixture, GgmlScheme, IntScheme, Scheme, make_scheme
-from quantkit.schemes.grids import Grid, lattice_of
+from quantkit.schemes.grids import Grid
 from quantkit.system.validation import parse_section
 from tests.layers import random_weight
 from tests.tiny import Collected, tiny_method
@@ -236,11 +236,11 @@ def test_a_recipe_is_told_so_when_it_is_read() -> None:
         parse_section(VariantSpec, {"name": "a", "method": "gptq", "scheme": "q4_k_m"}, "demo.yaml")
 
 
-def test_the_lattice_refuses_to_choose_codes() -> None:
-    lattice, cells = lattice_of(ggml("q4_k")), torch.randn(1, 8, 32)
+def test_the_grids_refuse_to_choose_codes() -> None:
+    grids, groups = ggml("q4_k").grids(), torch.randn(1, 8, 32)
     grid = Grid(torch.ones(1, 8), torch.zeros(1, 8))
     with pytest.raises(SchemeError, match=r"only llama\.cpp's own quantizer"):
-        lattice.encode(cells, grid)
+        grids.encode(groups, grid)
     with pytest.raises(SchemeError, match=r"only llama\.cpp's own quantizer"):
         search_grid(torch.randn(1, 256), None, ggml("q4_k"), torch.float32, 4)
 

@@ -22,7 +22,6 @@ from quantkit.libraries._counting import Counter
 from quantkit.libraries.base import Request
 from quantkit.recipe import LibrarySpec
 from quantkit.schemes import Fp8Scheme, QuantizedWeight
-from quantkit.schemes.grids import lattice_of
 from quantkit.system.validation import parse_section
 from tests.tiny import make_model
 
@@ -161,7 +160,7 @@ def test_fp8_codes_and_scales_give_the_weights_back() -> None:
     parts = gptqmodel.fp8_parts(weight, inverse)
     scheme = Fp8Scheme("channel")
     zeros = torch.zeros_like(parts["scales"])
-    assert lattice_of(scheme).cells(parts["codes"]).shape[:2] == parts["scales"].shape
+    assert scheme.grids().grouped(parts["codes"]).shape[:2] == parts["scales"].shape
     found = QuantizedWeight(scheme, parts["codes"], parts["scales"], zeros).dequantize()
     assert torch.allclose(found, weight.float() / inverse.unsqueeze(1))
 

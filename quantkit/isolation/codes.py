@@ -18,7 +18,6 @@ from quantkit.formats.base import Format
 from quantkit.isolation.checking import HEAD, Looked, look
 from quantkit.libraries._codes import CODES_FILE, SCHEMES_FILE
 from quantkit.schemes import QuantizedWeight, Scheme, make_scheme
-from quantkit.schemes.grids import lattice_of
 from quantkit.system.artifacts import read_json
 
 if TYPE_CHECKING:
@@ -124,8 +123,8 @@ def _weight(layer: str, scheme: Scheme, reader: CheckpointReader, dtype: torch.d
         raise QuantizationError(f"{layer} has a code of {int(codes.max())}, which is none of {scheme.describe()}")
     scheme.check_layer(*codes.shape)
     scales = reader.read(f"{layer}.scales")
-    cells = lattice_of(scheme).cells(codes)
-    wanted = list(cells.shape[:2])
+    groups = scheme.grids().grouped(codes)
+    wanted = list(groups.shape[:2])
     if list(scales.shape) != wanted:
         raise QuantizationError(f"{layer} has scales of shape {list(scales.shape)} in place of {wanted}")
     if not scales.isfinite().all():

@@ -68,16 +68,15 @@ class Gptq(Method):
         """Solve, then refine; see :meth:`Method.quantize`."""
         from quantkit.numerics.grid_search import codes_of, quantized, search_grid
         from quantkit.numerics.refine import Problem, refine
-        from quantkit.schemes.grids import lattice_of
 
-        options, lattice = self.options, lattice_of(scheme)
+        options, grids = self.options, scheme.grids()
         curvature = statistics.curvature(options.damping, options.activation_order, weight)
         hessian, columns = curvature.hessian, weight.T.contiguous()
         grid = search_grid(
             weight, hessian.diagonal(), scheme, scale_dtype, options.search, negative_scales=options.negative_scales
         )
-        snap = lattice.snap(grid, *weight.shape)
-        problem = Problem(columns, curvature.gram, hessian, hessian @ columns, lattice, snap)
+        rounder = grids.rounder(grid, *weight.shape)
+        problem = Problem(columns, curvature.gram, hessian, hessian @ columns, grids, rounder)
         solved = problem.attempt(_solve(problem, curvature, problem.spread(grid.scales)), grid.scales)
         refined = refine(problem, solved, options.refinements)
         return Solution(
@@ -97,8 +96,8 @@ def _solve(problem: Problem, curvature: Curvature, scales: torch.Tensor) -> torc
 
     order = curvature.order
     if order is None:
-        return solve_columns(problem.weight.clone(), curvature.factor, scales, problem.snap)
-    solved = solve_columns(problem.weight[order], curvature.factor, scales[order], problem.snap.ordered(order))
+        return solve_columns(problem.weight.clone(), curvature.factor, scales, problem.rounder)
+    solved = solve_columns(problem.weight[order], curvature.factor, scales[order], problem.rounder.ordered(order))
     levels = torch.empty_like(solved)
     levels[order] = solved
     return levels

@@ -87,12 +87,12 @@ class Hqq(Method):
         from quantkit.methods.rtn import rounded
         from quantkit.numerics.grid_search import encode, quantized
         from quantkit.numerics.half_quadratic import Schedule, fit_grid
-        from quantkit.schemes.grids.integer import IntLattice
+        from quantkit.schemes.grids.integer import IntGrids
 
-        options, lattice = self.options, IntLattice(_integer(scheme))
+        options, grids = self.options, IntGrids(_integer(scheme))
         in_steps = options.beta_unit == "step"
         schedule = Schedule(options.lp_norm, options.beta, options.kappa, options.iterations, in_steps)
-        grid = fit_grid(weight, lattice, scale_dtype, schedule, negative_scales=options.negative_scales)
+        grid = fit_grid(weight, grids, scale_dtype, schedule, negative_scales=options.negative_scales)
         return rounded(weight, quantized(encode(weight, grid, scheme), grid, scheme), statistics)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from quantkit.schemes.grids import Snap
+from quantkit.schemes.grids import Rounder
 
 BLOCK = 32
 
@@ -21,7 +21,7 @@ def solve_columns(
     weight: torch.Tensor,
     factor: torch.Tensor,
     scales: torch.Tensor,
-    snap: Snap,
+    rounder: Rounder,
 ) -> torch.Tensor:
     """Quantize the columns in the order in which they lie.
 
@@ -29,7 +29,7 @@ def solve_columns(
         weight: float32 ``[columns, rows]``; it is overwritten.
         factor: upper Cholesky factor of the inverse Hessian, ``[columns, columns]``.
         scales: float32 ``[columns, rows]``, the scale of each weight.
-        snap: finds the nearest levels.
+        rounder: finds the nearest levels.
 
     Returns:
         Levels, float32 ``[columns, rows]``.
@@ -39,7 +39,7 @@ def solve_columns(
     errors = torch.empty_like(weight)
     push = factor / factor.diagonal().unsqueeze(1)
     # Views are made once: slicing inside the loop would cost more than the arithmetic.
-    columns_of = zip(*(each.unbind(0) for each in (weight, levels, errors, scales)), snap.columns(), strict=False)
+    columns_of = zip(*(each.unbind(0) for each in (weight, levels, errors, scales)), rounder.columns(), strict=False)
     for start in range(0, columns, BLOCK):
         stop = min(start + BLOCK, columns)
         if start:
@@ -50,6 +50,6 @@ def solve_columns(
             current, nearest, error, scale, column = next(columns_of)
             if done:
                 current.addmv_(earlier[:, :done], weights[:done], alpha=-1)
-            snap.nearest_(torch.div(current, scale, out=nearest), column)
+            rounder.nearest_(torch.div(current, scale, out=nearest), column)
             torch.addcmul(current, nearest, scale, value=-1, out=error)
     return levels

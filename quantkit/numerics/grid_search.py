@@ -8,7 +8,7 @@ import torch
 
 from quantkit.numerics.weighing import Weighing
 from quantkit.schemes import QuantizedWeight, Scheme
-from quantkit.schemes.grids import Grid, Lattice, lattice_of
+from quantkit.schemes.grids import Grid, Grids
 
 SEARCH_CHUNK = 1 << 18
 """Weights searched at a time: few enough for the caches, enough that threads seldom wait for each other."""
@@ -20,26 +20,26 @@ def range_grid(weight: torch.Tensor, scheme: Scheme, scale_dtype: torch.dtype) -
     Raises:
         QuantizationError: the grid reaches beyond what ``scale_dtype`` holds.
     """
-    lattice = lattice_of(scheme)
-    return lattice.spanning(lattice.cells(weight), scale_dtype)
+    grids = scheme.grids()
+    return grids.spanning(grids.grouped(weight), scale_dtype)
 
 
 def encode(weight: torch.Tensor, grid: Grid, scheme: Scheme) -> torch.Tensor:
     """The nearest codes as uint8 ``[rows, columns]``."""
-    lattice = lattice_of(scheme)
-    return lattice.uncelled(lattice.encode(lattice.cells(weight), grid), weight.shape)
+    grids = scheme.grids()
+    return grids.ungrouped(grids.encode(grids.grouped(weight), grid), weight.shape)
 
 
 def quantized(codes: torch.Tensor, grid: Grid, scheme: Scheme) -> QuantizedWeight:
     """Codes and grid as what formats take."""
-    return QuantizedWeight(scheme, codes, grid.scales, lattice_of(scheme).stored_zeros(grid), grid.parts)
+    return QuantizedWeight(scheme, codes, grid.scales, scheme.grids().stored_zeros(grid), grid.parts)
 
 
 def codes_of(levels: torch.Tensor, grid: Grid, scheme: Scheme) -> torch.Tensor:
     """Codes, uint8 ``[rows, columns]``, of levels float32 ``[columns, rows]``."""
     columns, rows = levels.shape
-    lattice = lattice_of(scheme)
-    return lattice.codes(levels, lattice.spread(grid.zeros, rows, columns)).T.contiguous()
+    grids = scheme.grids()
+    return grids.codes(levels, grids.spread(grid.zeros, rows, columns)).T.contiguous()
 
 
 def search_grid(
@@ -71,59 +71,61 @@ def search_grid(
     Raises:
         QuantizationError: the grid reaches beyond what ``scale_dtype`` holds.
     """
-    lattice = lattice_of(scheme)
-    cells = lattice.cells(weight)
-    lattice = lattice.fitted(cells)
-    weigh = Weighing.of(lattice, importance, weight.shape[1], weight.device)
-    step = max(1, SEARCH_CHUNK // (cells.shape[1] * cells.shape[2])) if weight.device.type == "cpu" else cells.shape[0]
+    grids = scheme.grids()
+    groups = grids.grouped(weight)
+    grids = grids.fitted(groups)
+    weigh = Weighing.of(grids, importance, weight.shape[1], weight.device)
+    step = (
+        max(1, SEARCH_CHUNK // (groups.shape[1] * groups.shape[2])) if weight.device.type == "cpu" else groups.shape[0]
+    )
     if not scheme.free_scales:
-        tried = lattice.candidates(cells, candidates, negative_scales=negative_scales)
-        return lattice.stored(*_search_stored(lattice, cells, weigh, tried, step), scale_dtype)
+        tried = grids.candidates(groups, candidates, negative_scales=negative_scales)
+        return grids.stored(*_search_stored(grids, groups, weigh, tried, step), scale_dtype)
     parts = [
-        _search_free(lattice, cells[start : start + step], weigh, candidates, negative_scales)
-        for start in range(0, cells.shape[0], step)
+        _search_free(grids, groups[start : start + step], weigh, candidates, negative_scales)
+        for start in range(0, groups.shape[0], step)
     ]
     scales, zeros = (torch.cat(each) for each in zip(*parts, strict=True))
-    return lattice.stored(scales, zeros, scale_dtype)
+    return grids.stored(scales, zeros, scale_dtype)
 
 
 def _search_free(
-    lattice: Lattice, cells: torch.Tensor, weigh: Weighing, candidates: int, negative_scales: bool
+    grids: Grids, groups: torch.Tensor, weigh: Weighing, candidates: int, negative_scales: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The best scale and zero of each cell by itself."""
-    weighted = weigh(cells)
-    best_gain = torch.full(cells.shape[:2], -torch.inf, device=cells.device)
+    """The best scale and zero of each group by itself."""
+    weighted = weigh(groups)
+    best_gain = torch.full(groups.shape[:2], -torch.inf, device=groups.device)
     best_scale = torch.zeros_like(best_gain)
     best_zero = torch.zeros_like(best_gain)
-    for scale, zero in lattice.candidates(cells, candidates, negative_scales=negative_scales):
-        along, norm = _moments(lattice, cells, weighted, weigh, scale, zero)
+    for scale, zero in grids.candidates(groups, candidates, negative_scales=negative_scales):
+        along, norm = _moments(grids, groups, weighted, weigh, scale, zero)
         gain = torch.where(norm > 0, along * along / norm, 0.0)
         better = torch.logical_not(gain <= best_gain)
         best_gain = torch.where(better, gain, best_gain)
-        # A group that rounds to zero has no best scale; NaN is kept, for the lattice to refuse.
+        # A group that rounds to zero has no best scale; NaN is kept, for the grids to refuse.
         best_scale = torch.where(better, torch.where(norm == 0, 0.0, along / norm), best_scale)
         best_zero = torch.where(better, zero, best_zero)
     return best_scale, best_zero
 
 
 def _search_stored(
-    lattice: Lattice,
-    cells: torch.Tensor,
+    grids: Grids,
+    groups: torch.Tensor,
     weigh: Weighing,
     tried: Iterable[tuple[torch.Tensor, torch.Tensor]],
     step: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The best of the scales and zeros that are ``tried``, where cells that share a scale are judged together."""
-    best_gain = torch.full(cells.shape[:2], -torch.inf, device=cells.device)
+    """The best of the scales and zeros that are ``tried``, where groups that share a scale are judged together."""
+    best_gain = torch.full(groups.shape[:2], -torch.inf, device=groups.device)
     best_scale = torch.zeros_like(best_gain)
     best_zero = torch.zeros_like(best_gain)
     for scales, zeros in tried:
         gains = []
-        for start in range(0, cells.shape[0], step):
-            part, scale, zero = (each[start : start + step] for each in (cells, scales, zeros))
-            along, norm = _moments(lattice, part, weigh(part), weigh, scale, zero)
+        for start in range(0, groups.shape[0], step):
+            part, scale, zero = (each[start : start + step] for each in (groups, scales, zeros))
+            along, norm = _moments(grids, part, weigh(part), weigh, scale, zero)
             gains.append(2 * scale * along - scale.square() * norm)
-        gain = lattice.pooled(torch.cat(gains))
+        gain = grids.pooled(torch.cat(gains))
         better = torch.logical_not(gain <= best_gain)
         best_gain = torch.where(better, gain, best_gain)
         best_scale = torch.where(better, scales, best_scale)
@@ -132,13 +134,13 @@ def _search_stored(
 
 
 def _moments(
-    lattice: Lattice,
-    cells: torch.Tensor,
+    grids: Grids,
+    groups: torch.Tensor,
     weighted: torch.Tensor,
     weigh: Weighing,
     scales: torch.Tensor,
     zeros: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``w H q`` and ``q H q`` of each cell for its nearest levels ``q``."""
-    levels = lattice.nearest_(cells * (1 / scales).unsqueeze(-1), zeros)
+    """``w H q`` and ``q H q`` of each group for its nearest levels ``q``."""
+    levels = grids.nearest_(groups * (1 / scales).unsqueeze(-1), zeros)
     return (weighted * levels).sum(-1), weigh(levels).mul_(levels).sum(-1)

@@ -7,7 +7,7 @@ is split with an auxiliary ``e`` that takes what is given up as an outlier's:
 make good: small residuals count in full, large ones ever less. The zero point, or scale, is then that of least
 squares for what is left, and the codes are rounded anew.
 
-All of it is written in steps, the units of a cell's scale, where the update of a float zero is ``z - mean(r - e)``.
+All of it is written in steps, the units of a group's scale, where the update of a float zero is ``z - mean(r - e)``.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import torch
 
 from quantkit.schemes.grids import Grid
-from quantkit.schemes.grids.integer import IntLattice
-from quantkit.schemes.grids.storing import stored
+from quantkit.schemes.grids.base import stored
+from quantkit.schemes.grids.integer import IntGrids
 from quantkit.system.host import decide
 
 CHUNK = 1 << 17
@@ -34,7 +34,7 @@ class Schedule:
         beta: ``β`` of the first iteration.
         kappa: what multiplies it after each.
         iterations: how many there are.
-        in_steps: ``β`` is meant for residuals in steps of their cell's scale, not in units of the weights.
+        in_steps: ``β`` is meant for residuals in steps of their group's scale, not in units of the weights.
     """
 
     lp_norm: float
@@ -64,15 +64,15 @@ class Schedule:
 
 
 def fit_grid(
-    weight: torch.Tensor, lattice: IntLattice, scale_dtype: torch.dtype, schedule: Schedule, *, negative_scales: bool
+    weight: torch.Tensor, grids: IntGrids, scale_dtype: torch.dtype, schedule: Schedule, *, negative_scales: bool
 ) -> Grid:
-    """The grid of a weight after all iterations, begun from the full range of each cell.
+    """The grid of a weight after all iterations, begun from the full range of each group.
 
-    Every cell is fitted by itself, so that a row's grid depends on no other row.
+    Every group is fitted by itself, so that a row's grid depends on no other row.
 
     Args:
         weight: float32 ``[rows, columns]``.
-        lattice: of an integer scheme. Float zeros are fitted with the scale held; whole ones are rounded at each
+        grids: of an integer scheme. Float zeros are fitted with the scale held; whole ones are rounded at each
             update and the scale is fitted with them; a symmetric scheme has only its scale fitted.
         scale_dtype: dtype in which scales are stored.
         schedule: how the fit runs.
@@ -81,44 +81,44 @@ def fit_grid(
     Raises:
         QuantizationError: the grid reaches beyond what ``scale_dtype`` holds.
     """
-    cells = lattice.cells(weight)
-    float_zeros = lattice.scheme.zeros == "float"
-    step = max(1, CHUNK // (cells.shape[1] * cells.shape[2])) if weight.device.type == "cpu" else cells.shape[0]
+    groups = grids.grouped(weight)
+    float_zeros = grids.scheme.zeros == "float"
+    step = max(1, CHUNK // (groups.shape[1] * groups.shape[2])) if weight.device.type == "cpu" else groups.shape[0]
     fit = _fit_zeros if float_zeros else _fit_scales
     parts = []
-    for part in torch.split(cells, step):
-        ((scales, zeros),) = lattice.candidates(part, 1, negative_scales=negative_scales)
+    for part in torch.split(groups, step):
+        ((scales, zeros),) = grids.candidates(part, 1, negative_scales=negative_scales)
         if float_zeros:
             scales = stored(scales, scale_dtype).float()
-        parts.append(fit(part.contiguous(), scales.unsqueeze(-1), zeros.unsqueeze(-1), lattice, schedule))
+        parts.append(fit(part.contiguous(), scales.unsqueeze(-1), zeros.unsqueeze(-1), grids, schedule))
     scales, zeros = (torch.cat(each).squeeze(-1) for each in zip(*parts, strict=True))
-    return lattice.stored(scales, zeros, scale_dtype)
+    return grids.stored(scales, zeros, scale_dtype)
 
 
 def _fit_zeros(
-    cells: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, lattice: IntLattice, schedule: Schedule
+    groups: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, grids: IntGrids, schedule: Schedule
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Float zeros for scales that stay as they are, as published."""
-    steps, codes, residual = cells / scales, torch.empty_like(cells), torch.empty_like(cells)
+    steps, codes, residual = groups / scales, torch.empty_like(groups), torch.empty_like(groups)
     for iteration in range(schedule.iterations):
         torch.add(steps, zeros, out=residual)
-        torch.round(residual, out=codes).clamp_(0, lattice.scheme.levels - 1)
+        torch.round(residual, out=codes).clamp_(0, grids.scheme.levels - 1)
         zeros = zeros - schedule.left(iteration, residual.sub_(codes), scales).mean(-1, keepdim=True)
     return scales, zeros
 
 
 def _fit_scales(
-    cells: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, lattice: IntLattice, schedule: Schedule
+    groups: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, grids: IntGrids, schedule: Schedule
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scales, and unless the scheme is symmetric whole zeros.
 
     With ``l`` the levels and ``t = l + (r - e)`` what they should be, both in steps, the scale of least squares is
-    the old one times ``Σ t l / Σ l²``. Where that is not positive, as in a cell of zeros, the old one stays.
+    the old one times ``Σ t l / Σ l²``. Where that is not positive, as in a group of zeros, the old one stays.
     """
-    last, symmetric = lattice.scheme.levels - 1, lattice.scheme.symmetric
-    levels, residual = torch.empty_like(cells), torch.empty_like(cells)
+    last, symmetric = grids.scheme.levels - 1, grids.scheme.symmetric
+    levels, residual = torch.empty_like(groups), torch.empty_like(groups)
     for iteration in range(schedule.iterations):
-        torch.div(cells, scales, out=residual)
+        torch.div(groups, scales, out=residual)
         torch.add(residual, zeros, out=levels).round_().clamp_(0, last).sub_(zeros)
         left = schedule.left(iteration, residual.sub_(levels), scales)
         shift = torch.zeros_like(zeros) if symmetric else left.mean(-1, keepdim=True)

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 import torch
 
-from quantkit.schemes.grids import Lattice, Snap
-from quantkit.schemes.grids.storing import stored
+from quantkit.schemes.grids import Grids, Rounder
+from quantkit.schemes.grids.base import stored
 
 BLOCK = 32
 
@@ -30,16 +30,16 @@ class Problem:
         gram: float32 ``[columns, columns]``, by which errors are told.
         hessian: the same, damped, which is what the refinement lowers.
         response: ``hessian @ weight``, ``[columns, rows]``.
-        lattice: what the codes can stand for.
-        snap: finds the nearest levels of this layer.
+        grids: what the codes can stand for.
+        rounder: finds the nearest levels of this layer.
     """
 
     weight: torch.Tensor
     gram: torch.Tensor
     hessian: torch.Tensor
     response: torch.Tensor
-    lattice: Lattice
-    snap: Snap
+    grids: Grids
+    rounder: Rounder
 
     def energy(self) -> torch.Tensor:
         """The error of leaving the layer out, ``[rows]``."""
@@ -49,17 +49,17 @@ class Problem:
     def spread(self, scales: torch.Tensor) -> torch.Tensor:
         """The scale of each weight, float32 ``[columns, rows]``."""
         columns, rows = self.weight.shape
-        return self.lattice.spread(scales.float(), rows, columns)
+        return self.grids.spread(scales.float(), rows, columns)
 
     def attempt(self, levels: torch.Tensor, scales: torch.Tensor) -> Attempt:
-        """Levels ``[columns, rows]`` and the scales of their cells with the error of each row."""
+        """Levels ``[columns, rows]`` and the scales of their groups with the error of each row."""
         missing = torch.addcmul(self.weight, levels, self.spread(scales), value=-1)
         return Attempt(levels, scales, row_errors(missing, self.gram))
 
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """Levels ``[columns, rows]``, the scales of their cells as stored, and the error of each row."""
+    """Levels ``[columns, rows]``, the scales of their groups as stored, and the error of each row."""
 
     levels: torch.Tensor
     scales: torch.Tensor
@@ -73,14 +73,14 @@ def refine(problem: Problem, solved: Attempt, rounds: int) -> Attempt:
     """
     if rounds == 0:
         return solved
-    free = problem.lattice.scheme.free_scales
+    free = problem.grids.scheme.free_scales
     levels, scales = solved.levels.clone(), solved.scales
     for _ in range(rounds):
         if free:
             refitted = refit_scales(problem.response, levels, problem.hessian, scales.shape[1]).T
             # A group of zeros leaves its scale undetermined, and no scale may turn its sign: then the old one stays.
             scales = torch.where(refitted * scales > 0, stored(refitted, scales.dtype), scales)
-        descend(problem.weight, levels, problem.spread(scales), problem.snap, problem.hessian)
+        descend(problem.weight, levels, problem.spread(scales), problem.rounder, problem.hessian)
     found = problem.attempt(levels, scales)
     better = found.error < solved.error
     return Attempt(
@@ -124,7 +124,7 @@ def descend(
     weight: torch.Tensor,
     levels: torch.Tensor,
     scales: torch.Tensor,
-    snap: Snap,
+    rounder: Rounder,
     hessian: torch.Tensor,
 ) -> None:
     """One sweep of coordinate descent over the codes; ``levels`` is changed in place.
@@ -142,7 +142,7 @@ def descend(
     moves = torch.empty(BLOCK, rows, device=weight.device)
     nearest = torch.empty(rows, device=weight.device)
     earlier = [moves[:done].T for done in range(BLOCK)]
-    columns_of = zip(levels.unbind(0), scales.unbind(0), snap.columns(), strict=False)
+    columns_of = zip(levels.unbind(0), scales.unbind(0), rounder.columns(), strict=False)
     for start in range(0, columns, BLOCK):
         stop = min(start + BLOCK, columns)
         wanted = (pull[start:stop] @ missing).unbind(0)
@@ -151,7 +151,7 @@ def descend(
             level, scale, column = next(columns_of)
             if done:
                 current.addmv_(earlier[done], within[done][:done], alpha=-1)
-            snap.nearest_(torch.addcdiv(level, current, scale, out=nearest), column)
+            rounder.nearest_(torch.addcdiv(level, current, scale, out=nearest), column)
             torch.sub(nearest, level, out=moves[done]).mul_(scale)
             level.copy_(nearest)
         missing[start:stop].sub_(moves[: stop - start])

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 import torch
 
 from quantkit.schemes import Scheme
-from quantkit.schemes.grids import lattice_of
 from quantkit.system.host import number
 
 SEARCH_ROWS = 128
@@ -67,12 +66,12 @@ def output_error(
     """Mean square error of the outputs when scaled weights are rounded to nearest, summed over rows."""
     error = torch.zeros((), device=gram.device)
     for weight, scheme in members:
-        lattice = lattice_of(scheme)
-        cells = lattice.cells(weight if factors is None else weight * factors)
-        grid = lattice.spanning(cells, scale_dtype)
+        grids = scheme.grids()
+        groups = grids.grouped(weight if factors is None else weight * factors)
+        grid = grids.spanning(groups, scale_dtype)
         scales = grid.scales.float().unsqueeze(-1)
-        missing = torch.addcmul(cells, lattice.nearest_(cells / scales, grid.zeros), scales, value=-1)
-        missing = lattice.uncelled(missing, weight.shape)
+        missing = torch.addcmul(groups, grids.nearest_(groups / scales, grid.zeros), scales, value=-1)
+        missing = grids.ungrouped(missing, weight.shape)
         if factors is not None:
             missing = missing / factors
         error += (missing @ gram).mul_(missing).sum()
@@ -110,6 +109,6 @@ def search_factors(
 
 
 def _sample(weight: torch.Tensor, scheme: Scheme) -> torch.Tensor:
-    """Some rows of a weight; all where scales reach over rows, whose cells a choice of rows would cut."""
+    """Some rows of a weight; all where scales reach over rows, whose groups a choice of rows would cut."""
     step = max(1, weight.shape[0] // SEARCH_ROWS) if scheme.stacks else 1
     return weight[::step].contiguous()

@@ -1,7 +1,6 @@
 """Schemes: which numbers a weight can become, and how many bits that costs. One file a family.
 
-A scheme is plain data, without torch; the arithmetic that belongs to it is its lattice, in
-:mod:`quantkit.schemes.grids`.
+A scheme is plain data, without torch; the arithmetic that belongs to it is in :mod:`quantkit.schemes.grids`.
 """
 
 from __future__ import annotations

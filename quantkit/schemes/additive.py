@@ -1,7 +1,7 @@
 """Additive codebooks: a group of weights is a sum of vectors, one out of each of some codebooks.
 
 Those of AQLM (Egiazarian et al. 2024, arXiv:2401.06118). Its codes belong to groups of weights, so that neither a level
-per weight nor a lattice tells them, and quantkit has no method that chooses them: it reads files that hold some.
+per weight nor a grid tells them, and quantkit has no method that chooses them: it reads files that hold some.
 """
 
 from __future__ import annotations

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 from abc import ABC, abstractmethod
 from dataclasses import fields
-from typing import Any, ClassVar
+from functools import cache
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from quantkit.errors import SchemeError
+
+if TYPE_CHECKING:
+    from quantkit.schemes.grids import Grids
 
 PER_CHANNEL = -1
 
@@ -21,6 +26,7 @@ class Scheme(ABC):
         summary: one line for ``quantkit methods``.
         source: the paper or specification.
         quantizer: name of the one method that chooses its codes; None leaves that to any.
+        grid_class: its arithmetic as ``module:Class``, which imports torch; empty where no codes of weights are told.
         bits: width of a code.
         group_size: input columns that share a scale; ``-1`` is one scale per output row.
         symmetric: zero is a level and no zero point is stored.
@@ -32,6 +38,15 @@ class Scheme(ABC):
     summary: ClassVar[str]
     source: ClassVar[str]
     quantizer: ClassVar[str | None] = None
+    grid_class: ClassVar[str] = ""
+
+    def grids(self) -> Grids:
+        """The arithmetic of the scheme, the same object at every call.
+
+        Raises:
+            TypeError: it has none.
+        """
+        return grids_of(self)
 
     @property
     @abstractmethod
@@ -138,6 +153,16 @@ class Scheme(ABC):
     def defaults(cls) -> dict[str, Any]:
         """The keys that a recipe may give, with what they are if it does not."""
         return {field.name: field.default for field in fields(cls)}  # type: ignore[arg-type]  # subclasses are dataclasses
+
+
+@cache
+def grids_of(scheme: Scheme) -> Grids:
+    """See :meth:`Scheme.grids`."""
+    if not scheme.grid_class:
+        raise TypeError(f"{scheme.describe()} has no grids")
+    module, _, name = scheme.grid_class.partition(":")
+    found: Grids = getattr(importlib.import_module(module), name)(scheme)
+    return found
 
 
 def group_name(group_size: int) -> str:

@@ -35,6 +35,7 @@ class Mxfp4Scheme(_BlockFloat):
     kind: ClassVar[str] = "mxfp4"
     summary: ClassVar[str] = "4-bit floats (E2M1), blocks of 32 that share a power of two"
     source: ClassVar[str] = "OCP Microscaling Formats (MX) specification 1.0"
+    grid_class: ClassVar[str] = "quantkit.schemes.grids.blockfloat:Mxfp4Grids"
 
     @property
     def group_size(self) -> int:
@@ -57,6 +58,7 @@ class Nvfp4Scheme(_BlockFloat):
     kind: ClassVar[str] = "nvfp4"
     summary: ClassVar[str] = "4-bit floats (E2M1), blocks of 16 with E4M3 scales, one float32 scale per tensor"
     source: ClassVar[str] = "NVIDIA, Introducing NVFP4 for efficient and accurate low-precision inference, 2025"
+    grid_class: ClassVar[str] = "quantkit.schemes.grids.blockfloat:Nvfp4Grids"
 
     @property
     def group_size(self) -> int:

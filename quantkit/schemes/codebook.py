@@ -38,6 +38,7 @@ class CodebookScheme(Scheme):
     """
 
     table: ClassVar[tuple[float, ...]]
+    grid_class: ClassVar[str] = "quantkit.schemes.grids.codebook:CodebookGrids"
 
     group_size: int = 64
     double_quant: bool = True

@@ -23,6 +23,7 @@ class Fp8Scheme(Scheme):
     kind: ClassVar[str] = "fp8"
     summary: ClassVar[str] = "8-bit floats (E4M3), a scale per tensor, channel or 128x128 block"
     source: ClassVar[str] = "Micikevicius et al. 2022, arXiv:2209.05433"
+    grid_class: ClassVar[str] = "quantkit.schemes.grids.floating:Fp8Grids"
 
     granularity: Literal["tensor", "channel", "block"] = "channel"
     activations: Literal["dynamic"] | None = None

@@ -34,6 +34,7 @@ class GgmlScheme(Scheme):
     """
 
     quantizer: ClassVar[str | None] = "llama.cpp"
+    grid_class: ClassVar[str] = "quantkit.schemes.grids.ggml:GgmlGrids"
     ggml_type: ClassVar[str]
     width: ClassVar[int]
     sub_block: ClassVar[int]

@@ -35,6 +35,7 @@ class IntScheme(Scheme):
     kind: ClassVar[str] = "int"
     summary: ClassVar[str] = "integer codes, 1 to 8 bits; grouped or per channel, symmetric or with zero points"
     source: ClassVar[str] = "Jacob et al. 2018, arXiv:1712.05877"
+    grid_class: ClassVar[str] = "quantkit.schemes.grids.integer:IntGrids"
 
     bits: int = 4
     group_size: int = 64

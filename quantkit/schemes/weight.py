@@ -37,11 +37,11 @@ class QuantizedWeight:
     Attributes:
         scheme: the grid.
         codes: uint8 ``[out_features, in_features]``, each below ``2**bits``; E4M3 numbers by their bits.
-        scales: the scale of each cell of weights, in the dtype in which weights are decoded:
-            ``[out_features, groups]``, or ``[cells, 1]`` where an integer scheme groups along axis 0.
+        scales: the scale of each group of weights, in the dtype in which weights are decoded:
+            ``[out_features, groups]``, or ``[groups, 1]`` where an integer scheme groups along axis 0.
         zeros: like ``scales``; uint8 for whole zero points, all ``2**(bits - 1)`` when symmetric and 0 where levels
             are not integers; in the dtype of the scales where zero points are floats.
-        parts: the pieces of which a compound scale is made, as the scheme stores them, see its lattice; ``g_idx``,
+        parts: the pieces of which a compound scale is made, as the scheme stores them, see its grids; ``g_idx``,
             int32 ``[in_features]``, the group of each column where groups do not gather neighbours; ``importance``,
             float32 ``[in_features]``, the mean square of each input where a format stores it.
     """
@@ -57,14 +57,12 @@ class QuantizedWeight:
 
         Without a ``dtype``, in the dtype of the scales, as runtimes do.
         """
-        from quantkit.schemes.grids import lattice_of
-
         dtype = dtype or self.scales.dtype
-        lattice = lattice_of(self.scheme)
+        grids = self.scheme.grids()
         order = self.parts["g_idx"].argsort(stable=True) if "g_idx" in self.parts else None
         codes = self.codes if order is None else self.codes[:, order]
-        cells = lattice.levels(lattice.cells(codes), self.zeros, dtype)
-        found = lattice.uncelled(cells.mul_(self.scales.to(dtype).unsqueeze(-1)), codes.shape)
+        groups = grids.levels(grids.grouped(codes), self.zeros, dtype)
+        found = grids.ungrouped(groups.mul_(self.scales.to(dtype).unsqueeze(-1)), codes.shape)
         return found if order is None else found[:, order.argsort()]
 
     def check(self) -> None:
@@ -73,11 +71,9 @@ class QuantizedWeight:
         Raises:
             ValueError: they do not.
         """
-        from quantkit.schemes.grids import lattice_of
-
         if self.codes.ndim != 2:
             raise ValueError(f"its codes have the shape {list(self.codes.shape)}")
-        wanted = lattice_of(self.scheme).cells(self.codes).shape[:-1]
+        wanted = self.scheme.grids().grouped(self.codes).shape[:-1]
         for name, found in (("scales", self.scales), ("zero points", self.zeros)):
             if found.shape != wanted:
                 raise ValueError(f"its {name} have the shape {list(found.shape)} and not {list(wanted)}")

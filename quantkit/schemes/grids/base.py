@@ -1,7 +1,7 @@
-"""What a lattice is: the levels that codes stand for, and the scales that a scheme can store.
+"""What the grids of a scheme are: the levels that codes stand for, and the scales that can be stored.
 
-Weights come in cells, ``[A, G, S]``: ``S`` weights that share a scale, of which there is one per cell,
-``[A, G]``. For all but an integer scheme along axis 0 the cells are ``[rows, groups, columns_per_group]``.
+Weights come in groups, ``[A, G, S]``: ``S`` weights that share a scale, of which there is one per group,
+``[A, G]``. For all but an integer scheme along axis 0 the groups are ``[rows, groups, columns_per_group]``.
 The solvers work on the transposed layer, ``[columns, rows]``, so that a column is contiguous.
 """
 
@@ -15,7 +15,9 @@ from typing import Any, Protocol
 
 import torch
 
+from quantkit.errors import QuantizationError
 from quantkit.schemes.base import Scheme
+from quantkit.system.host import decide
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +25,7 @@ class Grid:
     """Scales in the dtype in which weights are decoded, and zeros as float32; ``[A, G]``.
 
     Attributes:
-        scales: the scale of each cell.
+        scales: the scale of each group.
         zeros: the code of level zero; 0 where levels are not integers.
         parts: see :class:`quantkit.schemes.weight.QuantizedWeight`.
     """
@@ -33,7 +35,7 @@ class Grid:
     parts: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
-class Snap(Protocol):
+class Rounder(Protocol):
     """Finds the nearest levels of a transposed layer, column by column."""
 
     def columns(self) -> Iterator[Any]:
@@ -42,12 +44,12 @@ class Snap(Protocol):
     def nearest_(self, values: torch.Tensor, column: Any) -> None:
         """Replace float32 values of a column, in units of their scales, by the nearest levels."""
 
-    def ordered(self, order: torch.Tensor) -> Snap:
+    def ordered(self, order: torch.Tensor) -> Rounder:
         """The same with the columns in another order."""
 
 
-class Lattice(ABC):
-    """The arithmetic of one scheme.
+class Grids(ABC):
+    """The grids that one scheme allows: its arithmetic.
 
     Attributes:
         scheme: the scheme.
@@ -56,23 +58,23 @@ class Lattice(ABC):
     def __init__(self, scheme: Scheme) -> None:
         self.scheme = scheme
 
-    def cells(self, weight: torch.Tensor) -> torch.Tensor:
-        """``[rows, columns]`` in cells."""
+    def grouped(self, weight: torch.Tensor) -> torch.Tensor:
+        """``[rows, columns]`` in groups."""
         rows, columns = weight.shape
         return weight.view(rows, self.scheme.groups(columns), -1)
 
-    def uncelled(self, cells: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-        """The inverse of :meth:`cells`."""
-        return cells.reshape(shape)
+    def ungrouped(self, groups: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+        """The inverse of :meth:`grouped`."""
+        return groups.reshape(shape)
 
-    def heights(self, importance: torch.Tensor | None, columns: int, device: torch.device) -> torch.Tensor:
-        """Importance per column as a factor of the cells: float32 ``[1, G, S]``.
+    def column_weights(self, importance: torch.Tensor | None, columns: int, device: torch.device) -> torch.Tensor:
+        """Importance per column as a factor of the groups: float32 ``[1, G, S]``.
 
         Where it is None, or vanishes over a whole group, all weights of the group count alike.
         """
         if importance is None:
             return torch.ones(1, 1, 1, device=device)
-        found = self.cells(importance.float().unsqueeze(0))
+        found = self.grouped(importance.float().unsqueeze(0))
         return torch.where(found.amax(-1, keepdim=True) > 0, found, 1.0)
 
     @abstractmethod
@@ -94,12 +96,12 @@ class Lattice(ABC):
         """Replace ``values``, float32 ``[A, G, S]`` in units of their scales, by the nearest levels."""
 
     @abstractmethod
-    def encode(self, cells: torch.Tensor, grid: Grid) -> torch.Tensor:
+    def encode(self, groups: torch.Tensor, grid: Grid) -> torch.Tensor:
         """The nearest codes of weights, uint8 ``[A, G, S]``, ties and rounding as in the scheme's own reference."""
 
     @abstractmethod
-    def spanning(self, cells: torch.Tensor, scale_dtype: torch.dtype) -> Grid:
-        """The grid that just spans the range of each cell, as the scheme's own reference computes it.
+    def spanning(self, groups: torch.Tensor, scale_dtype: torch.dtype) -> Grid:
+        """The grid that just spans the range of each group, as the scheme's own reference computes it.
 
         Raises:
             QuantizationError: the grid reaches beyond what its dtype holds.
@@ -107,18 +109,18 @@ class Lattice(ABC):
 
     @abstractmethod
     def candidates(
-        self, cells: torch.Tensor, count: int, *, negative_scales: bool
+        self, groups: torch.Tensor, count: int, *, negative_scales: bool
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Scales and zeros to try, each ``[A, G]`` float32.
 
         Where scales are not free they are already among those that can be stored.
         """
 
-    def fitted(self, cells: torch.Tensor) -> Lattice:
-        """The lattice of one weight: where all scales have a part in common, one that knows this part.
+    def fitted(self, groups: torch.Tensor) -> Grids:
+        """The grids of one weight: where all scales have a part in common, those with this part.
 
         Args:
-            cells: of the whole weight.
+            groups: of the whole weight.
 
         Raises:
             QuantizationError: the weight is not finite.
@@ -126,7 +128,7 @@ class Lattice(ABC):
         return self
 
     def pooled(self, gains: torch.Tensor) -> torch.Tensor:
-        """What cells gain by a candidate, ``[A, G]``; for each the sum over all cells with which it shares a scale."""
+        """What groups gain by a candidate, ``[A, G]``: for each the sum over all that share its scale."""
         return gains
 
     @abstractmethod
@@ -138,7 +140,7 @@ class Lattice(ABC):
         """
 
     @abstractmethod
-    def snap(self, grid: Grid, rows: int, columns: int) -> Snap:
+    def rounder(self, grid: Grid, rows: int, columns: int) -> Rounder:
         """The nearest levels of a transposed layer."""
 
     def spread(self, values: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
@@ -151,10 +153,10 @@ class Lattice(ABC):
 
 
 class Uniform:
-    """A snap whose columns are all alike."""
+    """A rounder whose columns are all alike."""
 
-    def __init__(self, lattice: Lattice) -> None:
-        self._lattice = lattice
+    def __init__(self, grids: Grids) -> None:
+        self._grids = grids
         self._zeros = torch.zeros(1, 1)
 
     def columns(self) -> Iterator[Any]:
@@ -163,8 +165,40 @@ class Uniform:
 
     def nearest_(self, values: torch.Tensor, column: Any) -> None:
         """Replace values by the nearest levels."""
-        self._lattice.nearest_(values, self._zeros)
+        self._grids.nearest_(values, self._zeros)
 
     def ordered(self, order: torch.Tensor) -> Uniform:
         """The same."""
         return self
+
+
+def stored(scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Scales rounded to the dtype in which they are stored; where they vanish, the smallest number to divide by.
+
+    A group of zeros has scale zero, and one of tiny weights may underflow to it; dividing by it must not
+    give NaN. float16 keeps its subnormal numbers, which an 8-bit scale needs as soon as a group stays below
+    0.008; those of the other dtypes are subnormal in float32 too, where hardware may flush them to zero.
+    """
+    rounded = scales.to(dtype)
+    info = torch.finfo(dtype)
+    least = max(info.tiny * info.eps, torch.finfo(torch.float32).tiny)
+    return torch.where(rounded.abs() < least, least, rounded)
+
+
+def require_held(reach: torch.Tensor, dtype: torch.dtype) -> None:
+    """Refuse a grid whose values a runtime would compute as infinities.
+
+    Args:
+        reach: the largest magnitude of each cell's values.
+        dtype: in which they are computed.
+
+    Raises:
+        QuantizationError: one is beyond it, or not a number.
+    """
+    largest = torch.finfo(dtype).max
+    if not decide((reach <= largest).all()):
+        name = str(dtype).removeprefix("torch.")
+        raise QuantizationError(
+            f"a weight is not finite or needs a scale beyond the range of {name} (its largest value is {largest:g})",
+            "set model.dtype to bfloat16 or float32, whose scales reach further" if name == "float16" else "",
+        )

@@ -1,4 +1,4 @@
-"""The lattices of MXFP4 and NVFP4: E2M1 levels in small blocks with 8-bit scales.
+"""The grids of MXFP4 and NVFP4: E2M1 levels in small blocks with 8-bit scales.
 
 Scales and codes are those that the compressed-tensors package (``calculate_qparams``, ``generate_gparam``,
 ``quantize``) gives for the same weight in float32. Of two levels equally near the one with the even code is taken, and
@@ -7,15 +7,15 @@ a weight below zero that rounds to zero keeps its sign. Scales are float32, what
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
 from quantkit.schemes.base import Scheme
 from quantkit.schemes.blockfloat import E2M1_TABLE
-from quantkit.schemes.grids.base import Grid, Lattice, Snap, Uniform
-from quantkit.schemes.grids.elements import ElementLattice
-from quantkit.schemes.grids.storing import require_held
+from quantkit.schemes.grids.base import Grid, Grids, require_held
+from quantkit.schemes.grids.fixed import FixedGrids
 
-CPU = torch.device("cpu")
 HIGHEST = 6.0
 SIGN = 8
 """The sign bit of a code."""
@@ -38,27 +38,20 @@ class _Tables:
         self.limits = torch.where(odd, torch.nextafter(middles, torch.zeros_like(middles)), middles)
 
 
-class _E2m1Lattice(ElementLattice):
-    """Levels from tables that lie on one device; on another they are made anew for every call."""
+@cache
+def _tables(device: torch.device) -> _Tables:
+    """The tables on a device, where they are kept."""
+    return _Tables(device)
+
+
+class _E2m1Grids(FixedGrids):
+    """Levels from tables, which lie on every device that asked for some."""
 
     highest = HIGHEST
 
-    def __init__(self, scheme: Scheme, device: torch.device = CPU) -> None:
-        super().__init__(scheme)
-        self._device = device
-        self._tables = _Tables(device)
-
-    def fitted(self, cells: torch.Tensor) -> Lattice:
-        """The lattice on the device of a weight."""
-        return type(self)(self.scheme, cells.device)
-
-    def snap(self, grid: Grid, rows: int, columns: int) -> Snap:
-        """The same levels everywhere."""
-        return Uniform(type(self)(self.scheme, grid.scales.device))
-
     def levels(self, codes: torch.Tensor, zeros: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The numbers that E2M1 codes stand for; a zero has a sign."""
-        return self._tables_for(codes).levels.to(dtype)[codes.int()]
+        return _tables(codes.device).levels.to(dtype)[codes.int()]
 
     def codes(self, levels: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
         """The code of each level."""
@@ -67,39 +60,36 @@ class _E2m1Lattice(ElementLattice):
     def nearest_(self, values: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
         """Replace values by the nearest levels, beyond 6 by 6."""
         place = self._magnitudes(values).int()
-        return values.copy_(torch.copysign(self._tables_for(values).levels[place], values))
+        return values.copy_(torch.copysign(_tables(values.device).levels[place], values))
 
-    def encode(self, cells: torch.Tensor, grid: Grid) -> torch.Tensor:
+    def encode(self, groups: torch.Tensor, grid: Grid) -> torch.Tensor:
         """The nearest codes; a quotient of -0.0 is 0.0, as in the package."""
-        scaled = cells / grid.scales.unsqueeze(-1)
+        scaled = groups / grid.scales.unsqueeze(-1)
         return self._magnitudes(scaled).bitwise_or_((scaled < 0).to(torch.uint8) * SIGN)
 
     def _magnitudes(self, values: torch.Tensor) -> torch.Tensor:
         """The codes of magnitudes, uint8."""
-        return torch.bucketize(values.abs(), self._tables_for(values).limits, out_int32=True).to(torch.uint8)
-
-    def _tables_for(self, values: torch.Tensor) -> _Tables:
-        return self._tables if values.device == self._device else _Tables(values.device)
+        return torch.bucketize(values.abs(), _tables(values.device).limits, out_int32=True).to(torch.uint8)
 
 
-class Mxfp4Lattice(_E2m1Lattice):
+class Mxfp4Grids(_E2m1Grids):
     """Blocks of 32 with a power of two as scale.
 
     The OCP specification takes the exponent of the largest magnitude less 2, whose block then reaches up to 8 steps
-    and clips at 6. The package, and this lattice with it, goes to the next exponent where the largest magnitude is
+    and clips at 6. The package, and this class with it, goes to the next exponent where the largest magnitude is
     at least 1.75 times its power of two, and would round to 8.
     """
 
-    def spanning(self, cells: torch.Tensor, scale_dtype: torch.dtype) -> Grid:
+    def spanning(self, groups: torch.Tensor, scale_dtype: torch.dtype) -> Grid:
         """The power of two at which the largest magnitude rounds to 4 or 6."""
-        scales = _power(self._exponents(cells))
+        scales = _power(self._exponents(groups))
         return self.stored(scales, torch.zeros_like(scales), scale_dtype)
 
     def candidates(
-        self, cells: torch.Tensor, count: int, *, negative_scales: bool
+        self, groups: torch.Tensor, count: int, *, negative_scales: bool
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """The spanning power of two and its neighbours."""
-        full = self._exponents(cells)
+        full = self._exponents(groups)
         zero = torch.zeros_like(full, dtype=torch.float32)
         found = []
         for step in (0, 1, -1, -2)[:count]:
@@ -114,9 +104,9 @@ class Mxfp4Lattice(_E2m1Lattice):
         nearest = (exponents - 1 + (mantissas >= 0.75)).clamp_(-EXPONENT_BIAS, EXPONENT_BIAS)
         return Grid(_power(nearest), zeros)
 
-    def _exponents(self, cells: torch.Tensor) -> torch.Tensor:
+    def _exponents(self, groups: torch.Tensor) -> torch.Tensor:
         """Of the spanning scales, int32 ``[rows, groups]``."""
-        largest = cells.abs().amax(-1)
+        largest = groups.abs().amax(-1)
         require_held(largest, torch.float32)
         mantissas, exponents = torch.frexp(largest)
         exponents = exponents - 3 + (mantissas >= 0.875)
@@ -124,7 +114,7 @@ class Mxfp4Lattice(_E2m1Lattice):
         return torch.where(largest == 0, -EXPONENT_BIAS, exponents).clamp_(-EXPONENT_BIAS, EXPONENT_BIAS)
 
 
-class Nvfp4Lattice(_E2m1Lattice):
+class Nvfp4Grids(_E2m1Grids):
     """Blocks of 16 with E4M3 scales under a float32 scale per tensor.
 
     The effective scale of a block is ``local / tensor``; ``parts`` holds ``scales``, the bits of the local ones as
@@ -132,25 +122,25 @@ class Nvfp4Lattice(_E2m1Lattice):
     448: ``448 * 6 / max|w|``.
     """
 
-    def __init__(self, scheme: Scheme, device: torch.device = CPU, common: torch.Tensor | None = None) -> None:
-        super().__init__(scheme, device)
+    def __init__(self, scheme: Scheme, common: torch.Tensor | None = None) -> None:
+        super().__init__(scheme)
         self._common = common
 
-    def fitted(self, cells: torch.Tensor) -> Lattice:
-        """The lattice under the scale of this tensor."""
-        return Nvfp4Lattice(self.scheme, cells.device, global_scale(cells.abs().amax()))
+    def fitted(self, groups: torch.Tensor) -> Grids:
+        """The grids under the scale of this tensor."""
+        return Nvfp4Grids(self.scheme, global_scale(groups.abs().amax()))
 
-    def spanning(self, cells: torch.Tensor, scale_dtype: torch.dtype) -> Grid:
+    def spanning(self, groups: torch.Tensor, scale_dtype: torch.dtype) -> Grid:
         """The largest magnitude over 6."""
-        scales = cells.abs().amax(-1) / HIGHEST
-        return self.fitted(cells).stored(scales, torch.zeros_like(scales), scale_dtype)
+        scales = groups.abs().amax(-1) / HIGHEST
+        return self.fitted(groups).stored(scales, torch.zeros_like(scales), scale_dtype)
 
     def candidates(
-        self, cells: torch.Tensor, count: int, *, negative_scales: bool
+        self, groups: torch.Tensor, count: int, *, negative_scales: bool
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """The spanning scale and the E4M3 numbers around it."""
-        common = self._common if self._common is not None else global_scale(cells.abs().amax())
-        full = _to_e4m3(common * (cells.abs().amax(-1) / HIGHEST)).view(torch.uint8).int()
+        common = self._common if self._common is not None else global_scale(groups.abs().amax())
+        full = _to_e4m3(common * (groups.abs().amax(-1) / HIGHEST)).view(torch.uint8).int()
         zero = torch.zeros_like(full, dtype=torch.float32)
         steps = sorted(range(-count, count), key=lambda step: (abs(step), step))[:count]
         numbers = [(full + step).clamp_(1, E4M3_HIGHEST_BITS).to(torch.uint8) for step in steps]

@@ -1,4 +1,4 @@
-"""The lattice of NF4 and FP4: codes and scales as bitsandbytes computes them on the CPU.
+"""The grids of NF4 and FP4: codes and scales as bitsandbytes computes them on the CPU.
 
 Double quantization (QLoRA, arXiv:2305.14314) takes the mean off all scales of a weight and stores what is left of
 each in 8 bits: a code of the dynamic data type of Dettmers 2016 (arXiv:1511.04561), and a float32 factor for every
@@ -15,9 +15,8 @@ import torch
 
 from quantkit.schemes.base import Scheme
 from quantkit.schemes.codebook import NESTED_BLOCK, CodebookScheme
-from quantkit.schemes.grids.base import Grid
-from quantkit.schemes.grids.elements import TableLattice
-from quantkit.schemes.grids.storing import require_held, stored
+from quantkit.schemes.grids.base import Grid, require_held, stored
+from quantkit.schemes.grids.fixed import TableGrids
 
 LEAST_SPAN = 1e-38
 """What bitsandbytes divides by where the largest magnitude of a block is less."""
@@ -36,7 +35,7 @@ class SpannedGrid(Grid):
     spans: torch.Tensor = field(kw_only=True)
 
 
-class CodebookLattice(TableLattice):
+class CodebookGrids(TableGrids):
     """16 levels and a float32 scale per block, the largest magnitude in it."""
 
     scheme: CodebookScheme
@@ -49,23 +48,23 @@ class CodebookLattice(TableLattice):
         zeros = [code for code, level in enumerate(scheme.table) if level == 0]
         self._second_zero = zeros[1] if len(zeros) > 1 else None
 
-    def encode(self, cells: torch.Tensor, grid: Grid) -> torch.Tensor:
+    def encode(self, groups: torch.Tensor, grid: Grid) -> torch.Tensor:
         """The nearest codes; on a grid that spans the range relative to that range, as bitsandbytes does.
 
         Of the two zeros of FP4, positive weights take the second.
         """
         if isinstance(grid, SpannedGrid):
-            values = cells * (1 / grid.spans.clamp(min=LEAST_SPAN)).unsqueeze(-1)
+            values = groups * (1 / grid.spans.clamp(min=LEAST_SPAN)).unsqueeze(-1)
         else:
-            values = cells / grid.scales.unsqueeze(-1)
+            values = groups / grid.scales.unsqueeze(-1)
         codes = self._coded(values)
         if self._second_zero is not None:
             codes[(codes == 0) & (values > 0)] = self._second_zero
         return codes
 
-    def spanning(self, cells: torch.Tensor, scale_dtype: torch.dtype) -> Grid:
+    def spanning(self, groups: torch.Tensor, scale_dtype: torch.dtype) -> Grid:
         """The largest magnitude of each block, which may be zero."""
-        spans = cells.abs().amax(-1)
+        spans = groups.abs().amax(-1)
         grid = self._held(spans, torch.zeros_like(spans))
         return SpannedGrid(grid.scales, grid.zeros, grid.parts, spans=spans)
 

@@ -1,4 +1,4 @@
-"""The lattice of FP8: E4M3 levels, with scales of a tensor, a channel or a block of 128 x 128 weights.
+"""The grids of FP8: E4M3 levels, with scales of a tensor, a channel or a block of 128 x 128 weights.
 
 Scales and codes are those that the compressed-tensors package (``calculate_qparams``, ``quantize``) gives for the
 same weight in float32: the largest magnitude over 448, and the machine epsilon of their dtype where that rounds to
@@ -13,33 +13,32 @@ import torch
 from torch.nn.functional import pad
 
 from quantkit.schemes.floating import BLOCK, Fp8Scheme
-from quantkit.schemes.grids.base import Grid
-from quantkit.schemes.grids.elements import ElementLattice
-from quantkit.schemes.grids.storing import require_held
+from quantkit.schemes.grids.base import Grid, require_held
+from quantkit.schemes.grids.fixed import FixedGrids
 
 HIGHEST = 448.0
 TINY = 4 * torch.finfo(torch.float32).tiny
 """The smallest scale that a search tries: its reciprocal is finite."""
 
 
-class Fp8Lattice(ElementLattice):
+class Fp8Grids(FixedGrids):
     """E4M3 numbers; the scales of a tensor or block are repeated for each row and group.
 
-    The last cells of a row are padded with zeros where blocks do not divide its columns.
+    The last groups of a row are padded with zeros where blocks do not divide its columns.
     """
 
     scheme: Fp8Scheme
     highest = HIGHEST
 
-    def cells(self, weight: torch.Tensor) -> torch.Tensor:
+    def grouped(self, weight: torch.Tensor) -> torch.Tensor:
         """``[rows, groups, columns_per_group]``."""
         rows, columns = weight.shape
         short = -columns % self.scheme.columns_per_group(columns)
         return (pad(weight, (0, short)) if short else weight).reshape(rows, self.scheme.groups(columns), -1)
 
-    def uncelled(self, cells: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-        """The inverse of :meth:`cells`."""
-        return cells.reshape(shape[0], -1)[:, : shape[1]].contiguous()
+    def ungrouped(self, groups: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+        """The inverse of :meth:`grouped`."""
+        return groups.reshape(shape[0], -1)[:, : shape[1]].contiguous()
 
     def spread(self, values: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
         """``[rows, groups]`` to ``[columns, rows]``."""
@@ -57,29 +56,29 @@ class Fp8Lattice(ElementLattice):
         """Round after clamping to 448; of two equally near the even one."""
         return values.copy_(values.clamp_(-HIGHEST, HIGHEST).to(torch.float8_e4m3fn))
 
-    def encode(self, cells: torch.Tensor, grid: Grid) -> torch.Tensor:
+    def encode(self, groups: torch.Tensor, grid: Grid) -> torch.Tensor:
         """The nearest codes; a weight of -0.0 is 0.0, as the package's zero point makes it."""
-        scaled = cells / grid.scales.float().unsqueeze(-1)
+        scaled = groups / grid.scales.float().unsqueeze(-1)
         return self.codes(scaled.clamp_(-HIGHEST, HIGHEST).add_(0.0), grid.zeros)
 
-    def spanning(self, cells: torch.Tensor, scale_dtype: torch.dtype) -> Grid:
+    def spanning(self, groups: torch.Tensor, scale_dtype: torch.dtype) -> Grid:
         """The largest magnitude over 448."""
-        scales = self._over_rows(cells.abs().amax(-1), largest=True) / HIGHEST
+        scales = self._over_rows(groups.abs().amax(-1), largest=True) / HIGHEST
         return self.stored(scales, torch.zeros_like(scales), scale_dtype)
 
     def candidates(
-        self, cells: torch.Tensor, count: int, *, negative_scales: bool
+        self, groups: torch.Tensor, count: int, *, negative_scales: bool
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Scales from the spanning one up to its double, which only shift weights against the steps of E4M3.
 
         A range that is narrower would clip and gain nothing: but for the smallest numbers, steps are relative.
         """
-        full = (self._over_rows(cells.abs().amax(-1), largest=True) / HIGHEST).clamp_(min=TINY)
+        full = (self._over_rows(groups.abs().amax(-1), largest=True) / HIGHEST).clamp_(min=TINY)
         zero = torch.zeros_like(full)
         return [(full * 2 ** (index / count), zero) for index in range(count)]
 
     def pooled(self, gains: torch.Tensor) -> torch.Tensor:
-        """The gain of all cells of a tensor or block, for each of them."""
+        """The gain of all groups of a tensor or block, for each of them."""
         return self._over_rows(gains, largest=False)
 
     def stored(self, scales: torch.Tensor, zeros: torch.Tensor, scale_dtype: torch.dtype) -> Grid:

@@ -1,4 +1,4 @@
-"""The lattice of GGML's block types: what their codes stand for. Their codes are chosen by llama.cpp alone."""
+"""The grids of GGML's block types: what their codes stand for. Their codes are chosen by llama.cpp alone."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import torch
 
 from quantkit.errors import SchemeError
 from quantkit.schemes.ggml import IQ4_NL_TABLE, GgmlScheme, Iq4NlScheme
-from quantkit.schemes.grids.base import Grid, Lattice, Snap
+from quantkit.schemes.grids.base import Grid, Grids, Rounder
 
 
-class GgmlLattice(Lattice):
+class GgmlGrids(Grids):
     """Levels ``code - zero``, or the table of IQ4_NL; all that would choose codes is refused."""
 
     scheme: GgmlScheme
@@ -31,16 +31,16 @@ class GgmlLattice(Lattice):
         """Refused."""
         self._refuse()
 
-    def encode(self, cells: torch.Tensor, grid: Grid) -> torch.Tensor:
+    def encode(self, groups: torch.Tensor, grid: Grid) -> torch.Tensor:
         """Refused."""
         self._refuse()
 
-    def spanning(self, cells: torch.Tensor, scale_dtype: torch.dtype) -> Grid:
+    def spanning(self, groups: torch.Tensor, scale_dtype: torch.dtype) -> Grid:
         """Refused."""
         self._refuse()
 
     def candidates(
-        self, cells: torch.Tensor, count: int, *, negative_scales: bool
+        self, groups: torch.Tensor, count: int, *, negative_scales: bool
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Refused."""
         self._refuse()
@@ -49,7 +49,7 @@ class GgmlLattice(Lattice):
         """Refused."""
         self._refuse()
 
-    def snap(self, grid: Grid, rows: int, columns: int) -> Snap:
+    def rounder(self, grid: Grid, rows: int, columns: int) -> Rounder:
         """Refused."""
         self._refuse()
 

@@ -1,4 +1,4 @@
-"""The lattice of integer schemes: levels are ``code - zero``."""
+"""The grids of integer schemes: levels are ``code - zero``."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 
-from quantkit.schemes.grids.base import Grid, Lattice, Snap
-from quantkit.schemes.grids.storing import require_held, stored
+from quantkit.schemes.grids.base import Grid, Grids, Rounder, require_held, stored
 from quantkit.schemes.integer import IntScheme
 
 NARROWEST = {1: 0.4, 2: 0.45, 3: 0.6, 4: 0.7, 5: 0.8, 6: 0.88, 7: 0.93, 8: 0.96}
@@ -18,27 +17,27 @@ NARROWEST = {1: 0.4, 2: 0.45, 3: 0.6, 4: 0.7, 5: 0.8, 6: 0.88, 7: 0.93, 8: 0.96}
 TINY = 4 * torch.finfo(torch.float32).tiny
 """The smallest scale that is tried: its narrowest candidate is a normal number still."""
 FARTHEST = 1024
-"""The largest float zero, for a cell far from level zero: beyond it float16 holds no halves."""
+"""The largest float zero, for a group far from level zero: beyond it float16 holds no halves."""
 
 
-class IntLattice(Lattice):
+class IntGrids(Grids):
     """Integer levels with the code of zero fixed, whole or, on request, any number."""
 
     scheme: IntScheme
 
-    def cells(self, weight: torch.Tensor) -> torch.Tensor:
-        """``[rows, columns]`` in cells; along axis 0 they are ``[cells, 1, group_size]``."""
+    def grouped(self, weight: torch.Tensor) -> torch.Tensor:
+        """``[rows, columns]`` in groups; along axis 0 they are ``[groups, 1, group_size]``."""
         if self.scheme.axis == 0:
             return weight.reshape(self.scheme.group_size, -1).T.unsqueeze(1)
-        return super().cells(weight)
+        return super().grouped(weight)
 
-    def uncelled(self, cells: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-        """The inverse of :meth:`cells`."""
-        return cells.squeeze(1).T.reshape(shape) if self.scheme.axis == 0 else super().uncelled(cells, shape)
+    def ungrouped(self, groups: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+        """The inverse of :meth:`grouped`."""
+        return groups.squeeze(1).T.reshape(shape) if self.scheme.axis == 0 else super().ungrouped(groups, shape)
 
-    def heights(self, importance: torch.Tensor | None, columns: int, device: torch.device) -> torch.Tensor:
-        """Along axis 0 a cell lies in one column, so that all its weights count alike."""
-        return super().heights(None if self.scheme.axis == 0 else importance, columns, device)
+    def column_weights(self, importance: torch.Tensor | None, columns: int, device: torch.device) -> torch.Tensor:
+        """Along axis 0 a group lies in one column, so that all its weights count alike."""
+        return super().column_weights(None if self.scheme.axis == 0 else importance, columns, device)
 
     def spread(self, values: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
         """``[A, G]`` to ``[columns, rows]``."""
@@ -61,24 +60,24 @@ class IntLattice(Lattice):
             return values.add_(zero).round_().clamp_(0, self.scheme.levels - 1).sub_(zero)
         return values.round_().clamp_(-zero, self.scheme.levels - 1 - zero)
 
-    def encode(self, cells: torch.Tensor, grid: Grid) -> torch.Tensor:
+    def encode(self, groups: torch.Tensor, grid: Grid) -> torch.Tensor:
         """The nearest codes; of two equally near the even one.
 
         A whole zero is added as a signed number, as compressed-tensors does, so that near ties round as there.
         """
         shift = 0 if self.scheme.zeros == "float" else self.scheme.zero
-        codes = (cells / grid.scales.float().unsqueeze(-1)).add_((grid.zeros - shift).unsqueeze(-1))
+        codes = (groups / grid.scales.float().unsqueeze(-1)).add_((grid.zeros - shift).unsqueeze(-1))
         return codes.round_().add_(shift).clamp_(0, self.scheme.levels - 1).to(torch.uint8)
 
-    def spanning(self, cells: torch.Tensor, scale_dtype: torch.dtype) -> Grid:
-        """The grid that just spans each cell's range, zero included: round-to-nearest's usual choice.
+    def spanning(self, groups: torch.Tensor, scale_dtype: torch.dtype) -> Grid:
+        """The grid that just spans each group's range, zero included: round-to-nearest's usual choice.
 
         Symmetric: ``scale = 2 max|w| / (2**bits - 1)``; asymmetric: ``(max - min) / (2**bits - 1)``. These are
         the formulas of compressed-tensors' ``calculate_qparams``, so that its quantizer gives the same grid.
         With float zeros the range need not include zero, as in HQQ.
         """
         scheme, last = self.scheme, self.scheme.levels - 1
-        low, high = cells.amin(-1), cells.amax(-1)
+        low, high = groups.amin(-1), groups.amax(-1)
         if scheme.zeros == "float":
             scales = stored(torch.maximum((high - low) / last, _least_scale(low, high)), scale_dtype)
             return self._held(Grid(scales, (-low / scales.float()).to(scale_dtype).float()))
@@ -93,7 +92,7 @@ class IntLattice(Lattice):
         return self._held(Grid(scales, zeros))
 
     def candidates(
-        self, cells: torch.Tensor, count: int, *, negative_scales: bool
+        self, groups: torch.Tensor, count: int, *, negative_scales: bool
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Scales and zeros of ranges from the full one down.
 
@@ -104,7 +103,7 @@ class IntLattice(Lattice):
         scheme, last = self.scheme, self.scheme.levels - 1
         narrowest = NARROWEST[scheme.bits]
         shrinks = [1 - (1 - narrowest) * index / max(1, count - 1) for index in range(count)]
-        low, high = cells.amin(-1), cells.amax(-1)
+        low, high = groups.amin(-1), groups.amax(-1)
         if scheme.symmetric:
             zero = torch.full_like(low, scheme.zero)
             if negative_scales and scheme.activations is None:
@@ -144,7 +143,7 @@ class IntLattice(Lattice):
         require_held(reach * grid.scales.float().abs(), grid.scales.dtype)
         return grid
 
-    def snap(self, grid: Grid, rows: int, columns: int) -> Snap:
+    def rounder(self, grid: Grid, rows: int, columns: int) -> Rounder:
         """Limits of each weight; a symmetric scheme has the same for all."""
         last = self.scheme.levels - 1
         if self.scheme.symmetric:

@@ -1,4 +1,4 @@
-"""Lattices whose levels are a fixed set of floats and have no zero point."""
+"""Grids whose levels are a fixed set of floats and have no zero point."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from dataclasses import dataclass
 import torch
 
 from quantkit.schemes.base import Scheme
-from quantkit.schemes.grids.base import Grid, Lattice, Snap, Uniform
+from quantkit.schemes.grids.base import Grid, Grids, Rounder, Uniform
 
 TINY = 4 * torch.finfo(torch.float32).tiny
 EDGE = 0.02
 """Share of a bin that lies between a threshold and the edges, see :class:`_Tables`."""
 
 
-class ElementLattice(Lattice):
-    """Levels that are the same for all cells.
+class FixedGrids(Grids):
+    """Levels that are the same for all groups.
 
     A subclass gives the levels, how the scales are stored, and the shares of the full range that are worth trying.
 
@@ -30,10 +30,10 @@ class ElementLattice(Lattice):
     narrowest: float = 0.8
 
     def candidates(
-        self, cells: torch.Tensor, count: int, *, negative_scales: bool
+        self, groups: torch.Tensor, count: int, *, negative_scales: bool
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Scales of ranges from the full one down, as they can be stored; levels are as many on both sides."""
-        full = (cells.abs().amax(-1) / self.highest).clamp_(min=TINY)
+        full = (groups.abs().amax(-1) / self.highest).clamp_(min=TINY)
         # Of an infinite range no candidate would be an improvement; of one that is not a number the first is, and
         # the storing refuses it.
         full = torch.where(full.isfinite(), full, torch.nan)
@@ -42,7 +42,7 @@ class ElementLattice(Lattice):
         return [(self.localized(full * shrink, full), zero) for shrink in shrinks]
 
     def localized(self, scales: torch.Tensor, full: torch.Tensor) -> torch.Tensor:
-        """Scales rounded as :meth:`stored` would, as far as that can be told of each cell by itself.
+        """Scales rounded as :meth:`stored` would, as far as that can be told of each group by itself.
 
         Args:
             scales: float32 ``[A, G]``.
@@ -50,7 +50,7 @@ class ElementLattice(Lattice):
         """
         return scales
 
-    def snap(self, grid: Grid, rows: int, columns: int) -> Snap:
+    def rounder(self, grid: Grid, rows: int, columns: int) -> Rounder:
         """The same levels everywhere."""
         return Uniform(self)
 
@@ -59,7 +59,7 @@ class ElementLattice(Lattice):
         """Replace values by the nearest levels."""
 
 
-class TableLattice(ElementLattice):
+class TableGrids(FixedGrids):
     """Levels from a table by code.
 
     Args:
