@@ -20,10 +20,9 @@ from quantkit.calibration import CalibrationSet
 from quantkit.errors import EvaluationError, MissingDependencyError
 from quantkit.evaluation import stage as scores
 from quantkit.evaluation.answer_metrics import answer_metric, exact_match, jackknifed
-from quantkit.evaluation.answers import beside_float, changes, read_answers, write_answers
+from quantkit.evaluation.answers import asked, beside_float, changes, load_questions, read_answers, write_answers
 from quantkit.evaluation.evaluate import evaluate
 from quantkit.evaluation.job import EvaluationJob
-from quantkit.evaluation.questions import asked, load_questions
 from quantkit.pipeline import run
 from quantkit.pipeline.contamination import seen_questions
 from quantkit.recipe import AnswerSpec, EvaluationSpec, Recipe

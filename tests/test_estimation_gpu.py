@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from quantkit.estimation import OVERHEAD, Use, anatomy_of, of_variant
-from quantkit.evaluation.memory_probe import CudaProbe
+from quantkit.evaluation.memory import CudaProbe
 from quantkit.quantization import Job, quantize
 from quantkit.recipe import VariantSpec
 from quantkit.runtimes.base import LoadOptions

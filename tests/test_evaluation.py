@@ -11,14 +11,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import processors
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from quantkit import records
 from quantkit.errors import CalibrationError, CheckpointError, EvaluationError, MissingDependencyError, QuantkitError
@@ -29,9 +29,9 @@ from quantkit.evaluation.memory import checkpoint_bytes, peak_rss
 from quantkit.evaluation.reference import TextReader, check_reference, prepare_folder, text_writer, write_index
 from quantkit.evaluation.scoring import score
 from quantkit.evaluation.speed import DECODE_RUNS, NEW_TOKENS, PREFILL_RUNS, PROMPT_TOKENS, measure_speed
-from quantkit.evaluation.texts import Tokens, added_bos, load_text
-from quantkit.evaluation.windows import Windows, cut
+from quantkit.evaluation.texts import Tokens, Windows, added_bos, cut, load_text
 from quantkit.recipe import EvaluationSpec, TextSpec
+from quantkit.recipe.evaluation import Bos
 from quantkit.records.dataset import collect
 from quantkit.runtimes._checkpoint import load_config, load_tokenizer
 from quantkit.runtimes._model import TransformersModel
@@ -94,6 +94,14 @@ def edit_tensors(folder: Path, edit: Callable[[dict[str, torch.Tensor]], object]
     tensors = load_file(file)
     edit(tensors)
     save_file(tensors, file, metadata={"format": "pt"})
+
+
+def tokenizer_with_bos() -> PreTrainedTokenizerFast:
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", BOS)]
+    )
+    return tokenizer
 
 
 def random_windows(count: int = 4, length: int = 24, name: str = "noise") -> Windows:
@@ -187,13 +195,9 @@ def test_an_unreadable_text_names_the_file(tmp_path: Path) -> None:
 
 
 def test_bos_is_used_only_where_the_tokenizer_adds_it_by_itself() -> None:
-    tokenizer = tiny_tokenizer()
-    assert tokenizer.bos_token_id == BOS
-    assert added_bos(tokenizer) is None
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", BOS)]
-    )
-    assert added_bos(tokenizer) == BOS
+    assert tiny_tokenizer().bos_token_id == BOS
+    assert added_bos(tiny_tokenizer()) is None
+    assert added_bos(tokenizer_with_bos()) == BOS
 
 
 # Windows
@@ -203,15 +207,32 @@ def test_windows_do_not_overlap_and_the_rest_is_counted() -> None:
     windows = cut(Tokens("t", list(range(50)), None), context_length=16, max_tokens=45)
     assert windows.ids.tolist() == [list(range(start, start + 16)) for start in (0, 16)]
     facts = windows.facts()
-    assert (facts["tokens"], facts["windows"], facts["dropped_tokens"], facts["bos"]) == (32, 2, 13, False)
+    assert (facts["tokens"], facts["windows"], facts["dropped_tokens"], facts["bos"]) == (32, 2, 13, "none")
 
 
 def test_bos_takes_the_first_slot_of_each_window() -> None:
     windows = cut(Tokens("t", list(range(10, 55)), BOS), context_length=16, max_tokens=45)
     assert windows.ids.tolist() == [[BOS, *range(start, start + 15)] for start in (10, 25, 40)]
     facts = windows.facts()
-    assert (facts["tokens"], facts["dropped_tokens"], facts["bos"]) == (45, 0, True)
+    assert (facts["tokens"], facts["dropped_tokens"], facts["bos"]) == (45, 0, "window")
     assert "beginning-of-sequence" in facts["definition"]
+
+
+@pytest.mark.parametrize(("bos", "count"), [("window", [1, 1, 1]), ("stream", [1, 0, 0]), ("none", [0, 0, 0])])
+def test_bos_stands_where_it_is_asked_for(bos: Bos, count: list[int]) -> None:
+    windows = cut(Tokens("t", list(range(10, 58)), BOS), context_length=16, max_tokens=48, bos=bos)
+    assert (windows.ids == BOS).sum(dim=1).tolist() == count
+    assert windows.ids[0, 0].item() == (10 if bos == "none" else BOS)
+    assert windows.facts()["bos"] == bos
+    assert windows.tokens == int((windows.ids != BOS).sum())
+
+
+@pytest.mark.parametrize("bos", get_args(Bos))
+def test_a_tokenizer_without_bos_gets_none(bos: Bos) -> None:
+    ids = list(range(10, 58))
+    windows = cut(Tokens("t", ids, None), context_length=16, max_tokens=48, bos=bos)
+    assert windows.ids.flatten().tolist() == ids
+    assert windows.facts()["bos"] == "none"
 
 
 def test_a_text_shorter_than_a_window_is_one_short_window() -> None:
@@ -250,6 +271,29 @@ def test_perplexity_is_that_of_the_loss_of_transformers(
     assert result.perplexity == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-6)
     assert result.kl is None
     assert result.top1_agreement is None
+
+
+def test_perplexity_of_a_stream_is_that_of_gptq(model: TransformersModel, tmp_path: Path) -> None:
+    """Beside the few lines that GPTQ and those after it have: the whole text at once, as the tokenizer gives it."""
+    rows = [{"text": line} for line in PROSE.split(". ")]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    tokenizer, length = tokenizer_with_bos(), 24
+    spec = TextSpec(name="rows", file=str(tmp_path / "rows.jsonl"))
+    windows = cut(load_text(spec, tokenizer, 10**6), length, 10**6, bos="stream")
+
+    stream = tokenizer("\n\n".join(row["text"] for row in rows), return_tensors="pt").input_ids
+    losses = []
+    with torch.no_grad():
+        for place in range(stream.numel() // length):
+            ids = stream[:, place * length : (place + 1) * length]
+            logits = model.model(ids).logits[:, :-1]
+            losses.append(torch.nn.functional.cross_entropy(logits[0], ids[0, 1:]) * length)
+    published = torch.exp(torch.stack(losses).sum() / (len(losses) * length)).item()
+
+    assert windows.ids.flatten().tolist() == stream[0, : windows.ids.numel()].tolist()
+    assert score(model, windows).perplexity == pytest.approx(published, rel=1e-6)
+    each = cut(load_text(spec, tokenizer, 10**6), length, 10**6, bos="window")
+    assert score(model, each).perplexity != pytest.approx(published, rel=1e-3)
 
 
 def test_a_model_does_not_diverge_from_its_own_stored_reference(model: TransformersModel, tmp_path: Path) -> None:

@@ -14,9 +14,8 @@ import pytest
 import torch
 
 from quantkit.errors import EvaluationError
-from quantkit.evaluation import memory_probe as probes
-from quantkit.evaluation.memory import MemoryWatch
-from quantkit.evaluation.memory_probe import HostProbe, peak_rss
+from quantkit.evaluation import memory as probes
+from quantkit.evaluation.memory import HostProbe, MemoryWatch, peak_rss
 from quantkit.evaluation.speed import NEW_TOKENS, PROMPT_TOKENS
 from quantkit.runtimes.base import LoadedModel
 from tests.device import FakeCuda

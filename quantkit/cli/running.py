@@ -182,6 +182,7 @@ def evaluate(
     reference: Annotated[str | None, typer.Option(help="The float model to compare with.")] = None,
     context_length: Annotated[int, typer.Option(help="Tokens per window.")] = 512,
     max_tokens: Annotated[int, typer.Option(help="Tokens scored per text at most.")] = 8192,
+    bos: Annotated[str, typer.Option(help="Where a BOS token stands: before each window, stream or none.")] = "window",
     loader: Annotated[str, typer.Option(help="auto, transformers, or reference (quantkit's own decoder).")] = "auto",
 ) -> None:
     """Score a checkpoint in a fresh process and print the figures as JSON."""
@@ -196,6 +197,7 @@ def evaluate(
             observer=display,
             context_length=context_length,
             max_tokens=max_tokens,
+            bos=bos,
             loader=loader,
         )
     say(json.dumps(result, indent=2))

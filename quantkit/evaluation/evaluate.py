@@ -11,15 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from quantkit.errors import EvaluationError
+from quantkit.evaluation.divergence import in_words
 from quantkit.evaluation.job import EvaluationJob, Progress
 from quantkit.evaluation.memory import MemoryWatch, checkpoint_bytes
 from quantkit.evaluation.reference import TextReader, check_reference, prepare_folder, text_writer, write_index
 from quantkit.evaluation.scoring import TextScore, score
 from quantkit.evaluation.speed import NEW_TOKENS, PROMPT_TOKENS, measure_speed
-from quantkit.evaluation.tasks_and_answers import beyond
-from quantkit.evaluation.texts import load_text
-from quantkit.evaluation.windows import Windows, cut
-from quantkit.evaluation.worst_tokens import in_words
+from quantkit.evaluation.tasks_and_answers import tasks_and_answers
+from quantkit.evaluation.texts import Windows, cut, load_text
 from quantkit.runtimes._checkpoint import load_config, load_tokenizer
 from quantkit.runtimes._choice import choose_runtime
 from quantkit.runtimes.base import LoadedModel, LoadOptions, Runtime
@@ -41,7 +40,7 @@ def evaluate(job: EvaluationJob, progress: Progress) -> dict[str, Any]:
         of its windows, and the tokens furthest from the reference;
         ``size_bytes``; ``loaded_by``, the runtime's name; ``memory`` and ``speed``, None where the job does not ask,
         and for a model that the reference decoder loaded those of float weights, which ``memory.weights_are`` says;
-        ``seconds``; ``environment``; and what :meth:`quantkit.evaluation.tasks_and_answers.Beyond.score` gives.
+        ``seconds``; ``environment``; and what :meth:`TasksAndAnswers.score` gives.
 
     Raises:
         EvaluationError: the checkpoint cannot be loaded, a text is too short, logits are NaN, tokens differ
@@ -58,7 +57,7 @@ def evaluate(job: EvaluationJob, progress: Progress) -> dict[str, Any]:
     windows = _cut_texts(job, tokenizer, progress)
     config = load_config(job.checkpoint, trust_remote_code=job.trust_remote_code)
     _check_job(job, config, windows)
-    with beyond(job, config, tokenizer) as further, _memory_errors(device):
+    with tasks_and_answers(job, config, tokenizer) as further, _memory_errors(device):
         options = replace(options, context_length=max(options.context_length, further.context_length))
         watch = MemoryWatch(device, own_allocator=runtime.own_allocator)
         model = _load(job, runtime, options, progress)
@@ -90,7 +89,8 @@ def _cut_texts(job: EvaluationJob, tokenizer: PreTrainedTokenizerBase, progress:
     spec, total = job.spec, len(job.spec.texts)
     windows = {}
     for done, text in enumerate(spec.texts, start=1):
-        windows[text.name] = cut(load_text(text, tokenizer, spec.max_tokens), spec.context_length, spec.max_tokens)
+        tokens = load_text(text, tokenizer, spec.max_tokens)
+        windows[text.name] = cut(tokens, spec.context_length, spec.max_tokens, spec.bos)
         progress("texts", done, total)
     return windows
 

@@ -29,7 +29,7 @@ class EvaluationJob:
         trust_remote_code: run Python code that comes with the checkpoint, a task or a metric.
         answers_file: where the answers to the spec's questions are written; None keeps none of them.
         float_answers: those of the float model, to compare with.
-        seen: the questions that the model was calibrated on, as :func:`quantkit.evaluation.questions.asked` has them.
+        seen: the questions that the model was calibrated on, as :func:`quantkit.evaluation.answers.asked` has them.
     """
 
     checkpoint: Path

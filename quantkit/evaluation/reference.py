@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from quantkit.errors import EvaluationError
-from quantkit.evaluation.windows import Windows
+from quantkit.evaluation.texts import Windows
 from quantkit.system.artifacts import read_json, translated_os_errors, write_json
 
 INDEX_FILE = "reference.json"

@@ -9,10 +9,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from quantkit.errors import EvaluationError
-from quantkit.evaluation.divergence import Summary, summarize
+from quantkit.evaluation.divergence import Departure, Summary, departures, summarize
 from quantkit.evaluation.reference import TextReader, TextWriter
-from quantkit.evaluation.windows import Windows
-from quantkit.evaluation.worst_tokens import Departure, departures
+from quantkit.evaluation.texts import Windows
 from quantkit.runtimes.base import LoadedModel
 
 CHUNK_ELEMENTS = 1 << 21

@@ -1,4 +1,4 @@
-"""Scores beyond likelihoods: tasks and answers. Prepared before the model is loaded, taken after its texts."""
+"""Tasks and answers of a job: prepared before its model is loaded, scored after its texts."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from quantkit.evaluation import answers
 from quantkit.evaluation.answer_metrics import Metric, answer_metric
+from quantkit.evaluation.answers import Questions, load_questions
 from quantkit.evaluation.generation import end_tokens
 from quantkit.evaluation.job import EvaluationJob, Progress
-from quantkit.evaluation.questions import Questions, load_questions
 from quantkit.evaluation.tasks import LoadedTask, loaded_tasks, score_tasks
 from quantkit.runtimes.base import LoadedModel
 
@@ -22,8 +22,8 @@ UNLIMITED = 1 << 30
 
 
 @dataclass(frozen=True)
-class Beyond:
-    """What a job asks for beyond likelihoods.
+class TasksAndAnswers:
+    """The tasks and the questions of a job, with all that scoring them takes.
 
     Attributes:
         job: the job.
@@ -84,8 +84,10 @@ class Beyond:
 
 
 @contextmanager
-def beyond(job: EvaluationJob, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> Iterator[Beyond]:
-    """Prepare what a job asks for, before its model is loaded.
+def tasks_and_answers(
+    job: EvaluationJob, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
+) -> Iterator[TasksAndAnswers]:
+    """Prepare the tasks and the questions of a job, before its model is loaded.
 
     Raises:
         MissingDependencyError: a package for it is not installed.
@@ -98,7 +100,7 @@ def beyond(job: EvaluationJob, config: PreTrainedConfig, tokenizer: PreTrainedTo
     metrics = () if spec is None else tuple(answer_metric(name, trusted=trusted) for name in spec.metrics)
     ends = end_tokens(job.checkpoint, config, tokenizer)
     with loaded_tasks(job.spec.tasks, trusted=trusted) as tasks:
-        yield Beyond(job, tokenizer, ends, longest, tasks, questions, metrics)
+        yield TasksAndAnswers(job, tokenizer, ends, longest, tasks, questions, metrics)
 
 
 def _named(progress: Progress, step: str) -> Callable[[int, int], None]:

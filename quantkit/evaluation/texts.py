@@ -1,14 +1,18 @@
-"""Read the texts to score on, and turn them into tokens."""
+"""The texts to score on: read, turned into tokens, and cut into windows."""
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from quantkit import records
 from quantkit.errors import EvaluationError
 from quantkit.recipe import TextSpec
+from quantkit.recipe.evaluation import Bos
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,8 +47,8 @@ def load_text(spec: TextSpec, tokenizer: PreTrainedTokenizerBase, limit: int) ->
 
     Conversations are rendered by the model's chat template, and their tokens follow one another. Where all
     is plain text, or the model has no template, documents are joined by two newlines and tokenized as one
-    stream without special tokens; blank rows of a data set count as documents, so that for the WikiText-2
-    test split this is the protocol of GPTQ (arXiv:2210.17323).
+    stream without special tokens; blank rows of a data set count as documents. For the WikiText-2 test split this is
+    the text of GPTQ's protocol (arXiv:2210.17323), whose windows :func:`cut` makes with ``bos="stream"``.
 
     Raises:
         CalibrationError: the file or data set cannot be read, or the chat template fails.
@@ -114,3 +118,106 @@ def _encode_beginning(found: list[records.Record], tokenizer: PreTrainedTokenize
         if len(ids) >= limit:
             break
     return ids
+
+
+@dataclass(frozen=True, slots=True)
+class Windows:
+    """Non-overlapping windows of one text, all of the same length.
+
+    Attributes:
+        name: the text.
+        ids: int64 ``[windows, length]`` as they are fed to the model.
+        context_length: the length that was asked for; ``length`` is less only for a text shorter than that.
+        bos: where BOS is: in the first slot of each ``window``, in that of the first one, or nowhere.
+        tokens: tokens of the text in the windows.
+        dropped: tokens of the partial window at the end, which is not scored.
+        skipped_records: rows of the text's file or data set that hold nothing to score on.
+    """
+
+    name: str
+    ids: torch.Tensor
+    context_length: int
+    bos: Bos
+    tokens: int
+    dropped: int
+    skipped_records: int = 0
+
+    @property
+    def scored_per_window(self) -> int:
+        """Scored positions in one window: all but the first."""
+        return self.ids.shape[1] - 1
+
+    @property
+    def positions(self) -> int:
+        """Scored positions in all windows."""
+        return self.ids.shape[0] * self.scored_per_window
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 over length and ids of the windows as little-endian int64, BOS included."""
+        array = self.ids.contiguous().numpy().astype("<i8", copy=False)
+        return hashlib.sha256(array.shape[1].to_bytes(8, "little") + array.tobytes()).hexdigest()
+
+    def facts(self) -> dict[str, Any]:
+        """How the text was cut, for the record."""
+        return {
+            "definition": definition(self.context_length, self.bos),
+            "context_length": self.context_length,
+            "stride": self.context_length,
+            "bos": self.bos,
+            "tokens": self.tokens,
+            "windows": self.ids.shape[0],
+            "token_ids_sha256": self.sha256,
+            "dropped_tokens": self.dropped,
+            "skipped_records": self.skipped_records,
+        }
+
+
+BEGINNINGS: dict[Bos, str] = {
+    "window": " of which the first is the beginning-of-sequence token",
+    "stream": " of a stream that begins with the beginning-of-sequence token",
+    "none": "",
+}
+
+
+def definition(context_length: int, bos: Bos) -> str:
+    """One sentence that says how perplexity is computed."""
+    return (
+        f"exp of the mean negative log-likelihood per token, over non-overlapping windows of {context_length} tokens"
+        f"{BEGINNINGS[bos]}; every token but a window's first is predicted from those before it in the window"
+    )
+
+
+def cut(tokens: Tokens, context_length: int, max_tokens: int, bos: Bos = "window") -> Windows:
+    """Cut at most ``max_tokens`` tokens of a text into windows of ``context_length``.
+
+    Where the tokenizer adds BOS by itself, ``bos`` says what becomes of it. With ``window`` each window is BOS and
+    ``context_length - 1`` tokens of the text. With ``stream`` the windows are cut from BOS and the text after it, which
+    are what the tokenizer gives for the whole text: so GPTQ (arXiv:2210.17323) and those after it take perplexity.
+    A partial window at the end is dropped, unless it is the only one.
+
+    Raises:
+        EvaluationError: the text is too short for a single scored token.
+    """
+    bos = "none" if tokens.bos is None else bos
+    start, head = ([] if tokens.bos is None or bos != place else [tokens.bos] for place in ("window", "stream"))
+    per_window = context_length - len(start)
+    ids = (head + tokens.ids)[:max_tokens]
+    if len(ids) + len(start) < 2:
+        raise EvaluationError(
+            f"text '{tokens.name}' has {len(tokens.ids)} tokens, too few to score", "give a text of a few hundred words"
+        )
+    per_window = min(per_window, len(ids))
+    count = len(ids) // per_window
+    used = count * per_window
+    body = torch.tensor(ids[:used], dtype=torch.int64).view(count, per_window)
+    first = torch.tensor(start, dtype=torch.int64).expand(count, len(start))
+    return Windows(
+        name=tokens.name,
+        ids=torch.cat([first, body], dim=1),
+        context_length=context_length,
+        bos=bos,
+        tokens=used - len(head),
+        dropped=len(ids) - used,
+        skipped_records=tokens.skipped_records,
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from quantkit import records
 from quantkit.calibration import CalibrationSet
-from quantkit.evaluation.questions import asked
+from quantkit.evaluation.answers import asked
 from quantkit.recipe import Recipe
 
 

@@ -14,6 +14,7 @@ from quantkit.recipe.tasks import AnswerSpec, TaskSpec
 from quantkit.runtimes import RUNTIMES
 from quantkit.system.validation import located
 
+Bos = Literal["window", "stream", "none"]
 Metric = Literal["perplexity", "kl_divergence", "top1_agreement", "memory", "speed"]
 COMPARING_METRICS: tuple[Metric, ...] = ("kl_divergence", "top1_agreement")
 METRICS: tuple[Metric, ...] = ("perplexity", "kl_divergence", "top1_agreement", "memory", "speed")
@@ -63,6 +64,8 @@ class EvaluationSpec(Section):
     Attributes:
         texts: what to score on.
         context_length: tokens per window; windows do not overlap.
+        bos: where the beginning-of-sequence token stands, if the tokenizer puts one before every sequence: before each
+            ``window``; once, before the ``stream`` that a text is, as in the literature; or nowhere.
         max_tokens: tokens scored per text at most.
         metrics: which figures to take.
         device: ``auto`` is CUDA where there is one.
@@ -80,6 +83,7 @@ class EvaluationSpec(Section):
         TextSpec(name="answers", bundled="answers"),
     )
     context_length: Annotated[Whole, Field(ge=16)] = 512
+    bos: Bos = "window"
     max_tokens: Annotated[Whole, Field(ge=16)] = 8192
     metrics: Annotated[tuple[Metric, ...], Field(min_length=1)] = METRICS
     device: str = "auto"

@@ -12,7 +12,7 @@ Key = tuple[str, str, str]
 
 @dataclass(frozen=True, slots=True)
 class TokenRecord:
-    """A token at which a file departs far from the float model; see :mod:`quantkit.evaluation.worst_tokens`."""
+    """A token at which a file departs far from the float model; see :mod:`quantkit.evaluation.divergence`."""
 
     window: int
     position: int
