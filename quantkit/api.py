@@ -35,7 +35,7 @@ def run(recipe: Recipe | str | Path, observer: Observer | None = None, *, instal
         QuantkitError: nothing can run: the recipe, the model or the calibration set is unusable, or the environment of
             a library is not there and may not be made.
     """
-    from quantkit.run_history.recording import recorded_run
+    from quantkit.pipeline.recorded import recorded_run
 
     return recorded_run(_loaded(recipe), observer or Silent(), installs=install)
 

@@ -5,7 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from quantkit.run_history import LayerRecord, RunRecord, TextRecord, TokenRecord, VariantRecord
+from quantkit.gates.record import (
+    LayerRecord,
+    TextRecord,
+    TokenRecord,
+    VariantRecord,
+)
+from quantkit.run_history import RunRecord
 
 TOKEN = TokenRecord(1, 7, 2.5, 4.0, "the tide went", " out", " out", " in")
 TEXT = TextRecord("aa11", 64, 63, (126.0, 130.0, 120.0), (6.3, 6.5, 6.1), (50, 51, 49), (TOKEN,))

@@ -12,12 +12,13 @@ import pytest
 
 from quantkit.errors import RecipeError
 from quantkit.gates import parse_gate
+from quantkit.gates.judge import judge_relative
 from quantkit.gates.noise import Spread
-from quantkit.gates.relative import judge_relative
-from quantkit.regression import GateResult
+from quantkit.gates.record import TextRecord, VariantRecord
+from quantkit.gates.results import GateResult
 from quantkit.regression.judging import speed_spreads
 from quantkit.report import check_gate_syntax, evaluate_gates
-from quantkit.run_history import RunRecord, TextRecord, VariantRecord
+from quantkit.run_history import RunRecord
 from tests.history_records import TEXT, run
 from tests.history_records import variant as record
 

@@ -19,9 +19,6 @@ FLOORS = (
 )  # fmt: skip
 """From the ground up."""
 STILL_UPWARD: dict[tuple[str, str], str] = {
-    ("gates", "run_history"): "what a gate judges goes to gates",
-    ("gates", "regression"): "what a gate judges goes to gates",
-    ("run_history", "pipeline"): "the recording of a run goes to pipeline",
     ("gguf", "exports"): "the writer of GGUF files goes to exports, or asks less",
     ("gguf", "formats"): "the writer of GGUF files goes to exports, or asks less",
     ("quantization", "publishing"): "the card is written by pipeline",

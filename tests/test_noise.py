@@ -8,7 +8,7 @@ import random
 import pytest
 
 from quantkit.gates import noise
-from quantkit.gates.student import t_quantile
+from quantkit.gates.noise import t_quantile
 
 WINDOWS = 16
 TRIES = 2000

@@ -17,16 +17,14 @@ import pytest
 import urllib3.util
 
 from quantkit.errors import OutputError, QuantkitError, RecipeError
+from quantkit.gates.results import Comparison, GateResult, Outcome
 from quantkit.recipe import WebhookSpec
 from quantkit.regression import webhook
 from quantkit.regression.document import (
     Change,
     Check,
-    Comparison,
-    GateResult,
     LayerShift,
     Metric,
-    Outcome,
     Reference,
     TextShift,
     TokenExample,

@@ -14,12 +14,11 @@ from typing import Any
 import pytest
 
 from quantkit.errors import QuantkitError
+from quantkit.pipeline.recorded import append
 from quantkit.recipe import Recipe
 from quantkit.run_history import History, Wanted, connection
-from quantkit.run_history.building import stopped_record
-from quantkit.run_history.insert import RUN_COLUMNS
-from quantkit.run_history.location import place, private
-from quantkit.run_history.recording import append
+from quantkit.run_history.record import place, private, stopped_record
+from quantkit.run_history.rows import RUN_COLUMNS
 from quantkit.run_history.schema import APPLICATION_ID, STEPS, VERSION, statements
 from tests.history_records import run, variant
 from tests.runs import Notebook

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from quantkit.gates.absolute import absolute_verdict, texts_of
+from quantkit.gates.judge import judge_absolute, judge_relative
+from quantkit.gates.record import variant_record
+from quantkit.gates.results import GateResult
 from quantkit.gates.syntax import Gate, parse_gate
 
 
@@ -27,32 +29,33 @@ def evaluate_gates(
     Raises:
         RecipeError: a gate cannot be read.
     """
-    verdicts = []
+    records = [variant_record(variant) for variant in variants]
+    float_model = variant_record(baseline or {})
+    results = []
     for gate in map(parse_gate, gates):
-        texts = texts_of(gate, variants)
+        texts = _texts_of(gate, variants)
         if gate.kind == "absolute":
-            verdicts += [absolute_verdict(gate, variant, texts) for variant in variants]
+            results += [judge_absolute(gate, record, texts) for record in records]
         elif gate.kind == "baseline":
-            verdicts += [_beside_baseline(gate, variant, baseline or {}, texts) for variant in variants]
-    return verdicts
+            results += [judge_relative(gate, record, float_model, texts) for record in records]
+    return [_verdict(result) for result in results]
 
 
-def _beside_baseline(
-    gate: Gate, variant: Mapping[str, Any], baseline: Mapping[str, Any], texts: Sequence[str]
-) -> dict[str, Any]:
-    from quantkit.gates.relative import judge_relative
-    from quantkit.run_history.rows import variant_record
+def _texts_of(gate: Gate, variants: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The texts that any of the variants has a gate's metric of, whether or not it is a finite figure."""
+    found = [(variant.get("metrics") or {}).get(gate.metric) or {} for variant in variants]
+    return sorted({text for by_text in found if isinstance(by_text, Mapping) for text in by_text})
 
-    result = judge_relative(gate, variant_record(variant), variant_record(baseline), texts)
+
+def _verdict(result: GateResult) -> dict[str, Any]:
     worst = result.worst
-    return {
-        "gate": gate.text,
+    about = {
+        "gate": result.gate,
         "variant": result.variant,
         "value": None if worst is None or worst.outcome == "unknown" else worst.value,
         "passed": result.outcome == "passed",
         "reason": result.reason,
-        "difference": worst and worst.difference,
-        "low": worst and worst.low,
-        "high": worst and worst.high,
-        "detectable": worst and worst.detectable,
     }
+    if result.kind == "absolute":
+        return about
+    return about | {key: worst and getattr(worst, key) for key in ("difference", "low", "high", "detectable")}

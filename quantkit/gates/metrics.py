@@ -7,15 +7,9 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Literal
 
-BYTE_UNITS = {
-    "B": Decimal(1),
-    "KB": Decimal(10**3),
-    "MB": Decimal(10**6),
-    "GB": Decimal(10**9),
-    "KiB": Decimal(2**10),
-    "MiB": Decimal(2**20),
-    "GiB": Decimal(2**30),
-}
+from quantkit.system.units import UNITS
+
+BYTE_UNITS = {unit: Decimal(size) for unit, size in UNITS.items() if unit}
 Spread = Literal["likelihood", "divergence", "agreement", "timings", "stderr", "exact"]
 """Where the noise of a figure is told from: sums of each window, repeated timings, its standard error, or none."""
 

@@ -10,9 +10,16 @@ from typing import Any
 
 from quantkit.errors import EXIT_USER_ERROR, QuantkitError, RecipeError
 from quantkit.evaluation.stage import LOGPROBS
+from quantkit.gates.results import GateResult, Outcome
+from quantkit.pipeline.recorded import append
 from quantkit.recipe import Recipe
 from quantkit.regression.changes import changes
-from quantkit.regression.document import SCHEMA, Check, GateResult, Outcome, Reference, VariantState
+from quantkit.regression.document import (
+    SCHEMA,
+    Check,
+    Reference,
+    VariantState,
+)
 from quantkit.regression.figures import RUNS_SHOWN, metrics, trends
 from quantkit.regression.files import write_check
 from quantkit.regression.judging import Beside, judge, verdict
@@ -21,10 +28,7 @@ from quantkit.regression.pages import write_pages
 from quantkit.regression.retention import checkpoint_of, clean_up, keep, keep_reports
 from quantkit.regression.shifts import layer_shifts, text_shifts
 from quantkit.regression.summary import notes, summary
-from quantkit.run_history.building import finished_record, now, stopped_record
-from quantkit.run_history.location import place
-from quantkit.run_history.record import RunRecord
-from quantkit.run_history.recording import append
+from quantkit.run_history.record import RunRecord, finished_record, now, place, stopped_record
 from quantkit.run_history.store import Accepted, History, Wanted
 from quantkit.system.locks import held
 from quantkit.system.progress import Observer

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from quantkit.gates import noise
-from quantkit.gates.comparable import why_not
-from quantkit.gates.compare import compare
+from quantkit.gates.compare import compare, why_not
 from quantkit.gates.metrics import METRICS
 from quantkit.gates.metrics import Metric as About
 from quantkit.gates.noise import Spread
+from quantkit.gates.record import Key, VariantRecord
 from quantkit.regression.document import Metric, Trend, TrendPoint
 from quantkit.regression.judging import Beside, speed_spreads
-from quantkit.run_history.record import Key, RunRecord, VariantRecord
+from quantkit.run_history.record import RunRecord
 
 RUNS_SHOWN = 30
 TRENDS = (

@@ -7,14 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import stdev
 
-from quantkit.gates.absolute import judge_absolute
-from quantkit.gates.comparable import why_not
-from quantkit.gates.compare import TIMINGS
+from quantkit.gates.compare import TIMINGS, why_not
+from quantkit.gates.judge import RUNS_FOR_SPREAD, judge_absolute, judge_relative
 from quantkit.gates.noise import Spread
-from quantkit.gates.relative import RUNS_FOR_SPREAD, judge_relative
+from quantkit.gates.record import VariantRecord
+from quantkit.gates.results import GateResult, Outcome
 from quantkit.gates.syntax import Gate, parse_gate
-from quantkit.regression.document import GateResult, Outcome
-from quantkit.run_history.record import RunRecord, VariantRecord
+from quantkit.run_history.record import RunRecord
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,9 +6,15 @@ import math
 from collections.abc import Iterator
 
 from quantkit.gates.compare import compare
+from quantkit.gates.record import (
+    LayerRecord,
+    TextRecord,
+    TokenRecord,
+    VariantRecord,
+)
 from quantkit.regression.document import LayerShift, TextShift, TokenExample, WindowShift
 from quantkit.regression.judging import Beside
-from quantkit.run_history.record import LayerRecord, RunRecord, TextRecord, TokenRecord, VariantRecord
+from quantkit.run_history.record import RunRecord
 
 LAYERS_SHOWN = 20
 TEXTS_SHOWN = 10

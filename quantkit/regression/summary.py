@@ -6,9 +6,9 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from quantkit.gates.relative import percent
+from quantkit.gates.judge import percent
+from quantkit.gates.results import GateResult, Outcome
 from quantkit.recipe import Recipe
-from quantkit.regression.document import GateResult, Outcome
 from quantkit.regression.judging import Beside
 from quantkit.run_history.record import RunRecord
 from quantkit.run_history.store import DEFAULT_FILE

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from quantkit.gates.relative import percent
-from quantkit.regression.document import Check, Comparison, GateResult
+from quantkit.gates.judge import percent
+from quantkit.gates.results import Comparison, GateResult
+from quantkit.regression.document import Check
 from quantkit.report.numbers import in_bytes
 
 if TYPE_CHECKING:

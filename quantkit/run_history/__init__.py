@@ -2,16 +2,7 @@
 
 from __future__ import annotations
 
-from quantkit.run_history.record import LayerRecord, RunRecord, TextRecord, TokenRecord, VariantRecord
+from quantkit.run_history.record import RunRecord
 from quantkit.run_history.store import Accepted, History, Wanted
 
-__all__ = [
-    "Accepted",
-    "History",
-    "LayerRecord",
-    "RunRecord",
-    "TextRecord",
-    "TokenRecord",
-    "VariantRecord",
-    "Wanted",
-]
+__all__ = ["Accepted", "History", "RunRecord", "Wanted"]

@@ -1,97 +1,21 @@
-"""What the history knows of a run: typed, without torch, the same whether it comes from a report or from the file."""
+"""What the history knows of a run, and how that is made of the run's report or of what stopped it.
+
+The user's folders stay out of it: paths are written relative to where quantkit runs, or to the home folder.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
-Key = tuple[str, str, str]
-"""Metric, text and figure, such as ``("kl_divergence", "prose", "mean")``; what does not apply is empty."""
+from quantkit.gates.record import VariantRecord, variant_record
+from quantkit.recipe import Recipe
 
-
-@dataclass(frozen=True, slots=True)
-class TokenRecord:
-    """A token at which a file departs far from the float model; see :mod:`quantkit.evaluation.divergence`."""
-
-    window: int
-    position: int
-    kl_divergence: float
-    nll: float
-    context: str
-    token: str
-    expected: str
-    predicted: str
-
-
-@dataclass(frozen=True, slots=True)
-class TextRecord:
-    """How a file did on each window of a text.
-
-    Attributes:
-        token_ids_sha256: of the windows' tokens; two texts with the same hash are compared window by window.
-        context_length: tokens of a window as asked for.
-        tokens_per_window: scored tokens in each.
-        nll: sum of negative log-likelihoods of each window, nats.
-        kl: sum of divergences from the float model of each window, nats; None where none was taken.
-        agreements: how many tokens of each window the float model would have chosen too; None likewise.
-        departures: the furthest tokens.
-    """
-
-    token_ids_sha256: str
-    context_length: int
-    tokens_per_window: int
-    nll: tuple[float, ...]
-    kl: tuple[float, ...] | None = None
-    agreements: tuple[int, ...] | None = None
-    departures: tuple[TokenRecord, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class LayerRecord:
-    """A quantized layer: its scheme, and the error of its output, see docs/report.md."""
-
-    name: str
-    scheme: str
-    error_before: float | None
-    error_after: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class VariantRecord:
-    """A scored file: a variant, or the float model.
-
-    Attributes:
-        name: of the variant.
-        status: ``ok`` or ``failed``, with the reason in ``error``.
-        method, format, scheme: as the report has them.
-        loaded_by: the runtime that scored it.
-        device: what it was scored on: ``cpu`` or the name of the GPU, its class.
-        cpu: the processor's name.
-        dtype, threads: in what it was computed, and by how many threads.
-        figures: every finite figure.
-        texts: by name.
-        timings: seconds per token of each repetition, of ``prefill`` and ``decode``.
-        layers: of a variant.
-        content: fingerprint of the file; None for the float model.
-    """
-
-    name: str
-    status: str
-    error: str | None = None
-    method: str = ""
-    format: str = ""
-    scheme: str = ""
-    loaded_by: str | None = None
-    device: str = ""
-    cpu: str = ""
-    dtype: str = ""
-    threads: int = 0
-    figures: Mapping[Key, float] = field(default_factory=dict)
-    texts: Mapping[str, TextRecord] = field(default_factory=dict)
-    timings: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
-    layers: tuple[LayerRecord, ...] = ()
-    content: str | None = None
+DRIVER = Path("/proc/driver/nvidia/version")
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +30,7 @@ class RunRecord:
         error: why, for the last two.
         verdict: of a check.
         quantkit: version.
-        recipe: resolved; paths are those of :mod:`quantkit.run_history.location`.
+        recipe: resolved; paths are shortened by :func:`private`.
         source: what the recipe calls the model.
         source_fingerprint: of its content.
         calibration_fingerprint: of the calibration tokens; None where no method needs any.
@@ -146,3 +70,115 @@ class RunRecord:
     def variant(self, name: str) -> VariantRecord | None:
         """The variant of that name, or None."""
         return next((variant for variant in self.variants if variant.name == name), None)
+
+
+def now() -> str:
+    """The moment, UTC, ISO 8601 with microseconds, so that moments sort as texts."""
+    return datetime.now(UTC).isoformat(timespec="microseconds")
+
+
+def finished_record(recipe: Recipe, content: Mapping[str, Any], kind: str, started: str) -> RunRecord:
+    """The record of a run that came to its report.
+
+    Args:
+        recipe: what was run.
+        content: of ``report.json``.
+        kind: ``run`` or ``check``.
+        started: when it began.
+    """
+    environment, source = content["environment"], content["source"]
+    cpu = str(environment.get("cpu") or "")
+    wanted = {variant.name for variant in recipe.variants}
+    variants = tuple(
+        variant_record(_private_row(row), content=_content(row), cpu=cpu)
+        for row in content["variants"]
+        if row["name"] in wanted
+    )
+    packages = {**environment["packages"], "python": environment["python"]}
+    return RunRecord(
+        name=recipe.name,
+        kind=kind,
+        started=started,
+        finished=now(),
+        status=str(content["status"]),
+        quantkit=str(content["quantkit_version"]),
+        recipe=private(recipe.resolved()),
+        source=place(recipe.model.source),
+        source_fingerprint=source.get("fingerprint"),
+        calibration_fingerprint=(content.get("calibration") or {}).get("token_ids_sha256"),
+        device=str(environment["device"]),
+        cpu=cpu,
+        cores=int(environment.get("cores") or 0),
+        driver=_driver(),
+        platform=str(environment["platform"]),
+        packages=packages | ({"cuda": str(environment["cuda"])} if environment.get("cuda") else {}),
+        folder=place(recipe.folder),
+        baseline=variant_record(content["baseline"], cpu=cpu),
+        variants=variants,
+    )
+
+
+def stopped_record(recipe: Recipe, error: BaseException, kind: str, started: str) -> RunRecord:
+    """The record of a run that ended without a report: ``error``, or ``interrupted``."""
+    interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
+    message = "" if interrupted else str(error) or type(error).__name__
+    return RunRecord(
+        name=recipe.name,
+        kind=kind,
+        started=started,
+        finished=now(),
+        status="interrupted" if interrupted else "error",
+        error=without_folders(message) or None,
+        quantkit=version("quantkit"),
+        recipe=private(recipe.resolved()),
+        source=place(recipe.model.source),
+        folder=place(recipe.folder),
+    )
+
+
+def private(value: Any) -> Any:
+    """JSON data with every absolute path in it shortened; what is no path stays as it is."""
+    if isinstance(value, Mapping):
+        return {key: private(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [private(item) for item in value]
+    return place(value) if isinstance(value, str) and Path(value).is_absolute() else value
+
+
+def place(path: str | Path) -> str:
+    """A path relative to the working folder, else to ``~``, else its name alone after ``.../``; relative ones stay."""
+    given = Path(path)
+    if not given.is_absolute():
+        return str(path)
+    for root, mark in ((Path.cwd(), ""), (Path.home(), "~/")):
+        if given.is_relative_to(root) and root != Path(root.anchor):
+            return f"{mark}{given.relative_to(root).as_posix()}"
+    return f".../{given.name}"
+
+
+def without_folders(text: str) -> str:
+    """A message without the working folder and the home folder in its paths."""
+    for root, mark in ((Path.cwd(), ""), (Path.home(), "~/")):
+        if root != Path(root.anchor):
+            text = text.replace(f"{root}/", mark)
+    return text
+
+
+def _private_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {**row, "error": row["error"] and without_folders(str(row["error"]))}
+
+
+def _content(row: Mapping[str, Any]) -> str | None:
+    """The fingerprint of a variant's file."""
+    from quantkit.exports.manifest import MANIFEST, identity
+
+    folder = row.get("checkpoint")
+    return identity(Path(folder)) if folder and (Path(folder) / MANIFEST).is_file() else None
+
+
+def _driver() -> str | None:
+    """The version of NVIDIA's kernel driver, on Linux."""
+    if not DRIVER.is_file():
+        return None
+    words = DRIVER.read_text(encoding="utf-8", errors="replace").partition("\n")[0].split()
+    return next((word for word in words if word[0].isdigit() and "." in word), None)

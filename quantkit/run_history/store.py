@@ -11,9 +11,8 @@ from typing import NamedTuple
 
 from quantkit.errors import QuantkitError, did_you_mean
 from quantkit.run_history.connection import reading, writing
-from quantkit.run_history.insert import VARIANT, insert_run
 from quantkit.run_history.record import RunRecord
-from quantkit.run_history.select import references, select_run
+from quantkit.run_history.rows import VARIANT, insert_run, references, select_run
 
 DEFAULT_FILE = Path("reports/history.sqlite")
 """Where recipes with a folder of their own in ``reports`` leave their records."""

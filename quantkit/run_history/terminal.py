@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from quantkit.run_history.record import RunRecord, VariantRecord
+from quantkit.gates.record import VariantRecord
+from quantkit.run_history.record import RunRecord
 
 if TYPE_CHECKING:
     from rich.table import Table

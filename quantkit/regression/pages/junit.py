@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import xml.etree.ElementTree as ET
 
-from quantkit.regression.document import Check, GateResult
+from quantkit.gates.results import GateResult
+from quantkit.regression.document import Check
 from quantkit.regression.pages.words import VERDICTS
 
 _BELOW_SPACE = "\t\n\r"

@@ -6,7 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from quantkit.regression.document import Change, Check, GateResult, LayerShift, Metric, TextShift, WindowShift
+from quantkit.gates.results import GateResult
+from quantkit.regression.document import (
+    Change,
+    Check,
+    LayerShift,
+    Metric,
+    TextShift,
+    WindowShift,
+)
 from quantkit.regression.pages.trend import TrendPanel, build_trend
 from quantkit.regression.pages.words import (
     VERDICTS,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from quantkit.gates.relative import percent
-from quantkit.regression.document import Comparison, GateResult
+from quantkit.gates.judge import percent
+from quantkit.gates.results import Comparison, GateResult
 from quantkit.report.numbers import ABSENT, MINUS, fixed, in_bytes, significant
 
 VERDICTS = {"passed": "passed", "regressed": "regressed", "unknown": "cannot be told"}

@@ -6,9 +6,9 @@ from typing import Any
 
 from quantkit.errors import QuantkitError
 from quantkit.gates import parse_gate
+from quantkit.pipeline.run import run
 from quantkit.recipe import Recipe
-from quantkit.run_history.building import finished_record, now, stopped_record
-from quantkit.run_history.record import RunRecord
+from quantkit.run_history.record import RunRecord, finished_record, now, stopped_record
 from quantkit.run_history.store import History
 from quantkit.system.progress import Observer
 
@@ -27,8 +27,6 @@ def recorded_run(recipe: Recipe, observer: Observer, *, installs: bool = True) -
     Raises:
         QuantkitError: nothing could run.
     """
-    from quantkit.pipeline import run
-
     started = now()
     try:
         content = run(recipe, observer, installs=installs)

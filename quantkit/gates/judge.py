@@ -1,17 +1,19 @@
-"""Judge gates that hold a file against another: the float model, or the accepted run's."""
+"""The verdict of a gate on a variant: beside a number, the float model, or the accepted run's file.
+
+Where a metric is taken on several texts and the gate names none, the worst text counts. A figure that is missing or
+not finite never passes.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import replace
 
 from quantkit.gates.compare import compare
 from quantkit.gates.noise import Difference, Spread
+from quantkit.gates.record import VariantRecord
+from quantkit.gates.results import Comparison, GateResult, Noise, Outcome
 from quantkit.gates.syntax import Gate
-from quantkit.run_history.record import VariantRecord
-
-if TYPE_CHECKING:
-    from quantkit.regression.document import Comparison, GateResult, Noise, Outcome
 
 WORST_FIRST = ("regressed", "unknown", "passed")
 NOISE: dict[str | None, Noise | None] = {
@@ -30,6 +32,24 @@ _WHY_UNKNOWN: dict[str | None, str] = {
 }
 _ONE_WINDOW = "whether by chance cannot be told from a single window"
 _OTHER = {"baseline": "the float model's", "accepted": "the accepted run's"}
+
+
+def judge_absolute(gate: Gate, record: VariantRecord, texts: Sequence[str]) -> GateResult:
+    """The verdict of an absolute gate on a variant.
+
+    A figure on the wrong side of the bound is ``regressed``, one that is missing ``unknown``.
+
+    Args:
+        gate: an absolute one.
+        record: the variant.
+        texts: that a gate without a text is about.
+    """
+    wanted = _texts(gate, texts)
+    result = _result(gate, record.name, [_beside_number(gate, record, text) for text in wanted])
+    worst = result.worst
+    if worst is None or worst.value is None or len(wanted) < 2:
+        return result
+    return replace(result, reason=_beside_bound(gate, worst.value, f" on {worst.text}, its worst text,"))
 
 
 def judge_relative(
@@ -54,15 +74,19 @@ def judge_relative(
         absent: why there is nothing to compare with.
         spreads: see :func:`quantkit.gates.compare.compare`.
     """
-    wanted: Sequence[str | None] = ([gate.on] if gate.on else list(texts)) if gate.about.per_text else [None]
-    found = [_comparison(gate, text, now, then, absent, spreads) for text in wanted]
-    return gate_result(gate, now.name, found)
+    found = [_beside_another(gate, text, now, then, absent, spreads) for text in _texts(gate, texts)]
+    return _result(gate, now.name, found)
 
 
-def gate_result(gate: Gate, variant: str, comparisons: Sequence[Comparison]) -> GateResult:
+def _texts(gate: Gate, texts: Sequence[str]) -> Sequence[str | None]:
+    """The texts that a gate is about; None for a metric that is taken on no text."""
+    if not gate.about.per_text:
+        return [None]
+    return [gate.on] if gate.on else texts
+
+
+def _result(gate: Gate, variant: str, comparisons: Sequence[Comparison]) -> GateResult:
     """A gate's result from its comparisons: the worst counts, and comes first."""
-    from quantkit.regression.document import GateResult
-
     ranked = sorted(comparisons, key=_badness)
     return GateResult(
         gate=gate.text,
@@ -82,7 +106,26 @@ def _badness(comparison: Comparison) -> tuple[int, float]:
     return WORST_FIRST.index(comparison.outcome), -(comparison.difference or 0.0)
 
 
-def _comparison(
+def _beside_number(gate: Gate, record: VariantRecord, text: str | None) -> Comparison:
+    value = record.figures.get((gate.metric, text or "", gate.figure or ""))
+    on = f" on {text}" if text else ""
+    if record.status != "ok":
+        why = f"the variant failed: {record.error}" if record.error else "the variant failed"
+        return Comparison(text, "unknown", None, gate.bound, reason=why)
+    if value is None:
+        return Comparison(text, "unknown", None, gate.bound, reason=f"no finite figure for {gate.path}{on}")
+    outcome: Outcome = "passed" if gate.holds(value) else "regressed"
+    excess = value - gate.bound if gate.comparison.startswith("<") else gate.bound - value
+    reason = _beside_bound(gate, value, on)
+    return Comparison(text, outcome, value, gate.bound, excess, noise="exact", reason=reason)
+
+
+def _beside_bound(gate: Gate, value: float, on: str) -> str:
+    verb = "is" if gate.holds(value) else "is not"
+    return f"{gate.write(value)}{on} {verb} {gate.comparison} {gate.write(gate.bound)}"
+
+
+def _beside_another(
     gate: Gate,
     text: str | None,
     now: VariantRecord,
@@ -90,8 +133,6 @@ def _comparison(
     absent: str,
     spreads: Mapping[str, Spread] | None,
 ) -> Comparison:
-    from quantkit.regression.document import Comparison
-
     key = (gate.metric, text or "", gate.figure or "")
     value, reference = now.figures.get(key), None if then is None else then.figures.get(key)
     found = absent if then is None else compare(gate.metric, gate.figure, text, now, then, spreads)
