@@ -19,7 +19,7 @@ import urllib3.util
 from quantkit.errors import OutputError, QuantkitError, RecipeError
 from quantkit.gates.results import Comparison, GateResult, Outcome
 from quantkit.recipe import WebhookSpec
-from quantkit.regression import webhook
+from quantkit.regression import notify
 from quantkit.regression.document import (
     Change,
     Check,
@@ -34,10 +34,13 @@ from quantkit.regression.document import (
     WindowShift,
 )
 from quantkit.regression.pages import HTML, JUNIT, MARKDOWN, write_pages
-from quantkit.regression.pages.files import STEP_SUMMARY, append_step_summary
-from quantkit.regression.pages.html import render_html
-from quantkit.regression.pages.junit import render_junit
-from quantkit.regression.pages.markdown import render_markdown
+from quantkit.regression.pages.render import (
+    STEP_SUMMARY,
+    append_step_summary,
+    render_html,
+    render_junit,
+    render_markdown,
+)
 from quantkit.regression.pages.trend import BLOCKS, blocks, build_trend
 from quantkit.regression.pages.view import gate_row
 from quantkit.report.numbers import ABSENT
@@ -281,21 +284,21 @@ def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("no_pause")
 def test_a_webhook_is_posted_signed_and_tried_again() -> None:
     with hook(503, 429, 200) as (url, got):
-        webhook.post(webhook.Target(url, "s3cret"), webhook.payload(check()))
+        notify.post(notify.Target(url, "s3cret"), notify.payload(check()))
     assert len(got) == 3
     path, headers, body = got[-1]
     assert path == "/hooks/T0KEN"
-    assert headers[webhook.SIGNATURE] == "sha256=" + hmac.new(b"s3cret", body, hashlib.sha256).hexdigest()
+    assert headers[notify.SIGNATURE] == "sha256=" + hmac.new(b"s3cret", body, hashlib.sha256).hexdigest()
     content = json.loads(body)
     assert (content["verdict"], content["run"], len(content["gates"])) == ("regressed", RUNS, 2)
     assert "reports/" not in body.decode()
 
 
 @pytest.mark.usefixtures("no_pause")
-@pytest.mark.parametrize(("answers", "tries"), [((403,), 1), ((302,), 1), ((503,), webhook.TRIES)])
+@pytest.mark.parametrize(("answers", "tries"), [((403,), 1), ((302,), 1), ((503,), notify.TRIES)])
 def test_a_webhook_that_refuses_is_one_line_without_its_address(answers: tuple[int, ...], tries: int) -> None:
     with hook(*answers) as (url, got), pytest.raises(QuantkitError) as caught:
-        webhook.post(webhook.Target(url, "s3cret"), webhook.payload(check()))
+        notify.post(notify.Target(url, "s3cret"), notify.payload(check()))
     assert len(got) == tries
     assert all(path == "/hooks/T0KEN" for path, _, _ in got)
     assert "T0KEN" not in str(caught.value)
@@ -308,25 +311,25 @@ def test_a_webhook_that_is_not_there_is_one_line() -> None:
     with hook(200) as (url, _):
         pass
     with pytest.raises(QuantkitError, match=r"http://127\.0\.0\.1 was not told: \w+"):
-        webhook.post(webhook.Target(url), {})
+        notify.post(notify.Target(url), {})
 
 
 def test_a_webhook_takes_its_address_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = WebhookSpec(url_env="HOOK", secret_env="HOOK_SECRET")
     monkeypatch.delenv("HOOK", raising=False)
     with pytest.raises(RecipeError, match="HOOK"):
-        webhook.target(spec)
+        notify.target(spec)
     monkeypatch.setenv("HOOK", "http://example.org/x")
     with pytest.raises(RecipeError, match="HTTPS"):
-        webhook.target(spec)
+        notify.target(spec)
     monkeypatch.setenv("HOOK", "https://example.org/x")
     with pytest.raises(RecipeError, match="HOOK_SECRET"):
-        webhook.target(spec)
+        notify.target(spec)
     monkeypatch.setenv("HOOK_SECRET", "s")
-    assert webhook.target(spec) == webhook.Target("https://example.org/x", "s")
+    assert notify.target(spec) == notify.Target("https://example.org/x", "s")
 
 
 def test_a_webhook_is_told_of_failures_or_of_all() -> None:
     failures, everything = WebhookSpec(url_env="HOOK"), WebhookSpec(url_env="HOOK", on="always")
-    wanted = [(webhook.wanted(failures, each), webhook.wanted(everything, each)) for each in (check("passed"), check())]
+    wanted = [(notify.wanted(failures, each), notify.wanted(everything, each)) for each in (check("passed"), check())]
     assert wanted == [(False, True), (True, True)]

@@ -30,7 +30,7 @@ def check(
     import quantkit
     from quantkit.cli.display import Display
     from quantkit.regression.api import check as check_recipe
-    from quantkit.regression.files import to_json
+    from quantkit.regression.document import to_json
     from quantkit.regression.terminal import rendered
 
     loaded = quantkit.Recipe.load(recipe)

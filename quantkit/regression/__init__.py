@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from quantkit.regression.document import (
+    CHECK_FILE,
     SCHEMA,
     Change,
     Check,
@@ -19,8 +20,9 @@ from quantkit.regression.document import (
     TrendPoint,
     VariantState,
     WindowShift,
+    read_check,
+    write_check,
 )
-from quantkit.regression.files import CHECK_FILE, read_check, write_check
 
 __all__ = [
     "CHECK_FILE",

@@ -14,20 +14,18 @@ from quantkit.gates.results import GateResult, Outcome
 from quantkit.pipeline.recorded import append
 from quantkit.recipe import Recipe
 from quantkit.regression.changes import changes
+from quantkit.regression.differences import RUNS_SHOWN, layer_shifts, metrics, text_shifts, trends
 from quantkit.regression.document import (
     SCHEMA,
     Check,
     Reference,
     VariantState,
+    write_check,
 )
-from quantkit.regression.figures import RUNS_SHOWN, metrics, trends
-from quantkit.regression.files import write_check
-from quantkit.regression.judging import Beside, judge, verdict
+from quantkit.regression.judging import Beside, judge, notes, summary, verdict
 from quantkit.regression.notify import tell
 from quantkit.regression.pages import write_pages
 from quantkit.regression.retention import checkpoint_of, clean_up, keep, keep_reports
-from quantkit.regression.shifts import layer_shifts, text_shifts
-from quantkit.regression.summary import notes, summary
 from quantkit.run_history.record import RunRecord, finished_record, now, place, stopped_record
 from quantkit.run_history.store import Accepted, History, Wanted
 from quantkit.system.locks import held

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
-from quantkit.regression.pages.files import HTML, JUNIT, MARKDOWN, write_pages
+from quantkit.regression.pages.render import (
+    HTML,
+    JUNIT,
+    MARKDOWN,
+    write_pages,
+)
 
 __all__ = ["HTML", "JUNIT", "MARKDOWN", "write_pages"]
