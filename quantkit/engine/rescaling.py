@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
 from quantkit.engine.scaling import Scaling, choose_scaling
 from quantkit.engine.skeleton import Segment, Skeleton, WeightReader
-from quantkit.engine.smoothing import Fold, FoldFinder
+from quantkit.engine.smoothing import SmoothingFinder, SmoothingPlace, Trial
 from quantkit.engine.tasks import Task
 from quantkit.methods.base import InputStatistics
 
@@ -42,31 +41,24 @@ class Rescaler:
 
     originals: Originals
     _scalings: dict[str, Scaling] = field(default_factory=dict)
-    _folds: list[Fold] = field(default_factory=list)
+    _places: list[SmoothingPlace] = field(default_factory=list)
 
     @property
     def found(self) -> bool:
         """Whether some input of the segment can be scaled."""
-        return bool(self._folds)
+        return bool(self._places)
 
-    def find(self, segment: Segment, inputs: Sequence[Sequence[str]], run: Callable[[], Any]) -> None:
-        """Find where the inputs of a segment can be scaled; what held in the last segment is tried first.
-
-        Args:
-            segment: with its weights.
-            inputs: the full names of its Linear layers by the input that they read, in the order of their calls.
-            run: runs the segment on a few tokens and returns what it returns.
-        """
-        relative = [[name.removeprefix(f"{segment.prefix}.") for name in names] for names in inputs]
-        finder = FoldFinder(segment.module, relative, lambda: _hidden(run()))
-        same = bool(self._folds) and all(list(fold.readers) in relative for fold in self._folds)
-        if not (same and finder.confirms(self._folds)):
-            self._folds = finder.find()
+    def find(self, trial: Trial) -> None:
+        """Find where the inputs of a segment can be scaled; what held in the last segment is tried first."""
+        finder, inputs = SmoothingFinder(trial), [tuple(layers) for layers in trial.inputs]
+        same = bool(self._places) and all(place.balance_layers in inputs for place in self._places)
+        if not (same and finder.confirms(self._places)):
+            self._places = finder.find()
 
     def choose(self, task: Task, segment: Segment, statistics: Mapping[str, InputStatistics]) -> None:
         """Have a task choose its factors in a segment from the statistics of each layer's input."""
         weight = self.originals.weight
-        self._scalings[task.name] = choose_scaling(task, segment.prefix, self._folds, weight, statistics)
+        self._scalings[task.name] = choose_scaling(task, segment.prefix, self._places, weight, statistics)
 
     def of(self, task: Task) -> Scaling:
         """The factors of a task; none where it chose none."""
@@ -98,9 +90,3 @@ class Rescaler:
                 stored = f"{name}.{leaf}"
                 changed = scaling.apply(name, leaf, self.originals.parameter(stored))
                 task.sink.replace(stored, changed.to(reader.dtype(stored)).cpu())
-
-
-def _hidden(returned: Any) -> torch.Tensor:
-    """The hidden states among what a segment returns, float32."""
-    hidden: torch.Tensor = returned[0] if isinstance(returned, tuple) else returned
-    return hidden.detach().float()

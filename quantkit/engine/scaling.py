@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from quantkit.engine.smoothing import Fold, scaled_rows
+from quantkit.engine.smoothing import SmoothingPlace, scaled_rows
 from quantkit.engine.tasks import Task
 from quantkit.methods.base import InputStatistics
 
@@ -18,16 +18,16 @@ class Scaling:
 
     Attributes:
         columns: full name of a layer to the factor of each of its input columns, float32 ``[in_features]``.
-        rows: full name of a producer to the factor of each of its output channels, and the offset of its weight.
+        rows: full name of a smooth layer to the factor of each of its output channels, and the offset of its weight.
     """
 
     columns: dict[str, torch.Tensor] = field(default_factory=dict)
     rows: dict[str, tuple[torch.Tensor, float]] = field(default_factory=dict)
 
-    def add(self, prefix: str, fold: Fold, factors: torch.Tensor) -> None:
+    def add(self, prefix: str, place: SmoothingPlace, factors: torch.Tensor) -> None:
         """Scale one input of the segment with this prefix."""
-        self.columns.update({f"{prefix}.{reader}": factors for reader in fold.readers})
-        self.rows[f"{prefix}.{fold.producer}"] = (1 / fold.of_producer(factors), fold.offset)
+        self.columns.update({f"{prefix}.{reader}": factors for reader in place.balance_layers})
+        self.rows[f"{prefix}.{place.smooth_layer}"] = (1 / place.of_smooth_layer(factors), place.offset)
 
     def to(self, device: torch.device | str) -> Scaling:
         """The same on another device."""
@@ -64,27 +64,27 @@ class Scaling:
 def choose_scaling(
     task: Task,
     prefix: str,
-    folds: Sequence[Fold],
+    places: Sequence[SmoothingPlace],
     weight: Callable[[str], torch.Tensor],
     statistics: Mapping[str, InputStatistics],
 ) -> Scaling:
-    """Have a task's method choose factors for each fold whose readers it quantizes.
+    """Have a task's method choose factors for each place whose balance layers it quantizes.
 
     Args:
         task: the variant.
         prefix: of the segment.
-        folds: of the segment.
+        places: of the segment.
         weight: a layer's float32 weight by its full name.
         statistics: by the full name of a layer, of its input.
     """
     scaling = Scaling()
-    for fold in folds:
-        readers = [f"{prefix}.{reader}" for reader in fold.readers]
+    for place in places:
+        readers = [f"{prefix}.{reader}" for reader in place.balance_layers]
         members = [(weight(name), task.schemes[name]) for name in readers if name in task.schemes]
         known = next((statistics[name] for name in readers if name in statistics), None)
         if not members or known is None or known.tokens == 0:
             continue
-        factors = task.method.channel_factors(members, known, task.scale_dtype, fold.channels)
+        factors = task.method.channel_factors(members, known, task.scale_dtype, place.channels)
         if factors is not None:
-            scaling.add(prefix, fold, factors)
+            scaling.add(prefix, place, factors)
     return scaling

@@ -1,11 +1,15 @@
-"""Where the inputs of layers can be scaled without changing the model.
+"""Smoothing places: where the inputs of layers can be scaled without changing the model.
 
 Layers that read an input may have their columns multiplied by a factor per channel if whatever makes the input
 divides its channels by the same: a norm before them, or a layer whose output passes through unmixed, as
-``v_proj`` does to ``o_proj`` and ``up_proj`` to ``down_proj``. That is the folding of SmoothQuant
+``v_proj`` does to ``o_proj`` and ``up_proj`` to ``down_proj``. That is the smoothing of SmoothQuant
 (arXiv:2211.10438) and AWQ (arXiv:2306.00978). Here it is found by trying, not from a table of model names: the
 parameters of a candidate are doubled in some channels, and the input must double in the same ones; then the
-readers are halved, and the segment's output must be what it was. Factors of two are exact in floating point.
+layers that read it are halved, and what the segment adds to its input must be what it was.
+
+Factors of two are exact in floating point, so nearly the same is not enough. Differences are taken element by element
+at the input, and token by token against what the segment adds to this token at its output: activations of a few
+tokens and channels are thousands of times larger than all others, and must not hide what happens to these.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,31 +26,33 @@ from torch import nn
 from quantkit.engine.groups import Enough, hooked
 from quantkit.system.host import decide
 
-TOLERANCE = 0.02
-"""Of the largest magnitude: well above what 16-bit arithmetic loses, well below a factor of two in a channel."""
+TOLERANCE = 1e-3
+"""Relative difference that counts as none, where factors are exact."""
+ROUNDINGS = 2
+"""The same in roundings of the dtype, where a norm stores its weight less 1 and so a doubled one is rounded."""
 
 
 @dataclass(frozen=True, slots=True)
-class Fold:
+class SmoothingPlace:
     """An input whose channels can be scaled. Names are relative to the segment.
 
     Attributes:
-        readers: the Linear layers that read it; each column is multiplied by its channel's factor.
-        producer: the module that makes it; each output channel is divided.
-        offset: added to the producer's weight before it is applied, as some norms add 1.
-        channels: int64 ``[in_features]``, the producer's channel of each input channel where several share one (as
-            the heads of grouped-query attention do), or None where they are the same.
-        width: the producer's channels, where they are fewer.
+        balance_layers: the Linear layers that read it; each column is multiplied by its channel's factor.
+        smooth_layer: the module that makes it; each output channel is divided.
+        offset: added to the smooth layer's weight before it is applied, as some norms add 1.
+        channels: int64 ``[in_features]``, the smooth layer's channel of each input channel where several share one
+            (as the heads of grouped-query attention do), or None where they are the same.
+        width: the smooth layer's channels, where they are fewer.
     """
 
-    readers: tuple[str, ...]
-    producer: str
+    balance_layers: tuple[str, ...]
+    smooth_layer: str
     offset: float = 0.0
     channels: torch.Tensor | None = None
     width: int = 0
 
-    def of_producer(self, factors: torch.Tensor) -> torch.Tensor:
-        """Factors per input channel as factors per output channel of the producer; those that share one are equal."""
+    def of_smooth_layer(self, factors: torch.Tensor) -> torch.Tensor:
+        """Factors per input channel as factors per output channel of the smooth layer; those that share are equal."""
         if self.channels is None:
             return factors
         found = torch.ones(self.width, device=factors.device)
@@ -53,77 +60,131 @@ class Fold:
 
 
 def scaled_rows(parameter: torch.Tensor, factors: torch.Tensor, offset: float) -> torch.Tensor:
-    """A producer's weight or bias with each output channel multiplied; the offset is that of a norm's weight."""
+    """A smooth layer's weight or bias with each output channel multiplied; the offset is that of a norm's weight."""
     factors = factors.view(-1, *[1] * (parameter.ndim - 1)).to(parameter.dtype)
     return (parameter + offset) * factors - offset if offset else parameter * factors
 
 
 @dataclass(frozen=True, slots=True)
-class FoldFinder:
-    """Tries folds on one segment.
+class Trial:
+    """A segment that can be run on a few tokens.
 
-    Args:
+    Attributes:
         module: the segment, with its weights.
-        inputs: the Linear layers by the input that they read, in the order of their calls; relative names.
-        run: runs the segment on a few tokens and returns its output.
+        inputs: its Linear layers by the input that they read, in the order of their calls; relative names.
+        run: runs it and returns what it returns.
+        given: the tensors that it is given; the hidden states are among them.
     """
 
     module: nn.Module
     inputs: Sequence[Sequence[str]]
-    run: Callable[[], torch.Tensor]
+    run: Callable[[], Any]
+    given: Sequence[torch.Tensor]
 
-    def find(self) -> list[Fold]:
-        """The folds of this segment: at most one per input."""
-        before = self.run()
+    def update(self) -> torch.Tensor:
+        """What the segment adds to its hidden states, float32 ``[tokens, features]``."""
+        returned = self.run()
+        hidden: torch.Tensor = returned[0] if isinstance(returned, tuple) else returned
+        after = hidden.detach().float().reshape(-1, hidden.shape[-1])
+        return after - self.hidden_like(after)
+
+    def hidden_like(self, after: torch.Tensor) -> torch.Tensor:
+        """The hidden states that it is given, of the shape of those that it returns; zeros where it is given none."""
+        for each in self.given:
+            if each.shape[-1] == after.shape[-1] and each.numel() == after.numel():
+                return each.float().reshape(after.shape)
+        return torch.zeros_like(after)
+
+
+@dataclass(frozen=True, slots=True)
+class SmoothingFinder:
+    """Tries smoothing places on one segment.
+
+    Args:
+        trial: the segment.
+    """
+
+    trial: Trial
+
+    def find(self) -> list[SmoothingPlace]:
+        """The places of this segment: at most one per input."""
+        before = self.trial.update()
         found = []
-        for place, readers in enumerate(self.inputs):
-            fold = self._fold(place, tuple(readers))
-            if fold is not None and self._leaves_output(before, fold):
-                found.append(fold)
+        for index, layers in enumerate(self.trial.inputs):
+            place = self._place(index, tuple(layers))
+            if place is not None and self.leaves_output(place, before):
+                found.append(place)
         return found
 
-    def confirms(self, folds: Sequence[Fold]) -> bool:
-        """Whether folds that were found in a segment of the same structure hold here too."""
-        before = self.run()
-        return all(self._leaves_output(before, fold) for fold in folds)
+    def confirms(self, places: Sequence[SmoothingPlace]) -> bool:
+        """Whether places that were found in a segment of the same structure are there too."""
+        before = self.trial.update()
+        return all(self.leaves_output(place, before) for place in places)
 
-    def _fold(self, place: int, readers: tuple[str, ...]) -> Fold | None:
-        plain = self._input_of(readers[0])
+    def leaves_output(self, place: SmoothingPlace, before: torch.Tensor) -> bool:
+        """Whether the segment adds what it did when half the channels are doubled and the layers that read it halved.
+
+        Args:
+            place: to be tried.
+            before: what the segment adds as it is, see :meth:`Trial.update`.
+        """
+        weight = self._module.get_parameter(f"{place.smooth_layer}.weight")
+        pattern = _alternating(weight.shape[0], before.device)
+        applied = pattern if not place.offset else _applied(weight, pattern, place.offset)
+        factors = applied if place.channels is None else applied[place.channels]
+        with ExitStack() as undone:
+            undone.enter_context(self._scaled(place.smooth_layer, pattern, place.offset))
+            for layer in place.balance_layers:
+                undone.enter_context(self._changed(layer, {"weight": partial(_divided, factors)}))
+            found = self.trial.update()
+        allowed = _tolerance(weight, place.offset) * before.norm(dim=-1)
+        if place.offset:
+            allowed += torch.finfo(weight.dtype).eps * self.trial.hidden_like(before).norm(dim=-1)
+        return decide(((found - before).norm(dim=-1) <= allowed).all())
+
+    @property
+    def _module(self) -> nn.Module:
+        return self.trial.module
+
+    def _place(self, index: int, layers: tuple[str, ...]) -> SmoothingPlace | None:
+        plain = self._input_of(layers[0])
         if plain is None:
             return None
-        for name, channels in self._candidates(place, plain.shape[1]):
-            fold = self._tried(readers, name, channels, plain)
-            if fold is not None:
-                return fold
+        for name, channels in self._candidates(index, plain.shape[1]):
+            place = self._tried(layers, name, channels, plain)
+            if place is not None:
+                return place
         return None
 
-    def _candidates(self, place: int, width: int) -> Iterator[tuple[str, int]]:
+    def _candidates(self, index: int, width: int) -> Iterator[tuple[str, int]]:
         """Norms of this width, then the layers that are called before, the nearest first; with their channels."""
-        for name, module in self.module.named_modules():
+        for name, module in self._module.named_modules():
             weight = getattr(module, "weight", None)
             if not isinstance(module, nn.Linear) and isinstance(weight, nn.Parameter) and weight.shape == (width,):
                 yield name, width
-        for names in reversed(self.inputs[:place]):
+        for names in reversed(self.trial.inputs[:index]):
             for name in reversed(names):
-                features = self.module.get_submodule(name).out_features
+                features = self._module.get_submodule(name).out_features
                 if isinstance(features, int) and width % features == 0:
                     yield name, features
 
-    def _tried(self, readers: tuple[str, ...], name: str, channels: int, plain: torch.Tensor) -> Fold | None:
+    def _tried(self, layers: tuple[str, ...], name: str, channels: int, plain: torch.Tensor) -> SmoothingPlace | None:
         if channels < plain.shape[1]:
-            shared = self._shared_channels(readers[0], name, channels, plain)
-            return None if shared is None else Fold(readers, name, 0.0, shared, channels)
+            shared = self._shared_channels(layers[0], name, channels, plain)
+            return None if shared is None else SmoothingPlace(layers, name, 0.0, shared, channels)
         pattern = _alternating(channels, plain.device)
-        is_norm = not isinstance(self.module.get_submodule(name), nn.Linear)
+        weight = self._module.get_parameter(f"{name}.weight")
+        is_norm = not isinstance(self._module.get_submodule(name), nn.Linear)
         for offset in (0.0, 1.0) if is_norm else (0.0,):
             with self._scaled(name, pattern, offset):
-                doubled = self._input_of(readers[0])
-            if doubled is not None and _close(doubled, plain * pattern):
-                return Fold(readers, name, offset)
+                doubled = self._input_of(layers[0])
+            applied = pattern if not offset else _applied(weight, pattern, offset)
+            if doubled is not None and _close(doubled, plain * applied, _tolerance(weight, offset)):
+                return SmoothingPlace(layers, name, offset)
         return None
 
     def _shared_channels(self, reader: str, name: str, channels: int, plain: torch.Tensor) -> torch.Tensor | None:
-        """The producer's channel of each input channel, read off bit by bit: those with the bit set are doubled."""
+        """The smooth layer's channel of each input channel, read off bit by bit: those with the bit set double."""
         found = torch.zeros(plain.shape[1], dtype=torch.int64, device=plain.device)
         numbers = torch.arange(channels, device=plain.device)
         size = plain.abs().sum(0)
@@ -134,7 +195,7 @@ class FoldFinder:
             if doubled is None:
                 return None
             grown = doubled.abs().sum(0) > 1.5 * size
-            if not _close(doubled, plain * (1.0 + grown)):
+            if not _close(doubled, plain * (1.0 + grown), TOLERANCE):
                 return None
             found |= grown.long() << bit
         return found if decide((found < channels).all()) and decide((size > 0).all()) else None
@@ -147,20 +208,9 @@ class FoldFinder:
             seen.append(args[0].detach().reshape(-1, args[0].shape[-1]).float())
             raise Enough
 
-        with hooked([(self.module.get_submodule(layer), look)]), suppress(Enough):
-            self.run()
+        with hooked([(self._module.get_submodule(layer), look)]), suppress(Enough):
+            self.trial.run()
         return seen[0] if seen else None
-
-    def _leaves_output(self, before: torch.Tensor, fold: Fold) -> bool:
-        """Whether the output stays when the producer is doubled in every other channel and its readers are halved."""
-        weight = self.module.get_parameter(f"{fold.producer}.weight")
-        pattern = _alternating(weight.shape[0], before.device)
-        factors = pattern if fold.channels is None else pattern[fold.channels]
-        with ExitStack() as undone:
-            undone.enter_context(self._scaled(fold.producer, pattern, fold.offset))
-            for reader in fold.readers:
-                undone.enter_context(self._changed(reader, {"weight": partial(_halved, factors)}))
-            return _close(self.run(), before)
 
     @contextmanager
     def _scaled(self, name: str, factors: torch.Tensor, offset: float) -> Iterator[None]:
@@ -174,7 +224,7 @@ class FoldFinder:
     @contextmanager
     def _changed(self, name: str, changes: Mapping[str, Callable[[torch.Tensor], torch.Tensor]]) -> Iterator[None]:
         """Other values for a module's parameters while the block runs."""
-        parameters = dict(self.module.get_submodule(name).named_parameters(recurse=False))
+        parameters = dict(self._module.get_submodule(name).named_parameters(recurse=False))
         kept = {leaf: parameter.data for leaf, parameter in parameters.items()}
         try:
             for leaf, change in changes.items():
@@ -186,8 +236,19 @@ class FoldFinder:
                 parameter.data = kept[leaf]
 
 
-def _halved(factors: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    return weight / factors.to(weight.dtype)
+def _divided(factors: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return (weight.float() / factors).to(weight.dtype)
+
+
+def _applied(weight: torch.Tensor, factors: torch.Tensor, offset: float) -> torch.Tensor:
+    """What a norm multiplies by, relative to before, float32 ``[channels]``; its weight is rounded less the offset."""
+    plain = weight.float() + offset
+    scaled = scaled_rows(weight, factors, offset).float() + offset
+    return torch.where(plain == 0, factors, scaled / plain)
+
+
+def _tolerance(weight: torch.Tensor, offset: float) -> float:
+    return max(TOLERANCE, ROUNDINGS * torch.finfo(weight.dtype).eps) if offset else TOLERANCE
 
 
 def _alternating(channels: int, device: torch.device) -> torch.Tensor:
@@ -196,6 +257,6 @@ def _alternating(channels: int, device: torch.device) -> torch.Tensor:
     return 1.0 + torch.randint(2, (channels,), generator=generator).float().to(device)
 
 
-def _close(found: torch.Tensor, wanted: torch.Tensor) -> bool:
-    largest = wanted.abs().amax()
-    return decide(((found - wanted).abs().amax() <= TOLERANCE * largest) & (largest > 0))
+def _close(found: torch.Tensor, wanted: torch.Tensor, tolerance: float) -> bool:
+    """Whether each element is the wanted one, and not all are nothing."""
+    return decide(((found - wanted).abs() <= tolerance * wanted.abs()).all() & wanted.any())

@@ -78,7 +78,7 @@ class Solver:
         """Those of them that still have layers of a segment to solve."""
         return [task for task in self.alive() if task.lacks(segment.prefix, segment.linears)]
 
-    def looks_for_folds(self) -> bool:
+    def looks_for_places(self) -> bool:
         """Whether some method asks for factors of the inputs."""
         return any(task.method.scales_inputs for task in self.alive())
 

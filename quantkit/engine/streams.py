@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from quantkit.engine.batches import Batch
@@ -15,6 +16,7 @@ from quantkit.engine.groups import Enough, PreHook, call_order, hooked, shared_i
 from quantkit.engine.offload import CPU, move
 from quantkit.engine.passes import AtEnd, AtGroup, AtSegment, Pass, pause, running_batch
 from quantkit.engine.skeleton import Segment, linear_modules
+from quantkit.engine.smoothing import Trial
 from quantkit.engine.statistics import Gatherer
 from quantkit.methods.base import InputStatistics, Statistic
 
@@ -107,13 +109,18 @@ class Streams:
         order = call_order(list(wanted), runs) if wanted else []
         return [Group({name: wanted[name] for name in names}, Gatherer(self.needs, names[0])) for names in order]
 
-    def smallest(self, segment: Segment) -> tuple[list[list[str]], Callable[[], Any]]:
-        """The layers of a segment by the input that they read, and what runs it with the smallest batch."""
+    def trial(self, segment: Segment) -> Trial:
+        """A segment to be run with the smallest batch."""
         smallest = min(self._passes, key=lambda each: each.batch.token_ids.numel())
         inputs = shared_inputs(dict(linear_modules(segment)), partial(self._try, segment, smallest))
         self._fetch(smallest)
-        place = _standing(smallest, segment)
-        return [list(names) for names in inputs], lambda: segment.module(*place.args, **place.kwargs)
+        place, prefix = _standing(smallest, segment), f"{segment.prefix}."
+        return Trial(
+            segment.module,
+            [[name.removeprefix(prefix) for name in names] for names in inputs],
+            lambda: segment.module(*place.args, **place.kwargs),
+            [each for each in (*place.args, *place.kwargs.values()) if isinstance(each, torch.Tensor)],
+        )
 
     def observe(self, segment: Segment, groups: Sequence[Group]) -> dict[str, InputStatistics]:
         """The statistics of all inputs of a segment as it is, from one more run of it."""

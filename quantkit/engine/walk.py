@@ -143,8 +143,8 @@ class Walk:
 
     def _repeat(self, segment: Segment, last: bool) -> None:
         """Bring every pass through a segment that all tasks remember, as it was when they solved it."""
-        if self._solver.looks_for_folds() and not isinstance(segment.module, nn.Linear):
-            self._solver.rescaler.find(segment, *self._streams.smallest(segment))
+        if self._solver.looks_for_places() and not isinstance(segment.module, nn.Linear):
+            self._solver.rescaler.find(self._streams.trial(segment))
         if self._is_quantized:
             self._solver.put_back(segment)
         if not last:
@@ -186,8 +186,8 @@ class Walk:
             return
         groups = self._streams.groups(segment, self._solver.wanted(segment))
         scaling = self._solver.scaling(segment)
-        if self._solver.looks_for_folds():
-            self._solver.rescaler.find(segment, *self._streams.smallest(segment))
+        if self._solver.looks_for_places():
+            self._solver.rescaler.find(self._streams.trial(segment))
         if self._is_quantized:
             self._calibrate_quantized(segment, groups, scaling, last)
         else:
