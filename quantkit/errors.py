@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 from quantkit.system.redaction import redacted
 
@@ -37,6 +38,10 @@ class QuantkitError(Exception):
         self.problem = redacted(" ".join(problem.split()))
         self.remedy = " ".join(remedy.split())
         super().__init__(f"{self.problem} ({self.remedy})" if self.remedy else self.problem)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled with problem and remedy, whatever the subclass is made of, so that it can come from a process."""
+        return _unpickled, (type(self), self.problem, self.remedy), self.__dict__
 
 
 class RecipeError(QuantkitError):
@@ -79,6 +84,12 @@ class MissingDependencyError(QuantkitError):
             f"{purpose} needs the package '{package}', which is not installed",
             f"pip install {install or package}",
         )
+
+
+def _unpickled(kind: type[QuantkitError], problem: str, remedy: str) -> QuantkitError:
+    error = kind.__new__(kind)
+    QuantkitError.__init__(error, problem, remedy)
+    return error
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -16,7 +16,7 @@ from tests.bad_inputs import CASES, GROUPS, Case
 from tests.bad_inputs.place import OUTSIDE, Kit, Place
 from tests.runs import files_with_times, hidden_names
 
-KEPT = (".out.spool", "out/logs/", "history.sqlite")
+KEPT = (".out.layers", "out/logs/", "history.sqlite")
 SECONDS = 20
 """Of the processor, that a refusal may take, with the processes that it starts."""
 

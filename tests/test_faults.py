@@ -22,7 +22,7 @@ from quantkit.engine.walk import Walk
 from quantkit.errors import CalibrationError, CheckpointError, OutputError, QuantizationError
 from quantkit.quantization import Job, Wanted, quantize, quantize_together
 from quantkit.quantization import walk_variants as walking
-from quantkit.quantization.resume import spool_folder
+from quantkit.quantization.resume import layers_folder
 from quantkit.recipe import VariantSpec
 from quantkit.records import files
 from tests.commands import quantize_arguments
@@ -64,7 +64,7 @@ main()
 """
 
 
-@pytest.mark.parametrize(("limit", "place", "kept"), [(12_000, ".out.spool/", False), (70_000, "partial-", True)])
+@pytest.mark.parametrize(("limit", "place", "kept"), [(12_000, ".out.layers/", False), (70_000, "partial-", True)])
 def test_a_full_disk_is_one_line_and_what_is_saved_stays(
     model: Path, records: Path, tmp_path: Path, limit: int, place: str, kept: bool
 ) -> None:
@@ -79,7 +79,7 @@ def test_a_full_disk_is_one_line_and_what_is_saved_stays(
     assert place in last
     assert "File too large (the file system or a limit of this session" in last
     assert "Traceback" not in done.stderr
-    assert (tmp_path / ".out.spool").exists() == kept
+    assert (tmp_path / ".out.layers").exists() == kept
     assert not (tmp_path / "out").exists()
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
 
@@ -99,7 +99,7 @@ def test_a_read_error_names_the_shard_and_what_is_saved_stays(tmp_path: Path, mo
         quantize(job(model), variant(), tmp_path / "out")
     line = str(caught.value)
     assert f"{broken} cannot be read at tensor 'model.layers.1.mlp.up_proj.weight': Input/output error" in line
-    assert spool_folder(tmp_path / "out").exists()
+    assert layers_folder(tmp_path / "out").exists()
     monkeypatch.undo()
     assert quantize(job(model), variant(), tmp_path / "out").facts["resumed"] == 1
     assert hidden_names(tmp_path) == []
@@ -233,7 +233,7 @@ def full_until(monkeypatch: pytest.MonkeyPatch, attempts: list[Any], count: int,
 
 
 ROWS = tiny_rows(count=64, shortest=48, longest=48)
-LADDER = [
+STEPS = [
     ("one-pass", 2, False),
     ("recompute", 2, False),
     ("recompute", 4, False),
@@ -259,7 +259,7 @@ def test_less_memory_is_tried_step_by_step_from_the_block_where_it_ran_out(
         on_note=notes.append,
         on_segment=lambda *counts: segments.append(counts),
     )
-    assert attempts == LADDER[: steps + 1]
+    assert attempts == STEPS[: steps + 1]
     assert segments == [(1, 2)] * (steps + 1) + [(2, 2)]
     assert notes == done.facts["notes"][-steps:]
     assert all(note.startswith("the memory of cpu ran out: ") for note in notes)
@@ -273,16 +273,16 @@ def test_less_memory_is_tried_step_by_step_from_the_block_where_it_ran_out(
 def test_where_nothing_helps_the_line_has_the_numbers_and_what_is_saved_stays(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, attempts: list[Any]
 ) -> None:
-    full_until(monkeypatch, attempts, len(LADDER))
+    full_until(monkeypatch, attempts, len(STEPS))
     with pytest.raises(QuantizationError) as caught:
         quantize(job(model, rows=ROWS), variant(), tmp_path / "out")
-    assert attempts == LADDER
+    assert attempts == STEPS
     assert str(caught.value).startswith(
         "the memory of cpu is too small even for small batches with activations on the CPU: 20.00 MiB were asked for, "
         "12.00 MiB of 79.10 GiB are free (close what else uses the device"
     )
-    assert spool_folder(tmp_path / "out").exists()
-    attempts[:] = [None] * len(LADDER)
+    assert layers_folder(tmp_path / "out").exists()
+    attempts[:] = [None] * len(STEPS)
     assert quantize(job(model, rows=ROWS), variant(), tmp_path / "out").facts["resumed"] == 1
 
 
@@ -304,7 +304,7 @@ def test_activations_that_wait_elsewhere_change_no_byte(
 ) -> None:
     from quantkit.engine import streams
     from quantkit.engine.passes import AtSegment
-    from quantkit.quantization.oom import Rung
+    from quantkit.quantization.oom import FallbackStep
 
     moved: list[tuple[int, str]] = []
 
@@ -316,7 +316,8 @@ def test_activations_that_wait_elsewhere_change_no_byte(
 
     whole = quantize(job(model), variant("awq+gptq"), tmp_path / "whole" / "out")
     monkeypatch.setattr(streams, "move", spied)
-    monkeypatch.setattr(walking, "rungs", lambda *_, **__: [Rung(2048, "recompute", offload=True, is_last=True)])
+    only = FallbackStep(2048, "recompute", offload=True, is_last=True)
+    monkeypatch.setattr(walking, "fallback_steps", lambda *_, **__: [only])
     done = quantize(job(model), variant("awq+gptq"), tmp_path / "out")
     assert {index for index, _ in moved} == {0, 1}
     assert (done.folder / "model.safetensors").read_bytes() == (whole.folder / "model.safetensors").read_bytes()

@@ -21,7 +21,6 @@ FLOORS = (
 STILL_UPWARD: dict[tuple[str, str], str] = {
     ("gguf", "exports"): "the writer of GGUF files goes to exports, or asks less",
     ("gguf", "formats"): "the writer of GGUF files goes to exports, or asks less",
-    ("quantization", "publishing"): "the card is written by pipeline",
     ("recipe", "source"): "the importer asks less",
 }
 """Edges that point upwards today and are on their way out, each with how."""

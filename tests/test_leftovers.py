@@ -11,7 +11,7 @@ from tests.runs import hidden_names
 
 def test_what_killed_runs_left_is_removed_but_for_what_is_gone_on_with(tmp_path: Path) -> None:
     variants = tmp_path / "variants"
-    for name in (".a.spool", ".b.spool", ".b.partial-x1", ".c.old-x2", ".adapters-x3"):
+    for name in (".a.layers", ".b.layers", ".b.partial-x1", ".c.old-x2", ".adapters-x3"):
         (variants / name).mkdir(parents=True)
     (variants / ".c.old-x2" / "folder").mkdir()
     for name in (".run.lock", ".baseline.lock", ".report.json.partial-x4"):
@@ -20,7 +20,7 @@ def test_what_killed_runs_left_is_removed_but_for_what_is_gone_on_with(tmp_path:
     (variants / "b" / ".README.md.partial-x5").write_text("half")
     (variants / "b" / ".gitattributes").write_text("mine")
     clear_leftovers(tmp_path, [variants / "a"])
-    assert hidden_names(tmp_path) == [".a.spool", ".gitattributes", ".run.lock"]
+    assert hidden_names(tmp_path) == [".a.layers", ".gitattributes", ".run.lock"]
     assert sorted(path.name for path in variants.iterdir() if not path.name.startswith(".")) == ["b", "c"]
 
 

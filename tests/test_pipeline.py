@@ -323,7 +323,7 @@ def test_an_interrupted_run_keeps_what_is_finished_and_goes_on_from_there(
         with pytest.raises(KeyboardInterrupt):
             rerun([RTN, GPTQ])
     variants = tmp_path / "run" / "variants"
-    assert sorted(path.name for path in variants.iterdir()) == [".gptq.spool", "rtn"]
+    assert sorted(path.name for path in variants.iterdir()) == [".gptq.layers", "rtn"]
     report, notes = rerun([RTN, GPTQ])
     assert notes == reused("rtn")
     assert report["status"] == "ok"

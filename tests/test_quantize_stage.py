@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ from quantkit.engine.skeleton import Skeleton
 from quantkit.errors import CheckpointError, OutputError, QuantizationError, QuantkitError, SchemeError
 from quantkit.exports.manifest import MANIFEST, is_whole, write_manifest
 from quantkit.formats.compressed_tensors import CompressedTensors
+from quantkit.publishing import describe
 from quantkit.quantization import Job, finished_variant, made_from, plan_layers, quantize
-from quantkit.quantization.export import Origin
 from quantkit.quantization.plan import choose_strategy, paused_bytes
 from quantkit.recipe import VariantSpec
 from quantkit.schemes import IntScheme
@@ -107,7 +108,8 @@ def test_a_float_head_leaves_the_tie_as_it_was(models: dict[str, Path], tmp_path
 
 
 def test_the_checkpoint_holds_all_that_a_runtime_and_a_reader_need(models: dict[str, Path], tmp_path: Path) -> None:
-    done = quantize(job(models["llama"]), variant(), tmp_path / "out")
+    given = job(models["llama"])
+    done = quantize(given, variant(), tmp_path / "out", describe=partial(describe, given))
     names = {path.name for path in done.folder.iterdir()}
     assert names == {
         "LICENSE" if (models["llama"] / "LICENSE").exists() else "config.json",
@@ -122,6 +124,7 @@ def test_the_checkpoint_holds_all_that_a_runtime_and_a_reader_need(models: dict[
         content = (done.folder / name).read_bytes()
         assert facts == {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
     assert manifest["source"]["reference"] == "tiny"
+    assert (done.folder / "README.md").read_text(encoding="utf-8").count("# out\n") == 1
 
 
 def test_licence_and_further_templates_go_along_and_an_old_index_does_not(tmp_path: Path) -> None:
@@ -262,7 +265,7 @@ def test_a_weight_that_is_not_finite_is_named(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("at", ["spool", "checkpoint"])
+@pytest.mark.parametrize("at", ["layers", "checkpoint"])
 def test_a_full_disk_is_one_line_and_keeps_the_old_checkpoint(
     models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
 ) -> None:
@@ -271,7 +274,7 @@ def test_a_full_disk_is_one_line_and_keeps_the_old_checkpoint(
     write = writer.ShardWriter._shard_file
 
     def full(self: writer.ShardWriter, number: int) -> Any:
-        if (".spool" in str(self.folder)) == (at == "spool"):
+        if (".layers" in str(self.folder)) == (at == "layers"):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return write(self, number)
 
@@ -280,7 +283,7 @@ def test_a_full_disk_is_one_line_and_keeps_the_old_checkpoint(
         quantize(job(models["llama"]), variant(bits=8), out)
     assert files_with_times(out) == old
     left = [path.name for path in tmp_path.iterdir() if path != out]
-    assert left == ([".out.spool"] if at == "checkpoint" else [])  # what was solved is kept
+    assert left == ([".out.layers"] if at == "checkpoint" else [])  # what was solved is kept
     monkeypatch.undo()
     assert quantize(job(models["llama"]), variant(bits=8), out).facts["resumed"] == (2 if at == "checkpoint" else 0)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -292,7 +295,7 @@ def test_a_checkpoint_that_reads_back_differently_does_not_count(
     write = writer.ShardWriter.write
 
     def flipped(self: writer.ShardWriter, name: str, tensor: torch.Tensor) -> None:
-        broken = name == "model.layers.1.mlp.up_proj.weight_packed" and ".spool" not in str(self.folder)
+        broken = name == "model.layers.1.mlp.up_proj.weight_packed" and ".layers" not in str(self.folder)
         write(self, name, tensor ^ 1 if broken else tensor)
 
     monkeypatch.setattr(writer.ShardWriter, "write", flipped)
@@ -316,4 +319,3 @@ def test_a_manifest_reaches_into_folders(tmp_path: Path) -> None:
     write_manifest(tmp_path, {"schema": 1})
     assert list(read_json(tmp_path / MANIFEST)["files"]) == ["deep/file"]
     assert is_whole(tmp_path)
-    assert Origin(tmp_path, "float32", None).runs_code is False

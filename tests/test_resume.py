@@ -18,7 +18,7 @@ from quantkit.errors import QuantizationError
 from quantkit.quantization import Job, Quantized, Wanted, quantize, quantize_together
 from quantkit.quantization import resume as resuming
 from quantkit.quantization import walk_variants as walking
-from quantkit.quantization.resume import spool_folder
+from quantkit.quantization.resume import layers_folder
 from quantkit.quantization.solved_layers import EXACT
 from quantkit.recipe import VariantSpec
 from quantkit.system.artifacts import file_sha256, read_json
@@ -125,7 +125,7 @@ def test_what_a_format_cannot_hold_exactly_lies_beside_what_it_stores(model: Pat
     for name, has_exact in (("gptq", False), ("int8", True)):
         with pytest.raises(KeyboardInterrupt):
             quantize(job(model), variant(name), tmp_path / name, on_segment=cut_after(1))
-        header = (spool_folder(tmp_path / name) / "model.layers.0" / "model.safetensors").read_bytes()
+        header = (layers_folder(tmp_path / name) / "model.layers.0" / "model.safetensors").read_bytes()
         assert (f".{EXACT}codes".encode() in header) == has_exact
 
 
@@ -148,7 +148,7 @@ def test_either_strategy_goes_on_from_the_other(
 def test_seconds_are_the_sum_of_what_was_spent(model: Path, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         quantize(job(model), variant("gptq"), tmp_path / "out", on_segment=cut_after(2))
-    records = [spool_folder(tmp_path / "out") / f"model.layers.{block}" / "segment.json" for block in range(2)]
+    records = [layers_folder(tmp_path / "out") / f"model.layers.{block}" / "segment.json" for block in range(2)]
     assert all(seconds > 0 for record in records for seconds in read_json(record)["seconds"])
     edit_json(records[1], lambda record: record.update(seconds=[1000.0, 500.0]))
     found = quantize(job(model), variant("gptq"), tmp_path / "out").facts
@@ -252,7 +252,7 @@ def test_a_damaged_segment_is_found_and_what_follows_it_dropped(
 ) -> None:
     with pytest.raises(KeyboardInterrupt):
         quantize(job(model), variant("gptq"), tmp_path / "out", on_segment=cut_after(3))
-    segment = spool_folder(tmp_path / "out") / "model.layers.1"
+    segment = layers_folder(tmp_path / "out") / "model.layers.1"
     tensors, record = segment / "model.safetensors", segment / "segment.json"
     content = bytearray(tensors.read_bytes())
     if damage == "a bit":
@@ -272,10 +272,10 @@ def test_a_damaged_segment_is_found_and_what_follows_it_dropped(
     assert digests(done.folder) == digests(undisturbed("gptq"))
 
 
-def test_a_spool_whose_identity_cannot_be_read_is_not_taken_up(model: Path, tmp_path: Path) -> None:
+def test_a_layer_store_whose_identity_cannot_be_read_is_not_taken_up(model: Path, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         quantize(job(model), variant("gptq"), tmp_path / "out", on_segment=cut_after(1))
-    (spool_folder(tmp_path / "out") / "spool.json").write_text("[")
+    (layers_folder(tmp_path / "out") / "identity.json").write_text("[")
     notes: list[str] = []
     assert quantize(job(model), variant("gptq"), tmp_path / "out", on_note=notes.append).facts["resumed"] == 0
     assert notes == ["gptq: starts afresh: what an earlier run saved cannot be read"]
@@ -304,7 +304,7 @@ def test_segments_stay_where_the_same_command_can_go_on_and_go_where_it_would_fa
     monkeypatch.setattr(Solver, "solve", failing(MemoryError()))
     with pytest.raises(MemoryError):
         quantize(job(model), variant("gptq"), tmp_path / "out")
-    assert spool_folder(tmp_path / "out").exists()
+    assert layers_folder(tmp_path / "out").exists()
     monkeypatch.setattr(Solver, "solve", solve)
     assert quantize(job(model), variant("gptq"), tmp_path / "out").facts["resumed"] == 2
     assert hidden_names(tmp_path) == []
@@ -312,7 +312,7 @@ def test_segments_stay_where_the_same_command_can_go_on_and_go_where_it_would_fa
 
 def test_segments_that_a_killed_run_left_beside_a_finished_checkpoint_are_removed(model: Path, tmp_path: Path) -> None:
     done = quantize(job(model), variant("gptq"), tmp_path / "out")
-    (spool_folder(done.folder) / "model.layers.0").mkdir(parents=True)
+    (layers_folder(done.folder) / "model.layers.0").mkdir(parents=True)
     assert quantize(job(model), variant("gptq"), tmp_path / "out").reused
     assert hidden_names(tmp_path) == []
 
@@ -352,6 +352,6 @@ def test_a_request_to_stop_waits_for_the_end_of_the_block(model: Path, tmp_path:
         quantize(job(model), variant("gptq"), tmp_path / "out", on_segment=ask)
     assert caught.value.code == 143
     assert asked == [True, False]
-    assert json.loads((spool_folder(tmp_path / "out") / "model.layers.0" / "segment.json").read_text())["layers"]
+    assert json.loads((layers_folder(tmp_path / "out") / "model.layers.0" / "segment.json").read_text())["layers"]
     assert quantize(job(model), variant("gptq"), tmp_path / "out").facts["resumed"] == 1
     assert not request()

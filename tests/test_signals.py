@@ -16,8 +16,8 @@ BLOCKS = 2
 
 
 def segments(out: Path) -> list[str]:
-    spool = out.parent / f".{out.name}.spool"
-    return sorted(path.name for path in spool.iterdir() if path.is_dir()) if spool.exists() else []
+    layers = out.parent / f".{out.name}.layers"
+    return sorted(path.name for path in layers.iterdir() if path.is_dir()) if layers.exists() else []
 
 
 @pytest.mark.parametrize("method", ["rtn", "gptq"])
@@ -75,5 +75,5 @@ def test_an_interrupt_stops_at_once_and_what_is_saved_stays(
     assert said.rstrip().endswith("interrupted: what is finished is kept, the same command goes on from there")
     assert "Traceback" not in said
     assert segments(tmp_path / "out") == saved
-    assert (tmp_path / ".out.spool").exists() == bool(saved)
+    assert (tmp_path / ".out.layers").exists() == bool(saved)
     assert not (tmp_path / ".out.lock").exists()

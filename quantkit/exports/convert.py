@@ -17,7 +17,7 @@ from quantkit.errors import SchemeError
 from quantkit.exports import Export, open_export
 from quantkit.exports.companions import copy_companions
 from quantkit.exports.content import Content, Stored
-from quantkit.exports.layer_store import Spool
+from quantkit.exports.layer_store import LayerStore
 from quantkit.exports.manifest import write_manifest
 from quantkit.exports.recast import SHIFT_ALLOWED, recast, shift, target_scheme, with_scales_in
 from quantkit.exports.writing import check_origin, origin_remarks, write_export
@@ -68,14 +68,14 @@ def convert(
         _check_together(export, target, linears, schemes)
         dtype = _dtype(export)
         check_origin(target, origin, [*export.float_names(), *(f"{layer}.weight" for layer in schemes)])
-        spool = Spool(scratch / "layers", target(dtype), export.embedding)
+        layers = LayerStore(scratch / "layers", target(dtype), export.embedding)
         largest = 0.0
         for done, layer in enumerate(schemes, start=1):
-            largest = max(largest, _move(export, layer, schemes[layer], DTYPES[target.scale_dtype(dtype)], spool))
+            largest = max(largest, _move(export, layer, schemes[layer], DTYPES[target.scale_dtype(dtype)], layers))
             on_layer(done, len(schemes))
         store = target(dtype)
-        write_export(_content(export, origin, linears, schemes, spool), store, folder)
-        facts = _facts(export, store, origin, schemes, spool, largest)
+        write_export(_content(export, origin, linears, schemes, layers), store, folder)
+        facts = _facts(export, store, origin, schemes, layers, largest)
         _write_records(folder, checkpoint, export, schemes, facts)
     return facts
 
@@ -102,11 +102,11 @@ def _placed(layer: str, target: type[Format], export: Export) -> Scheme:
     return scheme
 
 
-def _move(export: Export, layer: str, scheme: Scheme, scales: torch.dtype, spool: Spool) -> float:
+def _move(export: Export, layer: str, scheme: Scheme, scales: torch.dtype, layers: LayerStore) -> float:
     """Pack a layer in the target format; how far its weights moved, in steps."""
     weight = recast(export.weight(layer), scheme)
-    moved = shift(weight, spool.keep(layer, with_scales_in(weight, scales)))
-    spool.flush(layer)
+    moved = shift(weight, layers.keep(layer, with_scales_in(weight, scales)))
+    layers.flush(layer)
     if not moved <= SHIFT_ALLOWED:
         raise SchemeError(
             f"{layer}: a weight of {scheme.describe()} would move by {moved:.2g} steps of its grid, "
@@ -147,7 +147,7 @@ def _content(
     origin: Path,
     linears: Mapping[str, Scheme | None],
     schemes: Mapping[str, Scheme],
-    spool: Spool,
+    layers: LayerStore,
 ) -> Content:
     def plain(name: str) -> Stored:
         return Stored(export.float_dtype(name), export.float_shape(name), lambda: export.float_tensor(name))
@@ -156,22 +156,22 @@ def _content(
         origin=origin,
         dtype=_dtype(export),
         linears=linears,
-        packed={layer: spool.packed(layer) for layer in schemes},
+        packed={layer: layers.packed(layer) for layer in schemes},
         floats={name: plain(name) for name in export.float_names()},
-        digests=spool.digests(),
+        digests=layers.digests(),
         embedding=None if export.embedding is None else (export.embedding, schemes[export.embedding]),
     )
 
 
 def _facts(
-    export: Export, store: Format, origin: Path, schemes: Mapping[str, Scheme], spool: Spool, largest: float
+    export: Export, store: Format, origin: Path, schemes: Mapping[str, Scheme], layers: LayerStore, largest: float
 ) -> dict[str, Any]:
     weights = sum(rows * columns for rows, columns in map(export.shape, schemes))
     return {
         "from": export.format,
         "format": store.name,
         "layers": len(schemes),
-        "bits_per_weight": spool.stored_bytes * 8 / weights,
+        "bits_per_weight": layers.stored_bytes * 8 / weights,
         "largest_shift": largest,
         "notes": [*origin_remarks(store, origin, store.dtype), *store.remarks(set(schemes.values()))],
     }

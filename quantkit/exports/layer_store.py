@@ -13,7 +13,7 @@ from quantkit.formats.base import Format
 from quantkit.schemes import QuantizedWeight
 
 
-class Spool:
+class LayerStore:
     """Packs layers and keeps them on disk in checkpoints of their own.
 
     Args:
@@ -80,11 +80,11 @@ class Spool:
         return {name.removeprefix(f"{layer}."): self.stored(name) for name in names}
 
     def replaces(self, name: str) -> bool:
-        """Whether a float tensor of the source is replaced by one of the spool."""
+        """Whether a float tensor of the source is replaced by one of the layer store."""
         return name in self._replaced
 
     def stored(self, name: str) -> Stored:
-        """A tensor of the spool."""
+        """A tensor of the layer store."""
         return Stored.of(self._readers[name], name)
 
     def digests(self) -> Mapping[str, str]:

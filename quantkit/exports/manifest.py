@@ -101,3 +101,8 @@ def is_whole(folder: Path) -> bool:
         return all((folder / name).stat().st_size == facts["bytes"] for name, facts in files.items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
+
+
+def public_reference(reference: Any) -> Any:
+    """A model's reference for others: of one on this machine its name alone."""
+    return Path(reference).name if isinstance(reference, str) and Path(reference).expanduser().exists() else reference

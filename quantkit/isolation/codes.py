@@ -11,7 +11,7 @@ import torch
 from quantkit.checkpoint import CheckpointReader
 from quantkit.errors import CheckpointError, QuantizationError, SchemeError
 from quantkit.exports.content import Content, Stored
-from quantkit.exports.layer_store import Spool
+from quantkit.exports.layer_store import LayerStore
 from quantkit.exports.writing import check_origin, write_export
 from quantkit.formats import FORMATS
 from quantkit.formats.base import Format
@@ -87,15 +87,15 @@ def write_in_format(
     """
     check_origin(type(store), job.source)
     reader, source = CheckpointReader(_alone(codes, scratch)), CheckpointReader(job.source)
-    spool, looked = Spool(scratch / "layers", store), Looked()
+    layers, looked = LayerStore(scratch / "layers", store), Looked()
     scales = DTYPES[store.scale_dtype(job.dtype)]
     for number, (layer, scheme) in enumerate(schemes.items()):
         weight = _weight(layer, scheme, reader, scales)
         look(layer, weight, source, looked)
-        spool.keep(layer, weight)
-        spool.flush(str(number))
-    looked.packed_bytes = spool.stored_bytes
-    write_export(_content(job, schemes, spool, source), store, folder)
+        layers.keep(layer, weight)
+        layers.flush(str(number))
+    looked.packed_bytes = layers.stored_bytes
+    write_export(_content(job, schemes, layers, source), store, folder)
     return looked
 
 
@@ -144,7 +144,7 @@ def _weight(layer: str, scheme: Scheme, reader: CheckpointReader, dtype: torch.d
     )
 
 
-def _content(job: Job, schemes: Mapping[str, Scheme], spool: Spool, source: CheckpointReader) -> Content:
+def _content(job: Job, schemes: Mapping[str, Scheme], layers: LayerStore, source: CheckpointReader) -> Content:
     from torch import nn
 
     from quantkit.engine.skeleton import empty_model
@@ -159,13 +159,13 @@ def _content(job: Job, schemes: Mapping[str, Scheme], spool: Spool, source: Chec
         origin=job.source,
         dtype=job.dtype,
         linears=linears,
-        packed={layer: spool.packed(layer) for layer in schemes},
+        packed={layer: layers.packed(layer) for layer in schemes},
         floats={
             name: Stored.of(source, name, finite=True)
             for name in source.names()
             if name.removesuffix(".weight") not in schemes
         },
-        digests=spool.digests(),
+        digests=layers.digests(),
         changes={"tie_word_embeddings": False} if unties else {},
         runs_code=job.trust_remote_code,
     )

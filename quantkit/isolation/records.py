@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from quantkit.exports.manifest import FOREIGN, write_manifest
+from quantkit.exports.manifest import FOREIGN, public_reference, write_manifest
 from quantkit.libraries.base import CODES
-from quantkit.quantization.variant import public_reference
 from quantkit.system.artifacts import STAGE_FILE, write_text
 
 if TYPE_CHECKING:

@@ -8,7 +8,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,8 +23,8 @@ from quantkit.isolation.records import write_records
 from quantkit.isolation.request import Attempt, place_for
 from quantkit.isolation.supervise import Limits
 from quantkit.libraries.base import CODES
-from quantkit.publishing import write_card
-from quantkit.quantization import Job, Quantized, card_facts, finished_variant
+from quantkit.publishing import describe
+from quantkit.quantization import Job, Quantized, finished_variant
 from quantkit.quantization.job import STAGE
 from quantkit.system.artifacts import check_writable, new_folder, translated_os_errors, write_stage
 from quantkit.system.locks import held
@@ -62,7 +61,7 @@ def quantize_by_library(attempt: Attempt) -> Quantized:
         store, schemes, looked = _written(attempt, ending, scratch, folder)
         facts = {"format": store, **_facts(attempt, ending, fixed, looked, time.perf_counter() - started)}
         write_records(folder, attempt.job, attempt.variant, store, schemes, identity, facts)
-        write_card(folder, replace(card_facts(attempt.job), repository=attempt.out.name))
+        describe(attempt.job, folder, attempt.out.name)
         write_stage(folder, STAGE, identity, facts=facts)
     return Quantized(attempt.out, facts, reused=False)
 

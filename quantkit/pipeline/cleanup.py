@@ -12,8 +12,9 @@ from quantkit.errors import OutputError
 from quantkit.system.artifacts import clear_up
 from quantkit.system.locks import held
 
-LEFT = re.compile(r"\.(?P<name>.+?)\.(?P<kind>lock|spool|partial-.*|old-.*)")
-"""Lock files, the segments of unfinished variants, and folders and files that were half written or put aside."""
+LEFT = re.compile(r"\.(?P<name>.+?)\.(?P<kind>lock|layers|spool|partial-.*|old-.*)")
+"""Lock files, solved layers of unfinished variants (``spool`` in earlier versions), and what was half written or put
+aside."""
 SCRATCH = ".adapters-"
 OWN_LOCK = ".run.lock"
 
@@ -34,9 +35,9 @@ def clear_leftovers(folder: Path, variants: Collection[Path]) -> None:
         if found is None or path.name == OWN_LOCK or not path.exists():
             continue
         output = path.with_name(found["name"])
-        if found["kind"] == "spool" and output in variants:
+        if found["kind"] == "layers" and output in variants:
             continue
         with suppress(OutputError), held(output, "clearing up"):
             clear_up(output)
-            if found["kind"] == "spool":
+            if found["kind"] in ("layers", "spool"):
                 shutil.rmtree(path, ignore_errors=True)

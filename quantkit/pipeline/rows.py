@@ -13,8 +13,8 @@ from quantkit.evaluation.stage import report_figures
 from quantkit.exports.manifest import identity
 from quantkit.pipeline.context import Run, attempted, score_beside
 from quantkit.pipeline.library_rows import library_row
-from quantkit.publishing import CARD, card
-from quantkit.quantization import Job, Quantized, Wanted, card_facts, quantize_together, walks
+from quantkit.publishing import CARD, CardFacts, card, describe
+from quantkit.quantization import Job, Quantized, Wanted, quantize_together, walks
 from quantkit.recipe import VariantSpec
 from quantkit.system.artifacts import write_text
 
@@ -41,7 +41,7 @@ def variant_rows(
 def _write_card(job: Job, before: dict[str, Any], audit: dict[str, Any] | None, row: dict[str, Any]) -> None:
     """Write the measured figures into the model card of a checkpoint, where they are not there yet."""
     file = Path(row["checkpoint"]) / CARD
-    facts = replace(card_facts(job), scores=row, baseline=before, calibration=audit, repository=file.parent.name)
+    facts = replace(CardFacts.of(job, file.parent.name), scores=row, baseline=before, calibration=audit)
     text = card(file.parent, facts)
     if not file.is_file() or file.read_bytes() != text.encode():
         write_text(file, text)
@@ -55,7 +55,9 @@ def _quantized(current: Run, job: Job, variants: list[VariantSpec]) -> list[Quan
     wanted = [Wanted(variant, current.variant_folder(variant.name)) for variant in variants]
     try:
         on_segment = partial(current.observer.progress, "block")
-        return quantize_together(job, wanted, on_segment=on_segment, on_note=current.observer.note)
+        return quantize_together(
+            job, wanted, describe=partial(describe, job), on_segment=on_segment, on_note=current.observer.note
+        )
     except Exception as error:
         return [error] * len(variants)
 

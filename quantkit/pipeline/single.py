@@ -8,6 +8,7 @@ from pathlib import Path
 from quantkit import calibration
 from quantkit.merging import merged_source
 from quantkit.pipeline import job_of
+from quantkit.publishing import describe
 from quantkit.quantization import quantize
 from quantkit.recipe import CalibrationSpec, MergeSpec, ModelSpec, VariantSpec
 from quantkit.system.artifacts import check_writable
@@ -33,4 +34,7 @@ def quantize_one(model: ModelSpec, variant: VariantSpec, spec: CalibrationSpec, 
         observer.stage(f"quantize: {variant.method}")
         job = job_of(found, calibrated, spec.inputs, trust_remote_code=model.trust_remote_code)
         on_segment = partial(observer.progress, "block")
-        return quantize(job, variant, out, on_segment=on_segment, on_note=observer.note).folder
+        done = quantize(
+            job, variant, out, describe=partial(describe, job), on_segment=on_segment, on_note=observer.note
+        )
+        return done.folder

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from quantkit.publishing.card import CARD, card, write_card
+from quantkit.publishing.card import CARD, card, describe, write_card
 from quantkit.publishing.facts import CardFacts
 from quantkit.publishing.push import push
 
-__all__ = ["CARD", "CardFacts", "card", "push", "write_card"]
+__all__ = ["CARD", "CardFacts", "card", "describe", "push", "write_card"]

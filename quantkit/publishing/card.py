@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -17,6 +17,9 @@ from quantkit.publishing.markdown import code, fenced, plain, table
 from quantkit.publishing.usage import Subject, usage
 from quantkit.schemes import Scheme, scheme_from_json
 from quantkit.system.artifacts import write_text
+
+if TYPE_CHECKING:
+    from quantkit.quantization import Job
 
 CARD = "README.md"
 RECIPE = "recipe.yaml"
@@ -31,6 +34,17 @@ def write_card(folder: Path, facts: CardFacts | None = None) -> None:
         OutputError: the folder cannot be written.
     """
     write_text(folder / CARD, card(folder, facts))
+
+
+def describe(job: Job, folder: Path, name: str) -> None:
+    """Write the card of a new checkpoint, before anything is measured.
+
+    Args:
+        job: it was made from.
+        folder: where it lies while it is made.
+        name: that its folder will have.
+    """
+    write_card(folder, CardFacts.of(job, name))
 
 
 def card(folder: Path, facts: CardFacts | None = None) -> str:

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from quantkit.quantization import Job
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,3 +32,9 @@ class CardFacts:
     scores: Mapping[str, Any] | None = None
     baseline: Mapping[str, Any] | None = None
     calibration: Mapping[str, Any] | None = None
+
+    @classmethod
+    def of(cls, job: Job, repository: str | None = None) -> CardFacts:
+        """What may be said of the model that a checkpoint was made of."""
+        name, revision = job.hub or (None, None)
+        return cls(base_model=name, revision=revision, source=job.source, repository=repository)

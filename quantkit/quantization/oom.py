@@ -20,7 +20,7 @@ PARTS = (2, 4, 8)
 
 
 @dataclass(frozen=True, slots=True)
-class Rung:
+class FallbackStep:
     """How a walk uses memory.
 
     Attributes:
@@ -38,7 +38,7 @@ class Rung:
     is_last: bool = False
 
 
-def rungs(device: torch.device, strategy: Strategy, feed: Feed, *, calibrated: bool) -> Iterator[Rung]:
+def fallback_steps(device: torch.device, strategy: Strategy, feed: Feed, *, calibrated: bool) -> Iterator[FallbackStep]:
     """What is tried, one after another.
 
     Args:
@@ -47,28 +47,28 @@ def rungs(device: torch.device, strategy: Strategy, feed: Feed, *, calibrated: b
         feed: of the walk.
         calibrated: the walk runs the model at all; without, there is nothing to save.
     """
-    rung = Rung(BATCH_TOKENS[device.type], strategy, is_last=not calibrated)
-    yield rung
+    step = FallbackStep(BATCH_TOKENS[device.type], strategy, is_last=not calibrated)
+    yield step
     if not calibrated:
         return
     if strategy == "one-pass" and feed == "quantized":
-        rung = replace(rung, strategy="recompute", says="each block is run anew for every group, which changes no byte")
-        yield rung
-    whole = rung.batch_tokens
+        step = replace(step, strategy="recompute", says="each block is run anew for every group, which changes no byte")
+        yield step
+    whole = step.batch_tokens
     for part in PARTS:
         says = (
             f"batches of {whole // part} tokens instead of {whole}; sums are taken in another order, so that bytes may "
             "differ from those of a run with more memory"
         )
-        rung = replace(rung, batch_tokens=whole // part, says=says)
-        yield rung
+        step = replace(step, batch_tokens=whole // part, says=says)
+        yield step
     says = "activations wait in the memory of the CPU between blocks, which changes no byte"
-    yield replace(rung, offload=True, says=says, is_last=True)
+    yield replace(step, offload=True, says=says, is_last=True)
 
 
-def ran_out(rung: Rung, device: torch.device) -> str:
-    """What is told when a rung is tried."""
-    return f"the memory of {device} ran out: {rung.says}"
+def ran_out(step: FallbackStep, device: torch.device) -> str:
+    """What is told when a step is tried."""
+    return f"the memory of {device} ran out: {step.says}"
 
 
 def out_of_memory(error: torch.OutOfMemoryError, device: torch.device, where: str = "") -> QuantizationError:

@@ -19,7 +19,7 @@ from quantkit.recipe import VariantSpec
 from quantkit.system.artifacts import fingerprint, read_json, translated_os_errors, write_json
 from quantkit.system.devices import device_name, resolve_device
 
-IDENTITY = "spool.json"
+IDENTITY = "identity.json"
 LAYOUT = 1
 """Raised when segments are stored in another way."""
 PACKAGES = ("quantkit", "torch", "transformers", "numpy")
@@ -33,7 +33,7 @@ WORDS = {
     "layout": "the version of quantkit",
     "code": "the version of quantkit",
 }
-"""What each part of a spool's identity is, for a reader."""
+"""What each part of a resume identity is, for a reader."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +51,12 @@ class TakenUp:
     note: str
 
 
-def spool_folder(out: Path) -> Path:
+def layers_folder(out: Path) -> Path:
     """Where the finished segments of a variant wait: beside its checkpoint."""
-    return out.absolute().parent / f".{out.name}.spool"
+    return out.absolute().parent / f".{out.name}.layers"
 
 
-def spool_identity(job: Job, variant: VariantSpec) -> dict[str, Any]:
+def resume_identity(job: Job, variant: VariantSpec) -> dict[str, Any]:
     """What the bytes of a segment depend on: all that those of the checkpoint do, and what it is computed with."""
     device = resolve_device(job.device)
     machine = {
@@ -71,13 +71,13 @@ def spool_identity(job: Job, variant: VariantSpec) -> dict[str, Any]:
 
 
 def take_up(folder: Path, identity: Mapping[str, Any], names: Sequence[str]) -> TakenUp:
-    """Open a spool: what an earlier run with the same identity saved is kept, anything else is removed.
+    """Open a layer store: what an earlier run with the same identity saved is kept, anything else is removed.
 
     The lock of the output is held, so that nobody else is at it.
 
     Args:
-        folder: see :func:`spool_folder`.
-        identity: see :func:`spool_identity`.
+        folder: see :func:`layers_folder`.
+        identity: see :func:`resume_identity`.
         names: the prefixes of all segments, in the order in which they are solved.
 
     Raises:
@@ -95,13 +95,13 @@ def take_up(folder: Path, identity: Mapping[str, Any], names: Sequence[str]) -> 
     return TakenUp((), len(names), f"starts afresh: {_difference(before, identity)}" if started else "")
 
 
-def drop_spool(out: Path) -> None:
+def drop_layers(out: Path) -> None:
     """Remove the finished segments of a variant that nobody will ask for."""
-    shutil.rmtree(spool_folder(out), ignore_errors=True)
+    shutil.rmtree(layers_folder(out), ignore_errors=True)
 
 
 def is_worth_keeping(folder: Path) -> bool:
-    """Whether a spool holds a finished segment."""
+    """Whether a layer store holds a finished segment."""
     return any(path.is_dir() and not path.name.startswith(".") for path in folder.iterdir())
 
 

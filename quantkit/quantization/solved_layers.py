@@ -18,7 +18,7 @@ from quantkit.checkpoint import CheckpointReader
 from quantkit.engine.scaling import Scaling
 from quantkit.engine.tasks import LayerResult
 from quantkit.exports.content import digest
-from quantkit.exports.layer_store import Spool
+from quantkit.exports.layer_store import LayerStore
 from quantkit.formats.base import Format
 from quantkit.quantization.segments import SavedSegment, save_segment
 from quantkit.schemes import QuantizedWeight, Scheme
@@ -52,8 +52,8 @@ class _Taken:
     notes: tuple[str, ...]
 
 
-class SolvedLayers(Spool):
-    """A spool for the layers of a variant as a walk solves them.
+class SolvedLayers(LayerStore):
+    """A layer store for the layers of a variant as a walk solves them.
 
     See :class:`quantkit.engine.tasks.Sink` and :class:`quantkit.engine.resume_state.Memory`.
 

@@ -1,214 +1,275 @@
-"""One variant on its way: begun before a walk, written after it."""
+"""A variant's life, from top to bottom: it is planned, begun, solved by a walk, written, and left."""
 
 from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from quantkit.checkpoint import CheckpointReader
 from quantkit.engine.skeleton import Skeleton
 from quantkit.engine.tasks import Task
 from quantkit.errors import QuantizationError
-from quantkit.exports.manifest import write_manifest
+from quantkit.exports import IMATRIX
+from quantkit.exports.content import Content, Stored
+from quantkit.exports.manifest import public_reference, write_manifest
 from quantkit.exports.writing import check_origin, origin_remarks, write_export
 from quantkit.formats import FORMATS
-from quantkit.formats.base import Format
-from quantkit.publishing import CardFacts, write_card
-from quantkit.quantization.export import Origin, content_of
-from quantkit.quantization.importance import write_importance
 from quantkit.quantization.job import DTYPES, STAGE, Job, Quantized, Wanted, made_from
-from quantkit.quantization.plan import Layers, plan_layers
-from quantkit.quantization.resume import (
-    TakenUp,
-    drop_spool,
-    is_worth_keeping,
-    spool_folder,
-    spool_identity,
-    take_up,
-)
+from quantkit.quantization.plan import plan_layers
+from quantkit.quantization.resume import TakenUp, drop_layers, is_worth_keeping, layers_folder, resume_identity, take_up
 from quantkit.quantization.solved_layers import SolvedLayers
-from quantkit.recipe import VariantSpec
 from quantkit.system.artifacts import STAGE_FILE, check_writable, new_folder, write_stage
 from quantkit.system.locks import alone
 from quantkit.system.os_errors import may_pass
 
+Describe = Callable[[Path, str], None]
+"""Called with the folder of a checkpoint when all but its mark is written, and with the name that it will have."""
+
 
 @dataclass(frozen=True, slots=True)
-class Underway:
-    """A variant that is being quantized.
+class WalkFacts:
+    """What a finished walk was for one of its variants.
 
     Attributes:
-        wanted: it and where it goes.
-        layers: its plan.
-        spool: its finished segments.
-        task: what a walk solves of it.
-        resumed: what was found of an earlier run.
+        shared: seconds of all that its variants share.
+        own: seconds of this variant's own work.
+        variants: how many shared it.
+        strategy: of its passes, as it was in the end.
+        notes: what the user should know of all of its variants.
     """
-
-    wanted: Wanted
-    layers: Layers
-    spool: SolvedLayers
-    task: Task
-    resumed: TakenUp
-
-
-@dataclass(frozen=True, slots=True)
-class Seconds:
-    """What a walk took: the part that all of its variants share, and the one of this variant."""
 
     shared: float
     own: float
     variants: int
+    strategy: str
+    notes: Sequence[str]
 
 
-def start(job: Job, skeleton: Skeleton, wanted: Wanted, folders: ExitStack) -> Underway:
-    """Plan a variant and open the folder in which its solved layers wait, with what an earlier run left there.
+class VariantRun:
+    """One variant on its way to a checkpoint.
 
-    Nobody else writes its folder until ``folders`` is closed.
+    It is planned and checked when it is made, then begun, solved by a walk through its :attr:`task`, and finished. At
+    the end, however that comes, it is left.
+
+    Args:
+        job: what is quantized.
+        skeleton: of the model.
+        wanted: the variant and its folder.
+
+    Attributes:
+        layers: its plan.
+        solved: its layers on disk, once it is begun.
+        resumed: what an earlier run left of it, once it is begun.
 
     Raises:
         SchemeError: the variant does not suit the model's layers.
         QuantizationError: it needs calibration rows and there are none.
-        OutputError: its folder cannot be written, or another process writes it.
+        OutputError: its folder cannot be written.
     """
-    variant = wanted.variant
-    layers = plan_layers(skeleton, variant)
-    method = variant.build_method()
-    if method.needs and not job.rows:
-        raise QuantizationError(f"{variant.name}: method {variant.method} needs calibration rows", "give a data set")
-    check_writable(wanted.out)
-    check_origin(FORMATS.get(variant.format), job.source)
-    folders.enter_context(alone(wanted.out, f"quantize {variant.name}"))
-    folder = spool_folder(wanted.out)
-    resumed = take_up(folder, spool_identity(job, variant), _segments(skeleton, layers))
-    store = FORMATS.get(variant.format)
-    replays = bool(method.needs) and job.feed == "quantized"
-    spool = SolvedLayers(folder, store(job.dtype), layers.quantized, layers.embedding, replays=replays)
-    spool.take_up(resumed.segments)
-    scale_dtype = DTYPES[store.scale_dtype(job.dtype)]
-    task = Task(variant.name, method, layers.quantized, scale_dtype, spool, layers.fused, spool)
-    return Underway(wanted, layers, spool, task, resumed)
 
+    solved: SolvedLayers
+    resumed: TakenUp
 
-def _segments(skeleton: Skeleton, layers: Layers) -> list[str]:
-    """The prefixes of the segments that hold quantized layers, in the order in which a walk solves them."""
-    head = [] if skeleton.head is None else [skeleton.head]
-    holding = [each.prefix for each in [*skeleton.segments, *head] if set(each.linears) & set(layers.quantized)]
-    return holding if layers.embedding is None else [layers.embedding, *holding]
+    def __init__(self, job: Job, skeleton: Skeleton, wanted: Wanted) -> None:
+        self._job = job
+        self._skeleton = skeleton
+        self._variant = wanted.variant
+        self._out = wanted.out
+        self._method = wanted.variant.build_method()
+        self._store = FORMATS.get(wanted.variant.format)(job.dtype)
+        self.wanted = wanted
+        self.layers = plan_layers(skeleton, wanted.variant)
+        if self._method.needs and not job.rows:
+            text = f"{self.name}: method {wanted.variant.method} needs calibration rows"
+            raise QuantizationError(text, "give a data set")
+        check_writable(self._out)
+        check_origin(type(self._store), job.source)
 
+    @property
+    def name(self) -> str:
+        """Of the variant."""
+        return self._variant.name
 
-def finish(
-    job: Job, skeleton: Skeleton, done: Underway, seconds: Seconds, strategy: str, notes: Sequence[str]
-) -> Quantized:
-    """Write the checkpoint of a solved variant.
+    def begin(self, locks: ExitStack) -> None:
+        """Open the folder in which solved layers wait, with what an earlier run left there.
 
-    Args:
-        job: it was made from.
-        skeleton: of the model.
-        done: the variant.
-        seconds: that its walk took.
-        strategy: of its walk.
-        notes: on its walk.
-    """
-    started = time.perf_counter()
-    variant, out = done.wanted.variant, done.wanted.out
-    store = FORMATS.get(variant.format)(job.dtype)
-    identity = made_from(job, variant)
-    with new_folder(out) as folder:
-        head = skeleton.head.prefix if skeleton.head else None
-        origin = Origin(job.source, job.dtype, head, job.trust_remote_code)
-        content = content_of(origin, done.spool, done.layers)
-        write_export(content, store, folder)
-        write_importance(folder, job, content, done.spool.tokens())
-        own_before, shared_before = done.spool.seconds_before
-        own = own_before + seconds.own + time.perf_counter() - started
-        shared = shared_before + seconds.shared
-        remarks = [*origin_remarks(store, job.source, job.dtype), *_remarks(store, done.layers)]
-        facts = {
-            **_facts(done.layers, done.spool, [*remarks, *filter(None, [done.resumed.note]), *notes]),
-            "resumed": len(done.resumed.segments),
+        Nobody else writes the variant until ``locks`` is closed.
+
+        Raises:
+            OutputError: its folder cannot be written, or another process writes it.
+        """
+        locks.enter_context(alone(self._out, f"quantize {self.name}"))
+        folder = layers_folder(self._out)
+        self.resumed = take_up(folder, resume_identity(self._job, self._variant), self._segments())
+        self.solved = SolvedLayers(
+            folder, self._store, self.layers.quantized, self.layers.embedding, replays=self._is_replayed
+        )
+        self.solved.take_up(self.resumed.segments)
+
+    @property
+    def _is_replayed(self) -> bool:
+        """Whether a later walk will ask for what this one solved, as one with a quantized feed does."""
+        return bool(self._method.needs) and self._job.feed == "quantized"
+
+    def _segments(self) -> list[str]:
+        """The prefixes of the segments that hold quantized layers, in the order in which a walk solves them."""
+        head = [] if self._skeleton.head is None else [self._skeleton.head]
+        quantized, embedding = set(self.layers.quantized), self.layers.embedding
+        holding = [each.prefix for each in [*self._skeleton.segments, *head] if set(each.linears) & quantized]
+        return holding if embedding is None else [embedding, *holding]
+
+    @property
+    def task(self) -> Task:
+        """What a walk solves of it, and where it puts that."""
+        scale_dtype = DTYPES[self._store.scale_dtype(self._job.dtype)]
+        return Task(
+            self.name, self._method, self.layers.quantized, scale_dtype, self.solved, self.layers.fused, self.solved
+        )
+
+    def finish(self, walk: WalkFacts, describe: Describe) -> Quantized:
+        """Write the checkpoint of a variant whose layers are solved, and read it back.
+
+        Raises:
+            CheckpointError: a tensor of the source is broken, or what was read back is not what was written.
+            OutputError: the folder cannot be written.
+        """
+        started = time.perf_counter()
+        identity = made_from(self._job, self._variant)
+        with new_folder(self._out) as folder:
+            content = self._content()
+            write_export(content, self._store, folder)
+            self._write_importance(folder, content)
+            facts = self._facts(walk, time.perf_counter() - started)
+            self._write_records(folder, identity, facts)
+            describe(folder, self._out.name)
+            write_stage(folder, STAGE, identity, facts=facts)
+        drop_layers(self._out)
+        return Quantized(self._out, facts, reused=False)
+
+    def _content(self) -> Content:
+        """What the checkpoint is made of.
+
+        Tensors of the source that were not quantized are taken as they are, but for those that the variant replaces.
+        A weight that the head and the embedding shared is there for each of them once one is quantized.
+        """
+        job, layers, solved = self._job, self.layers, self.solved
+        reader = CheckpointReader(job.source)
+        floats = {
+            name: solved.stored(name) if solved.replaces(name) else Stored.of(reader, source, finite=True)
+            for name, source in layers.kept(reader.names()).items()
+        }
+        changes: dict[str, Any] = {}
+        head = self._skeleton.head
+        if layers.unties or (head is not None and head.prefix in layers.quantized):
+            changes["tie_word_embeddings"] = False
+        if layers.cast is not None:
+            changes["dtype"] = layers.cast
+            floats = {name: tensor.cast(DTYPES[layers.cast], name) for name, tensor in floats.items()}
+        return Content(
+            origin=job.source,
+            dtype=layers.cast or job.dtype,
+            linears=layers.linears,
+            packed={layer: solved.packed(layer) for layer in layers.quantized},
+            floats=floats,
+            digests=solved.digests(),
+            embedding=None if layers.embedding is None else (layers.embedding, layers.quantized[layers.embedding]),
+            changes=changes,
+            runs_code=job.trust_remote_code,
+        )
+
+    def _write_importance(self, folder: Path, content: Content) -> None:
+        """Write ``imatrix.gguf``, for ``llama-quantize --imatrix``, if layers of the checkpoint have an importance."""
+        weighed = {layer: packed["importance"] for layer, packed in content.packed.items() if "importance" in packed}
+        if not weighed:
+            return
+        from quantkit.gguf.imatrix import Importance, write_imatrix
+
+        tokens = self.solved.tokens()
+        write_imatrix(
+            folder / IMATRIX,
+            {layer: Importance(stored.read(), tokens[layer]) for layer, stored in weighed.items()},
+            origin=content.origin,
+            datasets=[f"quantkit calibration set {self._job.calibration_sha256}"],
+            chunk_size=max(map(len, self._job.rows)),
+        )
+
+    def _facts(self, walk: WalkFacts, writing: float) -> dict[str, Any]:
+        """What ``stage.json`` and the report say of the variant.
+
+        Args:
+            walk: that solved it.
+            writing: seconds of writing it.
+        """
+        own_before, shared_before = self.solved.seconds_before
+        own, shared = own_before + walk.own + writing, shared_before + walk.shared
+        layers = self.solved.layers()
+        notes = [
+            *origin_remarks(self._store, self._job.source, self._job.dtype),
+            *self._remarks(),
+            *filter(None, [self.resumed.note]),
+            *walk.notes,
+            *dict.fromkeys(f"{layer['name']}: {note}" for layer in layers for note in layer["notes"]),
+        ]
+        stored = self.solved.stored_bytes
+        return {
+            "bits_per_weight": stored * 8 / self.layers.weights() if self.layers.quantized else 16.0,
+            "layers": layers,
+            "notes": notes,
+            "resumed": len(self.resumed.segments),
             "seconds": shared + own,
             "seconds_shared": shared,
             "seconds_own": own,
-            "walk_variants": seconds.variants,
-            "strategy": strategy if done.task.method.needs and job.feed == "quantized" else "none",
+            "walk_variants": walk.variants,
+            "strategy": walk.strategy if self._is_replayed else "none",
         }
-        _write_records(folder, job, variant, identity, facts, done.layers)
-        write_card(folder, replace(card_facts(job), repository=out.name))
-        write_stage(folder, STAGE, identity, facts=facts)
-    drop_spool(out)
-    return Quantized(out, facts, reused=False)
 
+    def _remarks(self) -> list[str]:
+        """What the format has to say of the linear layers, and of a quantized embedding."""
+        layers = self.layers
+        remarks = self._store.remarks({scheme for scheme in layers.linears.values() if scheme is not None})
+        if layers.embedding is None:
+            return list(remarks)
+        further = self._store.for_embeddings().remarks({layers.quantized[layers.embedding]})
+        return list(dict.fromkeys((*remarks, *further)))
 
-def leave(done: Underway, outcome: Quantized | BaseException | None) -> None:
-    """Keep what was solved of a variant for the next run, unless it is finished or would fail again.
+    def _write_records(self, folder: Path, identity: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+        """Write the recipe of this checkpoint, and its manifest."""
+        job, variant = self._job, self._variant
+        text = yaml.safe_dump(variant.resolved(), sort_keys=False)
+        (folder / "recipe.yaml").write_text(text, encoding="utf-8")
+        versions = {name: version(name) for name in ("quantkit", "torch", "transformers", "safetensors", "numpy")}
+        write_manifest(
+            folder,
+            {
+                "schema": 1,
+                "created_by": f"quantkit {versions['quantkit']}",
+                "source": {**job.source_facts, "reference": public_reference(job.source_facts.get("reference"))},
+                "calibration_sha256": identity["calibration"],
+                "feed": identity["feed"],
+                "format": variant.format,
+                "layers": {name: scheme.to_json() for name, scheme in self.layers.quantized.items()},
+                "embedding": self.layers.embedding,
+                "versions": {"python": platform.python_version(), **versions},
+                "bits_per_weight": facts["bits_per_weight"],
+                "stage_file": STAGE_FILE,
+            },
+        )
 
-    Args:
-        done: the variant.
-        outcome: what became of it, or of the work on all.
-    """
-    fails_again = isinstance(outcome, BaseException) and not may_pass(outcome)
-    folder = spool_folder(done.wanted.out)
-    if folder.exists() and (fails_again or not is_worth_keeping(folder)):
-        drop_spool(done.wanted.out)
+    def leave(self, outcome: Quantized | BaseException | None) -> None:
+        """Keep what was solved for the next run, unless the variant is finished or would fail again.
 
-
-def card_facts(job: Job) -> CardFacts:
-    """What the card of a checkpoint may say of the model that it was made of."""
-    name, revision = job.hub or (None, None)
-    return CardFacts(base_model=name, revision=revision, source=job.source)
-
-
-def _remarks(store: Format, layers: Layers) -> list[str]:
-    """What the format has to say of the linear layers, and of a quantized embedding."""
-    remarks = store.remarks({scheme for scheme in layers.linears.values() if scheme is not None})
-    if layers.embedding is None:
-        return list(remarks)
-    return list(dict.fromkeys((*remarks, *store.for_embeddings().remarks({layers.quantized[layers.embedding]}))))
-
-
-def _facts(layers: Layers, spool: SolvedLayers, remarks: Sequence[str]) -> dict[str, Any]:
-    found = spool.layers()
-    notes = list(dict.fromkeys(f"{layer['name']}: {note}" for layer in found for note in layer["notes"]))
-    return {
-        "bits_per_weight": spool.stored_bytes * 8 / layers.weights() if layers.quantized else 16.0,
-        "layers": found,
-        "notes": [*remarks, *notes],
-    }
-
-
-def _write_records(
-    folder: Path, job: Job, variant: VariantSpec, identity: dict[str, Any], facts: dict[str, Any], layers: Layers
-) -> None:
-    """The recipe of this checkpoint, and its manifest."""
-    text = yaml.safe_dump(variant.resolved(), sort_keys=False)
-    (folder / "recipe.yaml").write_text(text, encoding="utf-8")
-    versions = {name: version(name) for name in ("quantkit", "torch", "transformers", "safetensors", "numpy")}
-    write_manifest(
-        folder,
-        {
-            "schema": 1,
-            "created_by": f"quantkit {versions['quantkit']}",
-            "source": {**job.source_facts, "reference": public_reference(job.source_facts.get("reference"))},
-            "calibration_sha256": identity["calibration"],
-            "feed": identity["feed"],
-            "format": variant.format,
-            "layers": {name: scheme.to_json() for name, scheme in layers.quantized.items()},
-            "embedding": layers.embedding,
-            "versions": {"python": platform.python_version(), **versions},
-            "bits_per_weight": facts["bits_per_weight"],
-            "stage_file": STAGE_FILE,
-        },
-    )
-
-
-def public_reference(reference: Any) -> Any:
-    """A model's reference for others: of one on this machine its name alone."""
-    return Path(reference).name if isinstance(reference, str) and Path(reference).expanduser().exists() else reference
+        Args:
+            outcome: what became of the variant, or of the work on all.
+        """
+        fails_again = isinstance(outcome, BaseException) and not may_pass(outcome)
+        folder = layers_folder(self._out)
+        if folder.exists() and (fails_again or not is_worth_keeping(folder)):
+            drop_layers(self._out)

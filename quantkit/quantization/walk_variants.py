@@ -1,12 +1,17 @@
-"""One walk for variants that share one, tried again with less where the memory of the GPU runs out."""
+"""One walk for variants that share one, from a description that can be sent anywhere to their checkpoints.
+
+Where the memory of the GPU runs out the walk is tried again with less, see :mod:`quantkit.quantization.oom`.
+"""
 
 from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 
@@ -16,10 +21,10 @@ from quantkit.engine.precision import pass_dtype
 from quantkit.engine.skeleton import Skeleton
 from quantkit.engine.tasks import Task
 from quantkit.engine.walk import Strategy, Walk, WalkSettings
-from quantkit.quantization.job import DTYPES, Job
-from quantkit.quantization.oom import Rung, out_of_memory, ran_out, rungs
+from quantkit.quantization.job import DTYPES, Job, Quantized, Wanted
+from quantkit.quantization.oom import FallbackStep, fallback_steps, out_of_memory, ran_out
 from quantkit.quantization.plan import choose_strategy
-from quantkit.quantization.variant import Underway
+from quantkit.quantization.variant import Describe, VariantRun, WalkFacts
 from quantkit.system.devices import resolve_device
 from quantkit.system.shutdown import heed, patient
 
@@ -27,18 +32,109 @@ OnSegment = Callable[[int, int], None]
 OnNote = Callable[[str], None]
 
 
+@dataclass(frozen=True, slots=True)
+class WalkJob:
+    """All that a walk needs: no live model, no open file, no lock, so that it can be pickled and run elsewhere.
+
+    Attributes:
+        job: what is quantized, with the calibration rows and the name of the device.
+        wanted: the variants that share the walk, and where each goes.
+        describe: see :func:`quantkit.quantization.quantize_together`.
+    """
+
+    job: Job
+    wanted: tuple[Wanted, ...]
+    describe: Describe | None = None
+
+
+def run_walk(
+    walk: WalkJob,
+    *,
+    on_segment: OnSegment = lambda done, total: None,
+    on_note: OnNote = lambda text: None,
+) -> list[Quantized | Exception]:
+    """Begin all variants of a walk, solve their layers, and write each.
+
+    One walk a process: the garbage collector and the precision of float32 products are settings of the process, which
+    the engine changes while it computes and then puts back.
+
+    Args:
+        walk: what to do.
+        on_segment: called with the number of finished segments and how many there are.
+        on_note: called with what the user should know.
+
+    Returns:
+        For each variant its checkpoint, or the error by which it failed while others went on.
+
+    Raises:
+        CheckpointError: the source is broken.
+        QuantizationError: the memory of the GPU is too small whatever is tried.
+        Terminated: somebody asked to stop.
+    """
+    job, found = walk.job, dict[str, Quantized | Exception]()
+    skeleton = Skeleton(job.source, job.trust_remote_code)
+    with ExitStack() as ends:
+        runs = []
+        for each in walk.wanted:
+            with kept(found, each.variant.name):
+                run = VariantRun(job, skeleton, each)
+                run.begin(ends)
+                runs.append(run)
+        for run in runs:
+            ends.push(partial(_leave, run, found))
+        for note, names in _alike({run.name: run.resumed.note for run in runs}).items():
+            on_note(f"{', '.join(names)}: {note}")
+        walked = _solve(job, skeleton, runs, on_segment, on_note)
+        found.update(walked.failures)
+        for run in runs:
+            if run.name not in walked.failures:
+                with kept(found, run.name):
+                    found[run.name] = run.finish(walked.facts(run.name), walk.describe or _as_it_is)
+    return [found[each.variant.name] for each in walk.wanted]
+
+
+@contextmanager
+def kept(found: dict[str, Quantized | Exception], name: str) -> Iterator[None]:
+    """An error inside is kept as the outcome of a variant. Any error counts, as methods and formats are plugins."""
+    try:
+        yield
+    except Exception as error:
+        found[name] = error
+
+
+def _leave(run: VariantRun, found: Mapping[str, Quantized | Exception], *raised: Any) -> None:
+    """Leave a variant with what became of it, or with what ended the work on all; an exit callback."""
+    outcome = found.get(run.name)
+    run.leave(raised[1] if outcome is None else outcome)
+
+
+def _as_it_is(*_: Any) -> None:
+    """Add nothing to a checkpoint."""
+
+
+def _alike(notes: Mapping[str, str]) -> dict[str, list[str]]:
+    """The notes, each with the names of those that share it."""
+    found: dict[str, list[str]] = {}
+    for name, note in notes.items():
+        if note:
+            found.setdefault(note, []).append(name)
+    return found
+
+
 @dataclass(slots=True)
-class Walked:
+class _Walked:
     """What is left of a walk.
 
     Attributes:
-        failures: by name the tasks that failed while others went on.
-        shared: seconds of all that the tasks share.
-        seconds: by name the seconds of each task's own work.
+        variants: how many of them it solved layers of; at least one.
+        failures: by name the variants that failed while others went on.
+        shared: seconds of all that the variants share.
+        seconds: by name the seconds of each variant's own work.
         strategy: as it was in the end.
         notes: what the user should know of every variant.
     """
 
+    variants: int
     failures: dict[str, Exception] = field(default_factory=dict)
     shared: float = 0.0
     seconds: dict[str, float] = field(default_factory=dict)
@@ -52,19 +148,15 @@ class Walked:
         for name, seconds in walk.seconds.items():
             self.seconds[name] = self.seconds.get(name, 0.0) + seconds
 
+    def facts(self, name: str) -> WalkFacts:
+        """What it was for a variant."""
+        return WalkFacts(self.shared, self.seconds.get(name, 0.0), self.variants, self.strategy, self.notes)
 
-def walk_all(
-    job: Job, skeleton: Skeleton, underway: Sequence[Underway], on_segment: OnSegment, on_note: OnNote
-) -> Walked:
-    """Solve all layers of variants that share a walk.
 
-    Raises:
-        CheckpointError: the source is broken.
-        QuantizationError: the memory of the GPU is too small whatever is tried.
-        Terminated: somebody asked to stop.
-    """
-    found = Walked()
-    tasks = [each.task for each in underway if each.task.schemes]
+def _solve(job: Job, skeleton: Skeleton, runs: Sequence[VariantRun], on_segment: OnSegment, on_note: OnNote) -> _Walked:
+    """Solve all layers of variants that share a walk, with less memory each time that it runs out."""
+    tasks = [run.task for run in runs if run.layers.quantized]
+    found = _Walked(max(1, len(tasks)))
     if not tasks:
         return found
     device = resolve_device(job.device)
@@ -73,16 +165,16 @@ def walk_all(
     dtype = pass_dtype(device, DTYPES[job.dtype])
     tokens = sum(map(len, job.rows)) if calibrated else 0
     strategy = choose_strategy(skeleton, tokens, dtype, device) if calibrated else "one-pass"
-    for rung in rungs(device, strategy, feed, calibrated=calibrated):
-        if rung.says:
-            found.notes.append(ran_out(rung, device))
+    for step in fallback_steps(device, strategy, feed, calibrated=calibrated):
+        if step.says:
+            found.notes.append(ran_out(step, device))
             on_note(found.notes[-1])
         left = [task for task in tasks if task.name not in found.failures]
-        settings = WalkSettings(device, dtype, feed, rung.strategy, rung.offload, tries_again=not rung.is_last)
-        if _is_done(job, skeleton, left, settings, rung, found, on_segment):
+        settings = WalkSettings(device, dtype, feed, step.strategy, step.offload, tries_again=not step.is_last)
+        if _is_done(job, skeleton, left, settings, step, found, on_segment):
             break
-        for each in underway:
-            each.spool.forget_unfinished()
+        for run in runs:
+            run.solved.forget_unfinished()
     return found
 
 
@@ -91,8 +183,8 @@ def _is_done(
     skeleton: Skeleton,
     tasks: Sequence[Task],
     settings: WalkSettings,
-    rung: Rung,
-    found: Walked,
+    step: FallbackStep,
+    found: _Walked,
     on_segment: OnSegment,
 ) -> bool:
     """Walk once; false where the memory of the GPU ran out and less is to be tried."""
@@ -104,14 +196,14 @@ def _is_done(
         heed()
 
     started = time.perf_counter()
-    found.strategy = rung.strategy
-    batches = make_batches(rows, settings.device, may_pad, rung.batch_tokens)
+    found.strategy = step.strategy
+    batches = make_batches(rows, settings.device, may_pad, step.batch_tokens)
     walk = Walk(skeleton, CheckpointReader(job.source), batches, tasks, settings, done)
     try:
         with _failures_kept(walk), patient():
             walk.run()
     except torch.OutOfMemoryError as error:
-        if rung.is_last:
+        if step.is_last:
             raise out_of_memory(error, settings.device) from error
         ran_out_here = True
     else:
