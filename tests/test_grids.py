@@ -13,7 +13,8 @@ from quantkit.numerics.grid_search import (
     range_grid,
     search_grid,
 )
-from quantkit.schemes import PER_CHANNEL, IntScheme
+from quantkit.numerics.weighing import Weighing
+from quantkit.schemes import PER_CHANNEL, Fp8Scheme, IntScheme, Nf4Scheme, Scheme
 from quantkit.schemes.grids import Grid
 from quantkit.schemes.grids.base import stored
 from quantkit.schemes.grids.integer import Limits
@@ -196,3 +197,47 @@ def test_positive_scales_on_request() -> None:
     assert (turned.scales < 0).any()
     assert (upright.scales > 0).all()
     assert weighted_error(weight, turned, scheme, None) < weighted_error(weight, upright, scheme, None)
+
+
+JUDGED: list[Scheme] = [
+    *SCHEMES,
+    *(IntScheme(bits, 16, symmetric=False, zeros="float") for bits in (2, 4)),
+    Nf4Scheme(32, double_quant=False),
+    Fp8Scheme("channel"),
+]
+
+
+def gram_with_a_strong_mean(columns: int) -> torch.Tensor:
+    """Of inputs that are far from zero: most of an output is the sum of its weights, each by a mean."""
+    inputs = torch.randn(400, 6) @ torch.randn(6, columns) + 0.3 * torch.randn(400, columns) + 20 * torch.rand(columns)
+    return inputs.T @ inputs / 400
+
+
+def group_losses(weight: torch.Tensor, grid: Grid, scheme: Scheme, gram: torch.Tensor) -> torch.Tensor:
+    """The criterion by which groups are judged: ``e H eᵀ`` with the group's block of the Gram matrix."""
+    grids = scheme.grids()
+    missing = grids.grouped(weight - quantized(encode(weight, grid, scheme), grid, scheme).dequantize(torch.float32))
+    return (Weighing.of(grids, gram, weight.shape[1], weight.device)(missing) * missing).sum(-1)
+
+
+@pytest.mark.parametrize("negative", [True, False])
+@pytest.mark.parametrize("scheme", JUDGED, ids=lambda scheme: scheme.describe())
+def test_with_correlations_no_group_comes_out_worse_than_by_its_range(scheme: Scheme, negative: bool) -> None:
+    """By the search's own criterion, on the weights as they are stored; in total they come out better."""
+    weight, gram = torch.randn(256, 64) * torch.rand(256, 1), gram_with_a_strong_mean(64)
+    found = search_grid(weight, gram, scheme, torch.float16, CANDIDATES, negative_scales=negative)
+    losses = group_losses(weight, found, scheme, gram)
+    given = group_losses(weight, range_grid(weight, scheme, torch.float16), scheme, gram)
+    assert bool((losses <= given * 1.0001 + 1e-9).all())
+    assert float(losses.sum()) < float(given.sum())
+
+
+@pytest.mark.parametrize("negative", [True, False])
+@pytest.mark.parametrize("scheme", JUDGED, ids=lambda scheme: scheme.describe())
+def test_with_correlations_scales_have_the_sign_that_they_may_have(scheme: Scheme, negative: bool) -> None:
+    weight, gram = torch.randn(256, 64) * torch.rand(256, 1), gram_with_a_strong_mean(64)
+    scales = search_grid(weight, gram, scheme, torch.float16, CANDIDATES, negative_scales=negative).scales
+    if isinstance(scheme, IntScheme) and scheme.symmetric and negative:
+        assert bool((scales < 0).any())
+    else:
+        assert bool((scales > 0).all())

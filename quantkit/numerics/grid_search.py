@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -12,6 +12,9 @@ from quantkit.schemes.grids import Grid, Grids
 
 SEARCH_CHUNK = 1 << 18
 """Weights searched at a time: few enough for the caches, enough that threads seldom wait for each other."""
+
+FARTHEST_FIT = 0.4
+"""How far the scale of least error for a candidate's levels may be from the candidate's own, as a share of it."""
 
 
 def range_grid(weight: torch.Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> Grid:
@@ -56,7 +59,9 @@ def search_grid(
     For every candidate range the nearest levels ``q`` are taken. Where scales are free, the one of least squares
     for these levels is known in closed form, ``s = Σ h w q / Σ h q²``; it lowers the error by
     ``(Σ h w q)² / Σ h q²``, so the best candidate is the one where that is largest. Where they are not, the
-    candidate's own scale lowers it by ``2 s Σ h w q - s² Σ h q²``.
+    candidate's own scale lowers it by ``2 s Σ h w q - s² Σ h q²``. With correlations ``s`` may be far from the
+    candidate, and its codes quite other than ``q``: then both scales are judged as they would be stored, see
+    :func:`_search_judged`.
 
     Args:
         weight: float32 ``[rows, columns]``.
@@ -75,29 +80,31 @@ def search_grid(
     groups = grids.grouped(weight)
     grids = grids.fitted(groups)
     weigh = Weighing.of(grids, importance, weight.shape[1], weight.device)
-    step = (
-        max(1, SEARCH_CHUNK // (groups.shape[1] * groups.shape[2])) if weight.device.type == "cpu" else groups.shape[0]
-    )
+    rows, per_row = groups.shape[0], groups.shape[1] * groups.shape[2]
+    step = max(1, SEARCH_CHUNK // per_row) if weight.device.type == "cpu" else rows
     if not scheme.free_scales:
         tried = grids.candidates(groups, candidates, negative_scales=negative_scales)
         return grids.stored(*_search_stored(grids, groups, weigh, tried, step), scale_dtype)
-    parts = [
-        _search_free(grids, groups[start : start + step], weigh, candidates, negative_scales)
-        for start in range(0, groups.shape[0], step)
-    ]
+    parts = []
+    for part in torch.split(groups, step):
+        tried = grids.candidates(part, candidates, negative_scales=negative_scales)
+        if weigh.blocks is None:
+            parts.append(_search_free(grids, part, weigh, tried))
+        else:
+            parts.append(_search_judged(grids, part, weigh, tried, scale_dtype))
     scales, zeros = (torch.cat(each) for each in zip(*parts, strict=True))
     return grids.stored(scales, zeros, scale_dtype)
 
 
 def _search_free(
-    grids: Grids, groups: torch.Tensor, weigh: Weighing, candidates: int, negative_scales: bool
+    grids: Grids, groups: torch.Tensor, weigh: Weighing, tried: Iterable[tuple[torch.Tensor, torch.Tensor]]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The best scale and zero of each group by itself."""
     weighted = weigh(groups)
     best_gain = torch.full(groups.shape[:2], -torch.inf, device=groups.device)
     best_scale = torch.zeros_like(best_gain)
     best_zero = torch.zeros_like(best_gain)
-    for scale, zero in grids.candidates(groups, candidates, negative_scales=negative_scales):
+    for scale, zero in tried:
         along, norm = _moments(grids, groups, weighted, weigh, scale, zero)
         gain = torch.where(norm > 0, along * along / norm, 0.0)
         better = torch.logical_not(gain <= best_gain)
@@ -106,6 +113,45 @@ def _search_free(
         best_scale = torch.where(better, torch.where(norm == 0, 0.0, along / norm), best_scale)
         best_zero = torch.where(better, zero, best_zero)
     return best_scale, best_zero
+
+
+def _search_judged(
+    grids: Grids,
+    groups: torch.Tensor,
+    weigh: Weighing,
+    tried: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    scale_dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The scale and zero of each group whose weights, coded and decoded, come out with the least weighted error.
+
+    The range that rounding to nearest would take is tried too, so that no group comes out worse than by that. The
+    scale that suits a candidate's levels best is tried where it is within ``FARTHEST_FIT`` of the candidate's own,
+    whose sign it then has.
+    """
+    spanning, weighted = grids.spanning(groups, scale_dtype), weigh(groups)
+    best_loss = torch.full(groups.shape[:2], torch.inf, device=groups.device)
+    best_scale, best_zero = spanning.scales.float(), spanning.zeros
+    for scale, zero in [(best_scale, best_zero), *tried]:
+        plain = grids.rounded(scale, zero, scale_dtype)
+        loss, ratio = _judged(grids, groups, weighted, weigh, plain)
+        fit = torch.where((ratio - 1).abs() < FARTHEST_FIT, ratio, 1.0) * plain.scales.float()
+        fitted = grids.rounded(fit, zero, scale_dtype)
+        for grid, error in ((plain, loss), (fitted, _judged(grids, groups, weighted, weigh, fitted)[0])):
+            better = error < best_loss
+            best_loss = torch.where(better, error, best_loss)
+            best_scale = torch.where(better, grid.scales.float(), best_scale)
+            best_zero = torch.where(better, grid.zeros, best_zero)
+    return best_scale, best_zero
+
+
+def _judged(
+    grids: Grids, groups: torch.Tensor, weighted: torch.Tensor, weigh: Weighing, grid: Grid
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The weighted error of each group, coded and decoded, and by what its scale is to be multiplied for the least."""
+    values = grids.levels(grids.encode(groups, grid), grid.zeros, torch.float32).mul_(grid.scales.float().unsqueeze(-1))
+    pulled = weigh(values)
+    loss = ((weighted - pulled) * (groups - values)).sum(-1)
+    return loss, (weighted * values).sum(-1) / pulled.mul_(values).sum(-1)
 
 
 def _search_stored(

@@ -132,12 +132,29 @@ class Grids(ABC):
         return gains
 
     @abstractmethod
+    def rounded(self, scales: torch.Tensor, zeros: torch.Tensor, scale_dtype: torch.dtype) -> Grid:
+        """The grid with float32 scales rounded to what the scheme stores."""
+
+    @abstractmethod
+    def reach(self, grid: Grid) -> torch.Tensor:
+        """The largest magnitude on the grid of each group, float32 ``[A, G]``."""
+
     def stored(self, scales: torch.Tensor, zeros: torch.Tensor, scale_dtype: torch.dtype) -> Grid:
         """The grid with float32 scales rounded to what the scheme stores.
 
         Raises:
             QuantizationError: the grid reaches beyond what its dtype holds.
         """
+        return self.held(self.rounded(scales, zeros, scale_dtype))
+
+    def held(self, grid: Grid) -> Grid:
+        """The grid itself.
+
+        Raises:
+            QuantizationError: it reaches beyond what its dtype holds.
+        """
+        require_held(self.reach(grid), grid.scales.dtype)
+        return grid
 
     @abstractmethod
     def rounder(self, grid: Grid, rows: int, columns: int) -> Rounder:

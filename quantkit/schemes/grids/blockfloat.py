@@ -97,7 +97,7 @@ class Mxfp4Grids(_E2m1Grids):
             found.append((_power(exponents), zero))
         return found
 
-    def stored(self, scales: torch.Tensor, zeros: torch.Tensor, scale_dtype: torch.dtype) -> Grid:
+    def rounded(self, scales: torch.Tensor, zeros: torch.Tensor, scale_dtype: torch.dtype) -> Grid:
         """Scales rounded to the nearest power of two that E8M0 holds; float32 whatever ``scale_dtype`` is."""
         require_held(scales * HIGHEST, torch.float32)
         mantissas, exponents = torch.frexp(scales)
@@ -146,7 +146,7 @@ class Nvfp4Grids(_E2m1Grids):
         numbers = [(full + step).clamp_(1, E4M3_HIGHEST_BITS).to(torch.uint8) for step in steps]
         return [(number.view(torch.float8_e4m3fn).float() / common, zero) for number in numbers]
 
-    def stored(self, scales: torch.Tensor, zeros: torch.Tensor, scale_dtype: torch.dtype) -> Grid:
+    def rounded(self, scales: torch.Tensor, zeros: torch.Tensor, scale_dtype: torch.dtype) -> Grid:
         """Scales rounded to E4M3 under the tensor's scale; float32 whatever ``scale_dtype`` is."""
         common = self._common if self._common is not None else global_scale(scales.amax() * HIGHEST)
         local = _to_e4m3(common * scales)

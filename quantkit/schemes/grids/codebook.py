@@ -15,7 +15,7 @@ import torch
 
 from quantkit.schemes.base import Scheme
 from quantkit.schemes.codebook import NESTED_BLOCK, CodebookScheme
-from quantkit.schemes.grids.base import Grid, require_held, stored
+from quantkit.schemes.grids.base import Grid, stored
 from quantkit.schemes.grids.fixed import TableGrids
 
 LEAST_SPAN = 1e-38
@@ -65,15 +65,14 @@ class CodebookGrids(TableGrids):
     def spanning(self, groups: torch.Tensor, scale_dtype: torch.dtype) -> Grid:
         """The largest magnitude of each block, which may be zero."""
         spans = groups.abs().amax(-1)
-        grid = self._held(spans, torch.zeros_like(spans))
+        grid = self.held(self._nested(spans, torch.zeros_like(spans)))
         return SpannedGrid(grid.scales, grid.zeros, grid.parts, spans=spans)
 
-    def stored(self, scales: torch.Tensor, zeros: torch.Tensor, scale_dtype: torch.dtype) -> Grid:
+    def rounded(self, scales: torch.Tensor, zeros: torch.Tensor, scale_dtype: torch.dtype) -> Grid:
         """float32 scales, after double quantization where the scheme asks for it."""
-        return self._held(stored(scales, torch.float32), zeros)
+        return self._nested(stored(scales, torch.float32), zeros)
 
-    def _held(self, scales: torch.Tensor, zeros: torch.Tensor) -> Grid:
-        require_held(scales.abs(), torch.float32)
+    def _nested(self, scales: torch.Tensor, zeros: torch.Tensor) -> Grid:
         if not self.scheme.double_quant:
             return Grid(scales, zeros)
         parts = nested_parts(scales)

@@ -50,6 +50,10 @@ class FixedGrids(Grids):
         """
         return scales
 
+    def reach(self, grid: Grid) -> torch.Tensor:
+        """The largest level, in units of the weights."""
+        return grid.scales.float().abs() * self.highest
+
     def rounder(self, grid: Grid, rows: int, columns: int) -> Rounder:
         """The same levels everywhere."""
         return Uniform(self)

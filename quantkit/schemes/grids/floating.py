@@ -13,7 +13,7 @@ import torch
 from torch.nn.functional import pad
 
 from quantkit.schemes.floating import BLOCK, Fp8Scheme
-from quantkit.schemes.grids.base import Grid, require_held
+from quantkit.schemes.grids.base import Grid
 from quantkit.schemes.grids.fixed import FixedGrids
 
 HIGHEST = 448.0
@@ -81,12 +81,10 @@ class Fp8Grids(FixedGrids):
         """The gain of all groups of a tensor or block, for each of them."""
         return self._over_rows(gains, largest=False)
 
-    def stored(self, scales: torch.Tensor, zeros: torch.Tensor, scale_dtype: torch.dtype) -> Grid:
+    def rounded(self, scales: torch.Tensor, zeros: torch.Tensor, scale_dtype: torch.dtype) -> Grid:
         """Scales in ``scale_dtype``."""
-        rounded = scales.to(scale_dtype)
-        kept = torch.where(rounded == 0, torch.finfo(scale_dtype).eps, rounded)
-        require_held(kept.float().abs() * HIGHEST, scale_dtype)
-        return Grid(kept, zeros)
+        kept = scales.to(scale_dtype)
+        return Grid(torch.where(kept == 0, torch.finfo(scale_dtype).eps, kept), zeros)
 
     def _over_rows(self, values: torch.Tensor, *, largest: bool) -> torch.Tensor:
         """The largest or the sum of ``[rows, groups]`` over the rows that share a scale, repeated for each of them."""

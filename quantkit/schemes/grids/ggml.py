@@ -45,7 +45,11 @@ class GgmlGrids(Grids):
         """Refused."""
         self._refuse()
 
-    def stored(self, scales: torch.Tensor, zeros: torch.Tensor, scale_dtype: torch.dtype) -> Grid:
+    def reach(self, grid: Grid) -> torch.Tensor:
+        """Refused."""
+        self._refuse()
+
+    def rounded(self, scales: torch.Tensor, zeros: torch.Tensor, scale_dtype: torch.dtype) -> Grid:
         """Refused."""
         self._refuse()
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from quantkit.schemes.grids.base import Grid, Grids, Rounder, require_held, stored
+from quantkit.schemes.grids.base import Grid, Grids, Rounder, stored
 from quantkit.schemes.integer import IntScheme
 
 NARROWEST = {1: 0.4, 2: 0.45, 3: 0.6, 4: 0.7, 5: 0.8, 6: 0.88, 7: 0.93, 8: 0.96}
@@ -80,16 +80,16 @@ class IntGrids(Grids):
         low, high = groups.amin(-1), groups.amax(-1)
         if scheme.zeros == "float":
             scales = stored(torch.maximum((high - low) / last, _least_scale(low, high)), scale_dtype)
-            return self._held(Grid(scales, (-low / scales.float()).to(scale_dtype).float()))
+            return self.held(Grid(scales, (-low / scales.float()).to(scale_dtype).float()))
         low.clamp_(max=0)
         high.clamp_(min=0)
         if scheme.symmetric:
             scales = stored(torch.maximum(-low, high) / (last / 2), scale_dtype)
-            return self._held(Grid(scales, torch.full_like(low, scheme.zero)))
+            return self.held(Grid(scales, torch.full_like(low, scheme.zero)))
         scales = stored((high - low) / last, scale_dtype)
         # The sum is taken of signed zeros, as compressed-tensors does, so that near ties round alike.
         zeros = (-scheme.zero - low / scales.float()).round_().add_(scheme.zero).clamp_(0, last)
-        return self._held(Grid(scales, zeros))
+        return self.held(Grid(scales, zeros))
 
     def candidates(
         self, groups: torch.Tensor, count: int, *, negative_scales: bool
@@ -128,20 +128,19 @@ class IntGrids(Grids):
         scale = (width * (shrink / (self.scheme.levels - 1))).maximum(_least_scale(low, high)).clamp_(min=TINY)
         return scale, -(low + width * ((1 - shrink) / 2)) / scale
 
-    def stored(self, scales: torch.Tensor, zeros: torch.Tensor, scale_dtype: torch.dtype) -> Grid:
+    def rounded(self, scales: torch.Tensor, zeros: torch.Tensor, scale_dtype: torch.dtype) -> Grid:
         """Scales rounded to ``scale_dtype``, and float zeros too."""
         zeros = zeros.to(scale_dtype).float() if self.scheme.zeros == "float" else zeros
-        return self._held(Grid(stored(scales, scale_dtype), zeros))
+        return Grid(stored(scales, scale_dtype), zeros)
 
     def stored_zeros(self, grid: Grid) -> torch.Tensor:
         """uint8, or float zeros in the dtype of the scales."""
         return grid.zeros.to(grid.scales.dtype if self.scheme.zeros == "float" else torch.uint8)
 
-    def _held(self, grid: Grid) -> Grid:
-        """The grid itself, if the dtype of its scales holds every value on it."""
-        reach = torch.maximum(grid.zeros.abs(), ((self.scheme.levels - 1) - grid.zeros).abs())
-        require_held(reach * grid.scales.float().abs(), grid.scales.dtype)
-        return grid
+    def reach(self, grid: Grid) -> torch.Tensor:
+        """The farther of the lowest and the highest level, in units of the weights."""
+        farther = torch.maximum(grid.zeros.abs(), ((self.scheme.levels - 1) - grid.zeros).abs())
+        return farther * grid.scales.float().abs()
 
     def rounder(self, grid: Grid, rows: int, columns: int) -> Rounder:
         """Limits of each weight; a symmetric scheme has the same for all."""
