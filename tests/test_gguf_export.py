@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from quantkit.checkpoint import CheckpointReader
 from quantkit.errors import CheckpointError, QuantkitError, SourceError
 from quantkit.exports.gguf import GgufExport
+from quantkit.exports.gguf_writer import check_source, source_remarks, write_gguf
 from quantkit.formats.gguf import Gguf
 from quantkit.gguf.imatrix import Importance, write_imatrix
-from quantkit.gguf.writer import check_source, source_remarks, write_gguf
 from quantkit.recipe import ModelSpec
 from quantkit.runtimes.base import LoadOptions
 from quantkit.schemes import PER_CHANNEL, IntScheme, Mxfp4Scheme, Scheme

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from quantkit.errors import CheckpointError, QuantizationError, SchemeError
 from quantkit.formats import FORMATS
 from quantkit.formats.gguf import Gguf
-from quantkit.gguf.blocks import scheme_of, type_of
+from quantkit.gguf.types import scheme_of, type_of
 from quantkit.numerics.grid_search import encode, quantized, range_grid
 from quantkit.schemes import PER_CHANNEL, Fp8Scheme, IntScheme, Mxfp4Scheme, Nf4Scheme, QuantizedWeight, Scheme
 from tests.layers import random_weight

@@ -19,8 +19,6 @@ FLOORS = (
 )  # fmt: skip
 """From the ground up."""
 STILL_UPWARD: dict[tuple[str, str], str] = {
-    ("gguf", "exports"): "the writer of GGUF files goes to exports, or asks less",
-    ("gguf", "formats"): "the writer of GGUF files goes to exports, or asks less",
     ("recipe", "source"): "the importer asks less",
 }
 """Edges that point upwards today and are on their way out, each with how."""

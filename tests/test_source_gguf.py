@@ -204,7 +204,7 @@ def test_auto_keeps_bfloat16(tmp_path: Path) -> None:
 def test_large_tensors_are_dequantized_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_gguf(tmp_path / "m.gguf")
     whole = converted(path)
-    monkeypatch.setattr("quantkit.gguf.tensors_in.CHUNK_VALUES", 200)
+    monkeypatch.setattr("quantkit.gguf.tensors.CHUNK_VALUES", 200)
     parts = resolve(ModelSpec(source=str(path)), tmp_path / "parts")
     readers = CheckpointReader(whole.folder), CheckpointReader(parts.folder)
     assert all(torch.equal(readers[0].read(name), readers[1].read(name)) for name in readers[0].names())

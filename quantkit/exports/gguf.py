@@ -1,4 +1,4 @@
-"""A checkpoint that is one GGUF file."""
+"""Read a checkpoint that is one GGUF file."""
 
 from __future__ import annotations
 
@@ -17,19 +17,20 @@ import torch
 from quantkit.errors import CheckpointError, SourceError
 from quantkit.exports.base import Export
 from quantkit.formats.gguf import Gguf
-from quantkit.gguf.blocks import scheme_of, type_of
 from quantkit.gguf.config import generation_config, model_config
-from quantkit.gguf.convert import heads_of, parameters_of
 from quantkit.gguf.head import GGUFTensor, read_head
-from quantkit.gguf.names import in_transformers_order
-from quantkit.gguf.tensors_in import FLOATS, dequantized
-from quantkit.gguf.tokenizer_in import write_tokenizer
+from quantkit.gguf.names import Naming, parameters_of
+from quantkit.gguf.tensors import FLOATS, dequantized
+from quantkit.gguf.tokenizer_reader import write_tokenizer
+from quantkit.gguf.types import scheme_of, type_of
 from quantkit.schemes import QuantizedWeight, Scheme, scheme_from_json
 from quantkit.system.artifacts import write_json
 
 SCHEMES_KEY, VERSION_KEY = "quantkit.schemes", "quantkit.version"
 """Metadata of files that quantkit wrote: the layers' schemes as JSON, and its version."""
 EMBEDDING = "model.embed_tokens"
+BLOCKS = "weight"
+"""The suffix of a layer's packed blocks."""
 
 
 class GgufExport(Export):
@@ -50,7 +51,8 @@ class GgufExport(Export):
         with _as_checkpoint_errors():
             self._head = read_head(path)
             self._config = model_config(self._head, torch.float16)
-            self._stored = {name: stored for name, (stored, _) in parameters_of(self._head, self._config).items()}
+            self._stored = parameters_of(self._head, self._config)
+        self._naming = Naming(self._config, path)
         self._config["dtype"] = str(self._float_dtype()).removeprefix("torch.")
         self.schemes = self._schemes()
         self.embedding = EMBEDDING if EMBEDDING in self.schemes else None
@@ -75,7 +77,7 @@ class GgufExport(Export):
 
     def weight(self, layer: str) -> QuantizedWeight:
         """A packed layer, its rows in the order of transformers."""
-        return Gguf().unpack({"weight": self.blocks(layer)}, self.schemes[layer])
+        return Gguf().unpack({BLOCKS: self.blocks(layer)}, self.schemes[layer])
 
     def blocks(self, layer: str) -> torch.Tensor:
         """The raw blocks of a packed layer, uint8 ``[rows, row_bytes]``, its rows in the order of transformers.
@@ -88,7 +90,7 @@ class GgufExport(Export):
         if packed.size < tensor.nbytes:
             raise CheckpointError(f"{self.path} ends inside tensor '{tensor.name}'", "download the file again")
         blocks = torch.from_numpy(packed).view(tensor.shape[0], -1)
-        return in_transformers_order(blocks, heads_of(name, self._config))
+        return self._naming.in_transformers_order(name, blocks)
 
     def float_names(self) -> list[str]:
         """All parameters but the weights of packed layers."""
@@ -106,7 +108,7 @@ class GgufExport(Export):
         """As the file holds it, its rows in the order of transformers."""
         with _as_checkpoint_errors():
             tensor = dequantized(self._head, self._stored[name], self.float_dtype(name))
-        return in_transformers_order(tensor, heads_of(name, self._config))
+        return self._naming.in_transformers_order(name, tensor)
 
     def shape(self, layer: str) -> tuple[int, int]:
         """From the file's head."""

@@ -22,7 +22,7 @@ def check_origin(store: type[Format], folder: Path, names: Collection[str] | Non
         SourceError: with what it cannot say of the model.
     """
     if store.container == "gguf":
-        from quantkit.gguf.writer import check_source
+        from quantkit.exports.gguf_writer import check_source
 
         check_source(folder, names)
 
@@ -37,7 +37,7 @@ def origin_remarks(store: Format, folder: Path, dtype: str) -> tuple[str, ...]:
     """
     if store.container != "gguf":
         return ()
-    from quantkit.gguf.writer import source_remarks
+    from quantkit.exports.gguf_writer import source_remarks
 
     return source_remarks(folder, dtype)
 
@@ -50,7 +50,7 @@ def write_export(content: Content, store: Format, folder: Path) -> None:
         CheckpointError: what was read back is not what was written.
     """
     if store.container == "gguf":
-        from quantkit.gguf.writer import write_gguf
+        from quantkit.exports.gguf_writer import write_gguf
 
         write_gguf(content, store, folder)
     else:

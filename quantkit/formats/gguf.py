@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from quantkit.errors import SchemeError
 from quantkit.formats import FORMATS
 from quantkit.formats.base import Container, Format, PackedShapes
-from quantkit.gguf.blocks import BLOCK, codec_of, row_bytes, type_of
+from quantkit.gguf.types import BLOCK, row_bytes, type_of
 from quantkit.schemes import GgmlMixture, IntScheme, PlainScheme, QuantizedWeight, Scheme
 
 if TYPE_CHECKING:
@@ -59,12 +59,16 @@ class Gguf(Format):
 
     def fitted(self, weight: QuantizedWeight) -> QuantizedWeight:
         """Scales rounded to float16, and for asymmetric groups the least value; see :class:`Integers`."""
+        from quantkit.gguf.blocks import codec_of
+
         found = codec_of(weight.scheme).fitted(weight)
         beside = {name: part for name, part in weight.parts.items() if name == IMPORTANCE}
         return replace(found, parts={**found.parts, **beside})
 
     def pack(self, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
         """Raw blocks, ``weight`` uint8 ``[rows, row_bytes]``, and the weight's ``importance`` if it has one."""
+        from quantkit.gguf.blocks import codec_of
+
         beside = {name: part for name, part in weight.parts.items() if name == IMPORTANCE}
         return {**codec_of(weight.scheme).pack(weight), **beside}
 
@@ -74,6 +78,8 @@ class Gguf(Format):
         Raises:
             CheckpointError: the blocks are not those of the scheme.
         """
+        from quantkit.gguf.blocks import codec_of
+
         return codec_of(scheme).unpack(tensors)
 
     def packed_shapes(self, scheme: Scheme, out_features: int, in_features: int) -> PackedShapes:

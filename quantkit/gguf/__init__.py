@@ -1,1 +1,1 @@
-"""GGUF files, reading and writing side by side: head, names, tokenizer, tensors, blocks."""
+"""GGUF files, both ways side by side: files, names, configs, tokenizers, types and their blocks."""

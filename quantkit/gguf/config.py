@@ -1,25 +1,42 @@
-"""From a GGUF file's metadata to the ``config.json`` that transformers reads.
+"""The metadata of a GGUF file and the ``config.json`` of transformers: each told from the other.
 
-All that decides the computation is taken from the file and nothing from transformers' defaults; what the
-config could not say is refused, so that the dequantized model computes what the file's own runtime computes.
+All that decides the computation is told, and nothing left to defaults; what the other side could not say is refused, so
+that both compute the same.
 """
 
 from __future__ import annotations
 
-import math
 import re
+from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoConfig, PreTrainedConfig
 
 from quantkit.errors import SourceError, did_you_mean
-from quantkit.gguf.head import GIVE_FLOAT, GGUFHead
-from quantkit.gguf.tensors_in import dequantized
+from quantkit.gguf.head import GIVE_FLOAT, OTHER_FORMAT, GGUFHead
+from quantkit.gguf.rope import rope_metadata, rope_parameters
+from quantkit.gguf.vocabulary import embedding_rows, special_ids
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
-ROPE_FACTORS = "rope_freqs.weight"
-LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+"""By the architecture, which transformers calls its model type, the model's class."""
+WRITTEN_AS = {"mistral": "llama", **{name: name for name in ARCHITECTURES}}
+"""By transformers' model type, what GGUF files call the architecture."""
+HEADS, KEY_HEADS = "attention.head_count", "attention.head_count_kv"
+COUNTS = {
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "block_count": "num_hidden_layers",
+    "feed_forward_length": "intermediate_size",
+    HEADS: "num_attention_heads",
+    KEY_HEADS: "num_key_value_heads",
+}
+"""Keys of the metadata, and what a config calls them."""
+HEAD_SIZES = ("attention.key_length", "attention.value_length", "rope.dimension_count")
+"""Keys that all hold the size of a head."""
+NORM = "attention.layer_norm_rms_epsilon"
 REFUSED = ("expert_count", "attention.sliding_window", "attention.scale", "attention.clamp_kqv", "logit_scale")
+"""Keys of computations that a config cannot say."""
 
 
 def model_config(head: GGUFHead, dtype: torch.dtype) -> dict[str, Any]:
@@ -29,35 +46,26 @@ def model_config(head: GGUFHead, dtype: torch.dtype) -> dict[str, Any]:
         SourceError: the architecture is not one of ``ARCHITECTURES``, a key is missing, or the model computes
             something that the config cannot say.
     """
-    architecture = _architecture(head)
-    _refuse_what_cannot_be_said(head, architecture)
-    heads, hidden = _count(head, "attention.head_count"), _count(head, "embedding_length")
-    head_dim = _count(head, "attention.key_length", hidden // heads)
-    for key in ("attention.value_length", "rope.dimension_count"):
-        if _count(head, key, head_dim) != head_dim:
-            raise SourceError(f"{head.path}: {architecture}.{key} differs from the head size {head_dim}", GIVE_FLOAT)
+    _refuse_what_a_config_cannot_say(head)
+    counts = {name: head.count(key, _default(head, key)) for key, name in COUNTS.items()}
+    _check_blocks(head, counts["num_hidden_layers"])
     config = {
-        "architectures": [ARCHITECTURES[architecture]],
-        "model_type": architecture,
-        "vocab_size": _vocabulary(head),
-        "hidden_size": hidden,
-        "intermediate_size": _count(head, "feed_forward_length"),
-        "num_hidden_layers": _blocks(head),
-        "num_attention_heads": heads,
-        "num_key_value_heads": _count(head, "attention.head_count_kv", heads),
-        "head_dim": head_dim,
+        "architectures": [ARCHITECTURES[head.architecture]],
+        "model_type": head.architecture,
+        "vocab_size": embedding_rows(head),
+        **counts,
+        "head_dim": (head_dim := _head_dim(head, counts["hidden_size"] // counts["num_attention_heads"])),
         "hidden_act": "silu",
-        "max_position_embeddings": _count(head, "context_length"),
-        "rms_norm_eps": _positive(head, "attention.layer_norm_rms_epsilon"),
-        "rope_parameters": _rope(head, head_dim),
+        "rms_norm_eps": head.positive(NORM),
+        "rope_parameters": rope_parameters(head, head_dim),
         "tie_word_embeddings": "output.weight" not in head.tensors,
         "dtype": str(dtype).removeprefix("torch."),
         "use_cache": True,
         **special_ids(head),
     }
-    if architecture != "qwen2":
+    if head.architecture != "qwen2":
         config["attention_bias"] = "blk.0.attn_q.bias" in head.tensors
-    if architecture == "llama":
+    if head.architecture == "llama":
         config["mlp_bias"] = "blk.0.ffn_up.bias" in head.tensors
     return config
 
@@ -71,94 +79,106 @@ def generation_config(head: GGUFHead) -> dict[str, Any]:
     return {key: value for key, value in ids.items() if value is not None}
 
 
-def special_ids(head: GGUFHead) -> dict[str, Any]:
-    """The ids of the special tokens, None for those that the file does not name.
+def read_model_config(folder: Path) -> PreTrainedConfig:
+    """The config of a model that a GGUF file can hold, with transformers' defaults filled in.
 
     Raises:
-        SourceError: an id is not one of the vocabulary.
+        SourceError: it cannot be read, or the model computes what a GGUF file cannot say.
     """
-    names = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
-    ids = {name: head.metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in names.items()}
-    rows = _vocabulary(head)
-    for name, number in ids.items():
-        if number is not None and not (isinstance(number, int) and 0 <= number < rows):
-            raise SourceError(f"{head.path}: {name} {number!r} is not in the vocabulary of {rows}", GIVE_FLOAT)
-    return ids
-
-
-def _architecture(head: GGUFHead) -> str:
-    architecture = str(head.metadata.get("general.architecture"))
-    if architecture not in ARCHITECTURES:
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise SourceError(f"{folder / 'config.json'} cannot be read: {error}", OTHER_FORMAT) from error
+    if config.model_type not in WRITTEN_AS:
         raise SourceError(
-            f"{head.path} has the architecture '{architecture}', which quantkit cannot convert from GGUF",
-            f"{did_you_mean(architecture, ARCHITECTURES)}; or {GIVE_FLOAT}",
+            f"quantkit cannot write a model of type '{config.model_type}' as GGUF",
+            f"{did_you_mean(config.model_type, WRITTEN_AS)}; or {OTHER_FORMAT}",
         )
-    return architecture
+    unlike = {
+        f"hidden_act '{config.hidden_act}'": config.hidden_act != "silu",
+        f"a sliding window of {getattr(config, 'sliding_window', None)} tokens": _slides(config),
+        "biases of attention": config.model_type == "qwen3" and config.attention_bias,
+        f"architectures {config.architectures}": _is_other_model(config),
+    }
+    for what, there in unlike.items():
+        if there:
+            raise SourceError(f"{folder}: a GGUF file of a {config.model_type} model cannot say {what}", OTHER_FORMAT)
+    rope_metadata(config, folder)
+    return config
 
 
-def _refuse_what_cannot_be_said(head: GGUFHead, architecture: str) -> None:
+def model_metadata(config: PreTrainedConfig, folder: Path) -> dict[str, Any]:
+    """The keys of a model's shape and computation.
+
+    Args:
+        config: see :func:`read_model_config`.
+        folder: of the model, for messages.
+
+    Raises:
+        SourceError: a rope that a GGUF file cannot say.
+    """
+    key_size, value_size, rotated = HEAD_SIZES
+    shape = {
+        "vocab_size": config.vocab_size,
+        **{key: getattr(config, name) for key, name in COUNTS.items()},
+        key_size: head_size(config),
+        value_size: head_size(config),
+        NORM: float(config.rms_norm_eps),
+        rotated: head_size(config),
+        **rope_metadata(config, folder),
+    }
+    return {f"{WRITTEN_AS[config.model_type]}.{key}": value for key, value in shape.items()}
+
+
+def head_size(config: PreTrainedConfig) -> int:
+    """Columns of a head."""
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def _refuse_what_a_config_cannot_say(head: GGUFHead) -> None:
+    if head.architecture not in ARCHITECTURES:
+        raise SourceError(
+            f"{head.path} has the architecture '{head.architecture}', which quantkit cannot convert from GGUF",
+            f"{did_you_mean(head.architecture, ARCHITECTURES)}; or {GIVE_FLOAT}",
+        )
     parts = head.metadata.get("split.count", 0)
     if parts not in (0, 1):
         raise SourceError(f"{head.path} is one of {parts} parts", "join them first: llama-gguf-split --merge")
     for key in REFUSED:
-        if head.metadata.get(f"{architecture}.{key}"):
-            raise SourceError(f"{head.path} sets {architecture}.{key}, which quantkit cannot convert", GIVE_FLOAT)
+        if head.metadata.get(f"{head.architecture}.{key}"):
+            raise SourceError(f"{head.path} sets {head.architecture}.{key}, which quantkit cannot convert", GIVE_FLOAT)
 
 
-def _rope(head: GGUFHead, head_dim: int) -> dict[str, Any]:
-    theta = _positive(head, "rope.freq_base", 10000.0)
-    prefix = f"{head.metadata['general.architecture']}.rope.scaling"
-    scaling = head.metadata.get(f"{prefix}.type", "none")
-    if ROPE_FACTORS in head.tensors and scaling == "none":
-        return _llama3_rope(head, theta, head_dim)
-    if scaling == "linear":
-        return {"rope_type": "linear", "rope_theta": theta, "factor": _positive(head, "rope.scaling.factor")}
-    if scaling != "none":
-        raise SourceError(f"{head.path}: {prefix}.type is '{scaling}', which quantkit cannot convert", GIVE_FLOAT)
-    return {"rope_type": "default", "rope_theta": theta}
+def _default(head: GGUFHead, key: str) -> int | None:
+    """What a file that lacks a count means by it: as many heads of keys as of queries."""
+    return head.count(HEADS) if key == KEY_HEADS else None
 
 
-def _llama3_rope(head: GGUFHead, theta: float, head_dim: int) -> dict[str, Any]:
-    """The rope of Llama 3.1 and later, whose GGUF files hold one divisor per frequency and not its parameters.
-
-    The parameters are those of Llama 3.1 with the largest divisor as the factor; they must give the file's
-    divisors back.
-    """
-    divisors = dequantized(head, ROPE_FACTORS, torch.float32).flatten()
-    factor = float(divisors.max())
-    low, high, context = LLAMA3_ROPE.values()
-    turns = context * theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim) / (2 * math.pi)
-    smooth = ((turns - low) / (high - low)).clamp(0, 1)
-    expected = 1 / ((1 - smooth) / factor + smooth)
-    if divisors.shape != expected.shape or not torch.allclose(divisors.double(), expected, rtol=1e-4):
-        raise SourceError(f"{head.path}: {ROPE_FACTORS} is not the rope scaling of Llama 3", GIVE_FLOAT)
-    return {"rope_type": "llama3", "rope_theta": theta, "factor": factor, **LLAMA3_ROPE}
-
-
-def _blocks(head: GGUFHead) -> int:
-    claimed = _count(head, "block_count")
+def _check_blocks(head: GGUFHead, claimed: int) -> None:
     found = {match[1] for name in head.tensors if (match := re.match(r"blk\.(\d+)\.", name))}
     if found != {str(number) for number in range(len(found))} or len(found) != claimed:
         raise SourceError(f"{head.path} claims {claimed} blocks and holds {len(found)}", "download the file again")
-    return claimed
 
 
-def _vocabulary(head: GGUFHead) -> int:
-    embedding = head.tensors.get("token_embd.weight")
-    if embedding is None:
-        raise SourceError(f"{head.path} has no tensor 'token_embd.weight'", "is this a language model?")
-    return embedding.shape[0]
+def _head_dim(head: GGUFHead, usual: int) -> int:
+    head_dim = head.count(HEAD_SIZES[0], usual)
+    for key in HEAD_SIZES[1:]:
+        if head.count(key, head_dim) != head_dim:
+            raise SourceError(
+                f"{head.path}: {head.architecture}.{key} differs from the head size {head_dim}", GIVE_FLOAT
+            )
+    return head_dim
 
 
-def _count(head: GGUFHead, key: str, default: int | None = None) -> int:
-    value = head.metadata.get(f"{head.metadata['general.architecture']}.{key}", default)
-    if type(value) is not int or value < 1:
-        raise SourceError(f"{head.path}: the metadata key '{key}' is {value!r}, not a count", GIVE_FLOAT)
-    return value
+def _slides(config: PreTrainedConfig) -> bool:
+    """Whether a token may not see all before it."""
+    window = getattr(config, "sliding_window", None)
+    if window is None or window >= config.max_position_embeddings:
+        return False
+    kinds = getattr(config, "layer_types", None)
+    return kinds is None or "sliding_attention" in kinds
 
 
-def _positive(head: GGUFHead, key: str, default: float | None = None) -> float:
-    value = head.metadata.get(f"{head.metadata['general.architecture']}.{key}", default)
-    if type(value) is not float or not 0 < value < math.inf:
-        raise SourceError(f"{head.path}: the metadata key '{key}' is {value!r}, not a positive number", GIVE_FLOAT)
-    return value
+def _is_other_model(config: PreTrainedConfig) -> bool:
+    """Whether the model has another head than one over the vocabulary."""
+    return any(not name.endswith("ForCausalLM") for name in config.architectures or ())

@@ -1,4 +1,4 @@
-"""The head of a GGUF file: its metadata, and where its tensors lie.
+"""The head of a GGUF file, read: its metadata, and where its tensors lie.
 
 The layout is https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Every count is checked before it is
 followed, so that a broken or hostile file is refused at once.
@@ -19,6 +19,9 @@ import numpy
 from quantkit.errors import SourceError
 
 GIVE_FLOAT = "give the float model that the file was made from"
+"""The remedy where a file cannot be read."""
+OTHER_FORMAT = "choose another format, such as compressed-tensors"
+"""The remedy where a model cannot be written."""
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 ALIGNMENT = 32
@@ -27,8 +30,9 @@ MAX_KEYS = 1 << 16
 MAX_TENSORS = 1 << 17
 MAX_DIMENSIONS = 4
 MAX_ARRAY_ITEMS = 1 << 22
-FLOAT32, STRING, ARRAY = 6, 8, 9
-SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", FLOAT32: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+UINT32, INT32, FLOAT32, BOOL, STRING, ARRAY = 4, 5, 6, 7, 8, 9
+SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", UINT32: "I", INT32: "i", FLOAT32: "f", BOOL: "?", 10: "Q", 11: "q", 12: "d"}
+"""By the number of a metadata value's type, how :mod:`struct` writes it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +59,33 @@ class GGUFHead:
     path: Path
     metadata: dict[str, Any]
     tensors: dict[str, GGUFTensor]
+
+    @property
+    def architecture(self) -> str:
+        """What the file calls the model's architecture, with which many of its keys begin."""
+        return str(self.metadata.get("general.architecture"))
+
+    def count(self, key: str, default: int | None = None) -> int:
+        """A whole number above zero under a key of the architecture.
+
+        Raises:
+            SourceError: it is no such number, or is not there and there is no default.
+        """
+        value = self.metadata.get(f"{self.architecture}.{key}", default)
+        if type(value) is not int or value < 1:
+            raise SourceError(f"{self.path}: the metadata key '{key}' is {value!r}, not a count", GIVE_FLOAT)
+        return value
+
+    def positive(self, key: str, default: float | None = None) -> float:
+        """A finite float above zero under a key of the architecture.
+
+        Raises:
+            SourceError: it is no such number, or is not there and there is no default.
+        """
+        value = self.metadata.get(f"{self.architecture}.{key}", default)
+        if type(value) is not float or not 0 < value < math.inf:
+            raise SourceError(f"{self.path}: the metadata key '{key}' is {value!r}, not a positive number", GIVE_FLOAT)
+        return value
 
 
 def read_head(path: Path) -> GGUFHead:

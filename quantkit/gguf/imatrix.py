@@ -9,15 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import gguf
 import torch
 
-from quantkit.exports.gguf_files import Entry, write_file
-from quantkit.gguf.metadata import read_model_config
-from quantkit.gguf.tensors_out import Naming
+from quantkit.gguf.config import read_model_config
+from quantkit.gguf.names import Naming
+from quantkit.gguf.writer import Entry, write_file
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +48,7 @@ def write_imatrix(
         SourceError: the model or a layer has no place in a GGUF file.
         OutputError: the file cannot be written.
     """
-    naming = Naming(read_model_config(origin), origin)
+    naming = Naming(read_model_config(origin).to_dict(), origin)
     named = {naming.name(f"{layer}.weight"): found for layer, found in importance.items()}
     entries = [entry for name in sorted(named) for entry in _entries(name, named[name])]
     most = max((found.tokens for found in named.values()), default=0)
@@ -67,8 +66,4 @@ def _entries(name: str, found: Importance) -> Iterator[Entry]:
     counts = torch.tensor([[float(found.tokens)]])
     for suffix, tensor in (("in_sum2", sums), ("counts", counts)):
         kind, shape = gguf.GGMLQuantizationType.F32, tuple(tensor.shape)
-        yield Entry(f"{name}.{suffix}", int(kind), shape, tensor.nbytes, partial(_same, tensor))
-
-
-def _same(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor
+        yield Entry(f"{name}.{suffix}", int(kind), shape, tensor.nbytes, tensor.numpy)

@@ -1,7 +1,8 @@
-"""How byte-level tokenizers split text before their merges, by the name that GGUF files give it.
+"""What tokenizers do to text before their merges, as GGUF files say it: byte-level ones split it, others put spaces.
 
-The table serves both ways: a file's name is turned into a pre-tokenizer, and a tokenizer's own pre-tokenizer into the
-name to write. The names are those of ``llama-vocab.cpp`` in https://github.com/ggml-org/llama.cpp.
+The tables serve both ways: a file's name of a splitting is turned into a pre-tokenizer, and a tokenizer's own
+pre-tokenizer into the name to write. The names are those of ``llama-vocab.cpp`` in
+https://github.com/ggml-org/llama.cpp.
 """
 
 from __future__ import annotations
@@ -11,6 +12,39 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tokenizers import Regex, normalizers, pre_tokenizers
+
+SPACE = "▁"
+"""How sentencepiece writes a space."""
+SPACED = {
+    "type": "Sequence",
+    "normalizers": [
+        {"type": "Prepend", "prepend": SPACE},
+        {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
+    ],
+}
+"""The normalizer that :func:`space_before_text` sets, as ``tokenizer.json`` says it."""
+
+
+def space_before_text(tokenizer: Any) -> None:
+    """Set a sentencepiece ``tokenizers.Tokenizer`` up to put a space before every text, as llama.cpp does."""
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
+    tokenizer.pre_tokenizer = None
+
+
+def puts_space_before_text(backend: Mapping[str, Any]) -> bool:
+    """Whether a parsed ``tokenizer.json`` puts a space before every text between special tokens, as in llama.cpp."""
+    return backend.get("normalizer") == SPACED and backend.get("pre_tokenizer") is None
+
+
+def puts_space_before_first_text(backend: Mapping[str, Any]) -> bool:
+    """Whether it puts a space before a text that has none, and not after special tokens; llama.cpp puts them there."""
+    pieces = backend.get("pre_tokenizer") or {}
+    return backend.get("normalizer") is None and (
+        pieces.get("type") == "Metaspace"
+        and pieces.get("replacement") == SPACE
+        and pieces.get("prepend_scheme") in ("first", "always")
+        and not pieces.get("split", True)
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,133 +1,128 @@
-"""Write a checkpoint as one GGUF file with a Modelfile beside it, and compare it with what it was made of."""
+"""A GGUF file, written while holding no more than one tensor.
+
+The layout is that which :mod:`quantkit.gguf.head` reads, version 3, little-endian. The package gguf has a writer too,
+which cannot write the empty list of merges that a tokenizer of single bytes has. Without torch, as libraries write
+files in environments that may not have it.
+"""
 
 from __future__ import annotations
 
-import json
-import math
-from collections import Counter
-from collections.abc import Collection
-from importlib.metadata import version
+import os
+import struct
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-import gguf
-import torch
+import numpy
+from numpy.typing import NDArray
 
-from quantkit.checkpoint import CheckpointReader
-from quantkit.errors import CheckpointError
-from quantkit.exports.companions import LICENCES, copy_companions
-from quantkit.exports.content import Content, digest
-from quantkit.exports.gguf import SCHEMES_KEY, VERSION_KEY, GgufExport
-from quantkit.exports.gguf_files import write_file
-from quantkit.formats.base import Format
-from quantkit.gguf.blocks import type_of
-from quantkit.gguf.metadata import model_metadata, read_model_config
-from quantkit.gguf.modelfile import modelfile
-from quantkit.gguf.tensors_out import BLOCKS, Naming, entries, float_kind, written_floats
-from quantkit.gguf.tokenizer_out import end_ids, read_tokenizer, remarks_on, tokenizer_metadata
-from quantkit.system.artifacts import write_text
+from quantkit.gguf.head import ALIGNMENT, ARRAY, BOOL, FLOAT32, INT32, MAGIC, STRING, UINT32
+from quantkit.system.os_errors import translated_os_errors
 
-FAULTY = "the disk or its memory is faulty, or another process writes here: quantize again"
-FILE_TYPES = {
-    **{kind: f"MOSTLY_{kind}" for kind in ("F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL")},
-    "Q2_K": "MOSTLY_Q2_K",
-    "Q6_K": "MOSTLY_Q6_K",
-    "MXFP4": "MOSTLY_MXFP4_MOE",
-    **{kind: f"MOSTLY_{kind}_S" for kind in ("Q3_K", "Q4_K", "Q5_K")},
-}
-"""By the commonest type of a file, llama.cpp's name for the whole."""
+VERSION = 3
 
 
-def check_source(folder: Path, names: Collection[str] | None = None) -> None:
-    """Check before any work that a model can be written as GGUF.
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A tensor on its way into a file.
+
+    Attributes:
+        name: in the file.
+        kind: number of its GGML type.
+        shape: in torch's order; of a packed tensor that of its weights.
+        nbytes: that it takes.
+        read: gives it, of any dtype and shape, with that many bytes.
+    """
+
+    name: str
+    kind: int
+    shape: tuple[int, ...]
+    nbytes: int
+    read: Callable[[], NDArray[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Raw:
+    """A metadata value as it lies in another file: the number of its type, and its bytes."""
+
+    data: bytes
+
+
+def write_file(path: Path, metadata: Mapping[str, Any], entries: Sequence[Entry]) -> None:
+    """Write a GGUF file, its tensors one at a time.
 
     Args:
-        folder: of the float model.
-        names: of its tensors; by default those that lie in the folder.
+        path: the file, which is replaced.
+        metadata: keys and values: text, bool, int (uint32), float (float32), lists of text, int (int32) or float, or
+            what another file holds.
+        entries: the tensors in their order in the file.
 
     Raises:
-        SourceError: config, tokenizer or tensors hold what a GGUF file cannot say, or quantkit does not write.
+        OutputError: the disk is full, the folder read-only.
+        ValueError: a tensor does not have the bytes that were announced.
     """
-    config = read_model_config(folder)
-    naming = Naming(config, folder)
-    for name in written_floats(CheckpointReader(folder).names() if names is None else names, config):
-        naming.name(name)
-    tokenizer_metadata(read_tokenizer(folder), folder, config.vocab_size)
+    with translated_os_errors(path), path.open("wb") as file:
+        file.write(MAGIC + struct.pack("<IQQ", VERSION, len(entries), len(metadata)))
+        for key, value in metadata.items():
+            file.write(_string(key) + _value(value))
+        file.write(_table(entries))
+        for entry in entries:
+            _pad(file)
+            _write_tensor(file, entry)
+        _pad(file)
+        file.flush()
+        os.fsync(file.fileno())
 
 
-def source_remarks(folder: Path, dtype: str) -> tuple[str, ...]:
-    """What llama.cpp does with a model otherwise than transformers, on one line each.
-
-    Args:
-        folder: of the float model, see :func:`check_source`.
-        dtype: of the float model.
-    """
-    found = remarks_on(read_tokenizer(folder))
-    if dtype == "float32":
-        return (
-            *found,
-            "gguf: matrices that stay float are stored in float16, as llama.cpp expects; vectors in float32",
-        )
-    return found
+def _table(entries: Iterable[Entry]) -> bytes:
+    """Name, shape, type and offset of each tensor."""
+    rows, offset = [], 0
+    for entry in entries:
+        shape = struct.pack(f"<I{len(entry.shape)}Q", len(entry.shape), *reversed(entry.shape))
+        rows.append(_string(entry.name) + shape + struct.pack("<IQ", entry.kind, offset))
+        offset += -(-entry.nbytes // ALIGNMENT) * ALIGNMENT
+    return b"".join(rows)
 
 
-def write_gguf(content: Content, store: Format, folder: Path) -> Path:
-    """Write ``model-TYPE.gguf``, named for the commonest type, and read it back.
-
-    Args:
-        content: the model; an importance beside a layer's blocks does not go into the file.
-        store: what packed its layers.
-        folder: where to.
-
-    Raises:
-        SourceError: see :func:`check_source`; or a float tensor is too large for the dtype in which the file holds it.
-        OutputError: the folder cannot be written.
-        CheckpointError: what was read back is not what was written.
-    """
-    config, tokenizer = read_model_config(content.origin), read_tokenizer(content.origin)
-    kind = _commonest(content)
-    config.tie_word_embeddings = content.changes.get("tie_word_embeddings", config.tie_word_embeddings)
-    tensors = entries(content, config)
-    metadata = {
-        **model_metadata(config, content.origin),
-        "general.file_type": int(gguf.LlamaFileType[FILE_TYPES[kind]]),
-        "general.quantization_version": gguf.GGML_QUANT_VERSION,
-        **_provenance(content),
-        **tokenizer_metadata(tokenizer, content.origin, config.vocab_size),
-    }
-    path = folder / f"model-{kind}.gguf"
-    write_file(path, metadata, tensors)
-    stops = [str(tokenizer.convert_ids_to_tokens(number)) for number in end_ids(tokenizer, content.origin)]
-    write_text(folder / "Modelfile", modelfile(path.name, stops))
-    copy_companions(content.origin, folder, patterns=LICENCES)
-    _compare(content, store, path, written_floats(content.floats, config))
-    return path
+def _write_tensor(file: BinaryIO, entry: Entry) -> None:
+    data = numpy.ascontiguousarray(entry.read()).reshape(-1).view(numpy.uint8).data
+    if len(data) != entry.nbytes:
+        raise ValueError(f"tensor '{entry.name}' has {len(data)} bytes where {entry.nbytes} were announced")
+    file.write(data)
 
 
-def _commonest(content: Content) -> str:
-    """The type that holds most bytes; of a model without quantized layers that of most matrices."""
-    held: Counter[str] = Counter()
-    for layer, scheme in content.schemes.items():
-        held[type_of(scheme)] += math.prod(content.packed[layer][BLOCKS].shape)
-    if not held:
-        held.update(float_kind(stored).name for stored in content.floats.values() if len(stored.shape) > 1)
-    return max(held, key=lambda kind: held[kind])
+def _pad(file: BinaryIO) -> None:
+    file.write(bytes(-file.tell() % ALIGNMENT))
 
 
-def _provenance(content: Content) -> dict[str, Any]:
-    """Who wrote the file, and the schemes of its layers, which their types do not tell whole."""
-    schemes = {layer: scheme.to_json() for layer, scheme in content.schemes.items()}
-    maker = f"quantkit {version('quantkit')}"
-    found = {"general.quantized_by": maker, VERSION_KEY: version("quantkit")}
-    return found | ({SCHEMES_KEY: json.dumps(schemes, separators=(",", ":"))} if schemes else {})
+def _string(text: str) -> bytes:
+    data = text.encode()
+    return struct.pack("<Q", len(data)) + data
 
 
-def _compare(content: Content, store: Format, path: Path, floats: list[str]) -> None:
-    written = GgufExport(path)
-    for name in floats:
-        wanted = content.floats[name].cast(written.float_dtype(name), name)
-        if not torch.equal(wanted.read(), written.float_tensor(name)):
-            raise CheckpointError(f"tensor {name} in {path} differs from the source after writing", FAULTY)
-    for layer, scheme in content.schemes.items():
-        if digest(store.unpack({BLOCKS: written.blocks(layer)}, scheme)) != content.digests[layer]:
-            raise CheckpointError(f"layer {layer} in {path} does not decode to what the method returned", FAULTY)
+def _value(value: Any) -> bytes:
+    match value:
+        case Raw():
+            return value.data
+        case bool():
+            return struct.pack("<I?", BOOL, value)
+        case int():
+            return struct.pack("<II", UINT32, value)
+        case float():
+            return struct.pack("<If", FLOAT32, value)
+        case str():
+            return struct.pack("<I", STRING) + _string(value)
+        case list():
+            return struct.pack("<I", ARRAY) + _array(value)
+    raise TypeError(f"a GGUF file has no type for {type(value).__name__}")
+
+
+def _array(items: list[Any]) -> bytes:
+    """A list, whose first item tells the type; an empty one is of texts."""
+    match items[:1]:
+        case [int()]:
+            return struct.pack(f"<IQ{len(items)}i", INT32, len(items), *items)
+        case [float()]:
+            return struct.pack(f"<IQ{len(items)}f", FLOAT32, len(items), *items)
+    return struct.pack("<IQ", STRING, len(items)) + b"".join(map(_string, items))

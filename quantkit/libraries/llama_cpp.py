@@ -7,10 +7,11 @@ The rows of each matrix go through ``ggml_quantize_chunk`` of the package xllama
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -20,6 +21,8 @@ from quantkit.libraries.base import Library, Offer, Request, Used
 
 if TYPE_CHECKING:
     import numpy
+
+    from quantkit.gguf.writer import Entry
 
 LEGACY = {"q8_0": 8, "q4_0": 4, "q4_1": 4, "q5_0": 5, "q5_1": 5}
 KQUANTS = {"q4_k": 4, "q2_k": 2, "q3_k": 3, "q5_k": 5, "q6_k": 6, "iq4_nl": 4}
@@ -36,8 +39,8 @@ PARTS = {
 }
 """The matrices of a decoder block: names in GGUF files, and in transformers."""
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
-FILE_TYPES = {"q4_k": "Q4_K_S", "q3_k": "Q3_K_S", "q5_k": "Q5_K_S", "q2_k_mix": "Q2_K", "q6_k_mix": "Q6_K"}
-"""How llama.cpp's list of file types calls the methods whose names it does not have."""
+PRESETS = {"q2_k_mix": "Q2_K", "q6_k_mix": "Q6_K"}
+"""How llama.cpp's list of file types calls the presets whose names it does not have."""
 OPTIONS = {"token_embedding_type": "", "output_tensor_type": ""}
 """Options of ``llama-quantize``; empty leaves the tensor as it is, where that tool has a type for it."""
 KEPT_KEYS = re.compile(r"(?!GGUF\.|quantkit\.|general\.(architecture|file_type|quantization_version|quantized_by)$)")
@@ -61,19 +64,15 @@ class LlamaCpp(Library):
         """Copy the file with new types for its matrices."""
         import gguf
 
+        from quantkit.gguf.writer import write_file
+
         reader = gguf.GGUFReader(request.model)
         types = types_for(request, {each.name: _shape(each) for each in reader.tensors})
-        writer = _head(reader, request.out / f"{request.method}.gguf", request.method)
-        with contextlib.closing(writer):
-            for each in reader.tensors:
-                _announce(writer, each, types.get(each.name))
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            writer.write_ti_data_to_file()
-            for done, each in enumerate(reader.tensors):
-                request.progress("tensor", done, len(reader.tensors))
-                kind = types.get(each.name)
-                writer.write_tensor_data(each.data if kind is None else _quantized(each, kind))
+        entries = [
+            _entry(each, types.get(each.name), partial(request.progress, "tensor", done, len(reader.tensors)))
+            for done, each in enumerate(reader.tensors)
+        ]
+        write_file(request.out / f"{request.method}.gguf", _metadata(reader, request.method), entries)
         request.progress("tensor", len(reader.tensors), len(reader.tensors))
         return Used(notes=_notes(request.method, types))
 
@@ -113,7 +112,7 @@ def type_for(method: str, layer: str, blocks: int, shape: tuple[int, ...]) -> st
     Raises:
         SchemeError: not even blocks of 32 divide its rows.
     """
-    from quantkit.gguf.blocks.types import type_of
+    from quantkit.gguf.types import type_of
     from quantkit.schemes import SCHEMES
     from quantkit.schemes.ggml import SUPER_BLOCK
     from quantkit.schemes.ggml_mixture import FALLBACK_BLOCK, FALLBACKS
@@ -138,47 +137,42 @@ def _shape(tensor: Any) -> tuple[int, ...]:
     return tuple(int(size) for size in reversed(tensor.shape))
 
 
-def _head(reader: Any, path: Any, method: str) -> Any:
-    """A writer with all that the file says, but for its types."""
+def _metadata(reader: Any, method: str) -> dict[str, Any]:
+    """All that the file says, but for its types."""
     import gguf
 
+    from quantkit.gguf.types import FILE_TYPES
+    from quantkit.gguf.writer import Raw
     from quantkit.llama_cpp.library import library
 
-    writer: Any = gguf.GGUFWriter(path, str(reader.get_field("general.architecture").contents()))
-    pack = writer._pack_val
-
-    def pack_any(value: Any, kind: Any, add_vtype: bool, sub_type: Any = None) -> Any:
-        """Arrays without values too, such as the merges of a tokenizer that has none."""
-        if kind != gguf.GGUFValueType.ARRAY or len(value):
-            return pack(value, kind, add_vtype, sub_type)
-        return writer._pack("I", kind) + writer._pack("I", sub_type) + writer._pack("Q", 0)
-
-    writer._pack_val = pack_any
-    for field in reader.fields.values():
-        if KEPT_KEYS.match(field.name):
-            kind = field.types[0]
-            inner = gguf.GGUFValueType(int(field.parts[3][0])) if kind == gguf.GGUFValueType.ARRAY else None
-            writer.add_key_value(field.name, field.contents(), kind, sub_type=inner)
-    writer.add_quantized_by(library().found.package)
-    name = FILE_TYPES.get(method, method.upper())
-    writer.add_file_type(int(gguf.LlamaFileType[f"MOSTLY_{name}"]))
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    return writer
+    kept = [field for field in reader.fields.values() if KEPT_KEYS.match(field.name)]
+    file_type = FILE_TYPES.get(method.upper(), f"MOSTLY_{PRESETS.get(method, method.upper())}")
+    return {
+        "general.architecture": str(reader.get_field("general.architecture").contents()),
+        # the first two parts of a field are the length of its key and the key
+        **{field.name: Raw(b"".join(part.tobytes() for part in field.parts[2:])) for field in kept},
+        "general.quantized_by": library().found.package,
+        "general.file_type": int(gguf.LlamaFileType[file_type]),
+        "general.quantization_version": gguf.GGML_QUANT_VERSION,
+    }
 
 
-def _announce(writer: Any, tensor: Any, kind: str | None) -> None:
-    """Tell the writer of a tensor that is written later."""
+def _entry(tensor: Any, kind: str | None, begun: Callable[[], None]) -> Entry:
+    """A tensor on its way into the file, as it is or in another type; ``begun`` is called when its turn comes."""
     import gguf
     import numpy
 
-    if kind is None:
-        data = tensor.data
-        writer.add_tensor_info(tensor.name, data.shape, data.dtype, data.nbytes, tensor.tensor_type)
-        return
-    target = gguf.GGMLQuantizationType[kind]
-    shape = gguf.quant_shape_to_byte_shape(_shape(tensor), target)
-    size = int(numpy.prod(shape))
-    writer.add_tensor_info(tensor.name, shape, numpy.dtype(numpy.uint8), size, target)
+    from quantkit.gguf.writer import Entry
+
+    target = tensor.tensor_type if kind is None else gguf.GGMLQuantizationType[kind]
+    shape = _shape(tensor)
+    nbytes = int(numpy.prod(gguf.quant_shape_to_byte_shape(shape, target))) if kind else int(tensor.n_bytes)
+
+    def read() -> numpy.ndarray:
+        begun()
+        return tensor.data if kind is None else _quantized(tensor, kind)
+
+    return Entry(tensor.name, int(target), shape, nbytes, read)
 
 
 def _quantized(tensor: Any, kind: str) -> numpy.ndarray:

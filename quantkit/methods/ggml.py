@@ -5,20 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 from quantkit.errors import QuantizationError, SchemeError
+from quantkit.gguf.types import ASYMMETRIC, SYMMETRIC, scheme_of
 from quantkit.methods import METHODS
 from quantkit.methods.base import InputStatistics, Method, MethodOptions, Solution, Statistic
-from quantkit.schemes import GgmlMixture, GgmlScheme, IntScheme, QuantizedWeight, Scheme
+from quantkit.schemes import GgmlMixture, GgmlScheme, IntScheme, Scheme
 
 if TYPE_CHECKING:
     import torch
 
-INTEGERS: dict[IntScheme, str] = {
-    IntScheme(4, 32): "Q4_0",
-    IntScheme(4, 32, symmetric=False, zeros="float"): "Q4_1",
-    IntScheme(5, 32): "Q5_0",
-    IntScheme(5, 32, symmetric=False, zeros="float"): "Q5_1",
-    IntScheme(8, 32): "Q8_0",
-}
+KINDS = (*SYMMETRIC.values(), *ASYMMETRIC.values())
+INTEGERS = {scheme: kind for kind in KINDS if (scheme := scheme_of(kind)) is not None}
 """The integer schemes that are types of GGML."""
 
 
@@ -80,6 +76,7 @@ class LlamaCppQuantizer(Method):
 
         import torch
 
+        from quantkit.gguf.blocks import codec_of
         from quantkit.llama_cpp.quantizer import quantize_rows
         from quantkit.methods.rtn import rounded
 
@@ -88,7 +85,8 @@ class LlamaCppQuantizer(Method):
         given = weight.to("cpu", torch.float32)
         if not given.isfinite().all():
             raise QuantizationError("a weight is not finite", "get the model from its source again")
-        found = _taken_apart(quantize_rows(given, importance, kind, torch.get_num_threads()), scheme)
+        blocks = quantize_rows(given, importance, kind, torch.get_num_threads())
+        found = codec_of(scheme).unpack({"weight": blocks})
         if not (found.scales.isfinite().all() and found.zeros.isfinite().all()):
             raise QuantizationError(
                 f"a weight needs a scale beyond the range of float16, in which {kind} stores it",
@@ -124,14 +122,3 @@ def _importance(statistics: InputStatistics, block: int) -> torch.Tensor | None:
         raise QuantizationError("an input of the layer is not finite", "calibrate in bfloat16 or float32")
     blocks = found.view(-1, block)
     return torch.where(blocks.amax(1, keepdim=True) > 0, blocks, 1.0).flatten()
-
-
-def _taken_apart(blocks: torch.Tensor, scheme: Scheme) -> QuantizedWeight:
-    from quantkit.formats import FORMATS
-    from quantkit.gguf.kquants import decoded
-
-    if isinstance(scheme, GgmlScheme):
-        return decoded(blocks, scheme)
-    gguf = FORMATS.get("gguf")()
-    (suffix,) = gguf.layer_suffixes(scheme)
-    return gguf.unpack({suffix: blocks}, scheme)

@@ -6,16 +6,20 @@ import difflib
 from pathlib import Path
 from typing import Any
 
-from quantkit.checkpoint import CheckpointReader
+import torch
+
+from quantkit.checkpoint import CheckpointReader, ShardWriter
 from quantkit.errors import CheckpointError, SourceError
-from quantkit.gguf import tensors_in as gguf_tensors
-from quantkit.gguf.convert import convert_gguf
-from quantkit.gguf.head import read_head
+from quantkit.gguf.config import generation_config, model_config
+from quantkit.gguf.head import GGUFHead, read_head
+from quantkit.gguf.names import Naming, parameters_of
+from quantkit.gguf.tensors import dequantized, is_quantized, natural_dtype
+from quantkit.gguf.tokenizer_reader import write_tokenizer
 from quantkit.recipe import ModelSpec
 from quantkit.source import hub, package
 from quantkit.source.folder import FLOATS, FloatFolder
 from quantkit.source.model import SourceModel
-from quantkit.system.artifacts import file_sha256, new_folder, read_stage, write_stage
+from quantkit.system.artifacts import file_sha256, new_folder, read_stage, write_json, write_stage
 
 STAGE = "source"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -78,20 +82,34 @@ def _from_folder(folder: Path, spec: ModelSpec, work: Path, snapshot: hub.Snapsh
 
 def _from_gguf(path: Path, spec: ModelSpec, work: Path) -> SourceModel:
     head = read_head(path)
-    dtype = gguf_tensors.natural_dtype(head) if spec.dtype == "auto" else FLOATS[spec.dtype]
+    dtype = natural_dtype(head) if spec.dtype == "auto" else FLOATS[spec.dtype]
     source = SourceModel(
         folder=work / STAGE,
         reference=spec.source,
         kind="gguf",
-        relative_to="the dequantized source" if gguf_tensors.is_quantized(head) else "the float model",
+        relative_to="the dequantized source" if is_quantized(head) else "the float model",
         dtype=str(dtype).removeprefix("torch."),
         sha256={path.name: file_sha256(path)},
     )
     if not _is_done(source.folder, source.made_from()):
         with new_folder(source.folder) as partial:
-            convert_gguf(head, partial, dtype)
+            _write_converted(head, partial, dtype)
             write_stage(partial, STAGE, source.made_from(), reference=spec.source)
     return source
+
+
+def _write_converted(head: GGUFHead, folder: Path, dtype: torch.dtype) -> None:
+    """Write the model of a GGUF file with its config, tokenizer and chat template."""
+    config = model_config(head, dtype)
+    parameters, naming = parameters_of(head, config), Naming(config, head.path)
+    write_json(folder / "config.json", config)
+    write_json(folder / "generation_config.json", generation_config(head))
+    write_tokenizer(head, folder)
+    with ShardWriter(folder) as writer:
+        for name, stored in parameters.items():
+            writer.declare(name, dtype, head.tensors[stored].shape)
+        for name, stored in parameters.items():
+            writer.write(name, naming.in_transformers_order(name, dequantized(head, stored, dtype)))
 
 
 def _is_done(folder: Path, made_from: dict[str, Any]) -> bool:

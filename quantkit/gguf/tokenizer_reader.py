@@ -10,19 +10,15 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+from tokenizers import AddedToken, Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from quantkit.errors import SourceError, did_you_mean
 from quantkit.gguf.head import GIVE_FLOAT, GGUFHead
-from quantkit.gguf.splitting import SPLITTINGS, Splitting
+from quantkit.gguf.splitting import SPLITTINGS, Splitting, space_before_text
+from quantkit.gguf.vocabulary import SPECIAL, TokenType, check_vocabulary
 from quantkit.system.artifacts import read_json, translated_os_errors, write_json
 
-SPACE = "▁"
-"""How sentencepiece writes a space."""
-SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
-CONTROL, USER_DEFINED = 3, 4
-"""Types of tokens: special ones, and others that are found in a text before it is split."""
 NOISE = ("backend", "is_local", "local_files_only", "name_or_path", "vocab_file")
 
 
@@ -33,7 +29,7 @@ def write_tokenizer(head: GGUFHead, folder: Path) -> None:
         SourceError: the file's tokenizer is broken, or of a kind that quantkit cannot convert.
     """
     splitting = _splitting(head)
-    _check_vocabulary(head)
+    check_vocabulary(head)
     try:
         tokenizer = _sentencepiece(head) if splitting is None else _byte_level(head, splitting)
     except Exception as error:  # the package tokenizers raises no narrower class, and transformers any
@@ -55,8 +51,8 @@ def _byte_level(head: GGUFHead, splitting: Splitting) -> PreTrainedTokenizerFast
     splitting.apply(backend)
     kinds = metadata.get("tokenizer.ggml.token_type") or []
     for token, kind in zip(tokens, kinds, strict=False):
-        if kind in (CONTROL, USER_DEFINED):
-            backend.add_tokens([AddedToken(token, normalized=False, special=kind == CONTROL)])
+        if kind in (TokenType.CONTROL, TokenType.USER_DEFINED):
+            backend.add_tokens([AddedToken(token, normalized=False, special=kind == TokenType.CONTROL)])
     ids = {name: metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in SPECIAL.items()}
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
@@ -73,9 +69,7 @@ def _sentencepiece(head: GGUFHead) -> PreTrainedTokenizerFast:
     with tempfile.TemporaryDirectory() as alone:
         (Path(alone) / "model.gguf").symlink_to(head.path.resolve())
         tokenizer = PreTrainedTokenizerFast.from_pretrained(alone, gguf_file="model.gguf")
-    backend = tokenizer.backend_tokenizer
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
-    backend.pre_tokenizer = None
+    space_before_text(tokenizer.backend_tokenizer)
     return tokenizer
 
 
@@ -95,42 +89,3 @@ def _splitting(head: GGUFHead) -> Splitting | None:
             f"{did_you_mean(name, SPLITTINGS)}; or {GIVE_FLOAT}",
         )
     return SPLITTINGS[name]
-
-
-def _check_vocabulary(head: GGUFHead) -> None:
-    """Check what the tokenizer is built from, whose builders do not say what is wrong with it."""
-    tokens = _strings(head, "tokenizer.ggml.tokens")
-    known, rows = set(tokens), head.tensors["token_embd.weight"].shape[0]
-    if len(tokens) > rows:
-        raise SourceError(f"{head.path}: it has {len(tokens)} tokens for {rows} rows of weights", GIVE_FLOAT)
-    if len(known) < len(tokens):
-        raise SourceError(f"{head.path}: the vocabulary holds a token twice", GIVE_FLOAT)
-    for name in ("bos", "eos", "unknown", "padding"):
-        number = head.metadata.get(f"tokenizer.ggml.{name}_token_id", 0)
-        if type(number) is not int or not 0 <= number < len(tokens):
-            raise SourceError(f"{head.path}: the {name} token {number!r} is not in the vocabulary", GIVE_FLOAT)
-    kinds = head.metadata.get("tokenizer.ggml.token_type", [])
-    if not isinstance(kinds, list) or len(kinds) not in (0, len(tokens)):
-        raise SourceError(f"{head.path}: its token_type is not a number for each of {len(tokens)} tokens", GIVE_FLOAT)
-    for name in ("add_bos_token", "add_eos_token"):
-        if not isinstance(head.metadata.get(f"tokenizer.ggml.{name}", False), bool):
-            raise SourceError(f"{head.path}: its {name} is not true or false", GIVE_FLOAT)
-    template = head.metadata.get("tokenizer.chat_template", "")
-    if not isinstance(template, str):
-        raise SourceError(f"{head.path}: the chat template is not text", GIVE_FLOAT)
-    if head.metadata["tokenizer.ggml.model"] != "gpt2":
-        scores = head.metadata.get("tokenizer.ggml.scores")
-        if not isinstance(scores, list) or len(scores) != len(tokens):
-            raise SourceError(f"{head.path}: the vocabulary does not have a score for each token", GIVE_FLOAT)
-        return
-    for merge in _strings(head, "tokenizer.ggml.merges"):
-        left, space, right = merge.partition(" ")
-        if not (space and left in known and right in known and left + right in known):
-            raise SourceError(f"{head.path}: the merge {merge!r} joins what is not in the vocabulary", GIVE_FLOAT)
-
-
-def _strings(head: GGUFHead, key: str) -> list[str]:
-    value = head.metadata.get(key)
-    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise SourceError(f"{head.path}: the metadata key '{key}' is not a list of texts", GIVE_FLOAT)
-    return value

@@ -1,6 +1,8 @@
-"""The tensors of a GGUF file, dequantized one at a time."""
+"""The tensors of a GGUF file: which dtype is which type, and any of them dequantized, a few rows at a time."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import gguf
 import numpy
@@ -16,6 +18,19 @@ FLOATS = {
     gguf.GGMLQuantizationType.F16: torch.float16,
     gguf.GGMLQuantizationType.BF16: torch.bfloat16,
 }
+
+
+MATRICES = {
+    torch.float32: gguf.GGMLQuantizationType.F16,
+    torch.float16: gguf.GGMLQuantizationType.F16,
+    torch.bfloat16: gguf.GGMLQuantizationType.BF16,
+}
+"""By the dtype of a float matrix, the type in which llama.cpp expects it."""
+
+
+def float_kind(dtype: torch.dtype, shape: Sequence[int]) -> gguf.GGMLQuantizationType:
+    """The type in which a file holds a float tensor: vectors in F32, matrices in 16 bits."""
+    return MATRICES[dtype] if len(shape) > 1 else gguf.GGMLQuantizationType.F32
 
 
 def is_quantized(head: GGUFHead) -> bool:

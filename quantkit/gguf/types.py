@@ -14,6 +14,15 @@ ASYMMETRIC = {4: "Q4_1", 5: "Q5_1"}
 MXFP4 = "MXFP4"
 BLOCK_BYTES = {"Q4_0": 18, "Q4_1": 20, "Q5_0": 22, "Q5_1": 24, "Q8_0": 34, MXFP4: 17}
 """Bytes of a block of 32, of the types that hold schemes of other formats too."""
+FILE_TYPES = {
+    **{
+        kind: f"MOSTLY_{kind}"
+        for kind in ("F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "Q2_K", "Q6_K")
+    },
+    **{kind: f"MOSTLY_{kind}_S" for kind in ("Q3_K", "Q4_K", "Q5_K")},
+    MXFP4: "MOSTLY_MXFP4_MOE",
+}
+"""By the commonest type of a file, llama.cpp's name for the whole."""
 WAYS_OUT = (
     "it stores int of 4, 5 or 8 bits with symmetric: true, of 4 or 5 bits with symmetric: false and zeros: float, "
     "mxfp4, and types of llama.cpp such as q4_k; keep other layers float with 'ignore'"

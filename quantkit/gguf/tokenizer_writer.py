@@ -1,4 +1,4 @@
-"""From a tokenizer of transformers to the vocabulary of a GGUF file: the inverse of ``source.gguf_tokenizer``.
+"""From a tokenizer of transformers to the vocabulary of a GGUF file: the inverse of the reader.
 
 Two kinds can be said: byte-level BPE, whose splitting goes by a name (:mod:`quantkit.gguf.splitting`), and
 the BPE of sentencepiece with bytes to fall back on, whose merges follow from a score for each token.
@@ -7,6 +7,9 @@ the BPE of sentencepiece with bytes to fall back on, whose merges follow from a 
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +17,26 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from quantkit.errors import SourceError
-from quantkit.gguf.metadata import OTHER_FORMAT
-from quantkit.gguf.sentencepiece import puts_space_before_first_text, sentencepiece_metadata
-from quantkit.gguf.splitting import Splitting
-from quantkit.gguf.tokenizer_in import CONTROL, SPECIAL, USER_DEFINED
-from quantkit.gguf.vocabulary import NORMAL, UNUSED, Vocabulary
+from quantkit.gguf.head import OTHER_FORMAT
+from quantkit.gguf.splitting import Splitting, puts_space_before_first_text, puts_space_before_text
+from quantkit.gguf.vocabulary import SPECIAL, TokenType
 
+BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
 COMPOSED = "gguf: llama.cpp does not bring Unicode to its composed form (NFC), as the model's tokenizer does"
 SPACED = "gguf: llama.cpp puts a space before every text after a special token, the model's tokenizer before the first"
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """Every row of the embedding.
+
+    Attributes:
+        tokens: the texts.
+        kinds: the type of each.
+    """
+
+    tokens: list[str]
+    kinds: list[TokenType]
 
 
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -57,7 +72,7 @@ def tokenizer_metadata(tokenizer: PreTrainedTokenizerBase, folder: Path, rows: i
         raise SourceError(f"{folder}: quantkit cannot write a {model['type']} tokenizer of this kind as GGUF",
                           OTHER_FORMAT)  # fmt: skip
     if model.get("byte_fallback"):
-        found = sentencepiece_metadata(backend, vocabulary, folder)
+        found = _sentencepiece(backend, vocabulary, folder)
     else:
         found = _byte_level(backend, vocabulary, folder)
     return found | _special(tokenizer, folder, rows) | _template(tokenizer)
@@ -81,7 +96,7 @@ def _byte_level(backend: dict[str, Any], vocabulary: Vocabulary, folder: Path) -
         )
     alphabet = set(ByteLevel.alphabet())
     for token, kind in zip(vocabulary.tokens, vocabulary.kinds, strict=True):
-        if kind == NORMAL and not set(token) <= alphabet:
+        if kind == TokenType.NORMAL and not set(token) <= alphabet:
             raise SourceError(f"{folder}: the token {token!r} is not written in bytes", OTHER_FORMAT)
     return {
         "tokenizer.ggml.model": "gpt2",
@@ -91,6 +106,42 @@ def _byte_level(backend: dict[str, Any], vocabulary: Vocabulary, folder: Path) -
         "tokenizer.ggml.merges": [
             merge if isinstance(merge, str) else " ".join(merge) for merge in backend["model"]["merges"]
         ],
+    }
+
+
+def _sentencepiece(backend: dict[str, Any], vocabulary: Vocabulary, folder: Path) -> dict[str, Any]:
+    """The keys of a BPE of sentencepiece: a score for each token in place of merges, which must follow from them."""
+    if not (puts_space_before_text(backend) or puts_space_before_first_text(backend)):
+        raise SourceError(f"{folder}: the tokenizer puts spaces where llama.cpp does not", OTHER_FORMAT)
+    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in backend["model"]["merges"]]
+    ranks: dict[str, int] = {}
+    for rank, (left, right) in enumerate(merges):
+        ranks.setdefault(left + right, rank)
+    unknown = backend["model"].get("unk_token")
+    kinds = [
+        TokenType.UNKNOWN if token == unknown else TokenType.BYTE if BYTE_TOKEN.fullmatch(token) else kind
+        for token, kind in zip(vocabulary.tokens, vocabulary.kinds, strict=True)
+    ]
+    normal = {token for token, kind in zip(vocabulary.tokens, kinds, strict=True) if kind == TokenType.NORMAL}
+    if _splits(normal) != {(left, right) for left, right in merges if {left, right, left + right} <= normal}:
+        raise SourceError(f"{folder}: the tokenizer's merges are not those of a sentencepiece model", OTHER_FORMAT)
+    return {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.pre": "default",
+        "tokenizer.ggml.tokens": vocabulary.tokens,
+        "tokenizer.ggml.token_type": kinds,
+        "tokenizer.ggml.scores": [float(-ranks.get(token, len(merges))) for token in vocabulary.tokens],
+        "tokenizer.ggml.add_space_prefix": True,
+    }
+
+
+def _splits(known: Collection[str]) -> set[tuple[str, str]]:
+    """Every way to make a token of two."""
+    return {
+        (token[:place], token[place:])
+        for token in known
+        for place in range(1, len(token))
+        if token[:place] in known and token[place:] in known
     }
 
 
@@ -108,10 +159,10 @@ def _vocabulary(tokenizer: PreTrainedTokenizerBase, folder: Path, rows: int) -> 
             "give the model its own tokenizer",
         )
     kinds = [
-        UNUSED if number not in tokens
-        else NORMAL if number not in added
-        else CONTROL if added[number]
-        else USER_DEFINED
+        TokenType.UNUSED if number not in tokens
+        else TokenType.NORMAL if number not in added
+        else TokenType.CONTROL if added[number]
+        else TokenType.USER_DEFINED
         for number in range(rows)
     ]  # fmt: skip
     return Vocabulary([tokens.get(number, f"[PAD{number}]") for number in range(rows)], kinds)
