@@ -21,8 +21,8 @@ from packaging.markers import Marker
 from packaging.tags import sys_tags
 from packaging.utils import InvalidWheelFilename, parse_wheel_filename
 
+from quantkit.isolation.install import uv_command
 from quantkit.isolation.lockfile import lock_path
-from quantkit.isolation.uv import uv_command
 from quantkit.libraries import LIBRARIES, Library
 
 PYTHON = "3.11"

@@ -38,7 +38,7 @@ from quantkit.runtimes._model import TransformersModel
 from quantkit.runtimes._packed import load_packed
 from quantkit.runtimes.base import LoadOptions
 from quantkit.system.devices import resolve_device
-from quantkit.system.processes import restored_error
+from quantkit.system.ending import restored_error
 from tests.tiny import SPECIAL, VOCABULARY, make_model, tiny_tokenizer
 
 BOS = SPECIAL.index("<s>")
@@ -692,7 +692,7 @@ def test_a_mistake_found_in_the_process_keeps_its_text(tmp_path: Path, spec: Eva
 
 def run_code(code: str, job: EvaluationJob, log: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> Any:
     """Run a job whose process runs ``code`` instead, with the job's file as its argument."""
-    monkeypatch.setattr(process, "worker_command", lambda job_file: [sys.executable, "-c", code, str(job_file)])
+    monkeypatch.setattr(process, "worker_command", lambda: [sys.executable, "-c", code])
     return run_job(job, log=log, **options)
 
 
@@ -742,10 +742,10 @@ def test_progress_and_noise_go_different_ways(
     job: EvaluationJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     code = (
-        "import json, os, pathlib, sys; from quantkit.evaluation.worker import _ProgressChannel;"
+        "import json, os, pathlib, sys; from quantkit.system.worker import progress_channel;"
         " print('before', flush=True);"
-        " channel = _ProgressChannel(); print('noise', flush=True); os.write(1, b'deep noise\\n');"
-        " channel.send('tide', 1, 2);"
+        " report = progress_channel(); print('noise', flush=True); os.write(1, b'deep noise\\n');"
+        " report('tide', 1, 2);"
         " pathlib.Path(sys.argv[1]).with_name('result.json').write_text(json.dumps({'offline':"
         " os.environ.get('HF_HUB_OFFLINE')}))"
     )

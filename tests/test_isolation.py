@@ -20,9 +20,7 @@ import pytest
 from quantkit.errors import QuantkitError, SchemeError
 from quantkit.exports import open_export
 from quantkit.inspection import inspect
-from quantkit.isolation.launch import WORKER
-from quantkit.isolation.log import LogCopy
-from quantkit.isolation.outcome import WorkerFailedError
+from quantkit.isolation.launch import WORKER, WorkerFailedError
 from quantkit.isolation.request import Attempt
 from quantkit.isolation.stage import quantize_by_library
 from quantkit.libraries import LIBRARIES
@@ -113,7 +111,7 @@ def test_the_memory_of_what_a_worker_starts_is_its_own(job: Job, tmp_path: Path)
 
 @pytest.mark.parametrize("method", ["sleeps", "ignores_signals"])
 def test_a_hang_ends_at_the_time_limit(job: Job, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("quantkit.isolation.processes.GRACE", 0.5)
+    monkeypatch.setattr("quantkit.system.processes.GRACE", 0.5)
     started = time.monotonic()
     error = failure(job, tmp_path, method, limits={"time": "1.5s"})
     assert error.facts["ending"] == "time limit"
@@ -126,20 +124,6 @@ def test_no_process_is_left(job: Job, tmp_path: Path, model: Path) -> None:
     child = int((model / CHILD).read_text())
     (model / CHILD).unlink()
     assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
-
-
-def test_a_log_keeps_its_beginning_and_its_end(tmp_path: Path) -> None:
-    reading, writing = os.pipe()
-    with os.fdopen(reading, "rb") as source:
-        copy = LogCopy(source, tmp_path / "log", head=1000, tail=500)
-        with os.fdopen(writing, "wb") as stream:
-            stream.writelines(b"%06d\n" % number for number in range(100_000))
-        copy.finish(60)
-    text = (tmp_path / "log").read_text()
-    assert text.startswith("000000\n000001\n")
-    assert text.endswith("099998\n099999\n")
-    assert "bytes are left out here" in text
-    assert len(text) < 200_000
 
 
 def test_a_worker_sees_no_token_and_nothing_of_the_caller_but_what_is_said(
@@ -248,7 +232,7 @@ def test_other_tokens_or_another_plugin_make_another_result(
 ) -> None:
     quantized(job, tmp_path, "works")
     assert not quantized(replace(job, calibration_sha256="others"), tmp_path, "works").reused
-    monkeypatch.setattr("quantkit.isolation.identity.file_sha256", lambda path: "another plugin")
+    monkeypatch.setattr("quantkit.isolation.request.file_sha256", lambda path: "another plugin")
     assert not quantized(replace(job, calibration_sha256="others"), tmp_path, "works").reused
 
 
@@ -294,7 +278,7 @@ PARENT = """
 import sys
 from pathlib import Path
 from quantkit.isolation.launch import Place, launch
-from quantkit.isolation.supervise import Limits
+from quantkit.system.child import Limits
 from tests.faulty_library import Faulty
 scratch = Path(sys.argv[1])
 request = {"model": ".", "tokens": [], "out": ".", "method": "sleeps", "bits": 4, "group_size": 32, "symmetric": True}

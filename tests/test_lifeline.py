@@ -13,17 +13,16 @@ import psutil
 import pytest
 
 from quantkit.evaluation.job import EvaluationJob
-from quantkit.evaluation.process import RESULT_FILE, worker_command
+from quantkit.evaluation.process import worker_command
 from quantkit.recipe import EvaluationSpec
 from quantkit.system.artifacts import write_json
-from quantkit.system.parent_watch import EXIT_ORPHANED
+from quantkit.system.worker import EXIT_ORPHANED, RESULT_FILE
 from quantkit.verification.job import VerificationJob
 from tests.tiny import make_model
 
 posix = pytest.mark.skipif(os.name != "posix", reason="signals")
 CHILD = (
-    "import time\nfrom quantkit.system.parent_watch import live_no_longer_than_the_parent as live\n"
-    "live()\ntime.sleep(600)"
+    "import time\nfrom quantkit.system.worker import live_no_longer_than_the_parent as live\nlive()\ntime.sleep(600)"
 )
 PARENT = (
     "import subprocess, sys, time\n"
@@ -60,9 +59,8 @@ def test_an_orphan_of_a_killed_process_ends() -> None:
 def test_scoring_ends_with_whoever_waits_for_it(tmp_path: Path) -> None:
     job = EvaluationJob(make_model(tmp_path / "model"), EvaluationSpec.model_validate({}))
     write_json(tmp_path / "job.json", job.to_json())
-    child = subprocess.Popen(
-        worker_command(tmp_path / "job.json"), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    command = [*worker_command(), str(tmp_path / "job.json")]
+    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     _, told = child.communicate(timeout=4 * LONG)  # closes its standard input at once
     assert child.returncode == EXIT_ORPHANED, told
     assert not (tmp_path / RESULT_FILE).exists()
@@ -70,11 +68,10 @@ def test_scoring_ends_with_whoever_waits_for_it(tmp_path: Path) -> None:
 
 @posix
 def test_a_runtime_that_is_verified_ends_with_whoever_waits_for_it(tmp_path: Path) -> None:
-    ends = f"from quantkit.verification import worker\nworker.perform = lambda job: __import__('time').sleep({LONG})\n"
-    files = (tmp_path / "logits.npy", tmp_path / "result.json")
-    job = VerificationJob(tmp_path, "transformers", "cpu", "float32", 8, ((1,),), 0, 1, *files).to_json()
+    job = VerificationJob(tmp_path, "transformers", "cpu", "float32", 8, ((1,),), 0, 1, tmp_path).to_json()
     write_json(tmp_path / "job.json", job)
-    command = [sys.executable, "-c", f"{ends}worker.main([{str(tmp_path / 'job.json')!r}])"]
+    works = f"serve([{str(tmp_path / 'job.json')!r}], lambda job, report: __import__('time').sleep({LONG}))"
+    command = [sys.executable, "-c", f"from quantkit.system.worker import serve\n{works}"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True) as child:
         _, told = child.communicate(timeout=4 * LONG)
     assert child.returncode == -signal.SIGKILL, told

@@ -56,7 +56,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> list[VerificationJob]:
     """Jobs are carried out in this process; they are listed."""
     jobs: list[VerificationJob] = []
 
-    def carried_out(command: list[str], job: VerificationJob, log: Path) -> dict[str, Any]:
+    def carried_out(command: list[str], job: VerificationJob) -> dict[str, Any]:
         jobs.append(job)
         return perform(job)
 
@@ -185,7 +185,7 @@ def test_a_runtime_that_refuses_the_format_is_a_verdict(checkpoint: Path, monkey
     def refuse(path: Path, options: LoadOptions) -> LoadedModel:
         raise EvaluationError("no kernel for this scheme", "choose another")
 
-    def carried_out(command: list[str], job: VerificationJob, log: Path) -> dict[str, Any]:
+    def carried_out(command: list[str], job: VerificationJob) -> dict[str, Any]:
         return perform(job)
 
     monkeypatch.setattr(verdicts, "carry_out", carried_out)
@@ -203,7 +203,7 @@ def test_tensors_that_the_loader_passes_over_are_named_and_fail_where_the_number
     if matters:
         changed("transformers", lambda logits: logits.roll(1, dims=-1), monkeypatch)
 
-    def carried_out(command: list[str], job: VerificationJob, log: Path) -> dict[str, Any]:
+    def carried_out(command: list[str], job: VerificationJob) -> dict[str, Any]:
         return {**perform(job), "dropped": ["model.layers.0.self_attn.k_proj.weight_zero_point"]}
 
     monkeypatch.setattr(verdicts, "carry_out", carried_out)
@@ -259,8 +259,7 @@ def test_a_gguf_checkpoint_is_verified_too(
 
 
 def job_for(checkpoint: Path, folder: Path) -> VerificationJob:
-    logits, result = folder / "logits.npy", folder / "result.json"
-    return VerificationJob(checkpoint, "transformers", "cpu", "float32", 64, ((5, 6, 7),), 0, 2, logits, result)
+    return VerificationJob(checkpoint, "transformers", "cpu", "float32", 64, ((5, 6, 7),), 0, 2, folder)
 
 
 def test_a_job_survives_the_way_through_json(tmp_path: Path) -> None:
@@ -285,7 +284,7 @@ def test_a_job_survives_the_way_through_json(tmp_path: Path) -> None:
 )
 def test_a_process_that_dies_is_told(tmp_path: Path, code: str, message: str) -> None:
     with pytest.raises(EvaluationError, match=message):
-        carry_out([sys.executable, "-c", code], job_for(tmp_path, tmp_path), tmp_path / "log")
+        carry_out([sys.executable, "-c", code], job_for(tmp_path, tmp_path))
 
 
 def test_a_process_that_hangs_is_ended_with_all_that_it_started(tmp_path: Path) -> None:
@@ -298,7 +297,7 @@ def test_a_process_that_hangs_is_ended_with_all_that_it_started(tmp_path: Path) 
     )
     job = replace(job_for(tmp_path, tmp_path), seconds=5.0)
     with pytest.raises(EvaluationError, match=r"within 5 s; last line of its log: waiting .*--time-limit"):
-        carry_out([sys.executable, "-c", code], job, tmp_path / "log")
+        carry_out([sys.executable, "-c", code], job)
     left = int((tmp_path / "pid").read_text())
     _, alive = psutil.wait_procs([psutil.Process(left)] if psutil.pid_exists(left) else [], timeout=10)
     assert [each for each in alive if each.status() != psutil.STATUS_ZOMBIE] == []
@@ -307,16 +306,14 @@ def test_a_process_that_hangs_is_ended_with_all_that_it_started(tmp_path: Path) 
 def test_a_mistake_found_in_the_process_keeps_its_class(model: Path, tmp_path: Path) -> None:
     command = RUNTIMES.get("transformers").worker()
     with pytest.raises(EvaluationError, match=r"is not a checkpoint: it has no config\.json"):
-        carry_out(command, job_for(tmp_path / "nowhere", tmp_path), tmp_path / "log")
+        carry_out(command, job_for(tmp_path / "nowhere", tmp_path))
 
 
 def test_logits_are_written_in_the_order_of_the_prompts(model: Path, tmp_path: Path) -> None:
     prompts = ((5, 6, 7), (8, 9, 10, 11))
-    job = VerificationJob(
-        model, "transformers", "cpu", "float32", 64, prompts, 1, 3, tmp_path / "l.npy", tmp_path / "r"
-    )
+    job = VerificationJob(model, "transformers", "cpu", "float32", 64, prompts, 1, 3, tmp_path)
     answer = perform(job)
-    rows = np.load(tmp_path / "l.npy")
+    rows = np.load(job.logits)
     loaded = RUNTIMES.get("transformers").load(model, LoadOptions(dtype="float32"))
     assert rows.dtype == np.float32
     assert np.array_equal(rows, torch.cat([loaded.logits(torch.tensor(ids)) for ids in prompts]).numpy())

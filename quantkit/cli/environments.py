@@ -70,7 +70,7 @@ def remove_environments(
 def _table(found: list[Environment]) -> Table:
     from rich.table import Table
 
-    from quantkit.isolation.cache import cache_folder
+    from quantkit.isolation.environments import cache_folder
     from quantkit.libraries import LIBRARIES
 
     table = Table(caption=f"in {cache_folder()}", caption_justify="left")

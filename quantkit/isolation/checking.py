@@ -14,9 +14,12 @@ import torch
 from quantkit.checkpoint import CheckpointReader
 from quantkit.errors import OutputError, QuantizationError, QuantkitError
 from quantkit.exports import Export, open_export
-from quantkit.isolation.outcome import Ending, Kind, WorkerFailedError
+from quantkit.isolation.launch import WorkerFailedError, ending_facts
 from quantkit.schemes import Decodable
+from quantkit.system.ending import Ending
 
+BAD_OUTPUT = "bad output"
+"""How a worker ended that reported success and left nothing that can be used."""
 WEIGHTS_ALONE = "errors of layers are those of their weights, not of their outputs"
 RESCALED = "the library moved factors from weights into other layers, so that errors of weights would say nothing"
 
@@ -58,7 +61,7 @@ def believed(what: str, output: Path, ending: Ending) -> Iterator[None]:
         raise WorkerFailedError(
             f"{what} reported success, but {problem}",
             f"its log is {ending.log}",
-            facts={**ending.facts(), "ending": Kind.BAD_OUTPUT.value},
+            facts={**ending_facts(ending), "ending": BAD_OUTPUT},
         ) from error
 
 

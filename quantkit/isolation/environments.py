@@ -19,7 +19,6 @@ from typing import Any, Literal
 import psutil
 
 from quantkit.errors import OutputError
-from quantkit.isolation.cache import cache_folder
 from quantkit.isolation.lockfile import Lock, read_lock
 from quantkit.libraries import LIBRARIES, Library
 from quantkit.system.artifacts import read_json, translated_os_errors
@@ -27,6 +26,7 @@ from quantkit.system.locks import held
 
 MARKER = "quantkit.json"
 PROBE_SECONDS = 60
+VARIABLE = "QUANTKIT_CACHE"
 State = Literal["ready", "absent", "outdated", "broken"]
 _NAME = re.compile(r"(.+)-([0-9a-f]{12})-py(\d+\.\d+)")
 
@@ -53,6 +53,17 @@ class Environment:
     def python(self) -> Path:
         """Its interpreter."""
         return interpreter(self.folder)
+
+
+def cache_folder() -> Path:
+    """The folder named by ``QUANTKIT_CACHE``, else ``quantkit`` in the user's cache folder."""
+    named = os.environ.get(VARIABLE)
+    if named:
+        return Path(named).expanduser().absolute()
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "quantkit"
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(base) if Path(base).is_absolute() else Path.home() / ".cache") / "quantkit"
 
 
 def environment_of(library: type[Library]) -> Environment:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-from quantkit.errors import OutputError, QuantkitError
-from quantkit.isolation.cache import cache_folder
-from quantkit.isolation.environments import MARKER, Environment, environment_of, interpreter, size_of
+from quantkit.errors import MissingDependencyError, OutputError, QuantkitError
+from quantkit.isolation.environments import MARKER, Environment, cache_folder, environment_of, interpreter, size_of
 from quantkit.isolation.lockfile import Lock, read_lock
-from quantkit.isolation.uv import uv_command, uv_environment
 from quantkit.libraries import Library
 from quantkit.system.artifacts import translated_os_errors, write_json
 from quantkit.system.locks import held
@@ -22,6 +21,23 @@ DISK_FULL = ("no space left on device", "os error 28", "disk quota exceeded")
 NO_NETWORK = ("dns error", "error sending request", "failed to fetch", "connection refused", "network is unreachable",
               "timed out", "offline")  # fmt: skip
 BAD_HASH = ("hash mismatch", "hash-checking")
+
+
+def uv_command() -> list[str]:
+    """How uv is called.
+
+    Raises:
+        MissingDependencyError: it is not installed.
+    """
+    try:
+        from uv import find_uv_bin
+    except ModuleNotFoundError:
+        found = shutil.which("uv")
+    else:
+        found = find_uv_bin()
+    if found is None:
+        raise MissingDependencyError("uv", "an environment for a library", "'quantkit[libraries]'")
+    return [found]
 
 
 def announcement(library: type[Library]) -> str:
@@ -83,7 +99,7 @@ def _uv(library: type[Library], log: Path, *arguments: str) -> str:
     with log.open("ab") as stream:
         child = subprocess.Popen(
             [*uv_command(), *arguments],
-            env=uv_environment(cache_folder()),
+            env=_uv_environment(cache_folder()),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=stream,
@@ -98,6 +114,15 @@ def _uv(library: type[Library], log: Path, *arguments: str) -> str:
     if child.returncode:
         raise _translated(library, log)
     return told
+
+
+def _uv_environment(cache: Path) -> dict[str, str]:
+    """The variables with which uv runs: environments beside each other share the files of one cache.
+
+    Args:
+        cache: quantkit's cache folder; uv keeps its own in there, so that files can be hard links.
+    """
+    return {**os.environ, "UV_CACHE_DIR": os.environ.get("UV_CACHE_DIR", str(cache / "uv")), "UV_NO_CONFIG": "1"}
 
 
 def _translated(library: type[Library], log: Path) -> QuantkitError:

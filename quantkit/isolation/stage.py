@@ -1,4 +1,4 @@
-"""Quantize one variant by a library, in a worker."""
+"""Quantize one variant by a library, in a worker: its checkpoint, with a recipe and a manifest beside it."""
 
 from __future__ import annotations
 
@@ -6,27 +6,35 @@ import glob
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from quantkit.checkpoint import CheckpointReader
 from quantkit.errors import QuantizationError
+from quantkit.exports.manifest import FOREIGN, public_reference, write_manifest
 from quantkit.isolation.checking import RESCALED, WEIGHTS_ALONE, Looked, believed, checked_export
 from quantkit.isolation.codes import chosen_format, read_schemes, write_in_format
-from quantkit.isolation.identity import device_for, made_from
-from quantkit.isolation.launch import Place, fixed_variables, launch
-from quantkit.isolation.outcome import Ending, Kind
-from quantkit.isolation.records import write_records
-from quantkit.isolation.request import Attempt, place_for
-from quantkit.isolation.supervise import Limits
+from quantkit.isolation.launch import Place, ending_facts, failure, fixed_variables, launch
+from quantkit.isolation.request import Attempt, device_for, made_from, place_for
 from quantkit.libraries.base import CODES
-from quantkit.publishing import describe
 from quantkit.quantization import Job, Quantized, finished_variant
 from quantkit.quantization.job import STAGE
-from quantkit.system.artifacts import check_writable, new_folder, translated_os_errors, write_stage
+from quantkit.system.artifacts import (
+    STAGE_FILE,
+    check_writable,
+    new_folder,
+    translated_os_errors,
+    write_stage,
+    write_text,
+)
+from quantkit.system.child import Limits
+from quantkit.system.ending import Ending, Kind
 from quantkit.system.locks import held
 
 if TYPE_CHECKING:
@@ -60,8 +68,7 @@ def quantize_by_library(attempt: Attempt) -> Quantized:
         ending = _run(attempt, place, scratch, fixed)
         store, schemes, looked = _written(attempt, ending, scratch, folder)
         facts = {"format": store, **_facts(attempt, ending, fixed, looked, time.perf_counter() - started)}
-        write_records(folder, attempt.job, attempt.variant, store, schemes, identity, facts)
-        describe(attempt.job, folder, attempt.out.name)
+        _write_records(folder, attempt, store, schemes, identity, facts)
         write_stage(folder, STAGE, identity, facts=facts)
     return Quantized(attempt.out, facts, reused=False)
 
@@ -95,7 +102,7 @@ def _run(attempt: Attempt, place: Place, scratch: Path, fixed: dict[str, str]) -
         on_progress=attempt.observer.progress,
     )
     if ending.kind is not Kind.DONE:
-        raise ending.error(variant.label)
+        raise failure(ending, variant.label)
     return ending
 
 
@@ -173,9 +180,45 @@ def _facts(attempt: Attempt, ending: Ending, fixed: dict[str, str], looked: Look
             "calibration": None if given is None else {"given": given, "used": {k: used[k] for k in given}},
             "cuda_peak_bytes": result.get("cuda_peak_bytes"),
             "seconds_quantizing": result["seconds"],
-            **ending.facts(),
+            **ending_facts(ending),
         },
     }
+
+
+def _write_records(
+    folder: Path,
+    attempt: Attempt,
+    store: str,
+    schemes: Mapping[str, Scheme],
+    identity: Mapping[str, Any],
+    facts: Mapping[str, Any],
+) -> None:
+    """Write ``recipe.yaml`` and ``manifest.json``.
+
+    The manifest says ``foreign`` where the library wrote the tensors, which then are read as any file of its kind.
+    """
+    job, variant = attempt.job, attempt.variant
+    write_text(folder / "recipe.yaml", yaml.safe_dump(variant.resolved(), sort_keys=False))
+    library = facts["library"]
+    made_by = f"{variant.library} {library['versions'].get(variant.plugin.distribution, '')}".strip()
+    write_manifest(
+        folder,
+        {
+            "schema": 1,
+            "created_by": f"{made_by}, run by quantkit {version('quantkit')}",
+            FOREIGN: variant.offer.writes != CODES,
+            "source": {**job.source_facts, "reference": public_reference(job.source_facts.get("reference"))},
+            "calibration_sha256": identity["calibration"],
+            "feed": None,
+            "format": store,
+            "layers": {name: scheme.to_json() for name, scheme in schemes.items()},
+            "embedding": None,
+            "versions": {"quantkit": version("quantkit"), **library["versions"]},
+            "variables": library["variables"],
+            "bits_per_weight": facts["bits_per_weight"],
+            "stage_file": STAGE_FILE,
+        },
+    )
 
 
 def calibration_notes(given: dict[str, int] | None, used: dict[str, Any]) -> list[str]:

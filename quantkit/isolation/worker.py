@@ -2,12 +2,10 @@
 
 quantkit may be installed among packages that must not be seen here, so its folder is not put on the path: the package
 is loaded from its own files, and of it no more than :mod:`quantkit.libraries`, :mod:`quantkit.system.registry`,
-:mod:`quantkit.system.parent_watch` and :mod:`quantkit.errors`. The module of a third party's plugin is loaded in the
+:mod:`quantkit.system.worker` and :mod:`quantkit.errors`. The module of a third party's plugin is loaded in the
 same way.
 
-The job, as :mod:`quantkit.isolation.job` writes it, names the file of the result. Progress goes as JSON lines to the
-descriptor ``progress``. When standard input ends, so does whoever waits for this process, which then kills its process
-group.
+The job is that of :func:`quantkit.isolation.launch.launch`; the result is left beside it.
 """
 
 from __future__ import annotations
@@ -37,34 +35,34 @@ def main(arguments: list[str]) -> int:
     """Carry out the job in the file ``arguments[0]``; returns the exit code."""
     job = json.loads(Path(arguments[0]).read_text(encoding="utf-8"))
     adopt("quantkit", Path(job["quantkit"]))
-    from quantkit.system.parent_watch import live_no_longer_than_the_parent
+    from quantkit.system.worker import RESULT_FILE, live_no_longer_than_the_parent, progress_channel
 
-    live_no_longer_than_the_parent(group=True)
+    live_no_longer_than_the_parent()
+    report = progress_channel()
     faulthandler.enable()
     with contextlib.suppress(OSError):  # not on Linux, or not allowed
         Path("/proc/self/oom_score_adj").write_text(FIRST_TO_GO, encoding="ascii")
     result: dict[str, Any]
     try:
-        result = perform(job)
+        result = perform(job, report)
     except Exception as error:  # whatever a library raises is told to the parent, and its traceback to the log
         import traceback
 
         traceback.print_exc()
-        result = {"error": {"type": type(error).__name__, "message": str(error), "memory": _is_memory(error)}}
-    _write(Path(job["result"]), result)
+        result = {"error": {"kind": type(error).__name__, "problem": str(error), "memory": _is_memory(error)}}
+    _write(Path(arguments[0]).with_name(RESULT_FILE), result)
     sys.stdout.flush()
     sys.stderr.flush()
     # libraries leave threads and exit handlers that can hang; all that counts is on disk
     os._exit(EXIT_FAILED if "error" in result else 0)
 
 
-def perform(job: Mapping[str, Any]) -> dict[str, Any]:
+def perform(job: Mapping[str, Any], report: Callable[[str, int, int], None]) -> dict[str, Any]:
     """Quantize; returns what the library used, its versions, seconds and what was asked of torch at its peak."""
     library = load_plugin(job["plugin"])
     from quantkit.libraries.base import Request
 
-    stream = os.fdopen(job["progress"], "w", encoding="utf-8")
-    fields = {**job["request"], "ignore": tuple(job["request"]["ignore"]), "progress": reporting(stream)}
+    fields = {**job["request"], "ignore": tuple(job["request"]["ignore"]), "progress": report}
     for key in ("model", "out"):
         fields[key] = Path(fields[key])
     started = time.perf_counter()
@@ -103,17 +101,6 @@ def load_plugin(plugin: Mapping[str, str]) -> Any:
     for part in plugin["class"].split("."):
         found = getattr(found, part)
     return found
-
-
-def reporting(stream: Any) -> Callable[[str, int, int], None]:
-    """What a library tells of its progress, as a line of JSON; nobody need listen."""
-
-    def report(step: str, done: int, total: int) -> None:
-        with contextlib.suppress(OSError, ValueError):
-            stream.write(json.dumps({"step": str(step), "done": int(done), "total": int(total)}) + "\n")
-            stream.flush()
-
-    return report
 
 
 def versions(distribution: str) -> dict[str, str]:

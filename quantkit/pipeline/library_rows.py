@@ -12,10 +12,11 @@ from quantkit.evaluation.stage import report_figures
 from quantkit.exports.manifest import identity, read_manifest
 from quantkit.isolation.environments import environment_of
 from quantkit.isolation.install import announcement
-from quantkit.isolation.outcome import WorkerFailedError
+from quantkit.isolation.launch import WorkerFailedError
 from quantkit.isolation.request import Attempt, not_installed
 from quantkit.isolation.stage import quantize_by_library
 from quantkit.pipeline.context import Run, attempted, score_beside
+from quantkit.publishing import CARD, describe
 from quantkit.quantization import Job, Quantized
 from quantkit.recipe import LibrarySpec, VariantSpec
 from quantkit.recipe.scheme import written_keys
@@ -81,6 +82,8 @@ def library_row(
         except WorkerFailedError as error:
             row[FAILURE] = error.facts
             raise
+        if not (done.folder / CARD).is_file():  # if it cannot be scored, it has one nonetheless
+            describe(job, done.folder, done.folder.name)
         scored = _scored(current, variant, done, baseline)
         write_card(row | scored)
         return scored

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -15,7 +14,8 @@ from quantkit.errors import MissingDependencyError, OutputError, QuantkitError, 
 from quantkit.recipe import MlflowSpec, TrackingSpec
 from quantkit.report.files import REPORT_FILE
 from quantkit.report.files import load as load_report
-from quantkit.system.artifacts import read_json, write_json
+from quantkit.system.artifacts import write_json
+from quantkit.system.child import run_child
 from quantkit.system.progress import Observer
 from quantkit.system.validation import parse_section
 
@@ -63,19 +63,14 @@ def track(spec: MlflowSpec, folder: Path) -> dict[str, str]:
     load_report(folder)
     files = [str(folder / name) for name in ARTIFACTS if (folder / name).is_file()]
     with tempfile.TemporaryDirectory(prefix="quantkit-tracking-") as scratch:
-        job = Path(scratch) / "job.json"
-        report = str(folder / REPORT_FILE)
-        write_json(job, {"report": report, "uri": uri, "experiment": spec.experiment, "files": files})
-        command = [sys.executable, "-m", "quantkit.publishing.mlflow_worker", str(job)]
-        ended = subprocess.run(
-            command, env=_environment(), capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL,
-            check=False,
-        )  # fmt: skip
-        result_file = job.with_name("result.json")
-        found = read_json(result_file) if result_file.is_file() else {"error": _last_line(ended.stderr)}
+        job = {"report": str(folder / REPORT_FILE), "uri": uri, "experiment": spec.experiment, "files": files}
+        command = [sys.executable, "-m", "quantkit.publishing.mlflow_worker"]
+        ending = run_child(command, job, Path(scratch), environment=_environment(), log=Path(scratch) / "log")
+        found = ending.result or {"error": {"kind": "its process", "problem": ending.last_line()}}
     where = _redacted(uri)
     if "error" in found:
-        problem = f"MLflow at {where} was not told of the run: {_redacted(found['error'])[:LONGEST_ERROR]}"
+        why = "{kind}: {problem}".format_map(found["error"])
+        problem = f"MLflow at {where} was not told of the run: {_redacted(why)[:LONGEST_ERROR]}"
         raise OutputError(problem, f"nothing is lost; tell it later: quantkit track {folder}")
     told = {"uri": where, "experiment": spec.experiment, **found}
     write_json(folder / RECORD, told)
@@ -134,8 +129,3 @@ def _redacted(text: str) -> str:
         if secret:
             text = text.replace(secret, "***")
     return text
-
-
-def _last_line(text: str) -> str:
-    lines = [line for line in text.splitlines() if line.strip()]
-    return lines[-1] if lines else "its process ended without a word"

@@ -106,13 +106,13 @@ def main(arguments: list[str]) -> int:
 def _live_no_longer_than_the_parent() -> None:
     """By quantkit's own file for it, which imports nothing of quantkit."""
     spec = importlib.util.spec_from_file_location(
-        "parent_watch", Path(__file__).resolve().parents[1] / "system" / "parent_watch.py"
+        "worker", Path(__file__).resolve().parents[1] / "system" / "worker.py"
     )
     if spec is None or spec.loader is None:
-        raise ImportError("quantkit's parent_watch.py is missing")
+        raise ImportError("quantkit's worker.py is missing")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    module.live_no_longer_than_the_parent(group=True)
+    module.live_no_longer_than_the_parent()
 
 
 def perform(job: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 A process is started with a runtime's command and the path of a job. It loads the checkpoint, writes the logits after
 every token of every prompt as float32 ``[tokens, vocabulary]`` (``.npy``, prompts one after another) to ``logits``,
-then its answer to ``result``:
+then its answer to ``result``, which lies beside the job:
 
 ``generated``
     token ids of a greedy continuation.
@@ -14,6 +14,8 @@ then its answer to ``result``:
     names of tensors that the loader was given and did not use.
 ``error``
     alone: ``kind``, ``problem`` and ``remedy`` of what went wrong.
+
+What it prints is its log. Its standard input ends when whoever asked has ended, see :mod:`quantkit.system.worker`.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from quantkit.system.worker import RESULT_FILE
 
 SECONDS = 3600.0
 """A runtime that has not answered by then hangs."""
@@ -39,8 +43,7 @@ class VerificationJob:
         prompts: token ids.
         generate: which prompt is continued.
         new_tokens: by how many tokens; 0 is not at all.
-        logits: file to write.
-        result: file to write.
+        folder: for what is asked, the logits, the answer and the log of this job alone; it is there.
         trust_remote_code: run Python code that comes with the checkpoint.
         seconds: after which whoever started the process ends it; no part of the JSON.
     """
@@ -53,10 +56,19 @@ class VerificationJob:
     prompts: tuple[tuple[int, ...], ...]
     generate: int
     new_tokens: int
-    logits: Path
-    result: Path
+    folder: Path
     trust_remote_code: bool = False
     seconds: float = SECONDS
+
+    @property
+    def logits(self) -> Path:
+        """The file of the logits."""
+        return self.folder / "logits.npy"
+
+    @property
+    def log(self) -> Path:
+        """All that the process prints."""
+        return self.folder / "log"
 
     def to_json(self) -> dict[str, Any]:
         """The job as JSON data."""
@@ -70,12 +82,13 @@ class VerificationJob:
             "generate": self.generate,
             "new_tokens": self.new_tokens,
             "logits": str(self.logits),
-            "result": str(self.result),
+            "result": str(self.folder / RESULT_FILE),
             "trust_remote_code": self.trust_remote_code,
         }
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> VerificationJob:
         """The inverse of :meth:`to_json`."""
-        paths = {key: Path(data[key]) for key in ("checkpoint", "logits", "result")}
-        return cls(**{**data, **paths, "prompts": tuple(map(tuple, data["prompts"]))})
+        given = {key: value for key, value in data.items() if key not in ("logits", "result")}
+        places = {"checkpoint": Path(data["checkpoint"]), "folder": Path(data["result"]).parent}
+        return cls(**{**given, **places, "prompts": tuple(map(tuple, data["prompts"]))})

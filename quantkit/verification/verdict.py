@@ -76,15 +76,20 @@ def verify(
     computed = _dtype(chosen, subject, place, dtype)
     texts = tokenize(path, PROMPTS if prompts is None else prompts, trust_remote_code=trust_remote_code)
     with tempfile.TemporaryDirectory(prefix="quantkit-verify-") as scratch:
-        job = _job(subject, chosen.name, place, computed, texts, Path(scratch), trust_remote_code)
+        job = _job(subject, chosen.name, place, computed, texts, _new(Path(scratch) / "runtime"), trust_remote_code)
         job = replace(job, seconds=seconds)
-        expected = _reference_job(job)
+        expected = _reference_job(job, _new(Path(scratch) / "reference"))
         watching.stage(f"reference: {path} in {expected.dtype}")
-        carry_out(RUNTIMES.get("reference").worker(), expected, Path(scratch) / "reference.log")
+        carry_out(RUNTIMES.get("reference").worker(), expected)
         watching.stage(f"{chosen.name}: {path} in {computed}")
         verdict = _verdict(chosen, subject, command, job, expected, texts)
     _record(path, chosen.name, verdict)
     return verdict
+
+
+def _new(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
 
 
 def _command(chosen: type[Runtime], python: str | None) -> list[str]:
@@ -114,7 +119,7 @@ def _dtype(chosen: type[Runtime], subject: Subject, device: str, wanted: str | N
 
 
 def _job(
-    subject: Subject, runtime: str, device: str, dtype: str, texts: Prompts, scratch: Path, trust_remote_code: bool
+    subject: Subject, runtime: str, device: str, dtype: str, texts: Prompts, folder: Path, trust_remote_code: bool
 ) -> VerificationJob:
     return VerificationJob(
         checkpoint=subject.path.absolute(),
@@ -125,21 +130,19 @@ def _job(
         prompts=texts.ids,
         generate=texts.continued,
         new_tokens=NEW_TOKENS,
-        logits=scratch / "logits.npy",
-        result=scratch / "result.json",
+        folder=folder,
         trust_remote_code=trust_remote_code,
     )
 
 
-def _reference_job(job: VerificationJob) -> VerificationJob:
+def _reference_job(job: VerificationJob, folder: Path) -> VerificationJob:
     """The same for the reference, in float32 where the runtime computes in float16, which can overflow."""
     return replace(
         job,
         runtime="reference",
         dtype="float32" if job.dtype == "float16" else job.dtype,
         new_tokens=0,
-        logits=job.logits.with_name("reference.npy"),
-        result=job.result.with_name("reference-result.json"),
+        folder=folder,
     )
 
 
@@ -156,7 +159,7 @@ def _verdict(
     answer: dict[str, Any] = {}
     figures = reason = None
     try:
-        answer = carry_out(command, job, job.result.with_name("runtime.log"))
+        answer = carry_out(command, job)
         figures = compare(expected.logits, job.logits, [len(ids) for ids in job.prompts])
     except MissingDependencyError:
         raise

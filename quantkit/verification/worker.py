@@ -2,40 +2,19 @@
 
 from __future__ import annotations
 
-import faulthandler
 import sys
 import time
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from quantkit.errors import EXIT_USER_ERROR, QuantkitError
 from quantkit.evaluation.memory import peak_rss
 from quantkit.runtimes import RUNTIMES
 from quantkit.runtimes.base import LoadedModel, LoadOptions
-from quantkit.system.artifacts import read_json, write_json
-from quantkit.system.parent_watch import live_no_longer_than_the_parent
+from quantkit.system.worker import serve
 from quantkit.verification.job import VerificationJob
-
-
-def main(arguments: list[str]) -> int:
-    """Carry out the job in the file ``arguments[0]``; returns the exit code."""
-    if len(arguments) != 1:
-        sys.stderr.write("usage: python -m quantkit.verification.worker JOB.json\n")
-        return EXIT_USER_ERROR
-    live_no_longer_than_the_parent(group=True)
-    faulthandler.enable()
-    job = VerificationJob.from_json(read_json(Path(arguments[0])))
-    try:
-        result, code = perform(job), 0
-    except QuantkitError as error:
-        result = {"error": {"kind": type(error).__name__, "problem": error.problem, "remedy": error.remedy}}
-        code = EXIT_USER_ERROR
-    write_json(job.result, result)
-    return code
 
 
 def perform(job: VerificationJob) -> dict[str, Any]:
@@ -75,4 +54,4 @@ def _write_logits(job: VerificationJob, model: LoadedModel) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(serve(sys.argv[1:], lambda job, report: perform(VerificationJob.from_json(job))))
