@@ -22,7 +22,7 @@ from quantkit.formats import FORMATS
 from quantkit.recipe import EvaluationSpec, TextSpec, VariantSpec
 from quantkit.report.columns import DECODED_MARK, build_columns
 from quantkit.report.definitions import definitions
-from quantkit.report.sections import variant_facts
+from quantkit.report.facts import variant_facts
 from quantkit.runtimes import RUNTIMES
 from quantkit.runtimes._decoded import decoded_state
 from quantkit.runtimes.base import LoadOptions

@@ -38,7 +38,7 @@ from quantkit.estimation.use import Use
 from quantkit.estimation.weights import Stored, stored
 from quantkit.quantization import Job, Quantized, Wanted, quantize_together
 from quantkit.recipe import VariantSpec
-from quantkit.report.sections import variant_facts
+from quantkit.report.facts import variant_facts
 from quantkit.runtimes import RUNTIMES
 from quantkit.runtimes.base import LoadOptions
 from quantkit.schemes.codebook import CodebookScheme

@@ -175,7 +175,7 @@ def test_a_trend_marks_accepted_regressed_and_incomparable_runs() -> None:
     assert len(panel.line) == RUNS - 1
     assert panel.level == panel.marks[11].y
     assert [mark.x for mark in panel.marks] == sorted(mark.x for mark in panel.marks)
-    assert all(panel.top <= mark.y <= panel.bottom for mark in panel.marks)
+    assert all(panel.frame.top <= mark.y <= panel.frame.bottom for mark in panel.marks)
     assert panel.x_ticks[0][1] == str(RUNS)
     assert len(panel.x_ticks) <= 8
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 import re
@@ -19,7 +20,7 @@ from rich.console import Console
 from quantkit.errors import QuantkitError, RecipeError
 from quantkit.report import evaluate_gates, load, table, write
 from quantkit.report.choice import findings, frontier
-from quantkit.report.labels import Box, place_labels
+from quantkit.report.plot import build_plot, place_numbers
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 EVIL = "<script>alert('x')</script> & | `tick` **bold** [a](http://evil.example/x.png)"
@@ -407,11 +408,9 @@ def test_some_bytes_more_are_the_same_size() -> None:
 
 
 def test_closer_is_lower_and_smaller_is_further_left(tmp_path: Path) -> None:
-    from quantkit.report.plot import build_plot
-
     plot = build_plot(make_report())
     assert plot is not None
-    points = {point.name: point for point in plot.panels[0].points}
+    points = {point.tip.partition(":")[0]: point for point in plot.panels[0].points}
     assert points["rtn-int8"].y > points["gptq-int4"].y > points["rtn-int4"].y > points["gptq-int3"].y
     assert points["gptq-int3"].x < points["gptq-int4"].x < points["awq-int4"].x < points["rtn-int8"].x
 
@@ -428,15 +427,26 @@ def test_without_divergence_the_plot_is_of_perplexity(tmp_path: Path) -> None:
     assert "perplexity 16.01 (+0.04%) on prose" in findings(report)[0].detail
 
 
-def test_names_in_a_plot_do_not_cover_each_other() -> None:
-    points = [(300.0 + 3 * (index % 4), 150.0 + 9 * index) for index in range(12)]
-    names = [f"method-int4-group{index}" for index in range(12)]
-    marks = [Box(x - 5, y - 5, x + 5, y + 5) for x, y in points]
-    spots = place_labels(points, names, marks, Box(70, 40, 640, 350))
-    boxes = [spot.box for spot in spots]
-    for index, box in enumerate(boxes):
-        assert all(box.overlap(other) == 0 for other in boxes[index + 1 :])
-        assert all(box.overlap(mark) < 0.5 for mark in marks)
+def test_numbers_in_a_plot_cover_neither_each_other_nor_marks() -> None:
+    marks = [(300.0 + 3 * (index % 4), 120.0 + 9 * index) for index in range(12)]
+    places = place_numbers(marks)
+    assert min(math.dist(first, second) for first, second in itertools.combinations(places, 2)) >= 17
+    assert min(math.dist(place, mark) for place in places for mark in marks) >= 14
+    assert all(70 < x < 615 and 45 < y < 347 for x, y in places)
+    corner = place_numbers([(68.0, 44.0), (68.0, 44.0)])
+    assert all(x > 68 and y > 44 for x, y in corner)
+
+
+def test_a_number_in_the_plot_is_that_of_its_name_in_the_legend() -> None:
+    plot = build_plot(make_report())
+    assert plot is not None
+    for panel in plot.panels:
+        named = {entry.number: entry.name for entry in panel.legend if entry.number}
+        assert [named[point.number] for point in panel.points] == [
+            point.tip.partition(":")[0] for point in panel.points
+        ]
+        assert [entry.name for entry in panel.legend if not entry.number] == ["rtn", "gptq", "awq"]
+        assert max(entry.y for entry in panel.legend) < panel.height
 
 
 def drop(report: dict[str, Any], *path: str) -> dict[str, Any]:

@@ -9,6 +9,21 @@ from itertools import pairwise
 
 
 @dataclass(frozen=True, slots=True)
+class Frame:
+    """Where figures are drawn, in pixels."""
+
+    left: float
+    top: float
+    right: float
+    bottom: float
+
+    def holds(self, place: tuple[float, float], margin: float) -> bool:
+        """Whether ``place`` lies inside, at least ``margin`` from the edge."""
+        across, down = place
+        return self.left + margin <= across <= self.right - margin and self.top + margin <= down <= self.bottom - margin
+
+
+@dataclass(frozen=True, slots=True)
 class Axis:
     """A linear or logarithmic axis.
 

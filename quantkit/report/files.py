@@ -43,7 +43,7 @@ def write(report: dict[str, Any], folder: Path, formats: Sequence[str]) -> list[
 
         files |= render_markdown(report)
     if "html" in formats:
-        from quantkit.report.html import render_html
+        from quantkit.report.page import render_html
 
         files["report.html"] = render_html(report)
     write_json(folder / REPORT_FILE, report)

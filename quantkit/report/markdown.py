@@ -33,7 +33,7 @@ def render_markdown(report: Record) -> dict[str, str]:
         "cost": _cost_table(report),
         "quality": [(text, _quality_table(report, text)) for text in texts_of(report)],
     }
-    plot = build_plot(report, width=860.0, height=420.0)
+    plot = build_plot(report)
     text = engine.get_template("report.md.j2").render(context(report, plot), **tables)
     drawing = {plot.file: render_svg(plot)} if plot else {}
     return {"report.md": re.sub(r"\n{3,}", "\n\n", text).strip() + "\n", **drawing}

@@ -1,29 +1,26 @@
-"""What both renderings show, and the template engine that renders it."""
+"""What both renderings of a report show, the template engine, and the report as one HTML file.
+
+The HTML file asks nothing of the network: no scripts, no fonts, no images from outside.
+"""
 
 from __future__ import annotations
 
+import base64
+import hashlib
 from collections.abc import Mapping
 from typing import Any
 
 import jinja2
+from markupsafe import Markup
 
 from quantkit.report.choice import findings, frontier
 from quantkit.report.columns import Record, reference_name, reference_word, scheme_name
 from quantkit.report.comparison import build_comparison, failure
 from quantkit.report.definitions import definitions, text_definitions
+from quantkit.report.facts import calibration_facts, environment_facts, source_facts, variant_facts
 from quantkit.report.numbers import figure, fixed, pick
-from quantkit.report.plot import Plot
-from quantkit.report.sections import (
-    calibration_facts,
-    environment_facts,
-    gate_table,
-    histogram,
-    loading,
-    source_facts,
-    variant_facts,
-    worst_layers,
-    written_date,
-)
+from quantkit.report.plot import Plot, build_plot
+from quantkit.report.tables import gate_table, histogram, loading, worst_layers, written_date
 from quantkit.report.tasks_and_answers import changed_answers, further_models, further_rows
 
 
@@ -95,3 +92,17 @@ def _variant(variant: Record) -> dict[str, Any]:
         "layers": worst_layers(variant),
         "answers": changed_answers(variant),
     }
+
+
+def render_html(report: Record) -> str:
+    """The report as a page.
+
+    All text of the report is escaped. The page's own content security policy allows nothing but its one
+    style sheet, by hash.
+    """
+    engine = environment(autoescape=True)
+    style = "\n" + template_text(engine, "page.css") + template_text(engine, "plot.css")
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    return engine.get_template("report.html.j2").render(
+        context(report, build_plot(report)), style=Markup(style), style_hash=Markup(f"sha256-{digest}")
+    )

@@ -1,84 +1,36 @@
 """The plot of loss against size: one panel per text, laid out here and drawn by ``plot.svg.j2``.
 
-The drawing uses classes and no colours of its own, so that the page, or the style that a lone SVG file
-carries, can choose them for light and dark.
+Marks carry numbers, and a legend below the panel names them. The drawing uses classes and no colours of its own, so
+that the page, or the style that a lone SVG file carries, can choose them for light and dark.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from quantkit.report.axes import Axis, linear_axis, log_axis
+from quantkit.report.axes import Axis, Frame, linear_axis, log_axis
 from quantkit.report.choice import frontier
 from quantkit.report.columns import Record, reference_name, rows_of, texts_of
-from quantkit.report.labels import Box, Spot, place_labels, text_width
 from quantkit.report.numbers import byte_unit, figure, pick
 
-LEFT, RIGHT, TOP, BOTTOM = 68.0, 22.0, 44.0, 52.0
+WIDTH, LINE = 640.0, 19.0
+FRAME = Frame(68.0, 44.0, WIDTH - 22.0, 348.0)
 STYLES = 6
-MARK = 5.5
+MARK, NUMBER = 5.5, 8.5
+"""Radius of a mark, and of the circle that a number of two digits needs."""
 LONGEST_NAME = 34
-
-
-@dataclass(frozen=True, slots=True)
-class Point:
-    """A variant in a panel, in pixels.
-
-    Attributes:
-        name: as it is shown.
-        style: which of the marker shapes and colours it has, by its method.
-        x, y: its mark.
-        bar: ends of the error bar, or None.
-        spot: where its name stands.
-        tip: the figures, for the tooltip.
-    """
-
-    name: str
-    style: int
-    x: float
-    y: float
-    bar: tuple[float, float] | None
-    spot: Spot
-    tip: str
-
-    @property
-    def leader(self) -> tuple[float, float, float, float] | None:
-        """The line from the mark's edge to a name that stands off."""
-        if self.spot.leader is None:
-            return None
-        x, y = self.spot.leader
-        length = math.hypot(x - self.x, y - self.y)
-        return self.x + (x - self.x) * MARK / length, self.y + (y - self.y) * MARK / length, x, y
-
-
-@dataclass(frozen=True, slots=True)
-class Panel:
-    """One text's plot."""
-
-    title: str
-    width: float
-    height: float
-    x_title: str
-    y_title: str
-    x_ticks: list[tuple[float, str]]
-    y_ticks: list[tuple[float, str]]
-    points: list[Point]
-    frontier: list[tuple[float, float]]
-    level: tuple[float, str] | None
-    legend: list[tuple[float, int, str]] = field(default_factory=list)
-
-    @property
-    def frame(self) -> Box:
-        """Where figures are drawn."""
-        return Box(LEFT, TOP, self.width - RIGHT, self.height - BOTTOM)
+DISTANCES = (15.0, 24.0, 36.0, 50.0)
+DIRECTIONS = [math.radians(degrees) for degrees in (0, 180, -45, 45, -135, 135, -90, 90)]
+Place = tuple[float, float]
 
 
 @dataclass(frozen=True, slots=True)
 class Datum:
     """A variant's figures in a panel: its size in bytes, and the value with its standard error."""
 
+    number: int
     name: str
     method: str
     size: float
@@ -87,108 +39,166 @@ class Datum:
 
 
 @dataclass(frozen=True, slots=True)
+class Point:
+    """A variant in a panel, in pixels.
+
+    Attributes:
+        number: its place in the report, from 1.
+        style: which of the marker shapes and colours it has, by its method.
+        x, y: its mark.
+        bar: ends of the error bar, or None.
+        label: the middle of its number.
+        tip: name and figures, for the tooltip.
+    """
+
+    number: int
+    style: int
+    x: float
+    y: float
+    bar: tuple[float, float] | None
+    label: Place
+    tip: str
+
+    @property
+    def is_off(self) -> bool:
+        """Whether the number stands so far off that a line ties it to the mark."""
+        return math.dist((self.x, self.y), self.label) > DISTANCES[0] + 1
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A line of the legend, in pixels; a method has no number."""
+
+    x: float
+    y: float
+    style: int
+    number: int | None
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """One text's plot."""
+
+    title: str
+    height: float
+    x_title: str
+    y_title: str
+    x_ticks: list[tuple[float, str]]
+    y_ticks: list[tuple[float, str]]
+    points: list[Point]
+    frontier: list[Place]
+    level: tuple[float, str] | None
+    legend: list[Entry]
+    width: float = WIDTH
+    frame: Frame = FRAME
+
+
+@dataclass(frozen=True, slots=True)
 class Plot:
-    """All panels of the plot, and the name of its file beside the Markdown report."""
+    """All panels of the plot, one above the other, and the name of its file beside the Markdown report."""
 
     file: str
     caption: str
     panels: list[Panel]
-
-    @property
-    def width(self) -> float:
-        """Width of all panels, one above the other."""
-        return max(panel.width for panel in self.panels)
+    width: float = WIDTH
 
     @property
     def height(self) -> float:
-        """Height of all panels, one above the other."""
+        """Height of all panels."""
         return sum(panel.height for panel in self.panels)
 
 
-def build_plot(report: Record, width: float = 640.0, height: float = 400.0) -> Plot | None:
+def build_plot(report: Record) -> Plot | None:
     """KL divergence against size or, where it was not measured, perplexity; None if neither was."""
     reference = reference_name(report)
     for metric, file, words in (
         ("kl_divergence", "divergence.svg", f"KL divergence to {reference} against size"),
         ("perplexity", "perplexity.svg", f"Perplexity against size; the broken line is {reference}"),
     ):
-        panels = [_panel(report, metric, text, (width, height)) for text in texts_of(report)]
+        panels = [_panel(report, metric, text) for text in texts_of(report)]
         drawn = [panel for panel in panels if panel is not None]
         if drawn:
             return Plot(file, words, drawn)
     return None
 
 
-def _panel(report: Record, metric: str, text: str, extent: tuple[float, float]) -> Panel | None:
+def _panel(report: Record, metric: str, text: str) -> Panel | None:
     data = _data(report, metric, text)
     if not data:
         return None
-    width, height = extent
     unit, divisor = byte_unit([datum.size for datum in data])
     base = figure(report, "baseline", "metrics", "perplexity", text) if metric == "perplexity" else None
-    x = linear_axis([datum.size / divisor for datum in data], LEFT, width - RIGHT)
-    y = _vertical(data, base, height - BOTTOM, TOP)
-    kept = frontier(report, text)
-    line = [(x(d.size / divisor), y(d.value)) for name in kept for d in data if d.name == name]
+    x = linear_axis([datum.size / divisor for datum in data], FRAME.left, FRAME.right)
+    y = _vertical(data, base)
+    marks = {datum.name: (x(datum.size / divisor), y(datum.value)) for datum in data}
+    line = [marks[name] for name in frontier(report, text) if name in marks]
     methods = list(dict.fromkeys(str(row.get("method")) for row in report["variants"]))
+    legend = _legend(data, methods)
     return Panel(
         title=text,
-        width=width,
-        height=height,
+        height=max(entry.y for entry in legend) + LINE,
         x_title=f"Size, {unit}",
         y_title="KL divergence, nats per token" if metric == "kl_divergence" else "Perplexity",
         x_ticks=x.ticks(),
         y_ticks=y.ticks(),
-        points=_points(data, [x(datum.size / divisor) for datum in data], y, methods, extent),
+        points=_points(data, list(marks.values()), y, methods),
         frontier=line if len(line) > 1 else [],
         level=None if base is None else (y(base), reference_name(report)),
-        legend=_legend([method for method in methods if any(d.method == method for d in data)], methods, width),
+        legend=legend,
     )
 
 
 def _data(report: Record, metric: str, text: str) -> list[Datum]:
     found = []
-    for variant, row in zip(report["variants"], rows_of(report)[1:], strict=True):
+    for number, (variant, row) in enumerate(zip(report["variants"], rows_of(report)[1:], strict=True), start=1):
         at = pick(row, "metrics", metric, text)
         size = figure(row, "size_bytes")
         value = figure(at, "mean") if metric == "kl_divergence" else figure({"value": at}, "value")
         if size is not None and value is not None:
             name, method = str(variant["name"]), str(variant.get("method"))
-            found.append(Datum(name, method, size, value, figure(at, "stderr")))
+            found.append(Datum(number, name, method, size, value, figure(at, "stderr")))
     return found
 
 
-def _vertical(data: Sequence[Datum], base: float | None, start: float, stop: float) -> Axis:
+def _vertical(data: Sequence[Datum], base: float | None) -> Axis:
     """The vertical axis; figures of zero or less, which it cannot hold, are drawn at its lower end."""
     values = [datum.value for datum in data] + ([] if base is None else [base])
     ends = [datum.value + sign * (datum.stderr or 0.0) for datum in data for sign in (1, -1)]
     positive = [value for value in values if value > 0]
     floor = min(positive, default=1e-6) / 3
-    return log_axis([*(positive or [1e-6]), *(end for end in ends if end >= floor)], start, stop)
+    return log_axis([*(positive or [1e-6]), *(end for end in ends if end >= floor)], FRAME.bottom, FRAME.top)
 
 
-def _points(
-    data: Sequence[Datum], across: Sequence[float], y: Axis, methods: list[str], extent: tuple[float, float]
-) -> list[Point]:
-    marks = [(x, y(datum.value)) for x, datum in zip(across, data, strict=True)]
-    bars = [_bar(datum, y) for datum in data]
-    boxes = [Box(px - MARK, py - MARK, px + MARK, py + MARK) for px, py in marks]
-    boxes += [Box(px - 2, bar[0], px + 2, bar[1]) for (px, _), bar in zip(marks, bars, strict=True) if bar]
-    area = Box(LEFT + 3, TOP + 2, extent[0] - 4, extent[1] - BOTTOM - 3)
-    names = [_shortened(datum.name) for datum in data]
-    spots = place_labels(marks, names, boxes, area)
+def _points(data: Sequence[Datum], marks: Sequence[Place], y: Axis, methods: list[str]) -> list[Point]:
     return [
         Point(
-            name=name,
+            number=datum.number,
             style=methods.index(datum.method) % STYLES,
             x=mark[0],
             y=mark[1],
-            bar=bar,
-            spot=spot,
+            bar=_bar(datum, y),
+            label=label,
             tip=f"{datum.name}: {datum.value:.4g}" + ("" if datum.stderr is None else f" ± {datum.stderr:.2g}"),
         )
-        for name, datum, mark, bar, spot in zip(names, data, marks, bars, spots, strict=True)
+        for datum, mark, label in zip(data, marks, place_numbers(marks), strict=True)
     ]
+
+
+def place_numbers(marks: Sequence[Place]) -> list[Place]:
+    """The middle of each mark's number: the nearest place around the mark that no mark and no other number takes."""
+    placed: list[Place] = []
+    for x, y in marks:
+        around = [(x + r * math.cos(angle), y + r * math.sin(angle)) for r in DISTANCES for angle in DIRECTIONS]
+        inside = [place for place in around if FRAME.holds(place, NUMBER)] or around
+        placed.append(next((place for place in inside if _room(place, marks, placed) >= 0), inside[0]))
+    return placed
+
+
+def _room(place: Place, marks: Sequence[Place], placed: Sequence[Place]) -> float:
+    """Pixels between a number and what is nearest to it; negative where it would cover something."""
+    gaps = [math.dist(place, mark) - MARK - NUMBER for mark in marks]
+    return min([*gaps, *(math.dist(place, other) - 2 * NUMBER for other in placed)])
 
 
 def _bar(datum: Datum, y: Axis) -> tuple[float, float] | None:
@@ -199,13 +209,22 @@ def _bar(datum: Datum, y: Axis) -> tuple[float, float] | None:
     return (upper, lower) if lower - upper > 2.0 else None
 
 
-def _legend(shown: list[str], methods: list[str], width: float) -> list[tuple[float, int, str]]:
-    """Place, style and name of each method, ending at the right edge."""
-    if len(shown) < 2 or len(shown) > STYLES:
-        return []
-    widths = [text_width(name) + 26 for name in shown]
-    places = [width - RIGHT - sum(widths[index:]) for index in range(len(shown))]
-    return [(place, methods.index(name) % STYLES, name) for place, name in zip(places, shown, strict=True)]
+def _legend(data: Sequence[Datum], methods: list[str]) -> list[Entry]:
+    """The methods, three to a line, where a shape tells them apart; then the variants, two to a line."""
+    shown = [method for method in methods if any(datum.method == method for datum in data)]
+    kinds = [(methods.index(name) % STYLES, None, name) for name in shown] if 1 < len(shown) <= STYLES else []
+    variants = [(methods.index(datum.method) % STYLES, datum.number, datum.name) for datum in data]
+    top = FRAME.bottom + 68.0
+    entries = _lines(kinds, 3, top)
+    return entries + _lines(variants, 2, entries[-1].y + 1.4 * LINE if entries else top)
+
+
+def _lines(entries: Sequence[tuple[int, int | None, str]], columns: int, top: float) -> list[Entry]:
+    width = (FRAME.right - FRAME.left) / columns
+    return [
+        Entry(FRAME.left + width * (index % columns), top + LINE * (index // columns), style, number, _shortened(name))
+        for index, (style, number, name) in enumerate(entries)
+    ]
 
 
 def _shortened(name: str) -> str:

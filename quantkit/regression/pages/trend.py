@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 from quantkit.regression.document import Trend, TrendPoint
 from quantkit.regression.pages.words import figure, moment, run_name
-from quantkit.report.axes import Axis, linear_axis
+from quantkit.report.axes import Axis, Frame, linear_axis
 from quantkit.report.numbers import byte_unit
 
 WIDTH, HEIGHT = 560.0, 210.0
-LEFT, RIGHT, TOP, BOTTOM = 66.0, 18.0, 34.0, 34.0
+FRAME = Frame(66.0, 40.0, WIDTH - 18.0, HEIGHT - 34.0)
 LABELS = 8
 """Runs whose numbers stand below the plot at most."""
 BLOCKS = "▁▂▃▄▅▆▇█"
@@ -50,10 +50,7 @@ class TrendPanel:
     y_ticks: list[tuple[float, str]]
     width: float = WIDTH
     height: float = HEIGHT
-    left: float = LEFT
-    right: float = WIDTH - RIGHT
-    top: float = TOP
-    bottom: float = HEIGHT - BOTTOM
+    frame: Frame = FRAME
 
 
 def build_trend(trend: Trend, *, named: bool = True) -> TrendPanel | None:
@@ -96,13 +93,13 @@ def _title(trend: Trend, unit: str) -> str:
 
 
 def _across(count: int) -> list[float]:
-    step = (WIDTH - RIGHT - LEFT) / count
-    return [LEFT + step * (index + 0.5) for index in range(count)]
+    step = (FRAME.right - FRAME.left) / count
+    return [FRAME.left + step * (index + 0.5) for index in range(count)]
 
 
 def _axis(points: Sequence[TrendPoint], divisor: float) -> Axis:
     ends = [(point.value + sign * (point.stderr or 0.0)) / divisor for point in points for sign in (-1, 1)]
-    return linear_axis(ends, HEIGHT - BOTTOM, TOP)
+    return linear_axis(ends, FRAME.bottom, FRAME.top)
 
 
 def _mark(trend: Trend, point: TrendPoint, x: float, axis: Axis, divisor: float, *, newest: bool) -> Mark:

@@ -1,4 +1,4 @@
-"""The parts of a report below the comparison, as rows of words that Markdown and HTML both show."""
+"""The tables below the comparison, as rows of words for Markdown and HTML: gates, layers, lengths, loading."""
 
 from __future__ import annotations
 
@@ -10,35 +10,12 @@ from datetime import datetime
 from typing import Any
 
 from quantkit.formats import FORMATS
-from quantkit.report.columns import Record, reference_name
-from quantkit.report.facts import Facts, present, words
-from quantkit.report.libraries import calibration_run, library_facts
-from quantkit.report.numbers import (
-    ABSENT,
-    MINUS,
-    count,
-    figure,
-    fixed,
-    in_bytes,
-    padded,
-    parameters,
-    percent,
-    pick,
-    significant,
-)
+from quantkit.report.columns import Record
+from quantkit.report.facts import words
+from quantkit.report.numbers import ABSENT, MINUS, count, figure, in_bytes, padded, percent, pick, significant
 from quantkit.system.units import finite
 
 LAYERS_SHOWN = 15
-LOADERS = {"reference": "the reference decoder, as float weights"}
-"""Who loaded a checkpoint to score it, in words; the others have names that say it."""
-ESTIMATED = {
-    "weights": "weights in memory",
-    "prefill": "memory taken at prefill",
-    "decode": "memory taken at decode",
-    "process_prefill": "the process at prefill",
-    "process_decode": "the process at decode",
-}
-"""The figures of memory that have an estimate beside them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,63 +69,6 @@ def written_date(report: Record) -> str:
     return f"{moment:%Y-%m-%d %H:%M} {moment.tzname() or ''}".strip()
 
 
-def source_facts(report: Record) -> Facts:
-    """Where the float model comes from."""
-    source = report.get("source") or {}
-    return present(
-        ("Model", words(source.get("reference"))),
-        ("Revision", words(source.get("revision"))),
-        ("Kind", words(source.get("kind"))),
-        ("Parameters", parameters(figure(source, "parameters"))),
-        ("Size of the source", in_bytes(figure(source, "size_bytes"))),
-        ("Dtype", words(source.get("dtype"))),
-        *_merge_facts(source.get("merge") or {}),
-        ("Compared with", reference_name(report)),
-        ("Size of that model", in_bytes(figure(report, "baseline", "size_bytes"))),
-    )
-
-
-def _merge_facts(merge: Record) -> list[tuple[str, str]]:
-    """Which adapters were merged into what, and how far the result is from PEFT's own model."""
-    if not merge:
-        return []
-    adapters = [
-        f"{each.get('source')}, weight {significant(finite(each.get('weight')), 3)}" for each in merge["adapters"]
-    ]
-    check = merge.get("check") or {}
-    told = significant(figure(check, "relative_difference"), 2)
-    return [
-        ("Adapters merged", "; ".join(adapters)),
-        (
-            "Merged into",
-            "the model's own weights" if merge["base_weights"] == "original" else "its NF4 weights, decoded",
-        ),
-        ("Logits against PEFT's, relative difference", told),
-        *(("Of the merge", words(note)) for note in merge.get("notes") or ()),
-    ]
-
-
-def calibration_facts(report: Record) -> Facts:
-    """The audit of the calibration set: origin, what was read, used and left out."""
-    audit = report.get("calibration") or {}
-    records = audit.get("records") or {}
-    lengths = audit.get("length") or {}
-    origin = audit.get("origin") or {}
-    length = ", ".join(f"{name} {significant(figure(lengths, name), 4)}" for name in ("min", "mean", "median", "max"))
-    return present(
-        *((f"Origin: {words(key)}", words(value)) for key, value in origin.items()),
-        ("Records", ", ".join(f"{count(n)} {key}" for key, n in records.items() if finite(n) is not None)),
-        *((f"Dropped: {reason}", count(n)) for reason, n in (records.get("dropped") or {}).items()),
-        ("Rows", count(audit.get("rows"))),
-        ("Tokens", count(audit.get("tokens"))),
-        ("Tokens cut off by max_length", count(audit.get("truncated_tokens"))),
-        *calibration_run(report),
-        ("Record length, tokens", length if lengths else ABSENT),
-        *((name, words(audit.get(name))) for name in ("seed", "packing", "max_length", "chat_template")),
-        ("SHA-256 of the token ids", words(audit.get("token_ids_sha256"))),
-    )
-
-
 def histogram(report: Record) -> list[Bar]:
     """How long the calibration records are."""
     bins = [entry for entry in pick(report, "calibration", "length", "histogram") or [] if isinstance(entry, Mapping)]
@@ -176,27 +96,6 @@ def worst_layers(variant: Record) -> Layers:
     return Layers(len(layers), rows, any(row[2] != ABSENT for row in rows))
 
 
-def variant_facts(variant: Record) -> Facts:
-    """A variant's checkpoint and the options of its method."""
-    options, loader = variant.get("options") or {}, variant.get("loaded_by")
-    return present(
-        ("checkpoint", words(variant.get("checkpoint"))),
-        ("loaded by", words(LOADERS.get(str(loader), loader))),
-        *((label, _beside_estimate(variant, name)) for name, label in ESTIMATED.items()),
-        *((str(key), words(value)) for key, value in options.items()),
-        *library_facts(variant),
-    )
-
-
-def _beside_estimate(variant: Record, name: str) -> str:
-    """What was measured, beside what was expected of it before it was there."""
-    found = pick(variant, "memory", "estimates", name)
-    measured, estimated, ratio = (figure(found, key) for key in ("measured_bytes", "estimated_bytes", "ratio"))
-    if measured is None or estimated is None:
-        return ABSENT
-    return f"estimated {in_bytes(estimated)}, measured {in_bytes(measured)}, ratio {fixed(ratio, 3)}"
-
-
 def gate_table(report: Record) -> GateTable:
     """All verdicts of the report."""
     verdicts = report.get("gates") or []
@@ -214,20 +113,6 @@ def gate_table(report: Record) -> GateTable:
         if verdict.get("passed") is not True and str(verdict["variant"]) in done
     ]
     return GateTable(gates, rows, failures, sum(all(passed for _, passed in cells) for _, cells in rows))
-
-
-def environment_facts(report: Record) -> Facts:
-    """The machine and the packages."""
-    environment = report.get("environment") or {}
-    packages = environment.get("packages") or {}
-    known = [(key, words(environment.get(key))) for key in ("platform", "cpu", "cores")]
-    return present(
-        *known,
-        ("memory", in_bytes(figure(environment, "memory_bytes"))),
-        ("device", words(environment.get("device"))),
-        ("python", words(environment.get("python"))),
-        *((str(name), words(version)) for name, version in packages.items()),
-    )
 
 
 def loading(report: Record) -> list[tuple[str, list[tuple[str, str]]]]:
