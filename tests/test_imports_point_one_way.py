@@ -18,9 +18,7 @@ FLOORS = (
     "pipeline", "regression", "api", "cli",
 )  # fmt: skip
 """From the ground up."""
-STILL_UPWARD: dict[tuple[str, str], str] = {
-    ("recipe", "source"): "the importer asks less",
-}
+STILL_UPWARD: dict[tuple[str, str], str] = {}
 """Edges that point upwards today and are on their way out, each with how."""
 ROOT = Path(quantkit.__file__).parent
 

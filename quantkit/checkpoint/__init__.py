@@ -7,8 +7,8 @@ and never a mapped file.
 
 from __future__ import annotations
 
-from quantkit.checkpoint.header import INDEX_FILE, SINGLE_FILE
+from quantkit.checkpoint.header import FLOATS, INDEX_FILE, SINGLE_FILE
 from quantkit.checkpoint.reader import CheckpointReader
 from quantkit.checkpoint.writer import ShardWriter
 
-__all__ = ["INDEX_FILE", "SINGLE_FILE", "CheckpointReader", "ShardWriter"]
+__all__ = ["FLOATS", "INDEX_FILE", "SINGLE_FILE", "CheckpointReader", "ShardWriter"]

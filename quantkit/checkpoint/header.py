@@ -38,6 +38,8 @@ DTYPES: dict[str, torch.dtype] = {
     "F8_E5M2": torch.float8_e5m2,
     "F8_E8M0": torch.float8_e8m0fnu,
 }
+FLOATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+"""By the name that recipes and configs give them, the dtypes of float models."""
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 

@@ -101,10 +101,11 @@ def _fetched(reference: str) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HFValidationError
 
+    from quantkit.recipe.model import HUB_REFERENCE
     from quantkit.source.hashes import check_files
-    from quantkit.source.hub import REFERENCE, TRANSPORT_ERROR
+    from quantkit.source.hub import TRANSPORT_ERROR
 
-    match = REFERENCE.fullmatch(reference)
+    match = HUB_REFERENCE.fullmatch(reference)
     if match is None:
         raise SourceError(
             f"'{reference}' is neither a folder, a well-known model nor the name of a hub model",

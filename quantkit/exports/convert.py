@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from quantkit.checkpoint import FLOATS
 from quantkit.engine.skeleton import empty_model
 from quantkit.errors import SchemeError
 from quantkit.exports import Export, open_export
@@ -28,7 +29,6 @@ from quantkit.system.artifacts import check_writable, new_folder, translated_os_
 from quantkit.system.scratch import workplace
 
 STAGE = "convert"
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def convert(
@@ -71,7 +71,7 @@ def convert(
         layers = LayerStore(scratch / "layers", target(dtype), export.embedding)
         largest = 0.0
         for done, layer in enumerate(schemes, start=1):
-            largest = max(largest, _move(export, layer, schemes[layer], DTYPES[target.scale_dtype(dtype)], layers))
+            largest = max(largest, _move(export, layer, schemes[layer], FLOATS[target.scale_dtype(dtype)], layers))
             on_layer(done, len(schemes))
         store = target(dtype)
         write_export(_content(export, origin, linears, schemes, layers), store, folder)
@@ -205,7 +205,7 @@ def _dtype(export: Export) -> str:
     """The dtype of the float model."""
     config = export.config()
     found = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
-    return found if found in DTYPES else "float32"
+    return found if found in FLOATS else "float32"
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from quantkit.checkpoint import CheckpointReader
+from quantkit.checkpoint import FLOATS, CheckpointReader
 from quantkit.errors import CheckpointError, QuantizationError, SchemeError
 from quantkit.exports.content import Content, Stored
 from quantkit.exports.layer_store import LayerStore
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 FIRST_CHOICE = "compressed-tensors"
 TOLD_BY_CODES = ("int", "fp8", "nf4", "fp4", "mxfp4")
 """Kinds of scheme whose weights have no parts beside codes, scales and zero points."""
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def read_schemes(folder: Path) -> dict[str, Scheme]:
@@ -88,7 +87,7 @@ def write_in_format(
     check_origin(type(store), job.source)
     reader, source = CheckpointReader(_alone(codes, scratch)), CheckpointReader(job.source)
     layers, looked = LayerStore(scratch / "layers", store), Looked()
-    scales = DTYPES[store.scale_dtype(job.dtype)]
+    scales = FLOATS[store.scale_dtype(job.dtype)]
     for number, (layer, scheme) in enumerate(schemes.items()):
         weight = _weight(layer, scheme, reader, scales)
         look(layer, weight, source, looked)

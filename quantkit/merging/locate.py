@@ -6,6 +6,7 @@ from pathlib import Path
 
 from quantkit.errors import SourceError
 from quantkit.merging.archives import SUFFIXES, is_archive, unpack
+from quantkit.recipe.model import HUB_REFERENCE
 from quantkit.source import hub
 
 
@@ -29,7 +30,7 @@ def adapter_folder(reference: str, scratch: Path) -> Path | hub.Snapshot:
             f"adapter {path} is neither a folder nor an archive",
             f"give the folder that holds adapter_config.json, or an archive of it ({', '.join(SUFFIXES)})",
         )
-    if hub.REFERENCE.fullmatch(reference) and not is_archive(path):
+    if HUB_REFERENCE.fullmatch(reference) and not is_archive(path):
         return hub.download(reference, None, trust_remote_code=False)
     raise SourceError(
         f"there is no adapter {path}", "give a folder, an archive, or the hub id org/name of a PEFT adapter"

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from quantkit.checkpoint import CheckpointReader, ShardWriter
+from quantkit.checkpoint import FLOATS, CheckpointReader, ShardWriter
 from quantkit.errors import CheckpointError, SourceError
 from quantkit.merging.adapter import Adapter
 from quantkit.merging.base import Base, open_base
@@ -20,7 +20,6 @@ from quantkit.merging.tensors import MergedTensors
 from quantkit.merging.vocabulary import check_tokenizer, tokenizer_files, write_companions
 from quantkit.recipe import AdapterSpec, MergeSpec, ModelSpec
 from quantkit.source import SourceModel
-from quantkit.source.folder import FLOATS
 from quantkit.source.hashes import tell_unchecked
 from quantkit.source.hub import Snapshot
 from quantkit.system.artifacts import new_folder, read_stage, translated_os_errors, write_stage

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.calibration import load
-from quantkit.checkpoint import CheckpointReader
+from quantkit.checkpoint import FLOATS, CheckpointReader
 from quantkit.engine.precision import pass_dtype
 from quantkit.engine.skeleton import Skeleton
 from quantkit.estimation.weights import float_bytes
@@ -17,7 +17,7 @@ from quantkit.formats.base import Format
 from quantkit.isolation.forecast import library_forecast
 from quantkit.merging import merged_source
 from quantkit.pipeline import needs_calibration, quantize_job
-from quantkit.quantization.job import DTYPES, finished_variant, made_from
+from quantkit.quantization.job import finished_variant, made_from
 from quantkit.quantization.plan import choose_strategy, plan_layers
 from quantkit.recipe import LibrarySpec, Recipe, VariantSpec
 from quantkit.system.artifacts import STAGE_FILE
@@ -41,7 +41,7 @@ def forecast(recipe: Recipe) -> dict[str, Any]:
     calibrated = recipe.folder / "calibration"
     found = load(calibrated) if needs_calibration(recipe) and (calibrated / STAGE_FILE).exists() else None
     job = quantize_job(recipe, model, found)
-    device, dtype = resolve_device(job.device), DTYPES[model.dtype]
+    device, dtype = resolve_device(job.device), FLOATS[model.dtype]
     tokens = recipe.calibration.samples * recipe.calibration.max_length if found is None else found.tokens
 
     def of(variant: VariantSpec) -> dict[str, Any]:

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from quantkit.engine.walk import Feed
 from quantkit.exports.manifest import is_whole
 from quantkit.recipe import VariantSpec
@@ -17,7 +15,6 @@ from quantkit.system.artifacts import read_stage
 STAGE = "quantize"
 CODE_VERSION = 2
 """Part of the fingerprint: raised when the same inputs would give other bytes."""
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True, slots=True)

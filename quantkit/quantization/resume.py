@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
+from quantkit.checkpoint import FLOATS
 from quantkit.engine.precision import pass_dtype
-from quantkit.quantization.job import DTYPES, Job, made_from
+from quantkit.quantization.job import Job, made_from
 from quantkit.quantization.segments import SavedSegment, read_segments
 from quantkit.recipe import VariantSpec
 from quantkit.system.artifacts import fingerprint, read_json, translated_os_errors, write_json
@@ -61,7 +62,7 @@ def resume_identity(job: Job, variant: VariantSpec) -> dict[str, Any]:
     device = resolve_device(job.device)
     machine = {
         "device": device_name(device),
-        "dtype": str(pass_dtype(device, DTYPES[job.dtype])),
+        "dtype": str(pass_dtype(device, FLOATS[job.dtype])),
         "threads": torch.get_num_threads(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "machine": platform.machine(),

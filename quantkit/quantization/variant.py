@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from quantkit.checkpoint import CheckpointReader
+from quantkit.checkpoint import FLOATS, CheckpointReader
 from quantkit.engine.skeleton import Skeleton
 from quantkit.engine.tasks import Task
 from quantkit.errors import QuantizationError
@@ -22,7 +22,7 @@ from quantkit.exports.content import Content, Stored
 from quantkit.exports.manifest import public_reference, write_manifest
 from quantkit.exports.writing import check_origin, origin_remarks, write_export
 from quantkit.formats import FORMATS
-from quantkit.quantization.job import DTYPES, STAGE, Job, Quantized, Wanted, made_from
+from quantkit.quantization.job import STAGE, Job, Quantized, Wanted, made_from
 from quantkit.quantization.plan import plan_layers
 from quantkit.quantization.resume import TakenUp, drop_layers, is_worth_keeping, layers_folder, resume_identity, take_up
 from quantkit.quantization.solved_layers import SolvedLayers
@@ -129,7 +129,7 @@ class VariantRun:
     @property
     def task(self) -> Task:
         """What a walk solves of it, and where it puts that."""
-        scale_dtype = DTYPES[self._store.scale_dtype(self._job.dtype)]
+        scale_dtype = FLOATS[self._store.scale_dtype(self._job.dtype)]
         return Task(
             self.name, self._method, self.layers.quantized, scale_dtype, self.solved, self.layers.fused, self.solved
         )
@@ -172,7 +172,7 @@ class VariantRun:
             changes["tie_word_embeddings"] = False
         if layers.cast is not None:
             changes["dtype"] = layers.cast
-            floats = {name: tensor.cast(DTYPES[layers.cast], name) for name, tensor in floats.items()}
+            floats = {name: tensor.cast(FLOATS[layers.cast], name) for name, tensor in floats.items()}
         return Content(
             origin=job.source,
             dtype=layers.cast or job.dtype,

@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 
-from quantkit.checkpoint import CheckpointReader
+from quantkit.checkpoint import FLOATS, CheckpointReader
 from quantkit.engine.batches import make_batches
 from quantkit.engine.precision import pass_dtype
 from quantkit.engine.skeleton import Skeleton
 from quantkit.engine.tasks import Task
 from quantkit.engine.walk import Strategy, Walk, WalkSettings
-from quantkit.quantization.job import DTYPES, Job, Quantized, Wanted
+from quantkit.quantization.job import Job, Quantized, Wanted
 from quantkit.quantization.oom import FallbackStep, fallback_steps, out_of_memory, ran_out
 from quantkit.quantization.plan import choose_strategy
 from quantkit.quantization.variant import Describe, VariantRun, WalkFacts
@@ -162,7 +162,7 @@ def _solve(job: Job, skeleton: Skeleton, runs: Sequence[VariantRun], on_segment:
     device = resolve_device(job.device)
     calibrated = any(task.method.needs for task in tasks)
     feed = job.feed if calibrated else "float"
-    dtype = pass_dtype(device, DTYPES[job.dtype])
+    dtype = pass_dtype(device, FLOATS[job.dtype])
     tokens = sum(map(len, job.rows)) if calibrated else 0
     strategy = choose_strategy(skeleton, tokens, dtype, device) if calibrated else "one-pass"
     for step in fallback_steps(device, strategy, feed, calibrated=calibrated):

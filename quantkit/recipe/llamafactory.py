@@ -16,7 +16,7 @@ import yaml
 
 from quantkit.errors import RecipeError
 from quantkit.recipe import MAX_RECIPE_BYTES, Recipe
-from quantkit.source.hub import REFERENCE
+from quantkit.recipe.model import HUB_REFERENCE
 from quantkit.system.strict_yaml import parse_mapping
 
 SAMPLES = 128
@@ -181,7 +181,7 @@ def _calibration(draft: _Draft, given: Mapping[str, Any]) -> dict[str, Any]:
     if not dataset:
         dataset = "instructions_mini"
         draft.remark("calibration", "No export_quantization_dataset was given: this is quantkit's own.")
-    elif not Path(str(dataset)).suffix and REFERENCE.fullmatch(str(dataset)):
+    elif not Path(str(dataset)).suffix and HUB_REFERENCE.fullmatch(str(dataset)):
         dataset = f"hub:{dataset}"
     draft.remark("calibration", "Rows are filled up: LLaMA-Factory takes texts of export_quantization_maxlen tokens.")
     return {

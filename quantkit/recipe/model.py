@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
 from quantkit.recipe.fields import Flag, Section, require_distinct
+
+HUB_REFERENCE = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(?P<revision>[\w./-]+))?", re.ASCII)
+"""``org/name`` or ``org/name@revision`` of the hub."""
 
 
 class AdapterSpec(Section):

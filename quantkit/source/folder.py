@@ -10,13 +10,12 @@ from typing import Any
 
 import torch
 
-from quantkit.checkpoint import CheckpointReader, ShardWriter
+from quantkit.checkpoint import FLOATS, CheckpointReader, ShardWriter
 from quantkit.checkpoint.sizes import check_sizes
 from quantkit.errors import SourceError
 from quantkit.system.artifacts import file_sha256, read_json, translated_os_errors, write_json
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
-FLOATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 IDENTITY = (
     "config.json",
     "generation_config.json",

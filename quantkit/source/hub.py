@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -21,10 +20,10 @@ from huggingface_hub.errors import (
 )
 
 from quantkit.errors import SourceError
+from quantkit.recipe.model import HUB_REFERENCE
 from quantkit.source.hashes import check_files
 from quantkit.system.artifacts import translated_os_errors
 
-REFERENCE = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(?P<revision>[\w./-]+))?", re.ASCII)
 WANTED = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "README.md", "LICENSE*"]
 UNWANTED = ["*/*", "consolidated*"]
 # huggingface_hub has changed the HTTP package beneath it; its own errors derive from that package's base error.
@@ -59,7 +58,7 @@ def download(reference: str, revision: str | None, *, trust_remote_code: bool) -
             revision, it may not be read without a token, it has no safetensors, or a file is not what the hub states.
         OutputError: the cache cannot be written.
     """
-    match = REFERENCE.fullmatch(reference)
+    match = HUB_REFERENCE.fullmatch(reference)
     if match is None:
         raise SourceError(f"'{reference}' is not the name of a hub model", "write org/name or org/name@revision")
     if revision and match["revision"] and revision != match["revision"]:

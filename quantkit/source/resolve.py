@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from quantkit.checkpoint import CheckpointReader, ShardWriter
+from quantkit.checkpoint import FLOATS, CheckpointReader, ShardWriter
 from quantkit.errors import CheckpointError, SourceError
 from quantkit.gguf.config import generation_config, model_config
 from quantkit.gguf.head import GGUFHead, read_head
@@ -16,8 +16,9 @@ from quantkit.gguf.names import Naming, parameters_of
 from quantkit.gguf.tensors import dequantized, is_quantized, natural_dtype
 from quantkit.gguf.tokenizer_reader import write_tokenizer
 from quantkit.recipe import ModelSpec
+from quantkit.recipe.model import HUB_REFERENCE
 from quantkit.source import hub, package
-from quantkit.source.folder import FLOATS, FloatFolder
+from quantkit.source.folder import FloatFolder
 from quantkit.source.model import SourceModel
 from quantkit.system.artifacts import file_sha256, new_folder, read_stage, write_json, write_stage
 
@@ -38,7 +39,7 @@ def resolve(spec: ModelSpec, work: Path) -> SourceModel:
     """
     reference = spec.source
     path = package.locate(reference) if reference.startswith(package.PREFIX) else Path(reference).expanduser()
-    if not path.exists() and hub.REFERENCE.fullmatch(reference) and path.suffix != ".gguf":
+    if not path.exists() and HUB_REFERENCE.fullmatch(reference) and path.suffix != ".gguf":
         snapshot = hub.download(reference, spec.revision, trust_remote_code=spec.trust_remote_code)
         return _from_folder(snapshot.folder, spec, work, snapshot)
     if not path.exists():
