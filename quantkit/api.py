@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantkit.errors import EvaluationError, RecipeError
-from quantkit.recipe import COMPARING_METRICS, CalibrationSpec, EvaluationSpec, ModelSpec, Recipe, VariantSpec
+from quantkit.recipe import (
+    COMPARING_METRICS,
+    CalibrationSpec,
+    EvaluationSpec,
+    ModelSpec,
+    QuantizationSpec,
+    Recipe,
+    VariantSpec,
+)
 from quantkit.recipe.limits import parse_seconds
 from quantkit.system.progress import Observer, Silent
 from quantkit.system.validation import parse_section
@@ -61,6 +69,7 @@ def quantize(
     scheme: str = "int",
     format: str = "compressed-tensors",  # noqa: A002 - the recipe's word
     calibration: str | Path | Mapping[str, Any] | CalibrationSpec | None = None,
+    device: str = "auto",
     observer: Observer | None = None,
     **options: Any,
 ) -> Path:
@@ -73,6 +82,7 @@ def quantize(
         scheme: kind of scheme: ``int``, ``nf4``, ``fp4``, ``fp8``, ``mxfp4`` or ``nvfp4``.
         format: name of a format.
         calibration: a data set, or the keys of a recipe's ``calibration`` section.
+        device: ``auto`` (CUDA where there is one), ``cpu``, ``cuda`` or ``cuda:N``.
         observer: is told what happens.
         options: further keys of a variant: those of its scheme (``bits``, ``group_size``, ``symmetric`` ..., by default
             the scheme's own), ``ignore``, ``overrides``, ``first_blocks``, ``last_blocks``, the method's own options.
@@ -91,7 +101,8 @@ def quantize(
     for warning in variant.warnings():
         watching.note(f"warning: {warning}")
     found = parse_section(ModelSpec, {"source": str(model)}, "model")
-    return quantize_one(found, variant, _calibration(calibration), Path(out), watching)
+    place = parse_section(QuantizationSpec, {"device": device}, "quantize").device
+    return quantize_one(found, variant, _calibration(calibration), Path(out), watching, place)
 
 
 def evaluate(

@@ -51,6 +51,7 @@ def recipe_data(
         "defaults": {"group_size": 32},
         "variants": variants,
         "evaluation": {"texts": ["prose"], "context_length": 32, "max_tokens": 96, "metrics": FIGURES, "device": "cpu"},
+        "quantization": {"device": "cpu"},
         "report": {"folder": str(out)},
     }
     return data | changes

@@ -114,6 +114,14 @@ def test_quantize_calibrates_on_a_file_of_records(model: Path, records: Path, tm
     assert (tmp_path / "out" / "model.safetensors").exists()
 
 
+def test_quantize_goes_to_the_device_that_is_named(model: Path, tmp_path: Path) -> None:
+    done = invoke("quantize", model, "-o", tmp_path / "out", "--method", "rtn", "--device", "cuda:99")
+    assert done.exit_code != 0
+    assert "device cuda:99 is not available" in done.stderr
+    done = invoke("quantize", model, "-o", tmp_path / "out", "--method", "rtn", "--device", "gpu")
+    assert "'gpu' is not a device: use auto, cpu, cuda or cuda:N" in done.stderr
+
+
 def test_evaluate_prints_json(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluation, "run_job", score_here)
     done = invoke("evaluate", model, "--text", "prose", "--context-length", 32, "--max-tokens", 64)

@@ -25,6 +25,7 @@ from quantkit.quantization import walk_variants as walking
 from quantkit.quantization.resume import layers_folder
 from quantkit.recipe import VariantSpec
 from quantkit.records import files
+from quantkit.system.artifacts import read_json
 from tests.commands import quantize_arguments
 from tests.runs import hidden_names
 from tests.tiny import make_model, tiny_rows
@@ -268,6 +269,31 @@ def test_less_memory_is_tried_step_by_step_from_the_block_where_it_ran_out(
         for name in ("model.safetensors", "manifest.json"):
             assert (done.folder / name).read_bytes() == (whole.folder / name).read_bytes()
     assert hidden_names(tmp_path) == []
+
+
+def test_a_run_that_goes_on_after_less_memory_sums_as_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, attempts: list[Any]
+) -> None:
+    model = make_model(tmp_path / "model", num_hidden_layers=3)
+    full_until(monkeypatch, attempts, 2)
+    undisturbed = quantize(job(model, rows=ROWS), variant(), tmp_path / "whole" / "out")
+
+    def cut(done: int, total: int) -> None:
+        if done == 2 and len(attempts) == 3:
+            raise KeyboardInterrupt
+
+    attempts.clear()
+    with pytest.raises(KeyboardInterrupt):
+        quantize(job(model, rows=ROWS), variant(), tmp_path / "out", on_segment=cut)
+    assert attempts == STEPS[:3]
+    notes: list[str] = []
+    done = quantize(job(model, rows=ROWS), variant(), tmp_path / "out", on_note=notes.append)
+    assert attempts == [*STEPS[:3], STEPS[2]]
+    assert "batches of 1024 tokens instead of 2048" in notes[1]
+    for name in ("model.safetensors", "manifest.json"):
+        assert (done.folder / name).read_bytes() == (undisturbed.folder / name).read_bytes()
+    assert read_json(done.folder / "manifest.json")["batch_tokens"] == [2048, 1024]
+    assert done.facts["batch_tokens"] == [2048, 1024]
 
 
 def test_where_nothing_helps_the_line_has_the_numbers_and_what_is_saved_stays(

@@ -90,6 +90,15 @@ RTN: dict[str, Any] = {"name": "rtn", "method": "rtn"}
 GPTQ: dict[str, Any] = {"name": "gptq", "method": "gptq"}
 
 
+@pytest.mark.usefixtures("in_process")
+def test_variants_are_quantized_on_the_device_of_their_own_section(model: Path, records: Path, tmp_path: Path) -> None:
+    keys: dict[str, Any] = {"quantization": {"device": "cuda:99"}}
+    recipe = make_recipe(model, records, tmp_path / "out", [{"name": "rtn", "method": "rtn"}], **keys)
+    (row,) = pipeline.run(recipe, Notebook())["variants"]
+    assert row["status"] == "failed"
+    assert "device cuda:99 is not available" in row["error"]
+
+
 def test_the_report_says_all_that_was_asked_and_found(finished: tuple[Recipe, dict[str, Any]]) -> None:
     recipe, report = finished
     assert json.loads((recipe.folder / "report.json").read_text()) == json.loads(json.dumps(report))

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import os
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from quantkit.exports.manifest import MANIFEST, is_whole, write_manifest
 from quantkit.formats.compressed_tensors import CompressedTensors
 from quantkit.publishing import describe
 from quantkit.quantization import Job, finished_variant, made_from, plan_layers, quantize
+from quantkit.quantization import job as jobs
 from quantkit.quantization.plan import choose_strategy, paused_bytes
 from quantkit.recipe import VariantSpec
 from quantkit.schemes import IntScheme
@@ -194,11 +196,39 @@ def test_what_a_variant_depends_on(models: dict[str, Path]) -> None:
     assert made_from(job(models["llama"]), variant(name="renamed")) == base
     assert made_from(other_rows, variant()) == base
     assert made_from(other_rows, calibrated) != made_from(job(models["llama"]), calibrated)
+    assert made_from(job(models["llama"], "bfloat16"), calibrated) != made_from(job(models["llama"]), calibrated)
     assert made_from(job(models["llama"], feed="float"), calibrated) != made_from(job(models["llama"]), calibrated)
     assert made_from(job(models["llama"]), variant(bits=8)) != base
     assert made_from(job(models["llama"]), variant(method="gptq", damping=0.5)) != made_from(
         job(models["llama"]), calibrated
     )
+
+
+def test_what_computes_a_variant_is_part_of_what_it_depends_on(
+    models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The class of the device, the versions, and where the model is run the dtype of the passes."""
+    given = job(models["llama"])
+    plain, calibrated = variant(), variant(method="gptq")
+
+    def changes(owner: Any, name: str, value: Any) -> tuple[bool, bool]:
+        before = made_from(given, plain), made_from(given, calibrated)
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, value)
+            after = made_from(given, plain), made_from(given, calibrated)
+        return before[0] != after[0], before[1] != after[1]
+
+    assert changes(jobs, "resolve_device", lambda _: torch.device("cuda", 0)) == (True, True)
+    assert changes(jobs, "pass_dtype", lambda *_: "another") == (False, True)
+    real = metadata.version
+    assert changes(jobs, "version", lambda name: "9.9.9" if name == "torch" else real(name)) == (True, True)
+    assert changes(jobs, "version", lambda name: "9.9.9" if name == "transformers" else real(name)) == (False, True)
+    assert changes(jobs, "version", lambda name: real(name) + ".post1") == (False, False)
+
+
+def test_a_device_that_is_not_there_fails_the_variant(models: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(QuantkitError, match="device cuda:99 is not available"):
+        quantize(job(models["llama"], device="cuda:99"), variant(), tmp_path / "out")
 
 
 def test_a_group_size_that_divides_one_layer_only_names_the_other(tmp_path: Path) -> None:

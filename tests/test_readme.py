@@ -42,6 +42,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "merge": recipe.MergeSpec,
     "calibration": recipe.CalibrationSpec,
     "variants": recipe.VariantSpec,
+    "quantization": recipe.QuantizationSpec,
     "evaluation": recipe.EvaluationSpec,
     "texts": recipe.TextSpec,
     "tasks": recipe.TaskSpec,

@@ -156,6 +156,10 @@ MISTAKES: dict[str, tuple[dict[Any, Any], str]] = {
         "variants: two variants are called 'a': names must differ",
     ),
     "a device": (recipe(evaluation={"device": "gpu"}), "evaluation.device: 'gpu' is not a device: use auto, cpu"),
+    "a device to quantize on": (
+        recipe(quantization={"device": "cuda:x"}),
+        "quantization.device: 'cuda:x' is not a device: use auto, cpu",
+    ),
     "a report format": (recipe(report={"formats": ["pdf"]}), "report.formats[0]: 'pdf' is not allowed"),
     "an adapter's weight": (
         recipe(model={"source": "x", "adapter": {"source": "y", "weight": 0}}),

@@ -16,6 +16,7 @@ from quantkit.engine.skeleton import Segment
 from quantkit.engine.solver import Solver
 from quantkit.errors import QuantizationError
 from quantkit.quantization import Job, Quantized, Wanted, quantize, quantize_together
+from quantkit.quantization import job as jobs
 from quantkit.quantization import resume as resuming
 from quantkit.quantization import walk_variants as walking
 from quantkit.quantization.resume import layers_folder
@@ -135,7 +136,7 @@ def test_either_strategy_goes_on_from_the_other(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype
 ) -> None:
     monkeypatch.setattr(walking, "pass_dtype", lambda *_: dtype)
-    monkeypatch.setattr(resuming, "pass_dtype", lambda *_: dtype)
+    monkeypatch.setattr(jobs, "pass_dtype", lambda *_: dtype)
     quantize(job(model), variant(name), tmp_path / "whole" / "out")
     monkeypatch.setattr(walking, "choose_strategy", lambda *_: "recompute")
     with pytest.raises(KeyboardInterrupt):

@@ -157,6 +157,7 @@ def quantize(
     calibration: Annotated[str, typer.Option(help="Data set or file of records.")] = "alpaca_gpt4",
     samples: Annotated[int, typer.Option(help="Calibration records.")] = 128,
     max_length: Annotated[int, typer.Option(help="Tokens per calibration row.")] = 512,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
 ) -> None:
     """Quantize a model into one checkpoint."""
     import quantkit
@@ -169,6 +170,7 @@ def quantize(
             model,
             out=out,
             calibration={"dataset": calibration, "samples": samples, "max_length": max_length},
+            device=device,
             observer=display,
             **{"method": method, "scheme": scheme, "format": format, **options},
         )

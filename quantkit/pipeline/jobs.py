@@ -19,7 +19,7 @@ def quantize_job(recipe: Recipe, model: SourceModel, calibrated: CalibrationSet 
         model,
         calibrated,
         recipe.calibration.inputs,
-        device=recipe.evaluation.device,
+        device=recipe.quantization.device,
         trust_remote_code=recipe.model.trust_remote_code,
     )
 

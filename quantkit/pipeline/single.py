@@ -16,7 +16,14 @@ from quantkit.system.progress import Observer
 from quantkit.system.scratch import workplace
 
 
-def quantize_one(model: ModelSpec, variant: VariantSpec, spec: CalibrationSpec, out: Path, observer: Observer) -> Path:
+def quantize_one(
+    model: ModelSpec,
+    variant: VariantSpec,
+    spec: CalibrationSpec,
+    out: Path,
+    observer: Observer,
+    device: str = "auto",
+) -> Path:
     """Quantize ``model`` into ``out``; source and calibration lie in a folder beside it meanwhile.
 
     Raises:
@@ -32,7 +39,8 @@ def quantize_one(model: ModelSpec, variant: VariantSpec, spec: CalibrationSpec, 
             trusted = model.trust_remote_code
             calibrated = calibration.build(spec, found.folder, scratch / "calibration", trust_remote_code=trusted)
         observer.stage(f"quantize: {variant.method}")
-        job = job_of(found, calibrated, spec.inputs, trust_remote_code=model.trust_remote_code)
+        trusted = model.trust_remote_code
+        job = job_of(found, calibrated, spec.inputs, device=device, trust_remote_code=trusted)
         on_segment = partial(observer.progress, "block")
         done = quantize(
             job, variant, out, describe=partial(describe, job), on_segment=on_segment, on_note=observer.note

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from quantkit.checkpoint import FLOATS
+from quantkit.engine.precision import pass_dtype
 from quantkit.engine.walk import Feed
 from quantkit.exports.manifest import is_whole
 from quantkit.recipe import VariantSpec
 from quantkit.system.artifacts import read_stage
+from quantkit.system.devices import resolve_device
 
 STAGE = "quantize"
-CODE_VERSION = 2
+CODE_VERSION = 3
 """Part of the fingerprint: raised when the same inputs would give other bytes."""
+NOT_IN_BYTES = ("name",)
+"""Keys of a variant that change no byte of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,16 +74,33 @@ class Wanted:
 
 
 def made_from(job: Job, variant: VariantSpec) -> dict[str, Any]:
-    """What a variant's bytes depend on, for its fingerprint."""
+    """What a variant's bytes depend on, for its fingerprint.
+
+    Of the device its class, and of torch the minor version, as their kernels take sums in orders of their own. What
+    runs the model counts where the model is run, for a method that is calibrated: the dtype of the passes and the
+    minor version of transformers.
+
+    Raises:
+        QuantkitError: the device is not there.
+    """
     calibrated = bool(variant.build_method().needs)
-    settings = {key: value for key, value in variant.resolved().items() if key != "name"}
+    settings = {key: value for key, value in variant.resolved().items() if key not in NOT_IN_BYTES}
+    device = resolve_device(job.device)
     return {
         "code": CODE_VERSION,
         "source": job.source_facts,
         "variant": settings,
         "calibration": job.calibration_sha256 if calibrated else None,
         "feed": job.feed if calibrated else None,
+        "device": device.type,
+        "passes": str(pass_dtype(device, FLOATS[job.dtype])) if calibrated else None,
+        "versions": {name: _minor(version(name)) for name in ("torch", *(["transformers"] if calibrated else []))},
     }
+
+
+def _minor(text: str) -> str:
+    """A version up to its minor number."""
+    return ".".join(text.split(".")[:2])
 
 
 def finished_variant(out: Path, identity: dict[str, Any]) -> dict[str, Any] | None:

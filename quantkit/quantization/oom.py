@@ -38,7 +38,9 @@ class FallbackStep:
     is_last: bool = False
 
 
-def fallback_steps(device: torch.device, strategy: Strategy, feed: Feed, *, calibrated: bool) -> Iterator[FallbackStep]:
+def fallback_steps(
+    device: torch.device, strategy: Strategy, feed: Feed, *, calibrated: bool, batch_tokens: int | None = None
+) -> list[FallbackStep]:
     """What is tried, one after another.
 
     Args:
@@ -46,7 +48,16 @@ def fallback_steps(device: torch.device, strategy: Strategy, feed: Feed, *, cali
         strategy: the one to begin with.
         feed: of the walk.
         calibrated: the walk runs the model at all; without, there is nothing to save.
+        batch_tokens: with which an earlier run solved the last block that is saved. Sums depend on them, so that what
+            takes more is not tried again; None where nothing is saved.
     """
+    steps = list(_all_steps(device, strategy, feed, calibrated))
+    most = steps[0].batch_tokens if batch_tokens is None else batch_tokens
+    left = [step for step in steps if step.batch_tokens <= most]
+    return left or steps[-1:]
+
+
+def _all_steps(device: torch.device, strategy: Strategy, feed: Feed, calibrated: bool) -> Iterator[FallbackStep]:
     step = FallbackStep(BATCH_TOKENS[device.type], strategy, is_last=not calibrated)
     yield step
     if not calibrated:
@@ -86,5 +97,5 @@ def out_of_memory(error: torch.OutOfMemoryError, device: torch.device, where: st
     numbers += f", {room[2]} of {room[1]} are free" if room else ""
     return QuantizationError(
         f"{where}the memory of {device} is too small even for small batches with activations on the CPU{numbers}",
-        "close what else uses the device, use shorter calibration rows, or set evaluation.device: cpu",
+        "close what else uses the device, use shorter calibration rows, or set quantization.device: cpu",
     )

@@ -12,8 +12,6 @@ from typing import Any
 
 import torch
 
-from quantkit.checkpoint import FLOATS
-from quantkit.engine.precision import pass_dtype
 from quantkit.quantization.job import Job, made_from
 from quantkit.quantization.segments import SavedSegment, read_segments
 from quantkit.recipe import VariantSpec
@@ -21,7 +19,7 @@ from quantkit.system.artifacts import fingerprint, read_json, translated_os_erro
 from quantkit.system.devices import device_name, resolve_device
 
 IDENTITY = "identity.json"
-LAYOUT = 1
+LAYOUT = 2
 """Raised when segments are stored in another way."""
 PACKAGES = ("quantkit", "torch", "transformers", "numpy")
 WORDS = {
@@ -29,7 +27,10 @@ WORDS = {
     "variant": "the variant's options",
     "calibration": "the calibration tokens",
     "feed": "calibration.inputs",
+    "device": "the processor, its threads or the precision",
+    "passes": "the processor, its threads or the precision",
     "machine": "the processor, its threads or the precision",
+    "versions": "versions of packages",
     "packages": "versions of packages",
     "layout": "the version of quantkit",
     "code": "the version of quantkit",
@@ -62,7 +63,6 @@ def resume_identity(job: Job, variant: VariantSpec) -> dict[str, Any]:
     device = resolve_device(job.device)
     machine = {
         "device": device_name(device),
-        "dtype": str(pass_dtype(device, FLOATS[job.dtype])),
         "threads": torch.get_num_threads(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "machine": platform.machine(),

@@ -66,6 +66,7 @@ class SolvedLayers(LayerStore):
 
     Attributes:
         seconds_before: what the segments took that earlier runs solved: the variant's own work, and what was shared.
+        batch_tokens: tokens of a batch at most, in the walks that solved the segments, each number once.
     """
 
     def __init__(
@@ -87,9 +88,21 @@ class SolvedLayers(LayerStore):
         self._scaling = Scaling()
         self._seconds = (0.0, 0.0)
         self._stored_before = 0
+        self._batch_tokens: int | None = None
         self.seconds_before = (0.0, 0.0)
+        self.batch_tokens: list[int] = []
 
     # A walk gives what it solves.
+
+    def begin_walk(self, batch_tokens: int | None) -> None:
+        """Let go of the segment at which an earlier walk stood, and note how the next one sums its statistics.
+
+        Args:
+            batch_tokens: of a batch at most; None where nothing is summed.
+        """
+        self._taken, self._waiting, self._scaling = [], {}, Scaling()
+        self.stored_bytes = self._stored_before
+        self._batch_tokens = batch_tokens
 
     def take(self, result: LayerResult) -> None:
         """Pack a solved layer."""
@@ -119,19 +132,15 @@ class SolvedLayers(LayerStore):
             "stored_bytes": self.stored_bytes - self._stored_before,
             "offsets": offsets,
             "seconds": self._seconds,
+            "batch_tokens": self._batch_tokens,
         }
         if self._replays:
             self._waiting |= {f"{COLUMNS}{name}": factors.cpu() for name, factors in self._scaling.columns.items()}
             self._waiting |= {f"{ROWS}{name}": factors.cpu() for name, (factors, _) in self._scaling.rows.items()}
         folder = self._folder / prefix
         save_segment(folder, self._write, record)
-        self._know(prefix, folder, facts, offsets)
+        self._know(prefix, folder, facts, offsets, self._batch_tokens)
         self._taken, self._waiting, self._scaling = [], {}, Scaling()
-
-    def forget_unfinished(self) -> None:
-        """Let go of the segment at which a walk stood that is to be walked again."""
-        self._taken, self._waiting, self._scaling = [], {}, Scaling()
-        self.stored_bytes = self._stored_before
 
     # A walk asks what there is.
 
@@ -145,7 +154,7 @@ class SolvedLayers(LayerStore):
             self.stored_bytes += record["stored_bytes"]
             self.seconds_before = _sum(self.seconds_before, record["seconds"])
             facts = [_Facts(**{**each, "notes": tuple(each["notes"])}) for each in record["layers"]]
-            self._know(segment.folder.name, segment.folder, facts, record["offsets"])
+            self._know(segment.folder.name, segment.folder, facts, record["offsets"], record["batch_tokens"])
 
     def has(self, prefix: str) -> bool:
         """Whether a segment is finished."""
@@ -188,13 +197,22 @@ class SolvedLayers(LayerStore):
         """Scheme, errors and notes of each layer, for the report."""
         return [{**asdict(each), "notes": list(each.notes)} for each in self._facts]
 
-    def _know(self, prefix: str, folder: Path, facts: Sequence[_Facts], offsets: Mapping[str, float]) -> None:
+    def _know(
+        self,
+        prefix: str,
+        folder: Path,
+        facts: Sequence[_Facts],
+        offsets: Mapping[str, float],
+        batch_tokens: int | None,
+    ) -> None:
         """A segment that lies on disk counts as finished."""
         reader = CheckpointReader(folder)
         self._readers.update(dict.fromkeys(reader.names(), reader))
         self._facts += facts
         self._offsets[prefix] = dict(offsets)
         self._finished.add(prefix)
+        if batch_tokens is not None and batch_tokens not in self.batch_tokens:
+            self.batch_tokens.append(batch_tokens)
         self._stored_before = self.stored_bytes
 
 

@@ -126,6 +126,10 @@ class VariantRun:
         holding = [each.prefix for each in [*self._skeleton.segments, *head] if set(each.linears) & quantized]
         return holding if embedding is None else [embedding, *holding]
 
+    def begin_walk(self, batch_tokens: int) -> None:
+        """A walk begins, the first or one with less memory, whose batches have so many tokens at most."""
+        self.solved.begin_walk(batch_tokens if self._method.needs else None)
+
     @property
     def task(self) -> Task:
         """What a walk solves of it, and where it puts that."""
@@ -228,6 +232,7 @@ class VariantRun:
             "seconds_shared": shared,
             "seconds_own": own,
             "walk_variants": walk.variants,
+            "batch_tokens": self.solved.batch_tokens,
             "strategy": walk.strategy if self._is_replayed else "none",
         }
 
@@ -259,6 +264,7 @@ class VariantRun:
                 "embedding": self.layers.embedding,
                 "versions": {"python": platform.python_version(), **versions},
                 "bits_per_weight": facts["bits_per_weight"],
+                "batch_tokens": facts["batch_tokens"],
                 "stage_file": STAGE_FILE,
             },
         )

@@ -165,16 +165,17 @@ def _solve(job: Job, skeleton: Skeleton, runs: Sequence[VariantRun], on_segment:
     dtype = pass_dtype(device, FLOATS[job.dtype])
     tokens = sum(map(len, job.rows)) if calibrated else 0
     strategy = choose_strategy(skeleton, tokens, dtype, device) if calibrated else "one-pass"
-    for step in fallback_steps(device, strategy, feed, calibrated=calibrated):
+    before = min((tokens for run in runs for tokens in run.solved.batch_tokens), default=None)
+    for step in fallback_steps(device, strategy, feed, calibrated=calibrated, batch_tokens=before):
         if step.says:
             found.notes.append(ran_out(step, device))
             on_note(found.notes[-1])
+        for run in runs:
+            run.begin_walk(step.batch_tokens)
         left = [task for task in tasks if task.name not in found.failures]
         settings = WalkSettings(device, dtype, feed, step.strategy, step.offload, tries_again=not step.is_last)
         if _is_done(job, skeleton, left, settings, step, found, on_segment):
             break
-        for run in runs:
-            run.solved.forget_unfinished()
     return found
 
 

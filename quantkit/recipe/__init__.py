@@ -23,6 +23,7 @@ from quantkit.recipe.limits import LimitsSpec
 from quantkit.recipe.merge import MergeSpec
 from quantkit.recipe.model import AdapterSpec, ModelSpec
 from quantkit.recipe.options import DEFAULT_METHOD
+from quantkit.recipe.quantization import QuantizationSpec
 from quantkit.recipe.report import ReportSpec
 from quantkit.recipe.scheme import BlocksPatch, SchemeKeys, SchemePatch
 from quantkit.recipe.tasks import ANSWER_METRICS, AnswerSpec, TaskSpec
@@ -49,6 +50,7 @@ __all__ = [
     "Metric",
     "MlflowSpec",
     "ModelSpec",
+    "QuantizationSpec",
     "Recipe",
     "ReportSpec",
     "RetentionSpec",

@@ -19,6 +19,7 @@ from quantkit.recipe.history import HistorySpec, RetentionSpec
 from quantkit.recipe.library import LibrarySpec
 from quantkit.recipe.merge import MergeSpec
 from quantkit.recipe.model import ModelSpec
+from quantkit.recipe.quantization import QuantizationSpec
 from quantkit.recipe.report import ReportSpec
 from quantkit.recipe.tasks import check_further_gate
 from quantkit.recipe.tracking import TrackingSpec
@@ -57,6 +58,7 @@ class Recipe(Section):
     calibration: CalibrationSpec = CalibrationSpec()
     defaults: dict[str, Any] = Field(default_factory=dict)
     variants: Annotated[tuple[AnyVariant, ...], Field(min_length=1)]
+    quantization: QuantizationSpec = QuantizationSpec()
     evaluation: EvaluationSpec = EvaluationSpec()
     report: ReportSpec = ReportSpec()
     tracking: TrackingSpec = TrackingSpec()

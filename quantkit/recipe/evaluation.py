@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from quantkit.errors import RecipeError, did_you_mean
-from quantkit.recipe.fields import Name, Section, Whole, require_distinct
+from quantkit.recipe.fields import Device, Name, Section, Whole, require_distinct
 from quantkit.recipe.tasks import AnswerSpec, TaskSpec
 from quantkit.runtimes import RUNTIMES
 from quantkit.system.validation import located
@@ -86,7 +86,7 @@ class EvaluationSpec(Section):
     bos: Bos = "window"
     max_tokens: Annotated[Whole, Field(ge=16)] = 8192
     metrics: Annotated[tuple[Metric, ...], Field(min_length=1)] = METRICS
-    device: str = "auto"
+    device: Device = "auto"
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     reference_limit: Annotated[Whole, Field(ge=1 << 20)] = 8 << 30
     loader: str = "auto"
@@ -109,13 +109,6 @@ class EvaluationSpec(Section):
     def _tasks_differ(cls, tasks: tuple[TaskSpec, ...]) -> tuple[TaskSpec, ...]:
         require_distinct([task.label for task in tasks], "tasks")
         return tasks
-
-    @field_validator("device")
-    @classmethod
-    def _device_is_known(cls, device: str) -> str:
-        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
-            raise ValueError(f"'{device}' is not a device: use auto, cpu, cuda or cuda:N")
-        return device
 
     @field_validator("loader")
     @classmethod

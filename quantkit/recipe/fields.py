@@ -40,6 +40,16 @@ def compiled(pattern: str) -> re.Pattern[str]:
         raise SchemeError(f"'{pattern}' is not a regular expression: {error}") from error
 
 
+def _known_device(device: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+        raise ValueError(f"'{device}' is not a device: use auto, cpu, cuda or cuda:N")
+    return device
+
+
+Device = Annotated[str, AfterValidator(_known_device)]
+"""The name of a device; whether it is there is known when it is asked for."""
+
+
 def _all_compile(patterns: tuple[str, ...]) -> tuple[str, ...]:
     with located():
         for pattern in patterns:
