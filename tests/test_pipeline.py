@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from quantkit.errors import CalibrationError, CheckpointError, OutputError, Reci
 from quantkit.evaluation import stage as scores
 from quantkit.methods.rtn import Rtn
 from quantkit.pipeline.plan import forecast
-from quantkit.recipe import Recipe
+from quantkit.recipe import EvaluationSpec, Recipe
 from quantkit.system.artifacts import read_json
 from tests.runs import (
     Notebook,
@@ -248,6 +249,42 @@ def test_a_changed_calibration_redoes_what_was_calibrated(rerun: Callable[..., A
     assert notes == reused("rtn")
     _, notes = rerun([RTN, GPTQ], calibration={**calibration, "inputs": "float"})
     assert notes == reused("rtn")
+
+
+def test_figures_of_two_devices_never_stand_in_one_table(
+    rerun: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rerun([RTN])
+
+    def computed_on_a_gpu(spec: EvaluationSpec) -> dict[str, str]:
+        return {**here(spec), "device": "NVIDIA A100", "dtype": "bfloat16"}
+
+    def scored_on_a_gpu(*given: Any, **options: Any) -> dict[str, Any]:
+        result = score_here(*given, **options)
+        result["environment"] |= {"device": "cuda:0", "dtype": "bfloat16"}
+        return result
+
+    here = scores.computed
+    monkeypatch.setattr(scores, "computed", computed_on_a_gpu)
+    monkeypatch.setattr(scores, "run_job", scored_on_a_gpu)
+    report, notes = rerun([RTN, GPTQ])
+    assert notes == ["rtn: reused the finished checkpoint"]
+    rows = [report["baseline"], *report["variants"]]
+    assert {row["scored_on"]["device"] for row in rows} == {"cuda:0"}
+    assert rerun([RTN, GPTQ])[1] == reused("rtn", "gptq")
+    log = (tmp_path / "run" / "logs" / "events.jsonl").read_text(encoding="utf-8")
+    assert log.count("computed otherwise: device cpu, now NVIDIA A100, dtype float32, now bfloat16") == 1
+
+
+def test_what_figures_are_computed_by_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_cpu = scores.computed(EvaluationSpec(device="cpu"))
+    assert on_cpu == scores.computed(EvaluationSpec(device="cpu", dtype="float32"))
+    assert (on_cpu["device"], on_cpu["dtype"]) == ("cpu", "float32")
+    assert on_cpu["torch"] == version("torch")
+    assert scores.computed(EvaluationSpec(device="cpu", dtype="bfloat16"))["dtype"] == "bfloat16"
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "NVIDIA A100")
+    assert scores.computed(EvaluationSpec()) == {**on_cpu, "device": "NVIDIA A100", "dtype": "the checkpoint's"}
 
 
 def test_changed_evaluation_settings_redo_the_evaluations_alone(rerun: Callable[..., Any]) -> None:

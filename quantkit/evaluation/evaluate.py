@@ -12,7 +12,7 @@ import torch
 
 from quantkit.errors import EvaluationError
 from quantkit.evaluation.divergence import in_words
-from quantkit.evaluation.job import EvaluationJob, Progress
+from quantkit.evaluation.job import EvaluationJob, Progress, compute_dtype
 from quantkit.evaluation.memory import MemoryWatch, checkpoint_bytes
 from quantkit.evaluation.reference import TextReader, check_reference, prepare_folder, text_writer, write_index
 from quantkit.evaluation.scoring import TextScore, score
@@ -122,11 +122,9 @@ def _check_job(job: EvaluationJob, config: PreTrainedConfig, windows: Mapping[st
 
 
 def _load_options(job: EvaluationJob, device: torch.device) -> LoadOptions:
-    """On a CPU ``auto`` computes in float32, and on CUDA in the checkpoint's own dtype."""
-    own = "float32" if device.type == "cpu" else None
     return LoadOptions(
         device=str(device),
-        dtype=own if job.spec.dtype == "auto" else job.spec.dtype,
+        dtype=compute_dtype(job.spec.dtype, device.type),
         context_length=max(job.spec.context_length, PROMPT_TOKENS + NEW_TOKENS),
         trust_remote_code=job.trust_remote_code,
     )

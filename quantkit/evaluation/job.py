@@ -17,6 +17,18 @@ COMPARING_METRICS = frozenset({"kl_divergence", "top1_agreement"})
 """Metrics that need the float model's log-probabilities."""
 
 
+def compute_dtype(asked: str, device: str) -> str | None:
+    """The dtype in which a model is run; None is the checkpoint's own.
+
+    Args:
+        asked: of a recipe; ``auto`` is float32 on a CPU, and on CUDA the checkpoint's own.
+        device: ``cpu`` or ``cuda``.
+    """
+    if asked != "auto":
+        return asked
+    return "float32" if device == "cpu" else None
+
+
 @dataclass(frozen=True, slots=True)
 class EvaluationJob:
     """One checkpoint to score.

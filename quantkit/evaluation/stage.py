@@ -1,15 +1,22 @@
-"""The evaluate stage of a run: a checkpoint is scored once for the same content and settings."""
+"""The evaluate stage of a run: a checkpoint is scored once for the same content, settings and device.
+
+Figures that were taken on another device, in another dtype or by other versions of torch and transformers are not
+reused: all rows of a report are scored anew, so that they can be compared.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from quantkit.evaluation import EvaluationJob, run_job
+from quantkit.evaluation.job import compute_dtype
 from quantkit.evaluation.task_files import read_task
 from quantkit.recipe import EvaluationSpec
 from quantkit.system.artifacts import (
+    STAGE_FILE,
     file_sha256,
     fingerprint,
     new_folder,
@@ -20,7 +27,7 @@ from quantkit.system.artifacts import (
 )
 from quantkit.system.progress import Observer
 
-EVALUATION_VERSION = 2
+EVALUATION_VERSION = 3
 """Part of the fingerprint: raised when the same checkpoint and texts would give other figures."""
 STAGE = "evaluate"
 RESULT = "result.json"
@@ -58,7 +65,12 @@ class Scoring:
 
     def made_from(self) -> dict[str, Any]:
         """What the figures depend on, for the fingerprint."""
-        made = {"code": EVALUATION_VERSION, "spec": evaluation_identity(self.spec), "checkpoint": self.identity}
+        made = {
+            "code": EVALUATION_VERSION,
+            "spec": evaluation_identity(self.spec),
+            "computed": computed(self.spec),
+            "checkpoint": self.identity,
+        }
         return made if self.spec.answers is None else {**made, "seen": fingerprint(self.seen)}
 
     def finished(self) -> dict[str, Any] | None:
@@ -75,6 +87,16 @@ class Scoring:
         except (OSError, ValueError, TypeError):
             return None  # damaged since it was written: scored again
 
+    def computed_otherwise(self) -> dict[str, str] | None:
+        """What the result that is there was computed by, if it is of the same all but for that."""
+        try:
+            then = read_json(self.out / STAGE_FILE)["made_from"]["computed"]
+        except (OSError, ValueError, TypeError, KeyError):
+            return None  # there is none, it is damaged, or older
+        made = self.made_from()
+        same = then != made["computed"] and read_stage(self.out, STAGE, {**made, "computed": then})
+        return then if same else None
+
 
 def score(scoring: Scoring, observer: Observer) -> dict[str, Any]:
     """Score a checkpoint in a fresh process, or reuse its result.
@@ -89,6 +111,13 @@ def score(scoring: Scoring, observer: Observer) -> dict[str, Any]:
     if finished is not None:
         observer.note(f"{scoring.name}: reused the finished evaluation")
         return finished
+    then = None if scoring.anew else scoring.computed_otherwise()
+    if then is not None:
+        now = computed(scoring.spec)
+        changed = ", ".join(f"{key} {then.get(key)}, now {now[key]}" for key in now if then.get(key) != now[key])
+        observer.note(
+            f"{scoring.name}: scored anew with all that is compared with it, for it was computed otherwise: {changed}"
+        )
     is_baseline, compares = scoring.reference is None, scoring.spec.compares
     with new_folder(scoring.out) as folder:
         job = EvaluationJob(
@@ -113,7 +142,23 @@ def evaluation_identity(spec: EvaluationSpec) -> dict[str, Any]:
     tasks = {task.file: read_task(Path(task.file)).identity() for task in spec.tasks if task.file}
     if spec.answers is not None and spec.answers.file is not None and Path(spec.answers.file).is_file():
         tasks["answers"] = {"file": file_sha256(Path(spec.answers.file))}
-    return {"settings": spec.model_dump(mode="json"), "files": {**files, **tasks}}
+    return {"settings": spec.model_dump(mode="json", exclude={"device", "dtype"}), "files": {**files, **tasks}}
+
+
+def computed(spec: EvaluationSpec) -> dict[str, str]:
+    """By what figures are computed here: ``device``, a GPU by its name, ``dtype``, ``torch`` and ``transformers``.
+
+    Raises:
+        QuantkitError: the device that the recipe names is not there.
+    """
+    from quantkit.system.devices import device_name, resolve_device
+
+    device = resolve_device(spec.device)
+    return {
+        "device": device_name(device),
+        "dtype": compute_dtype(spec.dtype, device.type) or "the checkpoint's",
+        **{package: version(package) for package in ("torch", "transformers")},
+    }
 
 
 def report_figures(result: dict[str, Any]) -> dict[str, Any]:
