@@ -262,7 +262,7 @@ def test_the_hash_tells_apart_what_the_model_is_fed() -> None:
 def test_perplexity_is_that_of_the_loss_of_transformers(
     model: TransformersModel, bos: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scoring, "CHUNK_ELEMENTS", 7 * VOCABULARY)
+    monkeypatch.setitem(scoring.CHUNK_ELEMENTS, "cpu", 7 * VOCABULARY)
     windows = cut(Tokens("tide", tiny_tokenizer()(PROSE).input_ids, bos), context_length=40, max_tokens=200)
     with torch.no_grad():
         losses = [model.model(input_ids=ids[None], labels=ids[None]).loss.item() for ids in windows.ids]
@@ -309,7 +309,7 @@ def test_a_model_does_not_diverge_from_its_own_stored_reference(model: Transform
 def test_divergence_equals_a_direct_computation(
     model: TransformersModel, perturbed: TransformersModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scoring, "CHUNK_ELEMENTS", 5 * VOCABULARY)
+    monkeypatch.setitem(scoring.CHUNK_ELEMENTS, "cpu", 5 * VOCABULARY)
     windows = random_windows()
     result = score(perturbed, windows, reference=write_reference(tmp_path / "reference", model, windows))
     expected, got = exact_log_probs(model, windows), exact_log_probs(perturbed, windows)
@@ -324,6 +324,17 @@ def test_divergence_equals_a_direct_computation(
     agreement = (expected.argmax(dim=-1) == got.argmax(dim=-1)).double().mean().item()
     assert result.top1_agreement == agreement
     assert 0 < agreement < 1
+
+
+@pytest.mark.parametrize("rows", [1, 4, 23])
+def test_figures_are_the_same_to_the_bit_however_many_rows_are_taken_at_once(
+    model: TransformersModel, perturbed: TransformersModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int
+) -> None:
+    windows = random_windows()
+    reference = write_reference(tmp_path / "reference", model, windows)
+    whole = score(perturbed, windows, reference=reference)
+    monkeypatch.setitem(scoring.CHUNK_ELEMENTS, "cpu", rows * VOCABULARY)
+    assert score(perturbed, windows, reference=reference) == whole
 
 
 def test_the_standard_error_takes_windows_as_independent() -> None:

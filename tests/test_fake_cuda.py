@@ -25,6 +25,7 @@ from quantkit.engine.batches import make_batches
 from quantkit.engine.precision import pass_dtype
 from quantkit.engine.skeleton import Skeleton
 from quantkit.engine.walk import Feed, Strategy, Walk, WalkSettings
+from quantkit.evaluation import scoring
 from quantkit.methods.base import Method
 from quantkit.numerics import factor
 from quantkit.numerics import smoothing as awq
@@ -215,6 +216,45 @@ def make_real_model(folder: Path, family: str, **changes: Any) -> Path:
     heads: dict[str, Any] = {} if family == "gpt_neox" else {"head_dim": 8}
     with unset_fake_temporarily(), _pop_mode_temporarily():
         return make_model(folder, family, **(SMALL | heads | changes))
+
+
+# Scoring
+
+
+class Transfers(TorchFunctionMode):
+    """Counts the tensors that go from CUDA to the CPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        found = func(*args, **(kwargs or {}))
+        leaves = isinstance(found, torch.Tensor) and found.device.type == "cpu"
+        self.count += leaves and any(isinstance(each, torch.Tensor) and each.device == CUDA for each in args)
+        return found
+
+
+@pytest.mark.parametrize("compared", [False, True])
+def test_figures_of_a_window_come_from_the_device_at_once(monkeypatch: pytest.MonkeyPatch, compared: bool) -> None:
+    """However many chunks there are; the tokens and the reference are on the CPU."""
+    monkeypatch.setitem(scoring.CHUNK_ELEMENTS, "cuda", 5 * 300)
+    with FakeTensorMode(), WithoutGuard(), Transfers() as transfers:
+        logits = torch.empty(33, 300, dtype=torch.bfloat16, device=CUDA)
+        targets = torch.empty(33, dtype=torch.int64)
+        stored = torch.empty(33, 300, dtype=torch.float16)
+        expected = (lambda start, stop: stored[start:stop]) if compared else None
+        figures = scoring.window_figures(logits, targets, expected, None)
+        assert (figures.device, figures.shape) == (CUDA, (6, 33))
+        assert transfers.count == 0
+        assert figures.cpu().device.type == "cpu"
+        assert transfers.count == 1
+
+
+def test_a_gpu_is_given_more_rows_at_once_than_the_cache_of_a_cpu_holds() -> None:
+    assert scoring.CHUNK_ELEMENTS["cuda"] // 128_000 > 500 > 30 > scoring.CHUNK_ELEMENTS["cpu"] // 128_000
 
 
 # The tests above would see a mistake

@@ -77,7 +77,7 @@ class TextWriter:
     def append(self, log_probs: torch.Tensor) -> None:
         """Store float ``[rows, vocabulary]`` log-probabilities."""
         shifted = (log_probs - log_probs.amax(dim=-1, keepdim=True)).clamp_(min=LOWEST)
-        self._file.write(shifted.to("cpu", torch.float16).numpy().astype(STORED, copy=False).tobytes())
+        self._file.write(shifted.half().cpu().numpy().astype(STORED, copy=False).tobytes())
         self._missing -= len(log_probs)
 
     def close(self) -> None:

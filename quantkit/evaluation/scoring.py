@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -14,8 +15,12 @@ from quantkit.evaluation.reference import TextReader, TextWriter
 from quantkit.evaluation.texts import Windows
 from quantkit.runtimes.base import LoadedModel
 
-CHUNK_ELEMENTS = 1 << 21
-"""Logits handled at once: 8 MB of float32, which a CPU's caches still hold from one pass to the next."""
+CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 26}
+"""Logits handled at once. On a CPU 8 MB of float32, which its caches still hold from one pass to the next; on CUDA 256
+MB, enough to fill the device, of which about five copies are there at a time."""
+FIGURES = ("lowest", "nll", "kl", "agrees", "expected", "predicted")
+"""What is taken of each scored position: the least log-probability, the negative log-likelihood and the divergence in
+nats, whether the likeliest tokens are the same, and their ids. All are exact in float64."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +66,8 @@ def score(
 ) -> TextScore:
     """Score a model on a text, one window at a time.
 
-    One window's logits are in memory at a time, and few rows of them more than once.
+    One window's logits are in memory at a time, and few rows of them more than once. Figures stay on the model's device
+    until a window is done.
 
     Args:
         model: as a runtime has loaded it.
@@ -75,25 +81,62 @@ def score(
             distributions are not of the size of the reference's.
     """
     count, rows = windows.ids.shape[0], windows.scored_per_window
-    tally = _Tally(windows)
+    figures = torch.zeros(len(FIGURES), count, rows, dtype=torch.float64)
     for window, ids in enumerate(windows.ids):
         logits = model.logits(ids)[:-1]
-        ids = ids.to(logits.device)
         _check_width(logits.shape[-1], reference, writer)
-        step = max(1, CHUNK_ELEMENTS // logits.shape[-1])
-        for start in range(0, rows, step):
-            stop = min(start + step, rows)
-            log_probs = torch.log_softmax(logits[start:stop].float(), dim=-1)
-            tally.add_likelihood(window, start, log_probs, ids[start + 1 : stop + 1])
-            if writer is not None:
-                writer.append(log_probs)
-            if reference is not None:
-                expected = reference.rows(window * rows + start, window * rows + stop)
-                tally.add_comparison(window, start, log_probs, expected)
+        expected = None if reference is None else partial(_rows_after, reference, window * rows)
+        figures[:, window] = window_figures(logits, ids[1:], expected, writer).cpu()
+        if not figures[FIGURES.index("lowest"), window].isfinite().all():
+            raise EvaluationError(
+                f"the model gives NaN or infinite logits in window {window} of text '{windows.name}'",
+                "its weights are broken, or its activations overflow: try evaluation.dtype float32",
+            )
         del logits
         if on_window is not None:
             on_window(window + 1, count)
-    return tally.result(compared=reference is not None)
+    return _text_score(dict(zip(FIGURES, figures, strict=True)), compared=reference is not None)
+
+
+def window_figures(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    expected: Callable[[int, int], torch.Tensor] | None,
+    writer: TextWriter | None,
+) -> torch.Tensor:
+    """Float64 ``[figures, rows]`` of one window on the device of its logits, in the order of :data:`FIGURES`.
+
+    Args:
+        logits: ``[rows, vocabulary]``.
+        targets: int64 ``[rows]``, the tokens that follow.
+        expected: gives rows of the reference's distributions, in which the likeliest tokens stand at zero; without it
+            nothing is compared.
+        writer: receives the log-probabilities.
+    """
+    device, (rows, vocabulary) = logits.device, logits.shape
+    targets = targets.to(device)
+    figures = torch.zeros(len(FIGURES), rows, dtype=torch.float64, device=device)
+    lowest, nll, kl, agrees, likely, predicted = figures
+    step = max(1, CHUNK_ELEMENTS[device.type] // vocabulary)
+    for start in range(0, rows, step):
+        chunk = slice(start, min(start + step, rows))
+        log_probs = torch.log_softmax(logits[chunk].float(), dim=-1)
+        lowest[chunk] = log_probs.amin(dim=-1)
+        nll[chunk] = -log_probs.gather(1, targets[chunk].unsqueeze(1)).squeeze(1)
+        if writer is not None:
+            writer.append(log_probs)
+        if expected is not None:
+            shifted = expected(chunk.start, chunk.stop).to(device).float()
+            likeliest = log_probs.max(dim=-1, keepdim=True).indices
+            agrees[chunk] = shifted.gather(1, likeliest).squeeze(1) == 0
+            likely[chunk], predicted[chunk] = shifted.argmax(dim=-1), likeliest.squeeze(1)
+            distribution = torch.log_softmax(shifted, dim=-1)
+            kl[chunk] = distribution.exp().mul_(distribution.sub_(log_probs)).sum(dim=-1)
+    return figures
+
+
+def _rows_after(reference: TextReader, first: int, start: int, stop: int) -> torch.Tensor:
+    return reference.rows(first + start, first + stop)
 
 
 def _check_width(logits: int, reference: TextReader | None, writer: TextWriter | None) -> None:
@@ -105,52 +148,20 @@ def _check_width(logits: int, reference: TextReader | None, writer: TextWriter |
         )
 
 
-class _Tally:
-    """Figures per scored position, ``[windows, positions]``, as they come in."""
-
-    def __init__(self, windows: Windows) -> None:
-        shape = (windows.ids.shape[0], windows.scored_per_window)
-        self._text = windows.name
-        self._nll = torch.zeros(shape, dtype=torch.float64)
-        self._kl = torch.zeros(shape, dtype=torch.float64)
-        self._agrees = torch.zeros(shape, dtype=torch.bool)
-        self._expected = torch.zeros(shape, dtype=torch.int64)
-        self._predicted = torch.zeros(shape, dtype=torch.int64)
-
-    def add_likelihood(self, window: int, start: int, log_probs: torch.Tensor, targets: torch.Tensor) -> None:
-        if not log_probs.amin().isfinite():
-            raise EvaluationError(
-                f"the model gives NaN or infinite logits in window {window} of text '{self._text}'",
-                "its weights are broken, or its activations overflow: try evaluation.dtype float32",
-            )
-        nll = -log_probs.gather(1, targets.unsqueeze(1)).squeeze(1)
-        self._nll[window, start : start + len(nll)] = nll.double().cpu()
-
-    def add_comparison(self, window: int, start: int, log_probs: torch.Tensor, stored: torch.Tensor) -> None:
-        """Compare with rows of a reference, in which the likeliest tokens stand at zero."""
-        shifted = stored.to(log_probs.device, torch.float32)
-        likeliest = log_probs.max(dim=-1, keepdim=True).indices
-        agrees = shifted.gather(1, likeliest).squeeze(1) == 0
-        expected = torch.log_softmax(shifted, dim=-1)
-        kl = expected.exp().mul_(expected.sub_(log_probs)).sum(dim=-1)
-        rows = slice(start, start + len(kl))
-        self._kl[window, rows] = kl.double().cpu()
-        self._agrees[window, rows] = agrees.cpu()
-        self._expected[window, rows] = shifted.argmax(dim=-1).cpu()
-        self._predicted[window, rows] = likeliest.squeeze(1).cpu()
-
-    def result(self, *, compared: bool) -> TextScore:
-        alone = TextScore(self._nll.sum().item(), self._nll.numel(), nll_by_window=_sums(self._nll))
-        if not compared:
-            return alone
-        return replace(
-            alone,
-            kl=summarize(self._kl),
-            top1_agreement=self._agrees.double().mean().item(),
-            kl_by_window=_sums(self._kl),
-            agreements_by_window=tuple(self._agrees.sum(dim=1).tolist()),
-            departures=departures(self._kl, self._nll, self._expected, self._predicted),
-        )
+def _text_score(figures: Mapping[str, torch.Tensor], *, compared: bool) -> TextScore:
+    """The score of a text from the figures of its positions, float64 ``[windows, positions]`` each."""
+    nll, kl, agrees = figures["nll"], figures["kl"], figures["agrees"]
+    alone = TextScore(nll.sum().item(), nll.numel(), nll_by_window=_sums(nll))
+    if not compared:
+        return alone
+    return replace(
+        alone,
+        kl=summarize(kl),
+        top1_agreement=agrees.mean().item(),
+        kl_by_window=_sums(kl),
+        agreements_by_window=tuple(agrees.sum(dim=1).long().tolist()),
+        departures=departures(kl, nll, figures["expected"].long(), figures["predicted"].long()),
+    )
 
 
 def _sums(values: torch.Tensor) -> tuple[float, ...]:
