@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from quantkit.engine.groups import shared_inputs
+from quantkit.engine.layers import Layer, linear_modules
 from quantkit.engine.smoothing import SmoothingFinder, SmoothingPlace, Trial
 from quantkit.evaluation.texts import BUNDLED_FILES, BUNDLED_FOLDER
 from quantkit.recipe import ModelSpec
@@ -48,7 +49,7 @@ def trials(folder: Path, dtype: torch.dtype) -> list[Trial]:
             return forward(*args, **kwargs)
 
         forward = type(block).forward.__get__(block)  # without this hook
-        linears = {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+        linears = {name: Layer(name, name, module) for name, module in linear_modules(block)}
         found.append(Trial(block, shared_inputs(linears, run), run, args[:1]))
 
     for block in model.model.layers:

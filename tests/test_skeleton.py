@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from quantkit.checkpoint import CheckpointReader
 from quantkit.engine import skeleton as skeleton_module
-from quantkit.engine.skeleton import Skeleton, find_blocks, linear_modules
+from quantkit.engine.skeleton import Skeleton, find_blocks
 from quantkit.errors import CheckpointError, SourceError
 from tests.tiny import FAMILIES, make_model
 
@@ -75,10 +75,12 @@ def test_segments_are_the_decoder_blocks(tmp_path: Path, family: str) -> None:
     base = "gpt_neox" if family == "gpt_neox" else "model"
     assert [segment.prefix for segment in skeleton.segments] == [f"{base}.layers.{index}" for index in range(3)]
     assert skeleton.head is not None
-    assert skeleton.head.linears == ("lm_head",)
+    head = "embed_out" if family == "gpt_neox" else "lm_head"  # transformers renames that of GPT-NeoX on load
+    assert skeleton.head.linears == (head,)
+    assert skeleton.head.prefix == "lm_head"
     inside = [name for segment in skeleton.segments for name in segment.linears]
-    assert [*inside, "lm_head"] == skeleton.all_linears()
-    assert [name for name, _ in linear_modules(skeleton.segments[1])] == list(skeleton.segments[1].linears)
+    assert [*inside, head] == skeleton.all_linears()
+    assert [layer.path for layer in skeleton.segments[1].layers] == list(skeleton.segments[1].linears)
     assert not skeleton.has_routed_layers()
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from quantkit.engine.groups import shared_inputs
+from quantkit.engine.layers import Layer, linear_modules
 from quantkit.engine.smoothing import SmoothingFinder, SmoothingPlace, Trial, scaled_rows
 from tests.tiny import make_model
 
@@ -28,7 +29,7 @@ OFFSETS = {"gemma": 1.0}
 
 
 def finder_of(block: nn.Module, run: Callable[[], Any], *given: torch.Tensor) -> SmoothingFinder:
-    linears = {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+    linears = {name: Layer(name, name, module) for name, module in linear_modules(block)}
 
     def once() -> None:
         run()

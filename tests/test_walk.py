@@ -19,6 +19,7 @@ from quantkit.engine import batches as batches_module
 from quantkit.engine import skeleton as skeleton_module
 from quantkit.engine.batches import Batch, make_batches
 from quantkit.engine.groups import call_order, shared_inputs
+from quantkit.engine.layers import Layer
 from quantkit.engine.passes import Pass
 from quantkit.engine.skeleton import Skeleton
 from quantkit.engine.tasks import LayerResult
@@ -113,6 +114,10 @@ def assert_same_bytes(found: Collected, expected: Collected) -> None:
         )
 
 
+HEADS = {"gpt_neox": "embed_out"}
+"""Output heads that checkpoints call otherwise than transformers does in memory."""
+
+
 class Spy(Method):
     """Records what it is given and solves with another method."""
 
@@ -165,7 +170,7 @@ def test_quantized_feed_is_true_sequential_calibration(tmp_path: Path, family: s
 def test_strategies_and_runs_give_the_same_bytes(tmp_path: Path, family: str) -> None:
     folder, rows, method = family_model(tmp_path, family), tiny_rows(), tiny_method()
     first = walk(folder, rows, method, head=True)
-    assert "lm_head" in first.results
+    assert HEADS.get(family, "lm_head") in first.results
     assert_same_bytes(walk(folder, rows, method, head=True), first)
     assert_same_bytes(walk(folder, rows, method, head=True, strategy="recompute"), first)
 
@@ -211,6 +216,7 @@ def test_head_is_solved_on_what_reaches_it(tmp_path: Path, family: str, tied: bo
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
     found = walk(folder, rows, method, head=True, strategy=strategy)
+    found.results["lm_head"] = found.results.pop(HEADS.get(family, "lm_head"))
 
     expected = true_sequential(model, [*family_groups(family), ["lm_head"]], rows, method, found)
     assert_same_solution(found, expected)
@@ -496,7 +502,8 @@ def test_inputs_are_told_apart_by_identity() -> None:
         linears["d"](linears["a"](first))
         linears["c"](first)
 
-    assert shared_inputs(linears, run) == [["b", "a"], ["c"], ["d"]]
+    layers = {name: Layer(name, name, linear) for name, linear in linears.items()}
+    assert shared_inputs(layers, run) == [["b", "a"], ["c"], ["d"]]
     assert not any(linear._forward_pre_hooks for linear in linears.values())
 
 

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from quantkit.engine.layers import Layer
+
 PreHook = Callable[[nn.Module, tuple[Any, ...]], None]
 
 
@@ -19,11 +21,11 @@ class Enough(Exception):  # noqa: N818 - not an error: it ends a trial run
     """A trial run of a segment has shown what it was run for."""
 
 
-def shared_inputs(linears: Mapping[str, nn.Linear], run: Callable[[], None]) -> list[list[str]]:
+def shared_inputs(layers: Mapping[str, Layer], run: Callable[[], None]) -> list[list[str]]:
     """The layers of each input that one run shows, in the order of their calls; a layer counts once.
 
     Args:
-        linears: the layers by name.
+        layers: by their names.
         run: calls some of them.
     """
     shown: dict[int, list[str]] = {}
@@ -39,7 +41,7 @@ def shared_inputs(linears: Mapping[str, nn.Linear], run: Callable[[], None]) -> 
 
         return hook
 
-    with hooked([(module, record(name)) for name, module in linears.items()]):
+    with hooked([(layer.module, record(name)) for name, layer in layers.items()]):
         run()
     return list(shown.values())
 

@@ -23,12 +23,12 @@ class Originals:
     device: torch.device
 
     def parameter(self, name: str) -> torch.Tensor:
-        """A parameter by its full name."""
-        return self.reader.read(self.skeleton.stored_name(name, self.reader)).to(self.device, torch.float32)
+        """A parameter by its name in the model."""
+        return self.skeleton.read(name, self.reader.read).to(self.device).float()
 
-    def weight(self, layer: str) -> torch.Tensor:
-        """The weight of a layer, ``[out_features, in_features]``."""
-        return self.parameter(f"{layer}.weight")
+    def weight(self, path: str) -> torch.Tensor:
+        """The weight of the layer at a place of the model, ``[out_features, in_features]``."""
+        return self.parameter(f"{path}.weight")
 
 
 @dataclass(slots=True)
@@ -58,7 +58,9 @@ class Rescaler:
     def choose(self, task: Task, segment: Segment, statistics: Mapping[str, InputStatistics]) -> None:
         """Have a task choose its factors in a segment from the statistics of each layer's input."""
         weight = self.originals.weight
-        self._scalings[task.name] = choose_scaling(task, segment.prefix, self._places, weight, statistics)
+        self._scalings[task.name] = choose_scaling(
+            task, segment.prefix, self._places, weight, statistics, segment.names()
+        )
 
     def of(self, task: Task) -> Scaling:
         """The factors of a task; none where it chose none."""
@@ -79,14 +81,17 @@ class Rescaler:
             self.apply(task, segment, dtype)
             del self._scalings[task.name]
 
-    def hand_over(self, task: Task, prefix: str) -> None:
+    def hand_over(self, task: Task, segment: Segment) -> None:
         """Give a task's sink the float tensors that its factors in a segment change, and forget the factors."""
         scaling, reader = self._scalings.pop(task.name, Scaling()), self.originals.reader
         if task.memory is not None:
-            task.memory.remember_scaling(prefix, scaling)
-        for name in scaling.touches():
-            leaves = (["weight"] if name not in task.schemes else []) + (["bias"] if name in scaling.rows else [])
-            for leaf in (leaf for leaf in leaves if f"{name}.{leaf}" in reader):
-                stored = f"{name}.{leaf}"
-                changed = scaling.apply(name, leaf, self.originals.parameter(stored))
-                task.sink.replace(stored, changed.to(reader.dtype(stored)).cpu())
+            task.memory.remember_scaling(segment.prefix, scaling)
+        names, layers = self.originals.skeleton.names, segment.names()
+        for path in scaling.touches():
+            floats = ["weight"] if layers.get(path) not in task.schemes else []
+            for leaf in [*floats, *(["bias"] if path in scaling.rows else [])]:
+                parameter = f"{path}.{leaf}"
+                if names.has(parameter):
+                    changed = scaling.apply(path, leaf, self.originals.parameter(parameter))
+                    dtype = reader.dtype(names.sources(parameter)[0])
+                    task.sink.replace(names.written(parameter), changed.to(dtype).cpu())

@@ -67,6 +67,7 @@ def choose_scaling(
     places: Sequence[SmoothingPlace],
     weight: Callable[[str], torch.Tensor],
     statistics: Mapping[str, InputStatistics],
+    names: Mapping[str, str],
 ) -> Scaling:
     """Have a task's method choose factors for each place whose balance layers it quantizes.
 
@@ -75,13 +76,14 @@ def choose_scaling(
         prefix: of the segment.
         places: of the segment.
         weight: a layer's float32 weight by its full name.
-        statistics: by the full name of a layer, of its input.
+        statistics: by the name of a layer in the checkpoint, of its input.
+        names: the names in the checkpoint of the layers of the segment, by their paths.
     """
     scaling = Scaling()
     for place in places:
         readers = [f"{prefix}.{reader}" for reader in place.balance_layers]
-        members = [(weight(name), task.schemes[name]) for name in readers if name in task.schemes]
-        known = next((statistics[name] for name in readers if name in statistics), None)
+        members = [(weight(path), task.schemes[names[path]]) for path in readers if names[path] in task.schemes]
+        known = next((statistics[names[path]] for path in readers if names[path] in statistics), None)
         if not members or known is None or known.tokens == 0:
             continue
         factors = task.method.channel_factors(members, known, task.scale_dtype, place.channels)

@@ -6,7 +6,7 @@ come from the checkpoint when the walk reaches it and go again when the walk mov
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -15,6 +15,10 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from quantkit.checkpoint import CheckpointReader
+from quantkit.checkpoint.names import DAMAGED, Names, Read
+from quantkit.engine.experts import is_stack
+from quantkit.engine.layers import Layer, give_way, layer_of, linear_modules
 from quantkit.errors import CheckpointError, SourceError
 
 if TYPE_CHECKING:
@@ -42,14 +46,28 @@ class Segment:
     """A part of the model that is loaded as one.
 
     Attributes:
-        prefix: its name in the model and the checkpoint, such as ``model.layers.3``.
+        prefix: its name in the model, such as ``model.layers.3``.
         module: the module, on meta until loaded.
-        linears: full names of its Linear layers, in the order of the model.
+        layers: its layers, in the order of the model.
     """
 
     prefix: str
     module: nn.Module
-    linears: tuple[str, ...]
+    layers: tuple[Layer, ...]
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """The names of its layers in the checkpoint."""
+        return tuple(layer.name for layer in self.layers)
+
+    def names(self) -> dict[str, str]:
+        """The names of its layers in the checkpoint, by their paths in the model."""
+        return {layer.path: layer.name for layer in self.layers}
+
+    @property
+    def is_layer(self) -> bool:
+        """Whether it is a single layer, as the output head and the input embedding are."""
+        return len(self.layers) == 1 and self.layers[0].module is self.module
 
 
 class Skeleton:
@@ -58,43 +76,52 @@ class Skeleton:
     Args:
         folder: checkpoint folder with ``config.json``.
         trust_remote_code: run model code that comes with the checkpoint.
+        stored: names of the checkpoint's tensors; by default those of the folder, and where it has no weights those
+            that transformers would write.
 
     Attributes:
         model: the whole model.
+        names: what its parameters are called in the checkpoint.
         blocks: its list of decoder blocks.
         segments: the blocks, each to be loaded by itself.
-        head: the output head, if it is a Linear.
+        head: the output head, if it is a linear layer.
         embedding: the input embedding, if it is an Embedding.
 
     Raises:
         SourceError: transformers cannot build the model, or it has no decoder blocks.
     """
 
-    def __init__(self, folder: Path, trust_remote_code: bool = False) -> None:
+    def __init__(self, folder: Path, trust_remote_code: bool = False, stored: Collection[str] | None = None) -> None:
         self.model = empty_model(folder, trust_remote_code)
+        self.names = Names(self.model, _stored_names(folder) if stored is None else stored)
+        self.names.divide(give_way(self.model))
+        self._layers: dict[str, Layer] | None = None
         prefix, self.blocks = find_blocks(self.model)
-        self.segments = [segment_of(f"{prefix}.{index}", block) for index, block in enumerate(self.blocks)]
-        self.head = self._head()
-        self.embedding = self._embedding()
+        self.segments = [self._segment(f"{prefix}.{index}", block) for index, block in enumerate(self.blocks)]
+        self.head = self._single(self.model.get_output_embeddings(), nn.Linear)
+        self.embedding = self._single(self.model.get_input_embeddings(), nn.Embedding)
         self._twins = self._tied_names()
         self._persistent = frozenset(self.model.state_dict())
         self._empty: dict[str, nn.Parameter] = {}
 
-    def _head(self) -> Segment | None:
-        module = self.model.get_output_embeddings()
-        return segment_of(self._name(module), module) if isinstance(module, nn.Linear) else None
+    def _segment(self, prefix: str, module: nn.Module) -> Segment:
+        inside = [layer_of(_joined(prefix, name), linear, self.names) for name, linear in linear_modules(module)]
+        return Segment(prefix, module, tuple(inside))
 
-    def _embedding(self) -> Segment | None:
-        module = self.model.get_input_embeddings()
-        return Segment(self._name(module), module, ()) if isinstance(module, nn.Embedding) else None
+    def _single(self, module: object, kind: type[nn.Linear | nn.Embedding]) -> Segment | None:
+        """The segment that the output head or the input embedding is; None where it is of another kind."""
+        if not isinstance(module, kind):
+            return None
+        path = self._name(module)
+        return Segment(path, module, (layer_of(path, module, self.names),))
 
     @property
     def tied(self) -> tuple[str, ...]:
-        """Full names of the head and the embedding where they share one weight; else empty."""
-        return tuple(name.removesuffix(".weight") for name in self._twins)
+        """Names of the head and the embedding where they share one weight; else empty."""
+        return tuple(self.names.layer(parameter) for parameter in self._twins)
 
     def _tied_names(self) -> dict[str, str]:
-        """The weights of a tied head and its embedding, each to the other."""
+        """The weights of a tied head and its embedding, each to the other; parameters of the model."""
         embedding = self.model.get_input_embeddings()
         if self.head is None or embedding is None or embedding.weight is not self.head.module.weight:
             return {}
@@ -105,13 +132,27 @@ class Skeleton:
         names: dict[nn.Module, str] = {candidate: name for name, candidate in self.model.named_modules()}
         return names[module]
 
+    def layers(self) -> list[Layer]:
+        """Every linear layer of the model, those outside the decoder blocks too."""
+        return [layer_of(name, module, self.names) for name, module in linear_modules(self.model)]
+
     def all_linears(self) -> list[str]:
-        """Full names of every Linear of the model."""
-        return [name for name, module in self.model.named_modules() if isinstance(module, nn.Linear)]
+        """The names of every linear layer of the model."""
+        return [layer.name for layer in self.layers()]
+
+    def stacks(self) -> dict[str, list[str]]:
+        """The tensors of the checkpoint that are no layer's own ``.weight``, each with the layers that it holds."""
+        found: dict[str, list[str]] = {}
+        for layer in self.layers():
+            for source in self.names.sources(f"{layer.path}.weight"):
+                if source != f"{layer.name}.weight":
+                    found.setdefault(source, []).append(layer.name)
+        return found
 
     def has_routed_layers(self) -> bool:
-        """Whether blocks hold lists of modules, as experts are, whose members may be given some tokens only."""
-        return any(isinstance(module, nn.ModuleList) for block in self.blocks for module in block.modules())
+        """Whether blocks hold experts, which may be given some tokens only."""
+        inside = [module for block in self.blocks for module in block.modules()]
+        return any(isinstance(module, nn.ModuleList) or is_stack(module) for module in inside)
 
     def load(self, segment: Segment, reader: WeightReader, device: torch.device, dtype: torch.dtype) -> None:
         """Fill a segment from the checkpoint.
@@ -133,12 +174,21 @@ class Skeleton:
         Raises:
             CheckpointError: a tensor is missing, of the wrong shape, or not finite.
         """
-        inside = {id(module) for segment in self.segments for module in segment.module.modules()}
+        left = {id(module) for segment in self.segments for module in segment.module.modules()}
+        left |= {id(module) for tower in self._towers() for module in tower.modules()}
         if self.head is not None:
-            inside.add(id(self.head.module))
+            left.add(id(self.head.module))
         for name, module in self.model.named_modules():
-            if id(module) not in inside:
+            if id(module) not in left:
                 self._fill(name, module, reader, device, dtype, recurse=False)
+
+    def _towers(self) -> list[nn.Module]:
+        """Models inside the model that text does not pass, such as that of images."""
+        from transformers import PreTrainedModel
+
+        models = [module for module in self.model.modules() if isinstance(module, PreTrainedModel)]
+        first = self.blocks[0]
+        return [each for each in models if not any(module is first for module in each.modules())]
 
     def _fill(
         self,
@@ -163,29 +213,43 @@ class Skeleton:
             setattr(owner, leaf, value.to(device))
 
     def _read(self, name: str, like: torch.Tensor, reader: WeightReader) -> torch.Tensor:
-        stored = self.stored_name(name, reader)
-        value = reader.read_finite(stored)
+        value = self.read(name, reader.read_finite)
         if value.shape != like.shape:
+            stored = self.stored_name(name)
             raise CheckpointError(
                 f"tensor {stored} has shape {tuple(value.shape)}, the model expects {tuple(like.shape)}",
                 "config.json and the weights are of different models",
             )
         return value
 
-    def stored_name(self, name: str, reader: WeightReader) -> str:
-        """The name under which the checkpoint holds a tensor: its own, or that of the one it is tied to.
+    def read(self, parameter: str, read: Read) -> torch.Tensor:
+        """A parameter of the model as the checkpoint has it: its own, or that of the one it is tied to.
+
+        Raises:
+            CheckpointError: it does not hold it, or what it is made of does not fit together.
+        """
+        return self.names.read(self._there(parameter), read)
+
+    def stored_name(self, parameter: str) -> str:
+        """The name under which the checkpoint holds a parameter or, where it makes it of several, the first of them.
 
         Raises:
             CheckpointError: it does not hold it.
         """
-        if name in reader:
-            return name
-        twin = self._twins.get(name)
-        if twin is not None and twin in reader:
+        return self.names.sources(self._there(parameter))[0]
+
+    def _there(self, parameter: str) -> str:
+        """A parameter, or the one it is tied to where the checkpoint holds that."""
+        twin = self._twins.get(parameter)
+        if self.names.has(parameter):
+            return parameter
+        if twin is not None and self.names.has(twin):
             return twin
-        raise CheckpointError(
-            f"tensor {name} is not in the checkpoint", "download it again, or check that config.json belongs to it"
-        )
+        raise CheckpointError(f"tensor {self.names.tensor(parameter)} is not in the checkpoint", DAMAGED)
+
+
+def _stored_names(folder: Path) -> Collection[str]:
+    return CheckpointReader(folder).names() if any(folder.glob("*.safetensors*")) else ()
 
 
 def empty_model(folder: Path, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -201,7 +265,7 @@ def empty_model(folder: Path, trust_remote_code: bool = False) -> PreTrainedMode
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
         with _ParametersOnMeta():
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                config, dtype=torch.float32, trust_remote_code=trust_remote_code, attn_implementation="sdpa"
+                config, dtype=torch.float32, trust_remote_code=trust_remote_code
             )
     except (
         OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, RuntimeError,
@@ -215,36 +279,25 @@ def empty_model(folder: Path, trust_remote_code: bool = False) -> PreTrainedMode
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The list of decoder blocks: the outermost ModuleList that holds the most Linear layers.
+    """The list of decoder blocks: in the text model the outermost ModuleList that holds the most linear layers.
 
     Raises:
         SourceError: there is none.
     """
     best: tuple[int, str, nn.ModuleList] | None = None
+    text: nn.Module = getattr(model, "get_decoder", lambda: model)()
+    within = {id(module) for module in text.modules()}
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList):
-            linears = sum(isinstance(child, nn.Linear) for child in module.modules())
+        if isinstance(module, nn.ModuleList) and id(module) in within:
+            linears = sum(1 for _ in linear_modules(module))
             if linears and (best is None or linears > best[0]):
                 best = (linears, name, module)
     if best is None:
         raise SourceError(
-            f"{type(model).__name__} has no list of decoder blocks with Linear layers",
+            f"{type(model).__name__} has no list of decoder blocks with linear layers",
             "quantkit quantizes decoder-only transformers",
         )
     return best[1], best[2]
-
-
-def segment_of(prefix: str, module: nn.Module) -> Segment:
-    """A segment with the full names of its Linear layers."""
-    linears = [name for name, child in module.named_modules() if isinstance(child, nn.Linear)]
-    return Segment(prefix, module, tuple(_joined(prefix, name) for name in linears))
-
-
-def linear_modules(segment: Segment) -> Iterator[tuple[str, nn.Linear]]:
-    """Full name and module of each Linear of a segment."""
-    for name, module in segment.module.named_modules():
-        if isinstance(module, nn.Linear):
-            yield _joined(segment.prefix, name), module
 
 
 class _ParametersOnMeta(TorchFunctionMode):

@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from quantkit.engine.groups import Enough, hooked
+from quantkit.engine.layers import is_linear
 from quantkit.system.host import decide
 
 TOLERANCE = 1e-3
@@ -160,7 +161,7 @@ class SmoothingFinder:
         """Norms of this width, then the layers that are called before, the nearest first; with their channels."""
         for name, module in self._module.named_modules():
             weight = getattr(module, "weight", None)
-            if not isinstance(module, nn.Linear) and isinstance(weight, nn.Parameter) and weight.shape == (width,):
+            if not is_linear(module) and isinstance(weight, nn.Parameter) and weight.shape == (width,):
                 yield name, width
         for names in reversed(self.trial.inputs[:index]):
             for name in reversed(names):
@@ -174,7 +175,7 @@ class SmoothingFinder:
             return None if shared is None else SmoothingPlace(layers, name, 0.0, shared, channels)
         pattern = _alternating(channels, plain.device)
         weight = self._module.get_parameter(f"{name}.weight")
-        is_norm = not isinstance(self._module.get_submodule(name), nn.Linear)
+        is_norm = not is_linear(self._module.get_submodule(name))
         for offset in (0.0, 1.0) if is_norm else (0.0,):
             with self._scaled(name, pattern, offset):
                 doubled = self._input_of(layers[0])

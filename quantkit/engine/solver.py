@@ -11,10 +11,10 @@ from time import perf_counter
 from typing import TypeVar
 
 import torch
-from torch import nn
 
+from quantkit.engine.layers import Layer
 from quantkit.engine.rescaling import Originals, Rescaler
-from quantkit.engine.skeleton import Segment, linear_modules
+from quantkit.engine.skeleton import Segment
 from quantkit.engine.tasks import Task, solve_group
 from quantkit.methods.base import InputStatistics, Statistic
 from quantkit.schemes import QuantizedWeight
@@ -90,10 +90,10 @@ class Solver:
         """The statistics that some task asks for."""
         return frozenset[Statistic]().union(*(task.method.needs for task in self.tasks))
 
-    def wanted(self, segment: Segment) -> dict[str, nn.Linear]:
+    def wanted(self, segment: Segment) -> dict[str, Layer]:
         """The layers of a segment that a task still has to quantize."""
         tasks = self.at_work(segment)
-        return {name: module for name, module in linear_modules(segment) if any(name in t.schemes for t in tasks)}
+        return {layer.name: layer for layer in segment.layers if any(layer.name in t.schemes for t in tasks)}
 
     def work(self, task: Task, work: Callable[[], T]) -> T | None:
         """Do a task's own work and time it; one that fails is dropped, so that it does not take the others down.
@@ -136,53 +136,56 @@ class Solver:
         """Put the weights into a segment that its task gave it in an earlier walk, for a feed that is quantized."""
         for task in self.alive():
             self.rescaler.put_back(task, segment, self.dtype)
-            for name, module in linear_modules(segment):
-                if task.memory is not None and name in task.schemes:
-                    weight = task.memory.weight(name).to(self.originals.device)
-                    module.weight.data = weight.dequantize(torch.float32).to(self.dtype)
+            for layer in segment.layers:
+                if task.memory is not None and layer.name in task.schemes:
+                    weight = task.memory.weight(layer.name).to(self.originals.device)
+                    layer.put(weight.dequantize(torch.float32))
 
     def solve(
-        self, segment: Segment, linears: Mapping[str, nn.Linear], statistics: InputStatistics, *, replace: bool
+        self, segment: Segment, layers: Mapping[str, Layer], statistics: InputStatistics, *, replace: bool
     ) -> None:
         """Solve layers that share an input for every task that still has to.
 
         Args:
             segment: they are of.
-            linears: the layers by full name, the one that is called first at the head.
+            layers: by their names, the one that is called first at the head.
             statistics: of their input.
             replace: put the result in their place, for a feed that is quantized.
         """
-        weights = {name: self.originals.weight(name) for name in linears}
-        leader = next(iter(linears))
+        weights = {name: self.originals.weight(layer.path) for name, layer in layers.items()}
+        leader = next(iter(layers.values())).path
         for task in self.at_work(segment):
             scaling = self.rescaler.of(task)
-            scaled = {name: scaling.apply(name, "weight", weight) for name, weight in weights.items()}
+            scaled = {name: scaling.apply(layers[name].path, "weight", weight) for name, weight in weights.items()}
             own = scaling.statistics(leader, statistics) if self.scales else statistics
             with _no_garbage_collection():
                 solved = self.work(task, partial(solve_group, task, scaled, own))
             if replace:
                 for name, weight in (solved or {}).items():
-                    linears[name].weight.data = weight.dequantize(torch.float32).to(self.dtype)
+                    layers[name].put(weight.dequantize(torch.float32))
         statistics.derived.clear()  # factors of a wide layer are as large as its Gram matrix
 
     def solve_embedding(self, segment: Segment, *, replace: bool) -> None:
         """Solve the input embedding, from its weight alone, for each task that wants it."""
-        name = segment.prefix
-        weights = {name: self.originals.weight(name)}
+        (layer,) = segment.layers
+        name = layer.name
+        weights = {name: self.originals.weight(layer.path)}
         for task in [task for task in self.alive() if name in task.schemes]:
             started = self.clock()
-            solved = self._solve_embedding(task, weights, name)
+            solved = self._solve_embedding(task, weights, segment)
             if solved is not None and replace:
-                decoded = solved.dequantize(torch.float32)
-                segment.module.get_parameter("weight").data = decoded.to(self.dtype)
-            if solved is not None and task.lacks(name, [name]):
+                layer.put(solved.dequantize(torch.float32))
+            if solved is not None and task.lacks(segment.prefix, [name]):
                 if task.memory is not None:
                     task.memory.remember_seconds(started.elapsed(), 0.0)
-                self.work(task, partial(task.sink.segment_done, name))
+                self.work(task, partial(task.sink.segment_done, segment.prefix))
 
-    def _solve_embedding(self, task: Task, weights: Mapping[str, torch.Tensor], name: str) -> QuantizedWeight | None:
+    def _solve_embedding(
+        self, task: Task, weights: Mapping[str, torch.Tensor], segment: Segment
+    ) -> QuantizedWeight | None:
         """The quantized embedding of a task, from memory where an earlier walk solved it; None where it fails."""
-        if task.memory is not None and task.memory.has(name):
+        (name,) = segment.linears
+        if task.memory is not None and task.memory.has(segment.prefix):
             return task.memory.weight(name).to(self.originals.device)
         solve: Callable[[], dict[str, QuantizedWeight]]
         solve = partial(solve_group, task, weights, InputStatistics(), embedding=True)

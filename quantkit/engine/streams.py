@@ -13,9 +13,10 @@ from torch import nn
 
 from quantkit.engine.batches import Batch
 from quantkit.engine.groups import Enough, PreHook, call_order, hooked, shared_inputs
+from quantkit.engine.layers import Layer
 from quantkit.engine.offload import CPU, move
 from quantkit.engine.passes import AtEnd, AtGroup, AtSegment, Pass, pause, running_batch
-from quantkit.engine.skeleton import Segment, linear_modules
+from quantkit.engine.skeleton import Segment
 from quantkit.engine.smoothing import Trial
 from quantkit.engine.statistics import Gatherer
 from quantkit.methods.base import InputStatistics, Statistic
@@ -25,24 +26,24 @@ from quantkit.methods.base import InputStatistics, Statistic
 class Group:
     """Layers of a segment that share an input, the one that is called first at the head."""
 
-    linears: dict[str, nn.Linear]
+    layers: dict[str, Layer]
     gatherer: Gatherer
     solved: bool = False
 
     @classmethod
-    def of(cls, linears: dict[str, nn.Linear]) -> Group:
+    def of(cls, layers: dict[str, Layer]) -> Group:
         """Layers of which nothing is gathered."""
-        return cls(linears, Gatherer(frozenset()))
+        return cls(layers, Gatherer(frozenset()))
 
     @property
     def name(self) -> str:
         """Of the layer that is called first."""
-        return next(iter(self.linears))
+        return next(iter(self.layers))
 
     @property
-    def leader(self) -> nn.Linear:
-        """The layer that is called first."""
-        return next(iter(self.linears.values()))
+    def leader(self) -> nn.Module:
+        """The module of the layer that is called first."""
+        return next(iter(self.layers.values())).module
 
 
 @dataclass(slots=True)
@@ -102,7 +103,7 @@ class Streams:
                 each.resume()
                 self._park(each)
 
-    def groups(self, segment: Segment, wanted: dict[str, nn.Linear]) -> list[Group]:
+    def groups(self, segment: Segment, wanted: dict[str, Layer]) -> list[Group]:
         """The groups of a segment in the order of their calls, found by trying batches until all layers were seen."""
         smallest_first = sorted(self._passes, key=lambda each: each.batch.token_ids.numel())
         runs = (shared_inputs(wanted, partial(self._try, segment, each)) for each in smallest_first)
@@ -112,7 +113,7 @@ class Streams:
     def trial(self, segment: Segment) -> Trial:
         """A segment to be run with the smallest batch."""
         smallest = min(self._passes, key=lambda each: each.batch.token_ids.numel())
-        inputs = shared_inputs(dict(linear_modules(segment)), partial(self._try, segment, smallest))
+        inputs = shared_inputs({layer.path: layer for layer in segment.layers}, partial(self._try, segment, smallest))
         self._fetch(smallest)
         place, prefix = _standing(smallest, segment), f"{segment.prefix}."
         return Trial(
@@ -124,7 +125,7 @@ class Streams:
 
     def observe(self, segment: Segment, groups: Sequence[Group]) -> dict[str, InputStatistics]:
         """The statistics of all inputs of a segment as it is, from one more run of it."""
-        seen = [Group(group.linears, Gatherer(self.needs, group.name)) for group in groups]
+        seen = [Group(group.layers, Gatherer(self.needs, group.name)) for group in groups]
         for each in self._passes:
 
             def gather(_: nn.Module, args: tuple[Any, ...], group: Group, each: Pass = each) -> None:
@@ -183,7 +184,7 @@ class Streams:
 def by_layer(groups: Sequence[Group]) -> dict[str, InputStatistics]:
     """The finished statistics of each group by the names of its layers."""
     found = [(group, group.gatherer.result()) for group in groups]
-    return {name: statistics for group, statistics in found for name in group.linears}
+    return {name: statistics for group, statistics in found for name in group.layers}
 
 
 def _standing(each: Pass, segment: Segment) -> AtSegment:

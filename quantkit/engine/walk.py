@@ -23,7 +23,6 @@ from functools import partial
 from typing import Literal
 
 import torch
-from torch import nn
 
 from quantkit.engine.batches import Batch
 from quantkit.engine.rescaling import Originals
@@ -143,7 +142,7 @@ class Walk:
 
     def _repeat(self, segment: Segment, last: bool) -> None:
         """Bring every pass through a segment that all tasks remember, as it was when they solved it."""
-        if self._solver.looks_for_places() and not isinstance(segment.module, nn.Linear):
+        if self._solver.looks_for_places() and not segment.is_layer:
             self._solver.rescaler.find(self._streams.trial(segment))
         if self._is_quantized:
             self._solver.put_back(segment)
@@ -152,14 +151,14 @@ class Walk:
 
     def _wanted_segments(self) -> list[Segment]:
         head = self.skeleton.head
-        wants_head = head is not None and any(head.prefix in task.schemes for task in self.tasks)
+        wants_head = head is not None and any(head.linears[0] in task.schemes for task in self.tasks)
         return [*self.skeleton.segments, *([head] if head is not None and wants_head else [])]
 
     def _is_left(self, segments: Sequence[Segment]) -> bool:
         """Whether some task still has something to solve."""
         embedding = self.skeleton.embedding
         places = [(segment.prefix, segment.linears) for segment in segments]
-        places += [] if embedding is None else [(embedding.prefix, (embedding.prefix,))]
+        places += [] if embedding is None else [(embedding.prefix, embedding.linears)]
         return any(task.lacks(prefix, layers) for task in self.tasks for prefix, layers in places)
 
     def _solve_embedding(self, live: bool) -> None:
@@ -169,7 +168,7 @@ class Walk:
             live: the passes will read it, so that it is loaded and in a quantized feed gives way to the result.
         """
         segment = self.skeleton.embedding
-        if segment is None or not any(segment.prefix in task.schemes for task in self.tasks):
+        if segment is None or not any(segment.linears[0] in task.schemes for task in self.tasks):
             return
         if not live:
             self.skeleton.load(segment, self.reader, self.settings.device, self.settings.dtype)
@@ -178,9 +177,9 @@ class Walk:
 
     def _calibrate(self, segment: Segment, last: bool) -> None:
         """Solve a segment before which every pass stands, and bring them to the next."""
-        if isinstance(segment.module, nn.Linear):
-            for name, module in self._solver.wanted(segment).items():
-                self._solve(segment, Group.of({name: module}), self._streams.read_before(segment))
+        if segment.is_layer:
+            for name, layer in self._solver.wanted(segment).items():
+                self._solve(segment, Group.of({name: layer}), self._streams.read_before(segment))
             if not last:
                 self._streams.advance()
             return
@@ -193,7 +192,7 @@ class Walk:
         else:
             self._calibrate_float(segment, groups, scaling)
         for task in scaling:
-            self._solver.work(task, partial(self._solver.rescaler.hand_over, task, segment.prefix))
+            self._solver.work(task, partial(self._solver.rescaler.hand_over, task, segment))
 
     def _calibrate_float(self, segment: Segment, groups: Sequence[Group], scaling: Sequence[Task]) -> None:
         """Gather everything in one run of the segment, then solve all groups."""
@@ -239,5 +238,5 @@ class Walk:
             self._solve(segment, Group.of({name: wanted[name] for name in names}), InputStatistics())
 
     def _solve(self, segment: Segment, group: Group, statistics: InputStatistics) -> None:
-        self._solver.solve(segment, group.linears, statistics, replace=self._is_quantized)
+        self._solver.solve(segment, group.layers, statistics, replace=self._is_quantized)
         group.solved = True

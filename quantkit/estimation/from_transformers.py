@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torch import nn
 
+from quantkit.engine.layers import linear_modules
 from quantkit.engine.skeleton import empty_model, find_blocks
 from quantkit.estimation.anatomy import Anatomy, Cache, Kind, Weight
 from quantkit.estimation.configs import Config
@@ -20,7 +21,7 @@ def built(folder: Path, config: Config) -> Anatomy:
     model = empty_model(folder)
     prefix, blocks = find_blocks(model)
     names: dict[nn.Module, str] = {module: name for name, module in model.named_modules()}
-    linears = {f"{name}.weight" for module, name in names.items() if isinstance(module, nn.Linear)}
+    linears = {f"{name}.weight" for name, _ in linear_modules(model)}
     embedding = names[model.get_input_embeddings()]
     head = names.get(model.get_output_embeddings(), "lm_head")
     weights = []
@@ -37,7 +38,7 @@ def built(folder: Path, config: Config) -> Anatomy:
         family=config.family,
         dtype=config.dtype(),
         hidden=hidden,
-        wide=max(module.in_features for module in blocks.modules() if isinstance(module, nn.Linear)),
+        wide=max(linear.in_features for _, linear in linear_modules(blocks)),
         queries=heads * dim,
         keys=shared * dim,
         head_dim=dim,

@@ -54,13 +54,14 @@ class Content:
     Attributes:
         origin: folder of the float model: its ``config.json``, tokenizer and what else goes along.
         dtype: of the float model.
-        linears: every Linear layer with its scheme, None where it stays float.
+        linears: every linear layer with its scheme, None where it stays float.
         packed: the packed tensors of each quantized layer by suffix.
         floats: every other tensor.
         digests: of each quantized layer, see :func:`digest`.
         embedding: name and scheme of the input embedding where that is quantized.
         changes: keys of ``config.json`` that differ from the origin's.
         runs_code: the model comes with Python code, which goes along.
+        paths: layers that the model of transformers calls otherwise than the checkpoint, to its own names.
     """
 
     origin: Path
@@ -72,6 +73,15 @@ class Content:
     embedding: tuple[str, Scheme] | None = None
     changes: Mapping[str, Any] = field(default_factory=dict)
     runs_code: bool = False
+    paths: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def spelled(self) -> dict[str, Scheme | None]:
+        """The linear layers by every name that a loader may look for: that of the tensors, and the model's own."""
+        return {
+            **self.linears,
+            **{path: self.linears[name] for name, path in self.paths.items() if name in self.linears},
+        }
 
     @property
     def schemes(self) -> dict[str, Scheme]:

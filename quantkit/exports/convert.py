@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from quantkit.checkpoint import FLOATS
-from quantkit.engine.skeleton import empty_model
+from quantkit.engine.skeleton import Skeleton
 from quantkit.errors import SchemeError
 from quantkit.exports import Export, open_export
 from quantkit.exports.companions import copy_companions
@@ -64,7 +63,8 @@ def convert(
     schemes = {layer: _placed(layer, target, export) for layer in export.schemes}
     with workplace(out, "convert") as work, _scratch(work) as scratch, new_folder(out) as folder:
         origin = _origin(export, scratch / "origin")
-        linears = _linears(origin, schemes, trust_remote_code)
+        skeleton = _skeleton(export, origin, trust_remote_code)
+        linears = {name: schemes.get(name) for name in skeleton.all_linears()}
         _check_together(export, target, linears, schemes)
         dtype = _dtype(export)
         check_origin(target, origin, [*export.float_names(), *(f"{layer}.weight" for layer in schemes)])
@@ -74,7 +74,7 @@ def convert(
             largest = max(largest, _move(export, layer, schemes[layer], FLOATS[target.scale_dtype(dtype)], layers))
             on_layer(done, len(schemes))
         store = target(dtype)
-        write_export(_content(export, origin, linears, schemes, layers), store, folder)
+        write_export(_content(export, origin, skeleton, schemes, layers), store, folder)
         facts = _facts(export, store, origin, schemes, layers, largest)
         _write_records(folder, checkpoint, export, schemes, facts)
     return facts
@@ -124,10 +124,10 @@ def _origin(export: Export, folder: Path) -> Path:
     return folder
 
 
-def _linears(origin: Path, schemes: Mapping[str, Scheme], trust_remote_code: bool) -> dict[str, Scheme | None]:
-    """Every Linear layer of the model with its scheme."""
-    model = empty_model(origin, trust_remote_code)
-    return {name: schemes.get(name) for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+def _skeleton(export: Export, origin: Path, trust_remote_code: bool) -> Skeleton:
+    """The model whose layers an export holds."""
+    stored = [*export.float_names(), *(f"{layer}.weight" for layer in export.schemes)]
+    return Skeleton(origin, trust_remote_code, stored)
 
 
 def _check_together(
@@ -145,7 +145,7 @@ def _check_together(
 def _content(
     export: Export,
     origin: Path,
-    linears: Mapping[str, Scheme | None],
+    skeleton: Skeleton,
     schemes: Mapping[str, Scheme],
     layers: LayerStore,
 ) -> Content:
@@ -155,11 +155,12 @@ def _content(
     return Content(
         origin=origin,
         dtype=_dtype(export),
-        linears=linears,
+        linears={layer.name: schemes.get(layer.name) for layer in skeleton.layers()},
         packed={layer: layers.packed(layer) for layer in schemes},
         floats={name: plain(name) for name in export.float_names()},
         digests=layers.digests(),
         embedding=None if export.embedding is None else (export.embedding, schemes[export.embedding]),
+        paths={layer.name: layer.path for layer in skeleton.layers() if layer.name != layer.path},
     )
 
 

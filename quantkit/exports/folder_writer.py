@@ -31,7 +31,7 @@ def write_folder(content: Content, store: Format, folder: Path) -> None:
         for name, tensor in _tensors(content):
             writer.write(name, tensor.read())
     _write_config(content, store, folder)
-    for name, text in store.extra_files(content.linears).items():
+    for name, text in store.extra_files(content.spelled).items():
         write_text(folder / name, text)
     _compare(content, store, folder)
 
@@ -48,7 +48,7 @@ def _write_config(content: Content, store: Format, folder: Path) -> None:
     config = read_json(content.origin / "config.json")
     config.pop("quantization_config", None)
     if content.schemes:
-        quantization = store.quantization_config(content.linears)
+        quantization = store.quantization_config(content.spelled)
         if content.embedding is not None:
             quantization = store.with_embedding(quantization, *content.embedding)
         config["quantization_config"] = quantization

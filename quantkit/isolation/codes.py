@@ -144,12 +144,9 @@ def _weight(layer: str, scheme: Scheme, reader: CheckpointReader, dtype: torch.d
 
 
 def _content(job: Job, schemes: Mapping[str, Scheme], layers: LayerStore, source: CheckpointReader) -> Content:
-    from torch import nn
+    from quantkit.engine.skeleton import Skeleton
 
-    from quantkit.engine.skeleton import empty_model
-
-    model = empty_model(job.source, job.trust_remote_code)
-    linears = {name: schemes.get(name) for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linears = {name: schemes.get(name) for name in Skeleton(job.source, job.trust_remote_code).all_linears()}
     lost = [name for name in schemes if name not in linears]
     if lost:
         raise QuantizationError(f"it quantized {lost[0]}, which is no linear layer of the model")

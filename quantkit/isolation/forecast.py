@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from quantkit.checkpoint import CheckpointReader
 from quantkit.engine.skeleton import Skeleton
 from quantkit.errors import QuantkitError, SchemeError
@@ -34,10 +32,10 @@ def library_forecast(job: Job, variant: LibrarySpec, skeleton: Skeleton, out: Pa
 
     See :func:`quantkit.pipeline.plan.forecast` for the keys.
     """
-    linears = {name: module for name, module in skeleton.model.named_modules() if isinstance(module, nn.Linear)}
-    head = skeleton.head.prefix if skeleton.head else None
+    linears = {layer.name: layer for layer in skeleton.layers()}
+    head = skeleton.head.linears[0] if skeleton.head else None
     reached = [name for name in linears if name != head and not variant.stays_float(name)]
-    shapes = {name: (linears[name].out_features, linears[name].in_features) for name in reached}
+    shapes = {name: linears[name].shape for name in reached}
     scheme = variant.asked_scheme()
     words = f"{variant.width} bits" if scheme is None else scheme.describe()
     return {

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import nn
-from transformers.pytorch_utils import Conv1D
-
 from quantkit.checkpoint import CheckpointReader
+from quantkit.checkpoint.names import Names
+from quantkit.engine.layers import adaptable_modules
 from quantkit.engine.skeleton import Skeleton
 
 
@@ -20,7 +18,7 @@ class Base:
     Attributes:
         folder: of the checkpoint.
         reader: its tensors.
-        aliases: names of tensors that the checkpoint calls otherwise than the model does, to the model's names.
+        names: what the model's parameters are called there.
         layers: names of all layers that LoRA can be put on.
         linears: of these, the Linear layers but the output head: what bitsandbytes quantizes.
         embedding: name of the input embedding; None if there is none.
@@ -30,7 +28,7 @@ class Base:
 
     folder: Path
     reader: CheckpointReader
-    aliases: Mapping[str, str]
+    names: Names
     layers: tuple[str, ...]
     linears: frozenset[str]
     embedding: str | None
@@ -40,21 +38,18 @@ class Base:
     def parameters(self) -> list[str]:
         """The names of all parameters, in the order of the checkpoint; of tied weights the embedding's."""
         head, embedding = f"{self.head}.weight", f"{self.embedding}.weight"
-        names = [self.aliases.get(name, name) for name in self.reader.names()]
+        known = self.names.parameters()
+        names = [known.get(name, name) for name in self.reader.names()]
         if not self.tied:
             return names
         return list(dict.fromkeys(embedding if name == head else name for name in names))
 
     def stored(self, name: str) -> str | None:
         """The tensor of the checkpoint that holds a parameter; None if there is none."""
-        candidates = [name, *self._aliases_of(name)]
         twin = self.twin(name)
-        if self.tied and twin is not None:
-            candidates = [f"{self.embedding}.weight", f"{self.head}.weight", *candidates, *self._aliases_of(twin)]
-        return next((candidate for candidate in candidates if candidate in self.reader), None)
-
-    def _aliases_of(self, name: str) -> list[str]:
-        return [stored for stored, alias in self.aliases.items() if alias == name]
+        parameters = [name] if twin is None or not self.tied else [f"{self.embedding}.weight", f"{self.head}.weight"]
+        candidates = [self.names.tensor(parameter) for parameter in parameters]
+        return next((candidate for candidate in [*candidates, name] if candidate in self.reader), None)
 
     def twin(self, name: str) -> str | None:
         """The weight of the head for that of the embedding, and the other way round; None for others."""
@@ -72,33 +67,16 @@ def open_base(folder: Path, *, trust_remote_code: bool) -> Base:
         CheckpointError: the checkpoint is broken.
     """
     skeleton = Skeleton(folder, trust_remote_code)
-    modules = dict(skeleton.model.named_modules())
+    linears = [layer.path for layer in skeleton.layers()]
     reader = CheckpointReader(folder)
     head = skeleton.head.prefix if skeleton.head else None
     return Base(
         folder=folder,
         reader=reader,
-        aliases=_aliases(skeleton, reader),
-        layers=tuple(name for name, module in modules.items() if isinstance(module, nn.Linear | nn.Embedding | Conv1D)),
-        linears=frozenset(name for name in skeleton.all_linears() if name != head),
+        names=skeleton.names,
+        layers=tuple(adaptable_modules(skeleton.model)),
+        linears=frozenset(path for path in linears if path != head and not skeleton.names.is_part(f"{path}.weight")),
         embedding=skeleton.embedding.prefix if skeleton.embedding else None,
         head=head,
         tied=bool(skeleton.tied),
     )
-
-
-def _aliases(skeleton: Skeleton, reader: CheckpointReader) -> dict[str, str]:
-    """Tensors that the checkpoint calls otherwise than the model does, to the model's names.
-
-    A checkpoint may leave out the name of the outermost module, and one single tensor, as GPT-NeoX's head, may have
-    another name if its shape is that of the one parameter that is missing.
-    """
-    known, prefix = skeleton.model.state_dict(), skeleton.model.base_model_prefix
-    unknown = [name for name in reader.names() if name not in known]
-    found = {name: f"{prefix}.{name}" for name in unknown if f"{prefix}.{name}" in known}
-    shared = {f"{name}.weight" for name in skeleton.tied}
-    missing = [name for name in known if name not in reader and name not in found.values() and name not in shared]
-    rest = [name for name in unknown if name not in found]
-    if len(missing) == len(rest) == 1 and reader.shape(rest[0]) == tuple(known[missing[0]].shape):
-        found[rest[0]] = missing[0]
-    return found

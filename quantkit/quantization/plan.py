@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import psutil
 import torch
-from torch import nn
 
 from quantkit.engine.skeleton import Skeleton
 from quantkit.engine.walk import Strategy
@@ -32,6 +31,8 @@ class Layers:
         fused: full names of quantized layers that runtimes of the variant's format load as one matrix.
         embedding: full name of the input embedding if it is quantized.
         tied: full names of the head and the embedding where the source gives both one weight.
+        paths: the names of layers that the model of transformers calls otherwise than the checkpoint, to its own.
+        stacks: tensors of the source that are no layer's own, such as stacked experts, to the layers that they hold.
         cast: the dtype in which every float tensor is stored; None leaves each as it is.
     """
 
@@ -41,6 +42,8 @@ class Layers:
     embedding: str | None = None
     tied: tuple[str, ...] = ()
     cast: str | None = None
+    paths: Mapping[str, str] = field(default_factory=dict)
+    stacks: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @property
     def linears(self) -> dict[str, Scheme | None]:
@@ -58,13 +61,19 @@ class Layers:
         Args:
             names: of the source's tensors; of a weight that the head and the embedding share there may be one only.
         """
-        kept = {name: name for name in names if name.removesuffix(".weight") not in self.quantized}
+        held = {name: self.stacks.get(name, (name.removesuffix(".weight"),)) for name in names}
+        kept = {name: name for name, layers in held.items() if not any(layer in self.quantized for layer in layers)}
         tied = [f"{name}.weight" for name in self.tied]
         if self.unties:
             stored = next(name for name in tied if name in names)
             left = (name for name in tied if name.removesuffix(".weight") not in self.quantized)
             kept |= {name: stored for name in left if name not in names}
         return kept
+
+    def cut_out(self) -> list[str]:
+        """The layers that stay float and are written by themselves, as others of their stack are quantized."""
+        broken = [layers for layers in self.stacks.values() if any(layer in self.quantized for layer in layers)]
+        return [layer for layers in broken for layer in layers if layer not in self.quantized]
 
     @property
     def quantized(self) -> dict[str, Scheme]:
@@ -84,17 +93,21 @@ class Layers:
 
 
 def plan_layers(skeleton: Skeleton, variant: VariantSpec) -> Layers:
-    """Give every Linear layer its scheme, and the input embedding if it gets one.
+    """Give every linear layer its scheme, and the input embedding if it gets one.
 
     Raises:
         SchemeError: a scheme does not suit a layer, a pattern matches nothing, there are fewer blocks than the
             variant names, layers that a runtime fuses differ, there is no embedding to quantize, or no layer is left.
     """
-    modules = {name: module for name, module in skeleton.model.named_modules() if isinstance(module, nn.Linear)}
-    shapes = {name: (module.out_features, module.in_features) for name, module in modules.items()}
+    paths = {layer.name: layer.path for layer in skeleton.layers() if layer.name != layer.path}
+    return replace(_plan(skeleton, variant), paths=paths, stacks=skeleton.stacks())
+
+
+def _plan(skeleton: Skeleton, variant: VariantSpec) -> Layers:
+    shapes = {layer.name: layer.shape for layer in skeleton.layers()}
     _check_blocks(variant, len(skeleton.segments))
-    schemes: dict[str, Scheme | None] = dict.fromkeys(modules)
-    _check_patterns(variant, list(modules))
+    schemes: dict[str, Scheme | None] = dict.fromkeys(shapes)
+    _check_patterns(variant, list(shapes))
     whole = variant.base_scheme()
     if isinstance(whole, PlainScheme):
         return Layers(schemes, shapes, tied=skeleton.tied, cast=whole.kind)
@@ -131,11 +144,12 @@ def _plan_embedding(skeleton: Skeleton, variant: VariantSpec) -> tuple[str, Sche
             f"{variant.name}: the input embedding of {type(skeleton.model).__name__} is no torch.nn.Embedding",
             "leave out 'embeddings'",
         )
-    rows, columns = segment.module.get_parameter("weight").shape
-    name = skeleton.head.prefix if skeleton.tied and skeleton.head else segment.prefix
+    (layer,) = segment.layers
+    rows, columns = layer.shape
+    name = skeleton.head.linears[0] if skeleton.tied and skeleton.head else layer.name
     scheme = scheme.for_layer(name, None, len(skeleton.segments), (rows, columns))
-    _check_layer(f"{variant.name}: {segment.prefix}", FORMATS.get(variant.format), scheme, (rows, columns))
-    return segment.prefix, scheme, (rows, columns)
+    _check_layer(f"{variant.name}: {layer.name}", FORMATS.get(variant.format), scheme, (rows, columns))
+    return layer.name, scheme, (rows, columns)
 
 
 def _reachable(skeleton: Skeleton) -> dict[str, int | None]:
@@ -143,7 +157,7 @@ def _reachable(skeleton: Skeleton) -> dict[str, int | None]:
     found: dict[str, int | None] = {
         name: index for index, segment in enumerate(skeleton.segments) for name in segment.linears
     }
-    return found if skeleton.head is None else found | {skeleton.head.prefix: None}
+    return found if skeleton.head is None else found | {skeleton.head.linears[0]: None}
 
 
 def _check_layer(place: str, store: type[Format], scheme: Scheme, shape: tuple[int, int]) -> None:
@@ -200,9 +214,7 @@ def _check_fused(variant: VariantSpec, schemes: Mapping[str, Scheme | None]) -> 
 
 def paused_bytes(skeleton: Skeleton, tokens: int, dtype: torch.dtype) -> int:
     """Bytes of activations alive at the widest pause: what the widest layer reads, and the stream beside it."""
-    widest = max(
-        (module.in_features for module in skeleton.model.modules() if isinstance(module, nn.Linear)), default=0
-    )
+    widest = max((layer.shape[1] for layer in skeleton.layers()), default=0)
     hidden: int = skeleton.model.get_input_embeddings().weight.shape[1]
     # At down_proj a block holds the gate, its activation and the product, and the residual stream twice.
     return tokens * (3 * widest + 2 * hidden) * dtype.itemsize

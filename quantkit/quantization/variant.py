@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from quantkit.checkpoint import FLOATS, CheckpointReader
+from quantkit.engine.layers import Layer
 from quantkit.engine.skeleton import Skeleton
 from quantkit.engine.tasks import Task
 from quantkit.errors import QuantizationError
@@ -124,7 +125,8 @@ class VariantRun:
         head = [] if self._skeleton.head is None else [self._skeleton.head]
         quantized, embedding = set(self.layers.quantized), self.layers.embedding
         holding = [each.prefix for each in [*self._skeleton.segments, *head] if set(each.linears) & quantized]
-        return holding if embedding is None else [embedding, *holding]
+        first = self._skeleton.embedding
+        return holding if embedding is None or first is None else [first.prefix, *holding]
 
     def begin_walk(self, batch_tokens: int) -> None:
         """A walk begins, the first or one with less memory, whose batches have so many tokens at most."""
@@ -170,9 +172,10 @@ class VariantRun:
             name: solved.stored(name) if solved.replaces(name) else Stored.of(reader, source, finite=True)
             for name, source in layers.kept(reader.names()).items()
         }
+        floats |= {f"{layer.name}.weight": self._part(reader, layer) for layer in self._cut_out()}
         changes: dict[str, Any] = {}
         head = self._skeleton.head
-        if layers.unties or (head is not None and head.prefix in layers.quantized):
+        if layers.unties or (head is not None and head.linears[0] in layers.quantized):
             changes["tie_word_embeddings"] = False
         if layers.cast is not None:
             changes["dtype"] = layers.cast
@@ -187,7 +190,19 @@ class VariantRun:
             embedding=None if layers.embedding is None else (layers.embedding, layers.quantized[layers.embedding]),
             changes=changes,
             runs_code=job.trust_remote_code,
+            paths=layers.paths,
         )
+
+    def _cut_out(self) -> list[Layer]:
+        """The layers that are written by themselves, as others of their stack are quantized."""
+        names = self.layers.cut_out()
+        return [layer for layer in self._skeleton.layers() if layer.name in names]
+
+    def _part(self, reader: CheckpointReader, layer: Layer) -> Stored:
+        """A layer that is a part of a tensor of the source."""
+        names, parameter = self._skeleton.names, f"{layer.path}.weight"
+        dtype = reader.dtype(names.sources(parameter)[0])
+        return Stored(dtype, layer.shape, lambda: names.read(parameter, reader.read_finite))
 
     def _write_importance(self, folder: Path, content: Content) -> None:
         """Write ``imatrix.gguf``, for ``llama-quantize --imatrix``, if layers of the checkpoint have an importance."""

@@ -9,16 +9,23 @@ What it computes is what the file says; its memory and speed are those of a floa
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from types import EllipsisType
+from typing import TYPE_CHECKING
 
 import torch
 
+from quantkit.checkpoint.names import Names
+from quantkit.engine.layers import give_way
 from quantkit.exports import Export, open_export
 from quantkit.runtimes._checkpoint import check_checkpoint, translated, whole_config
 from quantkit.runtimes._model import TransformersModel, whole
 from quantkit.runtimes.base import LoadOptions
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class Promise:
@@ -59,17 +66,40 @@ def load_decoded(path: Path, options: LoadOptions) -> TransformersModel:
             del config.quantization_config
         dtype = getattr(torch, options.dtype) if options.dtype else config.dtype or torch.float32
         with torch.device("meta"):
-            cls = type(AutoModelForCausalLM.from_config(config, trust_remote_code=options.trust_remote_code))
-        model, found = cls.from_pretrained(
+            empty = AutoModelForCausalLM.from_config(deepcopy(config), trust_remote_code=options.trust_remote_code)
+        model, found = type(empty).from_pretrained(
             None,
             config=config,
-            state_dict=decoded_state(export, dtype),
+            state_dict=_as_transformers_stores(empty, decoded_state(export, dtype)),
             dtype=dtype,
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # they are reported by name
             output_loading_info=True,
         )
     return whole(path, model, found, torch.device(options.device))
+
+
+def _as_transformers_stores(empty: PreTrainedModel, state: dict[str, Promise]) -> dict[str, Promise]:
+    """A state dict in which what checkpoints hold layer by layer is whole again where transformers needs it whole.
+
+    Args:
+        empty: the model on meta, which is used up.
+        state: by the names of the checkpoint.
+    """
+    names = Names(empty, state)
+    names.divide(give_way(empty))
+    found = dict(state)
+    for parameter, parts in names.parts().items():
+        layers = {part: f"{names.layer(part)}.{part.rpartition('.')[2]}" for part in parts}
+        if not names.are_stacked(parameter) and all(name in state for name in layers.values()):
+            for name in layers.values():
+                found.pop(name, None)
+            found[names.tensor(parameter)] = Promise(partial(_assembled, names, parameter, state, layers))
+    return found
+
+
+def _assembled(names: Names, parameter: str, state: dict[str, Promise], layers: dict[str, str]) -> torch.Tensor:
+    return names.assemble(parameter, lambda part: state[layers[part]][...])
 
 
 def _decoded(export: Export, layer: str, dtype: torch.dtype) -> torch.Tensor:

@@ -1,0 +1,335 @@
+"""The names of a checkpoint's tensors and those of a model's parameters, in both directions.
+
+Since version 5, transformers renames, splits and stacks tensors on load: a Mixtral's file has
+``block_sparse_moe.experts.3.w1.weight``, its model one ``mlp.experts.gate_up_proj`` for all experts. What belongs to
+what is told by transformers' own conversion mapping (``transformers.conversion_mapping``); nothing here knows a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+
+from quantkit.errors import CheckpointError
+
+DAMAGED = "download it again, or check that config.json belongs to it"
+
+Read = Callable[[str], torch.Tensor]
+"""Reads a tensor of the checkpoint by its name there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A weight that the engine takes out of a larger parameter, such as one projection of one expert.
+
+    Attributes:
+        parameter: the model's parameter of which it is a part.
+        cut: gives the view of that parameter which it is.
+        expert: index in a stack of experts; None where the parameter is no stack.
+        piece: which of the matrices that are concatenated there, and how many these are.
+        leaf: what the part is called beside its index, where the checkpoint holds the stack as one tensor.
+    """
+
+    parameter: str
+    cut: Callable[[torch.Tensor], torch.Tensor]
+    expert: int | None = None
+    piece: tuple[int, int] = (0, 1)
+    leaf: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """Tensors of the checkpoint of which transformers makes parameters.
+
+    Attributes:
+        first: the parameter by which its converter is called.
+        converter: transformers' own.
+        sources: by pattern of the converter the names of the tensors, in the order in which they are stacked.
+    """
+
+    first: str
+    converter: Any
+    sources: Mapping[str, list[str]]
+
+    def names(self) -> list[str]:
+        """The tensors of the checkpoint."""
+        return [name for names in self.sources.values() for name in names]
+
+    def run(self, read: Read, model: Any) -> dict[str, torch.Tensor]:
+        """The parameters, from tensors that are read as they are needed."""
+        converter = deepcopy(self.converter)
+        for pattern in converter.source_patterns:
+            for name in self.sources.get(pattern, ()):
+                converter.add_tensor(self.first, name, pattern, lambda name=name: read(name))
+        made: dict[str, torch.Tensor] = converter.convert(self.first, model=model, config=model.config)
+        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+
+    def stacked(self, part: Part) -> str | None:
+        """The tensor that holds one piece of one expert by itself; None where none does."""
+        kinds = [type(operation).__name__ for operation in self.converter.operations]
+        place, pieces = part.piece
+        if part.expert is None or kinds != ["MergeModulelist", "Concatenate"][: 1 + (pieces > 1)]:
+            return None
+        if len(self.converter.source_patterns) != pieces:
+            return None
+        names = self.sources.get(self.converter.source_patterns[place], [])
+        return names[part.expert] if part.expert < len(names) else None
+
+
+@dataclass(slots=True)
+class Names:
+    """What each parameter of a model is made of.
+
+    Args:
+        model: as transformers builds it, its large tensors on meta. Any other module calls its tensors as it does.
+        stored: names of the tensors of its checkpoint; by default those that ``save_pretrained`` would write.
+    """
+
+    model: nn.Module
+    stored: Collection[str] = ()
+    _alias: dict[str, str] = field(default_factory=dict)
+    _conversions: dict[str, Conversion] = field(default_factory=dict)
+    _parts: dict[str, Part] = field(default_factory=dict)
+    _shapes: dict[str, torch.Tensor] = field(default_factory=dict)
+    _made: tuple[str, torch.Tensor] | None = None
+    _forward: tuple[list[Any], list[Any]] = field(init=False)
+    _backward: tuple[list[Any], list[Any]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        state = self.model.state_dict()
+        self._shapes = {name: torch.empty(tensor.shape, device="meta") for name, tensor in state.items()}
+        self._forward = _transforms(self.model)
+        self._backward = _reversed_transforms(self.model)
+        self.stored = frozenset(self.stored or self._as_saved(state))
+        self._match()
+
+    # What the engine asks.
+
+    def divide(self, parts: Mapping[str, Part]) -> None:
+        """Tell of parameters that take the place of others: each a part of one that transformers knows."""
+        self._parts |= parts
+
+    def has(self, parameter: str) -> bool:
+        """Whether the checkpoint holds a parameter, or what it is made of."""
+        return bool(self.sources(parameter))
+
+    def sources(self, parameter: str) -> list[str]:
+        """The tensors of the checkpoint that a parameter is made of; none if they are missing."""
+        part = self._parts.get(parameter)
+        if part is not None:
+            single = self._single(part)
+            return [single] if single is not None else self._sources_of_whole(part.parameter)
+        return self._sources_of_whole(parameter)
+
+    def _sources_of_whole(self, parameter: str) -> list[str]:
+        if parameter in self._alias:
+            return [self._alias[parameter]]
+        found = self._conversions.get(parameter)
+        return [] if found is None else found.names()
+
+    def read(self, parameter: str, read: Read) -> torch.Tensor:
+        """A parameter, made of what ``read`` gives for names of the checkpoint.
+
+        Raises:
+            CheckpointError: a tensor is missing, or those that belong together do not fit.
+        """
+        part = self._parts.get(parameter)
+        if part is not None:
+            single = self._single(part)
+            return read(single) if single is not None else part.cut(self._whole(part.parameter, read)).contiguous()
+        return self._whole_now(parameter, read)
+
+    def parts(self) -> dict[str, list[str]]:
+        """The parameters that gave way to parts, each with the names of these."""
+        found: dict[str, list[str]] = {}
+        for name, part in self._parts.items():
+            found.setdefault(part.parameter, []).append(name)
+        return found
+
+    def assemble(self, parameter: str, read: Read) -> torch.Tensor:
+        """A parameter of which there are parts, put together of them.
+
+        Args:
+            parameter: it.
+            read: gives a part by its name in the model.
+        """
+        members = {name: part for name, part in self._parts.items() if part.parameter == parameter}
+        values = {name: read(name) for name in members}
+        dtype = next(iter(values.values())).dtype
+        whole = torch.empty(self._shapes[parameter].shape, dtype=dtype)
+        for name, part in members.items():
+            part.cut(whole).copy_(values[name])
+        return whole
+
+    def layer(self, parameter: str) -> str:
+        """What a layer is called in checkpoints, by the parameter that is its weight.
+
+        It is the name of the tensor that holds the weight, without ``.weight``. An expert of a stack that is one tensor
+        is called as servers call it, ``experts.INDEX.NAME``.
+        """
+        part = self._parts.get(parameter)
+        if part is None:
+            return self.tensor(parameter).removesuffix(".weight")
+        single = self._single(part)
+        if single is not None:
+            return single.removesuffix(".weight")
+        if part.expert is None:
+            return self.tensor(part.parameter).removesuffix(".weight")
+        stack = self._alias.get(part.parameter) or self._backward_name(part.parameter)
+        return f"{stack.rpartition('.')[0]}.{part.expert}.{part.leaf}"
+
+    def tensor(self, parameter: str) -> str:
+        """The name under which a checkpoint holds a parameter that it holds as it is.
+
+        For one that this checkpoint lacks, or makes of several tensors, the name that ``save_pretrained`` would choose.
+        """
+        if parameter in self._alias:
+            return self._alias[parameter]
+        return parameter if parameter in self._conversions else self._backward_name(parameter)
+
+    def written(self, parameter: str) -> str:
+        """The name of the tensor in which a parameter that stays float is written; see :meth:`layer` for parts."""
+        if parameter not in self._parts:
+            return self.tensor(parameter)
+        return f"{self.layer(parameter)}.{parameter.rpartition('.')[2]}"
+
+    def are_stacked(self, parameter: str) -> bool:
+        """Whether transformers makes a parameter of tensors that hold its parts one by one."""
+        return parameter in self._conversions
+
+    def is_part(self, parameter: str) -> bool:
+        """Whether a parameter is a part of another one."""
+        return parameter in self._parts
+
+    def parameters(self) -> dict[str, str]:
+        """The parameters that the checkpoint holds as they are, by the names of their tensors."""
+        return {stored: parameter for parameter, stored in self._alias.items()}
+
+    def parameter_of(self, stored: str) -> str:
+        """The parameter that a tensor of the checkpoint is; the tensor's own name where the model has none such."""
+        return next((parameter for parameter, name in self._alias.items() if name == stored), stored)
+
+    # How they are found.
+
+    def _single(self, part: Part) -> str | None:
+        conversion = self._conversions.get(part.parameter)
+        return None if conversion is None else conversion.stacked(part)
+
+    def _whole(self, parameter: str, read: Read) -> torch.Tensor:
+        """A parameter of which several parts are read one after another; the last one is kept."""
+        if self._made is None or self._made[0] != parameter:
+            self._made = None
+            self._made = (parameter, self._whole_now(parameter, read))
+        return self._made[1]
+
+    def forget(self) -> None:
+        """Let go of the parameter that was kept for its parts."""
+        self._made = None
+
+    def _whole_now(self, parameter: str, read: Read) -> torch.Tensor:
+        if parameter in self._alias:
+            return read(self._alias[parameter])
+        conversion = self._conversions.get(parameter)
+        if conversion is None:
+            raise CheckpointError(f"tensor {self.tensor(parameter)} is not in the checkpoint", DAMAGED)
+        try:
+            return conversion.run(read, self._stand_in())[parameter]
+        except (RuntimeError, ValueError, KeyError, IndexError) as error:
+            names = conversion.names()
+            raise CheckpointError(
+                f"{parameter} cannot be made of {len(names)} tensors such as {names[0]}: {error}", DAMAGED
+            ) from error
+
+    def _stand_in(self) -> Any:
+        """What converters ask of a model: its config, and the shapes of its parameters."""
+        return SimpleNamespace(config=self.model.config, get_parameter=self._shapes.__getitem__)
+
+    def _match(self) -> None:
+        from transformers.core_model_loading import dot_natural_key, rename_source_key
+
+        renamings, converters = self._forward
+        prefix = getattr(self.model, "base_model_prefix", "")
+        by_pattern = {pattern: each for each in converters for pattern in each.source_patterns}
+        found: dict[str, dict[str, list[str]]] = {}
+        for name in sorted(self.stored, key=dot_natural_key):
+            key, pattern = rename_source_key(name, renamings, converters, prefix, self._shapes)
+            if key not in self._shapes and name in self._shapes:
+                key, pattern = name, None
+            if key not in self._shapes:
+                continue
+            if pattern is None:
+                self._alias.setdefault(key, name)
+            else:
+                found.setdefault(key, {}).setdefault(pattern, []).append(name)
+        for key, sources in found.items():
+            conversion = Conversion(key, by_pattern[next(iter(sources))], sources)
+            for target in _targets(key, conversion.converter):
+                if target in self._shapes:
+                    self._conversions[target] = conversion
+        self._match_the_last()
+
+    def _match_the_last(self) -> None:
+        """One single tensor that no name fits is the one parameter that is missing, as GPT-NeoX's head may be."""
+        used = {name for parameter in self._shapes for name in self.sources(parameter)}
+        tied = set(getattr(self.model, "all_tied_weights_keys", None) or ())
+        rest = [name for name in self.stored if name not in used and name.endswith(".weight")]
+        missing = [name for name in self._shapes if not self.has(name) and name not in tied]
+        if len(rest) == len(missing) == 1 and missing[0].endswith(".weight"):
+            self._alias[missing[0]] = rest[0]
+
+    def _as_saved(self, state: Mapping[str, torch.Tensor]) -> Iterable[str]:
+        from transformers.core_model_loading import revert_weight_conversion
+
+        tied = getattr(self.model, "all_tied_weights_keys", None) or {}
+        if not (self._backward[0] or self._backward[1]):
+            return [name for name in state if name not in tied]
+        kept = {name: self._shapes[name] for name in state if name not in tied}
+        reverted: dict[str, Any] = revert_weight_conversion(self.model, kept)
+        return list(reverted)
+
+    def _backward_name(self, parameter: str) -> str:
+        from transformers.core_model_loading import rename_source_key
+
+        renamings, _ = self._backward
+        name: str = rename_source_key(parameter, renamings, [], reverse=True)[0]
+        return name
+
+
+def _transforms(model: nn.Module) -> tuple[list[Any], list[Any]]:
+    """What transformers does to names on load: renamings, and converters."""
+    from transformers import PreTrainedModel
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    return _kinds(get_model_conversion_mapping(model) if isinstance(model, PreTrainedModel) else [])
+
+
+def _reversed_transforms(model: nn.Module) -> tuple[list[Any], list[Any]]:
+    """What it does when a model is saved."""
+    from transformers import PreTrainedModel
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import PrefixChange
+
+    if not isinstance(model, PreTrainedModel):
+        return [], []
+    given = get_model_conversion_mapping(model, add_legacy=False)
+    return _kinds([each.reverse_transform() for each in given[::-1] if not isinstance(each, PrefixChange)])
+
+
+def _kinds(transforms: Iterable[Any]) -> tuple[list[Any], list[Any]]:
+    from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+    given = list(transforms)
+    renamings = [each for each in given if isinstance(each, WeightRenaming)]
+    return renamings, [each for each in given if isinstance(each, WeightConverter)]
+
+
+def _targets(first: str, converter: Any) -> list[str]:
+    """All parameters that a converter makes, by the first of them."""
+    pattern, *others = converter.target_patterns
+    return [first, *(first.replace(pattern, other, 1) for other in others if pattern in first)]
