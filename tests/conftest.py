@@ -7,7 +7,13 @@ from pathlib import Path
 import pytest
 
 from tests.runs import write_records
+from tests.slow_files import SlowFiles
 from tests.tiny import make_model
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Have the slow files listed at the end of a run."""
+    config.pluginmanager.register(SlowFiles())
 
 
 @pytest.fixture(scope="module")

@@ -103,7 +103,7 @@ class Solver:
         started = perf_counter()
         try:
             return work()
-        except Exception as error:
+        except Exception as error:  # methods are plugins, which may raise anything
             if self.tries_again and isinstance(error, torch.OutOfMemoryError):
                 raise
             self.failures[task.name] = error

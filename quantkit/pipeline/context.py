@@ -53,13 +53,13 @@ class Run:
 def attempted(current: Run, row: dict[str, Any], work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """The row with what ``work`` adds, or with the reason why it failed."""
     name = row["name"]
-    # A variant that fails must not take the others down, so any error becomes its row. What is not a
-    # QuantkitError is a bug or a lack of memory, so its traceback is kept.
     try:
         return row | work()
     except QuantkitError as error:
         failure = str(error)
     except Exception as error:
+        # A variant that fails must not take the others down, so any error becomes its row. What is not a
+        # QuantkitError is a bug or a lack of memory, so its traceback is kept.
         path = current.log("traceback", name)
         write_text(path, redacted("".join(traceback.format_exception(error))))
         failure = f"{type(error).__name__}: {redacted(str(error))} (unexpected: the traceback is in {path})"

@@ -58,7 +58,7 @@ def _quantized(current: Run, job: Job, variants: list[VariantSpec]) -> list[Quan
         return quantize_together(
             job, wanted, describe=partial(describe, job), on_segment=on_segment, on_note=current.observer.note
         )
-    except Exception as error:
+    except Exception as error:  # methods and formats are plugins; any error becomes the rows of these variants
         return [error] * len(variants)
 
 

@@ -98,7 +98,7 @@ def kept(found: dict[str, Quantized | Exception], name: str) -> Iterator[None]:
     """An error inside is kept as the outcome of a variant. Any error counts, as methods and formats are plugins."""
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # methods and formats are plugins, which may raise anything
         found[name] = error
 
 
@@ -238,6 +238,6 @@ def _failures_kept(walk: Walk) -> Iterator[None]:
     """What the last task of a walk failed with is among its failures; anything else is not a task's."""
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # what is no failure of a variant is raised again below
         if error not in walk.failures.values():
             raise

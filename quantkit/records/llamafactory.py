@@ -33,7 +33,6 @@ ROLE_TAGS = {
     "system_tag": "system",
 }
 """LLaMA-Factory's tags of the roles, and what each is called where an entry does not say."""
-SHAREGPT_TAGS = {"role_tag": "from", "content_tag": "value", **ROLE_TAGS}
 OPENAI_TAGS = {
     "role_tag": "role",
     "content_tag": "content",

@@ -1,4 +1,4 @@
-"""The data sets that have a name: one small YAML file each, in ``quantkit/calib_data/``."""
+"""The data sets that have a name: one small YAML file each, in ``calib_data/``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from quantkit.records.dataset import RecordSet
 from quantkit.records.files import identify_file, read_file
 from quantkit.records.hub import identify_hub, read_hub
 
-FOLDER = Path(__file__).parent.parent / "calib_data"
+_INSTALLED = Path(__file__).parent.parent / "calib_data"
+FOLDER = _INSTALLED if _INSTALLED.is_dir() else _INSTALLED.parent.parent / "calib_data"
+"""The registry: inside the package where a wheel has put it, and beside the package in a checkout."""
 
 
 class NamedDataset(BaseModel):
