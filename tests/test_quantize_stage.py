@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+from collections.abc import Callable
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from quantkit.checkpoint import CheckpointReader, writer
 from quantkit.engine.skeleton import Skeleton
@@ -257,6 +259,60 @@ def test_a_plan_knows_every_layer(models: dict[str, Path]) -> None:
     assert layers.schemes["model.layers.1.mlp.down_proj"] is None
     assert layers.schemes["model.layers.1.mlp.up_proj"] == IntScheme(4, 32, True)
     assert layers.quantized_bytes(CompressedTensors("float16")) == layers.weights() * 9 // 16 + 16 * 12
+
+
+@pytest.fixture
+def bare(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Gives every block of a Llama a matrix that is in no layer."""
+    init = LlamaDecoderLayer.__init__
+
+    def with_bare_matrix(columns: int) -> None:
+        def changed(self: LlamaDecoderLayer, *given: Any, **keys: Any) -> None:
+            init(self, *given, **keys)
+            self.bare = torch.nn.Parameter(torch.zeros(64, columns))
+
+        monkeypatch.setattr(LlamaDecoderLayer, "__init__", changed)
+
+    return with_bare_matrix
+
+
+def test_a_model_that_is_partly_float_is_noted(bare: Callable[[int], None], tmp_path: Path) -> None:
+    bare(96)
+    source = make_model(tmp_path / "source")
+    done = quantize(job(source), variant(), tmp_path / "out")
+    whole = 3 * 64 * 128 + 2 * 64 * 64 + 2 * 64 * 32
+    text = f"{96 * 64 / (whole + 96 * 64):.0%} of the blocks' weights are in no layer that can be quantized, such as "
+    assert done.facts["notes"] == [f"{text}model.layers.0.bare, and stay float"]
+    written, read = CheckpointReader(done.folder), CheckpointReader(source)
+    stored = sum(map(written.nbytes, written.names()))
+    assert done.facts["bits_per_weight_file"] == stored * 8 / sum(read.read(name).numel() for name in read.names())
+    assert done.facts["bits_per_weight_file"] > 2 * done.facts["bits_per_weight"]
+
+
+def test_a_model_that_is_mostly_float_is_refused_unless_it_may_be(bare: Callable[[int], None], tmp_path: Path) -> None:
+    bare(1024)
+    source = make_model(tmp_path / "source")
+    with pytest.raises(SchemeError) as caught:
+        quantize(job(source), variant(), tmp_path / "out")
+    assert "% of the blocks' weights are in no layer that can be quantized" in caught.value.problem
+    assert caught.value.remedy == "add allow_float: true to variant v for a file that is mostly float"
+    done = quantize(job(source), variant(allow_float=True), tmp_path / "out")
+    assert "model.layers.0.bare, and stay float" in done.facts["notes"][0]
+    assert made_from(job(source), variant(allow_float=True)) == made_from(job(source), variant())
+
+
+def test_a_gguf_file_counts_its_tensors_alone(models: dict[str, Path], tmp_path: Path) -> None:
+    facts = quantize(job(models["llama"]), variant(format="gguf"), tmp_path / "out").facts
+    reader = CheckpointReader(models["llama"])
+    layers = plan_layers(Skeleton(models["llama"]), variant(format="gguf"))
+    total = sum(reader.read(name).numel() for name in reader.names())
+    floats = total - layers.weights()
+    assert facts["bits_per_weight"] * layers.weights() + 16 * floats <= facts["bits_per_weight_file"] * total
+    assert facts["bits_per_weight_file"] * total <= facts["bits_per_weight"] * layers.weights() + 32 * floats
+
+
+def test_a_model_of_layers_alone_has_no_note(models: dict[str, Path]) -> None:
+    assert plan_layers(Skeleton(models["llama"]), variant()).notes == ()
 
 
 def test_the_strategy_follows_the_free_memory(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from pathlib import Path
 
+from quantkit.checkpoint import CheckpointReader
+from quantkit.exports import find_gguf
 from quantkit.exports.content import Content
 from quantkit.exports.folder_writer import write_folder
 from quantkit.formats.base import Format
@@ -40,6 +43,26 @@ def origin_remarks(store: Format, folder: Path, dtype: str) -> tuple[str, ...]:
     from quantkit.exports.gguf_writer import source_remarks
 
     return source_remarks(folder, dtype)
+
+
+def bits_of_file(folder: Path, origin: Path) -> float:
+    """Bits that all tensors of a checkpoint take, for each parameter of the float model.
+
+    Args:
+        folder: of the checkpoint.
+        origin: of the float model.
+
+    Raises:
+        CheckpointError: one of them is broken.
+    """
+    reader, file = CheckpointReader(origin), find_gguf(folder)
+    parameters = sum(math.prod(reader.shape(name)) for name in reader.names())
+    if file is None:
+        written = CheckpointReader(folder)
+        return sum(map(written.nbytes, written.names())) * 8 / parameters
+    from quantkit.gguf.head import read_head
+
+    return sum(tensor.nbytes for tensor in read_head(file).tensors.values()) * 8 / parameters
 
 
 def write_export(content: Content, store: Format, folder: Path) -> None:

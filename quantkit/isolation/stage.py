@@ -18,6 +18,7 @@ import yaml
 from quantkit.checkpoint import CheckpointReader
 from quantkit.errors import QuantizationError
 from quantkit.exports.manifest import FOREIGN, public_reference, write_manifest
+from quantkit.exports.writing import bits_of_file
 from quantkit.isolation.checking import RESCALED, WEIGHTS_ALONE, Looked, believed, checked_export
 from quantkit.isolation.codes import chosen_format, read_schemes, write_in_format
 from quantkit.isolation.launch import Place, ending_facts, failure, fixed_variables, launch
@@ -68,6 +69,7 @@ def quantize_by_library(attempt: Attempt) -> Quantized:
         ending = _run(attempt, place, scratch, fixed)
         store, schemes, looked = _written(attempt, ending, scratch, folder)
         facts = {"format": store, **_facts(attempt, ending, fixed, looked, time.perf_counter() - started)}
+        facts["bits_per_weight_file"] = bits_of_file(folder, attempt.job.source)
         _write_records(folder, attempt, store, schemes, identity, facts)
         write_stage(folder, STAGE, identity, facts=facts)
     return Quantized(attempt.out, facts, reused=False)

@@ -103,6 +103,7 @@ def _scored(current: Run, variant: LibrarySpec, done: Quantized, baseline: dict[
         "scheme": Counter(layer["scheme"] for layer in facts["layers"]).most_common(1)[0][0],
         "checkpoint": str(done.folder),
         "bits_per_weight": facts["bits_per_weight"],
+        "bits_per_weight_file": facts.get("bits_per_weight_file"),
         "layers": facts["layers"],
         "notes": facts["notes"],
         "library": facts["library"],

@@ -109,6 +109,7 @@ def _quantize_facts(done: Quantized) -> dict[str, Any]:
     return {
         "checkpoint": str(done.folder),
         "bits_per_weight": facts["bits_per_weight"],
+        "bits_per_weight_file": facts["bits_per_weight_file"],
         "layers": facts["layers"],
         "notes": facts["notes"],
     }

@@ -19,7 +19,7 @@ from quantkit.system.devices import resolve_device
 STAGE = "quantize"
 CODE_VERSION = 3
 """Part of the fingerprint: raised when the same inputs would give other bytes."""
-NOT_IN_BYTES = ("name",)
+NOT_IN_BYTES = ("name", "allow_float")
 """Keys of a variant that change no byte of it."""
 
 

@@ -17,6 +17,8 @@ from quantkit.formats.base import Format
 from quantkit.recipe import VariantSpec
 from quantkit.schemes import PlainScheme, Scheme
 
+FLOAT_NOTED, FLOAT_ALLOWED = 0.01, 0.5
+"""Shares of the blocks' weights in no layer: above the first a note says so, above the second a variant has to."""
 SPARE_MEMORY = 0.5
 """Share of the free memory that paused activations may take."""
 
@@ -33,6 +35,7 @@ class Layers:
         tied: full names of the head and the embedding where the source gives both one weight.
         paths: the names of layers that the model of transformers calls otherwise than the checkpoint, to its own.
         stacks: tensors of the source that are no layer's own, such as stacked experts, to the layers that they hold.
+        notes: what the user should know of it.
         cast: the dtype in which every float tensor is stored; None leaves each as it is.
     """
 
@@ -44,6 +47,7 @@ class Layers:
     cast: str | None = None
     paths: Mapping[str, str] = field(default_factory=dict)
     stacks: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def linears(self) -> dict[str, Scheme | None]:
@@ -97,7 +101,8 @@ def plan_layers(skeleton: Skeleton, variant: VariantSpec) -> Layers:
 
     Raises:
         SchemeError: a scheme does not suit a layer, a pattern matches nothing, there are fewer blocks than the
-            variant names, layers that a runtime fuses differ, there is no embedding to quantize, or no layer is left.
+            variant names, layers that a runtime fuses differ, there is no embedding to quantize, no layer is left, or
+            more than half of the blocks is in none.
     """
     paths = {layer.name: layer.path for layer in skeleton.layers() if layer.name != layer.path}
     return replace(_plan(skeleton, variant), paths=paths, stacks=skeleton.stacks())
@@ -126,12 +131,38 @@ def _plan(skeleton: Skeleton, variant: VariantSpec) -> Layers:
     for names in siblings:
         _check_fused(variant, {name: schemes[name] for name in names})
     fused = tuple(names for names in siblings if schemes[names[0]] is not None)
+    notes = _float_notes(skeleton, variant)
     embedding = _plan_embedding(skeleton, variant)
     if embedding is None:
-        return Layers(schemes, shapes, fused, tied=skeleton.tied)
+        return Layers(schemes, shapes, fused, tied=skeleton.tied, notes=notes)
     name, scheme, shape = embedding
     shared = store.shares_head and not any(schemes.get(each) for each in skeleton.tied)
-    return Layers({name: scheme} | schemes, {name: shape} | shapes, fused, name, () if shared else skeleton.tied)
+    tied = () if shared else skeleton.tied
+    return Layers({name: scheme} | schemes, {name: shape} | shapes, fused, name, tied, notes=notes)
+
+
+def _float_notes(skeleton: Skeleton, variant: VariantSpec) -> tuple[str, ...]:
+    """What is to be said of the blocks' matrices that are in no layer, such as bare parameters.
+
+    Raises:
+        SchemeError: they are more than half of the blocks, and the variant does not allow it.
+    """
+    total, left = 0, dict[str, int]()
+    for segment in skeleton.segments:
+        layers = {id(layer.weight) for layer in segment.layers}
+        for name, parameter in segment.module.named_parameters():
+            if parameter.ndim >= 2:
+                total += parameter.numel()
+                left |= {} if id(parameter) in layers else {f"{segment.prefix}.{name}": parameter.numel()}
+    share = sum(left.values()) / max(1, total)
+    if share <= FLOAT_NOTED:
+        return ()
+    largest = max(left, key=lambda name: left[name])
+    text = f"{share:.0%} of the blocks' weights are in no layer that can be quantized, such as {largest}"
+    if share > FLOAT_ALLOWED and not variant.allow_float:
+        remedy = f"add allow_float: true to variant {variant.name} for a file that is mostly float"
+        raise SchemeError(f"{variant.name}: {text}", remedy)
+    return (f"{text}, and stay float",)
 
 
 def _plan_embedding(skeleton: Skeleton, variant: VariantSpec) -> tuple[str, Scheme, tuple[int, int]] | None:

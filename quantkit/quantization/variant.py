@@ -21,7 +21,7 @@ from quantkit.errors import QuantizationError
 from quantkit.exports import IMATRIX
 from quantkit.exports.content import Content, Stored
 from quantkit.exports.manifest import public_reference, write_manifest
-from quantkit.exports.writing import check_origin, origin_remarks, write_export
+from quantkit.exports.writing import bits_of_file, check_origin, origin_remarks, write_export
 from quantkit.formats import FORMATS
 from quantkit.quantization.job import STAGE, Job, Quantized, Wanted, made_from
 from quantkit.quantization.plan import plan_layers
@@ -153,7 +153,7 @@ class VariantRun:
             content = self._content()
             write_export(content, self._store, folder)
             self._write_importance(folder, content)
-            facts = self._facts(walk, time.perf_counter() - started)
+            facts = self._facts(walk, folder, time.perf_counter() - started)
             self._write_records(folder, identity, facts)
             describe(folder, self._out.name)
             write_stage(folder, STAGE, identity, facts=facts)
@@ -220,11 +220,12 @@ class VariantRun:
             chunk_size=max(map(len, self._job.rows)),
         )
 
-    def _facts(self, walk: WalkFacts, writing: float) -> dict[str, Any]:
+    def _facts(self, walk: WalkFacts, folder: Path, writing: float) -> dict[str, Any]:
         """What ``stage.json`` and the report say of the variant.
 
         Args:
             walk: that solved it.
+            folder: where it was written.
             writing: seconds of writing it.
         """
         own_before, shared_before = self.solved.seconds_before
@@ -233,6 +234,7 @@ class VariantRun:
         notes = [
             *origin_remarks(self._store, self._job.source, self._job.dtype),
             *self._remarks(),
+            *self.layers.notes,
             *filter(None, [self.resumed.note]),
             *walk.notes,
             *dict.fromkeys(f"{layer['name']}: {note}" for layer in layers for note in layer["notes"]),
@@ -240,6 +242,7 @@ class VariantRun:
         stored = self.solved.stored_bytes
         return {
             "bits_per_weight": stored * 8 / self.layers.weights() if self.layers.quantized else 16.0,
+            "bits_per_weight_file": bits_of_file(folder, self._job.source),
             "layers": layers,
             "notes": notes,
             "resumed": len(self.resumed.segments),

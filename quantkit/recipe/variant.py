@@ -12,7 +12,7 @@ from quantkit.errors import SchemeError
 from quantkit.formats import FORMATS
 from quantkit.methods import METHODS
 from quantkit.methods.base import Method, MethodOptions
-from quantkit.recipe.fields import Name, Patterns, Section, compiled
+from quantkit.recipe.fields import Flag, Name, Patterns, Section, compiled
 from quantkit.recipe.options import DEFAULT_METHOD, gathered
 from quantkit.recipe.scheme import BlocksPatch, SchemeKeys, SchemePatch, known_kind, written_keys
 from quantkit.schemes import DEFAULT_KIND, Scheme, make_scheme
@@ -60,6 +60,7 @@ class VariantSpec(SchemeKeys, Choice):
         overrides: regular expression to a patch of the scheme, first match wins.
         first_blocks, last_blocks: a patch of the scheme for so many decoder blocks, where no override matches.
         embeddings: a patch of the scheme for the input embedding; None keeps it float.
+        allow_float: whether more than half of the weights of the blocks may be in no layer that can be quantized.
         options: the method's own options; in YAML they stand beside the other keys.
     """
 
@@ -68,6 +69,7 @@ class VariantSpec(SchemeKeys, Choice):
     first_blocks: BlocksPatch | None = None
     last_blocks: BlocksPatch | None = None
     embeddings: SchemePatch | None = None
+    allow_float: Flag = False
     options: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="before")

@@ -102,6 +102,9 @@ def _cost_columns(rows: Sequence[Record], ratio: str) -> dict[str, Column]:
         "size": _bytes("Size", _values(rows, "size_bytes")),
         "ratio": _column(ratio, ratios, percent, "low"),
         "bits": _column("Bits per weight", _values(rows, "bits_per_weight"), lambda value: fixed(value, 2), "low"),
+        "file_bits": _column(
+            "Bits, whole file", _values(rows, "bits_per_weight_file"), lambda value: fixed(value, 2), "low"
+        ),
         "weights": _marked_decoded(_bytes("Weights", _values(rows, "memory", "weights_bytes")), rows),
         "peak": _bytes("Peak", _values(rows, "memory", "peak_bytes")),
         **_estimate_columns(rows),

@@ -101,7 +101,7 @@ def _shapes(report: Record) -> list[tuple[str, list[Shape]]]:
         for text in texts_of(report)
     ]
     return [
-        ("On disk", [[("size", ""), ("ratio", "")], [("bits", "Bits")]]),
+        ("On disk", [[("size", ""), ("ratio", "")], [("bits", "Bits"), ("file_bits", "Whole file")]]),
         *per_text,
         (
             "Memory",
