@@ -23,8 +23,8 @@ from quantkit.errors import EvaluationError, MissingDependencyError
 from quantkit.evaluation import EvaluationJob, run_job
 from quantkit.evaluation.evaluate import evaluate
 from quantkit.evaluation.harness import HarnessModel
-from quantkit.evaluation.tasks import _sandboxed, loaded_tasks
-from quantkit.evaluation.templates import Patterns, Templates
+from quantkit.evaluation.task_sandbox import Patterns, Templates, sandboxed
+from quantkit.evaluation.tasks import loaded_tasks
 from quantkit.recipe import EvaluationSpec, TaskSpec
 from quantkit.runtimes import RUNTIMES, _model
 from quantkit.runtimes._model import TransformersModel
@@ -326,7 +326,7 @@ def test_a_pattern_that_never_ends_is_one_line(monkeypatch: pytest.MonkeyPatch) 
     from lm_eval.filters import extraction
 
     monkeypatch.setattr("quantkit.records.sandbox.SECONDS", 1.0)
-    with _sandboxed():
+    with sandboxed():
         found = extraction.RegexFilter(r"#### (\d+)").apply([["#### 12"], ["none"]], [{}, {}])
         assert list(found) == [["12"], ["[invalid]"]]
         with pytest.raises(
@@ -336,6 +336,43 @@ def test_a_pattern_that_never_ends_is_one_line(monkeypatch: pytest.MonkeyPatch) 
         with pytest.raises(EvaluationError, match="takes more than 1 seconds"):
             metrics.exact_match_hf_evaluate(["a" * 60], ["b"], regexes_to_ignore=["(a|a)*c"])
     assert extraction.re is metrics.re is re
+
+
+def otherwise(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    """Have the package do something by itself, as another version of it might."""
+    import jinja2
+    from lm_eval.api import metrics, task
+    from lm_eval.filters.extraction import RegexFilter
+
+    own: dict[str, dict[str, tuple[Any, Any]]] = {
+        "templates of tasks": {
+            "apply_template": (task.utils, lambda text, document: jinja2.Template(text).render(**document))
+        },
+        "patterns that find answers": {
+            "__init__": (RegexFilter, lambda self, regex_pattern: None),
+            "apply": (RegexFilter, lambda self, answers, documents: answers),
+        },
+        "patterns that metrics ignore": {"exact_match_hf_evaluate": (metrics, lambda **given: {"exact_match": 1.0})},
+        "metrics of the hub": {"get_metric": (task, lambda name, fetched: metrics.exact_match_fn)},
+    }
+    for name, (place, function) in own[what].items():
+        monkeypatch.setattr(place, name, function)
+
+
+@pytest.mark.parametrize(
+    "what",
+    ["templates of tasks", "patterns that find answers", "patterns that metrics ignore", "metrics of the hub"],
+)
+def test_a_version_of_the_package_that_goes_past_a_stand_in_is_refused(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    from lm_eval import utils
+
+    engine = utils.env
+    otherwise(monkeypatch, what)
+    with pytest.raises(EvaluationError, match=rf"lm-evaluation-harness 0\.\S+ handles {what} where quantkit cannot"):
+        scored(checkpoint, str(write_task(tmp_path)))
+    assert utils.env is engine
 
 
 def test_code_of_a_task_runs_only_when_it_is_trusted(checkpoint: Path, tmp_path: Path) -> None:

@@ -39,9 +39,9 @@ def sign(
     """Sign a checkpoint's manifest, which holds the hash of every file."""
     import os
 
-    from quantkit.publishing import signing
+    from quantkit.publishing import signatures
 
-    say(f"signature: {signing.sign(checkpoint, key, password=os.environ.get(PASSWORD))}")
+    say(f"signature: {signatures.sign(checkpoint, key, password=os.environ.get(PASSWORD))}")
 
 
 @app.command("verify-signature", rich_help_panel=PANEL)

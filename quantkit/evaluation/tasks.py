@@ -1,8 +1,8 @@
 """Tasks of lm-evaluation-harness, scored on a loaded model.
 
 The package reads its tasks, builds the prompts and judges the answers; :mod:`quantkit.evaluation.harness` gives it the
-model. Unless remote code is trusted, templates and patterns run in a process of their own, see
-:mod:`quantkit.evaluation.templates`, and metrics that it would fetch from the Hugging Face hub as scripts are refused.
+model. Unless remote code is trusted, templates and patterns run in a process of their own, and metrics that it would
+fetch from the Hugging Face hub as scripts are refused, see :mod:`quantkit.evaluation.task_sandbox`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import numpy as np
 from quantkit.errors import EvaluationError, MissingDependencyError
 from quantkit.evaluation.harness import HarnessModel
 from quantkit.evaluation.task_files import TaskFile, read_task
-from quantkit.evaluation.templates import Patterns, Templates
+from quantkit.evaluation.task_sandbox import sandboxed
 from quantkit.recipe import TaskSpec
 from quantkit.runtimes.base import LoadedModel
 from quantkit.system.artifacts import fingerprint
@@ -75,7 +75,7 @@ def loaded_tasks(specs: Sequence[TaskSpec], *, trusted: bool) -> Iterator[list[L
         return
     manager_class = _manager_class()
     with ExitStack() as stack:
-        refused: list[str] = [] if trusted else stack.enter_context(_sandboxed())
+        refused: list[str] = [] if trusted else stack.enter_context(sandboxed())
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="quantkit-tasks-")))
         names = any(spec.name for spec in specs)
         manager = manager_class(include_defaults=names)
@@ -235,30 +235,3 @@ def _translated(spec: TaskSpec, remedy: str) -> Iterator[None]:
     except (jinja2.TemplateError, *_BROKEN) as error:
         text = f"{type(error).__name__}: {error}"
         raise EvaluationError(f"task {spec.label} cannot be loaded: {text}", remedy) from error
-
-
-@contextmanager
-def _sandboxed() -> Iterator[list[str]]:
-    """Templates and patterns in a process of their own, and no scripts of the hub; gives those that were asked for."""
-    import evaluate
-    from lm_eval import utils
-    from lm_eval.api import metrics
-    from lm_eval.filters import extraction
-
-    refused: list[str] = []
-
-    def refuse(path: str, *args: Any, **options: Any) -> None:
-        refused.append(path)
-        raise ValueError(f"{path} is a script of the hub")
-
-    stand_ins = (
-        (utils, "env", Templates()),
-        (evaluate, "load", refuse),
-        (metrics, "re", Patterns()),
-        (extraction, "re", Patterns()),
-    )
-    with ExitStack() as stack:
-        for place, name, stand_in in stand_ins:
-            stack.callback(setattr, place, name, getattr(place, name))
-            setattr(place, name, stand_in)
-        yield refused

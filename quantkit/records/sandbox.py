@@ -13,12 +13,13 @@ import atexit
 import json
 import os
 import queue
-import subprocess
 import sys
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
+
+from quantkit.system.child import Child
 
 WORKER = Path(__file__).with_name("sandbox_worker.py")
 SECONDS = 10.0
@@ -103,9 +104,9 @@ class _Renderer:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._child: subprocess.Popen[bytes] | None = None
+        self._child: Child | None = None
         self._owner = 0
-        self._answers: queue.Queue[bytes] = queue.Queue()
+        self._answers: queue.SimpleQueue[bytes] = queue.SimpleQueue()
 
     def ask(self, request: dict[str, Any], seconds: float) -> dict[str, Any]:
         """The answer, or one that says why there is none."""
@@ -117,10 +118,9 @@ class _Renderer:
                 self.close()
                 raise
 
-    def _asked(self, child: subprocess.Popen[bytes], line: bytes, seconds: float) -> dict[str, Any]:
+    def _asked(self, child: Child, line: bytes, seconds: float) -> dict[str, Any]:
         try:
-            _pipe(child.stdin).write(line)
-            _pipe(child.stdin).flush()
+            child.send(line)
             answer = self._answers.get(timeout=seconds)
         except queue.Empty:
             self.close()
@@ -133,27 +133,19 @@ class _Renderer:
         found: dict[str, Any] = json.loads(answer)
         return found
 
-    def _running(self) -> subprocess.Popen[bytes]:
-        if self._child is None or self._child.poll() is not None or self._owner != os.getpid():
+    def _running(self) -> Child:
+        if self._child is None or self._owner != os.getpid() or self._child.has_ended():
             return self._start()
         return self._child
 
-    def _start(self) -> subprocess.Popen[bytes]:
+    def _start(self) -> Child:
         if self._owner == os.getpid():
             self.close()
-        environment = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
-        child = self._child = subprocess.Popen(
-            [sys.executable, "-P", str(WORKER)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env=environment,
-        )
-        if self._owner != os.getpid():
+        else:  # the first in this process; the one of a process that forked this one is that one's
             atexit.register(self.close)
-        self._owner, self._answers = os.getpid(), queue.Queue()
-        reading = threading.Thread(target=_read, args=(_pipe(self._child.stdout), self._answers), daemon=True)
-        reading.start()
+        self._owner, self._answers = os.getpid(), queue.SimpleQueue()
+        kept = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
+        child = self._child = Child([sys.executable, "-P", str(WORKER)], kept, self._answers.put)
         try:
             ready = self._answers.get(timeout=START_SECONDS)
         except queue.Empty:
@@ -167,23 +159,7 @@ class _Renderer:
         """End the process."""
         child, self._child = self._child, None
         if child is not None and self._owner == os.getpid():
-            child.kill()
-            child.wait()
-            _pipe(child.stdin).close()
-
-
-def _read(stream: IO[bytes], answers: queue.Queue[bytes]) -> None:
-    """Pass the lines on until there are no more; an empty one ends them."""
-    with stream:
-        for line in stream:
-            answers.put(line)
-    answers.put(b"")
-
-
-def _pipe(found: IO[bytes] | None) -> IO[bytes]:
-    if found is None:
-        raise RuntimeError("the process was started without a pipe")
-    return found
+            child.end(patient=False)
 
 
 _RENDERER = _Renderer()

@@ -110,7 +110,7 @@ def _matched(request: dict[str, Any]) -> dict[str, Any]:
         return {"text": re.sub(pattern, request["replacement"], text, flags=flags)}
     except (MemoryError, RecursionError):
         return {"error": "it takes more memory than a text needs"}
-    except (re.error, ValueError, IndexError, OverflowError) as error:
+    except (re.error, ValueError, TypeError, IndexError, OverflowError) as error:
         return {"error": str(error)[:500]}
 
 

@@ -40,9 +40,8 @@ from quantkit.inspection import inspect
 from quantkit.merging.archives import unpack
 from quantkit.merging.config import AdapterConfig
 from quantkit.publishing.push import files_to_push
-from quantkit.publishing.signature_files import check_files
 from quantkit.publishing.signature_keys import public_key
-from quantkit.publishing.signatures import verify_signature
+from quantkit.publishing.signatures import check_files, verify_signature
 from quantkit.recipe import Recipe
 from quantkit.recipe.llamafactory import import_recipe
 from quantkit.records import read_file
