@@ -112,8 +112,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
         setting = prepare(given, work, feed="float")
+        asymmetric = {"symmetric": False}
         wanted = [
-            Wanted(VariantSpec(name=name.replace("+", "-"), method=name, symmetric=False), work / name)
+            Wanted(
+                VariantSpec.model_validate({**asymmetric, "name": name.replace("+", "-"), "method": name}), work / name
+            )
             for name in ("awq", "awq+gptq")
         ]
         found = {}

@@ -79,8 +79,9 @@ def main() -> None:
         work = Path(scratch)
         setting = prepare(given, work)
         pairs = []
+        variant = VariantSpec.model_validate({"name": "gptq", "group_size": GROUP_SIZE})
         for pair in range(given.pairs):
-            ours = quantize(setting.job, VariantSpec(name="gptq", group_size=GROUP_SIZE), work / f"ours-{pair}")
+            ours = quantize(setting.job, variant, work / f"ours-{pair}")
             theirs = with_gptqmodel(given.gptqmodel_python, setting.folder, setting.rows_file, work / f"theirs-{pair}")
             pairs.append((ours.facts["seconds"], theirs))
             print(f"pair {pair}: quantkit {pairs[-1][0]:.1f} s with export, gptqmodel {theirs:.1f} s", flush=True)

@@ -24,8 +24,7 @@ from quantkit.formats.gguf import Gguf
 from quantkit.gguf.imatrix import Importance, write_imatrix
 from quantkit.recipe import ModelSpec
 from quantkit.runtimes.base import LoadOptions
-from quantkit.schemes import PER_CHANNEL, IntScheme, Mxfp4Scheme, Scheme
-from quantkit.schemes import SCHEMES as SCHEMES_BY_KIND
+from quantkit.schemes import PER_CHANNEL, IntScheme, Mxfp4Scheme, Scheme, make_scheme
 from quantkit.source import resolve
 from tests.gguf_models import (
     TEXTS,
@@ -159,7 +158,7 @@ def test_the_package_gguf_reads_the_file_and_decodes_the_same(tmp_path: Path, sc
 def test_blocks_of_llama_cpp_s_own_types_are_computed_with(tmp_path: Path) -> None:
     pytest.importorskip("xllamacpp")
     folder = make_model(tmp_path / "float", hidden_size=256, intermediate_size=256, head_dim=64)
-    path = written(tmp_path, folder, SCHEMES_BY_KIND["q4_k"](), SCHEMES_BY_KIND["q6_k"]())
+    path = written(tmp_path, folder, make_scheme("q4_k", {}), make_scheme("q6_k", {}))
     assert path.name == "model-Q4_K.gguf"
     export, ids = GgufExport(path), torch.arange(5, 69)
     assert {scheme.kind for scheme in export.schemes.values()} == {"q4_k", "q6_k"}

@@ -375,7 +375,7 @@ def test_layers_of_other_families_play_the_same_parts() -> None:
     assert mixture.for_layer("transformer.h.0.attn.c_proj", 0, 12, (512, 512)) == ggml("q4_k")
 
 
-@pytest.mark.parametrize("kind", [kind for kind in SCHEMES if kind not in MIXTURES])
+@pytest.mark.parametrize("kind", [kind for kind in SCHEMES.names() if kind not in MIXTURES])
 def test_other_schemes_are_the_same_for_every_layer(kind: str) -> None:
     scheme = make_scheme(kind, {})
     assert scheme.for_layer("model.layers.0.mlp.down_proj", 0, 30, (64, 64)) is scheme

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from quantkit.errors import SchemeError
 from quantkit.methods.base import Method, MethodOptions, Statistic
 from quantkit.schemes import INTEGER_BITS, PER_CHANNEL, SCHEMES, Fp8Scheme, IntScheme, Scheme, make_scheme
-from quantkit.schemes.kinds import keys_of
+from quantkit.schemes.kinds import all_kinds, keys_of
 
 SHOWN_COLUMNS = 4096
 """Rows and columns of the layer for which bits per weight are given."""
@@ -75,22 +75,21 @@ def needs_of(method: type[Method]) -> str:
 def schemes_taken(check: Check) -> list[str]:
     """The kinds of scheme that pass ``check``, each with its bits or its granularities."""
     words = {"int": _integers(check), "fp8": _floats(check)}
-    plain = {kind: kind if _takes(check, make_scheme(kind, {})) else "" for kind in SCHEMES if kind not in words}
-    found = {**plain, **words}
-    return [found[kind] for kind in SCHEMES if found[kind]]
+    plain = {kind: kind if _takes(check, make_scheme(kind, {})) else "" for kind in all_kinds()}
+    return [text for text in (plain | words).values() if text]
 
 
 def bits_taken(check: Check) -> str:
     """The widths of codes that pass ``check``, as a range where they have no gap."""
     widths = {scheme.bits for scheme in _integer_probes() if _takes(check, scheme)}
-    widths |= {scheme.bits for kind in SCHEMES if _takes(check, scheme := make_scheme(kind, {}))}
+    widths |= {scheme.bits for kind in SCHEMES.names() if _takes(check, scheme := make_scheme(kind, {}))}
     return _ranges(sorted(widths))
 
 
 def scheme_keys(kind: str) -> list[Option]:
     """The keys of a kind of scheme with their defaults."""
-    documented = _documented(SCHEMES[kind])
-    defaults = SCHEMES[kind].defaults()
+    documented = _documented(SCHEMES.get(kind))
+    defaults = SCHEMES.get(kind).defaults()
     return [
         Option(key, "required" if defaults[key] is MISSING else written(defaults[key]), documented.get(key, ""))
         for key in keys_of(kind)

@@ -21,6 +21,7 @@ from quantkit.libraries import LIBRARIES
 from quantkit.methods import METHODS
 from quantkit.runtimes import RUNTIMES
 from quantkit.schemes import SCHEMES, GgmlMixture
+from quantkit.schemes.kinds import all_kinds
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -54,7 +55,8 @@ def method_lines() -> Iterator[str]:
     yield ""
     yield "Schemes, the key 'scheme' of a variant (bits per weight as they are by default, with their scales):"
     yield ""
-    for kind, scheme in SCHEMES.items():
+    for kind in all_kinds():
+        scheme = SCHEMES.get(kind)
         yield f"{kind}: {scheme.summary}"
         width = f"{shown_bits(kind):.4g} per weight"
         mixed = issubclass(scheme, GgmlMixture)

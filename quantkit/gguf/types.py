@@ -64,7 +64,7 @@ def scheme_of(kind: str) -> Scheme | None:
                 return IntScheme(bits, BLOCK, symmetric, "int" if symmetric else "float")
     if kind == MXFP4:
         return Mxfp4Scheme()
-    own = (scheme for scheme in SCHEMES.values() if issubclass(scheme, GgmlScheme))
+    own = (scheme for scheme in SCHEMES if issubclass(scheme, GgmlScheme))
     return next((scheme() for scheme in own if scheme.ggml_type == kind), None)
 
 

@@ -127,10 +127,10 @@ def type_for(method: str, layer: str, blocks: int, shape: tuple[int, ...]) -> st
         return method.upper()
     if method in MIXTURES:
         block = int(layer.split(".")[2])
-        return type_of(SCHEMES[method]().for_layer(layer, block, blocks, (rows, columns)))
+        return type_of(SCHEMES.get(method)().for_layer(layer, block, blocks, (rows, columns)))
     if method in FALLBACKS and columns % SUPER_BLOCK:
         return type_of(FALLBACKS[method])
-    return type_of(SCHEMES[method]())
+    return type_of(SCHEMES.get(method)())
 
 
 def _shape(tensor: Any) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ from quantkit.errors import RecipeError, did_you_mean
 from quantkit.recipe.library import taken_keys
 from quantkit.recipe.options import DEFAULT_METHOD, option_names
 from quantkit.recipe.variant import VariantSpec
-from quantkit.schemes import DEFAULT_KIND, SCHEME_KEYS, SCHEMES
+from quantkit.schemes import DEFAULT_KIND, SCHEMES, scheme_keys
 from quantkit.schemes.kinds import keys_of
 
 
@@ -31,8 +31,8 @@ def check_default_keys(defaults: Mapping[Any, Any], variants: Sequence[Any]) -> 
             known |= _keys_taken(defaults, variant)
     known -= {"name", "options", "library"}
     for key in defaults:
-        if key in SCHEME_KEYS and key not in known:
-            kinds = ", ".join(kind for kind in SCHEMES if key in keys_of(kind))
+        if key in scheme_keys() and key not in known:
+            kinds = ", ".join(kind for kind in SCHEMES.names() if key in keys_of(kind))
             raise RecipeError(f"defaults.{key}: no variant has a scheme that takes it", f"these do: {kinds}")
         if key not in known:
             raise RecipeError(f"unknown key 'defaults.{key}'", did_you_mean(str(key), known))
@@ -47,9 +47,9 @@ def _keys_taken(defaults: Mapping[str, Any], variant: Mapping[str, Any]) -> set[
 
 
 def _scheme_free_keys() -> set[str]:
-    return set(VariantSpec.model_fields) - set(SCHEME_KEYS)
+    return set(VariantSpec.model_fields) - set(scheme_keys())
 
 
 def _scheme_keys(kind: object) -> set[str]:
     """The keys of a kind of scheme; all of them for what is none, which the field's own validator reports."""
-    return set(keys_of(kind) if isinstance(kind, str) and kind in SCHEMES else SCHEME_KEYS)
+    return set(keys_of(kind) if isinstance(kind, str) and kind in SCHEMES else scheme_keys())

@@ -2,45 +2,53 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from types import NoneType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, create_model, field_validator, model_validator
 
-from quantkit.errors import SchemeError, did_you_mean
 from quantkit.recipe.fields import Flag, Section, Whole
-from quantkit.schemes import SCHEME_KEYS, SCHEMES, Scheme
+from quantkit.schemes import SCHEMES, Scheme, scheme_keys
+from quantkit.schemes.kinds import key_types
 from quantkit.system.validation import located
 
+STRICT: dict[Any, Any] = {int: Whole, bool: Flag}
+"""A recipe's numbers and booleans are not taken from text."""
 
-class SchemeKeys(Section):
-    """The keys of all schemes; one that is None was not given and takes the default of the scheme.
 
-    Attributes:
-        bits: width of a code.
-        group_size: input columns that share a scale; ``-1`` is one scale per output row.
-        symmetric: zero is a level and no zero point is stored.
-        zeros: zero points are whole codes (``int``) or any number (``float``).
-        axis: 1 groups weights of a row, 0 of a column.
-        activations: ``dynamic`` has the runtime round a layer's inputs as well, ``none`` leaves them as they are.
-        double_quant: store the scales of blocks in 8 bits.
-        granularity: what shares a scale of 8-bit floats.
-        desc_act: groups gather columns of like activation, for which the file needs a ``g_idx``.
-    """
+def _written_type(key: str) -> Any:
+    """The type of a key as a recipe writes it, where what may be None is written ``none``."""
+    parts: list[Any] = []
+    for declared in key_types(key):
+        options = get_args(declared) if NoneType in get_args(declared) else (declared,)
+        if NoneType in options:
+            parts.append(Literal["none"])
+        parts += [STRICT.get(option, option) for option in options if option is not NoneType]
+    literals = [value for part in parts if get_origin(part) is Literal for value in get_args(part)]
+    rest = [part for part in parts if get_origin(part) is not Literal]
+    merged = [Literal[tuple(literals)]] if literals else []
+    return Union[tuple(dict.fromkeys([*rest, *merged, None]))]  # noqa: UP007 - built from a list
 
-    bits: Whole | None = None
-    group_size: Whole | None = None
-    symmetric: Flag | None = None
-    zeros: Literal["int", "float"] | None = None
-    axis: Literal[0, 1] | None = None
-    activations: Literal["none", "dynamic"] | None = None
-    double_quant: Flag | None = None
-    granularity: Literal["tensor", "channel", "block"] | None = None
-    desc_act: Flag | None = None
+
+if TYPE_CHECKING:
+
+    class _Keys(Section):
+        """One field for each key that some scheme takes."""
+
+        def __getattr__(self, key: str) -> Any:
+            """The value of a key; None where it was not given."""
+
+else:
+    _Keys = create_model("_Keys", __base__=Section, **{key: (_written_type(key), None) for key in scheme_keys()})
+
+
+class SchemeKeys(_Keys):
+    """The keys of all schemes, as their dataclasses declare them; None was not given and is left to the scheme."""
 
     def given(self) -> dict[str, Any]:
         """The keys that were given, as :func:`quantkit.schemes.make_scheme` takes them."""
-        found = {key: getattr(self, key) for key in SCHEME_KEYS if getattr(self, key) is not None}
-        return {key: None if (key, value) == ("activations", "none") else value for key, value in found.items()}
+        found = {key: getattr(self, key) for key in scheme_keys() if getattr(self, key) is not None}
+        return {key: None if value == "none" else value for key, value in found.items()}
 
 
 class SchemePatch(SchemeKeys):
@@ -77,8 +85,7 @@ class BlocksPatch(SchemePatch):
 def known_kind(kind: str) -> str:
     """``kind``, where there is such a scheme; for use inside a validator."""
     with located():
-        if kind not in SCHEMES:
-            raise SchemeError(f"unknown scheme '{kind}'", did_you_mean(kind, SCHEMES))
+        SCHEMES.get(kind)
     return kind
 
 

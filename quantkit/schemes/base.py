@@ -155,6 +155,17 @@ class Scheme(ABC):
         return {field.name: field.default for field in fields(cls)}  # type: ignore[arg-type]  # subclasses are dataclasses
 
 
+class TableScheme(Scheme):
+    """A scheme whose levels are a table by code, alike for all groups, with a scale per group.
+
+    Attributes:
+        table: the level of each code; a level may occur twice, as zero does with a sign bit.
+    """
+
+    grid_class: ClassVar[str] = "quantkit.schemes.grids.fixed:TableGrids"
+    table: ClassVar[tuple[float, ...]]
+
+
 @cache
 def grids_of(scheme: Scheme) -> Grids:
     """See :meth:`Scheme.grids`."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from quantkit.schemes.base import Scheme
+from quantkit.schemes.kinds import SCHEMES
 
 E2M1_TABLE = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 """E2M1 by code: a sign bit, two exponent bits, one of mantissa."""
@@ -28,6 +29,7 @@ class _BlockFloat(Scheme):
         return f"{self.kind} has blocks of {self.group_size} only: keep this layer float with 'ignore'"
 
 
+@SCHEMES.register
 @dataclass(frozen=True, slots=True)
 class Mxfp4Scheme(_BlockFloat):
     """E2M1 codes in blocks of 32 that share a power of two (E8M0)."""
@@ -51,6 +53,7 @@ class Mxfp4Scheme(_BlockFloat):
         return "mxfp4"
 
 
+@SCHEMES.register
 @dataclass(frozen=True, slots=True)
 class Nvfp4Scheme(_BlockFloat):
     """E2M1 codes in blocks of 16 that share an E4M3 scale, and one float32 scale per tensor."""

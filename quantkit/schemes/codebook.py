@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from quantkit.errors import SchemeError
-from quantkit.schemes.base import Scheme
+from quantkit.schemes.base import TableScheme
+from quantkit.schemes.kinds import SCHEMES
 
 NF4_TABLE = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -29,7 +30,7 @@ NESTED_BLOCK = 256
 
 
 @dataclass(frozen=True, slots=True)
-class CodebookScheme(Scheme):
+class CodebookScheme(TableScheme):
     """16 levels and a float32 scale per block, itself stored in 8 bits with ``double_quant``.
 
     Args:
@@ -37,7 +38,6 @@ class CodebookScheme(Scheme):
         double_quant: store the blocks' scales in 8 bits, with a float32 scale per 256 of them and one offset.
     """
 
-    table: ClassVar[tuple[float, ...]]
     grid_class: ClassVar[str] = "quantkit.schemes.grids.codebook:CodebookGrids"
 
     group_size: int = 64
@@ -79,6 +79,7 @@ class CodebookScheme(Scheme):
         return f"{self.kind} g{self.group_size}{' dq' if self.double_quant else ''}"
 
 
+@SCHEMES.register
 @dataclass(frozen=True, slots=True)
 class Nf4Scheme(CodebookScheme):
     """4-bit NormalFloat."""
@@ -89,6 +90,7 @@ class Nf4Scheme(CodebookScheme):
     table: ClassVar[tuple[float, ...]] = NF4_TABLE
 
 
+@SCHEMES.register
 @dataclass(frozen=True, slots=True)
 class Fp4Scheme(CodebookScheme):
     """bitsandbytes' 4-bit float."""

@@ -7,10 +7,12 @@ from typing import ClassVar, Literal
 
 from quantkit.errors import SchemeError
 from quantkit.schemes.base import PER_CHANNEL, Scheme
+from quantkit.schemes.kinds import SCHEMES
 
 BLOCK = 128
 
 
+@SCHEMES.register
 @dataclass(frozen=True, slots=True)
 class Fp8Scheme(Scheme):
     """E4M3 codes with one scale per tensor, per output channel, or per block of 128 x 128 weights.

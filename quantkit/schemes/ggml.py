@@ -12,6 +12,7 @@ from typing import ClassVar
 
 from quantkit.errors import SchemeError
 from quantkit.schemes.base import Scheme
+from quantkit.schemes.kinds import SCHEMES
 
 SUPER_BLOCK = 256
 KQUANT_SOURCE = "llama.cpp pull request 1684 (k-quants)"
@@ -93,6 +94,7 @@ class GgmlScheme(Scheme):
         return self.kind
 
 
+@SCHEMES.register
 @dataclass(frozen=True, slots=True)
 class Q2KScheme(GgmlScheme):
     """Sub-blocks of 16 with 4-bit scales and minima."""
@@ -107,6 +109,7 @@ class Q2KScheme(GgmlScheme):
     block_bytes: ClassVar[int] = 84
 
 
+@SCHEMES.register
 @dataclass(frozen=True, slots=True)
 class Q3KScheme(GgmlScheme):
     """Sub-blocks of 16 with signed 6-bit scales."""
@@ -120,6 +123,7 @@ class Q3KScheme(GgmlScheme):
     block_bytes: ClassVar[int] = 110
 
 
+@SCHEMES.register
 @dataclass(frozen=True, slots=True)
 class Q4KScheme(GgmlScheme):
     """Sub-blocks of 32 with 6-bit scales and minima."""
@@ -134,6 +138,7 @@ class Q4KScheme(GgmlScheme):
     block_bytes: ClassVar[int] = 144
 
 
+@SCHEMES.register
 @dataclass(frozen=True, slots=True)
 class Q5KScheme(GgmlScheme):
     """Sub-blocks of 32 with 6-bit scales and minima."""
@@ -148,6 +153,7 @@ class Q5KScheme(GgmlScheme):
     block_bytes: ClassVar[int] = 176
 
 
+@SCHEMES.register
 @dataclass(frozen=True, slots=True)
 class Q6KScheme(GgmlScheme):
     """Sub-blocks of 16 with signed 8-bit scales."""
@@ -161,6 +167,7 @@ class Q6KScheme(GgmlScheme):
     block_bytes: ClassVar[int] = 210
 
 
+@SCHEMES.register
 @dataclass(frozen=True, slots=True)
 class Iq4NlScheme(GgmlScheme):
     """Blocks of 32 with a float16 scale, and levels that lie closer about zero."""

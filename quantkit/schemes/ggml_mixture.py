@@ -17,6 +17,7 @@ from quantkit.errors import SchemeError
 from quantkit.schemes.base import Scheme
 from quantkit.schemes.ggml import KQUANT_SOURCE, GgmlScheme, Q2KScheme, Q3KScheme, Q4KScheme, Q5KScheme, Q6KScheme
 from quantkit.schemes.integer import IntScheme
+from quantkit.schemes.kinds import SCHEMES
 
 FALLBACK_BLOCK = 32
 FALLBACKS: dict[str, IntScheme] = {
@@ -154,6 +155,7 @@ def _fitting(scheme: GgmlScheme, in_features: int) -> Scheme:
     return FALLBACKS[scheme.kind]
 
 
+@SCHEMES.register
 @dataclass(frozen=True, slots=True)
 class Q2KMixture(GgmlMixture):
     """Q2_K, with Q3_K where values are read, written back and in ``down``; shared values in Q4_K."""
@@ -170,6 +172,7 @@ class Q2KMixture(GgmlMixture):
         return Q3KScheme() if place.part in (OUTPUT, DOWN) else self.base
 
 
+@SCHEMES.register
 @dataclass(frozen=True, slots=True)
 class Q3KMMixture(GgmlMixture):
     """Q3_K, with Q4_K or Q5_K for values, the attention's output and ``down``."""
@@ -187,6 +190,7 @@ class Q3KMMixture(GgmlMixture):
         return Q5KScheme() if place.block < strong[place.part] else Q4KScheme()
 
 
+@SCHEMES.register
 @dataclass(frozen=True, slots=True)
 class Q4KSMixture(GgmlMixture):
     """Q4_K, with Q5_K for values and ``down`` of the first blocks."""
@@ -207,6 +211,7 @@ class _MediumMixture(GgmlMixture):
         return Q6KScheme() if place.part in (VALUE, DOWN) and place.more_bits else self.base
 
 
+@SCHEMES.register
 @dataclass(frozen=True, slots=True)
 class Q4KMMixture(_MediumMixture):
     """Q4_K, with Q6_K for values and ``down`` of about half of the blocks."""
@@ -218,6 +223,7 @@ class Q4KMMixture(_MediumMixture):
     base: ClassVar[GgmlScheme] = Q4KScheme()
 
 
+@SCHEMES.register
 @dataclass(frozen=True, slots=True)
 class Q5KMMixture(_MediumMixture):
     """Q5_K, with Q6_K for values and ``down`` of about half of the blocks."""
@@ -234,6 +240,7 @@ class _EvenMixture(GgmlMixture):
         return self.base
 
 
+@SCHEMES.register
 @dataclass(frozen=True, slots=True)
 class Q5KSMixture(_EvenMixture):
     """Q5_K throughout, but for the head."""
@@ -245,6 +252,7 @@ class Q5KSMixture(_EvenMixture):
     base: ClassVar[GgmlScheme] = Q5KScheme()
 
 
+@SCHEMES.register
 @dataclass(frozen=True, slots=True)
 class Q6KMixture(_EvenMixture):
     """Q6_K throughout."""

@@ -12,10 +12,12 @@ from typing import ClassVar, Literal
 
 from quantkit.errors import SchemeError
 from quantkit.schemes.base import PER_CHANNEL, Scheme, group_name
+from quantkit.schemes.kinds import SCHEMES
 
 INTEGER_BITS = (1, 2, 3, 4, 5, 6, 7, 8)
 
 
+@SCHEMES.register
 @dataclass(frozen=True, slots=True)
 class IntScheme(Scheme):
     """Integer codes with a scale, and if asymmetric a zero point, per group.

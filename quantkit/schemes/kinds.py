@@ -8,44 +8,39 @@ from typing import Any, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
-from quantkit.errors import SchemeError, did_you_mean
+from quantkit.errors import SchemeError
 from quantkit.schemes.additive import AdditiveScheme
 from quantkit.schemes.base import Scheme
-from quantkit.schemes.blockfloat import Mxfp4Scheme, Nvfp4Scheme
-from quantkit.schemes.codebook import Fp4Scheme, Nf4Scheme
-from quantkit.schemes.floating import Fp8Scheme
-from quantkit.schemes.ggml import Iq4NlScheme, Q2KScheme, Q3KScheme, Q4KScheme, Q5KScheme, Q6KScheme
-from quantkit.schemes.ggml_mixture import (
-    Q2KMixture,
-    Q3KMMixture,
-    Q4KMMixture,
-    Q4KSMixture,
-    Q5KMMixture,
-    Q5KSMixture,
-    Q6KMixture,
-)
-from quantkit.schemes.integer import IntScheme
-from quantkit.schemes.plain import BFloat16Scheme, Float16Scheme
+from quantkit.system.registry import Registry
 
-_FAMILIES: tuple[tuple[type[Scheme], ...], ...] = (
-    (IntScheme, Nf4Scheme, Fp4Scheme, Fp8Scheme, Mxfp4Scheme, Nvfp4Scheme),
-    (Q2KScheme, Q3KScheme, Q4KScheme, Q5KScheme, Q6KScheme, Iq4NlScheme),
-    (Q2KMixture, Q3KMMixture, Q4KSMixture, Q4KMMixture, Q5KSMixture, Q5KMMixture, Q6KMixture),
-    (BFloat16Scheme, Float16Scheme),
+SCHEMES: Registry[Scheme] = Registry(
+    "scheme", "quantkit.schemes", "quantkit.schemes", named_by="kind", unknown=SchemeError, without=("base", "grids")
 )
-SCHEMES: dict[str, type[Scheme]] = {scheme.kind: scheme for family in _FAMILIES for scheme in family}
+"""Every kind of scheme that a recipe can ask for."""
 READ_ONLY: dict[str, type[Scheme]] = {AdditiveScheme.kind: AdditiveScheme}
 """Kinds that files may have and recipes cannot ask for, as nothing here chooses their codes."""
-DEFAULT_KIND = IntScheme.kind
+DEFAULT_KIND = "int"
+
+
+def all_kinds() -> list[str]:
+    """The name of every kind, the default first and then by the alphabet."""
+    return sorted(SCHEMES.names(), key=lambda kind: (kind != DEFAULT_KIND, kind))
 
 
 def keys_of(kind: str) -> tuple[str, ...]:
     """The keys that a kind of scheme takes."""
-    return tuple(SCHEMES[kind].defaults())
+    return tuple(SCHEMES.get(kind).defaults())
 
 
-SCHEME_KEYS: tuple[str, ...] = tuple(dict.fromkeys(key for kind in SCHEMES for key in keys_of(kind)))
-"""Every key that some kind of scheme takes."""
+def scheme_keys() -> tuple[str, ...]:
+    """Every key that some kind of scheme takes, those of the default kind first."""
+    return tuple(dict.fromkeys(key for kind in all_kinds() for key in keys_of(kind)))
+
+
+def key_types(key: str) -> tuple[Any, ...]:
+    """The types that the kinds which take a key declare for it, each once."""
+    found = [get_type_hints(SCHEMES.get(kind))[key] for kind in SCHEMES.names() if key in keys_of(kind)]
+    return tuple(dict.fromkeys(found))
 
 
 def make_scheme(kind: str, keys: Mapping[str, Any]) -> Scheme:
@@ -54,14 +49,13 @@ def make_scheme(kind: str, keys: Mapping[str, Any]) -> Scheme:
     Raises:
         SchemeError: there is no such kind, it does not take one of the keys, or a value is not allowed.
     """
-    if kind not in SCHEMES:
-        raise SchemeError(f"unknown scheme '{kind}'", did_you_mean(kind, SCHEMES))
+    scheme = SCHEMES.get(kind)
     known = keys_of(kind)
     for key in keys:
         if key not in known:
             takes = ", ".join(known) if known else "no keys: its blocks and scales are fixed"
             raise SchemeError(f"scheme {kind} does not take '{key}'", f"it takes {takes}")
-    return SCHEMES[kind](**_checked(SCHEMES[kind], keys))
+    return scheme(**_checked(scheme, keys))
 
 
 def scheme_from_json(data: Mapping[str, Any]) -> Scheme:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from quantkit.schemes.base import PER_CHANNEL, Scheme
+from quantkit.schemes.kinds import SCHEMES
 
 
 class PlainScheme(Scheme):
@@ -37,6 +38,7 @@ class PlainScheme(Scheme):
         return self.kind
 
 
+@SCHEMES.register
 @dataclass(frozen=True, slots=True)
 class Float16Scheme(PlainScheme):
     """IEEE half precision."""
@@ -46,6 +48,7 @@ class Float16Scheme(PlainScheme):
     source: ClassVar[str] = "IEEE 754-2008, binary16"
 
 
+@SCHEMES.register
 @dataclass(frozen=True, slots=True)
 class BFloat16Scheme(PlainScheme):
     """The upper half of a float32."""

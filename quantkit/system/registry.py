@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from importlib.metadata import entry_points
 from typing import Generic, TypeVar
 
@@ -23,10 +23,25 @@ class Registry(Generic[T]):
         kind: the word used in messages, such as "method".
         package: the package whose modules each hold one implementation.
         group: the entry-point group through which other packages add theirs.
+        named_by: the attribute of an implementation that is its name.
+        unknown: what is raised for a name that there is not.
+        without: modules of the package that hold no implementation and are not imported.
     """
 
-    def __init__(self, kind: str, package: str, group: str) -> None:
+    def __init__(
+        self,
+        kind: str,
+        package: str,
+        group: str,
+        *,
+        named_by: str = "name",
+        unknown: type[QuantkitError] = RecipeError,
+        without: Collection[str] = ("base",),
+    ) -> None:
         self.kind = kind
+        self._named_by = named_by
+        self._unknown = unknown
+        self._without = without
         self._package = package
         self._group = group
         self._entries: dict[str, type[T]] = {}
@@ -34,8 +49,8 @@ class Registry(Generic[T]):
         self._loaded = False
 
     def register(self, cls: type[T]) -> type[T]:
-        """Class decorator: add an implementation under its ``name`` attribute."""
-        name = str(getattr(cls, "name"))  # noqa: B009 - T has no bound that declares it
+        """Class decorator: add an implementation under its name."""
+        name = str(getattr(cls, self._named_by))
         if name in self._entries and self._entries[name] is not cls:
             raise RuntimeError(f"two implementations of {self.kind} '{name}'")
         self._entries[name] = cls
@@ -45,7 +60,7 @@ class Registry(Generic[T]):
         """The implementation called ``name``.
 
         Raises:
-            RecipeError: no such name; the remedy lists the names there are.
+            RecipeError: no such name, or what the registry was told to raise; the remedy lists the names there are.
             QuantkitError: the plugin is there but cannot be imported.
         """
         self._load()
@@ -53,7 +68,7 @@ class Registry(Generic[T]):
             return self._entries[name]
         if name in self._broken:
             raise QuantkitError(f"{self.kind} '{name}' cannot be used: {self._broken[name]}")
-        raise RecipeError(f"unknown {self.kind} '{name}'", did_you_mean(name, self._entries))
+        raise self._unknown(f"unknown {self.kind} '{name}'", did_you_mean(name, self._entries))
 
     def __contains__(self, name: object) -> bool:
         """Whether :meth:`get` gives an implementation for ``name``."""
@@ -84,7 +99,7 @@ class Registry(Generic[T]):
             return
         package = importlib.import_module(self._package)
         for module in pkgutil.iter_modules(package.__path__):
-            if not module.name.startswith("_") and module.name != "base":
+            if not module.name.startswith("_") and module.name not in self._without:
                 importlib.import_module(f"{self._package}.{module.name}")
         for entry in entry_points(group=self._group):
             try:

@@ -44,7 +44,7 @@ class CodebookGrids(TableGrids):
     def __init__(self, scheme: Scheme) -> None:
         if not isinstance(scheme, CodebookScheme):
             raise TypeError(f"{scheme.describe()} is not a codebook")
-        super().__init__(scheme, scheme.table)
+        super().__init__(scheme)
         zeros = [code for code, level in enumerate(scheme.table) if level == 0]
         self._second_zero = zeros[1] if len(zeros) > 1 else None
 

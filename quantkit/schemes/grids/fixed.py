@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from quantkit.schemes.base import Scheme
-from quantkit.schemes.grids.base import Grid, Grids, Rounder, Uniform
+from quantkit.schemes.base import Scheme, TableScheme
+from quantkit.schemes.grids.base import Grid, Grids, Rounder, Uniform, stored
 
 TINY = 4 * torch.finfo(torch.float32).tiny
 EDGE = 0.02
@@ -64,19 +63,19 @@ class FixedGrids(Grids):
 
 
 class TableGrids(FixedGrids):
-    """Levels from a table by code.
+    """Levels from a table by code; a value midway between two levels goes to the lower one.
 
     Args:
-        scheme: the scheme.
-        table: the level of each code; a level may occur twice, as zero does with a sign bit. A value midway between
-            two levels goes to the lower one.
+        scheme: a :class:`TableScheme`.
     """
 
-    def __init__(self, scheme: Scheme, table: Sequence[float]) -> None:
+    def __init__(self, scheme: Scheme) -> None:
+        if not isinstance(scheme, TableScheme):
+            raise TypeError(f"{scheme.describe()} has no table of levels")
         super().__init__(scheme)
-        levels = torch.tensor(table, dtype=torch.float32)
+        levels = torch.tensor(scheme.table, dtype=torch.float32)
         self._tables = {levels.device: _Tables.of(levels)}
-        self.highest = float(levels.max())
+        self.highest = float(levels.abs().max())
 
     def levels(self, codes: torch.Tensor, zeros: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The table's entries."""
@@ -94,6 +93,19 @@ class TableGrids(FixedGrids):
             torch.index_select(tables.levels, 0, tables.places(values), out=values.view(-1))
             return values
         return values.copy_(tables.levels.index_select(0, tables.places(values)).view(values.shape))
+
+    def encode(self, groups: torch.Tensor, grid: Grid) -> torch.Tensor:
+        """The codes of the levels that are nearest to the quotients."""
+        return self._coded(groups / grid.scales.float().unsqueeze(-1))
+
+    def spanning(self, groups: torch.Tensor, scale_dtype: torch.dtype) -> Grid:
+        """The largest magnitude of a group on the level of largest magnitude."""
+        scales = groups.abs().amax(-1) / self.highest
+        return self.stored(scales, torch.zeros_like(scales), scale_dtype)
+
+    def rounded(self, scales: torch.Tensor, zeros: torch.Tensor, scale_dtype: torch.dtype) -> Grid:
+        """Scales in ``scale_dtype``."""
+        return Grid(stored(scales, scale_dtype), zeros)
 
     def _coded(self, values: torch.Tensor) -> torch.Tensor:
         """The codes of the nearest levels, uint8; of a level that occurs twice the lower one."""
