@@ -181,8 +181,9 @@ class Names:
             return single.removesuffix(".weight")
         if part.expert is None:
             return self.tensor(part.parameter).removesuffix(".weight")
-        stack = self._alias.get(part.parameter) or self._backward_name(part.parameter)
-        return f"{stack.rpartition('.')[0]}.{part.expert}.{part.leaf}"
+        stack, leaf = self.tensor(part.parameter), part.parameter.rpartition(".")[2]
+        place = stack if stack.endswith(f".{leaf}") else part.parameter
+        return f"{place.removesuffix(leaf)}{part.expert}.{part.leaf}"
 
     def tensor(self, parameter: str) -> str:
         """The name under which a checkpoint holds a parameter that it holds as it is.

@@ -1,0 +1,84 @@
+"""Tiny random models of many architectures, saved as ``save_pretrained`` saves them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from tests.tiny import VOCABULARY, tiny_tokenizer
+
+BASE: dict[str, Any] = {
+    "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 512,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+GPT = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512, "bos_token_id": 1, "eos_token_id": 2}
+EXPERTS = {"num_experts": 4, "moe_intermediate_size": 32, "num_experts_per_tok": 2}
+DEEPSEEK = {
+    "n_routed_experts": 4, "moe_intermediate_size": 32, "num_experts_per_tok": 2, "q_lora_rank": 32, "kv_lora_rank": 32,
+    "qk_rope_head_dim": 16, "v_head_dim": 16, "qk_nope_head_dim": 16, "n_group": 1, "topk_group": 1,
+    "first_k_dense_replace": 1, "num_key_value_heads": 4, "head_dim": 16,
+}  # fmt: skip
+VISION = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 32,
+    "patch_size": 16,
+}  # fmt: skip
+DENSE: dict[str, dict[str, Any]] = {
+    "gemma2": {**BASE, "sliding_window": 64},
+    "gemma3_text": BASE,
+    "phi": BASE,
+    "phi3": BASE,
+    "opt": {**BASE, "ffn_dim": 128, "word_embed_proj_dim": 64},
+    "bloom": {"hidden_size": 64, "n_head": 4, "n_layer": 2, "vocab_size": VOCABULARY},
+    "mpt": {"d_model": 64, "n_heads": 4, "n_layers": 2, "vocab_size": VOCABULARY},
+    "gpt2": {**GPT, "vocab_size": VOCABULARY},
+    "gptj": {**GPT, "rotary_dim": 8, "vocab_size": VOCABULARY},
+    "codegen": {**GPT, "rotary_dim": 8, "vocab_size": VOCABULARY},
+    "falcon": {key: value for key, value in BASE.items() if key != "head_dim"},
+    "olmo2": BASE,
+    "cohere": BASE,
+    "starcoder2": BASE,
+    "glm4": BASE,
+    "lfm2": {**BASE, "layer_types": ["conv", "full_attention"]},
+}
+"""Every block matrix of these is the weight of a layer."""
+MIXTURES: dict[str, dict[str, Any]] = {
+    "mixtral": {**BASE, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": {**BASE, **EXPERTS, "shared_expert_intermediate_size": 32},
+    "qwen3_moe": {**BASE, **EXPERTS},
+    "olmoe": {**BASE, "num_experts": 4, "num_experts_per_tok": 2},
+    "deepseek_v3": {**BASE, **DEEPSEEK},
+    "glm4_moe": {**BASE, **DEEPSEEK, "q_lora_rank": None},
+    "phimoe": {**BASE, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "gpt_oss": {**BASE, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "granitemoe": {**BASE, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_5_moe_text": {
+        **BASE, **EXPERTS, "shared_expert_intermediate_size": 32, "linear_num_value_heads": 4,
+        "linear_num_key_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+        "layer_types": ["linear_attention", "full_attention"],
+    },
+}  # fmt: skip
+"""Models whose experts transformers keeps in stacks, from files that hold them one by one or stacked."""
+WRAPPED: dict[str, dict[str, Any]] = {
+    "gemma3": {"text_config": {**BASE, "sliding_window": 64}, "vision_config": VISION, "mm_tokens_per_image": 4},
+}
+"""Language models inside models that see, too."""
+ARCHITECTURES = DENSE | MIXTURES | WRAPPED
+
+
+def make(folder: Path, architecture: str, **changes: Any) -> PreTrainedModel:
+    """Write a random model with its tokenizer; the model."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(architecture, **ARCHITECTURES[architecture] | changes)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.1)
+        elif parameter.ndim >= 2:
+            torch.nn.init.normal_(parameter, std=0.08)
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return model.eval()

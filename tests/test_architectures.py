@@ -1,0 +1,172 @@
+"""Models of many architectures: their layers are found, computed with, solved, written and read again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import quantkit
+from quantkit.checkpoint import CheckpointReader
+from quantkit.engine.batches import make_batches
+from quantkit.engine.skeleton import Skeleton
+from quantkit.engine.walk import Walk, WalkSettings
+from quantkit.exports import open_export
+from quantkit.runtimes.base import LoadOptions
+from quantkit.runtimes.reference import Reference
+from tests.architectures import ARCHITECTURES, DENSE, MIXTURES, make
+from tests.tiny import tiny_method, tiny_rows, tiny_task
+
+CPU = torch.device("cpu")
+NOT_LAYERS = ("conv.weight", "conv1d.weight", "router.weight", "gate.weight", "_bias", "router.layer.weight")
+"""What stays float inside blocks: convolutions, routers and biases of experts."""
+RECORDS = [
+    {"instruction": f"Say {word}.", "output": word * 12}
+    for word in ["alpha", "beta", "gamma", "delta", "epsilon", "zeta"]
+]
+
+
+def loaded(folder: Path) -> Skeleton:
+    """A skeleton with everything in it."""
+    skeleton, reader = Skeleton(folder), CheckpointReader(folder)
+    skeleton.load_frame(reader, CPU, torch.float32)
+    for segment in [*skeleton.segments, *([skeleton.head] if skeleton.head else [])]:
+        skeleton.load(segment, reader, CPU, torch.float32)
+    return skeleton
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_skeleton_computes_what_transformers_computes(tmp_path: Path, architecture: str) -> None:
+    """So every parameter has come from its tensors, and experts compute by their layers as they do in a stack."""
+    model = make(tmp_path, architecture)
+    ids = torch.tensor(tiny_rows(2, 20, 20))
+    with torch.no_grad():
+        expected = model(input_ids=ids, use_cache=False).logits
+        found = loaded(tmp_path).model(input_ids=ids, use_cache=False).logits
+    assert expected.std() > 1e-3
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", [*DENSE, *MIXTURES])
+def test_every_matrix_of_the_blocks_is_a_layer(tmp_path: Path, architecture: str) -> None:
+    model = make(tmp_path, architecture)
+    skeleton = Skeleton(tmp_path)
+    prefix = skeleton.segments[0].prefix.rpartition(".")[0]
+    total = sum(
+        parameter.numel()
+        for name, parameter in model.named_parameters()
+        if name.startswith(f"{prefix}.") and parameter.ndim >= 2 and not name.endswith(NOT_LAYERS)
+    )
+    layers = [layer for segment in skeleton.segments for layer in segment.layers if not layer.name.endswith("gate")]
+    assert sum(rows * columns for rows, columns in (layer.shape for layer in layers)) == total
+    assert len({layer.name for layer in layers}) == len(layers)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("inputs", ["quantized", "float"])
+def test_every_layer_is_solved_from_what_reaches_it(tmp_path: Path, architecture: str, inputs: Any) -> None:
+    make(tmp_path, architecture)
+    skeleton, rows = Skeleton(tmp_path), tiny_rows()
+    task, sink = tiny_task(skeleton, tiny_method())
+    batches = make_batches(rows, CPU, may_pad=not skeleton.has_routed_layers())
+    Walk(skeleton, CheckpointReader(tmp_path), batches, [task], WalkSettings(CPU, feed=inputs)).run()
+    assert set(sink.results) == {name for segment in skeleton.segments for name in segment.linears}
+    errors = torch.stack([result.error for result in sink.results.values() if result.tokens])
+    assert errors.isfinite().all()
+    assert (errors < 0.1).all()
+    seen = {result.tokens for name, result in sink.results.items() if ".experts." not in name}
+    assert seen == {sum(map(len, rows))}
+
+
+@pytest.mark.parametrize("architecture", MIXTURES)
+def test_experts_share_out_the_tokens_that_are_routed(tmp_path: Path, architecture: str) -> None:
+    make(tmp_path, architecture)
+    skeleton, rows = Skeleton(tmp_path), tiny_rows()
+    task, sink = tiny_task(skeleton, tiny_method())
+    Walk(skeleton, CheckpointReader(tmp_path), make_batches(rows, CPU, may_pad=False), [task], WalkSettings(CPU)).run()
+    tokens: dict[str, dict[str, int]] = {}
+    for name, result in sink.results.items():
+        if ".experts." in name:
+            block, _, rest = name.partition(".experts.")
+            tokens.setdefault(block, {})[rest] = result.tokens
+    for experts in tokens.values():
+        by_index = {
+            index: {count for name, count in experts.items() if name.startswith(f"{index}.")} for index in "0123"
+        }
+        assert all(len(counts) == 1 for counts in by_index.values()), "gate, up and down of an expert see its tokens"
+        assert sum(next(iter(counts)) for counts in by_index.values()) == 2 * sum(map(len, rows))
+
+
+def quantized(folder: Path, architecture: str, **options: Any) -> tuple[Path, Path]:
+    """A model and its 4-bit checkpoint."""
+    make(folder / "model", architecture)
+    (folder / "records.json").write_text(json.dumps(RECORDS))
+    calibration = {"dataset": str(folder / "records.json"), "max_length": 48, "samples": 6}
+    out = quantkit.quantize(
+        folder / "model", out=folder / "out", calibration=calibration, bits=4, group_size=32, device="cpu", **options
+    )
+    return folder / "model", out
+
+
+NAMED = ("mixtral", "qwen3_moe", "gemma2", "gpt2", "gemma3", "gpt_oss", "qwen3_5_moe_text")
+
+
+@pytest.mark.parametrize("architecture", NAMED)
+def test_an_export_decodes_to_a_model_near_the_float_one(tmp_path: Path, architecture: str) -> None:
+    folder, out = quantized(tmp_path, architecture)
+    ids = torch.tensor(tiny_rows(2, 20, 20))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        plain = model(input_ids=ids, use_cache=False).logits.log_softmax(-1)
+        decoded: Any = Reference().load(out, LoadOptions(device="cpu", dtype="float32"))
+        near = decoded.model(input_ids=ids, use_cache=False).logits.log_softmax(-1)
+        divergence = (plain.exp() * (plain - near)).sum(-1).mean()
+    assert 0 < divergence < 0.1
+    export = open_export(out)
+    linears = {layer.name for segment in Skeleton(folder).segments for layer in segment.layers}
+    assert set(export.schemes) == linears
+
+
+@pytest.mark.parametrize("architecture", ["mixtral", "qwen3_moe", "gemma2", "gemma3"])
+def test_transformers_computes_from_the_packed_file_what_the_reference_decoder_does(
+    tmp_path: Path, architecture: str
+) -> None:
+    _, out = quantized(tmp_path, architecture)
+    ids = torch.tensor(tiny_rows(2, 20, 20))
+    packed, info = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    decoded: Any = Reference().load(out, LoadOptions(device="cpu", dtype="float32"))
+    with torch.no_grad():
+        found = packed.eval()(input_ids=ids, use_cache=False).logits
+        expected = decoded.model(input_ids=ids, use_cache=False).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_experts_of_a_stack_that_stay_float_are_written_by_themselves(tmp_path: Path) -> None:
+    folder, out = quantized(tmp_path, "gpt_oss", ignore=[r"experts\.2\.", "lm_head"])
+    written, source = CheckpointReader(out), CheckpointReader(folder)
+    stack = source.read("model.layers.0.mlp.experts.gate_up_proj")
+    gate = written.read("model.layers.0.mlp.experts.2.gate_proj.weight")
+    assert torch.equal(gate, stack[2].T[0::2])
+    assert "model.layers.0.mlp.experts.gate_up_proj" not in written
+    assert "model.layers.0.mlp.experts.1.gate_proj.weight_packed" in written
+    ids = torch.tensor(tiny_rows(1, 20, 20))
+    decoded: Any = Reference().load(out, LoadOptions(device="cpu", dtype="float32"))
+    own = decoded.model.get_parameter("model.layers.0.mlp.experts.gate_up_proj")
+    assert torch.equal(own[2], stack[2])
+    assert not torch.equal(own[1], stack[1])
+    assert decoded.model(input_ids=ids, use_cache=False).logits.isfinite().all()
+
+
+def test_factors_of_awq_leave_a_mixture_as_good_as_its_norms_allow(tmp_path: Path) -> None:
+    """The norm before a router is not scaled, for the router reads it as well."""
+    folder, out = quantized(tmp_path, "mixtral", method="awq")
+    source, written = CheckpointReader(folder), CheckpointReader(out)
+    for block in range(2):
+        name = f"model.layers.{block}.post_attention_layernorm.weight"
+        assert torch.equal(source.read(name), written.read(name))
