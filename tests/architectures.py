@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
+from quantkit.engine.skeleton import auto_class
 from tests.tiny import VOCABULARY, tiny_tokenizer
 
 BASE: dict[str, Any] = {
@@ -63,6 +64,11 @@ MIXTURES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """Models whose experts transformers keeps in stacks, from files that hold them one by one or stacked."""
 WRAPPED: dict[str, dict[str, Any]] = {
+    "llava": {
+        "text_config": {**BASE, "model_type": "llama"},
+        "vision_config": {**VISION, "model_type": "clip_vision_model", "projection_dim": 32},
+        "image_token_index": 5,
+    },
     "gemma3": {"text_config": {**BASE, "sliding_window": 64}, "vision_config": VISION, "mm_tokens_per_image": 4},
 }
 """Language models inside models that see, too."""
@@ -73,7 +79,7 @@ def make(folder: Path, architecture: str, **changes: Any) -> PreTrainedModel:
     """Write a random model with its tokenizer; the model."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(architecture, **ARCHITECTURES[architecture] | changes)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model: PreTrainedModel = auto_class(config).from_config(config, dtype=torch.float32)
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.1)

@@ -16,6 +16,7 @@ from quantkit.engine.batches import make_batches
 from quantkit.engine.skeleton import Skeleton
 from quantkit.engine.walk import Walk, WalkSettings
 from quantkit.exports import open_export
+from quantkit.runtimes._choice import choose_runtime
 from quantkit.runtimes.base import LoadOptions
 from quantkit.runtimes.reference import Reference
 from tests.architectures import ARCHITECTURES, DENSE, MIXTURES, make
@@ -145,6 +146,21 @@ def test_transformers_computes_from_the_packed_file_what_the_reference_decoder_d
         found = packed.eval()(input_ids=ids, use_cache=False).logits
         expected = decoded.model(input_ids=ids, use_cache=False).logits
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "gpt_oss"])
+def test_what_transformers_has_no_place_for_is_said_and_decoded_by_the_reference(
+    tmp_path: Path, architecture: str
+) -> None:
+    _, out = quantized(tmp_path, architecture)
+    notes = json.loads((out / "stage.json").read_text())["facts"]["notes"]
+    assert any("transformers has no place for packed layers such as" in note for note in notes)
+    assert choose_runtime(out).name == "reference"
+
+
+def test_a_file_that_transformers_loads_is_its_own(tmp_path: Path) -> None:
+    _, out = quantized(tmp_path, "mixtral")
+    assert choose_runtime(out).name == "transformers"
 
 
 def test_experts_of_a_stack_that_stay_float_are_written_by_themselves(tmp_path: Path) -> None:

@@ -204,6 +204,14 @@ class Names:
         """Whether transformers makes a parameter of tensors that hold its parts one by one."""
         return parameter in self._conversions
 
+    def loads_alone(self, parameter: str) -> bool:
+        """Whether transformers finds the place of a weight that lies in a tensor of its own, see :meth:`layer`."""
+        part = self._parts.get(parameter)
+        if part is None or part.expert is None:
+            return part is None
+        key, pattern = self._renamed(f"{self.layer(parameter)}.weight")
+        return key == part.parameter and pattern is not None
+
     def is_part(self, parameter: str) -> bool:
         """Whether a parameter is a part of another one."""
         return parameter in self._parts
@@ -252,14 +260,12 @@ class Names:
         return SimpleNamespace(config=self.model.config, get_parameter=self._shapes.__getitem__)
 
     def _match(self) -> None:
-        from transformers.core_model_loading import dot_natural_key, rename_source_key
+        from transformers.core_model_loading import dot_natural_key
 
-        renamings, converters = self._forward
-        prefix = getattr(self.model, "base_model_prefix", "")
-        by_pattern = {pattern: each for each in converters for pattern in each.source_patterns}
+        by_pattern = {pattern: each for each in self._forward[1] for pattern in each.source_patterns}
         found: dict[str, dict[str, list[str]]] = {}
         for name in sorted(self.stored, key=dot_natural_key):
-            key, pattern = rename_source_key(name, renamings, converters, prefix, self._shapes)
+            key, pattern = self._renamed(name)
             if key not in self._shapes and name in self._shapes:
                 key, pattern = name, None
             if key not in self._shapes:
@@ -274,6 +280,14 @@ class Names:
                 if target in self._shapes:
                     self._conversions[target] = conversion
         self._match_the_last()
+
+    def _renamed(self, stored: str) -> tuple[str, str | None]:
+        """What transformers calls a tensor on load, and the pattern of the converter that takes it."""
+        from transformers.core_model_loading import rename_source_key
+
+        prefix = getattr(self.model, "base_model_prefix", "")
+        found: tuple[str, str | None] = rename_source_key(stored, *self._forward, prefix, self._shapes)
+        return found
 
     def _match_the_last(self) -> None:
         """One single tensor that no name fits is the one parameter that is missing, as GPT-NeoX's head may be."""

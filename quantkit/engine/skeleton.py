@@ -252,6 +252,17 @@ def _stored_names(folder: Path) -> Collection[str]:
     return CheckpointReader(folder).names() if any(folder.glob("*.safetensors*")) else ()
 
 
+def auto_class(config: Any) -> Any:
+    """The auto class of transformers that loads a config's model: of text or, where there is none, of images too."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    known = type(config) in AutoModelForCausalLM._model_mapping or "AutoModelForCausalLM" in getattr(
+        config, "auto_map", {}
+    )
+    sees = type(config) in AutoModelForImageTextToText._model_mapping
+    return AutoModelForImageTextToText if sees and not known else AutoModelForCausalLM
+
+
 def empty_model(folder: Path, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model of a folder's ``config.json``, its large tensors on meta and its small ones computed.
 
@@ -259,21 +270,24 @@ def empty_model(folder: Path, trust_remote_code: bool = False) -> PreTrainedMode
         SourceError: there is no ``config.json``, or transformers cannot build a causal language model of it.
     """
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
         with _ParametersOnMeta():
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            model: PreTrainedModel = auto_class(config).from_config(
                 config, dtype=torch.float32, trust_remote_code=trust_remote_code
             )
-    except (
-        OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, RuntimeError,
-        ImportError, StrictDataclassError,
-    ) as error:  # fmt: skip  # of a config that no check foresaw
+    except (OSError, ValueError, ImportError, StrictDataclassError) as error:
         raise SourceError(
             f"transformers cannot build the model of {folder / 'config.json'}: {error}",
             "check that it is a decoder-only language model that the installed transformers knows",
+        ) from error
+    except (TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, RuntimeError) as error:
+        # what the classes of models raise for values that nobody foresaw; a mistake here would look the same
+        raise SourceError(
+            f"building the model of {folder / 'config.json'} failed: {type(error).__name__}: {error}",
+            "check the values of config.json; if transformers itself loads the model, report it as a fault of quantkit",
         ) from error
     return model.eval()
 

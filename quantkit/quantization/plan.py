@@ -36,6 +36,7 @@ class Layers:
         paths: the names of layers that the model of transformers calls otherwise than the checkpoint, to its own.
         stacks: tensors of the source that are no layer's own, such as stacked experts, to the layers that they hold.
         notes: what the user should know of it.
+        unloaded: layers for which transformers has no place where they are packed.
         cast: the dtype in which every float tensor is stored; None leaves each as it is.
     """
 
@@ -48,6 +49,7 @@ class Layers:
     paths: Mapping[str, str] = field(default_factory=dict)
     stacks: Mapping[str, Sequence[str]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    unloaded: Collection[str] = ()
 
     @property
     def linears(self) -> dict[str, Scheme | None]:
@@ -84,6 +86,11 @@ class Layers:
         """The layers that are quantized."""
         return {name: scheme for name, scheme in self.schemes.items() if scheme is not None}
 
+    @property
+    def transformers_loads(self) -> bool:
+        """Whether transformers has a place for every quantized layer."""
+        return not any(name in self.quantized for name in self.unloaded)
+
     def weights(self) -> int:
         """Number of weights in quantized layers."""
         return sum(rows * columns for rows, columns in (self.shapes[name] for name in self.quantized))
@@ -105,7 +112,8 @@ def plan_layers(skeleton: Skeleton, variant: VariantSpec) -> Layers:
             more than half of the blocks is in none.
     """
     paths = {layer.name: layer.path for layer in skeleton.layers() if layer.name != layer.path}
-    return replace(_plan(skeleton, variant), paths=paths, stacks=skeleton.stacks())
+    alone = [layer.name for layer in skeleton.layers() if not skeleton.names.loads_alone(f"{layer.path}.weight")]
+    return replace(_plan(skeleton, variant), paths=paths, stacks=skeleton.stacks(), unloaded=alone)
 
 
 def _plan(skeleton: Skeleton, variant: VariantSpec) -> Layers:

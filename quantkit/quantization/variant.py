@@ -31,6 +31,8 @@ from quantkit.system.artifacts import STAGE_FILE, check_writable, new_folder, wr
 from quantkit.system.locks import alone
 from quantkit.system.os_errors import may_pass
 
+ELSEWHERE = "the reference decoder reads them, and servers whose experts are called so"
+"""Who reads what transformers does not."""
 Describe = Callable[[Path, str], None]
 """Called with the folder of a checkpoint when all but its mark is written, and with the name that it will have."""
 
@@ -258,6 +260,9 @@ class VariantRun:
         """What the format has to say of the linear layers, and of a quantized embedding."""
         layers = self.layers
         remarks = self._store.remarks({scheme for scheme in layers.linears.values() if scheme is not None})
+        if not layers.transformers_loads:
+            first = next(name for name in layers.unloaded if name in layers.quantized)
+            remarks = (*remarks, f"transformers has no place for packed layers such as {first}; {ELSEWHERE}")
         if layers.embedding is None:
             return list(remarks)
         further = self._store.for_embeddings().remarks({layers.quantized[layers.embedding]})
@@ -280,6 +285,7 @@ class VariantRun:
                 "format": variant.format,
                 "layers": {name: scheme.to_json() for name, scheme in self.layers.quantized.items()},
                 "embedding": self.layers.embedding,
+                "transformers_loads": self.layers.transformers_loads,
                 "versions": {"python": platform.python_version(), **versions},
                 "bits_per_weight": facts["bits_per_weight"],
                 "batch_tokens": facts["batch_tokens"],

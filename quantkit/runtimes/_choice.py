@@ -79,6 +79,8 @@ def _transformers_loads(folder: Path, dtype: str | None) -> bool:
     if found is None:
         return True
     store, schemes = found
+    if not (read_manifest(folder) or {}).get("transformers_loads", True):
+        return False
     own = str(config.get("dtype") or config.get("torch_dtype") or "float32")
     return store.native and (dtype or own) in store.computes_in(schemes) and all(map(is_installed, store.requires))
 

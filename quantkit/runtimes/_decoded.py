@@ -19,6 +19,7 @@ import torch
 
 from quantkit.checkpoint.names import Names
 from quantkit.engine.layers import give_way
+from quantkit.engine.skeleton import auto_class
 from quantkit.exports import Export, open_export
 from quantkit.runtimes._checkpoint import check_checkpoint, translated, whole_config
 from quantkit.runtimes._model import TransformersModel, whole
@@ -56,8 +57,6 @@ def load_decoded(path: Path, options: LoadOptions) -> TransformersModel:
         EvaluationError: a tensor is missing, unexpected or of the wrong shape, or cannot be decoded.
         QuantkitError: the format is unknown, or the files are broken.
     """
-    from transformers import AutoModelForCausalLM
-
     check_checkpoint(path)
     export = open_export(path)
     with translated(path, "the model"):
@@ -66,7 +65,7 @@ def load_decoded(path: Path, options: LoadOptions) -> TransformersModel:
             del config.quantization_config
         dtype = getattr(torch, options.dtype) if options.dtype else config.dtype or torch.float32
         with torch.device("meta"):
-            empty = AutoModelForCausalLM.from_config(deepcopy(config), trust_remote_code=options.trust_remote_code)
+            empty = auto_class(config).from_config(deepcopy(config), trust_remote_code=options.trust_remote_code)
         model, found = type(empty).from_pretrained(
             None,
             config=config,

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from quantkit.engine.skeleton import auto_class
 from quantkit.errors import EvaluationError
-from quantkit.runtimes._checkpoint import check_checkpoint, is_gguf, translated
+from quantkit.runtimes._checkpoint import check_checkpoint, is_gguf, translated, whole_config
 from quantkit.runtimes._model import TransformersModel, whole
 from quantkit.runtimes._zero_points import packed_zero_points
 from quantkit.runtimes.base import LoadOptions
@@ -23,8 +24,6 @@ def load_packed(path: Path, options: LoadOptions) -> TransformersModel:
     Raises:
         EvaluationError: it cannot be loaded, or a tensor is missing, unexpected or of the wrong shape.
     """
-    from transformers import AutoModelForCausalLM
-
     check_checkpoint(path)
     if is_gguf(path):
         raise EvaluationError(
@@ -32,7 +31,8 @@ def load_packed(path: Path, options: LoadOptions) -> TransformersModel:
             "load it with llama.cpp, or with reference, which decodes them",
         )
     with translated(path, "the model"), packed_zero_points():
-        model, found = AutoModelForCausalLM.from_pretrained(
+        config = whole_config(path, trust_remote_code=options.trust_remote_code)
+        model, found = auto_class(config).from_pretrained(
             path,
             dtype=options.dtype or "auto",
             use_safetensors=True,
