@@ -52,7 +52,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         for name, checkpoint in exported(given.model, given.only, Path(scratch)).items():
             for runtime in RUNTIMES:
-                if VARIANTS[name]["format"] not in runtime.formats or runtime.name == "reference":
+                if VARIANTS[name]["format"] not in runtime.formats() or runtime.name == "reference":
                     continue
                 if runtime.name == "vllm" and given.vllm_python is None:
                     continue

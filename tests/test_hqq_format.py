@@ -179,7 +179,7 @@ def test_the_remarks_say_who_loads_it() -> None:
     assert "transformers 4 (4.57 is tested)" in plain
     assert "transformers 5, up to 5.23 at least, does not read the layers" in plain
     assert "5, 7 bits are stored in 8" in HqqFormat().remarks([IntScheme(7), IntScheme(5), IntScheme(4)])[1]
-    assert FORMATS.get("hqq").native is False
+    assert not FORMATS.get("hqq").loads_in("transformers")
 
 
 @pytest.mark.parametrize("keys", [{"bits": 4, "axis": 0}, {"bits": 3, "axis": 1}], ids=str)

@@ -47,7 +47,7 @@ def test_auto_is_transformers_where_it_can_and_the_reference_decoder_elsewhere(
     assert chosen(exported) == "reference"
     assert chosen(exported, "transformers") == "transformers"
     monkeypatch.undo()
-    monkeypatch.setattr(store, "native", False)
+    monkeypatch.setattr(store, "runtimes", ("transformers 4", "vllm"))
     assert chosen(exported) == "reference"
     monkeypatch.undo()
     monkeypatch.setattr(store, "computes_in", lambda schemes: ("bfloat16",))
@@ -124,7 +124,7 @@ def test_every_runtime_says_what_it_is() -> None:
     for runtime in RUNTIMES:
         assert runtime.summary
         assert runtime.install.startswith("pip install") or runtime.separate
-        assert set(runtime.formats) <= {*FORMATS.names(), "float"}
+        assert set(runtime.formats()) <= {*FORMATS.names(), "float"}
         reason = runtime.missing()
         assert reason is None or "\n" not in reason
     assert [runtime.name for runtime in RUNTIMES if not runtime.packed] == ["reference"]

@@ -104,7 +104,7 @@ def runtime_lines() -> Iterator[str]:
     for each in RUNTIMES:
         yield f"{each.name}: {each.summary}"
         missing = each.missing()
-        facts = {"formats": ", ".join(each.formats), "here": "yes" if missing is None else f"no: {missing}"}
+        facts = {"formats": ", ".join(each.formats()), "here": "yes" if missing is None else f"no: {missing}"}
         yield from _facts(facts if missing is None else {**facts, "install": each.install})
         yield ""
     yield from _broken(RUNTIMES.broken())
@@ -115,7 +115,7 @@ def _evaluated_by(store: type[Format]) -> str:
         return "llama.cpp if it is installed, else the reference decoder"
     return (
         "transformers if the packages are installed, else the reference decoder"
-        if store.native
+        if store.loads_in("transformers")
         else "the reference decoder"
     )
 

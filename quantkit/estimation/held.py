@@ -10,11 +10,10 @@ from quantkit.estimation.inference import LLAMA_CPP_TOKENS, activations_line, ca
 from quantkit.estimation.lines import Line, Part, written
 from quantkit.estimation.use import Use
 from quantkit.estimation.weights import Stored
+from quantkit.formats import FORMATS
 from quantkit.formats.base import BYTES
 
 How = Literal["decoded", "decoded at first use", "packed", "packed, a layer decoded at a time"]
-DECODED_AT_FIRST_USE = ("compressed-tensors",)
-"""The formats whose weights transformers decodes in its first forward pass, and keeps so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +46,7 @@ def held_by(runtime: str | None, store: str, dtype: str | None) -> Held:
         return Held("packed", dtype)
     if runtime == "reference":
         return Held("decoded", dtype)
-    if store in DECODED_AT_FIRST_USE:
+    if store in FORMATS and FORMATS.get(store).decoded_at_first_use:
         return Held("decoded at first use", dtype)
     return Held("packed, a layer decoded at a time", dtype)
 

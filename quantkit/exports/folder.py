@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, TypeVar
 
 import torch
 
@@ -27,22 +27,6 @@ SCALES_OF_ACTIVATIONS = (
 """Ends of the names of tensors by which runtimes round activations and KV caches; no weight follows from them."""
 
 
-@runtime_checkable
-class TellsShapes(Protocol):
-    """A format that tells the shape of a layer without reading its codes."""
-
-    def layer_shape(
-        self, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], torch.Tensor], scheme: Scheme
-    ) -> tuple[int, int]:
-        """``(out_features, in_features)`` of a packed layer.
-
-        Args:
-            shapes: of its tensors, by suffix.
-            read: gives a tensor by suffix; only small ones are asked for.
-            scheme: of the layer.
-        """
-
-
 class FolderExport(Export):
     """Safetensors beside a ``config.json``; what quantkit wrote is read by its manifest, all else by its config.
 
@@ -62,7 +46,8 @@ class FolderExport(Export):
         self._foreign = manifest is None or manifest.get(FOREIGN) is True
         if manifest is None or self._foreign:
             self._store, self.schemes = _read_foreign(folder, self._config, self._reader)
-            self.made_by = _author(folder, self._config) if manifest is None else str(manifest["created_by"])
+            author = _author(folder, self._config, self._store) if manifest is None else manifest["created_by"]
+            self.made_by = str(author)
         else:
             self._store = FORMATS.get(manifest["format"])(_dtype(self._config))
             self.schemes = {name: scheme_from_json(scheme) for name, scheme in manifest["layers"].items()}
@@ -149,12 +134,10 @@ class FolderExport(Export):
     def shape(self, layer: str) -> tuple[int, int]:
         """By the code of its format, from the shapes of the packed tensors where it can tell."""
         store, names = self._store_of(layer), self._names[layer]
-        if isinstance(store, TellsShapes):
-            shapes = {suffix: self._reader.shape(name) for suffix, name in names.items()}
-            with self._unpacking(layer):
-                return store.layer_shape(shapes, lambda suffix: self._reader.read(names[suffix]), self.schemes[layer])
-        weight = self.weight(layer)
-        rows, columns = weight.codes.shape
+        shapes = {suffix: self._reader.shape(name) for suffix, name in names.items()}
+        with self._unpacking(layer):
+            told = store.layer_shape(shapes, lambda suffix: self._reader.read(names[suffix]), self.schemes[layer])
+        rows, columns = told or self.weight(layer).codes.shape
         return rows, columns
 
     def layer_bytes(self, layer: str) -> int:
@@ -224,26 +207,10 @@ def _dtype(config: Mapping[str, Any]) -> str:
     return str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
 
 
-def _author(folder: Path, config: Mapping[str, Any]) -> str:
+def _author(folder: Path, config: Mapping[str, Any], store: Format) -> str:
     """Who wrote a checkpoint, as far as its config says."""
-    found = config["quantization_config"]
-    meta = found.get("meta") if isinstance(found.get("meta"), dict) else {}
-    quantizer = meta.get("quantizer")
+    meta = config["quantization_config"].get("meta")
+    quantizer = meta.get("quantizer") if isinstance(meta, dict) else None
     if quantizer:
         return " ".join(map(str, quantizer)) if isinstance(quantizer, list) else str(quantizer).replace(":", " ")
-    match found.get("quant_method"):
-        case "compressed-tensors":
-            by = f"compressed-tensors {found.get('version', '')}".strip()
-            return f"llm-compressor ({by})" if _is_llm_compressor(folder) else by
-        case "bitsandbytes" | "hqq" | None if config.get("transformers_version"):
-            return f"transformers {config['transformers_version']}"
-    return "unknown"
-
-
-def _is_llm_compressor(folder: Path) -> bool:
-    """Whether the recipe of llm-compressor lies beside the weights: stages of modifiers."""
-    recipe = folder / "recipe.yaml"
-    try:
-        return recipe.is_file() and "_modifiers:" in recipe.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return False
+    return store.author(config, folder) or "unknown"

@@ -14,12 +14,21 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from quantkit.formats._per_layer import FLOAT, OVERRIDE
-from quantkit.schemes import IntScheme, Scheme
+from quantkit.schemes import PER_CHANNEL, IntScheme, Scheme
 
+GROUPS_OF_VLLM = (PER_CHANNEL, 32, 64, 128)
+"""Group sizes of gptq and awq for which vLLM has kernels."""
 FUSED = {("q_proj", "k_proj", "v_proj"): "qkv_proj", ("gate_proj", "up_proj"): "gate_up_proj"}
 """Layers that vLLM loads as one matrix, with its name."""
 IN_BLOCK = re.compile(r"\.\d+\.")
 """In the name of a layer that lies in a numbered block."""
+
+
+def refused_by_vllm(form: str, schemes: Iterable[Scheme]) -> str | None:
+    """Why vLLM has no kernels for gptq or awq layers with these schemes, a sentence; None where it has."""
+    if any(scheme.group_size not in GROUPS_OF_VLLM for scheme in schemes):
+        return f"vLLM loads {form} files with groups of 32, 64 and 128 or one scale per channel, and this has others."
+    return None
 
 
 def commonest(schemes: Iterable[IntScheme]) -> IntScheme:

@@ -45,7 +45,6 @@ class AqlmFormat(Format):
     summary = "additive codebooks of AQLM checkpoints, which quantkit reads and does not write"
     runtimes = ("transformers 4",)
     requires = ("accelerate", "aqlm")
-    native = False
     read_only = "its codes are learned together with their codebooks, which no method of quantkit does"
 
     @classmethod
@@ -79,7 +78,7 @@ class AqlmFormat(Format):
     def layer_shape(
         self, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], torch.Tensor], scheme: Scheme
     ) -> tuple[int, int]:
-        """See :class:`quantkit.exports.folder.TellsShapes`."""
+        """From the shapes of the packed tensors; see :meth:`Format.layer_shape`."""
         return _shape(_additive(scheme), shapes["codes"])
 
     def decodable(self, tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> AdditiveWeight:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantkit.errors import CheckpointError, SchemeError
 from quantkit.formats import FORMATS
-from quantkit.formats._gptq_rules import FUSED, commonest, holds_head, kept_float
+from quantkit.formats._gptq_rules import FUSED, commonest, holds_head, kept_float, refused_by_vllm
 from quantkit.formats._per_layer import Rules, columns_per_group, packed_layers, require, require_matrix
 from quantkit.formats.base import Format, PackedShapes
 from quantkit.schemes import PER_CHANNEL, IntScheme, QuantizedWeight, Scheme
@@ -45,6 +45,7 @@ class AwqFormat(Format):
     runtimes = ("gptqmodel", "transformers", "vllm")
     requires = ("accelerate", "gptqmodel")
     fused = tuple(FUSED)
+    examples = tuple({"bits": 4, "group_size": 32, "symmetric": symmetric} for symmetric in (True, False))
 
     @classmethod
     def check(cls, scheme: Scheme) -> None:
@@ -68,6 +69,11 @@ class AwqFormat(Format):
                 f"awq packs {TOGETHER} output rows into a word, and the layer has {out_features}",
                 "keep the layer float with 'ignore', or use format compressed-tensors",
             )
+
+    @classmethod
+    def refusal(cls, runtime: str, schemes: Collection[Scheme]) -> str | None:
+        """Groups for which vLLM has no kernels."""
+        return refused_by_vllm(cls.name, schemes) if runtime == "vllm" else None
 
     @classmethod
     def computes_in(cls, schemes: Collection[Scheme]) -> tuple[str, ...]:
@@ -112,7 +118,7 @@ class AwqFormat(Format):
     def layer_shape(
         self, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], torch.Tensor], scheme: Scheme
     ) -> tuple[int, int]:
-        """See :class:`quantkit.exports.folder.TellsShapes`."""
+        """From the shapes of the packed tensors; see :meth:`Format.layer_shape`."""
         columns, words = shapes["qweight"]
         return words * TOGETHER, columns
 

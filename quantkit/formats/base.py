@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from quantkit.errors import CheckpointError, SchemeError
@@ -36,9 +37,13 @@ class Format(ABC):
     Attributes:
         name: what recipes call it.
         summary: one line for ``quantkit formats``.
-        runtimes: who loads it.
+        runtimes: who loads it, by the names of quantkit's runtimes or in words, such as ``transformers 4`` or
+            ``ollama``.
+        untested: those of :attr:`runtimes` that load it as their authors say and no test has, each with a sentence on
+            it.
         requires: the packages without which transformers cannot load it.
-        native: whether transformers loads it, with these packages.
+        decoded_at_first_use: whether transformers decodes its weights in its first forward pass, and keeps them so.
+        examples: the keys of schemes as a variant gives them, one of every kind, which the matrix tries.
         fused: names of layers beside each other that runtimes load as one matrix, so that they must agree in scheme.
         embeddings: whether it stores a quantized input embedding, in the schemes of :meth:`check_embedding`.
         optional_suffixes: of tensors that files of other tools may lack.
@@ -51,8 +56,10 @@ class Format(ABC):
     name: ClassVar[str]
     summary: ClassVar[str]
     runtimes: ClassVar[tuple[str, ...]]
+    untested: ClassVar[Mapping[str, str]] = {}
     requires: ClassVar[tuple[str, ...]] = ()
-    native: ClassVar[bool] = True
+    decoded_at_first_use: ClassVar[bool] = False
+    examples: ClassVar[tuple[Mapping[str, Any], ...]] = ()
     fused: ClassVar[tuple[tuple[str, ...], ...]] = ()
     embeddings: ClassVar[bool] = False
     optional_suffixes: ClassVar[tuple[str, ...]] = ()
@@ -114,6 +121,21 @@ class Format(ABC):
         """
 
     @classmethod
+    def loads_in(cls, runtime: str) -> bool:
+        """Whether a runtime of this name loads it, as tests have seen."""
+        return runtime in cls.runtimes and runtime not in cls.untested
+
+    @classmethod
+    def refusal(cls, runtime: str, schemes: Collection[Scheme]) -> str | None:
+        """Why one of :attr:`runtimes` does not load a checkpoint with these schemes, a sentence; None where it does."""
+        return None
+
+    @classmethod
+    def packages(cls, runtime: str, schemes: Collection[Scheme]) -> tuple[str, ...]:
+        """What pip has to install beside a runtime for a checkpoint with these schemes, with versions that work."""
+        return cls.requires if runtime == "transformers" else ()
+
+    @classmethod
     def computes_in(cls, schemes: Collection[Scheme]) -> tuple[str, ...]:
         """The dtypes in which transformers runs a checkpoint with these schemes."""
         return ("float32", "float16", "bfloat16")
@@ -139,6 +161,16 @@ class Format(ABC):
     def for_config(cls, config: Mapping[str, Any], dtype: str) -> Format:
         """What unpacks a checkpoint with this ``quantization_config`` and float tensors of ``dtype``."""
         return cls(dtype)
+
+    @classmethod
+    def author(cls, config: Mapping[str, Any], folder: Path) -> str | None:
+        """Who wrote a checkpoint of this format; None where its files do not say.
+
+        Args:
+            config: its ``config.json``.
+            folder: it.
+        """
+        return None
 
     @classmethod
     def schemes_in(cls, config: Mapping[str, Any], reader: CheckpointReader) -> dict[str, Scheme]:
@@ -171,6 +203,18 @@ class Format(ABC):
             ValueError: the tensors do not fit each other.
         """
         return self.unpack(tensors, scheme)
+
+    def layer_shape(
+        self, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], torch.Tensor], scheme: Scheme
+    ) -> tuple[int, int] | None:
+        """``(out_features, in_features)`` of a packed layer; None where only its codes tell.
+
+        Args:
+            shapes: of its tensors, by suffix.
+            read: gives a tensor by suffix; only small ones are asked for.
+            scheme: of the layer.
+        """
+        return None
 
     @abstractmethod
     def packed_shapes(self, scheme: Scheme, out_features: int, in_features: int) -> PackedShapes:

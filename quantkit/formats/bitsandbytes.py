@@ -6,7 +6,8 @@ See ``BitsAndBytesConfig`` in transformers, and :mod:`quantkit.formats._bitsandb
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from quantkit.errors import SchemeError
 from quantkit.formats import FORMATS
@@ -30,6 +31,15 @@ class BitsAndBytes(Format):
     name = "bitsandbytes"
     summary = "nf4, fp4 and int8 with rounded inputs, one scheme for all layers"
     runtimes = ("transformers", "vllm")
+    untested: ClassVar[Mapping[str, str]] = {
+        "vllm": "vLLM loads bitsandbytes on CUDA only; quantkit has not tested it."
+    }
+    examples = (
+        {"scheme": "nf4"},
+        {"scheme": "fp4"},
+        {"scheme": "nf4", "double_quant": False},
+        {"bits": 8, "group_size": -1, "activations": "dynamic"},
+    )
     requires = ("accelerate", "bitsandbytes")
     fused = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
@@ -46,6 +56,17 @@ class BitsAndBytes(Format):
                 f"the bitsandbytes format holds one scheme, not {', '.join(scheme.describe() for scheme in schemes)}",
                 "give all layers the same scheme, or keep some float with 'ignore'",
             )
+
+    @classmethod
+    def packages(cls, runtime: str, schemes: Collection[Scheme]) -> tuple[str, ...]:
+        """The package, for vLLM too."""
+        return ("bitsandbytes",) if runtime == "vllm" else super().packages(runtime, schemes)
+
+    @classmethod
+    def author(cls, config: Mapping[str, Any], folder: Path) -> str | None:
+        """transformers, which says its version."""
+        version = config.get("transformers_version")
+        return f"transformers {version}" if version else None
 
     @classmethod
     def computes_in(cls, schemes: Collection[Scheme]) -> tuple[str, ...]:
@@ -91,7 +112,7 @@ class BitsAndBytes(Format):
     def layer_shape(
         self, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], torch.Tensor], scheme: Scheme
     ) -> tuple[int, int]:
-        """See :class:`quantkit.exports.folder.TellsShapes`."""
+        """From the shapes of the packed tensors; see :meth:`Format.layer_shape`."""
         return layout_of(scheme).size(shapes, read)
 
     def packed_shapes(self, scheme: Scheme, out_features: int, in_features: int) -> PackedShapes:

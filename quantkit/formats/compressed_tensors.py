@@ -7,6 +7,7 @@ The package (https://github.com/vllm-project/compressed-tensors) has a sub-forma
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantkit.formats import FORMATS
@@ -44,6 +45,16 @@ class CompressedTensors(Format):
     summary = "int1-8 grouped or per channel, W8A8, fp8, mxfp4, nvfp4, mixed by layer"
     runtimes = ("transformers", "vllm")
     requires = ("compressed-tensors",)
+    decoded_at_first_use = True
+    examples = (
+        *({"bits": bits, "group_size": 32, "symmetric": symmetric} for bits in (4, 8) for symmetric in (True, False)),
+        {"bits": 8, "group_size": -1},
+        {"overrides": {"down_proj": {"bits": 8}}, "bits": 4, "group_size": 32, "symmetric": True},
+        {"bits": 8, "group_size": -1, "activations": "dynamic"},
+        *({"scheme": "fp8", "granularity": shape} for shape in ("tensor", "channel", "block")),
+        {"scheme": "fp8", "granularity": "channel", "activations": "dynamic"},
+        *({"scheme": kind} for kind in ("mxfp4", "nvfp4")),
+    )
     fused = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
     embeddings = True
 
@@ -67,6 +78,12 @@ class CompressedTensors(Format):
         return config.get("quant_method") == cls.name
 
     @classmethod
+    def author(cls, config: Mapping[str, Any], folder: Path) -> str | None:
+        """The package with its version, or llm-compressor, whose recipe lies beside the weights."""
+        by = f"compressed-tensors {config['quantization_config'].get('version', '')}".strip()
+        return f"llm-compressor ({by})" if _is_llm_compressor(folder) else by
+
+    @classmethod
     def for_config(cls, config: Mapping[str, Any], dtype: str) -> Format:
         """Layouts as the config groups name them.
 
@@ -86,11 +103,18 @@ class CompressedTensors(Format):
     def layer_shape(
         self, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], torch.Tensor], scheme: Scheme
     ) -> tuple[int, int]:
-        """See :class:`quantkit.exports.folder.TellsShapes`."""
+        """From the shapes of the packed tensors; see :meth:`Format.layer_shape`."""
         return self._layout(scheme).size(shapes, read)
 
     def _layout(self, scheme: Scheme) -> Layout:
         return layout_of(scheme)
+
+    @classmethod
+    def packages(cls, runtime: str, schemes: Collection[Scheme]) -> tuple[str, ...]:
+        """The package, whose releases from 0.18 on fail on the zero points of asymmetric layers, as seen up to 0.20."""
+        if runtime == "transformers" and not all(scheme.symmetric for scheme in schemes):
+            return ("compressed-tensors<0.18",)
+        return super().packages(runtime, schemes)
 
     @classmethod
     def computes_in(cls, schemes: Collection[Scheme]) -> tuple[str, ...]:
@@ -195,3 +219,12 @@ def _config_group(layout: Layout, targets: list[str]) -> dict[str, Any]:
         "output_activations": None,
         "format": layout.name,
     }
+
+
+def _is_llm_compressor(folder: Path) -> bool:
+    """Whether the recipe of llm-compressor lies beside the weights: stages of modifiers."""
+    recipe = folder / "recipe.yaml"
+    try:
+        return recipe.is_file() and "_modifiers:" in recipe.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False

@@ -22,6 +22,7 @@ class Float(Format):
     name = "float"
     summary = "float16 or bfloat16, not quantized"
     runtimes = ("transformers", "vllm")
+    examples = tuple({"scheme": kind} for kind in ("bfloat16", "float16"))
 
     @classmethod
     def check(cls, scheme: Scheme) -> None:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 IMPORTANCE = "importance"
 """The part of a weight, and the suffix beside its blocks, with the mean square of each input column."""
+KINDS = ("mxfp4", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl", "q4_k_m", "q5_k_m", "q3_k_m")
 REPEATED = "gguf: the file repeats the scale of a group in every block of 32, which takes the bits of group_size 32"
 
 
@@ -31,11 +32,15 @@ class Gguf(Format):
     name = "gguf"
     summary = "int4, int5 and int8 in blocks of 32 (Q4_0, Q4_1, Q5_0, Q5_1, Q8_0), mxfp4, llama.cpp's own types"
     runtimes = ("llama.cpp", "ollama")
-    native = False
     embeddings = True
     shares_head = True
     beside = (f".{IMPORTANCE}",)
     container: ClassVar[Container] = "gguf"
+    examples = (
+        *({"bits": bits, "group_size": 32, "symmetric": True} for bits in (4, 5, 8)),
+        *({"bits": bits, "group_size": 32, "symmetric": False, "zeros": "float"} for bits in (4, 5)),
+        *({"scheme": kind} for kind in KINDS),
+    )
 
     @classmethod
     def check(cls, scheme: Scheme) -> None:

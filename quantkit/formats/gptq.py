@@ -20,7 +20,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from quantkit.errors import CheckpointError, SchemeError
 from quantkit.formats import FORMATS
 from quantkit.formats._gptq_layers import BITS, WORD, less_in, scheme_in, shifted_zeros
-from quantkit.formats._gptq_rules import FUSED, commonest, exceptions, holds_head, settings
+from quantkit.formats._gptq_rules import (
+    FUSED,
+    GROUPS_OF_VLLM,
+    commonest,
+    exceptions,
+    holds_head,
+    refused_by_vllm,
+    settings,
+)
 from quantkit.formats._per_layer import BROKEN, Rules, packed_layers
 from quantkit.formats.base import Format, PackedShapes
 from quantkit.schemes import PER_CHANNEL, IntScheme, QuantizedWeight, Scheme
@@ -32,7 +40,6 @@ if TYPE_CHECKING:
     from quantkit.checkpoint import CheckpointReader
 
 GROUPS_OF_GPTQMODEL = (PER_CHANNEL, 16, 32, 64, 128, 256, 512, 1024)
-GROUPS_OF_VLLM = (PER_CHANNEL, 32, 64, 128)
 ASYMMETRIC = (
     "asymmetric gptq: quantkit writes it as gptq_v2, which gptqmodel and transformers load; vLLM (tested: 0.32) loads "
     "symmetric gptq only, and a loader that does not look at checkpoint_format reads every zero point one too high"
@@ -57,6 +64,15 @@ class GptqFormat(Format):
     runtimes = ("gptqmodel", "transformers", "vllm")
     requires = ("gptqmodel", "optimum")
     fused = tuple(FUSED)
+    examples = (
+        *(
+            {"bits": bits, "group_size": 32, "symmetric": symmetric}
+            for bits in (2, 3, 4, 8)
+            for symmetric in (True, False)
+        ),
+        {"bits": 4, "group_size": 32, "symmetric": True, "desc_act": True},
+        {"overrides": {"down_proj": {"bits": 8}}, "bits": 4, "group_size": 32, "symmetric": True},
+    )
     optional_suffixes: ClassVar[tuple[str, ...]] = ("g_idx",)
     """Tensors that a file may lack: without ``g_idx`` groups are neighbours."""
 
@@ -88,6 +104,16 @@ class GptqFormat(Format):
                     f"{count} {what} of {scheme.bits} bits do not fill whole words of {WORD} bits, as gptq packs them",
                     "keep the layer float with 'ignore', or use format compressed-tensors",
                 )
+
+    @classmethod
+    def refusal(cls, runtime: str, schemes: Collection[Scheme]) -> str | None:
+        """Groups for which vLLM has no kernels, and layers that are asymmetric or have their columns in an order."""
+        if runtime != "vllm":
+            return None
+        found = refused_by_vllm(cls.name, schemes)
+        if found is None and any(not scheme.symmetric or _integer(scheme).desc_act for scheme in schemes):
+            return f"vLLM loads {cls.name} files that are symmetric and without `desc_act`, and this one is not."
+        return found
 
     @classmethod
     def computes_in(cls, schemes: Collection[Scheme]) -> tuple[str, ...]:
@@ -156,7 +182,7 @@ class GptqFormat(Format):
     def layer_shape(
         self, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], torch.Tensor], scheme: Scheme
     ) -> tuple[int, int]:
-        """See :class:`quantkit.exports.folder.TellsShapes`."""
+        """From the shapes of the packed tensors; see :meth:`Format.layer_shape`."""
         words, rows = shapes["qweight"]
         return rows, words * WORD // scheme.bits
 

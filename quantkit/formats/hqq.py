@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantkit.errors import CheckpointError, SchemeError
@@ -53,7 +54,18 @@ class HqqFormat(Format):
     summary = "int1-8 grouped on either axis or per channel, whole and float zero points"
     runtimes = ("transformers 4",)
     requires = ("hqq",)
-    native = False
+    examples = tuple({"bits": bits, "group_size": 32, "symmetric": False, "zeros": "float"} for bits in (4, 3))
+
+    @classmethod
+    def computes_in(cls, schemes: Collection[Scheme]) -> tuple[str, ...]:
+        """Its layers compute in float32 whatever dtype is asked for."""
+        return ("float32",)
+
+    @classmethod
+    def author(cls, config: Mapping[str, Any], folder: Path) -> str | None:
+        """transformers, which says its version."""
+        version = config.get("transformers_version")
+        return f"transformers {version}" if version else None
 
     @classmethod
     def check(cls, scheme: Scheme) -> None:
@@ -85,7 +97,7 @@ class HqqFormat(Format):
     def layer_shape(
         self, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], torch.Tensor], scheme: Scheme
     ) -> tuple[int, int]:
-        """See :class:`quantkit.exports.folder.TellsShapes`."""
+        """From the tensor that says it; see :meth:`Format.layer_shape`."""
         rows, columns = (int(size) for size in read("shape"))
         return rows, columns
 

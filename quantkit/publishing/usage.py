@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from quantkit.formats.base import Format
 from quantkit.publishing.markdown import code, fenced, quoted
-from quantkit.schemes import IntScheme, Scheme
+from quantkit.runtimes.vllm import Vllm
+from quantkit.schemes import Scheme
 
-VLLM_GROUPS = (-1, 32, 64, 128)
 CONVERT = "`quantkit convert` writes it as GGUF with the same codes, where a type of GGML has their grid."
 
 
@@ -48,7 +48,7 @@ def _transformers(subject: Subject) -> str:
     if not subject.store.computes_in(subject.schemes):
         return f"transformers does not load {subject.store.name} files with these schemes."
     packages = [f"transformers<{int(old) + 1}" if (old := runtime.partition(" ")[2]) else "transformers"]
-    packages += [_pinned(name, subject.schemes) for name in subject.store.requires]
+    packages += subject.store.packages("transformers", subject.schemes)
     install = f"pip install {' '.join(shlex.quote(name) for name in packages)}"
     dtype = _dtype(subject)
     lines = [
@@ -64,45 +64,20 @@ def _transformers(subject: Subject) -> str:
     return f"{fenced(install, 'sh')}\n\n{fenced(chr(10).join(lines), 'python')}"
 
 
-def _pinned(package: str, schemes: Collection[Scheme]) -> str:
-    """compressed-tensors 0.18 to 0.20 fails on the zero points of asymmetric layers."""
-    if package == "compressed-tensors" and not all(scheme.symmetric for scheme in schemes):
-        return "compressed-tensors<0.18"
-    return package
-
-
 def _dtype(subject: Subject) -> str:
     """What ``from_pretrained`` must be told to compute in."""
-    if subject.store.name == "hqq":
-        return "torch.float32"
     able = subject.store.computes_in(subject.schemes)
     return '"auto"' if subject.dtype in able else f"torch.{able[-1]}"
 
 
 def _vllm(subject: Subject) -> str:
-    refusal = _vllm_refusal(subject)
+    refusal = Vllm.refusal(subject.store, subject.schemes, embedding=subject.embedding)
     if refusal is not None:
         return refusal
-    needs = " bitsandbytes" if subject.store.name == "bitsandbytes" else ""
-    commands = f"pip install vllm{needs}\nvllm serve {shlex.quote(subject.name)}"
-    note = "\n\nvLLM loads bitsandbytes on CUDA only; quantkit has not tested it." if needs else ""
-    return fenced(commands, "sh") + note
-
-
-def _vllm_refusal(subject: Subject) -> str | None:
-    """Why vLLM does not load it; None where it does."""
-    form, integers = subject.store.name, [scheme for scheme in subject.schemes if isinstance(scheme, IntScheme)]
-    if "vllm" not in subject.store.runtimes:
-        return f"vLLM does not load {form} files, or not so that quantkit would vouch for it."
-    if subject.embedding:
-        return "vLLM does not load a quantized input embedding."
-    if any(scheme.bits not in (4, 8) for scheme in integers):
-        return f"vLLM loads integers of 4 and 8 bits from {form} files, and this one has others."
-    if form in ("gptq", "awq") and any(scheme.group_size not in VLLM_GROUPS for scheme in integers):
-        return f"vLLM loads {form} files with groups of 32, 64 and 128 or one scale per channel, and this has others."
-    if form == "gptq" and any(not scheme.symmetric or scheme.desc_act for scheme in integers):
-        return "vLLM loads gptq files that are symmetric and without `desc_act`, and this one is not."
-    return None
+    packages = " ".join(["vllm", *map(shlex.quote, subject.store.packages(Vllm.name, subject.schemes))])
+    commands = f"pip install {packages}\nvllm serve {shlex.quote(subject.name)}"
+    untested = subject.store.untested.get(Vllm.name)
+    return fenced(commands, "sh") + (f"\n\n{untested}" if untested else "")
 
 
 def _llama_cpp(subject: Subject) -> str:

@@ -82,7 +82,11 @@ def _transformers_loads(folder: Path, dtype: str | None) -> bool:
     if not (read_manifest(folder) or {}).get("transformers_loads", True):
         return False
     own = str(config.get("dtype") or config.get("torch_dtype") or "float32")
-    return store.native and (dtype or own) in store.computes_in(schemes) and all(map(is_installed, store.requires))
+    return (
+        store.loads_in("transformers")
+        and (dtype or own) in store.computes_in(schemes)
+        and all(map(is_installed, store.requires))
+    )
 
 
 def _format_in(folder: Path, config: Mapping[str, Any]) -> tuple[type[Format], Collection[Scheme]] | None:

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from quantkit.formats import FORMATS
+from quantkit.formats.base import Format
+from quantkit.schemes import Scheme
+
 if TYPE_CHECKING:
     import torch
-
-    from quantkit.formats.base import Format
-    from quantkit.schemes import Scheme
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +98,6 @@ class Runtime(ABC):
         name: what recipes and the command line call it.
         summary: one line for ``quantkit runtimes``.
         install: the command that brings it.
-        formats: names of the formats that it loads; the matrix says with which schemes.
         packed: whether it computes from packed weights; one that decodes them first has a float model's memory and
             speed.
         separate: whether it lives in an interpreter of its own, so that it can be verified with but not score.
@@ -108,7 +108,6 @@ class Runtime(ABC):
     name: ClassVar[str]
     summary: ClassVar[str]
     install: ClassVar[str]
-    formats: ClassVar[tuple[str, ...]]
     packed: ClassVar[bool] = True
     separate: ClassVar[bool] = False
     own_allocator: ClassVar[bool] = False
@@ -118,6 +117,16 @@ class Runtime(ABC):
     @abstractmethod
     def missing(cls) -> str | None:
         """Why it cannot be used here, on one line; None where it can."""
+
+    @classmethod
+    def loads(cls, store: type[Format]) -> bool:
+        """Whether it loads a format: by default if the format names it; the matrix says with which schemes."""
+        return store.loads_in(cls.name)
+
+    @classmethod
+    def formats(cls) -> list[str]:
+        """Names of the formats that it loads."""
+        return [store.name for store in FORMATS if cls.loads(store)]
 
     @classmethod
     @abstractmethod

@@ -94,7 +94,6 @@ class LlamaCpp(Runtime):
     name: ClassVar[str] = "llama.cpp"
     summary: ClassVar[str] = "llama.cpp on the CPU, or on GPUs with a build for them"
     install: ClassVar[str] = "pip install 'quantkit[llama-cpp]'"
-    formats: ClassVar[tuple[str, ...]] = ("gguf",)
     own_allocator: ClassVar[bool] = True
 
     @classmethod

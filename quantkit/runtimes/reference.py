@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from quantkit.formats.base import Format
 from quantkit.runtimes import RUNTIMES
 from quantkit.runtimes.base import LoadedModel, LoadOptions, Runtime
 
@@ -15,13 +16,17 @@ class Reference(Runtime):
     name = "reference"
     summary = "decodes any format that quantkit reads into a float model; says what the file means"
     install = "pip install quantkit"
-    formats = ("aqlm", "awq", "bitsandbytes", "compressed-tensors", "float", "gguf", "gptq", "hqq")
     packed = False
 
     @classmethod
     def missing(cls) -> str | None:
         """Nothing: it is quantkit's own."""
         return None
+
+    @classmethod
+    def loads(cls, store: type[Format]) -> bool:
+        """All that quantkit reads."""
+        return True
 
     @classmethod
     def load(cls, path: Path, options: LoadOptions) -> LoadedModel:

@@ -21,7 +21,6 @@ class Transformers(Runtime):
     name = "transformers"
     summary = "loads safetensors as they are; packed weights stay packed"
     install = "pip install transformers"
-    formats = ("awq", "bitsandbytes", "compressed-tensors", "float", "gptq")
 
     @classmethod
     def missing(cls) -> str | None:

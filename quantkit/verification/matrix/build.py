@@ -87,7 +87,7 @@ def _export(job: Job, rows: Sequence[Row], folder: Path) -> list[dict[str, Path]
 def _load(checkpoint: Path, form: str, wanted: Sequence[str]) -> dict[str, dict[str, Any]]:
     """What each runtime that is meant to load a format makes of a checkpoint."""
     schemes = set() if form == "float" else set(open_export(checkpoint).schemes.values())
-    meant = [runtime for runtime in RUNTIMES if form in runtime.formats]
+    meant = [runtime for runtime in RUNTIMES if runtime.loads(FORMATS.get(form))]
     expected = _logits(RUNTIMES.get("reference"), checkpoint, "float32")
     return {
         runtime.name: _cell(runtime, checkpoint, form, schemes, expected)

@@ -1,4 +1,4 @@
-"""The rows of the matrix: every kind of grid in every format that stores it."""
+"""The rows of the matrix: every kind of grid in every format that stores it, as the format lists them."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from quantkit.errors import QuantkitError
+from quantkit.formats import FORMATS
 from quantkit.methods import METHODS
 from quantkit.recipe import VariantSpec
 from quantkit.system.validation import parse_section
 
-GROUP = 32
 COMPOSED = ("awq+gptq", "awq+hqq")
 """Methods in one that are tried beside the single ones."""
 
@@ -53,42 +53,6 @@ def method_names() -> list[str]:
 
 
 def rows() -> Iterator[Row]:
-    """All rows."""
-    yield from _compressed_tensors()
-    for bits in (2, 3, 4, 8):
-        for symmetric in (True, False):
-            yield Row("gptq", _int(bits, symmetric))
-    yield Row("gptq", {**_int(4, True), "desc_act": True})
-    yield Row("gptq", {"overrides": {"down_proj": {"bits": 8}}, **_int(4, True)})
-    yield from (Row("awq", _int(4, symmetric)) for symmetric in (True, False))
-    yield from (Row("bitsandbytes", {"scheme": kind}) for kind in ("nf4", "fp4"))
-    yield Row("bitsandbytes", {"scheme": "nf4", "double_quant": False})
-    yield Row("bitsandbytes", {"bits": 8, "group_size": -1, "activations": "dynamic"})
-    yield Row("hqq", {**_int(4, False), "zeros": "float"})
-    yield Row("hqq", {**_int(3, False), "zeros": "float"})
-    yield from _gguf()
-    yield from (Row("float", {"scheme": kind}) for kind in ("bfloat16", "float16"))
-
-
-def _compressed_tensors() -> Iterator[Row]:
-    place = "compressed-tensors"
-    yield from (Row(place, _int(bits, symmetric)) for bits in (4, 8) for symmetric in (True, False))
-    yield Row(place, {"bits": 8, "group_size": -1})
-    yield Row(place, {"overrides": {"down_proj": {"bits": 8}}, **_int(4, True)})
-    yield Row(place, {"bits": 8, "group_size": -1, "activations": "dynamic"})
-    yield from (Row(place, {"scheme": "fp8", "granularity": shape}) for shape in ("tensor", "channel", "block"))
-    yield Row(place, {"scheme": "fp8", "granularity": "channel", "activations": "dynamic"})
-    yield from (Row(place, {"scheme": kind}) for kind in ("mxfp4", "nvfp4"))
-
-
-def _gguf() -> Iterator[Row]:
-    for bits in (4, 5):
-        yield Row("gguf", _int(bits, True))
-        yield Row("gguf", {**_int(bits, False), "zeros": "float"})
-    yield Row("gguf", _int(8, True))
-    kinds = ("mxfp4", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl", "q4_k_m", "q5_k_m", "q3_k_m")
-    yield from (Row("gguf", {"scheme": kind}) for kind in kinds)
-
-
-def _int(bits: int, symmetric: bool) -> dict[str, Any]:
-    return {"bits": bits, "group_size": GROUP, "symmetric": symmetric}
+    """All rows: the examples of every format that quantkit writes."""
+    for store in FORMATS:
+        yield from (Row(store.name, dict(keys)) for keys in store.examples)
