@@ -20,8 +20,8 @@ from quantkit.runtimes import RUNTIMES
 from quantkit.system.artifacts import read_json, write_json
 from quantkit.verification.matrix import matrix_markdown, reasons_markdown
 from quantkit.verification.matrix.build import RUNTIMES_HERE, build, load_in
-from quantkit.verification.matrix.data import MATRIX_FILE, UNTRIED
 from quantkit.verification.matrix.rows import method_names, rows
+from quantkit.verification.matrix.table import MATRIX_FILE, UNTRIED
 from tests.tiny import make_model, tiny_rows
 
 PAGE = Path(__file__).parent.parent / "docs" / "formats.md"

@@ -11,8 +11,8 @@ from rich.console import Console
 from quantkit.runtimes import RUNTIMES
 from quantkit.verification.matrix import matrix_markdown, matrix_table, read_matrix, reasons_markdown
 from quantkit.verification.matrix.build import RUNTIMES_HERE, build
-from quantkit.verification.matrix.data import FAILS, UNTRIED, WORKS
 from quantkit.verification.matrix.rows import method_names, rows
+from quantkit.verification.matrix.table import FAILS, UNTRIED, WORKS
 from tests.matrix_file import PAGE, small_job
 
 

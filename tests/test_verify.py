@@ -29,11 +29,9 @@ from quantkit.runtimes.vllm import SCRIPT, VARIABLE, interpreter
 from quantkit.schemes import IntScheme
 from quantkit.verification import traps, verify
 from quantkit.verification import verdict as verdicts
-from quantkit.verification.comparison import compare
-from quantkit.verification.job import VerificationJob
-from quantkit.verification.process import carry_out
+from quantkit.verification.comparison import BLOCKS, BY_DTYPE, TOKENS, compare, tolerance
+from quantkit.verification.job import VerificationJob, carry_out
 from quantkit.verification.prompts import PROMPTS, tokenize
-from quantkit.verification.tolerances import BLOCKS, BY_DTYPE, TOKENS, tolerance
 from quantkit.verification.worker import perform
 from tests.tiny import CHAT_TEMPLATE, make_model, tiny_tokenizer
 

@@ -7,7 +7,6 @@ interpreter of their own take part as well.
 
 from __future__ import annotations
 
-from quantkit.verification.lines import verdict_lines
-from quantkit.verification.verdict import verify
+from quantkit.verification.verdict import verdict_lines, verify
 
 __all__ = ["verdict_lines", "verify"]

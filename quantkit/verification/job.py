@@ -1,4 +1,4 @@
-"""What a process is asked to do with a checkpoint, and what it answers.
+"""What a process is asked to do with a checkpoint, what it answers, and how it is run.
 
 A process is started with a runtime's command and the path of a job. It loads the checkpoint, writes the logits after
 every token of every prompt as float32 ``[tokens, vocabulary]`` (``.npy``, prompts one after another) to ``logits``,
@@ -20,10 +20,14 @@ What it prints is its log. Its standard input ends when whoever asked has ended,
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from quantkit.errors import EvaluationError
+from quantkit.system.child import Limits, run_child
+from quantkit.system.ending import Kind
 from quantkit.system.worker import RESULT_FILE
 
 SECONDS = 3600.0
@@ -92,3 +96,36 @@ class VerificationJob:
         given = {key: value for key, value in data.items() if key not in ("logits", "result")}
         places = {"checkpoint": Path(data["checkpoint"]), "folder": Path(data["result"]).parent}
         return cls(**{**given, **places, "prompts": tuple(map(tuple, data["prompts"]))})
+
+
+def carry_out(command: list[str], job: VerificationJob) -> dict[str, Any]:
+    """Run a job by a runtime's command.
+
+    Args:
+        command: what the job's file is appended to.
+        job: what to do.
+
+    Returns:
+        The answer.
+
+    Raises:
+        EvaluationError: the process died, or the checkpoint cannot be loaded.
+        QuantkitError: any other mistake of the user, as the process found it.
+    """
+    environment = {**os.environ, "TQDM_DISABLE": "1"}
+    if not job.trust_remote_code:
+        environment["HF_HUB_OFFLINE"] = "1"
+    limits = Limits(seconds=job.seconds)
+    ending = run_child(command, job.to_json(), job.folder, environment=environment, log=job.log, limits=limits)
+    if ending.kind is Kind.TIME_LIMIT:
+        raise EvaluationError(
+            f"{job.runtime} did not answer from {job.checkpoint} within {job.seconds:.0f} s; last line of its log:"
+            f" {ending.last_line()}",
+            "give it longer with --time-limit, if it is slow and does not hang",
+        )
+    answer = ending.answer()
+    if ending.status or not answer:
+        raise EvaluationError(
+            f"{job.runtime} did not answer from {job.checkpoint} ({ending.how}): {ending.last_error()}"
+        )
+    return answer

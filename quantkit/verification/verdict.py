@@ -1,9 +1,9 @@
-"""Compare a runtime with the reference decoder on a checkpoint, and keep the verdict beside its manifest."""
+"""Compare a runtime with the reference decoder on a checkpoint: the verdict, kept beside its manifest, and in words."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,15 +17,15 @@ from quantkit.runtimes._choice import is_installed
 from quantkit.runtimes.base import Runtime
 from quantkit.system.devices import resolve_device
 from quantkit.system.progress import Observer, Silent
-from quantkit.verification.comparison import Figures, compare
-from quantkit.verification.job import SECONDS, VerificationJob
-from quantkit.verification.process import carry_out
+from quantkit.verification.comparison import Figures, Tolerance, compare, tolerance
+from quantkit.verification.job import SECONDS, VerificationJob, carry_out
 from quantkit.verification.prompts import PROMPTS, Prompts, tokenize
 from quantkit.verification.subject import Subject, read_subject
-from quantkit.verification.tolerances import Tolerance, tolerance
 from quantkit.verification.traps import dropped_tensors, fused_layers, overflow
 
 NEW_TOKENS = 32
+LONGEST_TEXT = 100
+"""Characters that are shown of what a runtime wrote."""
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -207,3 +207,22 @@ def _record(path: Path, runtime: str, verdict: dict[str, Any]) -> None:
     folder = path if path.is_dir() else path.parent
     if read_manifest(folder) is not None:
         keep_verdict(folder, runtime, verdict)
+
+
+def verdict_lines(verdict: Mapping[str, Any]) -> Iterator[str]:
+    """Whether a runtime passed, how far it was from the reference decoder, what it wrote, and the traps found."""
+    state = "passed" if verdict["passed"] else "FAILED"
+    yield f"{state}: {verdict['runtime']} in {verdict['dtype']} on {verdict['device']}"
+    if verdict["reason"]:
+        yield f"    reason     {verdict['reason']}"
+    figures, allowed = verdict["figures"], verdict["tolerance"]
+    if figures:
+        limit = f"{allowed['kl']:.2g} is allowed ({allowed['because']})"
+        yield f"    KL         {figures['kl']:.2g} nats from the reference decoder on the worst prompt; {limit}"
+        yield f"    top token  the same at {figures['top1']:.1%} of positions; {allowed['top1']:.0%} is asked for"
+    if verdict["generated"]:
+        yield f"    it wrote   {verdict['generated']!r}"[: LONGEST_TEXT + 15]
+    for trap in verdict["traps"]:
+        yield f"    trap       {trap['name']}: {trap['found']}"
+    if verdict["settings"]:
+        yield f"    settings   {', '.join(f'{name}={value}' for name, value in verdict['settings'].items())}"

@@ -6,7 +6,6 @@ compares.
 
 from __future__ import annotations
 
-from quantkit.verification.matrix.data import MATRIX_FILE, read_matrix
-from quantkit.verification.matrix.table import matrix_markdown, matrix_table, reasons_markdown
+from quantkit.verification.matrix.table import MATRIX_FILE, matrix_markdown, matrix_table, read_matrix, reasons_markdown
 
 __all__ = ["MATRIX_FILE", "matrix_markdown", "matrix_table", "read_matrix", "reasons_markdown"]

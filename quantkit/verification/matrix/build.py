@@ -20,10 +20,9 @@ from quantkit.runtimes._choice import is_installed
 from quantkit.runtimes.base import LoadOptions, Runtime
 from quantkit.schemes import Scheme
 from quantkit.verification import verify
-from quantkit.verification.comparison import Figures, compare
-from quantkit.verification.matrix.data import FAILS, UNTRIED, WORKS
+from quantkit.verification.comparison import Figures, compare, tolerance
 from quantkit.verification.matrix.rows import Row, method_names
-from quantkit.verification.tolerances import tolerance
+from quantkit.verification.matrix.table import FAILS, UNTRIED, WORKS
 
 PROMPT = tuple(range(5, 53))
 """Token ids that every small model of a byte-level vocabulary has."""

@@ -1,16 +1,31 @@
-"""The matrix for people."""
+"""The matrix as it is kept, and as people read it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantkit.verification.matrix.data import FAILS, UNTRIED, WORKS
+from quantkit.system.artifacts import read_json
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+MATRIX_FILE = Path(__file__).with_name("matrix.json")
+WORKS, FAILS, UNTRIED = "works", "fails", "untried"
+"""What a cell says: it was done and compared; it was done and went wrong; nobody did it."""
 MARKS = {WORKS: "yes", FAILS: "no", UNTRIED: "?"}
+
+
+def read_matrix() -> dict[str, Any]:
+    """The matrix.
+
+    Returns:
+        ``rows``, each with ``format``, ``name``, ``keys`` of a variant, ``methods`` (name to state) and ``runtimes``
+        (name to ``state``, ``reason`` and ``kl``), and ``versions`` of what they were done with.
+    """
+    found: dict[str, Any] = read_json(MATRIX_FILE)
+    return found
 
 
 def matrix_table(found: Mapping[str, Any]) -> Table:
