@@ -52,7 +52,9 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
     assert loaded_after("import quantkit", (*HEAVY, "pydantic", "yaml", "typer", "rich")) == []
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["quantize", "--help"], ["run", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], ["quantize", "--help"], ["run", "--help"], ["estimate", "--help"]]
+)
 def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     assert loaded_after(command(arguments), (*HEAVY, "yaml", "quantkit.recipe")) == []
 

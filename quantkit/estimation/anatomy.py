@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,7 +14,7 @@ class Weight:
     """A parameter.
 
     Attributes:
-        name: its full name in transformers, such as ``model.layers.0.mlp.up_proj.weight``.
+        name: its full name in a checkpoint, such as ``model.layers.0.mlp.up_proj.weight``.
         shape: of the tensor; of a linear layer ``(out_features, in_features)``.
         kind: ``linear`` is a matrix that can be quantized, ``embedding`` the input embedding.
         block: index of the decoder block that holds it; None outside the blocks.
@@ -63,6 +62,19 @@ class Cache:
 
 
 @dataclass(frozen=True, slots=True)
+class Input:
+    """What layers of a block read.
+
+    Attributes:
+        layers: full names of those that read it.
+        paused: numbers of a token that are alive when the first of them is called, the input among them.
+    """
+
+    layers: tuple[str, ...]
+    paused: int
+
+
+@dataclass(frozen=True, slots=True)
 class Anatomy:
     """A decoder-only language model.
 
@@ -74,14 +86,16 @@ class Anatomy:
         wide: width of what a token's MLP computes with at once; of experts, of all that a token goes to.
         queries: width of all query heads together.
         keys: width of all key heads together.
-        head_dim: width of a head.
         vocabulary: number of tokens.
         blocks: number of decoder blocks.
-        weights: every parameter once; of a head tied to the embedding there is only the latter.
+        weights: every parameter once, experts one by one; of a head tied to the embedding there is only the latter.
         caches: of each block.
         embedding: full name of the input embedding.
         head: full name of the output head, tied or not.
         tied: the head is the embedding.
+        largest: index of the block that has the most parameters; of several the second, which unlike the first does not
+            read the embedding itself.
+        inputs: what its layers read, in the order of their calls.
         context: tokens that the model was made for; None where its config does not say.
         rope_factors: numbers that a GGUF file has for a rope of Llama 3.1; else 0.
         notes: what is left out of the description.
@@ -94,7 +108,6 @@ class Anatomy:
     wide: int
     queries: int
     keys: int
-    head_dim: int
     vocabulary: int
     blocks: int
     weights: tuple[Weight, ...]
@@ -102,6 +115,8 @@ class Anatomy:
     embedding: str
     head: str
     tied: bool
+    largest: int
+    inputs: tuple[Input, ...]
     context: int | None = None
     rope_factors: int = 0
     notes: tuple[str, ...] = ()
@@ -118,9 +133,9 @@ class Anatomy:
 
     def linears(self) -> dict[str, tuple[tuple[int, int], int | None]]:
         """Every linear layer, the head too, with its shape and block."""
-        found = {w.layer: (w.matrix, w.block) for w in self.weights if w.kind == "linear"}
+        found = {weight.layer: (weight.matrix, weight.block) for weight in self.weights if weight.kind == "linear"}
         return found if self.head in found else found | {self.head: (self.head_shape, None)}
 
-    def in_block(self, block: int) -> Mapping[str, tuple[int, ...]]:
-        """The parameters of a block by name."""
-        return {weight.name: weight.shape for weight in self.weights if weight.block == block}
+    def in_largest(self) -> int:
+        """Number of parameters of the largest block."""
+        return sum(weight.numel for weight in self.weights if weight.block == self.largest)

@@ -8,10 +8,9 @@ from typing import Any
 
 from quantkit.errors import SourceError
 from quantkit.estimation.anatomy import Anatomy
-from quantkit.estimation.configs import Config
-from quantkit.estimation.families import describe
 from quantkit.estimation.held import Held, held_by, loaded_line, running_part, without_device
 from quantkit.estimation.lines import Line
+from quantkit.estimation.models import anatomy_by
 from quantkit.estimation.use import Use
 from quantkit.estimation.weights import Stored, stored
 from quantkit.recipe import VariantSpec
@@ -34,7 +33,7 @@ def beside_measured(
 
     Returns:
         The figures; their ``memory`` with :data:`ESTIMATED` and :data:`ESTIMATES`, see :func:`estimates`, both None for
-        a model of a family that is not described.
+        a model that transformers does not build.
     """
     memory = figures.get("memory")
     if not memory:
@@ -108,7 +107,7 @@ def _known_anatomy(folder: Path) -> Anatomy | None:
         return None
 
 
-def _anatomy(folder: Path) -> Anatomy | None:
+def _anatomy(folder: Path) -> Anatomy:
     file = folder / "config.json"
     if file.is_file():
         data = json.loads(file.read_text(encoding="utf-8"))
@@ -116,7 +115,7 @@ def _anatomy(folder: Path) -> Anatomy | None:
         from quantkit.exports import open_export
 
         data = open_export(folder).config()
-    return describe(Config(data, folder.name))
+    return anatomy_by(data, "the checkpoint")
 
 
 def _float(anatomy: Anatomy) -> VariantSpec:

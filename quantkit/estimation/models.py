@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, lru_cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from quantkit.errors import CheckpointError, QuantkitError, SourceError, did_you_mean
 from quantkit.estimation.anatomy import Anatomy
-from quantkit.estimation.configs import Config
-from quantkit.estimation.families import FAMILIES, describe
 
 CONFIG = "config.json"
 
@@ -34,7 +32,7 @@ def anatomy_of(reference: str) -> Anatomy:
     known = well_known()
     found = known.get(reference.lower()) or known.get(_hub_names().get(reference.lower(), ""))
     if found is not None:
-        return _described(Config(found, reference))
+        return anatomy_by(found, reference)
     return _from_file(_fetched(reference), reference)
 
 
@@ -60,40 +58,38 @@ def _hub_names() -> Mapping[str, str]:
     return {hub.lower(): name for name, entry in _entries().items() for hub in entry["hub"]}
 
 
-def _described(config: Config) -> Anatomy:
-    found = describe(config)
-    if found is None:
-        raise SourceError(f"the family '{config.family}' is not described", did_you_mean(config.family, FAMILIES))
-    return found
-
-
 def _from_file(file: Path, name: str) -> Anatomy:
-    """The anatomy by a config file; of a family that is not described here transformers builds it, without weights."""
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise SourceError(f"{file} cannot be read: {error}", "name a folder with the config.json of a model") from error
     if not isinstance(data, Mapping):
         raise SourceError(f"{file} is no config: it holds no mapping", "name the config.json of a model")
-    config = Config(data, name)
-    _check_sizes(data, name)
-    found = describe(config)
-    if found is not None:
-        return found
-    from quantkit.estimation.from_transformers import built
-
-    return built(file.parent, config)
+    return anatomy_by(data, name)
 
 
-def _check_sizes(data: Mapping[str, Any], name: str) -> None:
-    from quantkit.checkpoint.sizes import (
-        check_sizes,
-    )  # brings torch along, which the configs that come along do without
+def anatomy_by(data: Mapping[str, Any], name: str) -> Anatomy:
+    """The anatomy of the model of a config, as ``config.json`` has it.
+
+    Raises:
+        SourceError: it asks for sizes that no model has, or transformers cannot build it.
+    """
+    from quantkit.checkpoint.sizes import check_sizes  # it brings torch along, and building transformers
 
     try:
         check_sizes(data, f"the config of {name}")
     except CheckpointError as error:
         raise SourceError(error.problem, error.remedy) from error
+    plain = {key: value for key, value in data.items() if key != "quantization_config"}
+    return _built(json.dumps(plain, sort_keys=True), name)
+
+
+@lru_cache(maxsize=8)
+def _built(config: str, name: str) -> Anatomy:
+    """The variants of a report have one config."""
+    from quantkit.estimation.building import built
+
+    return built(json.loads(config), name)
 
 
 def _fetched(reference: str) -> Path:

@@ -1,11 +1,13 @@
 """The peak of a quantizing run of this engine: what is alive at once at the widest moment of a block.
 
 The counts of matrices are those of the code, :mod:`quantkit.engine.statistics` and :mod:`quantkit.numerics.factor` for
-a Gram matrix, :mod:`quantkit.methods` for a weight. ``docs/vram.md`` has them beside measured peaks.
+a Gram matrix; of weights a method tells itself, where it does more than to round. ``docs/vram.md`` has them beside
+measured peaks.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -21,8 +23,6 @@ from quantkit.recipe import VariantSpec
 from quantkit.schemes import Mxfp4Scheme, Nvfp4Scheme, Scheme
 from quantkit.schemes.codebook import CodebookScheme
 
-MULTIPLYING = ("awq",)
-"""The methods that ask for a Gram matrix and multiply with it, and neither factorize it nor solve with the factor."""
 SUMMED = 4
 """Gram matrices' worth of float32 when its sums are there: the upper triangle, twice that without the rest, and both
 put together."""
@@ -30,21 +30,15 @@ FACTORIZING = 8
 """The same while one is factorized."""
 KEPT = 4
 """The same while a layer is solved with it: the matrix, damped, its factor, and that divided by its diagonal."""
-SOLVING, SOLVING_ASYMMETRIC = 7, 11
-"""Weights' worth of float32 that the column solver takes beside the weight."""
 ROUNDING, ROUNDING_TABLE = 2.25, 3.25
-"""The same for methods that round without solving columns: codes in 8 bits and two copies, or where codes are looked up
-in a table the values, their places and the limits between them."""
+"""Weights' worth of float32 beside the weight for methods that do not say themselves, as they round: codes in 8 bits
+and two copies, or where codes are looked up in a table the values, their places and the limits between them."""
 CAST = 1
 """The same for a comparison that torch on a CPU casts to whole numbers, to add it to the places in a codebook."""
 CODES = 0.25
 """The same for the codes of a solved layer."""
 EXPORTING = 3
 """Times the largest float tensor, which is checked for NaN and compared after writing."""
-BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
-"""Tokens that run at a time."""
-CHUNK_TOKENS = 512
-"""Tokens that a CPU multiplies at a time for a Gram matrix."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +66,7 @@ class _Run:
 
     @property
     def factorizes(self) -> bool:
-        return Statistic.GRAM in self.needs and self.variant.method not in MULTIPLYING
+        return Statistic.GRAM in self.needs and self.method.factorizes
 
 
 def quantizing(anatomy: Anatomy, variant: VariantSpec, file: Stored, use: Use) -> Part:
@@ -86,12 +80,11 @@ def quantizing(anatomy: Anatomy, variant: VariantSpec, file: Stored, use: Use) -
     """
     moments = [_exporting(file)]
     schemes = {name: each.scheme for name, each in file.packed.items()}
-    block = max(range(anatomy.blocks), key=lambda index: sum(map(_numel, anatomy.in_block(index).values())))
-    run = _run_in(anatomy, variant, file, use, block)
+    run = _run_in(anatomy, variant, file, use)
     if run.needs:
-        groups = calibrated_groups(anatomy, block, schemes)
+        groups = calibrated_groups(anatomy, schemes)
     else:
-        groups = uncalibrated_groups(anatomy, block, schemes, FORMATS.get(variant.format))
+        groups = uncalibrated_groups(anatomy, schemes, FORMATS.get(variant.format))
     for group in groups:
         moments += _moments(run, group)
     for name in (anatomy.head, anatomy.embedding):
@@ -103,20 +96,18 @@ def quantizing(anatomy: Anatomy, variant: VariantSpec, file: Stored, use: Use) -
     return largest(moments)
 
 
-def _run_in(anatomy: Anatomy, variant: VariantSpec, file: Stored, use: Use, block: int) -> _Run:
-    places = anatomy.linears()
-    packed = sum(each.nbytes for name, each in file.packed.items() if places.get(name, (None, None))[1] == block)
-    inside = sum(map(_numel, anatomy.in_block(block).values()))
-    return _Run(anatomy, variant, use, _pass_bytes(file, use), variant.build_method(), inside, packed)
+def _run_in(anatomy: Anatomy, variant: VariantSpec, file: Stored, use: Use) -> _Run:
+    names = (name for each in anatomy.inputs for name in each.layers)
+    packed = sum(file.packed[name].nbytes for name in names if name in file.packed)
+    return _Run(anatomy, variant, use, _pass_bytes(file, use), variant.build_method(), anatomy.in_largest(), packed)
 
 
 def _run_outside(anatomy: Anatomy, variant: VariantSpec, file: Stored, use: Use, name: str) -> _Run:
     method = variant.build_method()
     if name == anatomy.embedding:
         method = method.for_embeddings()
-    return _Run(
-        anatomy, variant, use, _pass_bytes(file, use), method, _numel(anatomy.head_shape), file.packed[name].nbytes
-    )
+    size = math.prod(anatomy.head_shape)
+    return _Run(anatomy, variant, use, _pass_bytes(file, use), method, size, file.packed[name].nbytes)
 
 
 def _pass_bytes(file: Stored, use: Use) -> int:
@@ -167,15 +158,17 @@ def _frame(run: _Run) -> Line:
 
 def _activations(run: _Run, group: Group, *, reading: bool) -> Line:
     """Those of all batches that stand at a group; where none pauses, those between two blocks, and of one that runs."""
+    from quantkit.engine.batches import BATCH_TOKENS
+
     use, size, hidden = run.use, run.size, run.anatomy.hidden
     tokens = use.calibration_tokens
     if use.feed == "quantized" and use.strategy == "one-pass":
-        return Line("activations", tokens * group.paused * size, f"{tokens:,} tokens x {group.words} x {size} bytes")
+        return Line("activations", tokens * group.paused * size, f"{tokens:,} tokens x {group.paused:,} x {size} bytes")
     if not reading:
         return Line("activations", tokens * 2 * hidden * size, f"{tokens:,} tokens x 2 x {hidden:,} x {size} bytes")
     running = min(tokens, BATCH_TOKENS[use.device])
     nbytes = (tokens * 2 * hidden + running * group.paused) * size
-    return Line("activations", nbytes, f"({tokens:,} x 2 x {hidden:,} + {running:,} x {group.words}) x {size} bytes")
+    return Line("activations", nbytes, f"({tokens:,} x 2 x {hidden:,} + {running:,} x {group.paused:,}) x {size} bytes")
 
 
 def _beside(run: _Run) -> tuple[int, str]:
@@ -186,13 +179,17 @@ def _beside(run: _Run) -> tuple[int, str]:
     """
     if Statistic.GRAM not in run.needs or not (run.use.feed == "float" or run.method.scales_inputs):
         return 0, ""
-    anatomy = run.anatomy
-    count = sum(width**2 for width in (anatomy.hidden, anatomy.queries, anatomy.hidden, anatomy.wide))
+    linears = run.anatomy.linears()
+    widths = [linears[each.layers[0]][0][1] for each in run.anatomy.inputs]
+    count = sum(width**2 for width in widths)
     return count, f"{written(count)} of all inputs + "
 
 
 def _gathering(run: _Run, group: Group) -> Line:
     """The sums of an input, and the float32 copies of the last batch that is added to them."""
+    from quantkit.engine.batches import BATCH_TOKENS
+    from quantkit.engine.statistics import CHUNK_TOKENS
+
     columns, batch = group.columns, min(run.use.calibration_tokens, BATCH_TOKENS[run.use.device])
     if Statistic.GRAM not in run.needs:
         return Line("statistics", 8 * batch * columns, f"2 x {batch:,} tokens of a batch x {columns:,} x 4 bytes")
@@ -238,8 +235,9 @@ def _weights(run: _Run, group: Group, *, solving: bool = True) -> Line:
 
 def _working(run: _Run, scheme: Scheme) -> float:
     """Weights' worth of float32 beside the weight while its codes are chosen."""
-    if run.factorizes:
-        return SOLVING if scheme.symmetric else SOLVING_ASYMMETRIC
+    own = run.method.working_copies(scheme)
+    if own is not None:
+        return own
     if isinstance(scheme, CodebookScheme):
         return ROUNDING_TABLE + (CAST if run.use.device == "cpu" else 0)
     return ROUNDING_TABLE if isinstance(scheme, Mxfp4Scheme | Nvfp4Scheme) else ROUNDING
@@ -252,10 +250,3 @@ def _exporting(file: Stored) -> Part:
     return Part(
         "quantizing", "while the file is written", (Line("largest float tensor", EXPORTING * largest_float, formula),)
     )
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count

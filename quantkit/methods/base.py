@@ -114,6 +114,7 @@ class Method(ABC):
         Options: its own options.
         cost: how long it takes, for ``quantkit methods``.
         scales_inputs: whether it asks for :meth:`channel_factors`.
+        factorizes: whether it factorizes the sums of products that it asks for; estimates of memory ask.
         needs: the statistics that it asks for, which may depend on its options; none means no calibration.
     """
 
@@ -123,6 +124,7 @@ class Method(ABC):
     Options: ClassVar[type[MethodOptions]] = MethodOptions
     cost: ClassVar[str] = ""
     scales_inputs: ClassVar[bool] = False
+    factorizes: ClassVar[bool] = False
     needs: frozenset[Statistic] = frozenset()
 
     def __init__(self, options: MethodOptions) -> None:
@@ -173,6 +175,13 @@ class Method(ABC):
 
         Returns:
             Positive float32 ``[in_features]``, or None to leave the input as it is.
+        """
+        return None
+
+    def working_copies(self, scheme: Scheme) -> float | None:
+        """Weights' worth of float32 that lie beside a weight while its codes are chosen; None for what rounding takes.
+
+        Estimates of memory ask.
         """
         return None
 

@@ -34,6 +34,10 @@ class Composed(Method):
         self._solver = self.Solver(_part(self.Solver.Options, options))
         self.needs = self._scaler.needs | self._solver.needs
 
+    def working_copies(self, scheme: Scheme) -> float | None:
+        """What the second method takes."""
+        return self._solver.working_copies(scheme)
+
     @classmethod
     def check(cls, scheme: Scheme) -> None:
         """Both must take the scheme."""
@@ -89,6 +93,7 @@ def composed(name: str, scaler: type[Method], solver: type[Method]) -> type[Meth
             "summary": f"the factors of {scaler.name}, then {solver.summary}",
             "source": f"{scaler.source}; {solver.source}",
             "cost": solver.cost,
+            "factorizes": solver.factorizes,
             "Options": options,
             "Scaler": scaler,
             "Solver": solver,

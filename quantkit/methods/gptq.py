@@ -55,7 +55,12 @@ class Gptq(Method):
     cost = "minutes"
     Options: ClassVar[type[MethodOptions]] = GptqOptions
     needs = frozenset({Statistic.GRAM})
+    factorizes = True
     options: GptqOptions
+
+    def working_copies(self, scheme: Scheme) -> float:
+        """As ``benchmarks/quantizing_peak.py`` finds for the solver of columns."""
+        return 7 if scheme.symmetric else 11
 
     def for_embeddings(self) -> Method:
         """Without inputs no column can make up for another: round to nearest, unless scales are to be refined."""

@@ -1,0 +1,176 @@
+"""The anatomy of a model, counted on the model that transformers builds without weights."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from quantkit.engine.layers import Layer
+from quantkit.engine.skeleton import Skeleton
+from quantkit.errors import SourceError
+from quantkit.estimation.anatomy import Anatomy, Cache, Kind, Weight
+from quantkit.estimation.trial import block_inputs
+from quantkit.system.artifacts import write_json
+
+CONFIG = "config.json"
+DTYPES = ("float32", "float16", "bfloat16")
+FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
+"""Kinds of blocks, as configs of transformers call them, that keep keys and values of tokens."""
+EXPERT = re.compile(r"\.\d+\.")
+"""In a layer's path inside its block: it is one of a list, as experts are."""
+
+
+def built(data: Mapping[str, Any], name: str) -> Anatomy:
+    """The anatomy of the model of a config.
+
+    Of a model of several parts that transformers does not build as a whole, the text model alone is looked at.
+
+    Args:
+        data: as ``config.json`` of a float model has it.
+        name: of the model, for messages.
+
+    Raises:
+        SourceError: transformers cannot build it, or its config lacks what the cache depends on.
+    """
+    if not isinstance(data.get("model_type"), str):
+        raise SourceError(f"the config of {name} has no model_type", f"give the {CONFIG} of a model")
+    try:
+        return _counted(_skeleton(data, name), name, _dtype(data), ())
+    except SourceError:
+        text = data.get("text_config")
+        if not isinstance(text, Mapping):
+            raise
+    kind = text.get("model_type", f"{data['model_type']}_text")
+    notes = (f"the parts of {name} beside its text model are left out",)
+    return _counted(_skeleton({"model_type": kind, **text}, name), name, _dtype({**data, **text}), notes)
+
+
+def _skeleton(data: Mapping[str, Any], name: str) -> Skeleton:
+    with tempfile.TemporaryDirectory(prefix="quantkit-config-") as scratch:
+        write_json(Path(scratch) / CONFIG, dict(data))
+        try:
+            return Skeleton(Path(scratch))
+        except SourceError as error:
+            problem = error.problem.replace(str(Path(scratch) / CONFIG), name)
+            raise SourceError(problem, error.remedy) from error
+
+
+def _dtype(data: Mapping[str, Any]) -> str:
+    """The dtype of the weights; float32 where nothing is said, as transformers takes it."""
+    text = data.get("text_config")
+    for part in (data, text if isinstance(text, Mapping) else {}):
+        found = part.get("dtype") or part.get("torch_dtype")
+        if found in DTYPES:
+            return str(found)
+    return "float32"
+
+
+def _counted(skeleton: Skeleton, name: str, dtype: str, notes: tuple[str, ...]) -> Anatomy:
+    config: Any = skeleton.model.config.get_text_config()
+    weights = tuple(_weights(skeleton))
+    sizes = Counter(dict.fromkeys(range(len(skeleton.segments)), 0))
+    for weight in weights:
+        if weight.block is not None:
+            sizes[weight.block] += weight.numel
+    largest = [index for index in sizes if sizes[index] == max(sizes.values())][:2][-1]
+    vocabulary, hidden = skeleton.model.get_input_embeddings().weight.shape
+    heads = _whole(config, "num_attention_heads", name)
+    width, shared = _head_widths(config, hidden // heads), getattr(config, "num_key_value_heads", None) or heads
+    embedding, head = skeleton.embedding, skeleton.head
+    inside = [layer for segment in skeleton.segments for layer in segment.layers]
+    inputs, remark = block_inputs(skeleton, largest)  # last, for it fills the model
+    return Anatomy(
+        name=name,
+        family=config.model_type,
+        dtype=dtype,
+        hidden=hidden,
+        wide=_wide(inside, hidden, getattr(config, "num_experts_per_tok", None) or 1),
+        queries=heads * width,
+        keys=shared * width,
+        vocabulary=vocabulary,
+        blocks=len(skeleton.segments),
+        weights=weights,
+        caches=tuple(_caches(config, len(skeleton.segments), shared, width)),
+        embedding=embedding.layers[0].name if embedding else "",
+        head=head.layers[0].name if head else "lm_head",
+        tied=bool(skeleton.tied),
+        largest=largest,
+        inputs=inputs,
+        context=getattr(config, "max_position_embeddings", None),
+        rope_factors=_rope_factors(config, width),
+        notes=(*notes, *remark),
+    )
+
+
+def _weights(skeleton: Skeleton) -> Iterator[Weight]:
+    """Every parameter and every buffer that files hold, by its name in a checkpoint."""
+    model, names = skeleton.model, skeleton.names
+    kinds: dict[str, tuple[Kind, int | None]] = {}
+    for index, segment in enumerate(skeleton.segments):
+        kinds |= dict.fromkeys(_tensors(segment.module, f"{segment.prefix}."), ("other", index))
+        kinds |= {f"{layer.path}.weight": ("linear", index) for layer in segment.layers}
+    if skeleton.head is not None:
+        kinds[f"{skeleton.head.prefix}.weight"] = ("linear", None)
+    if skeleton.embedding is not None:
+        kinds[f"{skeleton.embedding.prefix}.weight"] = ("embedding", None)
+    for path, tensor in _tensors(model).items():
+        kind, block = kinds.get(path, ("other", None))
+        yield Weight(names.written(path), tuple(tensor.shape), kind, block)
+
+
+def _tensors(module: nn.Module, prefix: str = "") -> dict[str, torch.Tensor]:
+    """The parameters of a module, each once, and the buffers that its files hold."""
+    held = frozenset(module.state_dict())
+    found: dict[str, torch.Tensor] = {f"{prefix}{path}": tensor for path, tensor in module.named_parameters()}
+    return found | {f"{prefix}{path}": tensor for path, tensor in module.named_buffers() if path in held}
+
+
+def _whole(config: Any, key: str, name: str) -> int:
+    found = getattr(config, key, None)
+    if not isinstance(found, int) or found < 1:
+        said = "does not say" if found is None else f"says {found!r} for"
+        raise SourceError(f"the config of {name} {said} {key}", "a whole number is needed there")
+    return found
+
+
+def _head_widths(config: Any, default: int) -> int:
+    """Width of a head; of latent attention that of its keys, which a part with positions and one without make up."""
+    if getattr(config, "kv_lora_rank", None):
+        return int(config.qk_nope_head_dim + config.qk_rope_head_dim)
+    return int(getattr(config, "head_dim", None) or default)
+
+
+def _wide(layers: list[Layer], hidden: int, experts: int) -> int:
+    """Width of what a token's MLP computes with at once; of experts, of all that a token goes to."""
+    single, listed = [0], [0]
+    for layer in layers:
+        inside = EXPERT.sub(".", layer.path, count=1)  # the block's own number
+        (listed if EXPERT.search(inside) else single).append(layer.shape[1])
+    inner = [columns for columns in listed if columns != hidden] or listed
+    return max(max(single), experts * max(inner))
+
+
+def _caches(config: Any, blocks: int, shared: int, width: int) -> Iterator[Cache]:
+    """What each block keeps of a token: keys and values, or the latent from which they are made."""
+    latent, window = getattr(config, "kv_lora_rank", None), getattr(config, "sliding_window", None)
+    values, words = 2 * shared * width, f"(2 x {shared} heads x {width})"
+    if latent:
+        values = latent + config.qk_rope_head_dim
+        words = f"({latent} latent + {config.qk_rope_head_dim} rope)"
+    kinds = getattr(config, "layer_types", None) or [SLIDING if window else FULL] * blocks
+    windows = {FULL: None, SLIDING: window, CHUNKED: getattr(config, "attention_chunk_size", None)}
+    for kind in kinds:
+        yield Cache(values, words, windows[kind]) if kind in windows else Cache(0, f"({kind} keeps no tokens)")
+
+
+def _rope_factors(config: Any, width: int) -> int:
+    """Numbers that a GGUF file has for the rope of Llama 3.1 and later."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return width // 2 if isinstance(rope, Mapping) and rope.get("rope_type") == "llama3" else 0
