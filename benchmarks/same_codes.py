@@ -151,7 +151,7 @@ class Maker:
         self.model, self.group_size, self.calibration, self.work = model, group_size, calibration, work
         config = json.loads((model / "config.json").read_text(encoding="utf-8"))
         fits = config.get("intermediate_size", 0) % group_size == 0
-        self.ignore = ["lm_head", "embed_out"] if fits else ["lm_head", "embed_out", "down_proj"]
+        self.ignore = ["lm_head"] if fits else ["lm_head", "down_proj"]
 
     def keys(self, given: dict[str, Any]) -> dict[str, Any]:
         """The keys of a variant, with a group size where its scheme is that of integers."""
