@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from quantkit.recipe import EvaluationSpec
 from quantkit.runtimes import RUNTIMES
 from quantkit.runtimes._choice import choose_runtime
 from quantkit.runtimes._model import TransformersModel
+from quantkit.runtimes._packed import load_packed
+from quantkit.runtimes._zero_points import packed_zero_points
 from quantkit.runtimes.base import LoadOptions
 from quantkit.system.validation import parse_section
 from tests.runs import edit_json
@@ -158,3 +161,27 @@ def test_a_model_of_another_seed_has_other_logits(exported: Path, model: Path, t
     options = LoadOptions(dtype="float32")
     float_model, packed, unlike = (load(each, options).logits(ids) for each in (model, exported, other))
     assert (packed - float_model).norm() < 0.2 * float_model.norm() < (unlike - float_model).norm()
+
+
+def test_packed_zero_points_are_mended_where_the_package_has_the_gap(model: Path, tmp_path: Path) -> None:
+    """The stand-in is called; where it no longer is, loading says so instead of blaming the file."""
+    keys: dict[str, Any] = {"method": "rtn", "bits": 4, "group_size": 32, "symmetric": False}
+    folder = quantkit.quantize(model, out=tmp_path / "asymmetric", **keys)
+    with packed_zero_points() as stand_in:
+        assert stand_in.calls == 0
+        load_packed(folder, LoadOptions(dtype="float32"))
+    assert stand_in.calls > 0
+
+
+def test_a_stand_in_that_is_not_called_is_told(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys: dict[str, Any] = {"method": "rtn", "bits": 4, "group_size": 32}
+    moved = "compressed_tensors.compressors.pack_quantized.base"
+    folders = [
+        quantkit.quantize(model, out=tmp_path / str(symmetric), symmetric=symmetric, **keys)
+        for symmetric in (True, False)
+    ]
+    load_packed(folders[0], LoadOptions(dtype="float32"))
+    monkeypatch.setitem(sys.modules, moved, None)
+    load_packed(folders[0], LoadOptions(dtype="float32"))  # not needed
+    with pytest.raises(EvaluationError, match="packed zero points wrongly, and not where quantkit mends it"):
+        load_packed(folders[1], LoadOptions(dtype="float32"))

@@ -30,7 +30,7 @@ def load_packed(path: Path, options: LoadOptions) -> TransformersModel:
             f"transformers does not compute from the packed weights of {path}",
             "load it with llama.cpp, or with reference, which decodes them",
         )
-    with translated(path, "the model"), packed_zero_points():
+    with translated(path, "the model"), packed_zero_points() as stand_in:
         config = whole_config(path, trust_remote_code=options.trust_remote_code)
         model, found = auto_class(config).from_pretrained(
             path,
@@ -40,6 +40,7 @@ def load_packed(path: Path, options: LoadOptions) -> TransformersModel:
             ignore_mismatched_sizes=True,  # they are reported by name
             output_loading_info=True,
         )
+        stand_in.check([str(key[0]) for key in found["mismatched_keys"]])
         if found["missing_keys"]:
             found = {**found, "missing_keys": set(found["missing_keys"]) - _computed_names(model)}
     return whole(path, model, found, torch.device(options.device))

@@ -8,25 +8,60 @@ holds int32 ``[ceil(rows * bits / 32), groups]``, and loading fails. Decompressi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 import torch
 
+from quantkit.errors import EvaluationError
+
+PACKAGE = "compressed-tensors"
+
+
+@dataclass(slots=True)
+class StandIn:
+    """What stood in for the package's function.
+
+    Attributes:
+        calls: how often the package called it.
+    """
+
+    calls: int = 0
+
+    def check(self, mismatched: Collection[str]) -> None:
+        """See that the package called it, if zero points were laid out wrongly.
+
+        Args:
+            mismatched: names of the tensors of another shape than the model expects.
+
+        Raises:
+            EvaluationError: it did not: this version has the gap elsewhere.
+        """
+        if self.calls or not any(name.endswith("weight_zero_point") for name in mismatched):
+            return
+        raise EvaluationError(
+            f"{PACKAGE} {version(PACKAGE)} lays out packed zero points wrongly, and not where quantkit mends it",
+            f"install {PACKAGE}<0.21, or choose the runtime reference",
+        )
+
 
 @contextmanager
-def packed_zero_points() -> Iterator[None]:
+def packed_zero_points() -> Iterator[StandIn]:
     """Inside the block, the package's compressor gives empty zero points the shape that they have in files."""
+    stand_in = StandIn()
     try:
         from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
-    except ImportError:  # the package is not there, or laid out otherwise: there is nothing to mend
-        yield
+    except ImportError:  # the package is not there, or laid out otherwise, which the caller checks
+        yield stand_in
         return
     kept = PackedQuantizationCompressor.__dict__["compress"]
     original = PackedQuantizationCompressor.compress
 
     def compress(_: type[Any], state: dict[str, torch.Tensor], scheme: Any) -> dict[str, torch.Tensor]:
+        stand_in.calls += 1
         compressed: dict[str, torch.Tensor] = original(state, scheme)
         zeros = compressed.get("weight_zero_point")
         if zeros is not None and zeros.is_meta and zeros.dtype != torch.int32:
@@ -36,6 +71,6 @@ def packed_zero_points() -> Iterator[None]:
 
     PackedQuantizationCompressor.compress = classmethod(compress)
     try:
-        yield
+        yield stand_in
     finally:
         PackedQuantizationCompressor.compress = kept
