@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,12 +14,15 @@ from quantkit.engine.batches import make_batches
 from quantkit.engine.skeleton import Skeleton
 from quantkit.engine.walk import Feed, Walk, WalkSettings
 from quantkit.errors import RecipeError
-from quantkit.methods import METHODS
 from quantkit.methods.base import InputStatistics, Statistic
 from quantkit.numerics.grid_search import encode, quantized, range_grid, search_grid
 from quantkit.numerics.smoothing import candidate, pooled, search_factors
+from quantkit.recipe import VariantSpec
+from quantkit.recipe.steps import steps_of
 from quantkit.schemes import IntScheme, Mxfp4Scheme, Nf4Scheme, Scheme
-from tests.tiny import Collected, make_model, tiny_method, tiny_rows, tiny_task
+from quantkit.transforms.awq import AwqFactors, AwqFactorsOptions
+from quantkit.transforms.base import SegmentView, SmoothingPlace
+from tests.tiny import Collected, make_model, tiny_method, tiny_rows, tiny_task, tiny_transforms
 
 SCHEME = IntScheme(4, 32)
 
@@ -35,6 +39,13 @@ def statistics_of(inputs: torch.Tensor) -> InputStatistics:
     return InputStatistics(len(inputs), inputs.abs().mean(0), inputs.square().mean(0), inputs.T @ inputs / len(inputs))
 
 
+def factors_of(weight: torch.Tensor, scheme: Scheme, known: InputStatistics) -> torch.Tensor | None:
+    """AWQ's factors for one layer that alone reads the output of a norm."""
+    place = SmoothingPlace(("layer",), "norm")
+    view = SegmentView("", [place], {"layer": scheme}, torch.float32, lambda _: weight, {"layer": known})
+    return AwqFactors(AwqFactorsOptions()).factors(view, place)
+
+
 def output_error(weight: torch.Tensor, found: torch.Tensor, inputs: torch.Tensor) -> float:
     return float((inputs @ (weight - found).T).square().sum())
 
@@ -48,7 +59,7 @@ def test_scaling_lowers_the_output_error_of_rounding_on_inputs_with_outliers(sch
     """Least where levels are floats, which keep small weights beside large ones precise already."""
     weight, inputs = torch.randn(48, 64, generator=torch.Generator().manual_seed(1)), outlier_inputs()
     awq, known = tiny_method("awq", clip=False), statistics_of(inputs)
-    factors = awq.channel_factors([(weight, scheme)], known, torch.float32, None)
+    factors = factors_of(weight, scheme, known)
     assert factors is not None
     scaled = awq.quantize(weight * factors, known, scheme, torch.float32).weight.dequantize(torch.float32) / factors
     grid = range_grid(weight, scheme, torch.float32)
@@ -93,7 +104,7 @@ def test_where_nothing_is_gained_nothing_is_scaled() -> None:
     weight = torch.randint(-7, 8, (32, 64)).float()
     weight[:, ::32] = 7.5
     known = statistics_of(torch.randn(300, 64))
-    assert tiny_method("awq").channel_factors([(weight, SCHEME)], known, torch.float32, None) is None
+    assert factors_of(weight, SCHEME, known) is None
 
 
 def test_candidates_are_positive_and_centred() -> None:
@@ -106,10 +117,8 @@ def test_candidates_are_positive_and_centred() -> None:
 
 def walked(folder: Path, method: str, feed: Feed, scheme: Scheme = SCHEME, skip: str = "nothing") -> Collected:
     skeleton, cpu = Skeleton(folder), torch.device("cpu")
-    task, sink = tiny_task(skeleton, tiny_method(method), scheme)
-    task = type(task)(
-        task.name, task.method, {n: s for n, s in task.schemes.items() if skip not in n}, task.scale_dtype, sink
-    )
+    task, sink = tiny_task(skeleton, tiny_method(method), scheme, transforms=tiny_transforms(method))
+    task = replace(task, schemes={name: each for name, each in task.schemes.items() if skip not in name})
     batches = make_batches(tiny_rows(), cpu, may_pad=True)
     Walk(skeleton, CheckpointReader(folder), batches, [task], WalkSettings(cpu, feed=feed)).run()
     return sink
@@ -150,28 +159,29 @@ def test_a_float_tensor_that_no_factor_touches_is_not_replaced(tmp_path: Path) -
     assert all(name.endswith(allowed) for name in sink.replaced)
 
 
-def test_a_composed_method_takes_the_options_of_both_and_asks_for_what_both_need() -> None:
-    method = tiny_method("awq+gptq", alphas=5, damping=0.1)
-    assert method.needs == {Statistic.ABS_MEAN, Statistic.GRAM}
-    assert {"alphas", "duo_scaling", "damping", "search"} <= set(type(method.options).model_fields)
-    assert "clip" not in type(method.options).model_fields, "the solver chooses the ranges"
-    assert METHODS.get("awq+gptq") is METHODS.get("awq+gptq")
+def test_a_method_behind_a_transform_takes_the_options_of_both_and_asks_for_what_both_need() -> None:
+    found = VariantSpec.model_validate({"name": "v", "method": "awq+gptq", "alphas": 5, "damping": 0.1})
+    assert found.needs() == {Statistic.ABS_MEAN, Statistic.GRAM}
+    options = found.method_options().model_dump()
+    assert (options["alphas"], options["damping"]) == (5, 0.1)
+    assert "clip" not in options, "the method chooses the ranges"
+    (awq,), gptq = found.build_transforms(), found.build_method()
+    assert (awq.options.model_dump()["alphas"], gptq.name) == (5, "gptq")
+    assert set(awq.options.model_dump()) & set(gptq.options.model_dump()) == set()
 
 
 @pytest.mark.parametrize(
     ("name", "reason"),
-    [("gptq+awq", "gptq does not scale"), ("awq+awq", "scales inputs itself"), ("awq+nothing", "unknown method")],
+    [
+        ("gptq+awq", r"gptq chooses codes, .* \(put a transform there: awq"),
+        ("awq+awq", r"awq brings the transform awq itself \(write awq\)"),
+        ("awq+nothing", "unknown method 'nothing'"),
+        ("aqw+gptq", r"unknown transform 'aqw' \(did you mean 'awq'"),
+    ],
 )
-def test_methods_that_do_not_compose_are_refused(name: str, reason: str) -> None:
+def test_what_does_not_go_together_is_refused(name: str, reason: str) -> None:
     with pytest.raises(RecipeError, match=reason):
-        METHODS.get(name)
-
-
-def test_a_composed_method_chooses_the_codes_of_its_solver() -> None:
-    weight, known = torch.randn(32, 64), statistics_of(outlier_inputs())
-    both, alone = tiny_method("awq+gptq"), tiny_method("gptq")
-    found = both.quantize(weight, known, SCHEME, torch.float32)
-    assert torch.equal(found.weight.codes, alone.quantize(weight, known, SCHEME, torch.float32).weight.codes)
+        steps_of(name)
 
 
 @pytest.mark.parametrize(
@@ -182,4 +192,4 @@ def test_a_composed_method_chooses_the_codes_of_its_solver() -> None:
 def test_factors_are_found_for_schemes_whose_scales_reach_over_rows(scheme: Scheme) -> None:
     weight = torch.randn(700, 64, generator=torch.Generator().manual_seed(3))
     known = statistics_of(outlier_inputs())
-    assert tiny_method("awq").channel_factors([(weight, scheme)], known, torch.float32, None) is not None
+    assert factors_of(weight, scheme, known) is not None

@@ -18,6 +18,7 @@ from quantkit.formats import FORMATS
 from quantkit.methods import METHODS
 from quantkit.schemes import SCHEMES, GgmlMixture, Scheme
 from quantkit.schemes.kinds import keys_of
+from quantkit.transforms import TRANSFORMS
 from tests.runs import hidden_names, recipe_data, score_here, write_recipe
 
 COMMANDS = list(getattr(typer.main.get_command(app), "commands"))  # noqa: B009 - of click's Group
@@ -144,7 +145,11 @@ def test_methods_are_listed_with_what_they_need_take_and_cost() -> None:
     assert "needs         calibration: XᵀX of the inputs" in listed["gptq"]
     assert "damping = 0.03" in listed["gptq"]
     assert "fraction of the Gram matrix's mean diagonal" in listed["gptq"]
-    assert "awq+gptq" in listed["Two methods in one"]
+    for transform in TRANSFORMS:
+        shown = " ".join(text[text.index("\nTransforms") :].split())
+        assert f"{transform.name}: {transform.summary} needs" in shown
+        assert all(f"{option} = " in shown for option in transform.Options.model_fields)
+    assert "awq+gptq, awq+hqq" in shown
     assert "``" not in text
     assert ":class:" not in text
 

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from quantkit.checkpoint import CheckpointReader
 from quantkit.engine.batches import make_batches
 from quantkit.engine.skeleton import Skeleton
-from quantkit.engine.tasks import Task
+from quantkit.engine.tasks import VariantTask
 from quantkit.engine.walk import Feed, Strategy, Walk, WalkSettings
 from quantkit.methods.base import Method
 from quantkit.schemes import IntScheme
@@ -59,7 +59,7 @@ def peak_of(folder: Path, method: Method, **settings: Any) -> int:
     with tracker:
         skeleton = Skeleton(folder)
         names = [name for segment in skeleton.segments for name in segment.linears]
-        task = Task("variant", method, dict.fromkeys(names, IntScheme(4, 64, True)), torch.float16, Forgetful())
+        task = VariantTask("variant", method, dict.fromkeys(names, IntScheme(4, 64, True)), torch.float16, Forgetful())
         batches = make_batches(tiny_rows(count=2, shortest=16, longest=16), CPU, may_pad=True)
         Walk(skeleton, CheckpointReader(folder), batches, [task], WalkSettings(CPU, **settings)).run()
     return tracker.peak
@@ -117,7 +117,9 @@ def test_no_shard_stays_open_or_mapped(tmp_path: Path) -> None:
 
     skeleton = Skeleton(folder)
     names = [name for segment in skeleton.segments for name in segment.linears]
-    task = Task("variant", tiny_method(), dict.fromkeys(names, IntScheme(4, 32, True)), torch.float16, Forgetful())
+    task = VariantTask(
+        "variant", tiny_method(), dict.fromkeys(names, IntScheme(4, 32, True)), torch.float16, Forgetful()
+    )
     batches = make_batches(tiny_rows(), CPU, may_pad=True)
     with (folder / "config.json").open("rb"):
         look()

@@ -12,7 +12,7 @@ from quantkit.checkpoint import CheckpointReader
 from quantkit.engine.batches import make_batches
 from quantkit.engine.precision import pass_dtype
 from quantkit.engine.skeleton import Skeleton
-from quantkit.engine.tasks import Task
+from quantkit.engine.tasks import VariantTask
 from quantkit.engine.walk import Feed, Strategy, Walk, WalkSettings
 from quantkit.methods.base import Method
 from quantkit.schemes import Fp4Scheme, Fp8Scheme, IntScheme, Mxfp4Scheme, Nf4Scheme, Nvfp4Scheme, Scheme
@@ -104,7 +104,7 @@ def peak_of(folder: Path, method: Method, feed: Feed) -> int:
     device = torch.device("cuda")
     skeleton = Skeleton(folder)
     names = [name for segment in skeleton.segments for name in segment.linears]
-    task = Task("variant", method, dict.fromkeys(names, IntScheme(4, 64, True)), torch.float16, Forgetful())
+    task = VariantTask("variant", method, dict.fromkeys(names, IntScheme(4, 64, True)), torch.float16, Forgetful())
     batches = make_batches(ROWS, device, may_pad=True)
     torch.cuda.synchronize()
     torch.cuda.empty_cache()

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from quantkit.engine.tasks import Task, solve_group
+from quantkit.engine.solve import solve_group
+from quantkit.engine.tasks import VariantTask
 from quantkit.errors import QuantizationError, RecipeError, SchemeError
 from quantkit.formats import FORMATS
 from quantkit.gguf.kquants import decoded
@@ -17,6 +18,7 @@ from quantkit.methods.base import InputStatistics, Solution
 from quantkit.methods.ggml import INTEGERS
 from quantkit.numerics.grid_search import search_grid
 from quantkit.recipe import VariantSpec
+from quantkit.recipe.steps import steps_of
 from quantkit.schemes import SCHEMES, GgmlMixture, GgmlScheme, IntScheme, Scheme, make_scheme
 from quantkit.schemes.grids import Grid
 from quantkit.system.validation import parse_section
@@ -126,7 +128,7 @@ def test_rows_of_a_stack_are_those_of_the_layers(kind: str) -> None:
     scheme, sink = ggml(kind), Collected()
     weights = {"k": random_weight(8, COLUMNS, 1), "v": random_weight(16, COLUMNS, 2)}
     method = tiny_method("llama.cpp")
-    task = Task("variant", method, dict.fromkeys(weights, scheme), torch.float16, sink)
+    task = VariantTask("variant", method, dict.fromkeys(weights, scheme), torch.float16, sink)
     statistics = InputStatistics(tokens=9, square_mean=strengths())
     for name, found in solve_group(task, weights, statistics).items():
         alone = method.quantize(weights[name], statistics, scheme, torch.float16).weight
@@ -226,7 +228,7 @@ def test_numbers_that_do_not_fit_are_refused(
 @pytest.mark.parametrize("method", ["rtn", "gptq", "awq", "hqq", "awq+gptq", "awq+llama.cpp"])
 def test_no_other_method_chooses_their_codes(method: str, kind: str) -> None:
     with pytest.raises(SchemeError) as caught:
-        METHODS.get(method).check(make_scheme(kind, {}))
+        steps_of(method).check(make_scheme(kind, {}))
     assert caught.value.problem == f"only llama.cpp's own quantizer chooses codes of {kind}"
     assert caught.value.remedy == "use method: llama.cpp"
 

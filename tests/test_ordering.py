@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import quantkit
-from quantkit.engine.ordering import solve
+from quantkit.engine.solve import quantize_in_order
 from quantkit.errors import RecipeError
 from quantkit.exports import open_export
 from quantkit.methods import METHODS
@@ -41,7 +41,7 @@ def statistics(x: torch.Tensor) -> InputStatistics:
 
 def test_groups_go_down_the_order_of_the_inputs_strength() -> None:
     x, weight = inputs(64), torch.randn(8, 64, generator=torch.Generator().manual_seed(4))
-    found = solve(gptq(), weight, statistics(x), SCHEME, torch.float16).weight
+    found = quantize_in_order(gptq())(weight, statistics(x), SCHEME, torch.float16).weight
     order = x.square().mean(0).argsort(descending=True, stable=True)
     assert found.parts["g_idx"][order].tolist() == [place // 16 for place in range(64)]
     assert found.scheme == SCHEME
@@ -56,22 +56,22 @@ def test_columns_that_already_lie_in_order_are_solved_as_ever() -> None:
     x = inputs(64)
     x = x[:, x.square().mean(0).argsort(descending=True)]
     weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(4))
-    ordered = solve(gptq(), weight, statistics(x), SCHEME, torch.float16)
-    plain = solve(gptq(), weight, statistics(x), replace(SCHEME, desc_act=False), torch.float16)
+    ordered = quantize_in_order(gptq())(weight, statistics(x), SCHEME, torch.float16)
+    plain = gptq().quantize(weight, statistics(x), replace(SCHEME, desc_act=False), torch.float16)
     assert torch.equal(ordered.weight.codes, plain.weight.codes)
     assert torch.equal(ordered.weight.dequantize(torch.float32), plain.weight.dequantize(torch.float32))
 
 
 def test_the_error_that_it_tells_is_that_of_the_weight_it_returns() -> None:
     x, weight = inputs(64), torch.randn(8, 64, generator=torch.Generator().manual_seed(4))
-    solution = solve(gptq(), weight, statistics(x), SCHEME, torch.float32)
+    solution = quantize_in_order(gptq())(weight, statistics(x), SCHEME, torch.float32)
     residual = (weight - solution.weight.dequantize(torch.float32)) @ x.T
     assert torch.allclose(solution.error, residual.square().mean(1), rtol=1e-3)
 
 
 def test_rows_keep_the_groups_of_columns_even_where_the_layer_is_square() -> None:
     x, weight = inputs(64), torch.randn(64, 64, generator=torch.Generator().manual_seed(4))
-    found = solve(gptq(), weight, statistics(x), SCHEME, torch.float16).weight
+    found = quantize_in_order(gptq())(weight, statistics(x), SCHEME, torch.float16).weight
     part = found.rows(8, 24)
     assert torch.equal(part.parts["g_idx"], found.parts["g_idx"])
     assert torch.equal(part.dequantize(torch.float32), found.dequantize(torch.float32)[8:24])

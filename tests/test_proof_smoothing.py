@@ -15,10 +15,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from quantkit.engine.groups import shared_inputs
 from quantkit.engine.layers import Layer, linear_modules
-from quantkit.engine.smoothing import SmoothingFinder, SmoothingPlace, Trial
+from quantkit.engine.smoothing import SmoothingFinder, Trial
 from quantkit.evaluation.texts import BUNDLED_FILES, BUNDLED_FOLDER
 from quantkit.recipe import ModelSpec
 from quantkit.source import resolve
+from quantkit.transforms.base import SmoothingPlace
 from tests.test_proof_smollm2 import SOURCE
 from tests.test_smoothing import ATTENTION, LLAMA_LIKE, MLP
 

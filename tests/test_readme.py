@@ -12,8 +12,8 @@ import tomllib
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from types import ModuleType, SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import typer.main
@@ -29,8 +29,11 @@ from quantkit.formats import FORMATS
 from quantkit.gates import METRICS
 from quantkit.methods import METHODS
 from quantkit.methods.base import InputStatistics, Statistic
+from quantkit.recipe.steps import steps_of
 from quantkit.records import dataset_names, named_dataset
 from quantkit.schemes import SCHEMES, Fp4Scheme, IntScheme, Mxfp4Scheme, Nf4Scheme
+from quantkit.transforms import TRANSFORMS
+from quantkit.transforms.base import ModelView
 from tests import files_page
 
 ROOT = Path(__file__).parent.parent
@@ -227,7 +230,7 @@ def plain(value: Any) -> Any:
 
 @pytest.mark.parametrize("method", METHODS.names())
 def test_the_page_on_methods_has_every_option_with_its_default(method: str) -> None:
-    shown, fields = table(section("docs/methods.md", method)), METHODS.get(method).Options.model_fields
+    shown, fields = table(section("docs/methods.md", method)), steps_of(method).Options.model_fields
     assert list(shown) == list(fields)
     for name, (_, default, _) in shown.items():
         assert_default(default, fields[name].default)
@@ -297,6 +300,26 @@ def test_the_changelog_names_the_version() -> None:
 
 
 # The example of a method
+
+
+def test_the_transform_of_the_contributing_page_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    known = TRANSFORMS.names()
+    monkeypatch.setattr(TRANSFORMS, "_entries", dict(TRANSFORMS._entries))
+    module = ModuleType("example_of_a_transform")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    exec(compile(blocks(ROOT / "CONTRIBUTING.md", "python")[1], "CONTRIBUTING.md", "exec"), module.__dict__)
+    (name,) = set(TRANSFORMS.names()) - set(known)
+    variant = recipe.VariantSpec.model_validate({"name": "x", "transforms": [name], "method": "rtn", "ignore": []})
+    (transform,) = variant.build_transforms()
+    weights = {"model.norm.weight": torch.rand(4) + 1, "lm_head.weight": torch.randn(3, 4)}
+    change = transform.of_model(cast(ModelView, SimpleNamespace(parameter=weights.__getitem__)))
+    assert change is not None
+    after = {f"{name}.weight": change.apply(name, "weight", weights[f"{name}.weight"]) for name in change.touches()}
+    assert torch.allclose(after["model.norm.weight"], torch.ones(4))
+    whole = weights["lm_head.weight"] * weights["model.norm.weight"]
+    assert torch.allclose(after["lm_head.weight"] * after["model.norm.weight"], whole)
 
 
 def test_the_method_of_the_contributing_page_works(monkeypatch: pytest.MonkeyPatch) -> None:

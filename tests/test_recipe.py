@@ -15,6 +15,7 @@ from quantkit.methods import METHODS
 from quantkit.recipe import MAX_RECIPE_BYTES, EvaluationSpec, Recipe, SchemeKeys, VariantSpec
 from quantkit.schemes import SCHEMES, Fp8Scheme, IntScheme, Mxfp4Scheme, Scheme, scheme_keys
 from quantkit.system.validation import parse_section
+from quantkit.transforms import TRANSFORMS
 
 
 def recipe(**changes: Any) -> dict[str, Any]:
@@ -134,7 +135,27 @@ MISTAKES: dict[str, tuple[dict[Any, Any], str]] = {
         variant(last_blocks={"count": 2, "bits": 9}),
         "variants[0]: last_blocks: bits 9 is not a width",
     ),
-    "two methods that do not compose": (variant(method="rtn+gptq"), "variants[0].method: method 'rtn+gptq': rtn does"),
+    "two methods": (variant(method="rtn+gptq"), "variants[0].method: method 'rtn+gptq': rtn chooses codes, and what"),
+    "a transform": (
+        variant(transforms=["aqw"]),
+        "variants[0].transforms[0].name: unknown transform 'aqw' (did you mean 'awq'?",
+    ),
+    "an option of a transform": (
+        variant(transforms=[{"name": "awq", "alpha": 3}]),
+        "unknown key 'variants[0].transforms[0].alpha' (did you mean 'alphas'?",
+    ),
+    "a value of a transform": (
+        variant(transforms=[{"name": "awq", "alphas": 0}]),
+        "variants[0].transforms[0].alphas: must be greater than or equal to 1",
+    ),
+    "a transform twice": (
+        variant(method="awq", transforms=["awq"]),
+        "variants[0]: transforms: method awq brings awq itself (leave it out; its options stand beside the method)",
+    ),
+    "a transform of nothing": (
+        variant(method="none", format="float", scheme="float16", transforms=["awq"]),
+        "variants[0]: transforms: method none solves no layer",
+    ),
     "a part of a method": (
         variant(method="awq+gtpq"),
         "variants[0].method: unknown method 'gtpq' (did you mean 'gptq'",
@@ -373,7 +394,7 @@ def test_a_scheme_that_occurs_twice_is_named_once() -> None:
 def test_a_composed_method_has_the_options_of_both() -> None:
     found = parsed(variant(method="awq+gptq", damping=0.2, alphas=7)).own_variants[0]
     assert (found.options["damping"], found.options["alphas"]) == (0.2, 7)
-    assert found.build_method().needs == METHODS.get("awq").needs | METHODS.get("gptq").needs
+    assert found.needs() == TRANSFORMS.get("awq").needs | METHODS.get("gptq").needs
 
 
 def test_warnings_name_their_variant_and_come_once_for_each_scheme(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,9 @@ from transformers import AutoModelForCausalLM
 
 from quantkit.engine.groups import shared_inputs
 from quantkit.engine.layers import Layer, linear_modules
-from quantkit.engine.smoothing import SmoothingFinder, SmoothingPlace, Trial, scaled_rows
+from quantkit.engine.smoothing import SmoothingFinder, Trial
+from quantkit.transforms.base import SmoothingPlace
+from quantkit.transforms.channel_scales import scaled_rows
 from tests.tiny import make_model
 
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,11 @@ from quantkit.engine.groups import call_order, shared_inputs
 from quantkit.engine.layers import Layer
 from quantkit.engine.passes import Pass
 from quantkit.engine.skeleton import Skeleton
-from quantkit.engine.tasks import LayerResult
+from quantkit.engine.tasks import LayerResult, VariantTask
 from quantkit.engine.walk import Strategy, Walk, WalkSettings
 from quantkit.errors import CheckpointError, QuantizationError
 from quantkit.methods.base import InputStatistics, Method, MethodOptions, Solution, Statistic
+from quantkit.recipe.steps import steps_of
 from quantkit.schemes import IntScheme, Scheme
 from tests.tiny import FAMILIES, Collected, make_model, tiny_method, tiny_rows, tiny_task, walk
 
@@ -248,32 +250,75 @@ def test_head_that_nobody_wants_is_never_read(tmp_path: Path, method: str) -> No
 # The float feed
 
 
-def float_variants(skeleton: Skeleton) -> list[tuple[Any, Collected]]:
+def float_variants(skeleton: Skeleton) -> list[tuple[VariantTask, Collected]]:
+    """Variants that ask for different statistics of the same inputs, some of them with parts of a group ignored."""
+
+    def variant(name: str, method: str, scheme: Scheme | None = None, ignored: str = "", **options: Any) -> Any:
+        steps = steps_of(method)
+        given = steps.Options(**options)
+        task, sink = tiny_task(
+            skeleton, steps.build_method(given), scheme, name=name, transforms=steps.build_transforms(given)
+        )
+        kept = {layer: each for layer, each in task.schemes.items() if not ignored or ignored not in layer}
+        return replace(task, schemes=kept), sink
+
+    first, other = ("query_key_value", "dense") if "gpt_neox" in skeleton.segments[0].prefix else ("q_proj", "k_proj")
+    ordered = IntScheme(4, 32, True, desc_act=True)
     return [
-        tiny_task(skeleton, tiny_method("gptq"), IntScheme(4, 32, True), name="four"),
-        tiny_task(skeleton, tiny_method("gptq", search=1), IntScheme(3, -1, False), name="three"),
+        variant("four", "gptq", IntScheme(4, 32, True)),
+        variant("three", "gptq", IntScheme(3, -1, False), search=1),
         tiny_task(skeleton, tiny_method("rtn"), IntScheme(8, -1, True), head=True, name="eight"),
+        variant("plain", "rtn"),
+        variant("weighted", "rtn", range="weighted"),
+        variant("awq", "awq"),
+        variant("awq without the first", "awq", ignored=first),
+        variant("awq without another", "awq", ignored=other),
+        variant("awq+gptq", "awq+gptq", ignored=first, damping=0.1),
+        variant("ordered", "gptq", ordered),
+        variant("ordered by awq", "awq", ordered, clip=False),
+        variant("ordered and weighted", "rtn", ordered, range="weighted"),
     ]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_variants_of_a_float_feed_are_what_each_is_alone(tmp_path: Path, family: str) -> None:
     folder = family_model(tmp_path, family)
+    with_outliers(folder)
     reader, settings = CheckpointReader(folder), WalkSettings(CPU, feed="float")
     batches = make_batches(tiny_rows(), CPU, may_pad=True)
     skeleton = Skeleton(folder)
     together = float_variants(skeleton)
     Walk(skeleton, reader, batches, [task for task, _ in together], settings).run()
-    for index, (_, sink) in enumerate(together):
+    for index, (of, sink) in enumerate(together):
         alone = Skeleton(folder)
         task, expected = float_variants(alone)[index]
         Walk(alone, reader, batches, [task], settings).run()
-        assert len(sink.results) == len(alone.all_linears()) - (index != 2)
+        assert set(sink.results) == set(of.schemes)
+        assert sink.replaced.keys() == expected.replaced.keys(), of.name
+        assert bool(sink.replaced) == ("awq" in of.method.name or bool(of.transforms)), of.name
+        for name, tensor in sink.replaced.items():
+            assert torch.equal(tensor, expected.replaced[name]), (of.name, name)
         for name, result in sink.results.items():
             other = expected.results[name]
-            assert torch.equal(result.weight.codes, other.weight.codes), name
-            assert torch.equal(result.weight.scales, other.weight.scales), name
-            assert torch.equal(result.error, other.error), name
+            assert torch.equal(result.weight.codes, other.weight.codes), (of.name, name)
+            assert torch.equal(result.weight.scales, other.weight.scales), (of.name, name)
+            assert torch.equal(result.error, other.error), (of.name, name)
+            assert result.tokens == other.tokens, (of.name, name)
+
+
+def with_outliers(folder: Path) -> None:
+    """Make some channels of the norms far stronger, and q and k weigh their columns differently, so that factors do."""
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for name, tensor in tensors.items():
+            if name.endswith("layernorm.weight"):
+                tensor[::7] += 8.0
+            if name.endswith("q_proj.weight"):
+                tensor[:, :20] *= 6
+            if name.endswith("k_proj.weight"):
+                tensor[:, 30:] *= 6
+
+    rewrite(folder, change)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -24,11 +24,13 @@ from transformers import (
 from quantkit.checkpoint import CheckpointReader
 from quantkit.engine.batches import make_batches
 from quantkit.engine.skeleton import Skeleton
-from quantkit.engine.tasks import LayerResult, Task
+from quantkit.engine.tasks import LayerResult, VariantTask
 from quantkit.engine.walk import Walk, WalkSettings
 from quantkit.methods import METHODS
 from quantkit.methods.base import Method
+from quantkit.recipe.steps import steps_of
 from quantkit.schemes import PER_CHANNEL, IntScheme, Scheme
+from quantkit.transforms.base import Transform
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
@@ -173,14 +175,27 @@ def tiny_method(name: str = "gptq", **options: Any) -> Method:
     return chosen(chosen.Options(**options))
 
 
+def tiny_transforms(name: str, **options: Any) -> tuple[Transform, ...]:
+    """The transforms that the name of a method brings, with options."""
+    steps = steps_of(name)
+    return steps.build_transforms(steps.Options(**options))
+
+
 def tiny_task(
-    skeleton: Skeleton, method: Method, scheme: Scheme | None = None, *, head: bool = False, name: str = "variant"
-) -> tuple[Task, Collected]:
+    skeleton: Skeleton,
+    method: Method,
+    scheme: Scheme | None = None,
+    *,
+    head: bool = False,
+    name: str = "variant",
+    transforms: tuple[Transform, ...] = (),
+) -> tuple[VariantTask, Collected]:
     """A task for all Linear layers, the head only if asked for, and what will hold its results."""
     blocks = [linear for segment in skeleton.segments for linear in segment.linears]
     wanted = [*blocks, *(skeleton.head.linears if head and skeleton.head else [])]
     sink = Collected()
-    return Task(name, method, dict.fromkeys(wanted, scheme or IntScheme(4, 32, True)), torch.float16, sink), sink
+    schemes = dict.fromkeys(wanted, scheme or IntScheme(4, 32, True))
+    return VariantTask(name, method, schemes, torch.float16, sink, transforms=transforms), sink
 
 
 def walk(

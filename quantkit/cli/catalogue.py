@@ -15,7 +15,8 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import ValidationError
 
 from quantkit.errors import SchemeError
-from quantkit.methods.base import Method, MethodOptions, Statistic
+from quantkit.methods.base import MethodOptions, Statistic
+from quantkit.recipe.steps import Steps
 from quantkit.schemes import INTEGER_BITS, PER_CHANNEL, SCHEMES, Fp8Scheme, IntScheme, Scheme, make_scheme
 from quantkit.schemes.kinds import all_kinds, keys_of
 
@@ -46,29 +47,29 @@ class Option:
     meaning: str
 
 
-def options_of(method: type[Method]) -> list[Option]:
-    """The options of a method."""
-    documented = _documented(method.Options)
+def options_of(options: type[MethodOptions]) -> list[Option]:
+    """The options of a method or a transform."""
+    documented = _documented(options)
     return [
         Option(
             name,
             "required" if field.is_required() else written(field.default),
             field.description or documented.get(name, ""),
         )
-        for name, field in method.Options.model_fields.items()
+        for name, field in options.model_fields.items()
     ]
 
 
-def needs_of(method: type[Method]) -> str:
+def needs_of(steps: Steps) -> str:
     """What a method must know: no data, or which statistics, and the options that change it."""
-    usual = _needs(method, {})
+    usual = _needs(steps, {})
     others = {
         f"{name}: {written(value)}": needs
-        for name, value in _choices(method.Options)
-        if (needs := _needs(method, {name: value})) not in (None, usual)
+        for name, value in _choices(steps.Options)
+        if (needs := _needs(steps, {name: value})) not in (None, usual)
     }
-    texts = [_statistics(method.needs if usual is None else usual)]
-    texts += [f"with {choice} {_statistics(needs)}" for choice, needs in others.items() if needs is not None]
+    texts = [statistics_words(steps.method.needs if usual is None else usual)]
+    texts += [f"with {choice} {statistics_words(needs)}" for choice, needs in others.items() if needs is not None]
     return "; ".join(texts)
 
 
@@ -101,15 +102,17 @@ def shown_bits(kind: str) -> float:
     return make_scheme(kind, {}).bits_per_weight(SHOWN_COLUMNS, 16, SHOWN_COLUMNS)
 
 
-def _needs(method: type[Method], given: dict[str, Any]) -> frozenset[Statistic] | None:
-    """What the method asks for under some options; None where they cannot be."""
+def _needs(steps: Steps, given: dict[str, Any]) -> frozenset[Statistic] | None:
+    """What the method and its transforms ask for under some options; None where they cannot be."""
     try:
-        return method(method.Options(**given)).needs
+        options = steps.Options(**given)
     except ValidationError:
         return None
+    return steps.build_method(options).needs.union(*(each.needs for each in steps.build_transforms(options)))
 
 
-def _statistics(needs: frozenset[Statistic]) -> str:
+def statistics_words(needs: frozenset[Statistic]) -> str:
+    """Which statistics are asked for, in a few words."""
     words = [STATISTIC_WORDS[each] for each in Statistic if each in needs]
     return f"calibration: {', '.join(words)} of the inputs" if words else "no data"
 

@@ -13,15 +13,18 @@ from quantkit.cli.catalogue import (
     scheme_keys,
     schemes_taken,
     shown_bits,
+    statistics_words,
     written,
 )
 from quantkit.formats import FORMATS
 from quantkit.isolation.catalogue import library_facts, offer_facts
 from quantkit.libraries import LIBRARIES
 from quantkit.methods import METHODS
+from quantkit.recipe.steps import is_method, steps_of
 from quantkit.runtimes import RUNTIMES
 from quantkit.schemes import SCHEMES, GgmlMixture
 from quantkit.schemes.kinds import all_kinds
+from quantkit.transforms import TRANSFORMS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -34,25 +37,23 @@ LABEL_WIDTH, LINE_WIDTH = 14, 118
 
 
 def method_lines() -> Iterator[str]:
-    """Each method with what it needs, takes and costs, and its options; then the schemes."""
+    """Each method with what it needs, takes and costs, and its options; then transforms, libraries and schemes."""
     for method in METHODS:
         yield f"{method.name}: {method.summary}"
         yield from _facts(
             {
-                "needs": needs_of(method),
+                "needs": needs_of(steps_of(method.name)),
                 "schemes": ", ".join(schemes_taken(method.check)),
                 "bits": bits_taken(method.check),
                 "source": method.source,
                 "cost": method.cost,
             }
         )
-        yield from _options("options", options_of(method))
+        yield from _options("options", options_of(steps_of(method.name).Options))
         yield ""
     yield from _broken(METHODS.broken())
+    yield from _transform_lines()
     yield from _library_lines()
-    pairs = [f"{first}+{second}" for first in METHODS.names() for second in METHODS.names()]
-    yield f"Two methods in one: {', '.join(pair for pair in pairs if pair in METHODS)}"
-    yield ""
     yield "Schemes, the key 'scheme' of a variant (bits per weight as they are by default, with their scales):"
     yield ""
     for kind in all_kinds():
@@ -65,6 +66,25 @@ def method_lines() -> Iterator[str]:
         )
         yield from _options("keys", scheme_keys(kind))
         yield ""
+
+
+def _transform_lines() -> Iterator[str]:
+    """Each transform with what it needs and its options, and before which methods it can stand."""
+    yield "Transforms, which change the weights before a method (keys 'transforms' and 'method' of a variant):"
+    yield ""
+    for transform in TRANSFORMS:
+        yield f"{transform.name}: {transform.summary}"
+        joined = [f"{transform.name}+{name}" for name in METHODS.names() if name != "none"]
+        yield from _facts(
+            {
+                "needs": statistics_words(transform.needs),
+                "source": transform.source,
+                "in short": ", ".join(name for name in joined if is_method(name)),
+            }
+        )
+        yield from _options("options", options_of(transform.Options))
+        yield ""
+    yield from _broken(TRANSFORMS.broken())
 
 
 def _library_lines() -> Iterator[str]:

@@ -26,44 +26,13 @@ from torch import nn
 from quantkit.engine.groups import Enough, hooked
 from quantkit.engine.layers import is_linear
 from quantkit.system.host import decide
+from quantkit.transforms.base import SmoothingPlace
+from quantkit.transforms.channel_scales import scaled_rows
 
 TOLERANCE = 1e-3
 """Relative difference that counts as none, where factors are exact."""
 ROUNDINGS = 2
 """The same in roundings of the dtype, where a norm stores its weight less 1 and so a doubled one is rounded."""
-
-
-@dataclass(frozen=True, slots=True)
-class SmoothingPlace:
-    """An input whose channels can be scaled. Names are relative to the segment.
-
-    Attributes:
-        balance_layers: the Linear layers that read it; each column is multiplied by its channel's factor.
-        smooth_layer: the module that makes it; each output channel is divided.
-        offset: added to the smooth layer's weight before it is applied, as some norms add 1.
-        channels: int64 ``[in_features]``, the smooth layer's channel of each input channel where several share one
-            (as the heads of grouped-query attention do), or None where they are the same.
-        width: the smooth layer's channels, where they are fewer.
-    """
-
-    balance_layers: tuple[str, ...]
-    smooth_layer: str
-    offset: float = 0.0
-    channels: torch.Tensor | None = None
-    width: int = 0
-
-    def of_smooth_layer(self, factors: torch.Tensor) -> torch.Tensor:
-        """Factors per input channel as factors per output channel of the smooth layer; those that share are equal."""
-        if self.channels is None:
-            return factors
-        found = torch.ones(self.width, device=factors.device)
-        return found.index_copy_(0, self.channels.to(factors.device), factors)
-
-
-def scaled_rows(parameter: torch.Tensor, factors: torch.Tensor, offset: float) -> torch.Tensor:
-    """A smooth layer's weight or bias with each output channel multiplied; the offset is that of a norm's weight."""
-    factors = factors.view(-1, *[1] * (parameter.ndim - 1)).to(parameter.dtype)
-    return (parameter + offset) * factors - offset if offset else parameter * factors
 
 
 @dataclass(frozen=True, slots=True)

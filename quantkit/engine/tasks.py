@@ -1,18 +1,23 @@
-"""What a walk solves: one task a variant."""
+"""What a walk solves, one task a variant: what it is given, where its results go, and what an earlier walk left of it.
+
+A segment that is remembered is not solved again. In a quantized feed what its transforms and its method made of it then
+is put back, so that the passes see what they saw, bit by bit; in a float feed there is nothing to put back.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
-from quantkit.engine.ordering import solve
-from quantkit.engine.resume_state import Memory
-from quantkit.errors import QuantizationError
-from quantkit.methods.base import InputStatistics, Method, Solution
+from quantkit.methods.base import Method, Statistic
 from quantkit.schemes import QuantizedWeight, Scheme
+from quantkit.transforms.base import Change, Transform
+
+MODEL = ""
+"""In the place of a segment's prefix: the whole model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +29,7 @@ class LayerResult:
         weight: its codes, on the device of the walk.
         error: 0-d float32, the mean square of the output error relative to that of the output.
         error_before: the same before the method's refinement; equal to ``error`` if it has none.
-        tokens: calibration tokens that reached the layer; 0 for a method that needs none.
+        tokens: calibration tokens that reached the layer; 0 for a variant that needs none.
         notes: what the user should know.
     """
 
@@ -34,6 +39,19 @@ class LayerResult:
     error_before: torch.Tensor
     tokens: int
     notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SavedChange:
+    """What a transform did, as it is stored: see :meth:`quantkit.transforms.base.Transform.restore`."""
+
+    tensors: Mapping[str, torch.Tensor]
+    data: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, change: Change | None) -> SavedChange | None:
+        """What a change is stored as; None for none."""
+        return None if change is None else cls(change.tensors(), change.to_json())
 
 
 class Sink(Protocol):
@@ -49,8 +67,27 @@ class Sink(Protocol):
         """All layers of a segment have been given."""
 
 
+class Memory(Protocol):
+    """The finished segments of a task, by their prefixes; an input embedding counts as one."""
+
+    def has(self, prefix: str) -> bool:
+        """Whether a segment is finished."""
+
+    def weight(self, layer: str) -> QuantizedWeight:
+        """A layer of a finished segment as the method returned it, by its full name; on the CPU."""
+
+    def changes(self, prefix: str) -> Sequence[SavedChange | None]:
+        """What each transform of the task did to a finished segment, on the CPU."""
+
+    def remember_changes(self, prefix: str, changes: Sequence[SavedChange | None]) -> None:
+        """Keep what each transform did to the segment at which the walk stands, or to the whole :data:`MODEL`."""
+
+    def remember_seconds(self, own: float, shared: float) -> None:
+        """Keep what the segment at which the walk stands took: the task's own work, and what all tasks share."""
+
+
 @dataclass(frozen=True, slots=True)
-class Task:
+class VariantTask:
     """One variant of a walk.
 
     Attributes:
@@ -61,6 +98,7 @@ class Task:
         sink: takes the results.
         fused: full names of layers that runtimes load as one matrix, which are solved together.
         memory: what an earlier walk left of it, and where this one leaves its own; None for a task that forgets.
+        transforms: change the weights before they are solved, in this order.
     """
 
     name: str
@@ -70,70 +108,24 @@ class Task:
     sink: Sink
     fused: tuple[tuple[str, ...], ...] = ()
     memory: Memory | None = None
+    transforms: tuple[Transform, ...] = ()
+
+    @property
+    def needs(self) -> frozenset[Statistic]:
+        """The statistics of inputs that its method and its transforms ask for."""
+        return self.method.needs.union(*(transform.needs for transform in self.transforms))
+
+    @property
+    def observes(self) -> bool:
+        """Whether a transform is to see the statistics of a segment before the first layer of it is solved."""
+        return any(transform.needs for transform in self.transforms)
+
+    @property
+    def smooths(self) -> bool:
+        """Whether a transform asks where inputs can be scaled."""
+        return any(transform.smooths for transform in self.transforms)
 
     def lacks(self, prefix: str, layers: Sequence[str]) -> bool:
         """Whether it quantizes some of these layers of a segment, and the segment is still to be solved."""
         wanted = any(layer in self.schemes for layer in layers)
         return wanted and (self.memory is None or not self.memory.has(prefix))
-
-
-def solve_group(
-    task: Task, weights: Mapping[str, torch.Tensor], statistics: InputStatistics, *, embedding: bool = False
-) -> dict[str, QuantizedWeight]:
-    """Solve the layers of a group that a task wants; those of one scheme are stacked and solved as one.
-
-    Where a scheme does not stack, each layer is solved by itself.
-
-    Args:
-        task: the variant.
-        weights: float32 ``[out_features, in_features]`` of each layer of the group.
-        statistics: of their common input.
-        embedding: the group is the input embedding, which no calibration token is expected to reach.
-
-    Returns:
-        The weights by layer.
-
-    Raises:
-        QuantizationError: naming the layer.
-    """
-    solved: dict[str, QuantizedWeight] = {}
-    method = task.method.for_embeddings() if embedding else task.method
-    for names, scheme in _stacks(task, list(weights)):
-        stacked = torch.cat([weights[name] for name in names]) if len(names) > 1 else weights[names[0]]
-        try:
-            solution = solve(method, stacked, statistics, scheme, task.scale_dtype)
-        except QuantizationError as error:
-            raise QuantizationError(f"{task.name}: {names[0]}: {error.problem}", error.remedy) from error
-        start = 0
-        for name in names:
-            stop = start + weights[name].shape[0]
-            result = _layer(name, solution, start, stop, statistics, needs=bool(method.needs) and not embedding)
-            task.sink.take(result)
-            solved[name] = result.weight
-            start = stop
-    return solved
-
-
-def _stacks(task: Task, names: list[str]) -> list[tuple[list[str], Scheme]]:
-    """The layers that a task wants, those that can be solved as one together."""
-    stacks: dict[Scheme, list[str]] = {}
-    alone = []
-    for name in names:
-        scheme = task.schemes.get(name)
-        if scheme is not None and scheme.stacks:
-            stacks.setdefault(scheme, []).append(name)
-        elif scheme is not None:
-            alone.append(([name], scheme))
-    return [*((members, scheme) for scheme, members in stacks.items()), *alone]
-
-
-def _layer(
-    name: str, solution: Solution, start: int, stop: int, statistics: InputStatistics, needs: bool
-) -> LayerResult:
-    energy = solution.energy[start:stop].sum().clamp_(min=torch.finfo(torch.float32).tiny)
-    error = solution.error[start:stop].sum() / energy
-    before = error if solution.error_before is None else solution.error_before[start:stop].sum() / energy
-    notes = solution.notes
-    if needs and statistics.tokens == 0:
-        notes = (*notes, "no calibration token reached this layer: its inputs were taken as uncorrelated")
-    return LayerResult(name, solution.weight.rows(start, stop), error, before, statistics.tokens, notes)

@@ -10,8 +10,8 @@ is replaced and nothing pauses, so that any number of variants is solved from th
 The input embedding, where a task quantizes it, comes before the first segment and is solved from its weight alone: what
 it is read with are token ids.
 
-A method that scales inputs is asked for its factors before the first layer of a segment is solved, from the
-statistics of the segment as it is; in a quantized feed they are gathered by one more run of it.
+Transforms are asked what they do to the whole model before the first segment, and what they do to a segment before its
+first layer is solved, from its statistics as it is; in a quantized feed these are gathered by one more run of it.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from typing import Literal
 import torch
 
 from quantkit.engine.batches import Batch
-from quantkit.engine.rescaling import Originals
 from quantkit.engine.skeleton import Segment, Skeleton, WeightReader
-from quantkit.engine.solver import Solver
+from quantkit.engine.solve import Solver
 from quantkit.engine.streams import Group, Streams, by_layer
-from quantkit.engine.tasks import Task
+from quantkit.engine.tasks import VariantTask
+from quantkit.engine.transforming import Originals
 from quantkit.methods.base import InputStatistics
 
 Feed = Literal["quantized", "float"]
@@ -74,7 +74,7 @@ class Walk:
     skeleton: Skeleton
     reader: WeightReader
     batches: Sequence[Batch]
-    tasks: Sequence[Task]
+    tasks: Sequence[VariantTask]
     settings: WalkSettings
     on_segment: Callable[[int, int], None] = lambda _done, _total: None
     _solver: Solver = field(init=False)
@@ -82,8 +82,7 @@ class Walk:
 
     def __post_init__(self) -> None:
         originals = Originals(self.skeleton, self.reader, self.settings.device)
-        self._solver = Solver(self.tasks, originals, self.settings.dtype, scales=not self._is_quantized)
-        self._solver.tries_again = self.settings.tries_again
+        self._solver = Solver(self.tasks, originals, self._is_quantized, self.settings.tries_again)
         self._streams = Streams(self.skeleton.model, self.batches, self._solver.needs(), self.settings.offload)
 
     @property
@@ -115,8 +114,9 @@ class Walk:
             return
         calibrated = bool(self._solver.needs()) and bool(self.batches)
         with torch.no_grad(), ExitStack() as cleanup:
+            self._solver.begin()
             if calibrated:
-                self.skeleton.load_frame(self.reader, self.settings.device, self.settings.dtype)
+                self._load_frame()
             self._solve_embedding(live=calibrated)
             if calibrated:
                 self._streams.start(segments, cleanup)
@@ -127,9 +127,16 @@ class Walk:
                 self._solver.finish(segment, started)
                 self.on_segment(index + 1, len(segments))
 
+    def _load_frame(self) -> None:
+        """Load what runs before, between and after the blocks, as the transforms make it where the passes see that."""
+        self.skeleton.load_frame(self.reader, self.settings.device, self.settings.dtype)
+        if self._is_quantized:
+            self._solver.transforming.apply_to_frame(self.tasks[0])
+
     def _pass(self, segment: Segment, calibrated: bool, last: bool) -> None:
         """Load a segment, solve what is still to be solved of it, and go on."""
         self.skeleton.load(segment, self.reader, self.settings.device, self.settings.dtype)
+        self._solver.enter(segment)
         try:
             if not calibrated:
                 self._solve_uncalibrated(segment)
@@ -142,8 +149,8 @@ class Walk:
 
     def _repeat(self, segment: Segment, last: bool) -> None:
         """Bring every pass through a segment that all tasks remember, as it was when they solved it."""
-        if self._solver.looks_for_places() and not segment.is_layer:
-            self._solver.rescaler.find(self._streams.trial(segment))
+        if self._solver.smooths() and not segment.is_layer:
+            self._solver.transforming.find(self._streams.trial(segment))
         if self._is_quantized:
             self._solver.put_back(segment)
         if not last:
@@ -184,34 +191,30 @@ class Walk:
                 self._streams.advance()
             return
         groups = self._streams.groups(segment, self._solver.wanted(segment))
-        scaling = self._solver.scaling(segment)
-        if self._solver.looks_for_places():
-            self._solver.rescaler.find(self._streams.trial(segment))
+        if self._solver.smooths():
+            self._solver.transforming.find(self._streams.trial(segment))
         if self._is_quantized:
-            self._calibrate_quantized(segment, groups, scaling, last)
+            self._calibrate_quantized(segment, groups, last)
         else:
-            self._calibrate_float(segment, groups, scaling)
-        for task in scaling:
-            self._solver.work(task, partial(self._solver.rescaler.hand_over, task, segment))
+            self._calibrate_float(segment, groups)
 
-    def _calibrate_float(self, segment: Segment, groups: Sequence[Group], scaling: Sequence[Task]) -> None:
+    def _calibrate_float(self, segment: Segment, groups: Sequence[Group]) -> None:
         """Gather everything in one run of the segment, then solve all groups."""
         with self._streams.gathering(groups, pausing=False):
             self._streams.advance()
         known = by_layer(groups)
-        for task in scaling:
-            self._solver.work(task, partial(self._solver.rescaler.choose, task, segment, known))
+        for task in self._solver.observing(segment):
+            self._solver.work(task, partial(self._solver.transforming.choose, task, segment, known))
         for group in groups:
             self._solve(segment, group, known[group.name])
 
-    def _calibrate_quantized(
-        self, segment: Segment, groups: Sequence[Group], scaling: Sequence[Task], last: bool
-    ) -> None:
+    def _calibrate_quantized(self, segment: Segment, groups: Sequence[Group], last: bool) -> None:
         """Solve group by group, each from inputs that the groups before it have changed."""
-        if scaling and self._solver.rescaler.found:
+        transforming, observing = self._solver.transforming, self._solver.observing(segment)
+        if transforming.has_work(observing):
             known = self._streams.observe(segment, groups)
-            self._solver.work(scaling[0], partial(self._solver.rescaler.choose, scaling[0], segment, known))
-            self._solver.rescaler.apply(scaling[0], segment, self.settings.dtype)
+            self._solver.work(observing[0], partial(transforming.choose, observing[0], segment, known))
+            transforming.apply(observing[0], segment)
         if self.settings.strategy == "one-pass":
             with self._streams.gathering(groups, pausing=True):
                 self._one_pass(segment, groups, last)

@@ -47,7 +47,7 @@ class Estimate:
             "model": self.anatomy.name,
             "family": self.anatomy.family,
             "parameters": self.anatomy.parameters,
-            "method": self.variant.method,
+            "method": self.variant.chain,
             "format": self.variant.format,
             "scheme": self.variant.base_scheme().describe(),
             "use": self.use.model_dump(mode="json"),

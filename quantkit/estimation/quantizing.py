@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from quantkit.estimation.anatomy import Anatomy
 from quantkit.estimation.groups import Group, calibrated_groups, outer_group, uncalibrated_groups
@@ -48,6 +48,8 @@ class _Run:
     Attributes:
         size: bytes of a number in the passes.
         method: that chooses the codes.
+        needs: the statistics that are gathered.
+        observes: a transform is to see all inputs of a block first.
         inside: parameters of the block, or of the head, that is loaded.
         packed: bytes of its packed layers.
     """
@@ -57,16 +59,14 @@ class _Run:
     use: Use
     size: int
     method: Method
+    needs: frozenset[Statistic]
+    observes: bool
     inside: int
     packed: int
 
     @property
-    def needs(self) -> frozenset[Statistic]:
-        return self.method.needs
-
-    @property
     def factorizes(self) -> bool:
-        return Statistic.GRAM in self.needs and self.method.factorizes
+        return Statistic.GRAM in self.method.needs and self.method.factorizes
 
 
 def quantizing(anatomy: Anatomy, variant: VariantSpec, file: Stored, use: Use) -> Part:
@@ -99,15 +99,21 @@ def quantizing(anatomy: Anatomy, variant: VariantSpec, file: Stored, use: Use) -
 def _run_in(anatomy: Anatomy, variant: VariantSpec, file: Stored, use: Use) -> _Run:
     names = (name for each in anatomy.inputs for name in each.layers)
     packed = sum(file.packed[name].nbytes for name in names if name in file.packed)
-    return _Run(anatomy, variant, use, _pass_bytes(file, use), variant.build_method(), anatomy.in_largest(), packed)
+    return _run_of(anatomy, variant, file, use, anatomy.in_largest(), packed)
 
 
 def _run_outside(anatomy: Anatomy, variant: VariantSpec, file: Stored, use: Use, name: str) -> _Run:
-    method = variant.build_method()
-    if name == anatomy.embedding:
-        method = method.for_embeddings()
-    size = math.prod(anatomy.head_shape)
-    return _Run(anatomy, variant, use, _pass_bytes(file, use), method, size, file.packed[name].nbytes)
+    run = _run_of(anatomy, variant, file, use, math.prod(anatomy.head_shape), file.packed[name].nbytes)
+    if name != anatomy.embedding:
+        return run
+    method = run.method.for_embeddings()
+    return replace(run, method=method, needs=method.needs, observes=False)
+
+
+def _run_of(anatomy: Anatomy, variant: VariantSpec, file: Stored, use: Use, inside: int, packed: int) -> _Run:
+    observes = any(transform.needs for transform in variant.build_transforms())
+    size = _pass_bytes(file, use)
+    return _Run(anatomy, variant, use, size, variant.build_method(), variant.needs(), observes, inside, packed)
 
 
 def _pass_bytes(file: Stored, use: Use) -> int:
@@ -177,7 +183,7 @@ def _beside(run: _Run) -> tuple[int, str]:
     With float inputs all are gathered in one run of the block; a method that scales inputs has them gathered so in any
     case, before it chooses its factors, and they stay until the block is done.
     """
-    if Statistic.GRAM not in run.needs or not (run.use.feed == "float" or run.method.scales_inputs):
+    if Statistic.GRAM not in run.needs or not (run.use.feed == "float" or run.observes):
         return 0, ""
     linears = run.anatomy.linears()
     widths = [linears[each.layers[0]][0][1] for each in run.anatomy.inputs]
@@ -213,7 +219,7 @@ def _statistics(run: _Run, group: Group, matrices: int, *, own: bool = True) -> 
         own: a variant that scales float inputs has made a matrix of its own.
     """
     beside, words = _beside(run)
-    if run.use.feed == "float" and not (own and run.method.scales_inputs):
+    if run.use.feed == "float" and not (own and run.observes):
         matrices -= 1  # it is among those of all inputs
     nbytes = 4 * (beside + matrices * group.columns**2)
     return Line("statistics", nbytes, f"({words}{matrices} x {group.columns:,}²) x 4 bytes")
@@ -222,7 +228,7 @@ def _statistics(run: _Run, group: Group, matrices: int, *, own: bool = True) -> 
 def _weights(run: _Run, group: Group, *, solving: bool = True) -> Line:
     """The float weights of a group, and what is made of them until their codes are there."""
     count, (most, scheme) = group.weights, group.solved
-    copies = 2 if run.method.scales_inputs and run.needs else 1
+    copies = 2 if run.observes else 1
     working = _working(run, scheme) if solving else 0.0
     codes = CODES * (count - most)
     nbytes = round((count * copies + group.stacked + most * working + codes) * 4)

@@ -19,7 +19,7 @@ def estimate_table(found: Estimate) -> Table:
     from rich.table import Table
 
     scheme = found.variant.base_scheme().describe()
-    title = f"{found.anatomy.name}, {found.variant.method}, {scheme}, {found.variant.format}"
+    title = f"{found.anatomy.name}, {found.variant.chain}, {scheme}, {found.variant.format}"
     table = Table(title=title, title_justify="left", caption_justify="left")
     table.add_column("what")
     table.add_column("bytes", justify="right", no_wrap=True)

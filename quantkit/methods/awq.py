@@ -1,12 +1,7 @@
-"""AWQ: scale the channels with strong inputs up before rounding, then clip each group's range.
-
-The factors go into whatever makes the input, so that the file needs nothing special; where that is can be found by
-:mod:`quantkit.engine.smoothing`. Before another method, as in ``awq+gptq``, only the factors are used.
-"""
+"""AWQ's rounding: each group's range is clipped for the least output error; its factors come from the transform."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field
@@ -20,20 +15,8 @@ if TYPE_CHECKING:
     import torch
 
 
-class ScalingOptions(MethodOptions):
-    """Options of AWQ's factors.
-
-    Attributes:
-        alphas: exponents tried between 0 and 1.
-        duo_scaling: let a channel's factor fall with the size of its weights too.
-    """
-
-    alphas: Annotated[int, Field(ge=1, le=200)] = 20
-    duo_scaling: bool = True
-
-
-class AwqOptions(ScalingOptions):
-    """Options of AWQ.
+class AwqOptions(MethodOptions):
+    """Options of AWQ's rounding.
 
     Attributes:
         clip: search each group's range for the least output error; otherwise the full range is taken.
@@ -48,44 +31,16 @@ class AwqOptions(ScalingOptions):
 
 @METHODS.register
 class Awq(Method):
-    """Activation-aware weight quantization."""
+    """Activation-aware weight quantization, after the transform of the same name."""
 
     name = "awq"
     summary = "scales channels with strong inputs up, clips ranges, rounds to nearest"
     source = "Lin et al. 2023, arXiv:2306.00978"
     cost = "minutes"
     Options: ClassVar[type[MethodOptions]] = AwqOptions
-    ScalingOptions: ClassVar[type[MethodOptions]] = ScalingOptions
-    scales_inputs = True
-    needs = frozenset({Statistic.ABS_MEAN, Statistic.GRAM})
+    transforms = ("awq",)
+    needs = frozenset({Statistic.GRAM})
     options: AwqOptions
-
-    def channel_factors(
-        self,
-        members: Sequence[tuple[torch.Tensor, Scheme]],
-        statistics: InputStatistics,
-        scale_dtype: torch.dtype,
-        channels: torch.Tensor | None,
-    ) -> torch.Tensor | None:
-        """The factors of least output error; variants that ask the same of an input share the search."""
-        from quantkit.numerics.smoothing import search_factors
-
-        if statistics.gram is None or statistics.abs_mean is None:
-            raise ValueError("AWQ needs the Gram matrix and the mean magnitude of the inputs")
-        options = ScalingOptions.model_validate(self.options.model_dump(include=set(ScalingOptions.model_fields)))
-        key = ("awq", options, tuple(scheme for _, scheme in members), scale_dtype)
-        if key not in statistics.derived:
-            statistics.derived[key] = search_factors(
-                members,
-                statistics.gram,
-                statistics.abs_mean,
-                scale_dtype,
-                alphas=options.alphas,
-                duo_scaling=options.duo_scaling,
-                channels=channels,
-            )
-        found: torch.Tensor | None = statistics.derived[key]
-        return found
 
     def for_embeddings(self) -> Method:
         """Without inputs: round to nearest, within ranges that are clipped if they are for other layers."""

@@ -7,7 +7,6 @@ help printed at once; a method imports its numerics where it uses them.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -55,6 +54,13 @@ class InputStatistics:
     square_mean: torch.Tensor | None = None
     gram: torch.Tensor | None = None
     derived: dict[Any, Any] = field(default_factory=dict)
+
+    def only(self, needs: frozenset[Statistic]) -> InputStatistics:
+        """What was asked for and no more; what is derived from it is shared by all who ask for the same."""
+        if not needs:
+            return InputStatistics()
+        asked = {each.value: getattr(self, each.value) for each in needs}
+        return InputStatistics(self.tokens, **asked, derived=self.derived.setdefault(needs, {}))
 
     def curvature(self, damping: float, activation_order: bool, weight: torch.Tensor) -> Curvature:
         """The damped and factorized Gram matrix; where no token came by, inputs are taken as uncorrelated.
@@ -113,9 +119,9 @@ class Method(ABC):
         source: the paper that it follows.
         Options: its own options.
         cost: how long it takes, for ``quantkit methods``.
-        scales_inputs: whether it asks for :meth:`channel_factors`.
+        transforms: the names of the transforms that it brings, which come right before it.
         factorizes: whether it factorizes the sums of products that it asks for; estimates of memory ask.
-        needs: the statistics that it asks for, which may depend on its options; none means no calibration.
+        needs: the statistics that it asks for, which may depend on its options; it is given these and no others.
     """
 
     name: ClassVar[str]
@@ -123,7 +129,7 @@ class Method(ABC):
     source: ClassVar[str]
     Options: ClassVar[type[MethodOptions]] = MethodOptions
     cost: ClassVar[str] = ""
-    scales_inputs: ClassVar[bool] = False
+    transforms: ClassVar[tuple[str, ...]] = ()
     factorizes: ClassVar[bool] = False
     needs: frozenset[Statistic] = frozenset()
 
@@ -155,28 +161,6 @@ class Method(ABC):
     def warnings(cls, scheme: Scheme) -> tuple[str, ...]:
         """What the user should know before using this method with a scheme that it can do."""
         return ()
-
-    def channel_factors(
-        self,
-        members: Sequence[tuple[torch.Tensor, Scheme]],
-        statistics: InputStatistics,
-        scale_dtype: torch.dtype,
-        channels: torch.Tensor | None,
-    ) -> torch.Tensor | None:
-        """Factors by which the columns of layers are multiplied and their common input is divided.
-
-        Called before the layers are solved, where :attr:`scales_inputs` is set and the model allows it.
-
-        Args:
-            members: float32 ``[out_features, in_features]`` and scheme of each layer that reads the input.
-            statistics: of the input.
-            scale_dtype: see :meth:`quantize`.
-            channels: int64 ``[in_features]``; input channels of the same number must get the same factor.
-
-        Returns:
-            Positive float32 ``[in_features]``, or None to leave the input as it is.
-        """
-        return None
 
     def working_copies(self, scheme: Scheme) -> float | None:
         """Weights' worth of float32 that lie beside a weight while its codes are chosen; None for what rounding takes.

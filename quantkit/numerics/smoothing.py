@@ -97,7 +97,7 @@ def search_factors(
         scale_dtype: dtype in which scales are stored.
         alphas: how many are tried.
         duo_scaling: try factors that fall with the size of the weights as well.
-        channels: see :meth:`quantkit.methods.base.Method.channel_factors`.
+        channels: see :attr:`quantkit.transforms.base.SmoothingPlace.channels`.
     """
     sampled = [(_sample(weight, scheme), scheme) for weight, scheme in members]
     strength = pooled(strength, channels)

@@ -50,14 +50,14 @@ def forecast(recipe: Recipe) -> dict[str, Any]:
         store = FORMATS.get(variant.format)
         kept = sum(_float_bytes(reader, name, store, layers.cast) for name in layers.kept(reader.names()).values())
         strategy = "weights only"
-        if variant.build_method().needs and job.feed == "float":
+        if variant.calibrated and job.feed == "float":
             strategy = "one walk for all"
-        elif variant.build_method().needs:
+        elif variant.calibrated:
             strategy = choose_strategy(skeleton, tokens, pass_dtype(device, dtype), device)
         return {
             "name": variant.name,
-            "state": _variant_state(stored is not None, calibrated=bool(variant.build_method().needs)),
-            "method": variant.method,
+            "state": _variant_state(stored is not None, calibrated=variant.calibrated),
+            "method": variant.chain,
             "format": variant.format,
             "scheme": variant.base_scheme().describe(),
             "schemes": dict(Counter(scheme.describe() for scheme in layers.quantized.values()).most_common()),

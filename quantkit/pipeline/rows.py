@@ -74,7 +74,7 @@ def _variant_row(
         "name": variant.name,
         "status": "ok",
         "error": None,
-        "method": variant.method,
+        "method": variant.chain,
         "format": variant.format,
         "scheme": scheme.describe(),
         "bits": scheme.bits,

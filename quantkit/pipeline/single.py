@@ -34,11 +34,11 @@ def quantize_one(
         observer.stage(f"source: {model.source}")
         found = merged_source(model, MergeSpec(), scratch, observer)
         calibrated = None
-        if variant.build_method().needs:
+        if variant.calibrated:
             observer.stage(f"calibration: {spec.dataset}")
             trusted = model.trust_remote_code
             calibrated = calibration.build(spec, found.folder, scratch / "calibration", trust_remote_code=trusted)
-        observer.stage(f"quantize: {variant.method}")
+        observer.stage(f"quantize: {variant.chain}")
         trusted = model.trust_remote_code
         job = job_of(found, calibrated, spec.inputs, device=device, trust_remote_code=trusted)
         on_segment = partial(observer.progress, "block")

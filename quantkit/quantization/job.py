@@ -83,7 +83,7 @@ def made_from(job: Job, variant: VariantSpec) -> dict[str, Any]:
     Raises:
         QuantkitError: the device is not there.
     """
-    calibrated = bool(variant.build_method().needs)
+    calibrated = variant.calibrated
     settings = {key: value for key, value in variant.resolved().items() if key not in NOT_IN_BYTES}
     device = resolve_device(job.device)
     return {

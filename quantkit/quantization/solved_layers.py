@@ -15,8 +15,7 @@ from typing import Any
 import torch
 
 from quantkit.checkpoint import CheckpointReader
-from quantkit.engine.scaling import Scaling
-from quantkit.engine.tasks import LayerResult
+from quantkit.engine.tasks import MODEL, LayerResult, SavedChange
 from quantkit.exports.content import digest
 from quantkit.exports.layer_store import LayerStore
 from quantkit.formats.base import Format
@@ -25,7 +24,8 @@ from quantkit.schemes import QuantizedWeight, Scheme
 
 EXACT = "exact."
 """Before the suffix of a tensor that holds a layer as the method returned it."""
-COLUMNS, ROWS = "factors of columns of ", "factors of rows of "
+TRANSFORM = "transform"
+"""Before the place of a transform, and the name of a tensor that it needs to be restored."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,14 +55,14 @@ class _Taken:
 class SolvedLayers(LayerStore):
     """A layer store for the layers of a variant as a walk solves them.
 
-    See :class:`quantkit.engine.tasks.Sink` and :class:`quantkit.engine.resume_state.Memory`.
+    See :class:`quantkit.engine.tasks.Sink` and :class:`quantkit.engine.tasks.Memory`.
 
     Args:
         folder: where segments go.
         store: the format that packs layers.
         schemes: of the layers.
         embedding: full name of the input embedding if it is quantized.
-        replays: a later walk will ask for weights and factors, as one with a quantized feed does.
+        replays: a later walk will ask for weights and what transforms did, as one with a quantized feed does.
 
     Attributes:
         seconds_before: what the segments took that earlier runs solved: the variant's own work, and what was shared.
@@ -84,8 +84,7 @@ class SolvedLayers(LayerStore):
         self._facts: list[_Facts] = []
         self._taken: list[_Taken] = []
         self._finished: set[str] = set()
-        self._offsets: dict[str, dict[str, float]] = {}
-        self._scaling = Scaling()
+        self._changes: dict[str, Sequence[SavedChange | None]] = {}
         self._seconds = (0.0, 0.0)
         self._stored_before = 0
         self._batch_tokens: int | None = None
@@ -100,7 +99,7 @@ class SolvedLayers(LayerStore):
         Args:
             batch_tokens: of a batch at most; None where nothing is summed.
         """
-        self._taken, self._waiting, self._scaling = [], {}, Scaling()
+        self._taken, self._waiting = [], {}
         self.stored_bytes = self._stored_before
         self._batch_tokens = batch_tokens
 
@@ -123,24 +122,26 @@ class SolvedLayers(LayerStore):
         """
         facts = _asked(self._taken)
         layers = [each.name for each in self._taken]
-        offsets = {name: offset for name, (_, offset) in self._scaling.rows.items()}
-        record = {
+        changes = self._changes.get(prefix, ())
+        record: dict[str, Any] = {
             "layers": [asdict(each) for each in facts],
             "tensors": {layer: self._tensors[layer] for layer in layers},
             "digests": {layer: self._digests[layer] for layer in layers},
             "replaced": [name for name in self._waiting if name in self._replaced],
             "stored_bytes": self.stored_bytes - self._stored_before,
-            "offsets": offsets,
+            "changes": {place: self.transformed(place) for place in (MODEL, prefix)},
             "seconds": self._seconds,
             "batch_tokens": self._batch_tokens,
         }
         if self._replays:
-            self._waiting |= {f"{COLUMNS}{name}": factors.cpu() for name, factors in self._scaling.columns.items()}
-            self._waiting |= {f"{ROWS}{name}": factors.cpu() for name, (factors, _) in self._scaling.rows.items()}
+            for place, change in enumerate(changes):
+                tensors = {} if change is None else change.tensors
+                start = _start_of(prefix, place)
+                self._waiting |= {f"{start}{name}": each.cpu() for name, each in tensors.items()}
         folder = self._folder / prefix
         save_segment(folder, self._write, record)
-        self._know(prefix, folder, facts, offsets, self._batch_tokens)
-        self._taken, self._waiting, self._scaling = [], {}, Scaling()
+        self._know(prefix, folder, facts, record["changes"], self._batch_tokens)
+        self._taken, self._waiting = [], {}
 
     # A walk asks what there is.
 
@@ -154,7 +155,7 @@ class SolvedLayers(LayerStore):
             self.stored_bytes += record["stored_bytes"]
             self.seconds_before = _sum(self.seconds_before, record["seconds"])
             facts = [_Facts(**{**each, "notes": tuple(each["notes"])}) for each in record["layers"]]
-            self._know(segment.folder.name, segment.folder, facts, record["offsets"], record["batch_tokens"])
+            self._know(segment.folder.name, segment.folder, facts, record["changes"], record["batch_tokens"])
 
     def has(self, prefix: str) -> bool:
         """Whether a segment is finished."""
@@ -171,17 +172,23 @@ class SolvedLayers(LayerStore):
         parts = {name: self.stored(f"{layer}.{EXACT}{name}").read() for name in names}
         return QuantizedWeight(scheme, parts.pop("codes"), parts.pop("scales"), parts.pop("zeros"), parts)
 
-    def scaling(self, prefix: str) -> Scaling:
-        """The factors that were chosen in a finished segment."""
-        inside = [name for name in self._readers if name.startswith((f"{COLUMNS}{prefix}.", f"{ROWS}{prefix}."))]
-        read = {name: self.stored(name).read() for name in inside}
-        columns = {name.removeprefix(COLUMNS): factors for name, factors in read.items() if name.startswith(COLUMNS)}
-        rows = {name.removeprefix(ROWS): factors for name, factors in read.items() if name.startswith(ROWS)}
-        return Scaling(columns, {name: (factors, self._offsets[prefix][name]) for name, factors in rows.items()})
+    def changes(self, prefix: str) -> list[SavedChange | None]:
+        """What each transform did to a finished segment."""
+        found: list[SavedChange | None] = []
+        for place, change in enumerate(self._changes[prefix]):
+            start = _start_of(prefix, place)
+            names = [name for name in self._readers if name.startswith(start)] if change is not None else []
+            tensors = {name.removeprefix(start): self.stored(name).read() for name in names}
+            found.append(change and SavedChange(tensors, change.data))
+        return found
 
-    def remember_scaling(self, prefix: str, scaling: Scaling) -> None:
-        """Keep the factors that were chosen in the segment at which the walk stands."""
-        self._scaling = scaling
+    def remember_changes(self, prefix: str, changes: Sequence[SavedChange | None]) -> None:
+        """Keep what each transform did to the segment at which the walk stands, or to the whole model."""
+        self._changes[prefix] = changes
+
+    def transformed(self, prefix: str) -> list[Mapping[str, Any] | None]:
+        """What each transform did to a segment or the whole model, as JSON."""
+        return [None if change is None else change.data for change in self._changes.get(prefix, ())]
 
     def remember_seconds(self, own: float, shared: float) -> None:
         """Keep what the segment at which the walk stands took."""
@@ -202,18 +209,24 @@ class SolvedLayers(LayerStore):
         prefix: str,
         folder: Path,
         facts: Sequence[_Facts],
-        offsets: Mapping[str, float],
+        changes: Mapping[str, Any],
         batch_tokens: int | None,
     ) -> None:
         """A segment that lies on disk counts as finished."""
         reader = CheckpointReader(folder)
         self._readers.update(dict.fromkeys(reader.names(), reader))
         self._facts += facts
-        self._offsets[prefix] = dict(offsets)
+        for place, done in changes.items():
+            self._changes[place] = [data if data is None else SavedChange({}, data) for data in done]
         self._finished.add(prefix)
         if batch_tokens is not None and batch_tokens not in self.batch_tokens:
             self.batch_tokens.append(batch_tokens)
         self._stored_before = self.stored_bytes
+
+
+def _start_of(prefix: str, place: int) -> str:
+    """How the names of the tensors of a transform start that is at this place among those of its variant."""
+    return f"{TRANSFORM} {place} of {prefix}: "
 
 
 def _asked(taken: Sequence[_Taken]) -> list[_Facts]:

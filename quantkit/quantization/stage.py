@@ -48,7 +48,7 @@ def walks(job: Job, variants: Sequence[VariantSpec]) -> list[list[int]]:
     """
     if job.feed == "float":
         return [list(range(len(variants)))] if variants else []
-    free = [place for place, variant in enumerate(variants) if not variant.build_method().needs]
+    free = [place for place, variant in enumerate(variants) if not variant.calibrated]
     alone = [[place] for place in range(len(variants)) if place not in free]
     return sorted([*([free] if free else []), *alone])
 

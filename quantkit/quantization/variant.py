@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -16,7 +16,7 @@ import yaml
 from quantkit.checkpoint import FLOATS, CheckpointReader
 from quantkit.engine.layers import Layer
 from quantkit.engine.skeleton import Skeleton
-from quantkit.engine.tasks import Task
+from quantkit.engine.tasks import MODEL, VariantTask
 from quantkit.errors import QuantizationError
 from quantkit.exports import IMATRIX
 from quantkit.exports.content import Content, Stored
@@ -30,6 +30,7 @@ from quantkit.quantization.solved_layers import SolvedLayers
 from quantkit.system.artifacts import STAGE_FILE, check_writable, new_folder, write_stage
 from quantkit.system.locks import alone
 from quantkit.system.os_errors import may_pass
+from quantkit.transforms.base import Transform
 
 ELSEWHERE = "the reference decoder reads them, and servers whose experts are called so"
 """Who reads what transformers does not."""
@@ -87,11 +88,12 @@ class VariantRun:
         self._variant = wanted.variant
         self._out = wanted.out
         self._method = wanted.variant.build_method()
+        self._transforms = wanted.variant.build_transforms()
         self._store = FORMATS.get(wanted.variant.format)(job.dtype)
         self.wanted = wanted
         self.layers = plan_layers(skeleton, wanted.variant)
-        if self._method.needs and not job.rows:
-            text = f"{self.name}: method {wanted.variant.method} needs calibration rows"
+        if wanted.variant.calibrated and not job.rows:
+            text = f"{self.name}: method {wanted.variant.chain} needs calibration rows"
             raise QuantizationError(text, "give a data set")
         check_writable(self._out)
         check_origin(type(self._store), job.source)
@@ -120,7 +122,7 @@ class VariantRun:
     @property
     def _is_replayed(self) -> bool:
         """Whether a later walk will ask for what this one solved, as one with a quantized feed does."""
-        return bool(self._method.needs) and self._job.feed == "quantized"
+        return self._variant.calibrated and self._job.feed == "quantized"
 
     def _segments(self) -> list[str]:
         """The prefixes of the segments that hold quantized layers, in the order in which a walk solves them."""
@@ -132,14 +134,21 @@ class VariantRun:
 
     def begin_walk(self, batch_tokens: int) -> None:
         """A walk begins, the first or one with less memory, whose batches have so many tokens at most."""
-        self.solved.begin_walk(batch_tokens if self._method.needs else None)
+        self.solved.begin_walk(batch_tokens if self._variant.calibrated else None)
 
     @property
-    def task(self) -> Task:
+    def task(self) -> VariantTask:
         """What a walk solves of it, and where it puts that."""
         scale_dtype = FLOATS[self._store.scale_dtype(self._job.dtype)]
-        return Task(
-            self.name, self._method, self.layers.quantized, scale_dtype, self.solved, self.layers.fused, self.solved
+        return VariantTask(
+            name=self.name,
+            method=self._method,
+            schemes=self.layers.quantized,
+            scale_dtype=scale_dtype,
+            sink=self.solved,
+            fused=self.layers.fused,
+            memory=self.solved,
+            transforms=self._transforms,
         )
 
     def finish(self, walk: WalkFacts, describe: Describe) -> Quantized:
@@ -239,6 +248,7 @@ class VariantRun:
             *self.layers.notes,
             *filter(None, [self.resumed.note]),
             *walk.notes,
+            *(note for each, done in self._transformed() for note in each.notes(list(done.values()))),
             *dict.fromkeys(f"{layer['name']}: {note}" for layer in layers for note in layer["notes"]),
         ]
         stored = self.solved.stored_bytes
@@ -255,6 +265,25 @@ class VariantRun:
             "batch_tokens": self.solved.batch_tokens,
             "strategy": walk.strategy if self._is_replayed else "none",
         }
+
+    def _transformed(self) -> Iterator[tuple[Transform, dict[str, Any]]]:
+        """Each transform and what it did to each segment that holds quantized layers, the embedding aside."""
+        prefixes = [prefix for prefix in self._segments() if prefix != self.layers.embedding]
+        for place, transform in enumerate(self._transforms):
+            yield transform, {prefix: self.solved.transformed(prefix)[place] for prefix in prefixes}
+
+    def _transform_records(self) -> list[dict[str, Any]]:
+        """What the manifest says of the transforms."""
+        model = self.solved.transformed(MODEL)
+        return [
+            {
+                "name": transform.name,
+                "options": transform.options.model_dump(mode="json"),
+                "model": model[place],
+                "segments": {prefix: data for prefix, data in done.items() if data is not None},
+            }
+            for place, (transform, done) in enumerate(self._transformed())
+        ]
 
     def _remarks(self) -> list[str]:
         """What the format has to say of the linear layers, and of a quantized embedding."""
@@ -286,6 +315,7 @@ class VariantRun:
                 "layers": {name: scheme.to_json() for name, scheme in self.layers.quantized.items()},
                 "embedding": self.layers.embedding,
                 "transformers_loads": self.layers.transformers_loads,
+                "transforms": self._transform_records(),
                 "versions": {"python": platform.python_version(), **versions},
                 "bits_per_weight": facts["bits_per_weight"],
                 "batch_tokens": facts["batch_tokens"],

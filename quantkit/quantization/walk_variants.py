@@ -19,7 +19,7 @@ from quantkit.checkpoint import FLOATS, CheckpointReader
 from quantkit.engine.batches import make_batches
 from quantkit.engine.precision import pass_dtype
 from quantkit.engine.skeleton import Skeleton
-from quantkit.engine.tasks import Task
+from quantkit.engine.tasks import VariantTask
 from quantkit.engine.walk import Strategy, Walk, WalkSettings
 from quantkit.quantization.job import Job, Quantized, Wanted
 from quantkit.quantization.oom import FallbackStep, fallback_steps, out_of_memory, ran_out
@@ -160,7 +160,7 @@ def _solve(job: Job, skeleton: Skeleton, runs: Sequence[VariantRun], on_segment:
     if not tasks:
         return found
     device = resolve_device(job.device)
-    calibrated = any(task.method.needs for task in tasks)
+    calibrated = any(task.needs for task in tasks)
     feed = job.feed if calibrated else "float"
     dtype = pass_dtype(device, FLOATS[job.dtype])
     tokens = sum(map(len, job.rows)) if calibrated else 0
@@ -182,14 +182,14 @@ def _solve(job: Job, skeleton: Skeleton, runs: Sequence[VariantRun], on_segment:
 def _is_done(
     job: Job,
     skeleton: Skeleton,
-    tasks: Sequence[Task],
+    tasks: Sequence[VariantTask],
     settings: WalkSettings,
     step: FallbackStep,
     found: _Walked,
     on_segment: OnSegment,
 ) -> bool:
     """Walk once; false where the memory of the GPU ran out and less is to be tried."""
-    rows = job.rows if any(task.method.needs for task in tasks) else ()
+    rows = job.rows if any(task.needs for task in tasks) else ()
     may_pad = not skeleton.has_routed_layers()
 
     def done(segments: int, total: int) -> None:

@@ -1,4 +1,4 @@
-"""A method's options, which stand beside a variant's own keys."""
+"""The options of a method and of what its name brings along, which stand beside a variant's own keys."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from quantkit.methods import METHODS
+from quantkit.recipe.steps import is_method, steps_of
 from quantkit.system.validation import unknown_key
 
 DEFAULT_METHOD = "gptq"
@@ -22,7 +23,7 @@ def gathered(given: Mapping[Any, Any], own: Collection[str]) -> Mapping[Any, Any
         PydanticCustomError: neither the variant nor its method has a key.
     """
     method = given.get("method", DEFAULT_METHOD)
-    if method in METHODS:
+    if isinstance(method, str) and is_method(method):
         _check_keys(given, method, own)
     known = option_names(method) - set(own)
     options = {key: given[key] for key in given if key in known}
@@ -33,9 +34,9 @@ def gathered(given: Mapping[Any, Any], own: Collection[str]) -> Mapping[Any, Any
 
 def option_names(method: object) -> set[str]:
     """The options of a method; none for what is not a method, which the field's own validator reports."""
-    if not isinstance(method, str) or method not in METHODS:
+    if not isinstance(method, str) or not is_method(method):
         return set()
-    return set(METHODS.get(method).Options.model_fields)
+    return set(steps_of(method).Options.model_fields)
 
 
 def _check_keys(given: Mapping[Any, Any], method: str, own: Collection[str]) -> None:

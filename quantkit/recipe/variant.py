@@ -10,13 +10,15 @@ from pydantic import Field, field_validator, model_validator
 
 from quantkit.errors import SchemeError
 from quantkit.formats import FORMATS
-from quantkit.methods import METHODS
-from quantkit.methods.base import Method, MethodOptions
+from quantkit.methods.base import Method, MethodOptions, Statistic
 from quantkit.recipe.fields import Flag, Name, Patterns, Section, compiled
 from quantkit.recipe.options import DEFAULT_METHOD, gathered
 from quantkit.recipe.scheme import BlocksPatch, SchemeKeys, SchemePatch, known_kind, written_keys
+from quantkit.recipe.steps import Steps, TransformSpec, steps_of
 from quantkit.schemes import DEFAULT_KIND, Scheme, make_scheme
 from quantkit.system.validation import located
+from quantkit.transforms import TRANSFORMS
+from quantkit.transforms.base import Transform
 
 
 class Choice(Section):
@@ -31,7 +33,7 @@ class Choice(Section):
     @classmethod
     def _method_exists(cls, method: str) -> str:
         with located():
-            METHODS.get(method)
+            steps_of(method)
         return method
 
     @field_validator("format")
@@ -52,7 +54,8 @@ class VariantSpec(SchemeKeys, Choice):
 
     Attributes:
         name: its name in the report and its folder.
-        method: how codes are chosen, a name of ``quantkit methods``.
+        transforms: what changes the weights first, names of ``quantkit methods`` or mappings with options.
+        method: how codes are chosen, a name of ``quantkit methods``; ``awq+gptq`` puts a transform before it.
         format: how they are stored, a name of ``quantkit formats``.
         scheme: which numbers a weight can become, a kind of ``quantkit methods``; its keys stand beside it, see
             :class:`quantkit.recipe.scheme.SchemeKeys`.
@@ -64,6 +67,7 @@ class VariantSpec(SchemeKeys, Choice):
         options: the method's own options; in YAML they stand beside the other keys.
     """
 
+    transforms: tuple[TransformSpec, ...] = ()
     ignore: Patterns = ("lm_head",)
     overrides: dict[str, SchemePatch] = Field(default_factory=dict)
     first_blocks: BlocksPatch | None = None
@@ -88,18 +92,21 @@ class VariantSpec(SchemeKeys, Choice):
     @model_validator(mode="after")
     def _check_pair(self) -> VariantSpec:
         self.method_options()
-        method, store = METHODS.get(self.method), FORMATS.get(self.format)
+        store = FORMATS.get(self.format)
         with located():
+            self._check_transforms()
             for place, patch in {"": None, **self._patches()}.items():
                 with _placed(place):
                     scheme = self._patched(patch)
-                    method.check(scheme)
+                    for spec in self.transforms:
+                        TRANSFORMS.get(spec.name).check(scheme)
+                    self._steps.check(scheme)
                     store.check(scheme)
                     self._check_order(scheme)
             with _placed("embeddings"):
                 embedding = self.embedding_scheme()
                 if embedding is not None:
-                    method.check(embedding)
+                    self._steps.check(embedding)
                     store.check_embedding(embedding)
                     if embedding.orders_columns:
                         raise SchemeError("an embedding has no inputs to order columns by", "add desc_act: false")
@@ -114,13 +121,45 @@ class VariantSpec(SchemeKeys, Choice):
             )
 
     def method_options(self) -> MethodOptions:
-        """The method's options, validated, with its defaults filled in."""
-        options: MethodOptions = METHODS.get(self.method).Options.model_validate(self.options)
+        """The options of the method and of the transforms that it brings, validated, with defaults filled in."""
+        options: MethodOptions = self._steps.Options.model_validate(self.options)
         return options
 
     def build_method(self) -> Method:
         """The method with this variant's options."""
-        return METHODS.get(self.method)(self.method_options())
+        return self._steps.build_method(self.method_options())
+
+    def build_transforms(self) -> tuple[Transform, ...]:
+        """What changes the weights before the method, in order."""
+        own = tuple(spec.build() for spec in self.transforms)
+        return own + self._steps.build_transforms(self.method_options())
+
+    def needs(self) -> frozenset[Statistic]:
+        """The statistics of inputs that the method and the transforms ask for."""
+        return self.build_method().needs.union(*(transform.needs for transform in self.build_transforms()))
+
+    @property
+    def chain(self) -> str:
+        """The transforms and the method in one word, such as ``awq+gptq``."""
+        return "+".join([*(spec.name for spec in self.transforms), self.method])
+
+    @property
+    def _steps(self) -> Steps:
+        return steps_of(self.method)
+
+    def _check_transforms(self) -> None:
+        """Refuse a transform that the method brings itself, or that comes before nothing that is solved."""
+        brought = {transform.name for transform in self._steps.transforms}
+        for spec in self.transforms:
+            if spec.name in brought:
+                raise SchemeError(
+                    f"transforms: method {self.method} brings {spec.name} itself",
+                    "leave it out; its options stand beside the method",
+                )
+        if self.build_transforms() and self._steps.method.name == "none":
+            raise SchemeError(
+                "transforms: method none solves no layer for which weights could be changed", "leave it out"
+            )
 
     def base_scheme(self) -> Scheme:
         """The scheme of a layer that no pattern and no choice of blocks concerns."""
@@ -158,12 +197,12 @@ class VariantSpec(SchemeKeys, Choice):
 
     @property
     def calibrated(self) -> bool:
-        """Whether the method asks for statistics, and so for calibration tokens."""
-        return bool(self.build_method().needs)
+        """Whether the method or a transform asks for statistics, and so for calibration tokens."""
+        return bool(self.needs())
 
     def warnings(self) -> tuple[str, ...]:
         """What the method has to say of this variant's schemes."""
-        method = METHODS.get(self.method)
+        method = self._steps.method
         return tuple(dict.fromkeys(text for scheme in self.schemes() for text in method.warnings(scheme)))
 
     def resolved(self) -> dict[str, Any]:
@@ -180,7 +219,8 @@ class VariantSpec(SchemeKeys, Choice):
             )
         }
         options = {"options": self.method_options().model_dump(mode="json")}
-        return {**data, **scheme, "overrides": overrides, **patches, **options}
+        transforms = {"transforms": [spec.resolved() for spec in self.transforms]}
+        return {**data, **scheme, **transforms, "overrides": overrides, **patches, **options}
 
     def _patches(self) -> dict[str, SchemePatch]:
         """All patches, by the keys that give them."""

@@ -1,0 +1,351 @@
+"""Solving groups of layers for every task of a walk; a task that fails leaves the others alone.
+
+A layer whose scheme has ``desc_act`` is solved with its columns in the order of their inputs' strength, so that groups
+gather columns of like activation: GPTQ's order with groups cut after the sort, here for every method alike.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from time import perf_counter
+from typing import TypeVar
+
+import torch
+
+from quantkit.engine.layers import Layer
+from quantkit.engine.skeleton import Segment
+from quantkit.engine.tasks import LayerResult, VariantTask
+from quantkit.engine.transforming import Originals, Transforming
+from quantkit.errors import QuantizationError
+from quantkit.methods.base import InputStatistics, Method, Solution, Statistic
+from quantkit.schemes import IntScheme, QuantizedWeight, Scheme
+from quantkit.system.devices import synchronize
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """What was spent when the walk came to a segment.
+
+    Attributes:
+        own: by name the seconds of each task.
+        since: the clock then.
+    """
+
+    own: Mapping[str, float]
+    since: float = field(default_factory=perf_counter)
+
+    def elapsed(self) -> float:
+        """Seconds since then, in all."""
+        return perf_counter() - self.since
+
+
+@dataclass(slots=True)
+class Solver:
+    """The tasks of a walk.
+
+    Args:
+        tasks: all of them.
+        originals: the parameters of the checkpoint.
+        live: see :class:`quantkit.engine.transforming.Transforming`.
+        tries_again: see :class:`quantkit.engine.walk.WalkSettings`.
+
+    Attributes:
+        transforming: what the transforms of each task do at the segment at which the walk stands.
+        failures: by name the tasks that failed and were dropped while others went on.
+        seconds: by name what each task's own work took.
+
+    A task that remembers a segment from an earlier walk is alive there, and has nothing to do.
+    """
+
+    tasks: Sequence[VariantTask]
+    originals: Originals
+    live: bool
+    tries_again: bool
+    transforming: Transforming = field(init=False)
+    failures: dict[str, Exception] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.transforming = Transforming(self.originals, self.live)
+
+    def alive(self) -> list[VariantTask]:
+        """The tasks that did not fail."""
+        return [task for task in self.tasks if task.name not in self.failures]
+
+    def at_work(self, segment: Segment) -> list[VariantTask]:
+        """Those of them that still have layers of a segment to solve."""
+        return [task for task in self.alive() if task.lacks(segment.prefix, segment.linears)]
+
+    def observing(self, segment: Segment) -> list[VariantTask]:
+        """Those of them that have transforms that are to see the statistics of a segment first."""
+        return [task for task in self.at_work(segment) if task.observes]
+
+    def smooths(self) -> bool:
+        """Whether some transform asks where inputs can be scaled."""
+        return any(task.smooths for task in self.alive())
+
+    def needs(self) -> frozenset[Statistic]:
+        """The statistics that some task asks for."""
+        return frozenset[Statistic]().union(*(task.needs for task in self.tasks))
+
+    def wanted(self, segment: Segment) -> dict[str, Layer]:
+        """The layers of a segment that a task still has to quantize."""
+        tasks = self.at_work(segment)
+        return {layer.name: layer for layer in segment.layers if any(layer.name in t.schemes for t in tasks)}
+
+    # Work and time
+
+    def work(self, task: VariantTask, work: Callable[[], T]) -> T | None:
+        """Do a task's own work and time it; one that fails is dropped, so that it does not take the others down.
+
+        Any error counts, as methods are plugins; the last one standing raises its own.
+        """
+        synchronize(self.originals.device)  # what the passes still have to do on a GPU is not this task's
+        started = perf_counter()
+        try:
+            done = work()
+            synchronize(self.originals.device)
+        except Exception as error:  # methods and transforms are plugins, which may raise anything
+            if self.tries_again and isinstance(error, torch.OutOfMemoryError):
+                raise
+            self.failures[task.name] = error
+            if not self.alive():
+                raise
+            return None
+        else:
+            return done
+        finally:
+            self.seconds[task.name] = self.seconds.get(task.name, 0.0) + perf_counter() - started
+
+    def clock(self) -> Spent:
+        """Starts to count what is spent on a segment."""
+        synchronize(self.originals.device)
+        return Spent(dict(self.seconds))
+
+    # The course of a walk
+
+    def begin(self) -> None:
+        """Ask the transforms of every task what they do to the whole model."""
+        for task in [task for task in self.alive() if task.transforms]:
+            self.work(task, partial(self.transforming.begin, task))
+
+    def enter(self, segment: Segment) -> None:
+        """Put into a loaded segment what the tasks' transforms make of the whole model, where the passes see it."""
+        for task in self.alive() if self.live else []:
+            self.transforming.apply(task, segment)
+
+    def finish(self, segment: Segment, spent: Spent) -> None:
+        """Tell every task that solved a segment that all its layers were given.
+
+        Args:
+            segment: it.
+            spent: since the walk came to it.
+        """
+        for task in [task for task in self.at_work(segment) if task.transforms]:
+            self.work(task, partial(self.transforming.hand_over, task, segment))
+        tasks = self.at_work(segment)
+        own = {task.name: self.seconds.get(task.name, 0.0) - spent.own.get(task.name, 0.0) for task in tasks}
+        shared = max(0.0, spent.elapsed() - sum(own.values()))
+        for task in tasks:
+            if task.memory is not None:
+                task.memory.remember_seconds(own[task.name], shared)
+            self.work(task, partial(task.sink.segment_done, segment.prefix))
+
+    def put_back(self, segment: Segment) -> None:
+        """Put the weights into a segment that its task gave it in an earlier walk, for a feed that is quantized."""
+        for task in self.alive():
+            self.transforming.put_back(task, segment)
+            for layer in segment.layers:
+                if task.memory is not None and layer.name in task.schemes:
+                    weight = task.memory.weight(layer.name).to(self.originals.device)
+                    layer.put(weight.dequantize(torch.float32))
+
+    def solve(
+        self, segment: Segment, layers: Mapping[str, Layer], statistics: InputStatistics, *, replace: bool
+    ) -> None:
+        """Solve layers that share an input for every task that still has to.
+
+        Args:
+            segment: they are of.
+            layers: by their names, the one that is called first at the head.
+            statistics: of their input, as they were gathered.
+            replace: put the result in their place, for a feed that is quantized.
+        """
+        originals = {name: self.originals.weight(layer.path) for name, layer in layers.items()}
+        leader = next(iter(layers.values())).path
+        for task in self.at_work(segment):
+            changes = self.transforming.of(task)
+            weights = {name: changes.apply(layers[name].path, "weight", each) for name, each in originals.items()}
+            own = self.transforming.statistics(task, leader, statistics)
+            with _no_garbage_collection():
+                solved = self.work(task, partial(solve_group, task, weights, own))
+            for name, weight in (solved or {}).items() if replace else ():
+                layers[name].put(weight.dequantize(torch.float32))
+        statistics.derived.clear()  # factors of a wide layer are as large as its Gram matrix
+
+    def solve_embedding(self, segment: Segment, *, replace: bool) -> None:
+        """Solve the input embedding, from its weight alone, for each task that wants it."""
+        (layer,) = segment.layers
+        original = self.originals.weight(layer.path)
+        for task in [task for task in self.alive() if layer.name in task.schemes]:
+            started = self.clock()
+            weight = self.transforming.of(task).apply(layer.path, "weight", original)
+            solved = self._solve_embedding(task, {layer.name: weight}, segment)
+            if solved is not None and replace:
+                layer.put(solved.dequantize(torch.float32))
+            if solved is not None and task.lacks(segment.prefix, segment.linears):
+                if task.memory is not None:
+                    task.memory.remember_seconds(started.elapsed(), 0.0)
+                self.work(task, partial(task.sink.segment_done, segment.prefix))
+
+    def _solve_embedding(
+        self, task: VariantTask, weights: Mapping[str, torch.Tensor], segment: Segment
+    ) -> QuantizedWeight | None:
+        """The quantized embedding of a task, from memory where an earlier walk solved it; None where it fails."""
+        (name,) = segment.linears
+        if task.memory is not None and task.memory.has(segment.prefix):
+            return task.memory.weight(name).to(self.originals.device)
+        solve: Callable[[], dict[str, QuantizedWeight]]
+        solve = partial(solve_group, task, weights, InputStatistics(), embedding=True)
+        with _no_garbage_collection():
+            solved = self.work(task, solve)
+        return None if solved is None else solved[name]
+
+
+def solve_group(
+    task: VariantTask, weights: Mapping[str, torch.Tensor], statistics: InputStatistics, *, embedding: bool = False
+) -> dict[str, QuantizedWeight]:
+    """Solve the layers of a group that a task wants; those of one scheme are stacked and solved as one.
+
+    Where a scheme does not stack, each layer is solved by itself. The method sees the statistics that it asks for and
+    no others, whatever was gathered for other variants.
+
+    Args:
+        task: the variant.
+        weights: float32 ``[out_features, in_features]`` of each layer of the group, as the transforms left them.
+        statistics: of their common input, likewise.
+        embedding: the group is the input embedding, which no calibration token is expected to reach.
+
+    Returns:
+        The weights by layer.
+
+    Raises:
+        QuantizationError: naming the layer.
+    """
+    solved: dict[str, QuantizedWeight] = {}
+    method = task.method.for_embeddings() if embedding else task.method
+    asked, is_calibrated = statistics.only(method.needs), bool(task.needs) and not embedding
+    for names, scheme in _stacks(task, list(weights)):
+        stacked = torch.cat([weights[name] for name in names]) if len(names) > 1 else weights[names[0]]
+        quantize = quantize_in_order(method) if scheme.orders_columns else method.quantize
+        try:
+            solution = quantize(stacked, asked, scheme, task.scale_dtype)
+        except QuantizationError as error:
+            raise QuantizationError(f"{task.name}: {names[0]}: {error.problem}", error.remedy) from error
+        start = 0
+        for name in names:
+            stop = start + weights[name].shape[0]
+            result = _layer(name, solution, start, stop, statistics.tokens if is_calibrated else None)
+            task.sink.take(result)
+            solved[name] = result.weight
+            start = stop
+    return solved
+
+
+def _stacks(task: VariantTask, names: list[str]) -> list[tuple[list[str], Scheme]]:
+    """The layers that a task wants, those that can be solved as one together."""
+    stacks: dict[Scheme, list[str]] = {}
+    alone = []
+    for name in names:
+        scheme = task.schemes.get(name)
+        if scheme is not None and scheme.stacks:
+            stacks.setdefault(scheme, []).append(name)
+        elif scheme is not None:
+            alone.append(([name], scheme))
+    return [*((members, scheme) for scheme, members in stacks.items()), *alone]
+
+
+def _layer(name: str, solution: Solution, start: int, stop: int, tokens: int | None) -> LayerResult:
+    """The part of a solution that is a layer's; ``tokens`` is None for a variant that needs none."""
+    energy = solution.energy[start:stop].sum().clamp_(min=torch.finfo(torch.float32).tiny)
+    error = solution.error[start:stop].sum() / energy
+    before = error if solution.error_before is None else solution.error_before[start:stop].sum() / energy
+    notes = solution.notes
+    if tokens == 0:
+        notes = (*notes, "no calibration token reached this layer: its inputs were taken as uncorrelated")
+    return LayerResult(name, solution.weight.rows(start, stop), error, before, tokens or 0, notes)
+
+
+# Columns in the order of their inputs' strength
+
+Quantize = Callable[[torch.Tensor, InputStatistics, Scheme, torch.dtype], Solution]
+
+
+def quantize_in_order(method: Method) -> Quantize:
+    """:meth:`Method.quantize`, with the columns in the order that a scheme with ``desc_act`` asks for.
+
+    The columns of the weight and of the statistics are put in order, the layer is solved with groups of neighbours, and
+    its codes go back to their places. Besides what the method raises, what is returned raises QuantizationError where
+    nothing is known of the inputs.
+    """
+
+    def quantize(
+        weight: torch.Tensor, statistics: InputStatistics, scheme: Scheme, scale_dtype: torch.dtype
+    ) -> Solution:
+        if not isinstance(scheme, IntScheme):
+            raise TypeError(f"{scheme.describe()} orders no columns")
+        order, ordered = _in_order(statistics, weight.shape[1], weight.device)
+        solution = method.quantize(weight[:, order], ordered, replace(scheme, desc_act=False), scale_dtype)
+        return replace(solution, weight=_unordered(solution.weight, order, scheme))
+
+    return quantize
+
+
+def _in_order(statistics: InputStatistics, columns: int, device: torch.device) -> tuple[torch.Tensor, InputStatistics]:
+    """The columns with the strongest inputs first, and the statistics in that order; found once for each input."""
+    if "desc_act" not in statistics.derived:
+        strength = statistics.square_mean if statistics.gram is None else statistics.gram.diagonal()
+        strength = statistics.abs_mean if strength is None else strength
+        if strength is None and statistics.tokens:
+            raise QuantizationError(
+                "desc_act orders columns by their inputs, and the method asks for no calibration",
+                "leave out desc_act, or use a method that is calibrated",
+            )
+        strength = torch.zeros(columns, device=device) if strength is None else strength
+        order = strength.argsort(descending=True, stable=True)
+        statistics.derived["desc_act"] = (order, _reordered(statistics, order))
+    found: tuple[torch.Tensor, InputStatistics] = statistics.derived["desc_act"]
+    return found
+
+
+def _reordered(statistics: InputStatistics, order: torch.Tensor) -> InputStatistics:
+    def column(values: torch.Tensor | None) -> torch.Tensor | None:
+        return None if values is None else values[order]
+
+    gram = None if statistics.gram is None else statistics.gram[order][:, order]
+    return InputStatistics(statistics.tokens, column(statistics.abs_mean), column(statistics.square_mean), gram)
+
+
+def _unordered(weight: QuantizedWeight, order: torch.Tensor, scheme: IntScheme) -> QuantizedWeight:
+    """The weight with its columns where the model has them, and the group of each."""
+    place = order.argsort()
+    groups = (place // scheme.group_size).to(torch.int32)
+    return replace(weight, scheme=scheme, codes=weight.codes[:, place], parts={**weight.parts, "g_idx": groups})
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Solving makes a view of every column and no cycles: looking for garbage among them costs a tenth of it."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()

@@ -1,0 +1,155 @@
+"""What a variant does to weights, step by step: any number of transforms, then a method.
+
+``transforms: [awq]`` with ``method: gptq`` and the short form ``method: awq+gptq`` say the same. In the short form, and
+where a method brings a transform itself as ``method: awq`` does, the options of all steps stand beside the variant's
+other keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, cast
+
+from pydantic import Field, create_model, field_validator, model_validator
+
+from quantkit.errors import QuantkitError, RecipeError
+from quantkit.methods import METHODS
+from quantkit.methods.base import Method, MethodOptions
+from quantkit.recipe.fields import Section
+from quantkit.schemes import Scheme
+from quantkit.system.validation import located, unknown_key
+from quantkit.transforms import TRANSFORMS
+from quantkit.transforms.base import Transform, TransformOptions
+
+
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """What the key ``method`` stands for.
+
+    Attributes:
+        transforms: that come right before the method.
+        method: chooses the codes.
+        Options: those of all of them, side by side.
+    """
+
+    transforms: tuple[type[Transform], ...]
+    method: type[Method]
+    Options: type[MethodOptions]
+
+    def check(self, scheme: Scheme) -> None:
+        """Refuse a scheme that the method or a transform cannot do.
+
+        Raises:
+            SchemeError: one of them cannot.
+        """
+        for transform in self.transforms:
+            transform.check(scheme)
+        self.method.check(scheme)
+
+    def build_method(self, options: MethodOptions) -> Method:
+        """The method with its own options among those given."""
+        return self.method(_own(self.method.Options, options))
+
+    def build_transforms(self, options: MethodOptions) -> tuple[Transform, ...]:
+        """The transforms with their own options among those given."""
+        return tuple(transform(_own(transform.Options, options)) for transform in self.transforms)
+
+
+@cache
+def steps_of(method: str) -> Steps:
+    """The steps that a method is, by its name or a short form such as ``awq+gptq``.
+
+    Raises:
+        RecipeError: no such method or transform, or a transform that the method brings itself.
+        QuantkitError: a plugin is there but cannot be imported.
+    """
+    *before, last = method.split("+")
+    for name in before:
+        if name not in TRANSFORMS.names() and name in METHODS.names():
+            raise RecipeError(
+                f"method '{method}': {name} chooses codes, and what stands before a '+' only changes weights",
+                f"put a transform there: {', '.join(TRANSFORMS.names())}",
+            )
+    solver = METHODS.get(last)
+    twice = set(before) & set(solver.transforms)
+    if twice:
+        raise RecipeError(f"method '{method}': {last} brings the transform {', '.join(twice)} itself", f"write {last}")
+    transforms = tuple(TRANSFORMS.get(name) for name in (*before, *solver.transforms))
+    if not transforms:
+        return Steps(transforms, solver, solver.Options)
+    return Steps(transforms, solver, _joined([*(transform.Options for transform in transforms), solver.Options]))
+
+
+def _joined(kinds: Sequence[type[MethodOptions]]) -> type[MethodOptions]:
+    """Options of several kinds, side by side."""
+    return cast(type[MethodOptions], create_model("And".join(kind.__name__ for kind in kinds), __base__=tuple(kinds)))
+
+
+def is_method(name: object) -> bool:
+    """Whether the key ``method`` may have this value."""
+    if not isinstance(name, str):
+        return False
+    try:
+        steps_of(name)
+    except QuantkitError:
+        return False
+    return True
+
+
+class TransformSpec(Section):
+    """A transform of a variant: its name, or a mapping with its name and its options.
+
+    Attributes:
+        name: of ``quantkit methods``.
+        options: its own; in YAML they stand beside the name.
+    """
+
+    name: str
+    options: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather_options(cls, given: Any) -> Any:
+        if isinstance(given, str):
+            return {"name": given}
+        if not isinstance(given, Mapping) or given.get("name") not in TRANSFORMS.names():
+            return given
+        known = set(TRANSFORMS.get(given["name"]).Options.model_fields)
+        for key in given:
+            if isinstance(key, str) and key not in known | set(cls.model_fields):
+                raise unknown_key(key, known | {"name"}, "")
+        own = {key: value for key, value in given.items() if key in known}
+        return {key: value for key, value in given.items() if key not in known} | (
+            {"options": {**given.get("options", {}), **own}} if own else {}
+        )
+
+    @field_validator("name")
+    @classmethod
+    def _exists(cls, name: str) -> str:
+        with located():
+            TRANSFORMS.get(name)
+        return name
+
+    @model_validator(mode="after")
+    def _options_are_valid(self) -> TransformSpec:
+        self.transform_options()
+        return self
+
+    def transform_options(self) -> TransformOptions:
+        """Its options, validated, with its defaults filled in."""
+        return TRANSFORMS.get(self.name).Options.model_validate(self.options)
+
+    def build(self) -> Transform:
+        """The transform with these options."""
+        return TRANSFORMS.get(self.name)(self.transform_options())
+
+    def resolved(self) -> dict[str, Any]:
+        """The transform as JSON data, with every option filled in."""
+        return {"name": self.name, **self.transform_options().model_dump(mode="json")}
+
+
+def _own(kind: type[MethodOptions], options: MethodOptions) -> Any:
+    """The options that one of the steps knows."""
+    return kind.model_validate({name: getattr(options, name) for name in kind.model_fields})

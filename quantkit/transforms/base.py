@@ -1,0 +1,197 @@
+"""What a transform is: it changes weights before they are solved, and says what that does to the inputs of layers.
+
+A transform is asked twice: once for the whole model, of which only weights are known then, and once for each segment,
+with the statistics of its inputs. What it answers is a change: it is applied to a weight whenever that is read, and to
+the statistics of an input whenever they are of the model as it was. Any number of transforms come before a method; each
+sees what those before it made of the model. Parameters are named as in the model. Importable without torch.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from quantkit.methods.base import InputStatistics, MethodOptions, Statistic
+from quantkit.schemes import Scheme
+
+if TYPE_CHECKING:
+    import torch
+
+
+class TransformOptions(MethodOptions):
+    """A transform's own options: keys beside its name."""
+
+
+class Change(ABC):
+    """What a transform does to a model or to one segment of it."""
+
+    @abstractmethod
+    def touches(self) -> Iterable[str]:
+        """Full names of the modules whose parameters it changes."""
+
+    @abstractmethod
+    def apply(self, module: str, leaf: str, parameter: torch.Tensor) -> torch.Tensor:
+        """A parameter as it becomes; the tensor itself where it stays.
+
+        Args:
+            module: full name of its module.
+            leaf: its name there, ``weight`` or ``bias``.
+            parameter: float32, as it is without this change.
+        """
+
+    def statistics(self, layer: str, found: InputStatistics) -> InputStatistics:
+        """The statistics of a layer's input as it becomes, from those of the input as it was; itself where it stays."""
+        return found
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors from which :meth:`Transform.restore` makes it again, by names of its own."""
+        return {}
+
+    def to_json(self) -> dict[str, Any]:
+        """The rest that it is made of, and what the manifest says of it."""
+        return {}
+
+
+@dataclass(frozen=True, slots=True)
+class Changes(Change):
+    """Several changes one after another."""
+
+    parts: tuple[Change, ...] = ()
+
+    def touches(self) -> list[str]:
+        """The modules that any of them touches, each once."""
+        return list(dict.fromkeys(name for part in self.parts for name in part.touches()))
+
+    def apply(self, module: str, leaf: str, parameter: torch.Tensor) -> torch.Tensor:
+        """A parameter as all of them make it."""
+        for part in self.parts:
+            parameter = part.apply(module, leaf, parameter)
+        return parameter
+
+    def statistics(self, layer: str, found: InputStatistics) -> InputStatistics:
+        """The statistics as all of them make them."""
+        for part in self.parts:
+            found = part.statistics(layer, found)
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class SmoothingPlace:
+    """An input whose channels can be scaled without changing the model.
+
+    Attributes:
+        balance_layers: the linear layers that read it; each column is multiplied by its channel's factor.
+        smooth_layer: the module that makes it; each output channel is divided.
+        offset: added to the smooth layer's weight before it is applied, as some norms add 1.
+        channels: int64 ``[in_features]``, the smooth layer's channel of each input channel where several share one
+            (as the heads of grouped-query attention do), or None where they are the same.
+        width: the smooth layer's channels, where they are fewer.
+    """
+
+    balance_layers: tuple[str, ...]
+    smooth_layer: str
+    offset: float = 0.0
+    channels: torch.Tensor | None = None
+    width: int = 0
+
+    def inside(self, prefix: str) -> SmoothingPlace:
+        """The same with full names, from names relative to a segment."""
+        layers = tuple(f"{prefix}.{layer}" for layer in self.balance_layers)
+        return replace(self, balance_layers=layers, smooth_layer=f"{prefix}.{self.smooth_layer}")
+
+    def of_smooth_layer(self, factors: torch.Tensor) -> torch.Tensor:
+        """Factors per input channel as factors per output channel of the smooth layer; those that share are equal."""
+        if self.channels is None:
+            return factors
+        found = factors.new_ones(self.width)
+        return found.index_copy_(0, self.channels.to(factors.device), factors)
+
+
+class ModelView(Protocol):
+    """The whole model before the first segment is read."""
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every parameter, by its full name; both of a tied head and embedding."""
+
+    def parameter(self, name: str) -> torch.Tensor:
+        """A parameter in float32, as the transforms before left it."""
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentView:
+    """A segment whose inputs are known and of which nothing is solved.
+
+    Attributes:
+        prefix: its full name.
+        places: where inputs can be scaled; full names. Empty for a transform that does not smooth.
+        schemes: of the layers that the variant quantizes, by their full names.
+        scale_dtype: dtype in which scales are stored.
+        parameter: a parameter by its full name in float32, as the transforms before left it.
+        statistics: of the input of each layer, as the transforms before left it; what the transform needs of them.
+    """
+
+    prefix: str
+    places: Sequence[SmoothingPlace]
+    schemes: Mapping[str, Scheme]
+    scale_dtype: torch.dtype
+    parameter: Callable[[str], torch.Tensor]
+    statistics: Mapping[str, InputStatistics]
+
+
+class Transform(ABC):
+    """Changes the weights of a variant before they are solved.
+
+    A subclass is one file: it sets the class attributes and writes :meth:`of_model` or :meth:`of_segment`, and
+    :meth:`restore` with the latter.
+
+    Attributes:
+        name: what recipes call it.
+        summary: one line for ``quantkit methods``.
+        source: the paper that it follows.
+        Options: its own options.
+        needs: the statistics of inputs that it asks for; without any, :meth:`of_segment` is not asked.
+        smooths: whether it asks where inputs can be scaled, which is then looked for.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    source: ClassVar[str]
+    Options: ClassVar[type[TransformOptions]] = TransformOptions
+    needs: frozenset[Statistic] = frozenset()
+    smooths: ClassVar[bool] = False
+
+    def __init__(self, options: TransformOptions) -> None:
+        self.options = options
+
+    @classmethod
+    def check(cls, scheme: Scheme) -> None:
+        """Refuse a scheme before which this transform cannot stand.
+
+        Raises:
+            SchemeError: it cannot.
+        """
+
+    def of_model(self, model: ModelView) -> Change | None:
+        """What it does to the whole model; None for nothing.
+
+        A walk that goes on where another was cut short asks again, so the answer must follow from weights and options.
+        """
+        return None
+
+    def of_segment(self, segment: SegmentView) -> Change | None:
+        """What it does to a segment besides, from the statistics of its inputs; None for nothing."""
+        return None
+
+    def restore(self, tensors: Mapping[str, torch.Tensor], data: Mapping[str, Any]) -> Change:
+        """A change of a segment from its :meth:`Change.tensors` and its :meth:`Change.to_json`."""
+        raise TypeError(f"transform {self.name} changes no segment")
+
+    def notes(self, done: Sequence[Mapping[str, Any] | None]) -> tuple[str, ...]:
+        """What the user should know of what was done.
+
+        Args:
+            done: the JSON of the change of each segment that holds quantized layers; None where it made none.
+        """
+        return ()
