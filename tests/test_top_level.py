@@ -92,6 +92,15 @@ def test_what_git_tracks_is_small_and_has_no_report_but_the_sample() -> None:
     assert told.stdout.split() == ignored
 
 
+def test_the_sample_report_is_there_and_small() -> None:
+    folder = ROOT / "reports"
+    linked = re.findall(r"\]\(([^)#]+)\)", (folder / "README.md").read_text())
+    assert all((folder / target).exists() for target in linked)
+    sample = {path.name: path.stat().st_size for path in (folder / "sample").iterdir()}
+    assert {"report.html", "report.md", "divergence.svg"} <= set(sample)
+    assert sum(sample.values()) < 300_000
+
+
 def test_hooks_refuse_wheels_and_pickles() -> None:
     for name, hook in (("atheris-3.0.0-cp311.whl", "no-wheels"), ("model/pytorch_model.bin", "no-pickles")):
         assert hooks()[hook]["language"] == "fail"
