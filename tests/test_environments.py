@@ -22,10 +22,10 @@ from quantkit.cli import app
 from quantkit.errors import MissingDependencyError, OutputError, QuantkitError
 from quantkit.exports import open_export
 from quantkit.isolation import install as installing
+from quantkit.isolation.attempt import Attempt
 from quantkit.isolation.environments import MARKER, cache_folder, environment_of, folders, listed, remove
 from quantkit.isolation.install import announcement, install, uv_command
 from quantkit.isolation.lockfile import read_lock
-from quantkit.isolation.request import Attempt
 from quantkit.isolation.stage import quantize_by_library
 from quantkit.libraries import LIBRARIES, Library
 from quantkit.quantization import Job

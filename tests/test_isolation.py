@@ -20,8 +20,8 @@ import pytest
 from quantkit.errors import QuantkitError, SchemeError
 from quantkit.exports import open_export
 from quantkit.inspection import inspect
+from quantkit.isolation.attempt import Attempt
 from quantkit.isolation.launch import WORKER, WorkerFailedError
-from quantkit.isolation.request import Attempt
 from quantkit.isolation.stage import quantize_by_library
 from quantkit.libraries import LIBRARIES
 from quantkit.quantization import Job, Quantized
@@ -232,7 +232,7 @@ def test_other_tokens_or_another_plugin_make_another_result(
 ) -> None:
     quantized(job, tmp_path, "works")
     assert not quantized(replace(job, calibration_sha256="others"), tmp_path, "works").reused
-    monkeypatch.setattr("quantkit.isolation.request.file_sha256", lambda path: "another plugin")
+    monkeypatch.setattr("quantkit.isolation.attempt.file_sha256", lambda path: "another plugin")
     assert not quantized(replace(job, calibration_sha256="others"), tmp_path, "works").reused
 
 

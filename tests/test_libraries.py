@@ -20,11 +20,12 @@ import yaml
 
 import quantkit
 from quantkit.cli.tables import method_lines, plan_table
-from quantkit.errors import QuantkitError, RecipeError
+from quantkit.errors import EvaluationError, QuantkitError, RecipeError
+from quantkit.evaluation import EvaluationJob
 from quantkit.exports.manifest import is_whole
 from quantkit.libraries import LIBRARIES, Libraries, Library
 from quantkit.libraries.base import Offer, Request, Used
-from quantkit.publishing import card
+from quantkit.publishing import CARD, card
 from quantkit.recipe import LibrarySpec, Recipe, VariantSpec
 from quantkit.system.artifacts import read_json
 from tests.faulty_library import Faulty
@@ -180,6 +181,21 @@ def _assert_is_reused(given: Recipe) -> None:
     assert plan_table(quantkit.plan(given)).row_count == len(ROWS) + 2
     quantkit.run(given, notes)
     assert {"theirs: reused the finished checkpoint", "ours: reused the finished checkpoint"} <= set(notes.notes)
+
+
+def test_a_checkpoint_of_a_library_that_cannot_be_scored_has_a_card(
+    model: Path, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def score(job: EvaluationJob, **options: Any) -> dict[str, Any]:
+        if job.checkpoint.name == "theirs":
+            raise EvaluationError("no runtime loads it")
+        return score_here(job, **options)
+
+    monkeypatch.setattr("quantkit.evaluation.stage.run_job", score)
+    given = make_recipe(model, records, tmp_path / "run", [{"name": "theirs", **WORKING, "method": "works"}])
+    (row,) = quantkit.run(given, Notebook())["variants"]
+    assert row["error"] == "no runtime loads it"
+    assert "Not measured." in (tmp_path / "run" / "variants" / "theirs" / CARD).read_text(encoding="utf-8")
 
 
 class Apart(Faulty):

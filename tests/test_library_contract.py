@@ -14,9 +14,9 @@ import torch
 from quantkit.calibration.stored import token_ids_sha256
 from quantkit.errors import QuantkitError
 from quantkit.exports import open_export
+from quantkit.isolation.attempt import Attempt
 from quantkit.isolation.environments import environment_of
 from quantkit.isolation.lockfile import read_lock
-from quantkit.isolation.request import Attempt
 from quantkit.isolation.stage import quantize_by_library
 from quantkit.libraries import LIBRARIES
 from quantkit.quantization import Job

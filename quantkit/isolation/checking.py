@@ -1,4 +1,4 @@
-"""A look at what a library wrote, before anything is believed of it."""
+"""A look at what a library wrote, before anything of it is believed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ EMBEDDING = re.compile(r"(^|\.)(embed_tokens|embed_in|wte)\.weight$")
 
 
 @dataclass(slots=True)
-class Looked:
+class Findings:
     """What was found of layers.
 
     Attributes:
@@ -46,7 +46,7 @@ class Looked:
 
 
 @contextmanager
-def believed(what: str, output: Path, ending: Ending) -> Iterator[None]:
+def as_bad_output(what: str, output: Path, ending: Ending) -> Iterator[None]:
     """Inside the block, whatever is wrong with the output of a library that reported success is said with its name.
 
     Raises:
@@ -65,7 +65,7 @@ def believed(what: str, output: Path, ending: Ending) -> Iterator[None]:
         ) from error
 
 
-def checked_export(folder: Path, writes: str, source: CheckpointReader) -> tuple[Export, Looked]:
+def checked_export(folder: Path, writes: str, source: CheckpointReader) -> tuple[Export, Findings]:
     """Open a checkpoint that a library wrote and decode every layer.
 
     Args:
@@ -88,15 +88,17 @@ def checked_export(folder: Path, writes: str, source: CheckpointReader) -> tuple
     if not export.schemes:
         raise QuantizationError("no layer of its checkpoint is quantized")
     rescaled = _check_floats(export, source)
-    looked = Looked()
+    findings = Findings()
     for layer in export.schemes:
-        look(layer, export.decodable(layer), source, looked, errors=not rescaled)
-        looked.packed_bytes += export.layer_bytes(layer)
-    _check_differs(looked)
-    return export, looked
+        check_layer(layer, export.decodable(layer), source, findings, errors=not rescaled)
+        findings.packed_bytes += export.layer_bytes(layer)
+    _check_differs(findings)
+    return export, findings
 
 
-def look(layer: str, weight: Decodable, source: CheckpointReader, looked: Looked, *, errors: bool = True) -> None:
+def check_layer(
+    layer: str, weight: Decodable, source: CheckpointReader, findings: Findings, *, errors: bool = True
+) -> None:
     """Check one decoded layer against the float model's.
 
     Raises:
@@ -109,10 +111,10 @@ def look(layer: str, weight: Decodable, source: CheckpointReader, looked: Looked
     if not found.isfinite().all():
         raise QuantizationError(f"layer {layer} has values that are not finite")
     error = float((found - original).square().sum() / original.square().sum().clamp(min=1e-30)) if errors else None
-    looked.differs |= not torch.equal(found, original)
-    looked.weights += original.numel()
+    findings.differs |= not torch.equal(found, original)
+    findings.weights += original.numel()
     facts = {"name": layer, "scheme": weight.scheme.describe(), "tokens": 0, "notes": []}
-    looked.layers.append({**facts, "error_before": error, "error_after": error})
+    findings.layers.append({**facts, "error_before": error, "error_after": error})
 
 
 def _original(layer: str, source: CheckpointReader) -> str:
@@ -126,8 +128,8 @@ def _original(layer: str, source: CheckpointReader) -> str:
     raise QuantizationError(f"it quantized {layer}, of which the float model has no weight")
 
 
-def _check_differs(looked: Looked) -> None:
-    if not looked.differs:
+def _check_differs(findings: Findings) -> None:
+    if not findings.differs:
         raise QuantizationError("every weight of its checkpoint is that of the float model")
 
 

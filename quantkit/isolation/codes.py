@@ -15,7 +15,7 @@ from quantkit.exports.layer_store import LayerStore
 from quantkit.exports.writing import check_origin, write_export
 from quantkit.formats import FORMATS
 from quantkit.formats.base import Format
-from quantkit.isolation.checking import HEAD, Looked, look
+from quantkit.isolation.checking import HEAD, Findings, check_layer
 from quantkit.libraries._codes import CODES_FILE, SCHEMES_FILE
 from quantkit.schemes import QuantizedWeight, Scheme, make_scheme
 from quantkit.system.artifacts import read_json
@@ -70,7 +70,7 @@ def chosen_format(asked: str | None, schemes: Mapping[str, Scheme]) -> type[Form
 
 def write_in_format(
     job: Job, codes: Path, schemes: Mapping[str, Scheme], store: Format, scratch: Path, folder: Path
-) -> Looked:
+) -> Findings:
     """Write codes as a checkpoint; all other tensors are the float model's.
 
     Args:
@@ -86,16 +86,16 @@ def write_in_format(
     """
     check_origin(type(store), job.source)
     reader, source = CheckpointReader(_alone(codes, scratch)), CheckpointReader(job.source)
-    layers, looked = LayerStore(scratch / "layers", store), Looked()
+    layers, findings = LayerStore(scratch / "layers", store), Findings()
     scales = FLOATS[store.scale_dtype(job.dtype)]
     for number, (layer, scheme) in enumerate(schemes.items()):
         weight = _weight(layer, scheme, reader, scales)
-        look(layer, weight, source, looked)
+        check_layer(layer, weight, source, findings)
         layers.keep(layer, weight)
         layers.flush(str(number))
-    looked.packed_bytes = layers.stored_bytes
+    findings.packed_bytes = layers.stored_bytes
     write_export(_content(job, schemes, layers, source), store, folder)
-    return looked
+    return findings
 
 
 def _check(store: type[Format], schemes: Mapping[str, Scheme]) -> None:

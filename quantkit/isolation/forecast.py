@@ -12,9 +12,9 @@ from quantkit.engine.skeleton import Skeleton
 from quantkit.errors import QuantkitError, SchemeError
 from quantkit.estimation.weights import float_bytes
 from quantkit.formats import FORMATS
+from quantkit.isolation.attempt import device_for, made_from
 from quantkit.isolation.codes import chosen_format
 from quantkit.isolation.environments import environment_of
-from quantkit.isolation.request import device_for, made_from
 from quantkit.libraries.base import CODES
 from quantkit.quantization import Job, finished_variant
 from quantkit.recipe import LibrarySpec

@@ -19,10 +19,10 @@ from quantkit.checkpoint import CheckpointReader
 from quantkit.errors import QuantizationError
 from quantkit.exports.manifest import FOREIGN, public_reference, write_manifest
 from quantkit.exports.writing import bits_of_file
-from quantkit.isolation.checking import RESCALED, WEIGHTS_ALONE, Looked, believed, checked_export
+from quantkit.isolation.attempt import Attempt, device_for, made_from, place_for
+from quantkit.isolation.checking import RESCALED, WEIGHTS_ALONE, Findings, as_bad_output, checked_export
 from quantkit.isolation.codes import chosen_format, read_schemes, write_in_format
 from quantkit.isolation.launch import Place, ending_facts, failure, fixed_variables, launch
-from quantkit.isolation.request import Attempt, device_for, made_from, place_for
 from quantkit.libraries.base import CODES
 from quantkit.quantization import Job, Quantized, finished_variant
 from quantkit.quantization.job import STAGE
@@ -67,8 +67,8 @@ def quantize_by_library(attempt: Attempt) -> Quantized:
         (scratch / OUTPUT).mkdir()
         fixed = fixed_variables(attempt.variant.plugin, device_for(attempt.variant, attempt.job))
         ending = _run(attempt, place, scratch, fixed)
-        store, schemes, looked = _written(attempt, ending, scratch, folder)
-        facts = {"format": store, **_facts(attempt, ending, fixed, looked, time.perf_counter() - started)}
+        store, schemes, findings = _written(attempt, ending, scratch, folder)
+        facts = {"format": store, **_facts(attempt, ending, fixed, findings, time.perf_counter() - started)}
         facts["bits_per_weight_file"] = bits_of_file(folder, attempt.job.source)
         _write_records(folder, attempt, store, schemes, identity, facts)
         write_stage(folder, STAGE, identity, facts=facts)
@@ -142,34 +142,36 @@ def _as_gguf(job: Job, scratch: Path) -> Path:
     return file
 
 
-def _written(attempt: Attempt, ending: Ending, scratch: Path, folder: Path) -> tuple[str, dict[str, Scheme], Looked]:
+def _written(attempt: Attempt, ending: Ending, scratch: Path, folder: Path) -> tuple[str, dict[str, Scheme], Findings]:
     """The library's output, checked and in the checkpoint's folder: its format, its schemes, what was seen of it."""
     job, variant, output = attempt.job, attempt.variant, scratch / OUTPUT
-    offer, trusted = variant.offer, partial(believed, variant.label, output, ending)
+    offer, checked = variant.offer, partial(as_bad_output, variant.label, output, ending)
     if offer.writes == CODES:
-        with trusted():
+        with checked():
             schemes = read_schemes(output)
         store = chosen_format(variant.format, schemes)(job.dtype)
-        with trusted():
+        with checked():
             return store.name, schemes, write_in_format(job, output, schemes, store, scratch, folder)
-    with trusted():
-        export, looked = checked_export(output, offer.writes, CheckpointReader(job.source))
+    with checked():
+        export, findings = checked_export(output, offer.writes, CheckpointReader(job.source))
     schemes = dict(export.schemes)
     del export  # it holds the files open
     for path in sorted(output.iterdir()):
         with translated_os_errors(folder):
             shutil.move(path, folder / RENAMED.get(path.name, path.name))
-    return offer.writes, schemes, looked
+    return offer.writes, schemes, findings
 
 
-def _facts(attempt: Attempt, ending: Ending, fixed: dict[str, str], looked: Looked, seconds: float) -> dict[str, Any]:
+def _facts(
+    attempt: Attempt, ending: Ending, fixed: dict[str, str], findings: Findings, seconds: float
+) -> dict[str, Any]:
     """What the report and ``stage.json`` hold of the variant."""
     variant, job, result = attempt.variant, attempt.job, ending.result or {}
-    used, has_errors = result["used"], any(layer["error_after"] is not None for layer in looked.layers)
+    used, has_errors = result["used"], any(layer["error_after"] is not None for layer in findings.layers)
     given = {"samples": len(job.rows), "tokens": sum(map(len, job.rows))} if variant.calibrated else None
     return {
-        "bits_per_weight": looked.packed_bytes * 8 / looked.weights,
-        "layers": looked.layers,
+        "bits_per_weight": findings.packed_bytes * 8 / findings.weights,
+        "layers": findings.layers,
         "notes": [*calibration_notes(given, used), *used["notes"], WEIGHTS_ALONE if has_errors else RESCALED],
         "seconds": seconds,
         "strategy": "library",

@@ -10,10 +10,10 @@ from quantkit.errors import RecipeError
 from quantkit.estimation.measured import beside_measured
 from quantkit.evaluation.stage import report_figures
 from quantkit.exports.manifest import identity, read_manifest
+from quantkit.isolation.attempt import Attempt, not_installed
 from quantkit.isolation.environments import environment_of
 from quantkit.isolation.install import announcement
 from quantkit.isolation.launch import WorkerFailedError
-from quantkit.isolation.request import Attempt, not_installed
 from quantkit.isolation.stage import quantize_by_library
 from quantkit.pipeline.context import Run, attempted, score_beside
 from quantkit.publishing import CARD, describe
