@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from quantkit.estimation.models import anatomy_by
 from quantkit.estimation.tables import cards_table, estimate_table, fits_table
 from quantkit.estimation.use import Use
 from quantkit.estimation.weights import Stored, stored
+from quantkit.methods.gptq import Gptq
 from quantkit.quantization import Job, Quantized, Wanted, quantize_together
 from quantkit.recipe import VariantSpec
 from quantkit.report.facts import variant_facts
@@ -44,6 +46,7 @@ from quantkit.schemes.codebook import CodebookScheme
 from quantkit.system.units import parse_bytes
 from quantkit.system.validation import parse_section
 from quantkit.verification.matrix.rows import method_names, rows
+from tests.architectures import ARCHITECTURES, DENSE, make
 from tests.runs import make_recipe
 from tests.tiny import FAMILIES, make_model, tiny_config, tiny_rows
 from tests.vram import Table, context_bytes, watched
@@ -312,6 +315,62 @@ def test_layers_that_share_an_input_are_told_by_a_run_and_not_by_their_names(tmp
     assert leaves("llama") == leaves("gemma3_text") == usual
     assert leaves("gpt_neox") == [["query_key_value"], ["dense"], ["dense_h_to_4h"], ["dense_4h_to_h"]]
     assert leaves("phi3") == [["qkv_proj"], ["o_proj"], ["gate_up_proj"], ["down_proj"]]
+
+
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+def test_every_architecture_is_counted_and_its_block_runs(architecture: str, tmp_path: Path) -> None:
+    make(tmp_path, architecture)
+    found, reader = anatomy_of(str(tmp_path)), CheckpointReader(tmp_path)
+    assert found.parameters == sum(math.prod(reader.shape(name)) for name in reader.names())
+    assert found.notes == ()
+    assert sorted(name for each in found.inputs for name in each.layers) == sorted(
+        name for name, (_, block) in found.linears().items() if block == found.largest
+    )
+    of_variant(found, variant(group_size=-1, bits=8), Use())
+
+
+@pytest.mark.parametrize("architecture", sorted(DENSE))
+def test_groups_are_those_that_the_model_itself_shows(architecture: str, tmp_path: Path) -> None:
+    model = make(tmp_path, architecture)
+    found, skeleton = anatomy_of(str(tmp_path)), Skeleton(tmp_path)
+    read: list[tuple[torch.Tensor, list[str]]] = []
+
+    def reads(name: str) -> Callable[[Any, tuple[Any, ...]], None]:
+        def hook(_: Any, given: tuple[Any, ...]) -> None:
+            same = next((names for each, names in read if each is given[0]), None)
+            if same is None:
+                read.append((given[0], [name]))
+            else:
+                same.append(name)
+
+        return hook
+
+    for layer in skeleton.segments[found.largest].layers:
+        model.get_submodule(layer.path).register_forward_pre_hook(reads(layer.name))
+    with torch.no_grad():
+        model(input_ids=torch.arange(5, 17)[None])
+    assert [list(each.layers) for each in found.inputs] == [names for _, names in read]
+
+
+def test_of_a_model_that_transformers_does_not_know_the_text_model_is_counted() -> None:
+    text = tiny_config("llama").to_dict()
+    found = anatomy_by({"model_type": "unheard-of", "text_config": text}, "both")
+    assert found.parameters == anatomy_by(text, "text").parameters
+    assert found.notes == ("the parts of both beside its text model are left out",)
+    with pytest.raises(SourceError, match="unheard-of"):
+        anatomy_by({"model_type": "unheard-of"}, "both")
+
+
+def test_a_method_tells_what_memory_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def peak() -> int:
+        return estimate("llama-2-7b", method="gptq").part("quantizing").nbytes
+
+    usual = peak()
+    monkeypatch.setattr(Gptq, "factorizes", False)
+    assert peak() < usual
+    monkeypatch.undo()
+    monkeypatch.setattr(Gptq, "working_copies", lambda self, scheme: 100.0)
+    assert peak() > usual
 
 
 def test_what_is_alive_before_a_layer_is_counted() -> None:

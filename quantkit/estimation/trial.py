@@ -50,7 +50,7 @@ def block_inputs(skeleton: Skeleton, index: int) -> tuple[tuple[Input, ...], tup
 def _called(skeleton: Skeleton, index: int) -> list[tuple[list[Layer], int]]:
     """The layers of each input that a run shows, and the numbers of a token that were alive."""
     found: list[tuple[list[Layer], int]] = []
-    last: list[weakref.ref[torch.Tensor]] = []  # an input that were kept would be alive
+    inputs: list[weakref.ref[torch.Tensor]] = []  # an input that were kept would be alive
     seen: set[str] = set()
     alive = _Alive()
 
@@ -59,10 +59,11 @@ def _called(skeleton: Skeleton, index: int) -> list[tuple[list[Layer], int]]:
             if layer.name in seen:
                 return
             seen.add(layer.name)
-            if not last or last[-1]() is not given[0]:
-                last.append(weakref.ref(given[0]))
+            place = next((place for place, each in enumerate(inputs) if each() is given[0]), len(inputs))
+            if place == len(inputs):
+                inputs.append(weakref.ref(given[0]))
                 found.append(([], alive.numbers_of_a_token()))
-            found[-1][0].append(layer)
+            found[place][0].append(layer)
 
         return hook
 
@@ -100,10 +101,14 @@ def _with_uncalled(called: list[tuple[list[Layer], int]], layers: Sequence[Layer
 
 
 def _fill(skeleton: Skeleton) -> None:
-    """Give a model without weights what it needs to run: layers that give zeros, and random numbers for the rest."""
+    """Give a model without weights what it needs to run: layers that give zeros, and random numbers for the rest.
+
+    A layer of a class of its own, as some routers are, computes by itself.
+    """
     random = torch.Generator().manual_seed(0)
     outside = [segment.layers[0] for segment in (skeleton.embedding, skeleton.head) if segment is not None]
-    layers = [layer for segment in skeleton.segments for layer in segment.layers] + outside
+    inside = [layer for segment in skeleton.segments for layer in segment.layers]
+    layers = [layer for layer in inside if type(layer.module).__module__.startswith("torch.")] + outside
     for layer in layers:
         vars(layer.module)["forward"] = _stand_in(layer, random)
     stubs = {f"{layer.path}." for layer in layers}
@@ -139,12 +144,15 @@ class _Alive(TorchFunctionMode):
         return found
 
     def numbers_of_a_token(self) -> int:
-        """How many numbers of a token the storages hold that have a row for each sequence or each token."""
+        """How many numbers of a token the storages hold that have a row for each sequence or each token.
+
+        Masks and scores of tokens by tokens are left out, as if attention were computed in tiles.
+        """
         there = [tensor for made in self._made if (tensor := made()) is not None]
         self._made = [weakref.ref(tensor) for tensor in there]
         sizes = {
             tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() // tensor.element_size()
             for tensor in there
-            if tensor.ndim > 1 and tensor.shape[0] in (ROWS, ROWS * LENGTH)
+            if tensor.ndim > 1 and tensor.shape[0] in (ROWS, ROWS * LENGTH) and tensor.shape.count(LENGTH) < 2
         }
         return sum(sizes.values()) // (ROWS * LENGTH)
