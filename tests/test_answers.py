@@ -24,7 +24,7 @@ from quantkit.evaluation.answers import asked, beside_float, changes, load_quest
 from quantkit.evaluation.evaluate import evaluate
 from quantkit.evaluation.job import EvaluationJob
 from quantkit.pipeline import run
-from quantkit.pipeline.contamination import seen_questions
+from quantkit.pipeline.run import seen_questions
 from quantkit.recipe import AnswerSpec, EvaluationSpec, Recipe
 from quantkit.records import Message, Record, read_file
 from quantkit.runtimes._packed import load_packed

@@ -18,8 +18,6 @@ FLOORS = (
     "pipeline", "regression", "api", "cli",
 )  # fmt: skip
 """From the ground up."""
-STILL_UPWARD: dict[tuple[str, str], str] = {}
-"""Edges that point upwards today and are on their way out, each with how."""
 ROOT = Path(quantkit.__file__).parent
 
 
@@ -59,8 +57,16 @@ def test_imports_point_downwards() -> None:
         if module != "__init__":
             for edge in upward(f"quantkit.{module}", path.read_text()):
                 found.setdefault(edge, []).append(module)
-    assert {edge: modules for edge, modules in found.items() if edge not in STILL_UPWARD} == {}
-    assert set(STILL_UPWARD) <= set(found), "strike from STILL_UPWARD what no longer points upwards"
+    assert found == {}
+
+
+def test_every_package_is_on_a_floor() -> None:
+    packages = {
+        path.name.removesuffix(".py")
+        for path in ROOT.iterdir()
+        if path.suffix == ".py" or (path / "__init__.py").is_file()
+    }
+    assert packages - {"__init__"} == {floor.partition(".")[0] for floor in FLOORS}
 
 
 def test_an_import_that_points_upwards_would_be_seen() -> None:

@@ -6,20 +6,19 @@ from dataclasses import replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from quantkit import calibration, report
+from quantkit import calibration, records, report
 from quantkit.calibration import CalibrationSet
 from quantkit.checkpoint import CheckpointReader
 from quantkit.errors import OutputError
+from quantkit.evaluation.answers import asked
 from quantkit.evaluation.stage import Scoring, score
 from quantkit.merging import merged_source
-from quantkit.pipeline.baselines import other_merge_rows
 from quantkit.pipeline.cleanup import clear_leftovers
-from quantkit.pipeline.contamination import seen_questions
 from quantkit.pipeline.content import report_content
 from quantkit.pipeline.context import Run
 from quantkit.pipeline.jobs import needs_calibration, quantize_job
 from quantkit.pipeline.library_rows import check_environments
-from quantkit.pipeline.rows import variant_rows
+from quantkit.pipeline.rows import other_merge_rows, variant_rows
 from quantkit.publishing.mlflow import check_tracking, track_after
 from quantkit.recipe import Recipe
 from quantkit.system.artifacts import check_writable, translated_os_errors
@@ -119,6 +118,20 @@ def _calibrate(current: Run, model: SourceModel) -> CalibrationSet | None:
     for warning in found.audit["warnings"]:
         current.observer.note(f"calibration: {warning}")
     return found
+
+
+def seen_questions(recipe: Recipe, calibrated: CalibrationSet | None) -> tuple[str, ...]:
+    """The questions in the records that are in the calibration set, where the recipe asks for answers.
+
+    Raises:
+        CalibrationError: the data set cannot be read.
+    """
+    if calibrated is None or recipe.evaluation.answers is None:
+        return ()
+    found = records.load(recipe.calibration.dataset)
+    by_index = dict(zip(found.indices(), found.records, strict=True))
+    used = (by_index[index] for index in calibrated.audit["records"]["used_indices"])
+    return tuple(sorted({question for record in used for question in asked(record)}))
 
 
 def _baseline(current: Run, model: SourceModel) -> dict[str, Any]:

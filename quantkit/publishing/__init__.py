@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from quantkit.publishing.card import CARD, card, describe, write_card
-from quantkit.publishing.facts import CardFacts
+from quantkit.publishing.card import CARD, CardFacts, card, describe, write_card
 from quantkit.publishing.push import push
 
 __all__ = ["CARD", "CardFacts", "card", "describe", "push", "write_card"]

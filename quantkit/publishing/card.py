@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,6 @@ import yaml
 from quantkit.errors import CheckpointError
 from quantkit.exports.manifest import EXPORT_AGAIN, MANIFEST, read_manifest, read_verdicts
 from quantkit.formats import FORMATS
-from quantkit.publishing.facts import CardFacts
 from quantkit.publishing.front_matter import front_matter
 from quantkit.publishing.markdown import code, fenced, plain, table
 from quantkit.publishing.usage import Subject, usage
@@ -24,6 +24,35 @@ if TYPE_CHECKING:
 CARD = "README.md"
 RECIPE = "recipe.yaml"
 NOT_MEASURED = "Not measured."
+
+
+@dataclass(frozen=True, slots=True)
+class CardFacts:
+    """What may be known of a checkpoint beside its files; all of it may be absent.
+
+    Attributes:
+        base_model: ``org/name`` of the float model on the hub; not given for a model that is not there.
+        revision: its commit.
+        source: folder of the float model, whose card or licence file tells the licence and the languages.
+        repository: ``org/name`` under which the checkpoint will be found; else its folder's name stands in snippets.
+        scores: the figures of the checkpoint as a row of a report has them: ``metrics``, ``size_bytes``, ``loaded_by``.
+        baseline: the figures of the float model, likewise.
+        calibration: the audit of the calibration set.
+    """
+
+    base_model: str | None = None
+    revision: str | None = None
+    source: Path | None = None
+    repository: str | None = None
+    scores: Mapping[str, Any] | None = None
+    baseline: Mapping[str, Any] | None = None
+    calibration: Mapping[str, Any] | None = None
+
+    @classmethod
+    def of(cls, job: Job, repository: str | None = None) -> CardFacts:
+        """What may be said of the model that a checkpoint was made of."""
+        name, revision = job.hub or (None, None)
+        return cls(base_model=name, revision=revision, source=job.source, repository=repository)
 
 
 def write_card(folder: Path, facts: CardFacts | None = None) -> None:
@@ -72,7 +101,7 @@ def card(folder: Path, facts: CardFacts | None = None) -> str:
     }
     body = "\n\n".join(f"## {title}\n\n{text}" if title else text for title, text in sections.items() if text)
     method = recipe.get("method") if isinstance(recipe.get("method"), str) else None
-    return f"{front_matter(store, schemes, method, given)}\n{body}\n"
+    return f"{front_matter(store, schemes, method, given.base_model, given.source)}\n{body}\n"
 
 
 def _subject(name: str, folder: Path, manifest: Mapping[str, Any], schemes: Mapping[str, Scheme]) -> Subject:

@@ -11,7 +11,6 @@ from typing import Any
 import yaml
 
 from quantkit.formats.base import Format
-from quantkit.publishing.facts import CardFacts
 from quantkit.schemes import Scheme
 
 CARRIED = ("license", "license_name", "license_link", "language")
@@ -26,15 +25,29 @@ LICENCES = {
 SHORT_TEXT = re.compile(r"[\w .:/#+()-]{1,200}", re.ASCII)
 
 
-def front_matter(store: type[Format], schemes: Mapping[str, Scheme], method: str | None, facts: CardFacts) -> str:
-    """The YAML between the lines of dashes, these included."""
+def front_matter(
+    store: type[Format],
+    schemes: Mapping[str, Scheme],
+    method: str | None,
+    base_model: str | None,
+    source: Path | None,
+) -> str:
+    """The YAML between the lines of dashes, these included.
+
+    Args:
+        store: the checkpoint's format.
+        schemes: of its layers.
+        method: that quantized it.
+        base_model: ``org/name`` of the float model on the hub.
+        source: folder of the float model, whose card or licence file tells the licence and the languages.
+    """
     content: dict[str, Any] = {}
-    if facts.base_model is not None:
-        content["base_model"] = facts.base_model
+    if base_model is not None:
+        content["base_model"] = base_model
         content |= {"base_model_relation": "quantized"} if schemes else {}
     if any(runtime.startswith("transformers") for runtime in store.runtimes):
         content["library_name"] = "transformers"
-    content |= stated(facts.source) if facts.source is not None else {}
+    content |= stated(source) if source is not None else {}
     content["pipeline_tag"] = "text-generation"
     content["tags"] = tags(store.name, list(schemes.values()), method)
     return f"---\n{yaml.safe_dump(content, sort_keys=False, allow_unicode=True)}---\n"
