@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 import quantkit
 from quantkit.errors import CheckpointError, RecipeError, SchemeError
 from quantkit.exports import open_export
-from quantkit.formats._bitsandbytes.int8 import INT8, STEP
+from quantkit.formats._bitsandbytes import INT8, STEP
 from quantkit.formats.bitsandbytes import BitsAndBytes
 from quantkit.methods.base import InputStatistics
 from quantkit.recipe import VariantSpec

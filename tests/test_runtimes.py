@@ -18,8 +18,7 @@ from quantkit.recipe import EvaluationSpec
 from quantkit.runtimes import RUNTIMES
 from quantkit.runtimes._choice import choose_runtime
 from quantkit.runtimes._model import TransformersModel
-from quantkit.runtimes._packed import load_packed
-from quantkit.runtimes._zero_points import packed_zero_points
+from quantkit.runtimes._packed import load_packed, packed_zero_points
 from quantkit.runtimes.base import LoadOptions
 from quantkit.system.validation import parse_section
 from tests.runs import edit_json

@@ -1,10 +1,14 @@
-"""The convert stage: a checkpoint of one format in, one of another out."""
+"""The convert stage: a checkpoint of one format in, one of another out, with the same codes.
+
+Where the schemes of two formats have the same grid, only the way of telling it differs.
+"""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,15 +23,16 @@ from quantkit.exports.companions import copy_companions
 from quantkit.exports.content import Content, Stored
 from quantkit.exports.layer_store import LayerStore
 from quantkit.exports.manifest import write_manifest
-from quantkit.exports.recast import SHIFT_ALLOWED, recast, shift, target_scheme, with_scales_in
 from quantkit.exports.writing import check_origin, origin_remarks, write_export
 from quantkit.formats import FORMATS
 from quantkit.formats.base import Format
-from quantkit.schemes import Scheme
+from quantkit.schemes import IntScheme, QuantizedWeight, Scheme
 from quantkit.system.artifacts import check_writable, new_folder, translated_os_errors, write_json, write_stage
 from quantkit.system.scratch import workplace
 
 STAGE = "convert"
+SHIFT_ALLOWED = 0.1
+"""How far a weight may move, in steps of its grid, where scales or minimums are stored in fewer bits."""
 
 
 def convert(
@@ -96,7 +101,7 @@ def _scratch(work: Path) -> Iterator[Path]:
 def _placed(layer: str, target: type[Format], export: Export) -> Scheme:
     """The scheme in which the target stores a layer's grid."""
     with _named(layer):
-        scheme = target_scheme(export.schemes[layer], target, export.shape(layer))
+        scheme = _target_scheme(export.schemes[layer], target, export.shape(layer))
         if layer == export.embedding:
             target.check_embedding(scheme)
     return scheme
@@ -104,8 +109,8 @@ def _placed(layer: str, target: type[Format], export: Export) -> Scheme:
 
 def _move(export: Export, layer: str, scheme: Scheme, scales: torch.dtype, layers: LayerStore) -> float:
     """Pack a layer in the target format; how far its weights moved, in steps."""
-    weight = recast(export.weight(layer), scheme)
-    moved = shift(weight, layers.keep(layer, with_scales_in(weight, scales)))
+    weight = _recast(export.weight(layer), scheme)
+    moved = _shift(weight, layers.keep(layer, _with_scales_in(weight, scales)))
     layers.flush(layer)
     if not moved <= SHIFT_ALLOWED:
         raise SchemeError(
@@ -216,3 +221,60 @@ def _named(layer: str) -> Iterator[None]:
         yield
     except SchemeError as error:
         raise SchemeError(f"{layer}: {error.problem}", error.remedy) from error
+
+
+def _target_scheme(scheme: Scheme, store: type[Format], shape: tuple[int, int]) -> Scheme:
+    """The scheme in which a format stores the grid of another scheme.
+
+    Raises:
+        SchemeError: it stores none that has this grid; the reason is the format's own.
+    """
+    refusal: SchemeError | None = None
+    for candidate in _same_grid(scheme):
+        try:
+            store.check(candidate)
+            store.check_layer(candidate, *shape)
+        except SchemeError as error:
+            refusal = refusal or error
+            continue
+        return candidate
+    if refusal is None:
+        raise SchemeError(f"format {store.name} has no scheme for {scheme.describe()}")
+    raise refusal
+
+
+def _recast(weight: QuantizedWeight, scheme: Scheme) -> QuantizedWeight:
+    """The same codes and scales under a scheme of the same grid, as :func:`_target_scheme` gives it."""
+    if scheme == weight.scheme:
+        return weight
+    zeros = weight.zeros
+    if isinstance(scheme, IntScheme) and scheme.zeros == "float":
+        zeros = zeros.to(torch.float32)
+    return replace(weight, scheme=scheme, zeros=zeros)
+
+
+def _with_scales_in(weight: QuantizedWeight, dtype: torch.dtype) -> QuantizedWeight:
+    """Scales that a dtype of 16 bits holds; they are the only part of a weight that this may move."""
+    if weight.parts or weight.scales.dtype == dtype or not isinstance(weight.scheme, IntScheme):
+        return weight
+    return replace(weight, scales=weight.scales.to(dtype))
+
+
+def _shift(before: QuantizedWeight, after: QuantizedWeight) -> float:
+    """The farthest that a weight moved, in steps of its grid."""
+    moved = (after.dequantize(torch.float32) - before.dequantize(torch.float32)).abs()
+    if not moved.any():
+        return 0.0
+    unit = replace(before, codes=torch.ones_like(before.codes), zeros=torch.zeros_like(before.zeros))
+    steps = unit.dequantize(torch.float32).abs()
+    return float((moved / steps.clamp_(min=torch.finfo(torch.float32).tiny)).max())
+
+
+def _same_grid(scheme: Scheme) -> Iterator[Scheme]:
+    """The scheme itself, and others that can tell the same values."""
+    yield scheme
+    if isinstance(scheme, IntScheme):
+        if scheme.symmetric:
+            yield replace(scheme, symmetric=False)
+        if scheme.zeros == "int" and not scheme.desc_act:
+            yield replace(scheme, symmetric=False, zeros="float")

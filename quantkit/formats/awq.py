@@ -13,8 +13,18 @@ from typing import TYPE_CHECKING, Any
 
 from quantkit.errors import CheckpointError, SchemeError
 from quantkit.formats import FORMATS
-from quantkit.formats._gptq_rules import FUSED, commonest, holds_head, kept_float, refused_by_vllm
-from quantkit.formats._per_layer import Rules, columns_per_group, packed_layers, require, require_matrix
+from quantkit.formats._per_layer import (
+    FUSED,
+    Rules,
+    columns_per_group,
+    commonest,
+    holds_head,
+    kept_float,
+    packed_layers,
+    refused_by_vllm,
+    require,
+    require_matrix,
+)
 from quantkit.formats.base import Format, PackedShapes
 from quantkit.schemes import PER_CHANNEL, IntScheme, QuantizedWeight, Scheme
 from quantkit.schemes.bitstream import pack_bits, unpack_bits

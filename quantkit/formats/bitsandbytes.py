@@ -5,20 +5,24 @@ See ``BitsAndBytesConfig`` in transformers, and :mod:`quantkit.formats._bitsandb
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from quantkit.errors import SchemeError
+from quantkit.errors import CheckpointError, SchemeError
 from quantkit.formats import FORMATS
-from quantkit.formats._bitsandbytes import layout_of
+from quantkit.formats._bitsandbytes import INT8, STATE, layout_of, read_state
 from quantkit.formats.base import Format, PackedShapes
-from quantkit.schemes import QuantizedWeight, Scheme
+from quantkit.schemes import QuantizedWeight, Scheme, make_scheme
+from quantkit.schemes.codebook import NESTED_BLOCK
 
 if TYPE_CHECKING:
     import torch
 
     from quantkit.checkpoint import CheckpointReader
+
+GET_AGAIN = "the file is broken: get it again"
 
 
 @FORMATS.register
@@ -93,9 +97,7 @@ class BitsAndBytes(Format):
     @classmethod
     def schemes_in(cls, config: Mapping[str, Any], reader: CheckpointReader) -> dict[str, Scheme]:
         """The layers beside whose codes lie a 4-bit state or int8 scales."""
-        from quantkit.formats._bitsandbytes.reading import schemes_of
-
-        return schemes_of(reader)
+        return _schemes_of(reader)
 
     def pack(self, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
         """The tensors of the scheme's layout."""
@@ -170,3 +172,73 @@ def _check_skipped(skipped: Collection[str], quantized: Collection[str]) -> None
                 f"transformers would take {name} for a float layer in the bitsandbytes format, because {taken} is one",
                 f"keep {name} float too with 'ignore', or quantize {taken}",
             )
+
+
+def _schemes_of(reader: CheckpointReader) -> dict[str, Scheme]:
+    """The packed layers, by full name.
+
+    Raises:
+        CheckpointError: the tensors of a layer do not fit each other, or blocks that quantkit does not read.
+    """
+    found: dict[str, Scheme] = {}
+    for name in reader.names():
+        layer, state, _ = name.partition(f".{STATE}")
+        if state:
+            found[layer] = _four_bit(reader, layer, name)
+        elif name.endswith(".SCB"):
+            layer = name.removesuffix(".SCB")
+            found[layer] = _int8(reader, layer)
+    if not found:
+        raise CheckpointError(
+            f"{reader.folder} says that it is quantized with bitsandbytes, and holds no packed layer",
+            "save the model again after it was quantized",
+        )
+    return found
+
+
+def _int8(reader: CheckpointReader, layer: str) -> Scheme:
+    codes, scales = reader.shape(f"{layer}.weight"), reader.shape(f"{layer}.SCB")
+    if len(codes) != 2 or math.prod(scales) != codes[0] or reader.dtype(f"{layer}.weight").itemsize != 1:
+        raise CheckpointError(
+            f"{layer}: weight {list(codes)} and SCB {list(scales)} are no int8 layer of bitsandbytes", GET_AGAIN
+        )
+    return INT8
+
+
+def _four_bit(reader: CheckpointReader, layer: str, name: str) -> Scheme:
+    """A scheme whose blocks fill the rows of the layer, as its tensors have it."""
+    nested = f"{layer}.weight.nested_absmax" in reader
+    try:
+        state = read_state(reader.read(name))
+        rows, columns = (int(size) for size in state["shape"])
+        scheme = make_scheme(name.rpartition("__")[2], {"group_size": state["blocksize"], "double_quant": nested})
+    except (CheckpointError, SchemeError) as error:
+        raise CheckpointError(f"{layer}: {error.problem}", error.remedy) from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{layer}: its quant_state cannot be read: {error!r}", GET_AGAIN) from error
+    if columns % scheme.group_size:
+        raise CheckpointError(
+            f"{layer}: blocks of {scheme.group_size} weights run over the ends of its rows of {columns}",
+            "quantkit reads blocks that fill rows; quantize this model with another block size",
+        )
+    _check_sizes(reader, layer, rows * columns, state, nested)
+    return scheme
+
+
+def _check_sizes(reader: CheckpointReader, layer: str, weights: int, state: dict[str, Any], nested: bool) -> None:
+    """The tensors hold as many numbers as the state says."""
+    blocks = weights // int(state["blocksize"])
+    expected = {"weight.absmax": blocks}
+    if nested:
+        if state.get("nested_blocksize") != NESTED_BLOCK:
+            raise CheckpointError(
+                f"{layer}: its scales share one of their own in blocks of {state.get('nested_blocksize')}",
+                f"quantkit reads blocks of {NESTED_BLOCK}",
+            )
+        expected["weight.nested_absmax"] = -(-blocks // NESTED_BLOCK)
+    found = {suffix: math.prod(reader.shape(f"{layer}.{suffix}")) for suffix in expected}
+    codes = reader.nbytes(f"{layer}.weight")
+    if found != expected or codes * 2 != weights:
+        raise CheckpointError(
+            f"{layer}: {codes} bytes of codes and {found} do not fit a weight of {state['shape']}", GET_AGAIN
+        )

@@ -20,16 +20,18 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from quantkit.errors import CheckpointError, SchemeError
 from quantkit.formats import FORMATS
 from quantkit.formats._gptq_layers import BITS, WORD, less_in, scheme_in, shifted_zeros
-from quantkit.formats._gptq_rules import (
+from quantkit.formats._per_layer import (
+    BROKEN,
     FUSED,
     GROUPS_OF_VLLM,
+    Rules,
     commonest,
     exceptions,
     holds_head,
+    packed_layers,
     refused_by_vllm,
     settings,
 )
-from quantkit.formats._per_layer import BROKEN, Rules, packed_layers
 from quantkit.formats.base import Format, PackedShapes
 from quantkit.schemes import PER_CHANNEL, IntScheme, QuantizedWeight, Scheme
 from quantkit.schemes.bitstream import pack_bits, unpack_bits

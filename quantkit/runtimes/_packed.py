@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -11,7 +15,6 @@ from quantkit.engine.skeleton import auto_class
 from quantkit.errors import EvaluationError
 from quantkit.runtimes._checkpoint import check_checkpoint, is_gguf, translated, whole_config
 from quantkit.runtimes._model import TransformersModel, whole
-from quantkit.runtimes._zero_points import packed_zero_points
 from quantkit.runtimes.base import LoadOptions
 
 if TYPE_CHECKING:
@@ -55,3 +58,68 @@ def _computed_names(model: PreTrainedModel) -> set[str]:
     with torch.device("meta"):
         fresh = type(model)(model.config)
     return {name for name, _ in fresh.named_buffers()} - set(fresh.state_dict())
+
+
+PACKAGE = "compressed-tensors"
+
+
+@dataclass(slots=True)
+class StandIn:
+    """What stood in for the package's function.
+
+    Attributes:
+        calls: how often the package called it.
+    """
+
+    calls: int = 0
+
+    def check(self, mismatched: Collection[str]) -> None:
+        """See that the package called it, if zero points were laid out wrongly.
+
+        Args:
+            mismatched: names of the tensors of another shape than the model expects.
+
+        Raises:
+            EvaluationError: it did not: this version has the gap elsewhere.
+        """
+        if self.calls or not any(name.endswith("weight_zero_point") for name in mismatched):
+            return
+        raise EvaluationError(
+            f"{PACKAGE} {version(PACKAGE)} lays out packed zero points wrongly, and not where quantkit mends it",
+            f"install {PACKAGE}<0.21, or choose the runtime reference",
+        )
+
+
+@contextmanager
+def packed_zero_points() -> Iterator[StandIn]:
+    """Mend a gap in compressed-tensors that keeps transformers from loading packed asymmetric checkpoints.
+
+    transformers lays out a quantized model on the meta device, by asking the package to compress an empty one.
+    From 0.18 on (seen up to 0.20) the package's pack-quantized compressor then packs the shape of the weight but
+    not that of its zero points, so the model expects int8 ``[rows, groups]`` where every pack-quantized file
+    holds int32 ``[ceil(rows * bits / 32), groups]``, and loading fails. Decompression itself is right.
+    Inside the block, the package's compressor gives empty zero points the shape that they have in files.
+    """
+    stand_in = StandIn()
+    try:
+        from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
+    except ImportError:  # the package is not there, or laid out otherwise, which the caller checks
+        yield stand_in
+        return
+    kept = PackedQuantizationCompressor.__dict__["compress"]
+    original = PackedQuantizationCompressor.compress
+
+    def compress(_: type[Any], state: dict[str, torch.Tensor], scheme: Any) -> dict[str, torch.Tensor]:
+        stand_in.calls += 1
+        compressed: dict[str, torch.Tensor] = original(state, scheme)
+        zeros = compressed.get("weight_zero_point")
+        if zeros is not None and zeros.is_meta and zeros.dtype != torch.int32:
+            words = -(-zeros.shape[0] * scheme.weights.num_bits // 32)
+            compressed["weight_zero_point"] = torch.empty(words, *zeros.shape[1:], dtype=torch.int32, device="meta")
+        return compressed
+
+    PackedQuantizationCompressor.compress = classmethod(compress)
+    try:
+        yield stand_in
+    finally:
+        PackedQuantizationCompressor.compress = kept

@@ -12,6 +12,8 @@ from quantkit.schemes import PER_CHANNEL, IntScheme, QuantizedWeight, Scheme
 if TYPE_CHECKING:
     import torch
 
+GET_AGAIN = "config and tensors do not fit each other: get the checkpoint again"
+
 
 class Layout(ABC):
     """How one scheme is stored.

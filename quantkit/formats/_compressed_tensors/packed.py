@@ -14,8 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from quantkit.errors import CheckpointError
-from quantkit.formats._compressed_tensors.arguments import GET_AGAIN
-from quantkit.formats._compressed_tensors.layout import Layout, integer_args
+from quantkit.formats._compressed_tensors.layout import GET_AGAIN, Layout, integer_args
 from quantkit.formats.base import PackedShapes
 from quantkit.schemes import IntScheme, QuantizedWeight
 from quantkit.schemes.bitstream import pack_bits, unpack_bits
