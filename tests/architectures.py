@@ -43,6 +43,7 @@ DENSE: dict[str, dict[str, Any]] = {
     "cohere": BASE,
     "starcoder2": BASE,
     "glm4": BASE,
+    "gpt_neox": {key: value for key, value in BASE.items() if key not in ("num_key_value_heads", "head_dim")},
     "lfm2": {**BASE, "layer_types": ["conv", "full_attention"]},
 }
 """Every block matrix of these is the weight of a layer."""

@@ -163,6 +163,24 @@ def test_a_file_that_transformers_loads_is_its_own(tmp_path: Path) -> None:
     assert choose_runtime(out).name == "transformers"
 
 
+@pytest.mark.parametrize("architecture", NAMED)
+def test_an_export_has_what_its_model_needs_and_no_more(tmp_path: Path, architecture: str) -> None:
+    _, out = quantized(tmp_path, architecture)
+    assert quantkit.inspect(out)["problems"] == []
+
+
+def test_the_output_head_stays_float_whatever_the_file_calls_it(tmp_path: Path) -> None:
+    folder, out = quantized(tmp_path, "gpt_neox", method="rtn")
+    assert "embed_out.weight" in CheckpointReader(folder)
+    assert torch.equal(
+        CheckpointReader(folder).read("embed_out.weight"), CheckpointReader(out).read("embed_out.weight")
+    )
+    _, out = quantized(tmp_path / "pattern", "gpt_neox", method="rtn", ignore=["embed_out"])
+    assert "embed_out.weight" in CheckpointReader(out)
+    _, out = quantized(tmp_path / "whole", "gpt_neox", method="rtn", ignore=[])
+    assert "embed_out.weight_packed" in CheckpointReader(out)
+
+
 def test_experts_of_a_stack_that_stay_float_are_written_by_themselves(tmp_path: Path) -> None:
     folder, out = quantized(tmp_path, "gpt_oss", ignore=[r"experts\.2\.", "lm_head"])
     written, source = CheckpointReader(out), CheckpointReader(folder)

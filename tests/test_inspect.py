@@ -18,6 +18,7 @@ from quantkit.checkpoint import CheckpointReader
 from quantkit.errors import CheckpointError, QuantkitError
 from quantkit.exports import open_export
 from quantkit.inspection import inspect, inspect_tables
+from quantkit.inspection.problems import architecture_problems
 from quantkit.system.artifacts import read_json, write_json
 from tests.tiny import make_model
 
@@ -274,3 +275,13 @@ def test_an_unknown_format_is_one_line_with_those_that_are_read(model: Path, tmp
 def _file(path: Path, data: bytes) -> Path:
     path.write_bytes(data)
     return path
+
+
+def test_numbers_that_json_has_no_word_for_are_understood_in_configs() -> None:
+    config = {
+        "architectures": ["Mamba2ForCausalLM"], "num_hidden_layers": 1, "hidden_size": 32, "num_heads": 4,
+        "head_dim": 16, "state_size": 8, "vocab_size": 8, "n_groups": 1,
+        "time_step_limit": [0.0, {"__float__": "Infinity"}],
+    }  # fmt: skip
+    (problem,) = architecture_problems(config, set(), set())
+    assert problem.endswith("tensors that the model needs and the checkpoint lacks")

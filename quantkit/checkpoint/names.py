@@ -92,7 +92,8 @@ class Names:
     """
 
     model: nn.Module
-    stored: Collection[str] = ()
+    stored: Collection[str] | None = None
+    _stored: frozenset[str] = frozenset()
     _alias: dict[str, str] = field(default_factory=dict)
     _conversions: dict[str, Conversion] = field(default_factory=dict)
     _parts: dict[str, Part] = field(default_factory=dict)
@@ -106,7 +107,7 @@ class Names:
         self._shapes = {name: torch.empty(tensor.shape, device="meta") for name, tensor in state.items()}
         self._forward = _transforms(self.model)
         self._backward = _reversed_transforms(self.model)
-        self.stored = frozenset(self.stored or self._as_saved(state))
+        self._stored = frozenset(self._as_saved(state) if self.stored is None else self.stored)
         self._match()
 
     # What the engine asks.
@@ -144,6 +145,14 @@ class Names:
             single = self._single(part)
             return read(single) if single is not None else part.cut(self._whole(part.parameter, read)).contiguous()
         return self._whole_now(parameter, read)
+
+    def unmatched(self) -> tuple[list[str], list[str]]:
+        """The tensors that the model needs and the checkpoint lacks, and those that the model does not know."""
+        known = {*self._shapes, *self._parts} - {part.parameter for part in self._parts.values()}
+        alone = {self.written(name) for name in self._parts} & self._stored
+        lacking = [self.written(name) for name in known if not self.has(name)]
+        used = {source for name in known for source in self.sources(name)}
+        return sorted(set(lacking) - alone), sorted(self._stored - used - alone)
 
     def parts(self) -> dict[str, list[str]]:
         """The parameters that gave way to parts, each with the names of these."""
@@ -264,7 +273,7 @@ class Names:
 
         by_pattern = {pattern: each for each in self._forward[1] for pattern in each.source_patterns}
         found: dict[str, dict[str, list[str]]] = {}
-        for name in sorted(self.stored, key=dot_natural_key):
+        for name in sorted(self._stored, key=dot_natural_key):
             key, pattern = self._renamed(name)
             if key not in self._shapes and name in self._shapes:
                 key, pattern = name, None
@@ -293,7 +302,7 @@ class Names:
         """One single tensor that no name fits is the one parameter that is missing, as GPT-NeoX's head may be."""
         used = {name for parameter in self._shapes for name in self.sources(parameter)}
         tied = set(getattr(self.model, "all_tied_weights_keys", None) or ())
-        rest = [name for name in self.stored if name not in used and name.endswith(".weight")]
+        rest = [name for name in self._stored if name not in used and name.endswith(".weight")]
         missing = [name for name in self._shapes if not self.has(name) and name not in tied]
         if len(rest) == len(missing) == 1 and missing[0].endswith(".weight"):
             self._alias[missing[0]] = rest[0]

@@ -248,8 +248,8 @@ class Skeleton:
         raise CheckpointError(f"tensor {self.names.tensor(parameter)} is not in the checkpoint", DAMAGED)
 
 
-def _stored_names(folder: Path) -> Collection[str]:
-    return CheckpointReader(folder).names() if any(folder.glob("*.safetensors*")) else ()
+def _stored_names(folder: Path) -> Collection[str] | None:
+    return CheckpointReader(folder).names() if any(folder.glob("*.safetensors*")) else None
 
 
 def auto_class(config: Any) -> Any:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quantkit.exports import Export
 from quantkit.formats import FORMATS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 SHOWN = 3
 PACKED_SUFFIXES = (
@@ -57,47 +60,60 @@ def leftover_problems(export: Export) -> Iterator[str]:
 def architecture_problems(config: Mapping[str, Any], floats: set[str], layers: set[str]) -> list[str]:
     """How the tensors differ from those of the model class that the config names.
 
-    Classes whose checkpoints have other names than their modules cannot be compared, and are not; a class that
-    transformers does not have is a problem of its own.
+    A class that transformers does not have is a problem of its own.
 
     Args:
         config: ``config.json``.
         floats: names of the float tensors.
         layers: names of the packed layers.
     """
-    found = _parameters(config)
-    if isinstance(found, str):
-        return [found]
-    names, optional = found
-    stored = floats | {f"{layer}.weight" for layer in layers}
-    missing, unknown = sorted(names - stored - optional), sorted(stored - names)
-    if missing and unknown and len(missing) + len(unknown) > len(names) // 2:
-        return []  # another convention of names: nothing can be said
+    from quantkit.checkpoint.names import Names
+    from quantkit.engine.layers import give_way
+
+    model = _built(config)
+    if isinstance(model, str):
+        return [model]
+    names = Names(model, floats | {f"{layer}.weight" for layer in layers})
+    names.divide(give_way(model))
+    tied = getattr(model, "all_tied_weights_keys", None) or () if model.config.tie_word_embeddings else ()
+    optional = {names.tensor(name) for name in tied}
+    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    lacking, foreign = names.unmatched()
+    missing = [name for name in lacking if name not in optional]
+    unknown = [name for name in foreign if not any(re.search(each, name) for each in ignored)]
     return [
         *([f"{_listed(missing)}: tensors that the model needs and the checkpoint lacks"] if missing else []),
         *([f"{_listed(unknown)}: tensors that the model does not know"] if unknown else []),
     ]
 
 
-def _parameters(config: Mapping[str, Any]) -> tuple[set[str], set[str]] | str:
-    """Names of the parameters and buffers of the model class, and of those that may be absent; or why not."""
+def _built(config: Mapping[str, Any]) -> PreTrainedModel | str:
+    """The model of the class that a config names, on meta; or why there is none."""
     import torch
     import transformers
+    from huggingface_hub.errors import StrictDataclassError
 
     names = config.get("architectures") or []
     cls = getattr(transformers, str(names[0]), None) if names else None
     if cls is None or not hasattr(cls, "_from_config"):
         return f"transformers {transformers.__version__} has no model class {names[0] if names else '(none is named)'}"
     try:
-        parsed = cls.config_class.from_dict(dict(config))
         with torch.device("meta"):
-            model = cls._from_config(parsed)
-    except (ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError) as error:
+            model: PreTrainedModel = cls._from_config(cls.config_class.from_dict(_with_floats(dict(config))))
+    except (
+        ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError, StrictDataclassError,
+    ) as error:  # fmt: skip  # of values that nobody foresaw
         return f"transformers cannot build {names[0]} from the config: {str(error).splitlines()[0]}"
-    tied = set(getattr(model, "all_tied_weights_keys", None) or ()) if parsed.tie_word_embeddings else set()
-    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
-    known = set(model.state_dict())
-    return {name for name in known if not any(re.search(each, name) for each in ignored)}, tied
+    return model
+
+
+def _with_floats(value: Any) -> Any:
+    """A config with the numbers that JSON has no word for; transformers writes ``{"__float__": "Infinity"}``."""
+    if isinstance(value, Mapping):
+        if set(value) == {"__float__"}:
+            return float(value["__float__"])
+        return {key: _with_floats(each) for key, each in value.items()}
+    return [_with_floats(each) for each in value] if isinstance(value, list) else value
 
 
 def _listed(names: list[str]) -> str:

@@ -34,7 +34,7 @@ def library_forecast(job: Job, variant: LibrarySpec, skeleton: Skeleton, out: Pa
     """
     linears = {layer.name: layer for layer in skeleton.layers()}
     head = skeleton.head.linears[0] if skeleton.head else None
-    reached = [name for name in linears if name != head and not variant.stays_float(name)]
+    reached = [name for name in linears if name != head and not variant.stays_float(linears[name].path)]
     shapes = {name: linears[name].shape for name in reached}
     scheme = variant.asked_scheme()
     words = f"{variant.width} bits" if scheme is None else scheme.describe()

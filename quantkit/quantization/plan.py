@@ -120,13 +120,14 @@ def _plan(skeleton: Skeleton, variant: VariantSpec) -> Layers:
     shapes = {layer.name: layer.shape for layer in skeleton.layers()}
     _check_blocks(variant, len(skeleton.segments))
     schemes: dict[str, Scheme | None] = dict.fromkeys(shapes)
-    _check_patterns(variant, list(shapes))
+    paths = {layer.name: layer.path for layer in skeleton.layers()}
+    _check_patterns(variant, [*paths, *paths.values()])
     whole = variant.base_scheme()
     if isinstance(whole, PlainScheme):
         return Layers(schemes, shapes, tied=skeleton.tied, cast=whole.kind)
     blocks = len(skeleton.segments)
     for name, block in _reachable(skeleton).items():
-        scheme = variant.scheme_of(name, block, blocks)
+        scheme = variant.scheme_of(name, block, blocks, paths[name])
         schemes[name] = None if scheme is None else scheme.for_layer(name, block, blocks, shapes[name])
     store = FORMATS.get(variant.format)
     for name, scheme in schemes.items():

@@ -174,20 +174,24 @@ class VariantSpec(SchemeKeys, Choice):
         patched = [self._patched(patch) for patch in self._patches().values()]
         return list(dict.fromkeys([self.base_scheme(), *patched]))
 
-    def scheme_of(self, layer: str, block: int | None = None, blocks: int = 0) -> Scheme | None:
+    def scheme_of(
+        self, layer: str, block: int | None = None, blocks: int = 0, path: str | None = None
+    ) -> Scheme | None:
         """The scheme of a linear layer, or None where it stays float.
 
         What is ignored comes first, then the overrides, then the first and the last blocks.
 
         Args:
-            layer: its full name.
+            layer: its name in the checkpoint.
             block: index of the decoder block that holds it; None outside the blocks.
             blocks: number of decoder blocks.
+            path: its name in the model, where that is another; a pattern may mean either.
         """
-        if any(compiled(pattern).search(layer) for pattern in self.ignore):
+        names = {layer, path or layer}
+        if any(compiled(pattern).search(name) for pattern in self.ignore for name in names):
             return None
         for pattern, patch in self.overrides.items():
-            if compiled(pattern).search(layer):
+            if any(compiled(pattern).search(name) for name in names):
                 return self._patched(patch)
         if block is not None and self.first_blocks is not None and block < self.first_blocks.count:
             return self._patched(self.first_blocks)
