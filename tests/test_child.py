@@ -76,6 +76,15 @@ def test_endings_are_told_apart(tmp_path: Path, code: str, kind: Kind, how: str,
     assert (ending.kind, ending.how, ending.last_error()) == (kind, how, words)
 
 
+def test_an_end_by_the_kernel_for_want_of_memory_is_told_from_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = iter((3, 4))
+    monkeypatch.setattr("quantkit.system.processes.killed_for_memory", lambda: next(counted))
+    ending = run(tmp_path, "import os; os.kill(os.getpid(), 9)")
+    assert (ending.kind, ending.how) == (Kind.NO_MEMORY, "SIGKILL, as the system ran out of memory")
+
+
 def test_what_hangs_ends_at_its_time_and_may_say_good_bye(tmp_path: Path) -> None:
     code = (
         "import signal, sys, time\n"

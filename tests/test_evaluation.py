@@ -719,9 +719,9 @@ def test_death_by_signal_is_told_with_the_last_words(
         "import os, signal, sys; print('loading weights', file=sys.stderr, flush=True);"
         " os.kill(os.getpid(), signal.SIGKILL)"
     )
-    with pytest.raises(EvaluationError, match=r"killed by SIGKILL; .*: loading weights") as caught:
+    with pytest.raises(EvaluationError, match=r"killed by SIGKILL.*; .*: loading weights") as caught:
         run_code(code, job, tmp_path / "log", monkeypatch)
-    assert "ran out of memory" in caught.value.remedy
+    assert "ran out of memory" in str(caught.value)
     assert str(tmp_path / "log") in caught.value.remedy
     with pytest.raises(EvaluationError, match=r"killed by SIGSEGV; .*\(the log is empty\)") as caught:
         run_code("import os; os.kill(os.getpid(), 11)", job, tmp_path / "log", monkeypatch)

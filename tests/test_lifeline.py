@@ -15,6 +15,7 @@ import pytest
 from quantkit.evaluation.job import EvaluationJob
 from quantkit.evaluation.process import worker_command
 from quantkit.recipe import EvaluationSpec
+from quantkit.system import worker
 from quantkit.system.artifacts import write_json
 from quantkit.system.worker import EXIT_ORPHANED, RESULT_FILE
 from quantkit.verification.job import VerificationJob
@@ -54,6 +55,17 @@ def test_an_orphan_of_a_killed_process_ends() -> None:
         assert psutil.Process(child).status() != psutil.STATUS_ZOMBIE
         parent.send_signal(signal.SIGKILL)
     assert gone(child)
+
+
+def test_a_process_of_another_interpreter_loads_the_file_by_its_path() -> None:
+    code = (
+        f"import importlib.util, time\nspec = importlib.util.spec_from_file_location('worker', {worker.__file__!r})\n"
+        "module = importlib.util.module_from_spec(spec)\nspec.loader.exec_module(module)\n"
+        "module.live_no_longer_than_the_parent()\ntime.sleep(600)"
+    )
+    alone = subprocess.Popen([sys.executable, "-I", "-S", "-c", code], stdin=subprocess.PIPE, stderr=subprocess.PIPE)
+    _, told = alone.communicate(timeout=4 * LONG)
+    assert alone.returncode == EXIT_ORPHANED, told
 
 
 def test_scoring_ends_with_whoever_waits_for_it(tmp_path: Path) -> None:

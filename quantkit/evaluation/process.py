@@ -11,7 +11,7 @@ from typing import Any
 from quantkit.errors import EvaluationError
 from quantkit.evaluation.job import EvaluationJob, Progress
 from quantkit.system.child import run_child
-from quantkit.system.ending import Ending
+from quantkit.system.ending import Ending, Kind
 
 
 def run_job(job: EvaluationJob, *, log: Path, on_progress: Progress | None = None) -> dict[str, Any]:
@@ -76,9 +76,8 @@ def _outcome(ending: Ending, job: EvaluationJob) -> dict[str, Any]:
 
 
 def _remedy_for_signal(ending: Ending) -> str:
-    if ending.how != "SIGKILL":
+    if not ending.how.startswith("SIGKILL"):
         return f"the whole log is {ending.log}"
-    return (
-        "the system most likely ran out of memory: free some, lower evaluation.context_length, or choose an"
-        f" evaluation.dtype of 16 bits; the whole log is {ending.log}"
-    )
+    guess = "" if ending.kind is Kind.NO_MEMORY else "the system most likely ran out of memory: "
+    remedy = "free some memory, lower evaluation.context_length, or choose an evaluation.dtype of 16 bits"
+    return f"{guess}{remedy}; the whole log is {ending.log}"

@@ -190,7 +190,7 @@ class _Watch:
         self._limits, self._told, self._on_progress = limits, told, on_progress
         self._killed_before = processes.killed_for_memory()
         self._started = time.monotonic()
-        self._peak, self._limit = 0, ""
+        self._peak, self._over_in_words = 0, ""
 
     def until_the_end(self, child: Child) -> None:
         """Return when the child has ended or is over a limit, which then is in :attr:`over`."""
@@ -217,16 +217,16 @@ class _Watch:
             resident = processes.resident_bytes(pid, memory)
             self._peak = max(self._peak, resident)
             if resident > memory:
-                self.over, self._limit = Kind.MEMORY_LIMIT, in_units(memory)
+                self.over, self._over_in_words = Kind.MEMORY_LIMIT, in_units(memory)
                 return
         if seconds is not None and time.monotonic() - self._started > seconds:
-            self.over, self._limit = Kind.TIME_LIMIT, f"{seconds:g} s"
+            self.over, self._over_in_words = Kind.TIME_LIMIT, f"{seconds:g} s"
 
     def ending(self, status: int, result_file: Path, log: Path) -> Ending:
         """How the child ended."""
         seconds = time.monotonic() - self._started
         result: dict[str, Any] | None = read_json(result_file) if result_file.is_file() else None
-        return Ending(self._kind(status, result), status, seconds, self._peak, self._limit, result, log)
+        return Ending(self._kind(status, result), status, seconds, self._peak, self._over_in_words, result, log)
 
     def _kind(self, status: int, result: dict[str, Any] | None) -> Kind:
         if self.over is not None:

@@ -48,8 +48,11 @@ class Ending:
 
     @property
     def how(self) -> str:
-        """Such as ``SIGKILL`` or ``exit code 1``."""
-        return signal_name(-self.status) if self.status < 0 else f"exit code {self.status}"
+        """Such as ``SIGKILL`` or ``exit code 1``; of one that the kernel ended for want of memory it says so."""
+        if self.status >= 0:
+            return f"exit code {self.status}"
+        why = ", as the system ran out of memory" if self.kind is Kind.NO_MEMORY else ""
+        return f"{signal_name(-self.status)}{why}"
 
     def answer(self) -> dict[str, Any]:
         """What it left, empty if nothing.
