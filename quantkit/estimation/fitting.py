@@ -93,8 +93,6 @@ WAYS = (
 )
 """By expected quality, the best first: more bits lose less, and of equal bits smaller groups and methods that look at
 calibration texts do. What a model really loses is in its report, not here."""
-GGUF_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-"""The families that quantkit writes as GGUF."""
 
 
 @dataclass(frozen=True)
@@ -218,8 +216,10 @@ def _use(options: dict[str, Any]) -> Use:
 
 def _ways(anatomy: Anatomy, use: Use, memory: int) -> Iterator[Fit]:
     """Every way that the model's shapes allow."""
+    from quantkit.gguf.config import WRITTEN_AS  # it brings transformers along, as the anatomy did
+
     for way in WAYS:
-        if way.format == "gguf" and anatomy.family not in GGUF_FAMILIES:
+        if way.format == "gguf" and anatomy.family not in WRITTEN_AS:
             continue
         keys = {"name": "way", "method": way.method, "format": way.format, **way.keys}
         variant = parse_section(VariantSpec, keys, "fits")

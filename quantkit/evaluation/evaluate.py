@@ -54,35 +54,41 @@ def evaluate(job: EvaluationJob, progress: Progress) -> dict[str, Any]:
     options = _load_options(job, device)
     runtime = choose_runtime(job.checkpoint, job.spec.loader, options.dtype)
     tokenizer = load_tokenizer(job.checkpoint, trust_remote_code=job.trust_remote_code)
-    windows = _cut_texts(job, tokenizer, progress)
     config = load_config(job.checkpoint, trust_remote_code=job.trust_remote_code)
+    windows = _cut_texts(job, tokenizer, progress)
     _check_job(job, config, windows)
-    with tasks_and_answers(job, config, tokenizer) as further, _memory_errors(device):
-        options = replace(options, context_length=max(options.context_length, further.context_length))
+    with tasks_and_answers(job, config, tokenizer) as others, _memory_errors(device):
+        options = replace(options, context_length=max(options.context_length, others.context_length))
         watch = MemoryWatch(device, own_allocator=runtime.own_allocator)
         model = _load(job, runtime, options, progress)
         watch.loaded(model)
         memory, speed = _run_once(job, model, next(iter(windows.values())), watch)
-        if memory is not None:
-            memory["weights_are"] = f"as loaded by {runtime.name}" if runtime.packed else "decoded to float"
         scores = {name: _score_text(job, model, text, progress) for name, text in windows.items()}
-        more, about_more = further.score(model, progress)
+        other_metrics, other_facts = others.score(model, progress)
     if job.writes_reference and job.reference is not None:
         write_index(job.reference, windows, config.vocab_size)
+    if memory is not None:
+        memory["weights_are"] = f"as loaded by {runtime.name}" if runtime.packed else "decoded to float"
     return {
-        "metrics": _metrics(job, scores) | more,
-        "texts": {
-            name: {**text.facts(), **_sums(scores[name]), **_by_window(scores[name], text, tokenizer)}
-            for name, text in windows.items()
-        },
+        "metrics": _metrics(job, scores) | other_metrics,
+        "texts": {name: _text_facts(text, scores[name], tokenizer) for name, text in windows.items()},
         "size_bytes": checkpoint_bytes(job.checkpoint),
         "loaded_by": runtime.name,
         "memory": memory,
         "speed": speed,
         "seconds": time.perf_counter() - started,
         "environment": _environment(model),
-        **about_more,
+        **other_facts,
     }
+
+
+def _load_options(job: EvaluationJob, device: torch.device) -> LoadOptions:
+    return LoadOptions(
+        device=str(device),
+        dtype=compute_dtype(job.spec.dtype, device.type),
+        context_length=max(job.spec.context_length, PROMPT_TOKENS + NEW_TOKENS),
+        trust_remote_code=job.trust_remote_code,
+    )
 
 
 def _cut_texts(job: EvaluationJob, tokenizer: PreTrainedTokenizerBase, progress: Progress) -> dict[str, Windows]:
@@ -119,15 +125,6 @@ def _check_job(job: EvaluationJob, config: PreTrainedConfig, windows: Mapping[st
                 "kl_divergence and top1_agreement need the float model's reference", "score the float model first"
             )
         check_reference(job.reference, windows, vocabulary)
-
-
-def _load_options(job: EvaluationJob, device: torch.device) -> LoadOptions:
-    return LoadOptions(
-        device=str(device),
-        dtype=compute_dtype(job.spec.dtype, device.type),
-        context_length=max(job.spec.context_length, PROMPT_TOKENS + NEW_TOKENS),
-        trust_remote_code=job.trust_remote_code,
-    )
 
 
 def _load(job: EvaluationJob, runtime: type[Runtime], options: LoadOptions, progress: Progress) -> LoadedModel:
@@ -181,17 +178,18 @@ def _metrics(job: EvaluationJob, scores: Mapping[str, TextScore]) -> dict[str, A
     return metrics
 
 
-def _sums(text: TextScore) -> dict[str, Any]:
-    sums: dict[str, Any] = {"nll_sum": text.nll_sum, "nll_count": text.nll_count}
-    return sums if text.kl is None else {**sums, "stderr_over": text.kl.stderr_over}
-
-
-def _by_window(score: TextScore, text: Windows, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """What two runs on the same windows are compared by."""
-    found: dict[str, Any] = {"nll_by_window": list(score.nll_by_window)}
-    if score.kl_by_window is None or score.agreements_by_window is None:
+def _text_facts(text: Windows, score: TextScore, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """How a text was cut, and what two runs on the same windows are compared by."""
+    found = {
+        **text.facts(),
+        "nll_sum": score.nll_sum,
+        "nll_count": score.nll_count,
+        "nll_by_window": list(score.nll_by_window),
+    }
+    if score.kl is None or score.kl_by_window is None or score.agreements_by_window is None:
         return found
     return found | {
+        "stderr_over": score.kl.stderr_over,
         "kl_by_window": list(score.kl_by_window),
         "agreements_by_window": list(score.agreements_by_window),
         "departures": in_words(score.departures, text.ids, tokenizer),
