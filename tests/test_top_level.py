@@ -143,3 +143,14 @@ def test_whoever_catches_any_error_says_why_in_a_comment() -> None:
     assert {path: lines for path, lines in found.items() if lines} == {}
     assert unexplained("try:\n    pass\nexcept Exception:\n    pass\n") == [3]
     assert unexplained("try:\n    pass\nexcept Exception:  # a plugin's code\n    pass\n") == []
+
+
+def test_files_and_modules_that_text_names_are_there() -> None:
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *(ROOT / "docs").glob("*.md")]
+    written = "\n".join(page.read_text() for page in pages)
+    assert [path for path in re.findall(r"`(quantkit/[\w/]+(?:\.py|/))`", written) if not (ROOT / path).exists()] == []
+    sources = "\n".join(path.read_text() for path in PACKAGE.rglob("*.py"))
+    for module, member in re.findall(r":\w+:`~?(quantkit(?:\.[a-z_]+)*)(?:\.([A-Z]\w*))?", sources):
+        path = ROOT / Path(*module.split("."))
+        owner = path if path.is_dir() or path.with_suffix(".py").is_file() else path.parent  # or a function of it
+        assert owner.is_dir() or owner.with_suffix(".py").is_file(), f"{module}.{member}"

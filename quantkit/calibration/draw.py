@@ -37,7 +37,7 @@ class Dropped:
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """What drawing gave, in the order of the draw."""
+    """The records that were drawn, in the order of the draw."""
 
     encoded: list[Encoded]
     dropped: list[Dropped]

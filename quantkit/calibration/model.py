@@ -1,4 +1,4 @@
-"""What calibration needs to know of a model: its tokenizer and how many tokens it has."""
+"""A model's tokenizer, the number of its tokens and its longest input, for calibration."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _REMEDY = "copy the tokenizer's files from the model's repository into the folde
 
 @dataclass(frozen=True, slots=True)
 class ModelLimits:
-    """What a model can take.
+    """The longest input and the number of tokens of a model.
 
     Attributes:
         vocabulary: rows of its embedding; every token id is below.

@@ -15,7 +15,7 @@ NO_ROW = "in the remainder that fills no row"
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """Rows and what is not in them.
+    """Token rows, with counts of what is not in them.
 
     ``sum(row lengths) + truncated_tokens + remainder_tokens`` equals the records' tokens and ``separators``.
 

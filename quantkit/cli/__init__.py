@@ -15,12 +15,12 @@ __all__ = ["app", "main"]
 WILL_STOP = b"asked to stop: the block under way is finished and saved first; ask again to stop at once\n"
 
 # each adds its commands, in the order of the help
-for _module in ("running", "history", "tracking", "checkpoints", "signing", "listings", "environments"):
+for _module in ("running", "history", "checkpoints", "signing", "listings", "environments"):
     import_module(f"quantkit.cli.{_module}")
 
 
 def main() -> None:
-    """The entry point; a request to terminate ends work at its next good moment, so that nothing done is lost."""
+    """The entry point; SIGTERM ends the work after the block at hand, so that nothing done is lost."""
     signal.signal(signal.SIGTERM, _terminate)
     app()
 

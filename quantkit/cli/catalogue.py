@@ -1,4 +1,4 @@
-"""What there is to choose from: what each method needs and takes, what each format stores, and the schemes.
+"""The catalogue of choices: what each method needs and takes, what each format stores, and the schemes.
 
 All of it is asked of the parts themselves: a scheme is taken where ``check`` does not refuse it.
 """

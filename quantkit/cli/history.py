@@ -1,4 +1,4 @@
-"""Commands about runs over time: check, accept, history."""
+"""Commands about runs over time: check, accept, history, and track for a server that keeps them."""
 
 from __future__ import annotations
 
@@ -97,3 +97,16 @@ def _show(run: str, file: Path | None, as_json: bool) -> None:
     record = recorded_run(run, file=file)
     for line in [json.dumps(to_json(record), indent=2, ensure_ascii=False)] if as_json else run_lines(record):
         say(line)
+
+
+@app.command(rich_help_panel="Runs")
+def track(
+    path: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")],
+    uri: Annotated[str | None, typer.Option(help="MLflow's address; that of the recipe or of the environment.")] = None,
+    experiment: Annotated[str | None, typer.Option(help="Its experiment; that of the recipe.")] = None,
+) -> None:
+    """Tell an MLflow server of a run that has ended."""
+    from quantkit.publishing.mlflow import track_again
+
+    told = track_again(path, uri, experiment)
+    say(f"MLflow at {told['uri']} was told of the run: {told['run_id']}")

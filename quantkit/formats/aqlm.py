@@ -95,11 +95,11 @@ class AqlmFormat(Format):
         return AdditiveWeight(found, codes, tensors["codebooks"], tensors["scales"])
 
     def unpack(self, tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> QuantizedWeight:
-        """Refused: its codes stand for groups of weights, see :meth:`decodable`."""
+        """Raise a SchemeError: its codes stand for groups of weights, see :meth:`decodable`."""
         _refuse()
 
     def pack(self, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
-        """Refused."""
+        """Raise a SchemeError: quantkit does not write this format."""
         _refuse()
 
     def packed_shapes(self, scheme: Scheme, out_features: int, in_features: int) -> PackedShapes:
@@ -118,7 +118,7 @@ class AqlmFormat(Format):
         return SUFFIXES
 
     def quantization_config(self, layers: Mapping[str, Scheme | None]) -> dict[str, Any]:
-        """Refused."""
+        """Raise a SchemeError: quantkit does not write this format."""
         _refuse()
 
     def remarks(self, schemes: Collection[Scheme]) -> tuple[str, ...]:

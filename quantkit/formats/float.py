@@ -40,21 +40,21 @@ class Float(Format):
             raise SchemeError("format float has one dtype for the whole model", "leave out overrides")
 
     def pack(self, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
-        """Never asked: nothing is quantized."""
+        """Raise a TypeError: layers of this format are not quantized."""
         raise TypeError("format float packs nothing")
 
     def unpack(self, tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> QuantizedWeight:
-        """Never asked: nothing is quantized."""
+        """Raise a TypeError: layers of this format are not quantized."""
         raise TypeError("format float packs nothing")
 
     def packed_shapes(self, scheme: Scheme, out_features: int, in_features: int) -> PackedShapes:
-        """Never asked: nothing is quantized."""
+        """Raise a TypeError: layers of this format are not quantized."""
         raise TypeError("format float packs nothing")
 
     def layer_suffixes(self, scheme: Scheme) -> tuple[str, ...]:
-        """None."""
+        """Empty: no layer is quantized."""
         return ()
 
     def quantization_config(self, layers: Mapping[str, Scheme | None]) -> dict[str, Any]:
-        """None."""
+        """Empty: no layer is quantized."""
         return {}

@@ -1,4 +1,4 @@
-"""What gates can be about."""
+"""The metrics that a gate can name, with their units and where their noise is told from."""
 
 from __future__ import annotations
 

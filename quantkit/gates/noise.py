@@ -1,4 +1,4 @@
-"""How far two figures are apart, and how far they would be by chance.
+"""The difference of two figures, and how large it would be by chance.
 
 Two runs are scored on the same windows, so what varies between texts falls out of their paired differences. All
 differences are shares of the second figure and positive where the first is worse; intervals are at 95 %, from Student's
@@ -45,7 +45,7 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """How much a speed differs from run to run, which repetitions within a run say nothing of.
+    """How much a speed differs from run to run, which repetitions within a run do not show.
 
     Attributes:
         deviation: standard deviation of its logarithm.
@@ -57,18 +57,18 @@ class Spread:
 
 
 def exact(now: float, then: float, *, lower_is_better: bool) -> Difference:
-    """Of figures without noise, such as sizes."""
+    """The difference of two figures without noise, such as sizes."""
     share = _share(now, then, lower_is_better)
     return Difference(share, share, share, 0.0)
 
 
 def unknown(now: float, then: float, *, lower_is_better: bool) -> Difference:
-    """Of figures whose noise nobody knows."""
+    """The difference of two figures whose noise is not known."""
     return Difference(_share(now, then, lower_is_better))
 
 
 def of_likelihoods(now: Sequence[float], then: Sequence[float], tokens: int) -> Difference:
-    """Of two perplexities, from the negative log-likelihoods of the same windows.
+    """The difference of two perplexities, from the negative log-likelihoods of the same windows.
 
     Args:
         now, then: sums over each window, nats.
@@ -80,7 +80,7 @@ def of_likelihoods(now: Sequence[float], then: Sequence[float], tokens: int) -> 
 
 
 def of_ratios(now: Sequence[float], then: Sequence[float], *, lower_is_better: bool) -> Difference:
-    """Of two means over the same windows, as a share of the second.
+    """The difference of two means over the same windows, as a share of the second.
 
     The standard error is that of a ratio estimator: from the residuals ``now - ratio * then`` (Cochran 1977, "Sampling
     techniques", section 6.4).
@@ -100,7 +100,7 @@ def of_ratios(now: Sequence[float], then: Sequence[float], *, lower_is_better: b
 def of_timings(
     now: float, then: float, samples: Sequence[float], samples_then: Sequence[float], spread: Spread | None = None
 ) -> Difference:
-    """Of two speeds, from the times of their repetitions (Welch's test on logarithms).
+    """The difference of two speeds, from the times of their repetitions (Welch's test on logarithms).
 
     Args:
         now, then: tokens per second.
@@ -122,7 +122,7 @@ def of_timings(
 
 
 def of_stderrs(now: float, then: float, stderr: float, stderr_then: float, *, lower_is_better: bool) -> Difference:
-    """Of two figures that were taken independently, from their standard errors."""
+    """The difference of two independent figures, from their standard errors."""
     spread = math.hypot(stderr, stderr_then) / abs(then)
     return _around(_share(now, then, lower_is_better), spread, 10**6, 0)
 

@@ -39,7 +39,7 @@ _SHORT = re.compile(rf"{_PATH}\s*(?P<sign>[+]|(?<=\s)-)\s*(?P<number>{_NUMBER})\
 
 @dataclass(frozen=True, slots=True)
 class Gate:
-    """A gate, read.
+    """A parsed gate.
 
     Attributes:
         text: as it was given.

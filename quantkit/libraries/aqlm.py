@@ -28,7 +28,7 @@ class Aqlm(Library):
     offers = (Offer("aqlm", (2, 1, 3, 4), "aqlm", grouped=False, devices=("cuda",), scores_only=NO_QUANTIZER),)
 
     def quantize(self, request: Request) -> Used:
-        """Never run, as recipes refuse what cannot quantize.
+        """Raise a SchemeError; recipes refuse a library that cannot quantize.
 
         Raises:
             SchemeError: always.

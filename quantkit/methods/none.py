@@ -34,5 +34,5 @@ class Unquantized(Method):
     def quantize(
         self, weight: torch.Tensor, statistics: InputStatistics, scheme: Scheme, scale_dtype: torch.dtype
     ) -> Solution:
-        """Never asked: layers of these schemes stay float."""
+        """Raise a TypeError: layers of these schemes stay float."""
         raise TypeError(f"a layer of {scheme.describe()} is not solved")

@@ -1,4 +1,4 @@
-"""What killed runs left in the folder of a run."""
+"""Cleaning up what killed runs left in the folder of a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ``report.json`` holds."""
+"""The content of ``report.json``."""
 
 from __future__ import annotations
 

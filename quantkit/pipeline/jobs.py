@@ -1,4 +1,4 @@
-"""What all variants of a recipe are quantized from."""
+"""The job of quantizing: the float model and the calibration rows that all variants of a recipe start from."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run would do, before it does it."""
+"""The plan of a run: its stages and the estimated bytes of its variants."""
 
 from __future__ import annotations
 

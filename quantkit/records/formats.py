@@ -1,4 +1,4 @@
-"""What a row can be: alpaca, chat messages, ShareGPT or plain text.
+"""Formats of a row: Alpaca, chat messages, ShareGPT and plain text.
 
 The format is recognized row by row from the keys that are there and not null: a conversation first, then
 ``instruction`` with ``output``, then ``text``. The alpaca and ShareGPT layouts are those of LLaMA-Factory's

@@ -1,4 +1,4 @@
-"""What a recipe may write for a data set: a name, ``hub:org/name``, ``llamafactory:DIR/NAME`` or a file."""
+"""References to data sets, as recipes have them: a name, ``hub:org/name``, ``llamafactory:DIR/NAME`` or a file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is not as it was in the accepted run."""
+"""Changes since the accepted run: of the recipe, the data, the packages, the machine and the file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who is told how a check ended beside the one who ran it: a GitHub job's summary, and a webhook.
+"""Notices of how a check ended: a GitHub job's summary, and a webhook.
 
 The webhook is one JSON POST, tried again where that may help. Its address and secret come from the environment, since
 both let whoever has them speak in the team's name; neither is written anywhere. With a secret, the header

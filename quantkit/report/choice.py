@@ -1,4 +1,4 @@
-"""What the figures say to someone who has to choose: the closest, the smallest, and those between."""
+"""The headline of a report, for someone who has to choose: the closest variant, the smallest, and those between."""
 
 from __future__ import annotations
 

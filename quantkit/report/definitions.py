@@ -1,4 +1,4 @@
-"""What the figures of a report mean: each metric, and each text's own definition and counts."""
+"""Definitions of a report's figures: each metric, and each text's own definition and counts."""
 
 from __future__ import annotations
 

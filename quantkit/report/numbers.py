@@ -1,4 +1,4 @@
-"""How figures are written: finite or not there, with the decimals and the unit of their whole column."""
+"""Numbers as they are written: finite or not there, with the decimals and the unit of their whole column."""
 
 from __future__ import annotations
 

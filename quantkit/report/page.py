@@ -1,4 +1,4 @@
-"""What both renderings of a report show, the template engine, and the report as one HTML file.
+"""The content of a report's pages, the template engine, and the report as one HTML file.
 
 The HTML file asks nothing of the network: no scripts, no fonts, no images from outside.
 """

@@ -29,12 +29,12 @@ class Transformers(Runtime):
 
     @classmethod
     def computes_in(cls, store: type[Format], schemes: Collection[Scheme], device: str) -> tuple[str, ...]:
-        """As the format says."""
+        """The dtypes that the format names."""
         return store.computes_in(schemes)
 
     @classmethod
     def requires(cls, store: type[Format]) -> tuple[str, ...]:
-        """As the format says."""
+        """The packages that the format names."""
         return store.requires
 
     @classmethod

@@ -1,4 +1,4 @@
-"""What the pages of a check show, as text: rows of tables, the same in HTML and Markdown."""
+"""The content of a check's pages as text: rows of tables, the same in HTML and Markdown."""
 
 from __future__ import annotations
 

@@ -24,37 +24,37 @@ class GgmlGrids(Grids):
         return codes.to(dtype) - zeros.to(dtype).unsqueeze(-1)
 
     def codes(self, levels: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
-        """Refused."""
+        """Raise a SchemeError: quantkit does not choose these codes."""
         self._refuse()
 
     def nearest_(self, values: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
-        """Refused."""
+        """Raise a SchemeError: quantkit does not choose these codes."""
         self._refuse()
 
     def encode(self, groups: torch.Tensor, grid: Grid) -> torch.Tensor:
-        """Refused."""
+        """Raise a SchemeError: quantkit does not choose these codes."""
         self._refuse()
 
     def spanning(self, groups: torch.Tensor, scale_dtype: torch.dtype) -> Grid:
-        """Refused."""
+        """Raise a SchemeError: quantkit does not choose these codes."""
         self._refuse()
 
     def candidates(
         self, groups: torch.Tensor, count: int, *, negative_scales: bool
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Refused."""
+        """Raise a SchemeError: quantkit does not choose these codes."""
         self._refuse()
 
     def reach(self, grid: Grid) -> torch.Tensor:
-        """Refused."""
+        """Raise a SchemeError: quantkit does not choose these codes."""
         self._refuse()
 
     def rounded(self, scales: torch.Tensor, zeros: torch.Tensor, scale_dtype: torch.dtype) -> Grid:
-        """Refused."""
+        """Raise a SchemeError: quantkit does not choose these codes."""
         self._refuse()
 
     def rounder(self, grid: Grid, rows: int, columns: int) -> Rounder:
-        """Refused."""
+        """Raise a SchemeError: quantkit does not choose these codes."""
         self._refuse()
 
     def _refuse(self) -> NoReturn:
