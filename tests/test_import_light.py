@@ -75,3 +75,13 @@ def test_importing_its_modules_changes_no_more_than_their_libraries_do() -> None
     assert changed_by("import quantkit.api, quantkit.cli, quantkit.recipe") <= {"loggers"}
     libraries = changed_by("import torch, transformers, rich, yaml, pydantic, jinja2, psutil")
     assert changed_by("import quantkit.pipeline, quantkit.pipeline.plan, quantkit.pipeline.single") <= libraries
+
+
+def test_the_environment_of_llama_cpp_needs_no_torch_to_write_a_file() -> None:
+    """The plugin runs with the packages xllamacpp and gguf, and what these bring, alone."""
+    code = (
+        "import quantkit.gguf.writer, quantkit.llama_cpp.library\n"
+        "from quantkit.libraries.llama_cpp import type_for\n"
+        "type_for('q4_k_m', 'model.layers.0.mlp.up_proj', 1, (256, 256))"
+    )
+    assert loaded_after(code, ("torch", "transformers", "safetensors", "tokenizers", "filelock", "pydantic")) == []

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
+import gguf
 import pytest
 import torch
 
@@ -292,10 +293,21 @@ class TestLlamaCpp:
         export, plain = open_export(tmp_path / "out"), CheckpointReader(source)
         assert {each.describe() for each in export.schemes.values()} == kinds
         assert export.made_by.startswith("xllamacpp ")
+        (made,) = (tmp_path / "out").glob("*.gguf")
+        before, after = metadata_of(file), metadata_of(made)
+        changed = {"general.quantized_by", "general.file_type", "quantkit.schemes", "quantkit.version"}
+        assert {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)} <= changed
+        assert after["tokenizer.ggml.merges"] == (gguf.GGUFValueType.ARRAY, [])
         for name in layers_of(source)[:7]:
             exact = plain.read(f"{name}.weight").float()
             lost = (export.weight(name).dequantize(torch.float32) - exact).norm() / exact.norm()
             assert 0.01 < lost < 0.12
+
+
+def metadata_of(file: Path) -> dict[str, tuple[gguf.GGUFValueType, Any]]:
+    """The keys of a GGUF file with their types and values, as the package gguf reads them."""
+    fields = gguf.GGUFReader(file).fields.values()
+    return {field.name: (field.types[0], field.contents()) for field in fields if not field.name.startswith("GGUF.")}
 
 
 def test_only_what_belongs_to_a_tokenizer_is_copied(tmp_path: Path) -> None:

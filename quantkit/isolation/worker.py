@@ -2,8 +2,8 @@
 
 quantkit may be installed among packages that must not be seen here, so its folder is not put on the path: the package
 is loaded from its own files, and of it no more than :mod:`quantkit.libraries`, :mod:`quantkit.system.registry`,
-:mod:`quantkit.system.worker` and :mod:`quantkit.errors`. The module of a third party's plugin is loaded in the
-same way.
+:mod:`quantkit.system.worker`, :mod:`quantkit.errors`, and what a plugin asks for that needs no more packages than its
+library brings, such as :mod:`quantkit.gguf.writer`. The module of a third party's plugin is loaded in the same way.
 
 The job is that of :func:`quantkit.isolation.launch.launch`; the result is left beside it.
 """

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cache
-from typing import Any, get_type_hints
-
-from pydantic import TypeAdapter, ValidationError
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from quantkit.errors import SchemeError
 from quantkit.schemes.additive import AdditiveScheme
 from quantkit.schemes.base import Scheme
 from quantkit.system.registry import Registry
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 SCHEMES: Registry[Scheme] = Registry(
     "scheme", "quantkit.schemes", "quantkit.schemes", named_by="kind", unknown=SchemeError, without=("base", "grids")
@@ -73,6 +74,8 @@ def scheme_from_json(data: Mapping[str, Any]) -> Scheme:
 
 def _checked(scheme: type[Scheme], keys: Mapping[str, Any]) -> Mapping[str, Any]:
     """The keys, each of the type that the scheme declares."""
+    from pydantic import ValidationError  # libraries ask for schemes in environments that may lack it
+
     for key, value in keys.items():
         try:
             _type_of(scheme, key).validate_python(value, strict=True)
@@ -84,4 +87,6 @@ def _checked(scheme: type[Scheme], keys: Mapping[str, Any]) -> Mapping[str, Any]
 
 @cache
 def _type_of(scheme: type[Scheme], key: str) -> TypeAdapter[Any]:
+    from pydantic import TypeAdapter
+
     return TypeAdapter(get_type_hints(scheme)[key])
