@@ -8,16 +8,24 @@ is one line of JSON and so is an answer.
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import sys
 from datetime import datetime
 from functools import lru_cache
+from types import ModuleType
 from typing import Any
 
 import jinja2
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedEnvironment
+
+resource: ModuleType | None
+try:
+    import resource
+except ImportError:  # Windows: the time alone is limited, from outside
+    resource = None
 
 MEMORY = 512 << 20
 """Bytes beyond what the process takes at its start."""
@@ -65,14 +73,13 @@ def main() -> None:
     environments = {"chat": _chat_environment(), "task": _task_environment()}
     for sample in ("{{ 1 | tojson }}", "{{ nothing.at.all }}", "{% for %}"):  # what Jinja imports late is imported now
         for kind in environments:
-            _rendered(environments, {"kind": kind, "template": sample, "given": {}})
+            _answered(environments, {"kind": kind, "template": sample, "given": {}})
     _limit()
     _answer(answers, {"ready": True})
     for line in requests:
         _more_time()
         random.seed(line)  # so that a template that draws gives the same text each time
-        request = json.loads(line)
-        _answer(answers, _matched(request) if "pattern" in request else _rendered(environments, request))
+        _answer(answers, _answered(environments, json.loads(line)))
 
 
 def _answer(stream: Any, content: dict[str, Any]) -> None:
@@ -80,38 +87,36 @@ def _answer(stream: Any, content: dict[str, Any]) -> None:
     stream.flush()
 
 
-def _rendered(environments: dict[str, Any], request: dict[str, Any]) -> dict[str, Any]:
+def _answered(environments: dict[str, Any], request: dict[str, Any]) -> dict[str, Any]:
+    """What a template or a pattern gives, or the error that says why it gives nothing."""
     try:
-        template = _compiled(environments[request["kind"]], request["template"])
-        parts: list[str] = []
-        length = 0
-        for part in template.generate(request["given"]):
-            length += len(part)
-            if length > MAX_TEXT:
-                raise TooLongError(f"its text has more than {MAX_TEXT} characters")
-            parts.append(part)
-        return {"text": "".join(parts)}
+        match request["kind"]:
+            case "find":
+                return {"found": re.findall(request["pattern"], request["text"], request["flags"])}
+            case "replace":
+                pattern, text = request["pattern"], request["text"]
+                return {"text": re.sub(pattern, request["replacement"], text, flags=request["flags"])}
+            case kind:
+                return {"text": _rendered(_compiled(environments[kind], request["template"]), request["given"])}
     except MemoryError:
         return {"error": "it takes more memory than a text needs"}
     except RecursionError:
         return {"error": "it calls itself too often"}
-    except jinja2.TemplateError as error:
+    except (jinja2.TemplateError, re.error) as error:
         return {"error": str(error)[:500] or type(error).__name__}
     except Exception as error:  # a template may raise whatever it likes
         return {"error": f"{type(error).__name__}: {error}"[:500]}
 
 
-def _matched(request: dict[str, Any]) -> dict[str, Any]:
-    """What :mod:`re` says: all matches, or the text with each of them replaced."""
-    pattern, text, flags = request["pattern"], request["text"], request["flags"]
-    try:
-        if request["kind"] == "find":
-            return {"found": re.findall(pattern, text, flags)}
-        return {"text": re.sub(pattern, request["replacement"], text, flags=flags)}
-    except (MemoryError, RecursionError):
-        return {"error": "it takes more memory than a text needs"}
-    except (re.error, ValueError, TypeError, IndexError, OverflowError) as error:
-        return {"error": str(error)[:500]}
+def _rendered(template: Any, given: dict[str, Any]) -> str:
+    parts: list[str] = []
+    length = 0
+    for part in template.generate(given):
+        length += len(part)
+        if length > MAX_TEXT:
+            raise TooLongError(f"its text has more than {MAX_TEXT} characters")
+        parts.append(part)
+    return "".join(parts)
 
 
 @lru_cache(maxsize=8)
@@ -172,9 +177,7 @@ def _to_json(
 
 def _limit() -> None:
     """No memory beyond bounds, no file of any size, no further process: where the system can say so."""
-    try:
-        import resource
-    except ImportError:  # Windows: the time alone is limited, from outside
+    if resource is None:
         return
     limits = {resource.RLIMIT_FSIZE: 0, resource.RLIMIT_NPROC: 0, resource.RLIMIT_CORE: 0}
     size = _address_space()
@@ -188,20 +191,16 @@ def _limit() -> None:
 
 def _address_space() -> int | None:
     """Bytes of address space that the process takes; None where the system does not tell."""
-    import resource
-
     try:
         with open("/proc/self/statm", encoding="ascii") as file:  # noqa: PTH123 - pathlib is not imported here
-            return int(file.read().split()[0]) * resource.getpagesize()
+            return int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
         return None
 
 
 def _more_time() -> None:
     """Give the next text its time on the processor."""
-    try:
-        import resource
-    except ImportError:
+    if resource is None:
         return
     usage = resource.getrusage(resource.RUSAGE_SELF)
     _, hard = resource.getrlimit(resource.RLIMIT_CPU)
