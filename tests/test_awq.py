@@ -22,7 +22,7 @@ from quantkit.recipe.steps import steps_of
 from quantkit.schemes import IntScheme, Mxfp4Scheme, Nf4Scheme, Scheme
 from quantkit.transforms.awq import AwqFactors, AwqFactorsOptions
 from quantkit.transforms.base import SegmentView, SmoothingPlace
-from tests.tiny import Collected, make_model, tiny_method, tiny_rows, tiny_task, tiny_transforms
+from tests.tiny import Collected, make_model, tiny_method, tiny_rows, tiny_steps, tiny_task
 
 SCHEME = IntScheme(4, 32)
 
@@ -117,7 +117,7 @@ def test_candidates_are_positive_and_centred() -> None:
 
 def walked(folder: Path, method: str, feed: Feed, scheme: Scheme = SCHEME, skip: str = "nothing") -> Collected:
     skeleton, cpu = Skeleton(folder), torch.device("cpu")
-    task, sink = tiny_task(skeleton, tiny_method(method), scheme, transforms=tiny_transforms(method))
+    task, sink = tiny_task(skeleton, tiny_steps(method), scheme)
     task = replace(task, schemes={name: each for name, each in task.schemes.items() if skip not in name})
     batches = make_batches(tiny_rows(), cpu, may_pad=True)
     Walk(skeleton, CheckpointReader(folder), batches, [task], WalkSettings(cpu, feed=feed)).run()

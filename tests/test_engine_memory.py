@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,8 @@ from quantkit.engine.batches import make_batches
 from quantkit.engine.skeleton import Skeleton
 from quantkit.engine.tasks import VariantTask
 from quantkit.engine.walk import Feed, Strategy, Walk, WalkSettings
-from quantkit.methods.base import Method
 from quantkit.schemes import IntScheme
-from tests.tiny import Forgetful, make_model, tiny_method, tiny_rows
+from tests.tiny import Forgetful, TinySteps, make_model, tiny_method, tiny_rows, tiny_steps, tiny_task
 
 CPU = torch.device("cpu")
 SHAPE: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
@@ -54,12 +54,12 @@ class PeakBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # its base
             self.peak = max(self.peak, sum(self.alive.values()))
 
 
-def peak_of(folder: Path, method: Method, **settings: Any) -> int:
+def peak_of(folder: Path, method: TinySteps, **settings: Any) -> int:
     tracker = PeakBytes()
     with tracker:
         skeleton = Skeleton(folder)
-        names = [name for segment in skeleton.segments for name in segment.linears]
-        task = VariantTask("variant", method, dict.fromkeys(names, IntScheme(4, 64, True)), torch.float16, Forgetful())
+        task, _ = tiny_task(skeleton, method, IntScheme(4, 64, True))
+        task = replace(task, sink=Forgetful())
         batches = make_batches(tiny_rows(count=2, shortest=16, longest=16), CPU, may_pad=True)
         Walk(skeleton, CheckpointReader(folder), batches, [task], WalkSettings(CPU, **settings)).run()
     return tracker.peak
@@ -93,7 +93,7 @@ def block_bytes(folder: Path) -> int:
 def test_peak_does_not_grow_with_the_blocks(
     models: dict[int, Path], method: str, feed: Feed, strategy: Strategy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    quantizer = tiny_method(method, **QUICK[method])
+    quantizer = tiny_steps(method, **QUICK[method])
     few = peak_of(models[FEW], quantizer, feed=feed, strategy=strategy)
     many = peak_of(models[MANY], quantizer, feed=feed, strategy=strategy)
     assert few > block_bytes(models[FEW])

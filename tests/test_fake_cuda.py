@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from quantkit.checkpoint import CheckpointReader
 from quantkit.engine import finite
 from quantkit.engine import smoothing as folds
+from quantkit.engine import solve as solving
 from quantkit.engine import statistics as statistics_module
 from quantkit.engine.batches import make_batches
 from quantkit.engine.precision import pass_dtype
@@ -34,7 +35,7 @@ from quantkit.schemes.base import grids_of
 from quantkit.schemes.grids import base as grids_base
 from quantkit.schemes.grids import blockfloat, codebook, integer
 from quantkit.schemes.grids.codebook import CodebookGrids
-from tests.tiny import Collected, make_model, tiny_method, tiny_rows, tiny_task
+from tests.tiny import Collected, TinySteps, make_model, tiny_rows, tiny_steps, tiny_task
 
 CUDA = torch.device("cuda", 0)
 SMALL: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
@@ -113,6 +114,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     factorized = cycle([False, True])  # "did it fail?", "is it finite?"
     monkeypatch.setattr(factor, "decide", lambda _: next(factorized))
     monkeypatch.setattr(grids_base, "decide", lambda _: True)
+    monkeypatch.setattr(solving, "synchronize", lambda _: None)
     monkeypatch.setattr(finite, "decide", lambda _: True)  # "is every input finite?"
     monkeypatch.setattr(folds, "decide", lambda _: True)  # "is it close?": every first candidate folds
     monkeypatch.setattr(awq, "number", lambda _: 1.0)  # "which is best?": the first one that scales
@@ -139,7 +141,7 @@ def _faked(mode: FakeTensorMode, tables: Any) -> Any:
     return replace(tables, **{k: mode.from_tensor(v) for k, v in tensors.items() if isinstance(v, torch.Tensor)})
 
 
-def solve(folder: Path, method: Method, scheme: Scheme | None = None, **settings: Any) -> Collected:
+def solve(folder: Path, method: Method | TinySteps, scheme: Scheme | None = None, **settings: Any) -> Collected:
     skeleton = Skeleton(folder)
     task, sink = tiny_task(skeleton, method, scheme, head=True)
     batches = make_batches(ROWS, CUDA, may_pad=True)
@@ -167,7 +169,7 @@ def assert_on_cuda(sink: Collected, layers: int) -> None:
 @pytest.mark.parametrize("method", ["rtn", "gptq", "awq", "awq+gptq", "hqq"])
 def test_walk_stays_on_its_device(tmp_path: Path, method: str, feed: Feed, strategy: Strategy) -> None:
     folder = make_real_model(tmp_path, "llama")
-    assert_on_cuda(solve(folder, tiny_method(method), feed=feed, strategy=strategy), layers=8)
+    assert_on_cuda(solve(folder, tiny_steps(method), feed=feed, strategy=strategy), layers=8)
 
 
 @pytest.mark.usefixtures("fake")
@@ -175,7 +177,7 @@ def test_walk_stays_on_its_device(tmp_path: Path, method: str, feed: Feed, strat
 def test_every_family_stays_on_its_device(tmp_path: Path, family: str) -> None:
     own = {"sliding_window": 4} if family == "mistral" else {}
     folder = make_real_model(tmp_path, family, tie_word_embeddings=True, **own)
-    sink = solve(folder, tiny_method("gptq"), IntScheme(3, -1, False))
+    sink = solve(folder, tiny_steps("gptq"), IntScheme(3, -1, False))
     assert_on_cuda(sink, layers=5 if family == "gpt_neox" else 8)
 
 
@@ -193,7 +195,7 @@ def test_every_option_stays_on_its_device(
     tmp_path: Path, method: str, options: dict[str, Any], scheme: IntScheme
 ) -> None:
     folder = make_real_model(tmp_path, "llama")
-    assert_on_cuda(solve(folder, tiny_method(method, **options), scheme), layers=8)
+    assert_on_cuda(solve(folder, tiny_steps(method, **options), scheme), layers=8)
 
 
 @pytest.mark.usefixtures("fake")
@@ -205,7 +207,7 @@ def test_every_option_stays_on_its_device(
 )
 def test_every_scheme_stays_on_its_device(tmp_path: Path, method: str, scheme: Scheme) -> None:
     folder = make_real_model(tmp_path, "llama")
-    assert_on_cuda(solve(folder, tiny_method(method), scheme), layers=8)
+    assert_on_cuda(solve(folder, tiny_steps(method), scheme), layers=8)
 
 
 def make_real_model(folder: Path, family: str, **changes: Any) -> Path:
@@ -276,7 +278,7 @@ def test_numerics_on_the_wrong_device_fail(
     owner: Any = integer if name == "stored" else integer.IntGrids
     monkeypatch.setattr(owner, name, on_cpu(getattr(owner, name)))
     with pytest.raises(RuntimeError, match="found at least two devices"):
-        solve(folder, tiny_method(method))
+        solve(folder, tiny_steps(method))
 
 
 @pytest.mark.usefixtures("fake")
@@ -285,7 +287,7 @@ def test_statistics_on_the_wrong_device_fail(tmp_path: Path, monkeypatch: pytest
     folder = make_real_model(tmp_path, "llama")
     monkeypatch.setattr(gatherer, "_sum", on_cpu(gatherer._sum))
     with pytest.raises(RuntimeError, match="found at least two devices"):
-        solve(folder, tiny_method("gptq"))
+        solve(folder, tiny_steps("gptq"))
 
 
 @pytest.mark.usefixtures("fake")
@@ -293,7 +295,7 @@ def test_a_question_to_the_device_fails(tmp_path: Path, monkeypatch: pytest.Monk
     folder = make_real_model(tmp_path, "llama")
     monkeypatch.setattr(grids_base, "decide", bool)
     with pytest.raises(RuntimeError, match="local_scalar_dense"):
-        solve(folder, tiny_method("rtn"))
+        solve(folder, tiny_steps("rtn"))
 
 
 def test_passes_compute_in_sixteen_bits_on_cuda() -> None:

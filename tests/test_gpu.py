@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,19 @@ from quantkit.checkpoint import CheckpointReader
 from quantkit.engine.batches import make_batches
 from quantkit.engine.precision import pass_dtype
 from quantkit.engine.skeleton import Skeleton
-from quantkit.engine.tasks import VariantTask
 from quantkit.engine.walk import Feed, Strategy, Walk, WalkSettings
 from quantkit.methods.base import Method
 from quantkit.schemes import Fp4Scheme, Fp8Scheme, IntScheme, Mxfp4Scheme, Nf4Scheme, Nvfp4Scheme, Scheme
-from tests.tiny import FAMILIES, Collected, Forgetful, make_model, tiny_method, tiny_rows, tiny_task
+from tests.tiny import (
+    FAMILIES,
+    Collected,
+    Forgetful,
+    TinySteps,
+    make_model,
+    tiny_rows,
+    tiny_steps,
+    tiny_task,
+)
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -27,7 +36,9 @@ SCHEMES: list[Scheme] = [Nf4Scheme(32), Fp4Scheme(32, False), Fp8Scheme("tensor"
 SCHEMES += [Mxfp4Scheme(), Nvfp4Scheme(), IntScheme(8, -1, True, activations="dynamic")]
 
 
-def solve(folder: Path, method: Method, device: str, scheme: Scheme | None = None, **settings: Any) -> Collected:
+def solve(
+    folder: Path, method: Method | TinySteps, device: str, scheme: Scheme | None = None, **settings: Any
+) -> Collected:
     place = torch.device(device)
     skeleton = Skeleton(folder)
     task, sink = tiny_task(skeleton, method, scheme, head=True)
@@ -50,8 +61,8 @@ def assert_close(found: Collected, expected: Collected, tolerance: float) -> Non
 def test_layer_errors_are_those_of_the_cpu(tmp_path: Path, family: str, feed: Feed, strategy: Strategy) -> None:
     own: dict[str, Any] = {"sliding_window": 16} if family == "mistral" else {}
     folder = make_model(tmp_path, family, tie_word_embeddings=True, **own)
-    expected = solve(folder, tiny_method(), "cpu", feed=feed, strategy=strategy)
-    found = solve(folder, tiny_method(), "cuda", feed=feed, strategy=strategy)
+    expected = solve(folder, tiny_steps(), "cpu", feed=feed, strategy=strategy)
+    found = solve(folder, tiny_steps(), "cuda", feed=feed, strategy=strategy)
     assert_close(found, expected, tolerance=0.05)
 
 
@@ -60,14 +71,14 @@ def test_sixteen_bit_passes_cost_little(tmp_path: Path, checkpoint: torch.dtype)
     folder = make_model(tmp_path, dtype=checkpoint)
     dtype = pass_dtype(torch.device("cuda"), checkpoint)
     assert dtype.itemsize == 2
-    expected = solve(folder, tiny_method(), "cpu")
-    assert_close(solve(folder, tiny_method(), "cuda", dtype=dtype), expected, tolerance=0.1)
+    expected = solve(folder, tiny_steps(), "cpu")
+    assert_close(solve(folder, tiny_steps(), "cuda", dtype=dtype), expected, tolerance=0.1)
 
 
 def test_round_to_nearest_is_that_of_the_cpu(tmp_path: Path) -> None:
     # But for scales at the edge between two float16 numbers: a GPU divides by multiplying with the inverse.
     folder = make_model(tmp_path)
-    expected, found = (solve(folder, tiny_method("rtn"), device) for device in ("cpu", "cuda"))
+    expected, found = (solve(folder, tiny_steps("rtn"), device) for device in ("cpu", "cuda"))
     for name, result in found.results.items():
         other = expected.results[name].weight
         assert (result.weight.codes.cpu() != other.codes).float().mean() < 0.01, name
@@ -78,8 +89,8 @@ def test_round_to_nearest_is_that_of_the_cpu(tmp_path: Path) -> None:
 @pytest.mark.parametrize("method", ["awq", "awq+gptq", "hqq"])
 def test_every_method_has_the_errors_of_the_cpu(tmp_path: Path, method: str, feed: Feed) -> None:
     folder, scheme = make_model(tmp_path), IntScheme(4, 32, False)
-    expected = solve(folder, tiny_method(method), "cpu", scheme, feed=feed)
-    found = solve(folder, tiny_method(method), "cuda", scheme, feed=feed)
+    expected = solve(folder, tiny_steps(method), "cpu", scheme, feed=feed)
+    found = solve(folder, tiny_steps(method), "cuda", scheme, feed=feed)
     assert_close(found, expected, tolerance=0.05)
     assert found.replaced.keys() == expected.replaced.keys()
 
@@ -88,23 +99,23 @@ def test_every_method_has_the_errors_of_the_cpu(tmp_path: Path, method: str, fee
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.describe())
 def test_every_scheme_has_the_errors_of_the_cpu(tmp_path: Path, scheme: Scheme, method: str) -> None:
     folder = make_model(tmp_path)
-    expected = solve(folder, tiny_method(method), "cpu", scheme)
-    assert_close(solve(folder, tiny_method(method), "cuda", scheme), expected, tolerance=0.05)
+    expected = solve(folder, tiny_steps(method), "cpu", scheme)
+    assert_close(solve(folder, tiny_steps(method), "cuda", scheme), expected, tolerance=0.05)
 
 
 def test_two_runs_give_the_same_bytes(tmp_path: Path) -> None:
     folder = make_model(tmp_path)
-    first, second = (solve(folder, tiny_method(), "cuda") for _ in range(2))
+    first, second = (solve(folder, tiny_steps(), "cuda") for _ in range(2))
     for name, result in first.results.items():
         assert torch.equal(result.weight.codes, second.results[name].weight.codes), name
         assert torch.equal(result.weight.scales, second.results[name].weight.scales), name
 
 
-def peak_of(folder: Path, method: Method, feed: Feed) -> int:
+def peak_of(folder: Path, method: TinySteps, feed: Feed) -> int:
     device = torch.device("cuda")
     skeleton = Skeleton(folder)
-    names = [name for segment in skeleton.segments for name in segment.linears]
-    task = VariantTask("variant", method, dict.fromkeys(names, IntScheme(4, 64, True)), torch.float16, Forgetful())
+    task, _ = tiny_task(skeleton, method, IntScheme(4, 64, True))
+    task = replace(task, sink=Forgetful())
     batches = make_batches(ROWS, device, may_pad=True)
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
@@ -123,8 +134,8 @@ def test_peak_memory_does_not_grow_with_the_blocks(
     shape: dict[str, Any] = {"hidden_size": 512, "intermediate_size": 1024, "head_dim": 128}
     few = make_model(tmp_path / "few", num_hidden_layers=2, **shape)
     many = make_model(tmp_path / "many", num_hidden_layers=6, **shape)
-    peak_of(few, tiny_method(method), feed)  # the libraries' workspaces are allocated once
-    expected, found = (peak_of(folder, tiny_method(method), feed) for folder in (few, many))
+    peak_of(few, tiny_steps(method), feed)  # the libraries' workspaces are allocated once
+    expected, found = (peak_of(folder, tiny_steps(method), feed) for folder in (few, many))
     assert found <= 1.05 * expected
     monkeypatch.setattr(Skeleton, "unload", lambda *_: None)
-    assert peak_of(many, tiny_method(method), feed) > 1.05 * expected
+    assert peak_of(many, tiny_steps(method), feed) > 1.05 * expected

@@ -13,6 +13,7 @@ from quantkit.engine.batches import Batch, make_batches
 from quantkit.engine.skeleton import Skeleton
 from quantkit.engine.statistics import Gatherer, add_gram
 from quantkit.engine.walk import Walk, WalkSettings
+from quantkit.errors import QuantizationError
 from quantkit.methods.base import InputStatistics, Method, MethodOptions, Solution, Statistic
 from quantkit.schemes import Scheme
 from tests.tiny import FAMILIES, make_model, tiny_method, tiny_rows, tiny_task
@@ -110,3 +111,39 @@ def test_bfloat16_batches_are_summed_in_float32() -> None:
     add_gram(total, exact)
     expected = exact.double().T @ exact.double()
     assert ((total.double() - expected).triu().abs().max() / expected.diagonal().max()) < 2**-8
+
+
+@pytest.mark.parametrize("columns", [64, 800])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_of_tokens_count_a_token_so_many_times(dtype: torch.dtype, columns: int) -> None:
+    draw = torch.Generator().manual_seed(2)
+    inputs = torch.randn(600, columns, generator=draw).to(dtype)
+    counts = torch.randint(0, 4, (600,), generator=draw)
+    ids = torch.zeros(2, 400, dtype=torch.int64)
+    valid = torch.arange(800).view(2, 400)[:, :300].flatten()
+    padded = torch.full((800, columns), 1e3, dtype=dtype)
+    padded[valid] = inputs
+    weighed, repeated = Gatherer(frozenset(Statistic)), Gatherer(frozenset(Statistic))
+    weighed.add(padded.view(2, 400, columns), Batch(ids, valid, (0, 1), counts.float()))
+    repeated.add(inputs.repeat_interleave(counts, 0).float(), Batch(torch.zeros(1, int(counts.sum())).long(), None))
+    found, expected = weighed.result(), repeated.result()
+    assert found.tokens == 600
+    for name in ("gram", "abs_mean", "square_mean"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-4, atol=1e-5)
+
+
+def test_weights_of_other_tokens_are_refused() -> None:
+    gatherer = Gatherer(frozenset(Statistic), "expert")
+    with pytest.raises(QuantizationError, match=r"given 3 of a batch's 5 tokens"):
+        gatherer.add(torch.ones(3, 4), Batch(torch.zeros(1, 5, dtype=torch.int64), None, (0,), torch.ones(5)))
+
+
+def test_a_method_is_given_what_it_asks_for_and_shares_what_is_derived_with_its_like() -> None:
+    known = InputStatistics(7, torch.ones(4), torch.ones(4), torch.eye(4))
+    given = known.only(frozenset({Statistic.GRAM}))
+    assert (given.tokens, given.abs_mean, given.square_mean) == (7, None, None)
+    assert given.gram is known.gram
+    given.derived["x"] = 1
+    assert known.only(frozenset({Statistic.GRAM})).derived == {"x": 1}
+    assert known.only(frozenset({Statistic.GRAM, Statistic.ABS_MEAN})).derived == {}
+    assert known.only(frozenset()) == InputStatistics()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import pytest
 import torch
 
 from quantkit.checkpoint import CheckpointReader
+from quantkit.engine import solve
 from quantkit.engine.passes import Pass
 from quantkit.errors import QuantizationError
 from quantkit.methods.gptq import Gptq
@@ -172,3 +174,26 @@ def test_layers_that_servers_fuse_share_the_scale_of_their_tensor(swept: tuple[P
         part = "self_attn" if "q_proj" in leaves else "mlp"
         scales = {float(reader.read(f"{prefix}{part}.{leaf}.weight_global_scale")) for leaf in leaves}
         assert len(scales) == 1
+
+
+def test_a_variant_is_billed_for_its_own_work_alone(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU is waited for before a variant's own work is timed, and when it is done."""
+    events: list[str] = []
+    clock, quantized = perf_counter, Gptq.quantize
+
+    def timed() -> float:
+        events.append("clock")
+        return clock()
+
+    def solved(self: Gptq, *given: Any) -> Any:
+        events.append("solve")
+        return quantized(self, *given)
+
+    monkeypatch.setattr(solve, "synchronize", lambda _: events.append("wait"))
+    monkeypatch.setattr(solve, "perf_counter", timed)
+    monkeypatch.setattr(Gptq, "quantize", solved)
+    together(job, tmp_path, ["gptq", "gptq8"])
+    places = [place for place, event in enumerate(events) if event == "solve"]
+    assert len(places) == 2 * 2 * 4
+    for place in places:
+        assert events[place - 2 : place + 3] == ["wait", "clock", "solve", "wait", "clock"]

@@ -27,9 +27,8 @@ from quantkit.engine.tasks import LayerResult, VariantTask
 from quantkit.engine.walk import Strategy, Walk, WalkSettings
 from quantkit.errors import CheckpointError, QuantizationError
 from quantkit.methods.base import InputStatistics, Method, MethodOptions, Solution, Statistic
-from quantkit.recipe.steps import steps_of
 from quantkit.schemes import IntScheme, Scheme
-from tests.tiny import FAMILIES, Collected, make_model, tiny_method, tiny_rows, tiny_task, walk
+from tests.tiny import FAMILIES, Collected, make_model, tiny_method, tiny_rows, tiny_steps, tiny_task, walk
 
 CPU = torch.device("cpu")
 SCHEME = IntScheme(4, 32, True)
@@ -254,11 +253,7 @@ def float_variants(skeleton: Skeleton) -> list[tuple[VariantTask, Collected]]:
     """Variants that ask for different statistics of the same inputs, some of them with parts of a group ignored."""
 
     def variant(name: str, method: str, scheme: Scheme | None = None, ignored: str = "", **options: Any) -> Any:
-        steps = steps_of(method)
-        given = steps.Options(**options)
-        task, sink = tiny_task(
-            skeleton, steps.build_method(given), scheme, name=name, transforms=steps.build_transforms(given)
-        )
+        task, sink = tiny_task(skeleton, tiny_steps(method, **options), scheme, name=name)
         kept = {layer: each for layer, each in task.schemes.items() if not ignored or ignored not in layer}
         return replace(task, schemes=kept), sink
 

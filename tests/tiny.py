@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -175,31 +175,39 @@ def tiny_method(name: str = "gptq", **options: Any) -> Method:
     return chosen(chosen.Options(**options))
 
 
-def tiny_transforms(name: str, **options: Any) -> tuple[Transform, ...]:
-    """The transforms that the name of a method brings, with options."""
+class TinySteps(NamedTuple):
+    """A method, and the transforms that come before it."""
+
+    method: Method
+    transforms: tuple[Transform, ...]
+
+
+def tiny_steps(name: str = "gptq", **options: Any) -> TinySteps:
+    """What the name of a method stands for in a recipe, with options; its short form too."""
     steps = steps_of(name)
-    return steps.build_transforms(steps.Options(**options))
+    given = steps.Options(**options)
+    return TinySteps(steps.build_method(given), steps.build_transforms(given))
 
 
 def tiny_task(
     skeleton: Skeleton,
-    method: Method,
+    method: Method | TinySteps,
     scheme: Scheme | None = None,
     *,
     head: bool = False,
     name: str = "variant",
-    transforms: tuple[Transform, ...] = (),
 ) -> tuple[VariantTask, Collected]:
     """A task for all Linear layers, the head only if asked for, and what will hold its results."""
     blocks = [linear for segment in skeleton.segments for linear in segment.linears]
     wanted = [*blocks, *(skeleton.head.linears if head and skeleton.head else [])]
     sink = Collected()
     schemes = dict.fromkeys(wanted, scheme or IntScheme(4, 32, True))
-    return VariantTask(name, method, schemes, torch.float16, sink, transforms=transforms), sink
+    steps = method if isinstance(method, TinySteps) else TinySteps(method, ())
+    return VariantTask(name, steps.method, schemes, torch.float16, sink, transforms=steps.transforms), sink
 
 
 def walk(
-    folder: Path, rows: Sequence[Sequence[int]], method: Method, *, head: bool = False, **settings: Any
+    folder: Path, rows: Sequence[Sequence[int]], method: Method | TinySteps, *, head: bool = False, **settings: Any
 ) -> Collected:
     """Solve one variant of a model on the CPU."""
     skeleton = Skeleton(folder)

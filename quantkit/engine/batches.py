@@ -25,11 +25,13 @@ class Batch:
         token_ids: int64 ``[rows, length]``, padded on the right.
         valid: int64 ``[tokens]``, the flat positions that are not padding; None if there is no padding.
         rows: the place of each row among all that were given.
+        weights: float32 ``[tokens]``, how much each token counts in statistics, padding left out; None if all alike.
     """
 
     token_ids: torch.Tensor
     valid: torch.Tensor | None
     rows: tuple[int, ...] = ()
+    weights: torch.Tensor | None = None
 
     def without_padding(self, flat: torch.Tensor) -> torch.Tensor:
         """The rows of ``[rows * length, features]`` that belong to tokens.
@@ -46,6 +48,20 @@ class Batch:
                 "set calibration.packing: full, which needs no padding",
             )
         return flat.index_select(0, self.valid)
+
+    def weights_of(self, inputs: torch.Tensor) -> torch.Tensor | None:
+        """How much each token of ``[tokens, features]`` counts; None if all alike.
+
+        Raises:
+            QuantizationError: these are not the tokens of the batch, as in a layer that is given some only.
+        """
+        if self.weights is not None and len(self.weights) != len(inputs):
+            raise QuantizationError(
+                f"a layer was given {len(inputs)} of a batch's {len(self.weights)} tokens, so that the weight of each "
+                "cannot be told",
+                "leave out the weights of tokens",
+            )
+        return self.weights
 
 
 def make_batches(

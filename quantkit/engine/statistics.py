@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Set
+from contextlib import nullcontext
 
 import torch
 
@@ -29,22 +30,25 @@ class Gatherer:
         self._needs = needs
         self._check = FiniteCheck(name)
         self._sums: dict[Statistic, torch.Tensor] = {}
+        self._weight: torch.Tensor | int = 0
         self.tokens = 0
 
     def add(self, inputs: torch.Tensor, batch: Batch) -> None:
         """Take in the inputs of one batch, ``[..., in_features]``; those of padding are left out."""
         flat = batch.without_padding(inputs.detach().reshape(-1, inputs.shape[-1]))
+        weights = batch.weights_of(flat)
         self.tokens += flat.shape[0]
+        self._weight = self._weight + (flat.shape[0] if weights is None else weights.sum())
         self._check.add(flat, batch)
         if Statistic.GRAM in self._needs:
-            add_gram(self._sum(Statistic.GRAM, flat, flat.shape[1]), flat)
+            add_gram(self._sum(Statistic.GRAM, flat, flat.shape[1]), flat, weights)
         if Statistic.ABS_MEAN in self._needs:
-            self._sum(Statistic.ABS_MEAN, flat).add_(flat.float().abs().sum(0))
+            self._sum(Statistic.ABS_MEAN, flat).add_(_weighed(flat.float().abs(), weights).sum(0))
         if Statistic.SQUARE_MEAN in self._needs:
-            self._sum(Statistic.SQUARE_MEAN, flat).add_(flat.float().square().sum(0))
+            self._sum(Statistic.SQUARE_MEAN, flat).add_(_weighed(flat.float().square(), weights).sum(0))
 
     def result(self) -> InputStatistics:
-        """The statistics over all tokens; a layer that no token reached has none.
+        """The statistics over all tokens, weighed; a layer that no token reached has none.
 
         Raises:
             QuantizationError: the input is not finite; names the layer and the calibration row.
@@ -52,7 +56,9 @@ class Gatherer:
         if self.tokens == 0:
             return InputStatistics()
         self._check.result()
-        means = {statistic.value: total.div_(self.tokens) for statistic, total in self._sums.items()}
+        weight = self._weight
+        divisor = weight if isinstance(weight, int) else weight.clamp(min=torch.finfo(weight.dtype).tiny)
+        means = {statistic.value: total.div_(divisor) for statistic, total in self._sums.items()}
         if Statistic.GRAM in self._needs:
             means["gram"] = means["gram"].triu() + means["gram"].triu(1).T
         self._sums = {}
@@ -64,25 +70,32 @@ class Gatherer:
         return self._sums[statistic]
 
 
-def add_gram(total: torch.Tensor, inputs: torch.Tensor) -> None:
-    """Add ``XᵀX`` to the upper triangle of ``total``; what lies below it is left undefined.
+def add_gram(total: torch.Tensor, inputs: torch.Tensor, weights: torch.Tensor | None = None) -> None:
+    """Add ``XᵀX``, or with weights ``Xᵀ diag(w) X``, to the upper triangle of ``total``; below it nothing is defined.
 
     The sums are float32 whatever the inputs are. On CPU only the tiles of the upper triangle are multiplied,
-    and inputs that are bfloat16 go through the processor's bfloat16 units without being rounded again.
+    and inputs that are bfloat16 go through the processor's bfloat16 units without being rounded again; weighed ones,
+    which bfloat16 could not hold, do not.
 
     Args:
         total: float32 ``[in_features, in_features]``.
         inputs: ``[tokens, in_features]``.
+        weights: float32 ``[tokens]``, how much each token counts.
     """
     if inputs.device.type != "cpu":
         inputs = inputs.float()
-        total.addmm_(inputs.T, inputs)
+        total.addmm_(_weighed(inputs, weights).T, inputs)
         return
     columns = inputs.shape[1]
     tile = columns if columns <= WHOLE_COLUMNS else -(-columns // 2)
-    with bfloat16_products(inputs):
-        for part in torch.split(inputs, CHUNK_TOKENS):
-            part = part.float()
+    with bfloat16_products(inputs) if weights is None else nullcontext():
+        for first in range(0, len(inputs), CHUNK_TOKENS):
+            part = inputs[first : first + CHUNK_TOKENS].float()
+            left = _weighed(part, None if weights is None else weights[first : first + CHUNK_TOKENS])
             for start in range(0, columns, tile):
                 stop = min(start + tile, columns)
-                total[start:stop, start:].addmm_(part[:, start:stop].T, part[:, start:])
+                total[start:stop, start:].addmm_(left[:, start:stop].T, part[:, start:])
+
+
+def _weighed(values: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+    return values if weights is None else values * weights.unsqueeze(1)
