@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -195,6 +196,30 @@ def test_experts_of_a_stack_that_stay_float_are_written_by_themselves(tmp_path: 
     assert torch.equal(own[2], stack[2])
     assert not torch.equal(own[1], stack[1])
     assert decoded.model(input_ids=ids, use_cache=False).logits.isfinite().all()
+
+
+class Counting(CheckpointReader):
+    """Counts how often a tensor is read."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.read_names: list[str] = []
+
+    def read(self, name: str) -> torch.Tensor:
+        self.read_names.append(name)
+        return super().read(name)
+
+
+def test_a_stack_is_read_once_for_all_its_experts_and_let_go_with_its_block(tmp_path: Path) -> None:
+    make(tmp_path, "gpt_oss")
+    skeleton, reader = Skeleton(tmp_path), Counting(tmp_path)
+    segment = skeleton.segments[0]
+    skeleton.load(segment, reader, CPU, torch.float32)
+    stacks = [name for name in reader.read_names if name.endswith(("gate_up_proj", "down_proj"))]
+    assert len(stacks) == len(set(stacks)) == 2
+    stack = weakref.ref(skeleton.names._made[f"{segment.prefix}.mlp.experts.gate_up_proj"])
+    skeleton.unload(segment)
+    assert stack() is None
 
 
 def test_factors_of_awq_leave_a_mixture_as_good_as_its_norms_allow(tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ class Names:
     _conversions: dict[str, Conversion] = field(default_factory=dict)
     _parts: dict[str, Part] = field(default_factory=dict)
     _shapes: dict[str, torch.Tensor] = field(default_factory=dict)
-    _made: tuple[str, torch.Tensor] | None = None
+    _made: dict[str, torch.Tensor] = field(default_factory=dict)
     _forward: tuple[list[Any], list[Any]] = field(init=False)
     _backward: tuple[list[Any], list[Any]] = field(init=False)
 
@@ -240,15 +240,17 @@ class Names:
         return None if conversion is None else conversion.stacked(part)
 
     def _whole(self, parameter: str, read: Read) -> torch.Tensor:
-        """A parameter of which several parts are read one after another; the last one is kept."""
-        if self._made is None or self._made[0] != parameter:
-            self._made = None
-            self._made = (parameter, self._whole_now(parameter, read))
-        return self._made[1]
+        """A parameter of which several parts are read one after another; those of one module are kept meanwhile."""
+        module = parameter.rpartition(".")[0]
+        if any(kept.rpartition(".")[0] != module for kept in self._made):
+            self.forget()
+        if parameter not in self._made:
+            self._made[parameter] = self._whole_now(parameter, read)
+        return self._made[parameter]
 
     def forget(self) -> None:
-        """Let go of the parameter that was kept for its parts."""
-        self._made = None
+        """Let go of the parameters that were kept for their parts."""
+        self._made = {}
 
     def _whole_now(self, parameter: str, read: Read) -> torch.Tensor:
         if parameter in self._alias:

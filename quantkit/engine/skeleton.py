@@ -163,7 +163,8 @@ class Skeleton:
         self._fill(segment.prefix, segment.module, reader, device, dtype)
 
     def unload(self, segment: Segment) -> None:
-        """Send a segment's parameters back to meta."""
+        """Send a segment's parameters back to meta, and let go of what was read for them."""
+        self.names.forget()
         for name, _ in list(segment.module.named_parameters()):
             owner, leaf = _owner(segment.module, name)
             setattr(owner, leaf, self._empty.pop(_joined(segment.prefix, name)))
