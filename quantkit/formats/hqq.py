@@ -1,8 +1,8 @@
 """hqq: the tensors of ``HQQLinear.state_dict`` of the package hqq, as transformers 4 saves and loads them.
 
-The codes of a layer are a matrix ``[cells, group_size]`` (axis 1) or ``[group_size, cells]`` (axis 0). Its rows are cut
-into as many equal blocks as codes fit into a byte, or for 3 bits ten into an int32, and laid over one another, the
-first block in the highest bits (``W_q``). Scale and zero point are floats, one each per cell, with
+The codes of a layer are a matrix ``[groups, group_size]`` (axis 1) or ``[group_size, groups]`` (axis 0). Its rows are
+cut into as many equal blocks as codes fit into a byte, or for 3 bits ten into an int32, and laid over one another, the
+first block in the highest bits (``W_q``). Scale and zero point are floats, one each per group, with
 ``w = (code - zero) * scale``. The rest describes the layer: numbers as tensors of no dimension, texts as tensors of
 bytes. See ``hqq/core/quantize.py`` and ``bitpack.py`` in https://github.com/dropbox/hqq, version 0.2.8.
 """
@@ -69,7 +69,7 @@ class HqqFormat(Format):
 
     @classmethod
     def check(cls, scheme: Scheme) -> None:
-        """Refuse what has no codes with a zero point, or cells that do not fill whole words."""
+        """Refuse what has no codes with a zero point, or groups that do not fill whole words."""
         found = _integer(scheme)
         _, together = _packing(found)
         if found.axis == 0 and found.bits != 3 and found.group_size % together:
@@ -137,10 +137,10 @@ class HqqFormat(Format):
 
         found, (rows, columns) = _integer(scheme), (int(size) for size in tensors["shape"])
         size = found.columns_per_group(columns)
-        cells = rows * columns // size
+        groups = rows * columns // size
         words = tensors["W_q"].view(torch.int32 if found.bits == 3 else torch.uint8)
-        codes = _unpacked(words, found)[: size if found.axis == 0 else cells]
-        layout = (cells, 1) if found.axis == 0 else (rows, columns // size)
+        codes = _unpacked(words, found)[: size if found.axis == 0 else groups]
+        layout = (groups, 1) if found.axis == 0 else (rows, columns // size)
         zeros = tensors["zero"].reshape(layout)
         return QuantizedWeight(
             found,
@@ -150,13 +150,13 @@ class HqqFormat(Format):
         )
 
     def packed_shapes(self, scheme: Scheme, out_features: int, in_features: int) -> PackedShapes:
-        """Words of codes, a scale and a zero point for each cell, and what describes the layer."""
+        """Words of codes, a scale and a zero point for each group, and what describes the layer."""
         found = _integer(scheme)
         size = found.columns_per_group(in_features)
-        cells = out_features * in_features // size
-        down, across = (size, cells) if found.axis == 0 else (cells, size)
+        groups = out_features * in_features // size
+        down, across = (size, groups) if found.axis == 0 else (groups, size)
         words = (-(-down // _packing(found)[1]), across)
-        flat = (1, cells) if found.axis == 0 else (cells, 1)
+        flat = (1, groups) if found.axis == 0 else (groups, 1)
         dtype = self.scale_dtype(self.dtype)
         texts = _texts(found, f"torch.{dtype}")
         return {
@@ -285,11 +285,11 @@ def _scheme_in(layer: str, reader: CheckpointReader) -> IntScheme:
         scheme.check_layer(int(rows), int(columns))
     except (SchemeError, ValueError, TypeError) as error:
         raise CheckpointError(f"{layer}: hqq's description of it cannot be read: {error}", remedy) from error
-    weights, cells = int(rows * columns), int(rows * columns // size)
-    words = -(-(cells if axis else int(size)) // _packing(scheme)[1]) * (int(size) if axis else cells)
+    weights, groups = int(rows * columns), int(rows * columns // size)
+    words = -(-(groups if axis else int(size)) // _packing(scheme)[1]) * (int(size) if axis else groups)
     octets = words * (4 if scheme.bits == 3 else 1)
     found = reader.nbytes(f"{layer}.W_q"), *(math.prod(reader.shape(f"{layer}.{name}")) for name in ("scale", "zero"))
-    if found != (octets, cells, cells):
+    if found != (octets, groups, groups):
         raise CheckpointError(
             f"{layer}: {weights} weights of {scheme.describe()} do not fit {found[0]} bytes and {found[1]} scales",
             remedy,

@@ -152,10 +152,10 @@ def _vocabulary(tokenizer: PreTrainedTokenizerBase, folder: Path, rows: int) -> 
     """
     tokens = {number: token for token, number in tokenizer.get_vocab().items()}
     added = {number: token.special for number, token in tokenizer.added_tokens_decoder.items()}
-    beyond = [number for number in tokens if number >= rows and number not in added]
-    if beyond:
+    unplaced = [number for number in tokens if number >= rows and number not in added]
+    if unplaced:
         raise SourceError(
-            f"{folder}: the tokenizer has the token {max(beyond)}, and the embedding has {rows} rows",
+            f"{folder}: the tokenizer has the token {max(unplaced)}, and the embedding has {rows} rows",
             "give the model its own tokenizer",
         )
     kinds = [

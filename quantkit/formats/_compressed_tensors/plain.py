@@ -65,9 +65,9 @@ class IntQuantized(Layout):
 
     def packed_shapes(self, rows: int, columns: int, scale_dtype: str) -> PackedShapes:
         """A byte a weight, and scales."""
-        cells = (rows, self.scheme.groups(columns))
-        found: PackedShapes = {"weight": ("int8", (rows, columns)), "weight_scale": (scale_dtype, cells)}
-        return found if self.scheme.symmetric else found | {"weight_zero_point": ("int8", cells)}
+        groups = (rows, self.scheme.groups(columns))
+        found: PackedShapes = {"weight": ("int8", (rows, columns)), "weight_scale": (scale_dtype, groups)}
+        return found if self.scheme.symmetric else found | {"weight_zero_point": ("int8", groups)}
 
     def _signed(self, codes: torch.Tensor) -> torch.Tensor:
         import torch
