@@ -115,7 +115,7 @@ def content_of(folder: Path, scheme: Scheme | None, embedding: Scheme | None = N
             continue
         fitted = store.fitted(solved(reader.read(name).float(), wanted))
         packed[layer] = {suffix: stored(tensor) for suffix, tensor in store.pack(fitted).items()}
-        digests[layer] = digest(fitted)
+        digests[layer] = digest([packed[layer]["weight"].read()])
         linears |= {} if "embed_tokens" in name else {layer: wanted}
     whole = ("model.embed_tokens", embedding) if embedding else None
     dtype = str(reader.dtype("model.norm.weight")).removeprefix("torch.")

@@ -173,6 +173,19 @@ def test_layers_that_were_solved_stacked_can_be_saved_side_by_side(tmp_path: Pat
         torch.testing.assert_close(store.unpack(layer, stacked.scheme).dequantize(), expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("shape", [(3, 70), (5, 1), (1, 33), (1100, 1000)])
+def test_bits_of_any_layout_in_memory_are_packed_alike(bits: int, shape: tuple[int, int]) -> None:
+    codes = torch.randint(0, 1 << bits, shape, generator=torch.Generator().manual_seed(bits), dtype=torch.uint8)
+    words = pack_bits(codes, bits)
+    strided = codes.T.contiguous().T
+    assert torch.equal(pack_bits(strided, bits), words)
+    assert torch.equal(unpack_bits(words.T.contiguous().T, bits, shape[1]), codes)
+    stream = sum((int(code) << bits * place for place, code in enumerate(codes[-1])), 0)
+    row = b"".join(int(word).to_bytes(4, "little", signed=True) for word in words[-1])
+    assert int.from_bytes(row, "little") == stream
+
+
 @pytest.mark.parametrize("scheme", SCHEMES, ids=names)
 def test_the_package_reads_our_config_as_the_same_scheme(scheme: IntScheme) -> None:
     args = package_scheme(scheme).weights

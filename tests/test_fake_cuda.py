@@ -27,14 +27,19 @@ from quantkit.engine.precision import pass_dtype
 from quantkit.engine.skeleton import Skeleton
 from quantkit.engine.walk import Feed, Strategy, Walk, WalkSettings
 from quantkit.evaluation import scoring
+from quantkit.formats import FORMATS
+from quantkit.formats.base import Format
+from quantkit.gguf import blocks
 from quantkit.methods.base import Method
 from quantkit.numerics import factor
 from quantkit.numerics import smoothing as awq
-from quantkit.schemes import Fp8Scheme, IntScheme, Mxfp4Scheme, Nf4Scheme, Nvfp4Scheme, Scheme
+from quantkit.numerics.grid_search import encode, quantized, search_grid
+from quantkit.schemes import Fp8Scheme, IntScheme, Mxfp4Scheme, Nf4Scheme, Nvfp4Scheme, QuantizedWeight, Scheme
 from quantkit.schemes.base import grids_of
 from quantkit.schemes.grids import base as grids_base
 from quantkit.schemes.grids import blockfloat, codebook, integer
 from quantkit.schemes.grids.codebook import CodebookGrids
+from quantkit.system import host
 from tests.tiny import Collected, TinySteps, make_model, tiny_rows, tiny_steps, tiny_task
 
 CUDA = torch.device("cuda", 0)
@@ -111,6 +116,7 @@ CODEBOOKS = [Nf4Scheme(32, False), Nf4Scheme(32)]
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Fake tensors, and answers to the questions that the numerics ask: all is well at once."""
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
     factorized = cycle([False, True])  # "did it fail?", "is it finite?"
     monkeypatch.setattr(factor, "decide", lambda _: next(factorized))
     monkeypatch.setattr(grids_base, "decide", lambda _: True)
@@ -257,6 +263,61 @@ def test_figures_of_a_window_come_from_the_device_at_once(monkeypatch: pytest.Mo
 
 def test_a_gpu_is_given_more_rows_at_once_than_the_cache_of_a_cpu_holds() -> None:
     assert scoring.CHUNK_ELEMENTS["cuda"] // 128_000 > 500 > 30 > scoring.CHUNK_ELEMENTS["cpu"] // 128_000
+
+
+STORED: list[tuple[str, Scheme]] = [
+    ("compressed-tensors", IntScheme(4, 32, False)),
+    ("compressed-tensors", IntScheme(8, -1, True)),
+    ("compressed-tensors", Fp8Scheme("block")),
+    ("compressed-tensors", Mxfp4Scheme()),
+    ("compressed-tensors", Nvfp4Scheme()),
+    ("gptq", IntScheme(3, 32, False)),
+    ("gptq", IntScheme(4, 32, True)),
+    ("awq", IntScheme(4, 32, False)),
+    ("hqq", IntScheme(3, 32, False, zeros="float")),
+    ("hqq", IntScheme(4, 32, False, zeros="float", axis=0)),
+    ("bitsandbytes", IntScheme(8, -1, True, activations="dynamic")),
+    ("bitsandbytes", Nf4Scheme(32)),
+    ("gguf", IntScheme(4, 32, True)),
+    ("gguf", IntScheme(5, 32, False, zeros="float")),
+    ("gguf", IntScheme(8, 32, True)),
+    ("gguf", Mxfp4Scheme()),
+]
+
+
+@pytest.fixture(params=STORED, ids=lambda given: f"{given[0]} {given[1].describe()}")
+def packer(request: pytest.FixtureRequest) -> tuple[Format, QuantizedWeight]:
+    """A format, and a weight with values."""
+    name, scheme = request.param
+    matrix = torch.randn(256, 128, generator=torch.Generator().manual_seed(0))
+    grid = search_grid(matrix, None, scheme, torch.float16, 4)
+    return FORMATS.get(name)("float16"), quantized(encode(matrix, grid, scheme), grid, scheme)
+
+
+def test_layers_are_packed_on_their_device(
+    packer: tuple[Format, QuantizedWeight], fake: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is as large as the codes stays there, and nothing mixes devices; small things may come from the CPU."""
+    monkeypatch.setattr(blocks, "decide", lambda _: True)
+    monkeypatch.setattr(host, "number", lambda _: 0.5)
+    store, weight = packer[0], faked_on_cuda(packer[1])
+    packed = store.pack(store.fitted(weight))
+    largest = max(packed.values(), key=lambda tensor: tensor.nbytes)
+    assert largest.device == CUDA
+    assert largest.nbytes * 8 >= weight.codes.numel() * weight.scheme.bits
+    assert all(tensor.device == CUDA for tensor in packed.values() if tensor.nbytes > 4 * 256)
+
+
+def faked_on_cuda(weight: QuantizedWeight) -> QuantizedWeight:
+    """The same without its values."""
+
+    def moved(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device=CUDA)
+
+    parts = {name: moved(part) for name, part in weight.parts.items()}
+    return replace(
+        weight, codes=moved(weight.codes), scales=moved(weight.scales), zeros=moved(weight.zeros), parts=parts
+    )
 
 
 # The tests above would see a mistake

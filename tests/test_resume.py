@@ -14,12 +14,13 @@ import torch
 
 from quantkit.engine.skeleton import Segment
 from quantkit.engine.solve import Solver
-from quantkit.errors import QuantizationError
+from quantkit.errors import OutputError, QuantizationError
 from quantkit.quantization import Job, Quantized, Wanted, quantize, quantize_together
 from quantkit.quantization import job as jobs
 from quantkit.quantization import resume as resuming
 from quantkit.quantization import walk_variants as walking
 from quantkit.quantization.resume import layers_folder
+from quantkit.quantization.segments import save_segment
 from quantkit.quantization.solved_layers import EXACT
 from quantkit.recipe import VariantSpec
 from quantkit.system.artifacts import file_sha256, read_json
@@ -280,6 +281,53 @@ def test_a_layer_store_whose_identity_cannot_be_read_is_not_taken_up(model: Path
     notes: list[str] = []
     assert quantize(job(model), variant("gptq"), tmp_path / "out", on_note=notes.append).facts["resumed"] == 0
     assert notes == ["gptq: starts afresh: what an earlier run saved cannot be read"]
+
+
+# Written one behind
+
+
+def test_a_segment_is_written_while_the_next_is_solved(
+    model: Path, undisturbed: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first is not done before the second is at work, and the third waits for it: one is on its way, no more."""
+    whole = undisturbed("gptq")
+    begun = {f"model.layers.{block}": threading.Event() for block in range(BLOCKS)}
+    saved: list[str] = []
+    solve = Solver.solve
+
+    def solving(self: Solver, segment: Segment, *given: Any, **keys: Any) -> None:
+        if segment.prefix == "model.layers.2":
+            assert "model.layers.0" in saved
+        begun[segment.prefix].set()
+        solve(self, segment, *given, **keys)
+
+    def saving(folder: Path, *given: Any) -> Any:
+        following = begun.get(f"model.layers.{int(folder.name[-1]) + 1}")
+        assert following is None or following.wait(60), "nothing was solved while a segment was written"
+        saved.append(folder.name)
+        return save_segment(folder, *given)
+
+    monkeypatch.setattr(Solver, "solve", solving)
+    monkeypatch.setattr("quantkit.quantization.solved_layers.save_segment", saving)
+    done = quantize(job(model), variant("gptq"), tmp_path / "out")
+    assert saved == list(begun)
+    assert digests(done.folder) == digests(whole)
+
+
+@pytest.mark.parametrize("block", range(BLOCKS))
+def test_what_goes_wrong_in_writing_fails_its_variant_alone(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int
+) -> None:
+    def full(folder: Path, *given: Any) -> Any:
+        if folder == layers_folder(tmp_path / "gptq") / f"model.layers.{block}":
+            raise OutputError("No space left on device", "free some disk space")
+        return save_segment(folder, *given)
+
+    monkeypatch.setattr("quantkit.quantization.solved_layers.save_segment", full)
+    found = swept(job(model, "float"), tmp_path, ["gptq", "rtn"])
+    assert "No space left" in str(found["gptq"])
+    assert isinstance(found["rtn"], Quantized)
+    assert hidden_names(tmp_path) == []
 
 
 # Cleaning up, and others

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -101,11 +101,21 @@ def _cast(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
     return found
 
 
-def digest(weight: QuantizedWeight) -> str:
-    """SHA-256 over codes, float32 scales and zeros, and the groups of columns: what a weight's values follow from."""
-    found = hashlib.sha256(weight.codes.contiguous().numpy().data)
-    for each in (weight.scales, weight.zeros):
-        found.update(each.to(torch.float32).contiguous().numpy().data)
-    if "g_idx" in weight.parts:
-        found.update(weight.parts["g_idx"].to(torch.int32).contiguous().numpy().data)
+def digest(tensors: Iterable[torch.Tensor]) -> str:
+    """SHA-256 over the bytes of a layer's packed tensors, in their order; they lie on the CPU."""
+    found = hashlib.sha256()
+    for tensor in tensors:
+        flat = tensor.contiguous().as_strided((tensor.numel(),), (1,))  # of a single column that has another stride too
+        found.update(flat.view(torch.uint8).numpy().data)
     return found.hexdigest()
+
+
+def same_values(one: QuantizedWeight, other: QuantizedWeight) -> bool:
+    """Whether two weights have the same codes, scales, zero points and groups of columns."""
+
+    def parts(weight: QuantizedWeight) -> list[torch.Tensor]:
+        groups = [weight.parts["g_idx"].int()] if "g_idx" in weight.parts else []
+        return [weight.codes, weight.scales.float(), weight.zeros.float(), *groups]
+
+    found, wanted = parts(one), parts(other)
+    return len(found) == len(wanted) and all(map(torch.equal, found, wanted))

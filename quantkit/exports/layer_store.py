@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from quantkit.checkpoint import CheckpointReader, ShardWriter
-from quantkit.exports.content import Stored, digest
+from quantkit.errors import CheckpointError
+from quantkit.exports.content import Stored, digest, same_values
 from quantkit.formats.base import Format
 from quantkit.schemes import QuantizedWeight
 
@@ -27,6 +28,7 @@ class LayerStore:
         self._store = store
         self._embedding = embedding
         self._waiting: dict[str, torch.Tensor] = {}
+        self._weighed: dict[str, list[str]] = {}
         self._readers: dict[str, CheckpointReader] = {}
         self._digests: dict[str, str] = {}
         self._replaced: set[str] = set()
@@ -34,14 +36,24 @@ class LayerStore:
         self.stored_bytes = 0
 
     def keep(self, layer: str, weight: QuantizedWeight) -> QuantizedWeight:
-        """Pack a layer; what the format can hold of it is returned."""
+        """Pack a layer on the device of its weight; what the format can hold of it is returned.
+
+        Raises:
+            CheckpointError: what was packed does not decode to that.
+        """
         store = self._store_of(layer)
-        weight = store.fitted(weight.to("cpu"))
-        self._digests[layer] = digest(weight)
-        packed = {f"{layer}.{suffix}": tensor for suffix, tensor in store.pack(weight).items()}
-        self._tensors[layer] = list(packed)
-        self._waiting.update(packed)
-        weights = (tensor for name, tensor in packed.items() if not name.endswith(store.beside))
+        weight = store.fitted(weight)
+        packed = {suffix: tensor.cpu().contiguous() for suffix, tensor in store.pack(weight).items()}
+        if not same_values(store.unpack(packed, weight.scheme), weight.to("cpu")):
+            raise CheckpointError(
+                f"layer {layer} in {self._folder} does not decode to what the method returned",
+                f"format {store.name} does not give back what it packed: report it, and use another",
+            )
+        self._weighed[layer] = [f"{layer}.{suffix}" for suffix in store.layer_suffixes(weight.scheme)]
+        named = {f"{layer}.{suffix}": tensor for suffix, tensor in packed.items()}
+        self._tensors[layer] = list(named)
+        self._waiting.update(named)
+        weights = (tensor for name, tensor in named.items() if not name.endswith(store.beside))
         self.stored_bytes += sum(tensor.nbytes for tensor in weights)
         return weight
 
@@ -59,20 +71,12 @@ class LayerStore:
         if not self._waiting:
             return
         folder = self._folder / name
-        self._write(folder)
+        self._digests |= write_layers(folder, self._waiting, self._weighed)
         self._readers.update(dict.fromkeys(self._waiting, CheckpointReader(folder)))
-        self._waiting = {}
+        self._waiting, self._weighed = {}, {}
 
     def _store_of(self, layer: str) -> Format:
         return self._store.for_embeddings() if layer == self._embedding else self._store
-
-    def _write(self, folder: Path) -> None:
-        """What waits, as a checkpoint."""
-        with ShardWriter(folder) as writer:
-            for each, tensor in self._waiting.items():
-                writer.declare(each, tensor.dtype, tuple(tensor.shape))
-            for each, tensor in self._waiting.items():
-                writer.write(each, tensor)
 
     def packed(self, layer: str) -> dict[str, Stored]:
         """The packed tensors of a layer by suffix; none if it was not kept."""
@@ -88,5 +92,29 @@ class LayerStore:
         return Stored.of(self._readers[name], name)
 
     def digests(self) -> Mapping[str, str]:
-        """Layer name to the digest of what was kept of it, see :func:`quantkit.exports.content.digest`."""
+        """Layer name to the digest of its packed tensors, see :func:`quantkit.exports.content.digest`."""
         return self._digests
+
+
+def write_layers(
+    folder: Path, tensors: Mapping[str, torch.Tensor], layers: Mapping[str, Sequence[str]]
+) -> dict[str, str]:
+    """Write tensors as a checkpoint.
+
+    Args:
+        folder: of the checkpoint.
+        tensors: by name, on the CPU.
+        layers: the names of the tensors that are a layer's weight, by layer.
+
+    Returns:
+        By layer the digest of these tensors.
+
+    Raises:
+        OutputError: the folder cannot be written, the disk is full.
+    """
+    with ShardWriter(folder) as writer:
+        for name, tensor in tensors.items():
+            writer.declare(name, tensor.dtype, tuple(tensor.shape))
+        for name, tensor in tensors.items():
+            writer.write(name, tensor)
+    return {layer: digest(tensors[name] for name in names) for layer, names in layers.items()}

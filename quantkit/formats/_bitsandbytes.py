@@ -95,13 +95,15 @@ class FourBit(Layout):
         """Packed codes, scales, tables and state."""
         import torch
 
+        from quantkit.system.host import number
+
         scheme, codes = self.scheme, weight.codes.reshape(-1)
         tensors = {
             "weight": (codes[::2] << 4 | codes[1::2]).unsqueeze(1),
             "weight.absmax": weight.parts.get("absmax", weight.scales).flatten(),
             "weight.quant_map": torch.tensor(scheme.table, dtype=torch.float32),
         }
-        offset = float(weight.parts["nested_offset"]) if scheme.double_quant else None
+        offset = number(weight.parts["nested_offset"]) if scheme.double_quant else None
         if scheme.double_quant:
             from quantkit.schemes.grids.codebook import dynamic_table
 

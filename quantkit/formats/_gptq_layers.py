@@ -27,7 +27,6 @@ def shifted_zeros(words: torch.Tensor, bits: int, change: int) -> torch.Tensor:
     2, 4 and 8 bits are added word by word as gptqmodel does, so that what it took from a zero point of 0, and with that
     from its neighbour, comes back; in 3 bits it counts round for each by itself.
     """
-    import numpy as np
     import torch
 
     if change == 0:
@@ -35,9 +34,8 @@ def shifted_zeros(words: torch.Tensor, bits: int, change: int) -> torch.Tensor:
     if WORD % bits:
         codes = unpack_bits(words, bits, words.shape[1] * WORD // bits)
         return pack_bits(((codes.to(torch.int16) + change) & ((1 << bits) - 1)).to(torch.uint8), bits)
-    step = np.uint32(change * sum(1 << place for place in range(0, WORD, bits)) % (1 << WORD))
-    whole = np.ascontiguousarray(words.numpy()).view(np.uint32) + step
-    return torch.from_numpy(whole.view(np.int32))
+    step = change * sum(1 << place for place in range(0, WORD, bits)) % (1 << WORD)
+    return words.contiguous() + (step - (1 << WORD) if step >> (WORD - 1) else step)  # int32 counts round
 
 
 def less_in(config: Mapping[str, Any]) -> int:

@@ -190,7 +190,10 @@ class Format(ABC):
 
     @abstractmethod
     def pack(self, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
-        """The tensors that stand for one layer's ``weight``, by the suffix of their names."""
+        """The tensors that stand for one layer's ``weight``, by the suffix of their names.
+
+        The weight may lie on any device: what is as large as its codes stays there, small tensors may lie on the CPU.
+        """
 
     @abstractmethod
     def unpack(self, tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> QuantizedWeight:

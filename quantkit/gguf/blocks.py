@@ -19,6 +19,7 @@ from quantkit.errors import CheckpointError, QuantizationError
 from quantkit.gguf.kquants import decoded
 from quantkit.gguf.types import BLOCK, BLOCK_BYTES, MXFP4, type_of
 from quantkit.schemes import GgmlScheme, IntScheme, Mxfp4Scheme, QuantizedWeight, Scheme
+from quantkit.system.host import decide
 
 HALF = BLOCK // 2
 SCALE_BYTES = 2
@@ -140,7 +141,7 @@ class Integers(Codec):
 
     def _half(self, values: torch.Tensor) -> torch.Tensor:
         rounded = values.half().float()
-        if not bool(rounded.isfinite().all()):
+        if not decide(rounded.isfinite().all()):
             raise QuantizationError(
                 f"a scale or least value is no number that float16 holds, in which {self.kind} stores it",
                 "keep this layer float with 'ignore', or use a format whose scales reach further",
@@ -150,7 +151,7 @@ class Integers(Codec):
     def _with_least(self, codes: torch.Tensor, scales: torch.Tensor, least: torch.Tensor) -> QuantizedWeight:
         """A weight of codes, scales and least values."""
         constant = scales == 0
-        if bool(constant.any()):
+        if decide(constant.any()):
             grouped = codes.view(*scales.shape, -1)
             codes = torch.where(constant.unsqueeze(-1), torch.zeros_like(grouped), grouped).flatten(1)
             scales = torch.where(constant, torch.ones_like(scales), scales)
@@ -227,7 +228,7 @@ class GgmlBlocks(Codec):
 def _exponents(scales: torch.Tensor) -> torch.Tensor:
     """E8M0 bytes of scales that are powers of two."""
     mantissas, exponents = torch.frexp(scales.float())
-    if not bool((mantissas == 0.5).all()):
+    if not decide((mantissas == 0.5).all()):
         raise QuantizationError("a scale of mxfp4 is no power of two")
     return (exponents - 1 + BIAS).to(torch.uint8)
 
@@ -245,7 +246,7 @@ def _from_nibbles(packed: torch.Tensor) -> torch.Tensor:
 def _fifth_bits(codes: torch.Tensor) -> torch.Tensor:
     """The highest bit of 5-bit codes uint8 ``[..., 32]`` as bytes ``[..., 4]``, the first weight lowest."""
     bits = (codes >> 4 & 1).view(*codes.shape[:-1], 4, 8)
-    weights = torch.tensor([1 << place for place in range(8)], dtype=torch.uint8)
+    weights = torch.tensor([1 << place for place in range(8)], dtype=torch.uint8, device=codes.device)
     return (bits * weights).sum(-1, dtype=torch.uint8)
 
 

@@ -17,23 +17,23 @@ RECORD = "segment.json"
 
 @dataclass(frozen=True, slots=True)
 class SavedSegment:
-    """A segment that was read back whole.
+    """A segment that is whole on disk.
 
     Attributes:
         folder: its files.
-        record: what :func:`save_segment` was given.
+        record: what :func:`save_segment` was given and told.
     """
 
     folder: Path
     record: Mapping[str, Any]
 
 
-def save_segment(folder: Path, write: Callable[[Path], None], record: Mapping[str, Any]) -> None:
+def save_segment(folder: Path, write: Callable[[Path], Mapping[str, Any]], record: Mapping[str, Any]) -> SavedSegment:
     """Save a segment so that ``folder`` appears whole.
 
     Args:
         folder: of the segment.
-        write: writes its tensors into a folder.
+        write: writes its tensors into a folder, and returns what is known of them then, as JSON.
         record: JSON that belongs to it.
 
     Raises:
@@ -43,10 +43,11 @@ def save_segment(folder: Path, write: Callable[[Path], None], record: Mapping[st
     with translated_os_errors(folder):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        write(partial)
+        known = {**record, **write(partial)}
         files = {path.name: file_sha256(path) for path in sorted(partial.iterdir())}
-        write_json(partial / RECORD, {**record, "files": files})
+        write_json(partial / RECORD, {**known, "files": files})
         os.rename(partial, folder)
+    return SavedSegment(folder, known)
 
 
 def read_segments(folder: Path, names: Sequence[str]) -> tuple[list[SavedSegment], str]:

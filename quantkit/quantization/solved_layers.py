@@ -3,12 +3,17 @@
 What a run that was cut short left here is taken up: a walk asks which segments are finished, and in a quantized feed
 for their weights as the method returned them. These are unpacked from what is stored, or lie beside it where the format
 could not hold them exactly.
+
+A segment is written by a thread while the next is solved, and no more than one is on its way. What goes wrong there is
+raised when the next one is handed over, or at the end.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +21,8 @@ import torch
 
 from quantkit.checkpoint import CheckpointReader
 from quantkit.engine.tasks import MODEL, LayerResult, SavedChange
-from quantkit.exports.content import digest
-from quantkit.exports.layer_store import LayerStore
+from quantkit.exports.content import same_values
+from quantkit.exports.layer_store import LayerStore, write_layers
 from quantkit.formats.base import Format
 from quantkit.quantization.segments import SavedSegment, save_segment
 from quantkit.schemes import QuantizedWeight, Scheme
@@ -87,6 +92,8 @@ class SolvedLayers(LayerStore):
         self._changes: dict[str, Sequence[SavedChange | None]] = {}
         self._seconds = (0.0, 0.0)
         self._stored_before = 0
+        self._writer = ThreadPoolExecutor(1)
+        self._written: Future[SavedSegment] | None = None
         self._batch_tokens: int | None = None
         self.seconds_before = (0.0, 0.0)
         self.batch_tokens: list[int] = []
@@ -98,27 +105,31 @@ class SolvedLayers(LayerStore):
 
         Args:
             batch_tokens: of a batch at most; None where nothing is summed.
+
+        Raises:
+            OutputError: what that walk solved last could not be written.
         """
-        self._taken, self._waiting = [], {}
+        self.settle()
+        self._let_go()
         self.stored_bytes = self._stored_before
         self._batch_tokens = batch_tokens
 
     def take(self, result: LayerResult) -> None:
         """Pack a solved layer."""
-        given = result.weight.to("cpu")
+        given = result.weight
         kept = self.keep(result.name, given)
-        if self._replays and kept is not given and digest(given) != self.digests()[result.name]:
+        if self._replays and kept is not given and not same_values(kept, given):
             parts = {"codes": given.codes, "scales": given.scales, "zeros": given.zeros}
             parts |= {"g_idx": given.parts["g_idx"]} if "g_idx" in given.parts else {}
-            self._waiting |= {f"{result.name}.{EXACT}{part}": tensor for part, tensor in parts.items()}
+            self._waiting |= {f"{result.name}.{EXACT}{part}": tensor.cpu() for part, tensor in parts.items()}
         scheme = kept.scheme.describe()
         self._taken.append(_Taken(result.name, scheme, result.tokens, result.error_before, result.error, result.notes))
 
     def segment_done(self, prefix: str) -> None:
-        """Write what was packed since the last segment.
+        """Have what was packed since the last segment written, while the walk goes on with the next.
 
         Raises:
-            OutputError: the folder cannot be written, the disk is full.
+            OutputError: the segment before could not be written, or the disk is full.
         """
         facts = _asked(self._taken)
         layers = [each.name for each in self._taken]
@@ -126,7 +137,6 @@ class SolvedLayers(LayerStore):
         record: dict[str, Any] = {
             "layers": [asdict(each) for each in facts],
             "tensors": {layer: self._tensors[layer] for layer in layers},
-            "digests": {layer: self._digests[layer] for layer in layers},
             "replaced": [name for name in self._waiting if name in self._replaced],
             "stored_bytes": self.stored_bytes - self._stored_before,
             "changes": {place: self.transformed(place) for place in (MODEL, prefix)},
@@ -138,10 +148,30 @@ class SolvedLayers(LayerStore):
                 tensors = {} if change is None else change.tensors
                 start = _start_of(prefix, place)
                 self._waiting |= {f"{start}{name}": each.cpu() for name, each in tensors.items()}
-        folder = self._folder / prefix
-        save_segment(folder, self._write, record)
-        self._know(prefix, folder, facts, record["changes"], self._batch_tokens)
-        self._taken, self._waiting = [], {}
+        write = partial(_write, tensors=self._waiting, layers=self._weighed)
+        self.settle()
+        self._written = self._writer.submit(save_segment, self._folder / prefix, write, record)
+        self._finished.add(prefix)
+        self._stored_before = self.stored_bytes
+        self._let_go()
+
+    def settle(self) -> None:
+        """Wait until what was handed over is on disk.
+
+        Raises:
+            OutputError: it could not be written, or the disk is full.
+        """
+        written, self._written = self._written, None
+        if written is not None:
+            self._know(written.result())
+
+    def close(self) -> None:
+        """Wait for what is being written, and end its thread. If that fails, the segment is not there: no more."""
+        self._writer.shutdown()
+
+    def _let_go(self) -> None:
+        """Forget the segment at which the walk stands."""
+        self._taken, self._waiting, self._weighed = [], {}, {}
 
     # A walk asks what there is.
 
@@ -150,15 +180,14 @@ class SolvedLayers(LayerStore):
         for segment in segments:
             record = segment.record
             self._tensors |= record["tensors"]
-            self._digests |= record["digests"]
             self._replaced |= set(record["replaced"])
             self.stored_bytes += record["stored_bytes"]
             self.seconds_before = _sum(self.seconds_before, record["seconds"])
-            facts = [_Facts(**{**each, "notes": tuple(each["notes"])}) for each in record["layers"]]
-            self._know(segment.folder.name, segment.folder, facts, record["changes"], record["batch_tokens"])
+            self._know(segment)
+        self._stored_before = self.stored_bytes
 
     def has(self, prefix: str) -> bool:
-        """Whether a segment is finished."""
+        """Whether a segment is finished; the last one may still be on its way to the disk."""
         return prefix in self._finished
 
     def weight(self, layer: str) -> QuantizedWeight:
@@ -204,24 +233,23 @@ class SolvedLayers(LayerStore):
         """Scheme, errors and notes of each layer, for the report."""
         return [{**asdict(each), "notes": list(each.notes)} for each in self._facts]
 
-    def _know(
-        self,
-        prefix: str,
-        folder: Path,
-        facts: Sequence[_Facts],
-        changes: Mapping[str, Any],
-        batch_tokens: int | None,
-    ) -> None:
+    def _know(self, segment: SavedSegment) -> None:
         """A segment that lies on disk counts as finished."""
-        reader = CheckpointReader(folder)
+        record = segment.record
+        reader = CheckpointReader(segment.folder)
         self._readers.update(dict.fromkeys(reader.names(), reader))
-        self._facts += facts
-        for place, done in changes.items():
+        self._digests |= record["digests"]
+        self._facts += [_Facts(**{**each, "notes": tuple(each["notes"])}) for each in record["layers"]]
+        for place, done in record["changes"].items():
             self._changes[place] = [data if data is None else SavedChange({}, data) for data in done]
-        self._finished.add(prefix)
-        if batch_tokens is not None and batch_tokens not in self.batch_tokens:
-            self.batch_tokens.append(batch_tokens)
-        self._stored_before = self.stored_bytes
+        self._finished.add(segment.folder.name)
+        if record["batch_tokens"] is not None and record["batch_tokens"] not in self.batch_tokens:
+            self.batch_tokens.append(record["batch_tokens"])
+
+
+def _write(folder: Path, tensors: Mapping[str, torch.Tensor], layers: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """Write a segment's tensors; see :func:`quantkit.exports.layer_store.write_layers`."""
+    return {"digests": write_layers(folder, tensors, layers)}
 
 
 def _start_of(prefix: str, place: int) -> str:

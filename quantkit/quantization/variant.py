@@ -155,10 +155,12 @@ class VariantRun:
         """Write the checkpoint of a variant whose layers are solved, and read it back.
 
         Raises:
-            CheckpointError: a tensor of the source is broken, or what was read back is not what was written.
+            CheckpointError: a tensor of the source is broken, a layer's format does not give back what it was given, or
+                what was read back is not what was written.
             OutputError: the folder cannot be written.
         """
         started = time.perf_counter()
+        self.solved.settle()
         identity = made_from(self._job, self._variant)
         with new_folder(self._out) as folder:
             content = self._content()
@@ -329,6 +331,7 @@ class VariantRun:
         Args:
             outcome: what became of the variant, or of the work on all.
         """
+        self.solved.close()
         fails_again = isinstance(outcome, BaseException) and not may_pass(outcome)
         folder = layers_folder(self._out)
         if folder.exists() and (fails_again or not is_worth_keeping(folder)):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -94,7 +94,7 @@ def run_walk(
 
 
 @contextmanager
-def kept(found: dict[str, Quantized | Exception], name: str) -> Iterator[None]:
+def kept(found: MutableMapping[str, Any], name: str) -> Iterator[None]:
     """An error inside is kept as the outcome of a variant. Any error counts, as methods and formats are plugins."""
     try:
         yield
@@ -171,7 +171,8 @@ def _solve(job: Job, skeleton: Skeleton, runs: Sequence[VariantRun], on_segment:
             found.notes.append(ran_out(step, device))
             on_note(found.notes[-1])
         for run in runs:
-            run.begin_walk(step.batch_tokens)
+            with kept(found.failures, run.name):
+                run.begin_walk(step.batch_tokens)
         left = [task for task in tasks if task.name not in found.failures]
         settings = WalkSettings(device, dtype, feed, step.strategy, step.offload, tries_again=not step.is_last)
         if _is_done(job, skeleton, left, settings, step, found, on_segment):
