@@ -14,6 +14,7 @@ from quantkit.errors import MissingDependencyError, QuantkitError, RecipeError
 from quantkit.formats import FORMATS
 from quantkit.methods import METHODS
 from quantkit.system.registry import Registry
+from quantkit.transforms import TRANSFORMS
 
 
 class Thing:
@@ -135,6 +136,11 @@ def test_everything_that_ships_is_usable_and_described() -> None:
         assert method.summary
         assert method.source
         assert method.Options().model_dump() is not None
+    assert TRANSFORMS.names() == ["awq"]
+    for transform in TRANSFORMS:
+        assert transform.summary
+        assert transform.source
+        assert transform.Options().model_dump() is not None
     for store in FORMATS:
         assert store.summary
         assert store.runtimes
