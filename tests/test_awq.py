@@ -99,6 +99,17 @@ def test_channels_that_must_share_a_factor_do() -> None:
     assert torch.equal(pooled(torch.tensor([1.0, 3.0, 5.0]), torch.tensor([0, 0, 1])), torch.tensor([2.0, 2.0, 5.0]))
 
 
+def test_means_of_channels_do_not_depend_on_the_order_of_summation() -> None:
+    """As a GPU's would, in which every run adds in another order."""
+    draw = torch.Generator().manual_seed(3)
+    values = torch.rand(96, generator=draw) * 10 ** torch.randint(-3, 8, (96,), generator=draw).float()
+    channels = torch.arange(4).repeat(24)
+    once = pooled(values, channels)
+    for _ in range(20):
+        order = torch.randperm(96, generator=draw)
+        assert torch.equal(pooled(values[order], channels[order]), once[order])
+
+
 def test_where_nothing_is_gained_nothing_is_scaled() -> None:
     """Weights on the grid already: any factor would only harm."""
     weight = torch.randint(-7, 8, (32, 64)).float()

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 from quantkit.errors import QuantizationError
+from quantkit.numerics import factor as factor_module
 from quantkit.numerics.factor import damped, inverse_factor
+
+GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+"""Has glibc return what is freed."""
 
 
 def gram_of(tokens: int, columns: int, seed: int = 0) -> torch.Tensor:
@@ -28,6 +37,37 @@ def test_the_factor_is_the_upper_cholesky_factor_of_the_inverse(columns: int, da
     torch.testing.assert_close((factor.T @ factor).double(), inverse, rtol=1e-3, atol=1e-4 * float(inverse.abs().max()))
     expected = torch.linalg.cholesky(inverse, upper=True)
     torch.testing.assert_close(factor.double(), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("columns", [1, 5, 64, 151])
+def test_the_factor_in_an_order_is_that_of_the_matrix_in_this_order(columns: int) -> None:
+    """Computed in place, it is bit for bit what whole copies give, and the matrix stays as it is."""
+    gram = gram_of(4 * columns, columns)
+    before, order = gram.clone(), gram.diagonal().argsort(descending=True, stable=True)
+    factor, _ = inverse_factor(gram, 0.03, order)
+    ordered = gram[order][:, order]
+    upper = torch.linalg.cholesky(damped(ordered, 0.03).flip(0, 1)).flip(0, 1)
+    wanted = torch.linalg.solve_triangular(upper, torch.eye(columns), upper=True)
+    assert torch.equal(factor, wanted)
+    assert torch.equal(inverse_factor(ordered, 0.03)[0], wanted)
+    assert torch.equal(gram, before)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 9, 20, 21])
+def test_a_vector_is_reversed_in_place_in_pieces(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(factor_module, "FLIPPED", 4)
+    values = torch.arange(count)
+    factor_module._flip_(values)
+    assert values.tolist() == list(range(count))[::-1]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_no_more_than_three_matrices_are_alive() -> None:
+    """Of 16 MiB each; the copies that this took before were eight."""
+    script = Path(__file__).parents[1] / "benchmarks" / "gram_peak.py"
+    command = [sys.executable, str(script), "--columns", "2048", "--child", "solved"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | GIVES_BACK)
+    assert float(done.stdout) < 3.8
 
 
 def test_damping_adds_a_fraction_of_the_mean_diagonal_and_changes_nothing_else() -> None:

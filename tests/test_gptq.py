@@ -11,6 +11,7 @@ from quantkit.errors import QuantizationError
 from quantkit.methods.base import InputStatistics, Solution
 from quantkit.methods.gptq import Gptq, GptqOptions
 from quantkit.methods.rtn import Rtn, RtnOptions
+from quantkit.numerics import refine as refine_module
 from quantkit.numerics.columns import solve_columns
 from quantkit.numerics.factor import damped, inverse_factor
 from quantkit.numerics.grid_search import codes_of, encode, search_grid
@@ -159,6 +160,27 @@ def test_refitted_scales_solve_the_least_squares_problem(scheme: IntScheme) -> N
         blocks = spread(torch.eye(groups), COLUMNS).double() * steps[:, row].double().unsqueeze(1)
         best = torch.linalg.lstsq(root @ blocks, (root @ given.weight[row].double()).unsqueeze(1)).solution
         torch.testing.assert_close(found[:, row].double(), best[:, 0], rtol=1e-3, atol=1e-5)
+
+
+def test_scales_of_many_rows_are_refitted_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one system of all rows would be too large; a part has 128 rows at least."""
+    generator = torch.Generator().manual_seed(0)
+    gram = torch.randn(200, 32, generator=generator)
+    hessian = gram.T @ gram / 200 + 0.1 * torch.eye(32)
+    weight, levels = torch.randn(32, 300, generator=generator), torch.randint(-8, 8, (32, 300)).float()
+    whole = refit_scales(hessian @ weight, levels, hessian, 4)
+    solved: list[int] = []
+    solve = torch.linalg.solve
+    monkeypatch.setattr(refine_module, "SYSTEM", 4 * 4 * 130)
+
+    def counted(system: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        solved.append(len(system))
+        found: torch.Tensor = solve(system, target)
+        return found
+
+    monkeypatch.setattr(torch.linalg, "solve", counted)
+    torch.testing.assert_close(refit_scales(hessian @ weight, levels, hessian, 4), whole, rtol=1e-5, atol=1e-6)
+    assert solved == [128, 128, 44]
 
 
 def test_a_group_without_a_step_is_left_out_of_the_refit_and_keeps_its_scale() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,8 +11,9 @@ import torch
 
 from quantkit.checkpoint import CheckpointReader
 from quantkit.engine.batches import Batch, make_batches
+from quantkit.engine.precision import pass_dtype
 from quantkit.engine.skeleton import Skeleton
-from quantkit.engine.statistics import Gatherer, add_gram
+from quantkit.engine.statistics import Gatherer, add_gram, mirror_
 from quantkit.engine.walk import Walk, WalkSettings
 from quantkit.errors import QuantizationError
 from quantkit.methods.base import InputStatistics, Method, MethodOptions, Solution, Statistic
@@ -147,3 +149,30 @@ def test_a_method_is_given_what_it_asks_for_and_shares_what_is_derived_with_its_
     assert known.only(frozenset({Statistic.GRAM})).derived == {"x": 1}
     assert known.only(frozenset({Statistic.GRAM, Statistic.ABS_MEAN})).derived == {}
     assert known.only(frozenset()) == InputStatistics()
+
+
+@pytest.mark.parametrize("columns", [1, 7, 256, 257, 1100])
+def test_the_lower_triangle_mirrors_the_upper(columns: int) -> None:
+    matrix = torch.randn(columns, columns)
+    wanted = matrix.triu() + matrix.triu(1).T
+    mirror_(matrix)
+    assert torch.equal(matrix, wanted)
+
+
+def test_a_torch_that_does_not_tell_of_amx_computes_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    assert pass_dtype(CPU, torch.bfloat16) == torch.bfloat16
+    monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported")
+    assert pass_dtype(CPU, torch.bfloat16) == torch.float32
+
+
+@pytest.mark.parametrize("backend", [SimpleNamespace(), SimpleNamespace(matmul=SimpleNamespace())])
+def test_a_torch_without_a_setting_of_precision_multiplies_in_float32(
+    monkeypatch: pytest.MonkeyPatch, backend: SimpleNamespace
+) -> None:
+    inputs = torch.randn(100, 24).bfloat16()
+    monkeypatch.setattr(torch.backends, "mkldnn", backend)
+    found = torch.zeros(24, 24)
+    add_gram(found, inputs)
+    torch.testing.assert_close(found, inputs.float().T @ inputs.float())
+    assert not hasattr(getattr(backend, "matmul", None), "fp32_precision")

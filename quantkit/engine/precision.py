@@ -23,8 +23,10 @@ def pass_dtype(device: torch.device, checkpoint: torch.dtype) -> torch.dtype:
     """
     if device.type == "cuda":
         return checkpoint if checkpoint in (torch.float16, torch.bfloat16) else torch.bfloat16
+    # torch has no public way to ask; where it no longer answers, the passes are right in float32, and slower.
+    has_amx: Callable[[], bool] = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     has_onednn: Callable[[], bool] = torch.backends.mkldnn.is_available
-    return torch.bfloat16 if torch.cpu._is_amx_tile_supported() and has_onednn() else torch.float32
+    return torch.bfloat16 if has_amx() and has_onednn() else torch.float32
 
 
 @contextmanager
@@ -32,11 +34,14 @@ def bfloat16_products(inputs: torch.Tensor) -> Iterator[None]:
     """Inside the block, products of float32 CPU matrices may round their inputs to bfloat16, if ``inputs`` are that.
 
     A plain product of bfloat16 matrices rounds its result to bfloat16 too, which can make a Gram matrix
-    indefinite; this way the result is float32. The setting is put back as it was.
+    indefinite; this way the result is float32. The setting is put back as it was. A torch that has no such setting
+    multiplies in float32, which is as right, and slower.
     """
-    backend: Any = torch.backends.mkldnn  # its settings are not in its type hints
-    settings = backend.matmul
-    before = settings.fp32_precision
+    settings: Any = getattr(torch.backends.mkldnn, "matmul", None)  # its settings are not in its type hints
+    before = getattr(settings, "fp32_precision", None)
+    if before is None:
+        yield
+        return
     if inputs.device.type == "cpu" and inputs.dtype == torch.bfloat16:
         settings.fp32_precision = "bf16"
     try:

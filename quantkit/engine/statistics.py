@@ -16,6 +16,8 @@ CHUNK_TOKENS = 512
 """Tokens multiplied at a time on a CPU: what its caches hold."""
 WHOLE_COLUMNS = 768
 """Up to this many columns a CPU multiplies the whole matrix faster than the tiles of its upper triangle."""
+MIRRORED = 256
+"""Rows and columns of a tile that is mirrored at a time."""
 
 
 class Gatherer:
@@ -60,7 +62,7 @@ class Gatherer:
         divisor = weight if isinstance(weight, int) else weight.clamp(min=torch.finfo(weight.dtype).tiny)
         means = {statistic.value: total.div_(divisor) for statistic, total in self._sums.items()}
         if Statistic.GRAM in self._needs:
-            means["gram"] = means["gram"].triu() + means["gram"].triu(1).T
+            mirror_(means["gram"])
         self._sums = {}
         return InputStatistics(self.tokens, means.get("abs_mean"), means.get("square_mean"), means.get("gram"))
 
@@ -99,3 +101,12 @@ def add_gram(total: torch.Tensor, inputs: torch.Tensor, weights: torch.Tensor | 
 
 def _weighed(values: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
     return values if weights is None else values * weights.unsqueeze(1)
+
+
+def mirror_(matrix: torch.Tensor) -> None:
+    """Put the upper triangle of a square matrix below its diagonal too, without a second matrix."""
+    for start in range(0, len(matrix), MIRRORED):
+        stop = min(start + MIRRORED, len(matrix))
+        corner = matrix[start:stop, start:stop]
+        corner.copy_(corner.triu() + corner.triu(1).T)
+        matrix[stop:, start:stop] = matrix[start:stop, stop:].T

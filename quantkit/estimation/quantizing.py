@@ -23,13 +23,12 @@ from quantkit.recipe import VariantSpec
 from quantkit.schemes import Mxfp4Scheme, Nvfp4Scheme, Scheme
 from quantkit.schemes.codebook import CodebookScheme
 
-SUMMED = 4
-"""Gram matrices' worth of float32 when its sums are there: the upper triangle, twice that without the rest, and both
-put together."""
-FACTORIZING = 8
-"""The same while one is factorized."""
-KEPT = 4
-"""The same while a layer is solved with it: the matrix, damped, its factor, and that divided by its diagonal."""
+SUMMED = 1
+"""Gram matrices' worth of float32 when its sums are there: the lower triangle is made of the upper in place."""
+FACTORIZING = 3
+"""The same while one is factorized: the matrix, a damped copy that is factorized in place, and the factor's inverse."""
+KEPT = 3
+"""The same while a layer is solved with it: the matrix, damped, and its factor."""
 ROUNDING, ROUNDING_TABLE = 2.25, 3.25
 """Weights' worth of float32 beside the weight for methods that do not say themselves, as they round: codes in 8 bits
 and two copies, or where codes are looked up in a table the values, their places and the limits between them."""

@@ -37,14 +37,15 @@ def solve_columns(
     columns, _ = weight.shape
     levels = torch.empty_like(weight)
     errors = torch.empty_like(weight)
-    push = factor / factor.diagonal().unsqueeze(1)
+    pivots = factor.diagonal().unsqueeze(1)
     # Views are made once: slicing inside the loop would cost more than the arithmetic.
     columns_of = zip(*(each.unbind(0) for each in (weight, levels, errors, scales)), rounder.columns(), strict=False)
     for start in range(0, columns, BLOCK):
         stop = min(start + BLOCK, columns)
+        push = factor[:stop, start:stop] / pivots[:stop]
         if start:
-            weight[start:stop].addmm_(push[:start, start:stop].T, errors[:start], alpha=-1)
-        within = push[start:stop, start:stop].T.contiguous().unbind(0)
+            weight[start:stop].addmm_(push[:start].T, errors[:start], alpha=-1)
+        within = push[start:].T.contiguous().unbind(0)
         earlier = errors[start:stop].T
         for done, weights in enumerate(within):
             current, nearest, error, scale, column = next(columns_of)

@@ -1,4 +1,8 @@
-"""The factor of the inverse Hessian that drives the column solver."""
+"""The factor of the inverse Hessian that drives the column solver.
+
+A Gram matrix of a wide layer takes gigabytes (3.3 for 28,672 columns), so that what is made of it is made in place: no
+more than two matrices are alive beside it, while it is factorized and after.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,8 @@ from quantkit.errors import QuantizationError
 from quantkit.system.host import decide
 
 MAX_DAMPING = 10.0
+FLIPPED = 1 << 20
+"""Numbers that change places at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +26,7 @@ class Curvature:
         gram: float32 ``[in_features, in_features]``.
         hessian: the same, damped.
         order: columns with the strongest inputs first, or None for the order in which they lie.
-        factor: see :func:`inverse_factor`, in that order.
+        factor: see :func:`inverse_factor`, in this order.
         damping: as asked for.
         used: as was needed.
     """
@@ -40,7 +46,7 @@ class Curvature:
             QuantizationError: it cannot be factorized.
         """
         order = gram.diagonal().argsort(descending=True, stable=True) if activation_order else None
-        factor, used = inverse_factor(gram if order is None else gram[order][:, order], damping)
+        factor, used = inverse_factor(gram, damping, order)
         return cls(gram, damped(gram, used), order, factor, damping, used)
 
     def notes(self) -> tuple[str, ...]:
@@ -54,22 +60,26 @@ def damped(gram: torch.Tensor, damping: float) -> torch.Tensor:
     Inputs that were never active have a zero diagonal; they get one, so that their weights are rounded and
     disturb nothing.
     """
-    diagonal = gram.diagonal()
-    ridge = diagonal.mean() * damping
     raised = gram.clone()
-    floor = torch.where(diagonal > 0, 0.0, torch.where(ridge > 0, ridge, 1.0))
-    raised.diagonal().add_(ridge + floor)
+    raised.diagonal().add_(_ridge(gram.diagonal(), damping))
     return raised
 
 
-def inverse_factor(gram: torch.Tensor, damping: float) -> tuple[torch.Tensor, float]:
+def _ridge(diagonal: torch.Tensor, damping: float) -> torch.Tensor:
+    """What is added to a diagonal, float32 ``[in_features]``."""
+    ridge = diagonal.mean() * damping
+    return ridge + torch.where(diagonal > 0, 0.0, torch.where(ridge > 0, ridge, 1.0))
+
+
+def inverse_factor(gram: torch.Tensor, damping: float, order: torch.Tensor | None = None) -> tuple[torch.Tensor, float]:
     """The upper Cholesky factor of the inverse of the damped Gram matrix.
 
     Where the factorization fails the damping is doubled and tried again.
 
     Args:
-        gram: float32 ``[in_features, in_features]``, symmetric.
+        gram: float32 ``[in_features, in_features]``, symmetric; it is left as it is.
         damping: fraction of the mean diagonal that is added.
+        order: int64 ``[in_features]``, the columns in the order of the factor's; None for that in which they lie.
 
     Returns:
         ``U`` with ``Uᵀ U = H⁻¹``, and the damping that was needed.
@@ -80,15 +90,38 @@ def inverse_factor(gram: torch.Tensor, damping: float) -> tuple[torch.Tensor, fl
     tried = damping
     while tried <= MAX_DAMPING:
         # With the order of rows and columns reversed, H = L Lᵀ becomes H = R Rᵀ with R upper, and U = R⁻¹.
-        lower, failed = torch.linalg.cholesky_ex(damped(gram, tried).flip(0, 1))
+        reversed_ = _reversed(gram, tried, order)
+        failed = torch.empty((), dtype=torch.int32, device=gram.device)
+        torch.linalg.cholesky_ex(reversed_, out=(reversed_, failed))
         if not decide(failed.any()):
-            upper = lower.flip(0, 1)
-            identity = torch.eye(upper.shape[0], device=upper.device)
-            factor = torch.linalg.solve_triangular(upper, identity, upper=True)
-            if decide(factor.isfinite().all()):
+            _flip_(reversed_.mT.view(-1))
+            factor = torch.eye(gram.shape[0], device=gram.device).mT
+            torch.linalg.solve_triangular(reversed_, factor, upper=True, out=factor)
+            if decide(torch.stack(factor.mT.aminmax()).isfinite().all()):  # of every number it took a matrix more
                 return factor, tried
         tried = max(tried * 2, 1e-4)
     raise QuantizationError(
         f"the statistics of a layer's inputs cannot be factorized at any damping from {damping:g} to {MAX_DAMPING:g}",
         "they hold NaN or infinities: check the model and the calibration texts",
     )
+
+
+def _reversed(gram: torch.Tensor, damping: float, order: torch.Tensor | None) -> torch.Tensor:
+    """A damped copy with rows and columns in the reverse of an order, columns contiguous as LAPACK has them."""
+    if order is None:
+        diagonal, found = gram.diagonal(), gram.flip(0, 1)
+    else:
+        backwards = order.flip(0)
+        diagonal, found = gram.diagonal()[order], gram.index_select(0, backwards).index_select(1, backwards)
+    found.diagonal().add_(_ridge(diagonal, damping).flip(0))
+    return found.mT
+
+
+def _flip_(values: torch.Tensor) -> None:
+    """Reverse a vector in place."""
+    for start in range(0, len(values) // 2, FLIPPED):
+        stop = min(start + FLIPPED, len(values) // 2)
+        first, last = values[start:stop], values[len(values) - stop : len(values) - start]
+        kept = first.flip(0)
+        first.copy_(last.flip(0))
+        last.copy_(kept)

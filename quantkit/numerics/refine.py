@@ -19,6 +19,10 @@ from quantkit.schemes.grids import Grids, Rounder
 from quantkit.schemes.grids.base import stored
 
 BLOCK = 32
+SYSTEM = 1 << 26
+"""Numbers in the systems of equations that are solved at a time: 256 MiB."""
+EVEN = 128
+"""Rows come in multiples of this many, of which products of matrices give each the same result in any number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,17 +106,23 @@ def refit_scales(response: torch.Tensor, levels: torch.Tensor, hessian: torch.Te
     Returns:
         float32 ``[groups, rows]``; 0 for a group whose levels are all zero.
     """
+    rows = max(1, SYSTEM // groups**2 // EVEN) * EVEN
+    parts = zip(torch.split(response, rows, 1), torch.split(levels, rows, 1), strict=True)
+    return torch.cat([_refit_rows(*part, hessian, groups) for part in parts], 1)
+
+
+def _refit_rows(response: torch.Tensor, levels: torch.Tensor, hessian: torch.Tensor, groups: int) -> torch.Tensor:
+    """:func:`refit_scales` of as many rows as one system of equations takes."""
     columns, rows = response.shape
     size = columns // groups
     target = (response * levels).view(groups, size, rows).sum(1)
-    system = torch.empty(groups, groups, rows, device=response.device)
+    system = torch.empty(rows, groups, groups, device=response.device)
     for group in range(groups):
         start, stop = group * size, (group + 1) * size
-        response = hessian[start:, start:stop] @ levels[start:stop]
-        part = response.mul_(levels[start:]).view(groups - group, size, rows).sum(1)
-        system[group:, group] = part
-        system[group, group:] = part
-    system = system.permute(2, 0, 1).contiguous()
+        pulled = hessian[start:, start:stop] @ levels[start:stop]
+        part = pulled.mul_(levels[start:]).view(groups - group, size, rows).sum(1).T
+        system[:, group:, group] = part
+        system[:, group, group:] = part
     # A group whose levels are all zero would make the system singular.
     ridge = system.diagonal(dim1=1, dim2=2).mean(1, keepdim=True).mul_(1e-6)
     system.diagonal(dim1=1, dim2=2).add_(ridge.clamp_(min=torch.finfo(torch.float32).tiny))
@@ -133,20 +143,21 @@ def descend(
         weight: float32 ``[columns, rows]``, the float weight.
         levels: float32 ``[columns, rows]``.
         scales: float32 ``[columns, rows]``, the scale of each weight.
-        limits: lowest and highest step of each weight.
+        rounder: finds the nearest levels.
         hessian: float32 ``[columns, columns]``, positive definite.
     """
     columns, rows = weight.shape
     missing = torch.addcmul(weight, levels, scales, value=-1)
-    pull = hessian / hessian.diagonal().unsqueeze(1)
+    pivots = hessian.diagonal().unsqueeze(1)
     moves = torch.empty(BLOCK, rows, device=weight.device)
     nearest = torch.empty(rows, device=weight.device)
     earlier = [moves[:done].T for done in range(BLOCK)]
     columns_of = zip(levels.unbind(0), scales.unbind(0), rounder.columns(), strict=False)
     for start in range(0, columns, BLOCK):
         stop = min(start + BLOCK, columns)
-        wanted = (pull[start:stop] @ missing).unbind(0)
-        within = pull[start:stop, start:stop].unbind(0)
+        pull = hessian[start:stop] / pivots[start:stop]
+        wanted = (pull @ missing).unbind(0)
+        within = pull[:, start:stop].unbind(0)
         for done, current in enumerate(wanted):
             level, scale, column = next(columns_of)
             if done:

@@ -21,13 +21,16 @@ SMALLEST = 1e-4
 
 
 def pooled(values: torch.Tensor, channels: torch.Tensor | None) -> torch.Tensor:
-    """Values per input channel, averaged over those that must get the same factor."""
+    """Values per input channel, averaged over those that must get the same factor.
+
+    They are summed on the CPU and in float64: a GPU adds in another order at every run.
+    """
     if channels is None:
         return values
-    channels = channels.to(values.device)
-    total = torch.zeros_like(values).index_add_(0, channels, values)
-    members = torch.zeros_like(values).index_add_(0, channels, torch.ones_like(values))
-    return (total / members.clamp(min=1))[channels]
+    channels, apart = channels.cpu(), values.to("cpu", torch.float64)
+    total = torch.zeros_like(apart).index_add_(0, channels, apart)
+    members = torch.zeros_like(apart).index_add_(0, channels, torch.ones_like(apart))
+    return (total / members.clamp(min=1))[channels].to(values)
 
 
 def candidate(strength: torch.Tensor, size: torch.Tensor | None, alpha: float) -> torch.Tensor:
