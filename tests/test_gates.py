@@ -16,7 +16,7 @@ from quantkit.gates.judge import judge_relative
 from quantkit.gates.noise import Spread
 from quantkit.gates.record import TextRecord, VariantRecord
 from quantkit.gates.results import GateResult
-from quantkit.regression.judging import speed_spreads
+from quantkit.regression.judging import Beside, judge, speed_spreads
 from quantkit.report import check_gate_syntax, evaluate_gates
 from quantkit.run_history import RunRecord
 from tests.history_records import TEXT, run
@@ -111,6 +111,7 @@ def test_a_failed_variant_fails_its_gates_even_with_figures() -> None:
     [
         ("perplexity.code <= 99", {}),
         ("kl_divergence.code.mean <= 99", {}),
+        ("perplexity <= 99", {"metrics": {"perplexity": {"prose": math.nan, "wiki.v2": 9.5}}}),
         ("perplexity <= 99", {"metrics": {}}),
         ("perplexity <= 99", {"metrics": None}),
         ("kl_divergence.mean <= 99", {"metrics": {"kl_divergence": {"prose": None}}}),
@@ -377,6 +378,15 @@ def text_row(nll: tuple[float, ...]) -> dict[str, Any]:
         "nll_count": 63 * len(nll),
         "nll_by_window": list(nll),
     }
+
+
+@pytest.mark.parametrize("gate", ["perplexity <= 99", "perplexity +1 %", "perplexity <= baseline +1%"])
+def test_a_check_tells_that_a_scored_text_has_no_finite_figure(gate: str) -> None:
+    lacking = record(figures={("perplexity", "answers", ""): 5.0}, texts={"answers": TEXT, "prose": TEXT})
+    now = run(variants=(lacking,))
+    (result,) = judge([gate], now, Beside({lacking.name: run()}, ()))
+    assert result.outcome == "unknown"
+    assert {each.text: each.outcome for each in result.comparisons}["prose"] == "unknown"
 
 
 def test_how_much_speeds_differ_is_told_by_five_runs_alike() -> None:

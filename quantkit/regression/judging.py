@@ -46,9 +46,16 @@ def judge(gates: Sequence[str], run: RunRecord, beside: Beside) -> list[GateResu
     """
     results = []
     for gate in map(parse_gate, gates):
-        texts = sorted({key[1] for variant in run.variants for key in variant.figures if key[0] == gate.metric})
-        results += [_result(gate, variant, run, beside, texts) for variant in run.variants]
+        results += [_result(gate, variant, run, beside, _texts_of(gate, run)) for variant in run.variants]
     return results
+
+
+def _texts_of(gate: Gate, run: RunRecord) -> list[str]:
+    """The texts that any variant has a gate's metric of, and those on which it was scored without a finite figure."""
+    found = {key[1] for variant in run.variants for key in variant.figures if key[0] == gate.metric}
+    if gate.about.per_text and not gate.about.implied:
+        found.update(text for variant in run.variants for text in variant.texts)
+    return sorted(found)
 
 
 def verdict(results: Sequence[GateResult], run: RunRecord) -> Outcome:
