@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -579,6 +580,13 @@ def test_models_that_are_not_there_are_refused(tmp_path: Path) -> None:
         anatomy_of(str(tmp_path))
     with pytest.raises(RecipeError, match="what fits"):
         fits("llama-2-7b", "8GiB", bits=4)
+
+
+@pytest.mark.parametrize("wrong", ["many", [1, 2], -1, 1.5])
+@pytest.mark.parametrize("key", ["num_key_value_heads", "head_dim", "sliding_window", "layer_types", "rope_parameters"])
+def test_configs_that_no_model_has_are_refused_or_built(key: str, wrong: Any) -> None:
+    with suppress(QuantkitError):
+        assert anatomy_by({**tiny_config("mistral").to_dict(), key: wrong}, "odd").blocks
 
 
 @pytest.mark.parametrize(

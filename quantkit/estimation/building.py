@@ -82,7 +82,10 @@ def _counted(skeleton: Skeleton, name: str, dtype: str, notes: tuple[str, ...]) 
     largest = [index for index in sizes if sizes[index] == max(sizes.values())][:2][-1]
     vocabulary, hidden = skeleton.model.get_input_embeddings().weight.shape
     heads = _whole(config, "num_attention_heads", name)
-    width, shared = _head_widths(config, hidden // heads), getattr(config, "num_key_value_heads", None) or heads
+    width, shared = (
+        _head_width(config, name) or hidden // heads,
+        _optional(config, "num_key_value_heads", name) or heads,
+    )
     embedding, head = skeleton.embedding, skeleton.head
     inside = [layer for segment in skeleton.segments for layer in segment.layers]
     inputs, remark = block_inputs(skeleton, largest)  # last, for it fills the model
@@ -91,19 +94,21 @@ def _counted(skeleton: Skeleton, name: str, dtype: str, notes: tuple[str, ...]) 
         family=config.model_type,
         dtype=dtype,
         hidden=hidden,
-        wide=_wide(inside, hidden, getattr(config, "num_experts_per_tok", None) or 1),
+        wide=_wide(inside, hidden, _optional(config, "num_experts_per_tok", name) or 1),
         queries=heads * width,
         keys=shared * width,
         vocabulary=vocabulary,
         blocks=len(skeleton.segments),
         weights=weights,
-        caches=tuple(_caches(config, len(skeleton.segments), shared, width)),
+        caches=tuple(
+            _caches(config, name, len(skeleton.segments), 2 * shared * width, f"(2 x {shared} heads x {width})")
+        ),
         embedding=embedding.layers[0].name if embedding else "",
         head=head.layers[0].name if head else "lm_head",
         tied=bool(skeleton.tied),
         largest=largest,
         inputs=inputs,
-        context=getattr(config, "max_position_embeddings", None),
+        context=_optional(config, "max_position_embeddings", name),
         rope_factors=_rope_factors(config, width),
         notes=(*notes, *remark),
     )
@@ -140,11 +145,15 @@ def _whole(config: Any, key: str, name: str) -> int:
     return found
 
 
-def _head_widths(config: Any, default: int) -> int:
+def _optional(config: Any, key: str, name: str) -> int | None:
+    return _whole(config, key, name) if getattr(config, key, None) else None
+
+
+def _head_width(config: Any, name: str) -> int | None:
     """Width of a head; of latent attention that of its keys, which a part with positions and one without make up."""
-    if getattr(config, "kv_lora_rank", None):
-        return int(config.qk_nope_head_dim + config.qk_rope_head_dim)
-    return int(getattr(config, "head_dim", None) or default)
+    if _optional(config, "kv_lora_rank", name):
+        return _whole(config, "qk_nope_head_dim", name) + _whole(config, "qk_rope_head_dim", name)
+    return _optional(config, "head_dim", name)
 
 
 def _wide(layers: list[Layer], hidden: int, experts: int) -> int:
@@ -157,15 +166,14 @@ def _wide(layers: list[Layer], hidden: int, experts: int) -> int:
     return max(max(single), experts * max(inner))
 
 
-def _caches(config: Any, blocks: int, shared: int, width: int) -> Iterator[Cache]:
+def _caches(config: Any, name: str, blocks: int, values: int, words: str) -> Iterator[Cache]:
     """What each block keeps of a token: keys and values, or the latent from which they are made."""
-    latent, window = getattr(config, "kv_lora_rank", None), getattr(config, "sliding_window", None)
-    values, words = 2 * shared * width, f"(2 x {shared} heads x {width})"
+    latent, window = _optional(config, "kv_lora_rank", name), _optional(config, "sliding_window", name)
     if latent:
-        values = latent + config.qk_rope_head_dim
-        words = f"({latent} latent + {config.qk_rope_head_dim} rope)"
+        rope = _whole(config, "qk_rope_head_dim", name)
+        values, words = latent + rope, f"({latent} latent + {rope} rope)"
     kinds = getattr(config, "layer_types", None) or [SLIDING if window else FULL] * blocks
-    windows = {FULL: None, SLIDING: window, CHUNKED: getattr(config, "attention_chunk_size", None)}
+    windows = {FULL: None, SLIDING: window, CHUNKED: _optional(config, "attention_chunk_size", name)}
     for kind in kinds:
         yield Cache(values, words, windows[kind]) if kind in windows else Cache(0, f"({kind} keeps no tokens)")
 
