@@ -116,7 +116,6 @@ CODEBOOKS = [Nf4Scheme(32, False), Nf4Scheme(32)]
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Fake tensors, and answers to the questions that the numerics ask: all is well at once."""
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
     factorized = cycle([False, True])  # "did it fail?", "is it finite?"
     monkeypatch.setattr(factor, "decide", lambda _: next(factorized))
     monkeypatch.setattr(grids_base, "decide", lambda _: True)

@@ -20,7 +20,6 @@ from quantkit.checkpoint import CheckpointReader
 from quantkit.errors import CheckpointError, QuantkitError, SourceError
 from quantkit.exports.gguf import GgufExport
 from quantkit.exports.gguf_writer import check_source, source_remarks, write_gguf
-from quantkit.formats.gguf import Gguf
 from quantkit.gguf.imatrix import Importance, write_imatrix
 from quantkit.recipe import ModelSpec
 from quantkit.runtimes.base import LoadOptions
@@ -66,7 +65,7 @@ DECIDING = (
 
 
 def written(tmp_path: Path, folder: Path, scheme: Scheme | None = None, embedding: Scheme | None = None) -> Path:
-    return write_gguf(content_of(folder, scheme, embedding), Gguf(), tmp_path)
+    return write_gguf(content_of(folder, scheme, embedding), tmp_path)
 
 
 def decoded(export: GgufExport) -> dict[str, torch.Tensor]:
@@ -283,7 +282,7 @@ def test_a_value_beyond_float16_is_refused_by_name(tmp_path: Path) -> None:
     head[3, 4] = 70000.0
     object.__setattr__(content.floats["lm_head.weight"], "read", lambda: head)
     with pytest.raises(QuantkitError, match=r"lm_head\.weight.*float16"):
-        write_gguf(content, Gguf(), tmp_path)
+        write_gguf(content, tmp_path)
 
 
 def test_bfloat16_stays_bfloat16(tmp_path: Path) -> None:
@@ -346,7 +345,7 @@ def test_only_one_tensor_is_held_at_a_time(tmp_path: Path) -> None:
     held: list[Any] = []
     for stored in (*content.floats.values(), *(each["weight"] for each in content.packed.values())):
         object.__setattr__(stored, "read", counted(stored.read, held))
-    write_gguf(content, Gguf(), tmp_path)
+    write_gguf(content, tmp_path)
     assert len(held) >= len(content.floats) + len(content.packed)
 
 
@@ -451,5 +450,5 @@ def test_an_importance_beside_a_layer_stays_out_of_the_file(tmp_path: Path) -> N
     content = content_of(make_model(tmp_path / "float"), IntScheme(4, 32))
     layer = next(iter(content.packed))
     packed = {**content.packed, layer: {**content.packed[layer], "importance": content.packed[layer]["weight"]}}
-    path = write_gguf(replace(content, packed=packed), Gguf(), tmp_path)
+    path = write_gguf(replace(content, packed=packed), tmp_path)
     assert not [tensor.name for tensor in gguf.GGUFReader(path).tensors if "importance" in tensor.name]

@@ -22,7 +22,6 @@ from quantkit.errors import CheckpointError
 from quantkit.exports.companions import LICENCES, copy_companions
 from quantkit.exports.content import Content, digest
 from quantkit.exports.gguf import BLOCKS, SCHEMES_KEY, VERSION_KEY, GgufExport
-from quantkit.formats.base import Format
 from quantkit.gguf.config import head_size, model_metadata, read_model_config
 from quantkit.gguf.names import Naming
 from quantkit.gguf.rope import FACTORS, rope_divisors
@@ -71,12 +70,11 @@ def source_remarks(folder: Path, dtype: str) -> tuple[str, ...]:
     return found
 
 
-def write_gguf(content: Content, store: Format, folder: Path) -> Path:
+def write_gguf(content: Content, folder: Path) -> Path:
     """Write ``model-TYPE.gguf``, named for the commonest type, and read it back.
 
     Args:
         content: the model; an importance beside a layer's blocks does not go into the file.
-        store: what packed its layers.
         folder: where to.
 
     Raises:

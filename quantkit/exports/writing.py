@@ -75,6 +75,6 @@ def write_export(content: Content, store: Format, folder: Path) -> None:
     if store.container == "gguf":
         from quantkit.exports.gguf_writer import write_gguf
 
-        write_gguf(content, store, folder)
+        write_gguf(content, folder)
     else:
         write_folder(content, store, folder)
