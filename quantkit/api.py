@@ -20,8 +20,8 @@ from quantkit.recipe import (
     Recipe,
     VariantSpec,
 )
-from quantkit.recipe.limits import parse_seconds
 from quantkit.system.progress import Observer, Silent
+from quantkit.system.units import parse_seconds
 from quantkit.system.validation import parse_section
 
 if TYPE_CHECKING:

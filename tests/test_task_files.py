@@ -11,7 +11,7 @@ from quantkit.evaluation.job import EvaluationJob
 from quantkit.evaluation.task_files import read_task
 from quantkit.gates import parse_gate
 from quantkit.recipe import AnswerSpec, EvaluationSpec, TaskSpec
-from quantkit.recipe.tasks import check_further_gate
+from quantkit.recipe.evaluation import check_further_gate
 from quantkit.system.validation import parse_section
 from tests.task_files import write_task
 

@@ -1,4 +1,4 @@
-"""The recipe: what the user asked for, validated and frozen. One section a file.
+"""The recipe: what the user asked for, validated and frozen.
 
 A recipe is a YAML file with the sections of :class:`Recipe`. Unknown keys, wrong types and pairs that
 cannot work are refused when it is read, before a model is touched, with the path of the key.
@@ -6,30 +6,26 @@ cannot work are refused when it is read, before a model is touched, with the pat
 
 from __future__ import annotations
 
-from quantkit.recipe.calibration import CalibrationSpec
 from quantkit.recipe.document import MAX_RECIPE_BYTES, Recipe
 from quantkit.recipe.evaluation import (
+    ANSWER_METRICS,
     BUNDLED_TEXTS,
     COMPARING_METRICS,
     METRICS,
+    AnswerSpec,
     EvaluationSpec,
     Metric,
+    TaskSpec,
     TextSpec,
 )
 from quantkit.recipe.fields import Section
-from quantkit.recipe.history import HistorySpec, RetentionSpec
-from quantkit.recipe.library import LibrarySpec
-from quantkit.recipe.limits import LimitsSpec
-from quantkit.recipe.merge import MergeSpec
-from quantkit.recipe.model import AdapterSpec, ModelSpec
-from quantkit.recipe.options import DEFAULT_METHOD
-from quantkit.recipe.quantization import QuantizationSpec
-from quantkit.recipe.report import ReportSpec
+from quantkit.recipe.library import LibrarySpec, LimitsSpec
+from quantkit.recipe.model import AdapterSpec, MergeSpec, ModelSpec
+from quantkit.recipe.outputs import HistorySpec, MlflowSpec, ReportSpec, RetentionSpec, TrackingSpec, WebhookSpec
+from quantkit.recipe.quantization import CalibrationSpec, QuantizationSpec
 from quantkit.recipe.scheme import BlocksPatch, SchemeKeys, SchemePatch
-from quantkit.recipe.tasks import ANSWER_METRICS, AnswerSpec, TaskSpec
-from quantkit.recipe.tracking import MlflowSpec, TrackingSpec
+from quantkit.recipe.steps import DEFAULT_METHOD
 from quantkit.recipe.variant import VariantSpec
-from quantkit.recipe.webhook import WebhookSpec
 
 __all__ = [
     "ANSWER_METRICS",

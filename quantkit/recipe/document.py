@@ -1,30 +1,26 @@
-"""A whole recipe: its sections, and how it is read and written."""
+"""A whole recipe: its sections, the defaults of its variants, and how it is read and written."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
-from quantkit.errors import RecipeError
+from quantkit.errors import RecipeError, did_you_mean
 from quantkit.gates import check_gate_syntax, parse_gate
-from quantkit.recipe.calibration import CalibrationSpec
-from quantkit.recipe.defaults import check_default_keys, defaults_for
-from quantkit.recipe.evaluation import METRICS, EvaluationSpec
+from quantkit.recipe.evaluation import METRICS, EvaluationSpec, check_further_gate
 from quantkit.recipe.fields import Name, Section, require_distinct
-from quantkit.recipe.history import HistorySpec, RetentionSpec
-from quantkit.recipe.library import LibrarySpec
-from quantkit.recipe.merge import MergeSpec
-from quantkit.recipe.model import ModelSpec
-from quantkit.recipe.quantization import QuantizationSpec
-from quantkit.recipe.report import ReportSpec
-from quantkit.recipe.tasks import check_further_gate
-from quantkit.recipe.tracking import TrackingSpec
+from quantkit.recipe.library import LibrarySpec, taken_keys
+from quantkit.recipe.model import MergeSpec, ModelSpec
+from quantkit.recipe.outputs import HistorySpec, ReportSpec, RetentionSpec, TrackingSpec, WebhookSpec
+from quantkit.recipe.quantization import CalibrationSpec, QuantizationSpec
+from quantkit.recipe.steps import DEFAULT_METHOD, option_names
 from quantkit.recipe.variant import VariantSpec
-from quantkit.recipe.webhook import WebhookSpec
+from quantkit.schemes import DEFAULT_KIND, SCHEMES, scheme_keys
+from quantkit.schemes.kinds import keys_of
 from quantkit.system.strict_yaml import parse_mapping
 from quantkit.system.validation import located, parse_section
 
@@ -76,9 +72,9 @@ class Recipe(Section):
         if not isinstance(defaults, Mapping) or not isinstance(variants, list | tuple):
             return given
         with located():
-            check_default_keys(defaults, variants)
+            _check_default_keys(defaults, variants)
         filled = [
-            {**defaults_for(defaults, variant), **variant} if isinstance(variant, Mapping) else variant
+            {**_defaults_for(defaults, variant), **variant} if isinstance(variant, Mapping) else variant
             for variant in variants
         ]
         return {**given, "variants": filled}
@@ -173,3 +169,45 @@ class Recipe(Section):
     def resolved(self) -> dict[str, Any]:
         """The whole recipe as JSON data, with every default, key of a scheme and method option filled in."""
         return {**self.model_dump(mode="json"), "variants": [variant.resolved() for variant in self.variants]}
+
+
+def _defaults_for(defaults: Mapping[str, Any], variant: Mapping[str, Any]) -> dict[str, Any]:
+    """The defaults that apply to a variant: not the options of another method or the keys of another scheme."""
+    known = _keys_taken(defaults, variant)
+    return {key: value for key, value in defaults.items() if key in known}
+
+
+def _check_default_keys(defaults: Mapping[Any, Any], variants: Sequence[Any]) -> None:
+    """Refuse the defaults that no variant could take.
+
+    Raises:
+        RecipeError: with the nearest key that one could.
+    """
+    known = _scheme_free_keys()
+    for variant in variants:
+        if isinstance(variant, Mapping):
+            known |= _keys_taken(defaults, variant)
+    known -= {"name", "options", "library"}
+    for key in defaults:
+        if key in scheme_keys() and key not in known:
+            kinds = ", ".join(kind for kind in SCHEMES.names() if key in keys_of(kind))
+            raise RecipeError(f"defaults.{key}: no variant has a scheme that takes it", f"these do: {kinds}")
+        if key not in known:
+            raise RecipeError(f"unknown key 'defaults.{key}'", did_you_mean(str(key), known))
+
+
+def _keys_taken(defaults: Mapping[str, Any], variant: Mapping[str, Any]) -> set[str]:
+    """The keys that a variant as written takes; a library's method is its own affair, so no default gives it."""
+    if "library" in variant:
+        return taken_keys(variant["library"], variant.get("method")) - {"method"}
+    choices = {"method": DEFAULT_METHOD, "scheme": DEFAULT_KIND, **defaults, **variant}
+    return _scheme_free_keys() | _scheme_keys(choices["scheme"]) | option_names(choices["method"])
+
+
+def _scheme_free_keys() -> set[str]:
+    return set(VariantSpec.model_fields) - set(scheme_keys())
+
+
+def _scheme_keys(kind: object) -> set[str]:
+    """The keys of a kind of scheme; all of them for what is none, which the field's own validator reports."""
+    return set(keys_of(kind) if isinstance(kind, str) and kind in SCHEMES else scheme_keys())

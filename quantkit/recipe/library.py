@@ -1,4 +1,4 @@
-"""A variant that one of the field's libraries quantizes."""
+"""A variant that one of the field's libraries quantizes, and what its worker may take."""
 
 from __future__ import annotations
 
@@ -12,12 +12,51 @@ from quantkit.formats import FORMATS
 from quantkit.libraries import LIBRARIES, Library
 from quantkit.libraries.base import CODES, Offer
 from quantkit.recipe.fields import Flag, Name, Patterns, Section, Whole, compiled
-from quantkit.recipe.limits import LimitsSpec
 from quantkit.schemes import PER_CHANNEL, SCHEMES, Scheme, make_scheme
 from quantkit.schemes.kinds import keys_of
+from quantkit.system.units import parse_bytes, parse_seconds
 from quantkit.system.validation import located, unknown_key
 
 DEFAULT_GROUP = 64
+DEFAULT_TIME = "12h"
+
+
+class LimitsSpec(Section):
+    """What a worker may take before it is ended.
+
+    Attributes:
+        time: such as ``90s``, ``30min``, ``2h``.
+        memory: of the worker and the processes that it starts, resident, such as ``12GiB``; None is nine tenths of
+            what is free when it starts.
+    """
+
+    time: str = DEFAULT_TIME
+    memory: str | None = None
+
+    @field_validator("time", mode="before")
+    @classmethod
+    def _time_is_one(cls, given: Any) -> Any:
+        with located():
+            parse_seconds(given)
+        return given
+
+    @field_validator("memory", mode="before")
+    @classmethod
+    def _memory_is_some(cls, given: Any) -> Any:
+        with located():
+            if given is not None and (not isinstance(given, str) or parse_bytes(given) <= 0):
+                raise RecipeError(f"'{given}' is no amount of memory", "write 12GiB, for one")
+        return given
+
+    @property
+    def seconds(self) -> float:
+        """The time."""
+        return parse_seconds(self.time)
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """The memory, where it is given."""
+        return None if self.memory is None else parse_bytes(self.memory)
 
 
 class LibrarySpec(Section):

@@ -1,11 +1,11 @@
-"""The section ``model``: what is quantized."""
+"""The sections ``model`` and ``merge``: what is quantized, and how adapters are merged into it first."""
 
 from __future__ import annotations
 
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from quantkit.recipe.fields import Flag, Section, require_distinct
 
@@ -64,3 +64,30 @@ class ModelSpec(Section):
     def _each_once(cls, adapters: tuple[AdapterSpec, ...]) -> tuple[AdapterSpec, ...]:
         require_distinct([adapter.source for adapter in adapters], "adapters")
         return adapters
+
+
+BaseWeights = Literal["original", "nf4"]
+Nf4Dtype = Literal["float32", "float16", "bfloat16"]
+
+
+class MergeSpec(Section):
+    """How adapters are merged into the float model.
+
+    Attributes:
+        base: ``original`` adds to the model's own weights; ``nf4`` adds to what these are after NF4 with double
+            quantization, which is what a QLoRA adapter was trained upon.
+        compare: the other of the two bases: the report scores a model merged into that one as well.
+        nf4_dtype: dtype in which the NF4 weights were decoded in training, ``bnb_4bit_compute_dtype``.
+        any_base: merge although ``adapter_config.json`` names another base than ``model.source``.
+    """
+
+    base: BaseWeights = "original"
+    compare: BaseWeights | None = None
+    nf4_dtype: Nf4Dtype = "bfloat16"
+    any_base: Flag = False
+
+    @model_validator(mode="after")
+    def _bases_differ(self) -> MergeSpec:
+        if self.compare == self.base:
+            raise ValueError(f"compare is the base that is merged into anyway ({self.base}): name the other one")
+        return self

@@ -1,4 +1,4 @@
-"""What a variant does to weights, step by step: any number of transforms, then a method.
+"""What a variant does to weights, step by step: any number of transforms, then a method, and the options of these.
 
 ``transforms: [awq]`` with ``method: gptq`` and the short form ``method: awq+gptq`` say the same. In the short form, and
 where a method brings a transform itself as ``method: awq`` does, the options of all steps stand beside the variant's
@@ -7,7 +7,7 @@ other keys.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, cast
@@ -22,6 +22,8 @@ from quantkit.schemes import Scheme
 from quantkit.system.validation import located, unknown_key
 from quantkit.transforms import TRANSFORMS
 from quantkit.transforms.base import Transform, TransformOptions
+
+DEFAULT_METHOD = "gptq"
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,3 +155,39 @@ class TransformSpec(Section):
 def _own(kind: type[MethodOptions], options: MethodOptions) -> Any:
     """The options that one of the steps knows."""
     return kind.model_validate({name: getattr(options, name) for name in kind.model_fields})
+
+
+def gathered(given: Mapping[Any, Any], own: Collection[str]) -> Mapping[Any, Any]:
+    """A variant with the options of its method under ``options``.
+
+    Args:
+        given: the variant as it was written.
+        own: the keys of a variant itself, which come before options of the same name.
+
+    Raises:
+        PydanticCustomError: neither the variant nor its method has a key.
+    """
+    method = given.get("method", DEFAULT_METHOD)
+    if isinstance(method, str) and is_method(method):
+        _check_keys(given, method, own)
+    known = option_names(method) - set(own)
+    options = {key: given[key] for key in given if key in known}
+    rest = {key: value for key, value in given.items() if key not in known}
+    apart = rest.get("options", {})
+    return {**rest, "options": {**apart, **options}} if options and isinstance(apart, Mapping) else rest
+
+
+def option_names(method: object) -> set[str]:
+    """The options of a method; none for what is not a method, which the field's own validator reports."""
+    if not isinstance(method, str) or not is_method(method):
+        return set()
+    return set(steps_of(method).Options.model_fields)
+
+
+def _check_keys(given: Mapping[Any, Any], method: str, own: Collection[str]) -> None:
+    known = set(own) | option_names(method)
+    for key in given:
+        if isinstance(key, str) and key not in known:
+            owners = [name for name in METHODS.names() if key in option_names(name)]
+            foreign = f"it is an option of {', '.join(owners)}, and the method is {method}" if owners else ""
+            raise unknown_key(key, known, foreign)

@@ -12,9 +12,8 @@ from quantkit.errors import SchemeError
 from quantkit.formats import FORMATS
 from quantkit.methods.base import Method, MethodOptions, Statistic
 from quantkit.recipe.fields import Flag, Name, Patterns, Section, compiled
-from quantkit.recipe.options import DEFAULT_METHOD, gathered
 from quantkit.recipe.scheme import BlocksPatch, SchemeKeys, SchemePatch, known_kind, written_keys
-from quantkit.recipe.steps import Steps, TransformSpec, steps_of
+from quantkit.recipe.steps import DEFAULT_METHOD, Steps, TransformSpec, gathered, steps_of
 from quantkit.schemes import DEFAULT_KIND, Scheme, make_scheme
 from quantkit.system.validation import located
 from quantkit.transforms import TRANSFORMS

@@ -1,4 +1,4 @@
-"""Numbers that may not be finite, and sizes in bytes: read as people write them, and written."""
+"""Numbers that may not be finite, sizes in bytes and lengths of time: read as people write them, and written."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 from quantkit.errors import RecipeError
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+SECONDS = {"s": 1, "min": 60, "h": 3600, "d": 86400}
 
 
 def finite(value: Any) -> float | None:
@@ -35,6 +36,19 @@ def parse_bytes(text: str | int) -> int:
         return int(Decimal(match[1]) * units[match[2].lower()])
     except InvalidOperation as error:
         raise RecipeError(f"'{text}' is not a size", "write a number and a unit, such as 8GiB or 600MiB") from error
+
+
+def parse_seconds(text: object) -> float:
+    """Seconds from ``90s``, ``1.5min``, ``2h`` or ``1d``.
+
+    Raises:
+        RecipeError: it is nothing of the kind, or no time at all.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|min|h|d)", text) if isinstance(text, str) else None
+    seconds = float(found[1]) * SECONDS[found[2]] if found else 0.0
+    if seconds <= 0:
+        raise RecipeError(f"'{text}' is no length of time", "write 90s, 30min or 2h, for one")
+    return seconds
 
 
 def in_units(nbytes: int) -> str:
