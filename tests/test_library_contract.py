@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from quantkit.calibration.stored import token_ids_sha256
+from quantkit.calibration import token_ids_sha256
 from quantkit.errors import QuantkitError
 from quantkit.exports import open_export
 from quantkit.isolation.attempt import Attempt

@@ -20,8 +20,8 @@ from quantkit.checkpoint import CheckpointReader
 from quantkit.errors import CheckpointError, QuantkitError, SourceError
 from quantkit.exports import open_export
 from quantkit.merging import merge_model
-from quantkit.merging.names import check_base
-from quantkit.merging.nf4 import nf4_round_trip
+from quantkit.merging.base import check_base
+from quantkit.merging.layers import nf4_round_trip
 from quantkit.pipeline import run
 from quantkit.pipeline.plan import forecast
 from quantkit.pipeline.single import quantize_one

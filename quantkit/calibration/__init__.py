@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from quantkit.calibration.stage import CODE_VERSION, build
-from quantkit.calibration.stored import CalibrationSet, load, token_ids_sha256
+from quantkit.calibration.stage import CODE_VERSION, CalibrationSet, build, load, token_ids_sha256
 
 __all__ = ["CODE_VERSION", "CalibrationSet", "build", "load", "token_ids_sha256"]

@@ -7,9 +7,8 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-from quantkit.calibration.draw import Drawn, Dropped
 from quantkit.calibration.model import ModelLimits
-from quantkit.calibration.pack import Packed
+from quantkit.calibration.rows import Drawn, Dropped, Packed
 from quantkit.recipe import CalibrationSpec
 from quantkit.records import RecordSet
 

@@ -1,28 +1,104 @@
-"""Build a calibration set from a recipe's ``calibration`` section, or reuse the one that is there."""
+"""A calibration set: built from a recipe's section or reused where it is there, and its folder on disk."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+from safetensors.numpy import save as serialized
+
 from quantkit import records
 from quantkit.calibration.audit import make_audit
-from quantkit.calibration.draw import draw
 from quantkit.calibration.model import ModelLimits, load_tokenizer, model_limits, tokenizer_files
-from quantkit.calibration.pack import Packed, pack_full, pack_none
-from quantkit.calibration.stored import CalibrationSet, load, save, token_ids_sha256
+from quantkit.calibration.rows import Packed, draw, pack_full, pack_none
 from quantkit.errors import CalibrationError
 from quantkit.recipe import CalibrationSpec
 from quantkit.records import Record, RecordSet
-from quantkit.system.artifacts import check_writable, file_sha256, new_folder, read_stage, write_stage
+from quantkit.system.artifacts import (
+    check_writable,
+    file_sha256,
+    new_folder,
+    read_json,
+    read_stage,
+    write_json,
+    write_stage,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+TOKENS_FILE = "tokens.safetensors"
+AUDIT_FILE = "audit.json"
 STAGE = "calibration"
 CODE_VERSION = 1
 """Part of the fingerprint: raised when the same inputs would give other tokens or another audit."""
+
+
+@dataclass(frozen=True)
+class CalibrationSet:
+    """The token rows that every method of a recipe is calibrated on.
+
+    Attributes:
+        rows: token ids, each row at most ``max_length`` long.
+        audit: what became of every record and token; see :func:`quantkit.calibration.audit.make_audit`.
+        sha256: see :func:`token_ids_sha256`.
+        tokens: in all rows together.
+    """
+
+    rows: list[list[int]]
+    audit: dict[str, Any]
+    sha256: str
+    tokens: int
+
+
+def token_ids_sha256(rows: Iterable[Iterable[int]]) -> str:
+    """SHA-256 over the rows in their order, each as its length and then its ids, all as little-endian int32."""
+    digest = hashlib.sha256()
+    for row in rows:
+        ids = np.fromiter(row, dtype="<i4")
+        digest.update(np.array([ids.size], dtype="<i4").tobytes() + ids.tobytes())
+    return digest.hexdigest()
+
+
+def save(folder: Path, built: CalibrationSet) -> None:
+    """Write ``tokens.safetensors`` (int32 ``ids`` of all rows, int64 ``lengths``) and ``audit.json``."""
+    ids = np.concatenate([np.array(row, dtype=np.int32) for row in built.rows])
+    lengths = np.array([len(row) for row in built.rows], dtype=np.int64)
+    (folder / TOKENS_FILE).write_bytes(serialized({"ids": ids, "lengths": lengths}))
+    write_json(folder / AUDIT_FILE, built.audit)
+
+
+def load(folder: Path) -> CalibrationSet:
+    """Read the folder of a calibration stage.
+
+    Raises:
+        CalibrationError: a file is missing or broken, or the tokens are not those of the audit.
+    """
+    remedy = "remove the folder and build the calibration set again"
+    try:
+        tensors = load_file(folder / TOKENS_FILE)
+        audit: dict[str, Any] = read_json(folder / AUDIT_FILE)
+        rows = _rows(tensors["ids"], tensors["lengths"])
+        wanted = audit["token_ids_sha256"]
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise CalibrationError(f"{folder} is not a whole calibration set: {error}", remedy) from error
+    sha256 = token_ids_sha256(rows)
+    if sha256 != wanted:
+        raise CalibrationError(f"the tokens in {folder} are not those of its audit", remedy)
+    return CalibrationSet(rows, audit, sha256, sum(map(len, rows)))
+
+
+def _rows(ids: np.ndarray[Any, Any], lengths: np.ndarray[Any, Any]) -> list[list[int]]:
+    if ids.ndim != 1 or lengths.ndim != 1 or (lengths < 1).any() or lengths.sum() != ids.size:
+        raise ValueError("the rows' lengths do not add up to the tokens")
+    ends = np.cumsum(lengths)
+    return [ids[end - length : end].tolist() for end, length in zip(ends, lengths, strict=True)]
 
 
 def build(spec: CalibrationSpec, model_folder: Path, out: Path, *, trust_remote_code: bool = False) -> CalibrationSet:

@@ -7,11 +7,11 @@ that memory holds one tensor. The result is compared with PEFT's own un-merged m
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from quantkit import source
-from quantkit.merging.model import MergedModel
 from quantkit.recipe import MergeSpec, ModelSpec
 from quantkit.source import SourceModel
 from quantkit.source.hashes import tell_unchecked
@@ -21,6 +21,24 @@ from quantkit.system.scratch import workplace
 from quantkit.system.validation import parse_section
 
 __all__ = ["MergedModel", "merge_model", "merged_source", "other_merge"]
+
+
+@dataclass(frozen=True)
+class MergedModel(SourceModel):
+    """A float model that adapters were merged into.
+
+    Attributes:
+        content: what its values and tokens depend on.
+        merge: ``base``, ``base_weights``, ``adapters`` (``source``, ``weight``, ``rank``, ``layers``), ``notes`` and
+            ``check``, see :func:`quantkit.merging.check.check_merge`.
+    """
+
+    content: dict[str, Any] = field(default_factory=dict)
+    merge: dict[str, Any] = field(default_factory=dict)
+
+    def made_from(self) -> dict[str, Any]:
+        """The base, the adapters, and how they were merged."""
+        return self.content
 
 
 def merged_source(model: ModelSpec, merge: MergeSpec, work: Path, observer: Observer) -> SourceModel:
@@ -89,7 +107,7 @@ def merge_model(
 
     Returns:
         ``folder``, ``dtype``, ``base``, ``base_weights``, ``adapters``, ``notes`` and ``check``, see
-        :class:`quantkit.merging.stage.MergedModel`.
+        :class:`MergedModel`.
 
     Raises:
         QuantkitError: with what is wrong and the remedy.

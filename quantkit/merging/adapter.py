@@ -1,4 +1,4 @@
-"""An adapter's files: what they hold, and whether it is whole, found out from the headers."""
+"""An adapter: the folder that it lies in, what its files hold, and whether it is whole, found out from the headers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ import torch
 from quantkit.checkpoint import CheckpointReader
 from quantkit.checkpoint.header import read_header
 from quantkit.errors import SourceError
+from quantkit.merging.archives import SUFFIXES, is_archive, unpack
 from quantkit.merging.config import CONFIG, WITH_PEFT, AdapterConfig
+from quantkit.recipe.model import HUB_REFERENCE
+from quantkit.source import hub
 from quantkit.system.artifacts import file_sha256
 
 WEIGHTS = "adapter_model.safetensors"
@@ -26,6 +29,33 @@ _LORA_PART = re.compile(
 _TOKENS = re.compile(r"(?P<module>.+)\.token_adapter\.trainable_tokens_delta")
 _WRAPPED_BASE = re.compile(r"\.(token_adapter\.base_layer|base_layer|original_module)\.")
 _WRAPPED_COPY = ".modules_to_save."
+
+
+def adapter_folder(reference: str, scratch: Path) -> Path | hub.Snapshot:
+    """The folder of an adapter, or a revision of the hub that is one.
+
+    Args:
+        reference: folder, archive, or hub id ``org/name`` or ``org/name@revision``.
+        scratch: an empty folder; an archive is unpacked into it.
+
+    Raises:
+        SourceError: there is no such adapter, its archive cannot be used, or a file is not what the hub states.
+    """
+    path = Path(reference).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_file() and is_archive(path):
+        return unpack(path, scratch)
+    if path.exists():
+        raise SourceError(
+            f"adapter {path} is neither a folder nor an archive",
+            f"give the folder that holds adapter_config.json, or an archive of it ({', '.join(SUFFIXES)})",
+        )
+    if HUB_REFERENCE.fullmatch(reference) and not is_archive(path):
+        return hub.download(reference, None, trust_remote_code=False)
+    raise SourceError(
+        f"there is no adapter {path}", "give a folder, an archive, or the hub id org/name of a PEFT adapter"
+    )
 
 
 class AdapterReader(CheckpointReader):

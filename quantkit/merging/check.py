@@ -14,7 +14,7 @@ import torch
 from quantkit.errors import CheckpointError
 from quantkit.merging.adapter import Adapter
 from quantkit.merging.base import Base
-from quantkit.merging.nf4 import nf4_round_trip
+from quantkit.merging.layers import nf4_round_trip
 from quantkit.runtimes._checkpoint import load_tokenizer
 
 PROMPT = "Name three rivers of Europe, and say in one sentence each where they begin and which sea they reach."

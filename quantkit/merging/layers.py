@@ -1,7 +1,7 @@
-"""One layer's merge, by PEFT itself: a model of this layer alone, its adapter put in and merged.
+"""One layer's merge, by PEFT itself: a model of this layer alone, its adapter put in and merged; and NF4 before it.
 
 All that PEFT does to a layer (ranks and scalings by pattern, rsLoRA, DoRA, biases, transposed weights, trained rows) is
-so its own arithmetic, in float32.
+so its own arithmetic, in float32. A QLoRA adapter is added to what NF4 leaves of the weight.
 """
 
 from __future__ import annotations
@@ -18,7 +18,11 @@ from transformers.pytorch_utils import Conv1D
 
 from quantkit.errors import SourceError
 from quantkit.merging.adapter import Adapter
+from quantkit.numerics.grid_search import encode, quantized, range_grid
+from quantkit.schemes.codebook import Nf4Scheme
 
+NF4 = Nf4Scheme(group_size=64, double_quant=True)
+"""That of bitsandbytes' ``bnb_4bit_use_double_quant``; the codes are the same."""
 NAME = "default"
 """What PEFT calls the adapter meanwhile."""
 
@@ -153,3 +157,21 @@ def _merged(tuned: Any, base: nn.Module) -> LayerWeights:
     tuned.merge(safe_merge=False, adapter_names=[NAME])
     parameters = dict(base.named_parameters())
     return LayerWeights(parameters["weight"].data, parameters["bias"].data if "bias" in parameters else None)
+
+
+def nf4_round_trip(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What is left of a weight in NF4.
+
+    Args:
+        weight: ``[out_features, in_features]`` of a float dtype.
+        dtype: in which the model was loaded for training and the codes are decoded, so that values are rounded to it
+            before and after.
+
+    Returns:
+        float32 of the same shape.
+    """
+    rounded = weight.to(dtype).float().reshape(-1)
+    blocks = nn.functional.pad(rounded, (0, -rounded.numel() % NF4.group_size)).view(-1, NF4.group_size)
+    grid = range_grid(blocks, NF4, torch.float32)
+    found = quantized(encode(blocks, grid, NF4), grid, NF4).dequantize(torch.float32)
+    return found.view(-1)[: rounded.numel()].view(weight.shape).to(dtype).float()

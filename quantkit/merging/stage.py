@@ -10,12 +10,10 @@ from typing import Any
 
 from quantkit.checkpoint import FLOATS, CheckpointReader, ShardWriter
 from quantkit.errors import CheckpointError, SourceError
-from quantkit.merging.adapter import Adapter
-from quantkit.merging.base import Base, open_base
+from quantkit.merging import MergedModel
+from quantkit.merging.adapter import Adapter, adapter_folder
+from quantkit.merging.base import Base, check_base, open_base
 from quantkit.merging.check import check_merge
-from quantkit.merging.locate import adapter_folder
-from quantkit.merging.model import MergedModel
-from quantkit.merging.names import check_base
 from quantkit.merging.tensors import MergedTensors
 from quantkit.merging.vocabulary import check_tokenizer, tokenizer_files, write_companions
 from quantkit.recipe import AdapterSpec, MergeSpec, ModelSpec

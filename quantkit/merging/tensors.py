@@ -11,8 +11,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from quantkit.errors import SourceError
 from quantkit.merging.adapter import Adapter, Whole
 from quantkit.merging.base import Base
-from quantkit.merging.layers import LayerWeights, add_adapter, replace_rows
-from quantkit.merging.nf4 import nf4_round_trip
+from quantkit.merging.layers import LayerWeights, add_adapter, nf4_round_trip, replace_rows
 
 RIGHT_BASE = "give the base that it was trained on"
 
