@@ -15,7 +15,7 @@ __all__ = ["app", "main"]
 WILL_STOP = b"asked to stop: the block under way is finished and saved first; ask again to stop at once\n"
 
 # each adds its commands, in the order of the help
-for _module in ("running", "history", "checkpoints", "signing", "listings", "environments"):
+for _module in ("running", "history", "checkpoints", "choices"):
     import_module(f"quantkit.cli.{_module}")
 
 

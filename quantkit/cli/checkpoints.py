@@ -1,8 +1,9 @@
-"""Commands about one exported checkpoint."""
+"""Commands about one exported checkpoint, and about the signatures of checkpoints."""
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -11,8 +12,11 @@ import typer
 from quantkit.cli.base import EXIT_FAILED, AsJson, app, console, say
 
 PANEL = "Checkpoints"
+SIGNATURES = "Signatures"
+PASSWORD = "QUANTKIT_KEY_PASSWORD"
 
 Checkpoint = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Folder of a checkpoint, or a GGUF file.")]
+Folder = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Folder of a checkpoint.")]
 
 
 @app.command(rich_help_panel=PANEL)
@@ -87,7 +91,7 @@ def verify(
 
 @app.command(rich_help_panel=PANEL)
 def push(
-    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Folder of a checkpoint.")],
+    checkpoint: Folder,
     repository: Annotated[str, typer.Argument(metavar="NAME", help="org/name of the repository on the hub.")],
     public: Annotated[bool, typer.Option("--public", help="Anyone may read it; private by default.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch to push to.")] = None,
@@ -96,3 +100,40 @@ def push(
     import quantkit
 
     say(quantkit.push(checkpoint, repository, private=not public, revision=revision))
+
+
+@app.command(rich_help_panel=SIGNATURES)
+def keygen(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Of the keys: NAME.key and NAME.pub are written.")],
+) -> None:
+    """Make a pair of minisign keys; QUANTKIT_KEY_PASSWORD sets a password."""
+    from quantkit.publishing.signature_keys import new_pair, require_minisign
+
+    require_minisign()
+    place = Path(name)
+    secret, public = new_pair(place.parent, place.name, os.environ.get(PASSWORD))
+    say(f"secret key: {secret} (keep it to yourself)")
+    say(f"public key: {public}")
+
+
+@app.command(rich_help_panel=SIGNATURES)
+def sign(
+    checkpoint: Folder,
+    key: Annotated[Path, typer.Option("--key", metavar="FILE", help="Secret key of minisign.")],
+) -> None:
+    """Sign a checkpoint's manifest, which holds the hash of every file."""
+    from quantkit.publishing import signatures
+
+    say(f"signature: {signatures.sign(checkpoint, key, password=os.environ.get(PASSWORD))}")
+
+
+@app.command("verify-signature", rich_help_panel=SIGNATURES)
+def verify_signature(
+    checkpoint: Folder,
+    key: Annotated[str, typer.Option("--key", metavar="FILE|KEY", help="Public key of minisign.")],
+) -> None:
+    """Check a checkpoint's signature, and every file against its hash."""
+    from quantkit.publishing import signatures
+
+    found = signatures.verify_signature(checkpoint, key)
+    say(f"signed by this key: {checkpoint} ({found.files} files are as they were signed; {found.comment})")

@@ -8,11 +8,16 @@ Nothing here imports torch, transformers or datasets before a function needs the
 
 from __future__ import annotations
 
-from quantkit.records.dataset import Message, Record, RecordSet, Skipped
-from quantkit.records.files import read_file
-from quantkit.records.hub import read_hub
-from quantkit.records.named import NamedDataset, dataset_names, named_dataset, read_named
-from quantkit.records.references import identify, load
+from pathlib import Path
+from typing import Any
+
+from quantkit.errors import CalibrationError, did_you_mean
+from quantkit.records.dataset import RecordSet, Skipped
+from quantkit.records.files import identify_file, read_file
+from quantkit.records.formats import Message, Record
+from quantkit.records.hub import HUB_PREFIX, identify_hub, read_hub
+from quantkit.records.llamafactory import LLAMAFACTORY_PREFIX, identify_llamafactory, read_llamafactory
+from quantkit.records.named import NamedDataset, dataset_names, identify_named, named_dataset, read_named
 from quantkit.records.render import (
     describe_template,
     encode,
@@ -42,3 +47,47 @@ __all__ = [
     "render_question",
     "template_text",
 ]
+
+
+def load(reference: str) -> RecordSet:
+    """Read a data set: a name of the registry, ``hub:org/name`` (split ``train``), or a file's path.
+
+    ``llamafactory:DIR/NAME`` is the entry NAME of ``DIR/dataset_info.json``.
+
+    A name of the registry comes before a file of that name; write ``./name`` for the file.
+
+    Raises:
+        CalibrationError: there is no such data set, it cannot be read, or it has no usable record.
+    """
+    if reference in dataset_names():
+        return read_named(reference)
+    if reference.startswith(HUB_PREFIX):
+        return read_hub(reference.removeprefix(HUB_PREFIX))
+    if reference.startswith(LLAMAFACTORY_PREFIX):
+        return read_llamafactory(reference.removeprefix(LLAMAFACTORY_PREFIX))
+    return read_file(_path(reference))
+
+
+def identify(reference: str) -> dict[str, Any]:
+    """What identifies the content of a data set, without reading its records: ``load(reference).origin``.
+
+    Raises:
+        CalibrationError: there is no such data set, or its commit cannot be found out.
+    """
+    if reference in dataset_names():
+        return identify_named(reference)
+    if reference.startswith(HUB_PREFIX):
+        return identify_hub(reference.removeprefix(HUB_PREFIX))
+    if reference.startswith(LLAMAFACTORY_PREFIX):
+        return identify_llamafactory(reference.removeprefix(LLAMAFACTORY_PREFIX))
+    return identify_file(_path(reference))
+
+
+def _path(reference: str) -> Path:
+    path = Path(reference)
+    if path.is_dir():
+        raise CalibrationError(f"data set {path} is a folder", "give a file of it")
+    if not path.suffix and not path.exists():
+        remedy = f"{did_you_mean(reference, dataset_names())}; or a file's path, or hub:org/name"
+        raise CalibrationError(f"unknown data set '{reference}'", remedy)
+    return path

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from quantkit.errors import CalibrationError
-from quantkit.records.formats import Message, Record, UnusableError, check_columns, parse
+from quantkit.records.formats import Record, UnusableError, check_columns, parse
 
 FORMATS_HELP = (
     "a record has 'instruction' and 'output', or 'messages', or 'conversations', or 'text'; "
@@ -20,8 +20,6 @@ _REASONS_SHOWN = 3
 
 Convert = Callable[[object], object]
 """Makes of a row one that :func:`quantkit.records.formats.parse` knows; may raise UnusableError."""
-
-__all__ = ["Convert", "Message", "Record", "RecordSet", "Skipped", "collect", "records_sha256"]
 
 
 @dataclass(frozen=True, slots=True)
