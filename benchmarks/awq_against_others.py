@@ -111,7 +111,7 @@ def main() -> None:
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
-        setting = prepare(given, work, feed="float")
+        setting = prepare(given, work, inputs="float")
         asymmetric = {"symmetric": False}
         wanted = [
             Wanted(

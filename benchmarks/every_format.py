@@ -65,7 +65,7 @@ def main() -> None:
 def exported(model: str, names: list[str], work: Path) -> dict[str, Path]:
     """The checkpoints by name, all from one walk."""
     source = resolve(ModelSpec(source=model), work)
-    job = Job(source.folder, {"reference": "benchmark"}, source.dtype, feed="float")
+    job = Job(source.folder, {"reference": "benchmark"}, source.dtype, inputs="float")
     wanted = [
         Wanted(VariantSpec.model_validate({"name": name, "method": "rtn", **VARIANTS[name]}), work / name)
         for name in names

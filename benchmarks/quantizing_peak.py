@@ -77,25 +77,25 @@ def measure(folder: Path, rows: int, out: Path, keys: dict[str, Any]) -> dict[st
     from quantkit.recipe import VariantSpec
     from quantkit.system.validation import parse_section
 
-    feed = keys.pop("feed", "quantized")
+    inputs = keys.pop("inputs", "quantized")
     variant = parse_section(VariantSpec, {"name": "v", **keys}, "benchmark")
     draw = torch.Generator().manual_seed(0)
     tokens = torch.randint(5, SHAPE["vocab_size"], (rows, LENGTH), generator=draw).tolist()
     computing = pass_dtype(torch.device("cpu"), torch.bfloat16)
-    use = {"calibration_tokens": rows * LENGTH, "feed": feed, "pass_dtype": str(computing)[6:], "device": "cpu"}
+    use = {"calibration_tokens": rows * LENGTH, "inputs": inputs, "pass_dtype": str(computing)[6:], "device": "cpu"}
     found = estimate(str(folder), **use, **keys)
-    _quantize(model_of(out.parent / "small", 1, SMALL), tokens[:1], out.parent / "warm", feed, variant)
+    _quantize(model_of(out.parent / "small", 1, SMALL), tokens[:1], out.parent / "warm", inputs, variant)
     before = status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
-    _quantize(folder, tokens, out, feed, variant)
+    _quantize(folder, tokens, out, inputs, variant)
     return {"measured": status("VmHWM") - before, "estimated": found.part("quantizing").nbytes}
 
 
-def _quantize(folder: Path, tokens: list[list[int]], out: Path, feed: Any, variant: Any) -> None:
+def _quantize(folder: Path, tokens: list[list[int]], out: Path, inputs: Any, variant: Any) -> None:
     """A run; the first one, of a small model, loads what the packages load when they are used."""
     from quantkit.quantization import Job, quantize
 
-    quantize(Job(folder, {}, "bfloat16", tokens, "x", feed=feed, device="cpu"), variant, out)
+    quantize(Job(folder, {}, "bfloat16", tokens, "x", inputs=inputs, device="cpu"), variant, out)
 
 
 def measured(folder: Path, rows: int, keys: dict[str, Any]) -> dict[str, int]:

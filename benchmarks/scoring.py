@@ -10,7 +10,7 @@ from typing import Any
 
 import quantkit
 from quantkit import calibration
-from quantkit.engine.walk import Feed
+from quantkit.engine.walk import Inputs
 from quantkit.quantization import Job
 from quantkit.recipe import CalibrationSpec, ModelSpec
 from quantkit.source import resolve
@@ -47,19 +47,19 @@ class Setting:
         return self.job.source
 
 
-def read_calibration(given: argparse.Namespace, work: Path, *, feed: Feed = "quantized") -> Job:
+def read_calibration(given: argparse.Namespace, work: Path, *, inputs: Inputs = "quantized") -> Job:
     """The model and the first of the records that were named on the command line."""
     records = json.loads(given.records.read_text(encoding="utf-8"))
     (work / "calibration.json").write_text(json.dumps(records[: given.samples]), encoding="utf-8")
     source = resolve(ModelSpec(source=str(given.model)), work)
     spec = CalibrationSpec(dataset=str(work / "calibration.json"), samples=given.samples, max_length=512)
     rows = calibration.build(spec, source.folder, work / "calibration").rows
-    return Job(source.folder, source.made_from(), source.dtype, rows, "benchmark", feed=feed)
+    return Job(source.folder, source.made_from(), source.dtype, rows, "benchmark", inputs=inputs)
 
 
-def prepare(given: argparse.Namespace, work: Path, *, feed: Feed = "quantized") -> Setting:
+def prepare(given: argparse.Namespace, work: Path, *, inputs: Inputs = "quantized") -> Setting:
     """What was named on the command line, and texts to score on."""
-    job = read_calibration(given, work, feed=feed)
+    job = read_calibration(given, work, inputs=inputs)
     records = json.loads(given.records.read_text(encoding="utf-8"))
     (work / "held-out.json").write_text(json.dumps(records[300:]), encoding="utf-8")
     (work / "rows.json").write_text(json.dumps([list(row) for row in job.rows]), encoding="utf-8")

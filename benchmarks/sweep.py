@@ -54,7 +54,7 @@ def main() -> None:
     given = parser.parse_args()
     pairs = []
     with tempfile.TemporaryDirectory() as scratch:
-        job = read_calibration(given, Path(scratch), feed="float")
+        job = read_calibration(given, Path(scratch), inputs="float")
         for pair in range(given.pairs):
             alone, alone_whole, _ = walked(job, [EIGHT[1]], Path(scratch) / f"alone-{pair}")
             sweep, sweep_whole, own = walked(job, EIGHT, Path(scratch) / f"sweep-{pair}")

@@ -79,7 +79,7 @@ class Outcome:
 
 
 def cases(root: Path) -> list[Case]:
-    """A method with a quantized feed, one that scales inputs, and a sweep with a float feed."""
+    """A method with quantized inputs, one that scales inputs, and a sweep with float inputs."""
     model = make_model(root / "model", "qwen2", num_hidden_layers=BLOCKS)
     records = root / "records.jsonl"
     texts = [f"The tide of day {number} comes in at {number % 12} and goes out again. " * 3 for number in range(12)]

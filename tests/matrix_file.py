@@ -32,7 +32,7 @@ def small_job(folder: Path) -> Job:
     """A Llama of one block whose rows are whole blocks of every scheme."""
     shape: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "num_hidden_layers": 1}
     model = make_model(folder / "model", dtype=torch.bfloat16, **shape)
-    return Job(model, {"reference": "small"}, "bfloat16", tiny_rows(), "small", feed="float")
+    return Job(model, {"reference": "small"}, "bfloat16", tiny_rows(), "small", inputs="float")
 
 
 def main() -> None:

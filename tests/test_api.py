@@ -87,7 +87,7 @@ def test_quantize_tells_an_observer_the_warnings_of_a_method(
 def test_quantize_takes_a_calibration_section_as_such(model: Path, records: Path, tmp_path: Path) -> None:
     spec = CalibrationSpec(dataset=str(records), samples=4, max_length=32, inputs="float")
     out = quantkit.quantize(model, out=tmp_path / "out", group_size=32, calibration=spec)
-    assert read_json(out / "manifest.json")["feed"] == "float"
+    assert read_json(out / "manifest.json")["inputs"] == "float"
 
 
 def test_evaluate_without_a_reference_gives_what_needs_none(checkpoint: Path, in_process: None) -> None:

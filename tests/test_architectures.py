@@ -75,7 +75,7 @@ def test_every_layer_is_solved_from_what_reaches_it(tmp_path: Path, architecture
     skeleton, rows = Skeleton(tmp_path), tiny_rows()
     task, sink = tiny_task(skeleton, tiny_method())
     batches = make_batches(rows, CPU, may_pad=not skeleton.has_routed_layers())
-    Walk(skeleton, CheckpointReader(tmp_path), batches, [task], WalkSettings(CPU, feed=inputs)).run()
+    Walk(skeleton, CheckpointReader(tmp_path), batches, [task], WalkSettings(CPU, inputs=inputs)).run()
     assert set(sink.results) == {name for segment in skeleton.segments for name in segment.linears}
     errors = torch.stack([result.error for result in sink.results.values() if result.tokens])
     assert errors.isfinite().all()

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from quantkit.checkpoint import CheckpointReader
 from quantkit.engine.batches import make_batches
 from quantkit.engine.skeleton import Skeleton
-from quantkit.engine.walk import Feed, Walk, WalkSettings
+from quantkit.engine.walk import Inputs, Walk, WalkSettings
 from quantkit.errors import RecipeError
 from quantkit.methods.base import InputStatistics, Statistic
 from quantkit.numerics.grid_search import encode, quantized, range_grid, search_grid
@@ -126,18 +126,18 @@ def test_candidates_are_positive_and_centred() -> None:
     assert torch.equal(candidate(torch.rand(8), None, 0.0), torch.ones(8))
 
 
-def walked(folder: Path, method: str, feed: Feed, scheme: Scheme = SCHEME, skip: str = "nothing") -> Collected:
+def walked(folder: Path, method: str, inputs: Inputs, scheme: Scheme = SCHEME, skip: str = "nothing") -> Collected:
     skeleton, cpu = Skeleton(folder), torch.device("cpu")
     task, sink = tiny_task(skeleton, tiny_steps(method), scheme)
     task = replace(task, schemes={name: each for name, each in task.schemes.items() if skip not in name})
     batches = make_batches(tiny_rows(), cpu, may_pad=True)
-    Walk(skeleton, CheckpointReader(folder), batches, [task], WalkSettings(cpu, feed=feed)).run()
+    Walk(skeleton, CheckpointReader(folder), batches, [task], WalkSettings(cpu, inputs=inputs)).run()
     return sink
 
 
-@pytest.mark.parametrize("feed", ["float", "quantized"])
+@pytest.mark.parametrize("inputs", ["float", "quantized"])
 @pytest.mark.parametrize(("family", "skip"), [("llama", "nothing"), ("qwen2", "v_proj"), ("gemma", "up_proj")])
-def test_the_factors_leave_the_model_as_it_was(tmp_path: Path, feed: Feed, family: str, skip: str) -> None:
+def test_the_factors_leave_the_model_as_it_was(tmp_path: Path, inputs: Inputs, family: str, skip: str) -> None:
     """At 8 bits rounding hardly shows: what differs from the float model would be a factor that went astray."""
     folder = make_model(tmp_path, family, shards=2)
     with torch.no_grad():  # outliers, so that there is something to scale
@@ -146,7 +146,7 @@ def test_the_factors_leave_the_model_as_it_was(tmp_path: Path, feed: Feed, famil
             if name.endswith("layernorm.weight"):
                 parameter[::7] += 8.0
         model.save_pretrained(folder)
-    sink = walked(folder, "awq", feed, IntScheme(8, 32), skip)
+    sink = walked(folder, "awq", inputs, IntScheme(8, 32), skip)
     assert any(name.endswith("input_layernorm.weight") for name in sink.replaced)
     if skip != "nothing":
         assert any(name.endswith(f"{skip}.weight") for name in sink.replaced), "a float layer must be scaled too"

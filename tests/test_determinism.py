@@ -19,16 +19,16 @@ from quantkit.recipe import VariantSpec
 from tests.tiny import tiny_rows
 model, out, variants = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
 found = {}
-for feed in ("quantized", "float"):
+for inputs in ("quantized", "float"):
     for given in variants:
         spec = VariantSpec.model_validate(given)
-        job = Job(model, {"reference": "tiny"}, "float32", tiny_rows(), "0" * 64, feed, "cpu")
-        (done,) = quantize_together(job, [Wanted(spec, out / feed / spec.name)])
+        job = Job(model, {"reference": "tiny"}, "float32", tiny_rows(), "0" * 64, inputs, "cpu")
+        (done,) = quantize_together(job, [Wanted(spec, out / inputs / spec.name)])
         if isinstance(done, Exception):
             raise done
         for path in sorted(done.folder.iterdir()):
             if path.name != "stage.json":
-                found[f"{feed} {spec.name} {path.name}"] = file_sha256(path)
+                found[f"{inputs} {spec.name} {path.name}"] = file_sha256(path)
 print(json.dumps(found))
 """
 OWN: dict[str, dict[str, Any]] = {

@@ -88,13 +88,13 @@ def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("tie", ["tied", "untied"])
 @pytest.mark.parametrize("method", ["rtn", "gptq"])
-@pytest.mark.parametrize("feed", ["quantized", "float"])
+@pytest.mark.parametrize("inputs", ["quantized", "float"])
 @pytest.mark.parametrize("patch", ["int8", "fp8 channel"])
 def test_transformers_and_the_reference_decoder_load_the_same(
-    models: dict[str, Path], tmp_path: Path, tie: str, method: str, feed: Any, patch: str
+    models: dict[str, Path], tmp_path: Path, tie: str, method: str, inputs: Any, patch: str
 ) -> None:
     keys, scheme = PATCHES[patch]
-    out = quantize(job(models[tie], feed=feed), variant(method=method, embeddings=keys), tmp_path / "out").folder
+    out = quantize(job(models[tie], inputs=inputs), variant(method=method, embeddings=keys), tmp_path / "out").folder
     native = load_whole(out)
     torch.testing.assert_close(logits(native), reference(out), rtol=1e-4, atol=1e-4)
     found = decoded(out, EMBEDDING, scheme)
@@ -135,13 +135,13 @@ def test_head_and_embedding_together(models: dict[str, Path], tmp_path: Path, ti
 
 
 @pytest.mark.parametrize("tie", ["tied", "untied"])
-@pytest.mark.parametrize("feed", ["quantized", "float"])
+@pytest.mark.parametrize("inputs", ["quantized", "float"])
 @pytest.mark.parametrize("method", list(METHODS))
 def test_every_method_quantizes_the_head_on_request(
-    models: dict[str, Path], tmp_path: Path, tie: str, feed: Any, method: str
+    models: dict[str, Path], tmp_path: Path, tie: str, inputs: Any, method: str
 ) -> None:
     spec = variant(**METHODS[method] | {"bits": 8, "ignore": []})
-    done = quantize(job(models[tie], feed=feed), spec, tmp_path / "out")
+    done = quantize(job(models[tie], inputs=inputs), spec, tmp_path / "out")
     found = decoded(done.folder, HEAD, spec.base_scheme())
     head = load_whole(models[tie]).get_output_embeddings().weight
     assert 0 < relative_error(found, head) < 0.02
@@ -202,7 +202,7 @@ def test_one_that_does_more_with_the_weight_alone_stays() -> None:
 
 
 @pytest.mark.parametrize("strategy", ["one-pass", "recompute"])
-def test_in_a_quantized_feed_the_passes_read_the_quantized_embedding(
+def test_in_a_quantized_inputs_the_passes_read_the_quantized_embedding(
     models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: str
 ) -> None:
     """The blocks come out as those of a float model that has the decoded embedding."""
@@ -228,14 +228,14 @@ def test_in_a_quantized_feed_the_passes_read_the_quantized_embedding(
     assert not all(torch.equal(found.read(name), plain.read(name)) for name in packed)
 
 
-def test_in_a_float_feed_the_blocks_do_not_see_it(models: dict[str, Path], tmp_path: Path) -> None:
+def test_in_a_float_inputs_the_blocks_do_not_see_it(models: dict[str, Path], tmp_path: Path) -> None:
     specs = {
         "plain": variant(name="plain", method="gptq"),
         "fp8": variant(name="fp8", method="gptq", embeddings={"scheme": "fp8"}),
         "rtn": variant(name="rtn", embeddings={"bits": 8}),
     }
     wanted = [Wanted(spec, tmp_path / name) for name, spec in specs.items()]
-    found = quantize_together(job(models["tied"], feed="float"), wanted)
+    found = quantize_together(job(models["tied"], inputs="float"), wanted)
     assert all(isinstance(each, Quantized) for each in found), found
     readers = {name: CheckpointReader(tmp_path / name) for name in specs}
     packed = [name for name in readers["plain"].names() if name.endswith("weight_packed")]

@@ -17,7 +17,7 @@ from quantkit.checkpoint import CheckpointReader
 from quantkit.engine.batches import make_batches
 from quantkit.engine.skeleton import Skeleton
 from quantkit.engine.tasks import VariantTask
-from quantkit.engine.walk import Feed, Strategy, Walk, WalkSettings
+from quantkit.engine.walk import Inputs, Strategy, Walk, WalkSettings
 from quantkit.schemes import IntScheme
 from tests.tiny import Forgetful, TinySteps, make_model, tiny_method, tiny_rows, tiny_steps, tiny_task
 
@@ -80,7 +80,7 @@ def block_bytes(folder: Path) -> int:
 
 
 @pytest.mark.parametrize(
-    ("method", "feed", "strategy"),
+    ("method", "inputs", "strategy"),
     [
         ("rtn", "quantized", "one-pass"),
         ("gptq", "quantized", "one-pass"),
@@ -91,16 +91,16 @@ def block_bytes(folder: Path) -> int:
     ],
 )
 def test_peak_does_not_grow_with_the_blocks(
-    models: dict[int, Path], method: str, feed: Feed, strategy: Strategy, monkeypatch: pytest.MonkeyPatch
+    models: dict[int, Path], method: str, inputs: Inputs, strategy: Strategy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     quantizer = tiny_steps(method, **QUICK[method])
-    few = peak_of(models[FEW], quantizer, feed=feed, strategy=strategy)
-    many = peak_of(models[MANY], quantizer, feed=feed, strategy=strategy)
+    few = peak_of(models[FEW], quantizer, inputs=inputs, strategy=strategy)
+    many = peak_of(models[MANY], quantizer, inputs=inputs, strategy=strategy)
     assert few > block_bytes(models[FEW])
     assert many <= 1.05 * few
     # The tracker would see it if blocks were not let go.
     monkeypatch.setattr(Skeleton, "unload", lambda *_: None)
-    kept = peak_of(models[MANY], quantizer, feed=feed, strategy=strategy)
+    kept = peak_of(models[MANY], quantizer, inputs=inputs, strategy=strategy)
     assert kept - many >= 0.85 * (MANY - 1) * block_bytes(models[MANY])
 
 

@@ -124,7 +124,7 @@ def matrix_variants(family: str) -> list[VariantSpec]:
 def test_bytes_of_every_format_and_scheme_are_those_of_the_file(family: str, tmp_path: Path) -> None:
     model = make_model(tmp_path / "model", family, dtype=torch.bfloat16, head_dim=64, **WIDE)
     variants = matrix_variants(family)
-    job = Job(model, {"reference": "small"}, "bfloat16", tiny_rows(count=2), "small", feed="float")
+    job = Job(model, {"reference": "small"}, "bfloat16", tiny_rows(count=2), "small", inputs="float")
     anatomy = anatomy_of(str(model))
     for each, folder in zip(variants, exported(job, variants, tmp_path), strict=True):
         file = stored(anatomy, each)

@@ -18,14 +18,13 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 from quantkit.checkpoint import CheckpointReader
-from quantkit.engine import finite
 from quantkit.engine import smoothing as folds
 from quantkit.engine import solve as solving
 from quantkit.engine import statistics as statistics_module
 from quantkit.engine.batches import make_batches
 from quantkit.engine.precision import pass_dtype
 from quantkit.engine.skeleton import Skeleton
-from quantkit.engine.walk import Feed, Strategy, Walk, WalkSettings
+from quantkit.engine.walk import Inputs, Strategy, Walk, WalkSettings
 from quantkit.evaluation import scoring
 from quantkit.formats import FORMATS
 from quantkit.formats.base import Format
@@ -120,7 +119,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(factor, "decide", lambda _: next(factorized))
     monkeypatch.setattr(grids_base, "decide", lambda _: True)
     monkeypatch.setattr(solving, "synchronize", lambda _: None)
-    monkeypatch.setattr(finite, "decide", lambda _: True)  # "is every input finite?"
+    monkeypatch.setattr(statistics_module, "decide", lambda _: True)  # "is every input finite?"
     monkeypatch.setattr(folds, "decide", lambda _: True)  # "is it close?": every first candidate folds
     monkeypatch.setattr(awq, "number", lambda _: 1.0)  # "which is best?": the first one that scales
     _forget_grids()
@@ -170,11 +169,11 @@ def assert_on_cuda(sink: Collected, layers: int) -> None:
 
 @pytest.mark.usefixtures("fake")
 @pytest.mark.parametrize("strategy", ["one-pass", "recompute"])
-@pytest.mark.parametrize("feed", ["quantized", "float"])
+@pytest.mark.parametrize("inputs", ["quantized", "float"])
 @pytest.mark.parametrize("method", ["rtn", "gptq", "awq", "awq+gptq", "hqq"])
-def test_walk_stays_on_its_device(tmp_path: Path, method: str, feed: Feed, strategy: Strategy) -> None:
+def test_walk_stays_on_its_device(tmp_path: Path, method: str, inputs: Inputs, strategy: Strategy) -> None:
     folder = make_real_model(tmp_path, "llama")
-    assert_on_cuda(solve(folder, tiny_steps(method), feed=feed, strategy=strategy), layers=8)
+    assert_on_cuda(solve(folder, tiny_steps(method), inputs=inputs, strategy=strategy), layers=8)
 
 
 @pytest.mark.usefixtures("fake")

@@ -36,8 +36,8 @@ ASKED = (
 )
 
 
-def job(model: Path, feed: str = "quantized", **changes: Any) -> Job:
-    given: dict[str, Any] = {"rows": tiny_rows(), "calibration_sha256": "0" * 64, "device": "cpu", "feed": feed}
+def job(model: Path, inputs: str = "quantized", **changes: Any) -> Job:
+    given: dict[str, Any] = {"rows": tiny_rows(), "calibration_sha256": "0" * 64, "device": "cpu", "inputs": inputs}
     return Job(model, {"reference": "tiny"}, "float32", **(given | changes))
 
 
@@ -125,10 +125,10 @@ def test_a_weight_that_is_not_finite_is_named(tmp_path: Path, method: str, value
     assert hidden_names(tmp_path) == []
 
 
-@pytest.mark.parametrize("feed", ["quantized", "float"])
+@pytest.mark.parametrize("inputs", ["quantized", "float"])
 @pytest.mark.parametrize("method", ["gptq", "awq"])
 def test_activations_that_overflow_name_layer_and_calibration_row(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, feed: str, method: str
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inputs: str, method: str
 ) -> None:
     """What one token is looked up as overflows; only one row holds that token."""
     look_up = torch.nn.Embedding.forward
@@ -140,7 +140,7 @@ def test_activations_that_overflow_name_layer_and_calibration_row(
     rows = [[each if each != 7 else 8 for each in row] for row in tiny_rows()]
     rows[4][11] = 7
     with pytest.raises(QuantizationError) as caught:
-        quantize(job(model, feed, rows=rows), variant(method), tmp_path / "out")
+        quantize(job(model, inputs, rows=rows), variant(method), tmp_path / "out")
     line = str(caught.value)
     assert "its input is NaN or infinite for token 11 of calibration row 4" in line
     assert "model.layers." in line
@@ -328,7 +328,7 @@ def test_a_variant_whose_own_work_does_not_fit_fails_alone(
 def test_activations_that_wait_elsewhere_change_no_byte(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from quantkit.engine import streams
+    from quantkit.engine import gathering
     from quantkit.engine.passes import AtSegment
     from quantkit.quantization.oom import FallbackStep
 
@@ -341,7 +341,7 @@ def test_activations_that_wait_elsewhere_change_no_byte(
             hidden.data = hidden.data.clone()  # as a move does: another memory behind the same tensor
 
     whole = quantize(job(model), variant("awq+gptq"), tmp_path / "whole" / "out")
-    monkeypatch.setattr(streams, "move", spied)
+    monkeypatch.setattr(gathering, "move", spied)
     only = FallbackStep(2048, "recompute", offload=True, is_last=True)
     monkeypatch.setattr(walking, "fallback_steps", lambda *_, **__: [only])
     done = quantize(job(model), variant("awq+gptq"), tmp_path / "out")

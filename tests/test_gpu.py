@@ -13,7 +13,7 @@ from quantkit.checkpoint import CheckpointReader
 from quantkit.engine.batches import make_batches
 from quantkit.engine.precision import pass_dtype
 from quantkit.engine.skeleton import Skeleton
-from quantkit.engine.walk import Feed, Strategy, Walk, WalkSettings
+from quantkit.engine.walk import Inputs, Strategy, Walk, WalkSettings
 from quantkit.methods.base import Method
 from quantkit.schemes import Fp4Scheme, Fp8Scheme, IntScheme, Mxfp4Scheme, Nf4Scheme, Nvfp4Scheme, Scheme
 from tests.tiny import (
@@ -56,13 +56,13 @@ def assert_close(found: Collected, expected: Collected, tolerance: float) -> Non
 
 
 @pytest.mark.parametrize("strategy", ["one-pass", "recompute"])
-@pytest.mark.parametrize("feed", ["quantized", "float"])
+@pytest.mark.parametrize("inputs", ["quantized", "float"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_layer_errors_are_those_of_the_cpu(tmp_path: Path, family: str, feed: Feed, strategy: Strategy) -> None:
+def test_layer_errors_are_those_of_the_cpu(tmp_path: Path, family: str, inputs: Inputs, strategy: Strategy) -> None:
     own: dict[str, Any] = {"sliding_window": 16} if family == "mistral" else {}
     folder = make_model(tmp_path, family, tie_word_embeddings=True, **own)
-    expected = solve(folder, tiny_steps(), "cpu", feed=feed, strategy=strategy)
-    found = solve(folder, tiny_steps(), "cuda", feed=feed, strategy=strategy)
+    expected = solve(folder, tiny_steps(), "cpu", inputs=inputs, strategy=strategy)
+    found = solve(folder, tiny_steps(), "cuda", inputs=inputs, strategy=strategy)
     assert_close(found, expected, tolerance=0.05)
 
 
@@ -85,12 +85,12 @@ def test_round_to_nearest_is_that_of_the_cpu(tmp_path: Path) -> None:
         torch.testing.assert_close(result.weight.scales.cpu(), other.scales, rtol=2**-9, atol=0)
 
 
-@pytest.mark.parametrize("feed", ["quantized", "float"])
+@pytest.mark.parametrize("inputs", ["quantized", "float"])
 @pytest.mark.parametrize("method", ["awq", "awq+gptq", "hqq"])
-def test_every_method_has_the_errors_of_the_cpu(tmp_path: Path, method: str, feed: Feed) -> None:
+def test_every_method_has_the_errors_of_the_cpu(tmp_path: Path, method: str, inputs: Inputs) -> None:
     folder, scheme = make_model(tmp_path), IntScheme(4, 32, False)
-    expected = solve(folder, tiny_steps(method), "cpu", scheme, feed=feed)
-    found = solve(folder, tiny_steps(method), "cuda", scheme, feed=feed)
+    expected = solve(folder, tiny_steps(method), "cpu", scheme, inputs=inputs)
+    found = solve(folder, tiny_steps(method), "cuda", scheme, inputs=inputs)
     assert_close(found, expected, tolerance=0.05)
     assert found.replaced.keys() == expected.replaced.keys()
 
@@ -111,7 +111,7 @@ def test_two_runs_give_the_same_bytes(tmp_path: Path) -> None:
         assert torch.equal(result.weight.scales, second.results[name].weight.scales), name
 
 
-def peak_of(folder: Path, method: TinySteps, feed: Feed) -> int:
+def peak_of(folder: Path, method: TinySteps, inputs: Inputs) -> int:
     device = torch.device("cuda")
     skeleton = Skeleton(folder)
     task, _ = tiny_task(skeleton, method, IntScheme(4, 64, True))
@@ -121,21 +121,21 @@ def peak_of(folder: Path, method: TinySteps, feed: Feed) -> int:
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    Walk(skeleton, CheckpointReader(folder), batches, [task], WalkSettings(device, feed=feed)).run()
+    Walk(skeleton, CheckpointReader(folder), batches, [task], WalkSettings(device, inputs=inputs)).run()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
 
 
-@pytest.mark.parametrize("feed", ["quantized", "float"])
+@pytest.mark.parametrize("inputs", ["quantized", "float"])
 @pytest.mark.parametrize("method", ["rtn", "gptq"])
 def test_peak_memory_does_not_grow_with_the_blocks(
-    tmp_path: Path, method: str, feed: Feed, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, method: str, inputs: Inputs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shape: dict[str, Any] = {"hidden_size": 512, "intermediate_size": 1024, "head_dim": 128}
     few = make_model(tmp_path / "few", num_hidden_layers=2, **shape)
     many = make_model(tmp_path / "many", num_hidden_layers=6, **shape)
-    peak_of(few, tiny_steps(method), feed)  # the libraries' workspaces are allocated once
-    expected, found = (peak_of(folder, tiny_steps(method), feed) for folder in (few, many))
+    peak_of(few, tiny_steps(method), inputs)  # the libraries' workspaces are allocated once
+    expected, found = (peak_of(folder, tiny_steps(method), inputs) for folder in (few, many))
     assert found <= 1.05 * expected
     monkeypatch.setattr(Skeleton, "unload", lambda *_: None)
-    assert peak_of(many, tiny_steps(method), feed) > 1.05 * expected
+    assert peak_of(many, tiny_steps(method), inputs) > 1.05 * expected

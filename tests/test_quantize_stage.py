@@ -199,7 +199,7 @@ def test_what_a_variant_depends_on(models: dict[str, Path]) -> None:
     assert made_from(other_rows, variant()) == base
     assert made_from(other_rows, calibrated) != made_from(job(models["llama"]), calibrated)
     assert made_from(job(models["llama"], "bfloat16"), calibrated) != made_from(job(models["llama"]), calibrated)
-    assert made_from(job(models["llama"], feed="float"), calibrated) != made_from(job(models["llama"]), calibrated)
+    assert made_from(job(models["llama"], inputs="float"), calibrated) != made_from(job(models["llama"]), calibrated)
     assert made_from(job(models["llama"]), variant(bits=8)) != base
     assert made_from(job(models["llama"]), variant(method="gptq", damping=0.5)) != made_from(
         job(models["llama"]), calibrated

@@ -51,8 +51,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("model"), "qwen2", num_hidden_layers=BLOCKS)
 
 
-def job(model: Path, feed: str = "quantized", **changes: Any) -> Job:
-    given: dict[str, Any] = {"rows": tiny_rows(), "calibration_sha256": "0" * 64, "device": "cpu", "feed": feed}
+def job(model: Path, inputs: str = "quantized", **changes: Any) -> Job:
+    given: dict[str, Any] = {"rows": tiny_rows(), "calibration_sha256": "0" * 64, "device": "cpu", "inputs": inputs}
     return Job(model, {"reference": "tiny"}, "float32", **(given | changes))
 
 
@@ -169,14 +169,14 @@ def swept(job: Job, out: Path, names: list[str], **keys: Any) -> dict[str, Quant
 
 def test_a_sweep_goes_on_from_the_block_that_the_last_of_its_variants_misses(model: Path, tmp_path: Path) -> None:
     names = ["gptq", "awq+gptq", "awq", "hqq", "gguf", "rtn"]
-    feed = job(model, "float")
-    whole = swept(feed, tmp_path / "whole", names)
+    inputs = job(model, "float")
+    whole = swept(inputs, tmp_path / "whole", names)
     with pytest.raises(KeyboardInterrupt):
-        swept(feed, tmp_path / "cut", names[:4], on_segment=cut_after(1))
+        swept(inputs, tmp_path / "cut", names[:4], on_segment=cut_after(1))
     with pytest.raises(KeyboardInterrupt):
-        swept(feed, tmp_path / "cut", names[:2], on_segment=cut_after(2))
+        swept(inputs, tmp_path / "cut", names[:2], on_segment=cut_after(2))
     notes: list[str] = []
-    cut = swept(feed, tmp_path / "cut", names, on_note=notes.append)
+    cut = swept(inputs, tmp_path / "cut", names, on_note=notes.append)
     for name in names:
         here, there = cut[name], whole[name]
         assert isinstance(here, Quantized), here
@@ -210,7 +210,7 @@ def test_a_variant_whose_segments_are_all_there_needs_no_walk(
     [
         ({"calibration_sha256": "1" * 64}, "the calibration tokens changed since"),
         ({"source_facts": {"reference": "another"}}, "the model changed since"),
-        ({"feed": "float"}, "calibration.inputs changed since"),
+        ({"inputs": "float"}, "calibration.inputs changed since"),
     ],
 )
 def test_what_was_made_from_something_else_is_not_taken_up(
@@ -367,7 +367,7 @@ def test_segments_that_a_killed_run_left_beside_a_finished_checkpoint_are_remove
 
 
 def test_a_variant_that_somebody_else_writes_fails_alone(model: Path, tmp_path: Path) -> None:
-    feed = job(model, "float")
+    inputs = job(model, "float")
     begun, over = threading.Event(), threading.Event()
 
     def other() -> None:
@@ -378,7 +378,7 @@ def test_a_variant_that_somebody_else_writes_fails_alone(model: Path, tmp_path: 
     thread = threading.Thread(target=other)
     thread.start()
     begun.wait()
-    found = swept(feed, tmp_path, ["gptq", "rtn"])
+    found = swept(inputs, tmp_path, ["gptq", "rtn"])
     over.set()
     thread.join()
     assert "is being written by process" in str(found["gptq"])

@@ -163,7 +163,7 @@ def test_variants_share_a_walk_where_they_can(job: Job) -> None:
 
     variants = [variant(name) for name in ("rtn", "gptq", "hqq", "awq", "nf4")]
     assert walks(job, variants) == [[0, 1, 2, 3, 4]]
-    assert walks(replace(job, feed="quantized"), variants) == [[0, 2, 4], [1], [3]]
+    assert walks(replace(job, inputs="quantized"), variants) == [[0, 2, 4], [1], [3]]
     assert walks(job, []) == []
 
 

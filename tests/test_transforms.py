@@ -43,8 +43,8 @@ def model_in(folder: Path, **changes: Any) -> Path:
     return make_model(folder, "qwen2", num_hidden_layers=BLOCKS, **changes)
 
 
-def job(model: Path, feed: Any = "quantized") -> Job:
-    return Job(model, {"reference": "tiny"}, "float32", tiny_rows(), "0" * 64, feed, "cpu")
+def job(model: Path, inputs: Any = "quantized") -> Job:
+    return Job(model, {"reference": "tiny"}, "float32", tiny_rows(), "0" * 64, inputs, "cpu")
 
 
 def variant(**keys: Any) -> VariantSpec:
@@ -104,9 +104,9 @@ def test_a_transform_of_the_whole_model_leaves_what_it_computes(
     assert not torch.equal(after, before)
 
 
-@pytest.mark.parametrize("feed", ["float", "quantized"])
+@pytest.mark.parametrize("inputs", ["float", "quantized"])
 @pytest.mark.parametrize("after", [[], ["awq"]], ids=["alone", "before awq"])
-def test_a_method_sees_the_model_that_a_transform_made(tmp_path: Path, feed: str, after: list[str]) -> None:
+def test_a_method_sees_the_model_that_a_transform_made(tmp_path: Path, inputs: str, after: list[str]) -> None:
     """Solved behind the transform is solved on a checkpoint that was changed before.
 
     Asymmetric, as a symmetric grid puts the largest weight of a group half-way between two levels.
@@ -114,14 +114,14 @@ def test_a_method_sees_the_model_that_a_transform_made(tmp_path: Path, feed: str
     model = model_in(tmp_path / "model")
     keys: dict[str, Any] = {"method": "gptq", "activation_order": False, "symmetric": False, "ignore": []}
     other = reordered(model, tmp_path / "reordered")
-    expected = quantize(job(other, feed), variant(**keys, transforms=after), tmp_path / "expected").folder
-    found = quantize(job(model, feed), variant(**keys, transforms=["reorder", *after]), tmp_path / "found").folder
+    expected = quantize(job(other, inputs), variant(**keys, transforms=after), tmp_path / "expected").folder
+    found = quantize(job(model, inputs), variant(**keys, transforms=["reorder", *after]), tmp_path / "found").folder
     assert (logits(found) - logits(expected)).abs().mean() < 0.02
     exports = [open_export(folder) for folder in (found, expected)]
     for layer in read_json(found / "manifest.json")["layers"]:
         codes = [export.weight(layer).codes for export in exports]
         assert (codes[0] != codes[1]).float().mean() < 0.01, layer  # the order of float sums may flip a few
-    differently = quantize(job(model, feed), variant(**keys, transforms=after), tmp_path / "other").folder
+    differently = quantize(job(model, inputs), variant(**keys, transforms=after), tmp_path / "other").folder
     wrong = open_export(differently).weight("model.layers.1.mlp.up_proj").codes
     assert (wrong != exports[0].weight("model.layers.1.mlp.up_proj").codes).float().mean() > 0.3
 
@@ -163,8 +163,8 @@ def test_the_manifest_says_what_each_transform_did(tmp_path: Path) -> None:
     assert all(each["places"] == 4 for each in awq["segments"].values())
 
 
-@pytest.mark.parametrize("feed", ["float", "quantized"])
-def test_ways_to_say_the_same_give_the_same_bytes(tmp_path: Path, feed: str) -> None:
+@pytest.mark.parametrize("inputs", ["float", "quantized"])
+def test_ways_to_say_the_same_give_the_same_bytes(tmp_path: Path, inputs: str) -> None:
     model = model_in(tmp_path / "model")
     ways: list[dict[str, Any]] = [
         {"method": "awq+gptq", "alphas": 6},
@@ -172,7 +172,7 @@ def test_ways_to_say_the_same_give_the_same_bytes(tmp_path: Path, feed: str) -> 
         {"method": "gptq", "transforms": [{"name": "awq", "options": {"alphas": 6}}]},
     ]
     folders = [
-        quantize(job(model, feed), variant(**keys), tmp_path / str(place)).folder for place, keys in enumerate(ways)
+        quantize(job(model, inputs), variant(**keys), tmp_path / str(place)).folder for place, keys in enumerate(ways)
     ]
     assert len({file_sha256(folder / "model.safetensors") for folder in folders}) == 1
     assert variant(method="awq+gptq").chain == variant(method="gptq", transforms=["awq"]).chain == "awq+gptq"

@@ -153,7 +153,7 @@ class RecordingReader(CheckpointReader):
 
 @pytest.mark.parametrize("strategy", ["one-pass", "recompute"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_quantized_feed_is_true_sequential_calibration(tmp_path: Path, family: str, strategy: Strategy) -> None:
+def test_quantized_inputs_is_true_sequential_calibration(tmp_path: Path, family: str, strategy: Strategy) -> None:
     folder, rows, method = family_model(tmp_path, family), tiny_rows(), tiny_method()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
@@ -161,8 +161,8 @@ def test_quantized_feed_is_true_sequential_calibration(tmp_path: Path, family: s
 
     expected = true_sequential(model, family_groups(family), rows, method, found)
     assert_same_solution(found, expected)
-    # The test would see it if the feed were the float model's.
-    float_fed = walk(folder, rows, method, feed="float")
+    # The test would see it if the inputs were the float model's.
+    float_fed = walk(folder, rows, method, inputs="float")
     last = next(reversed(expected))
     assert (float_fed.results[last].weight.codes != expected[last].weight.codes).float().mean() > 0.1
 
@@ -176,11 +176,11 @@ def test_strategies_and_runs_give_the_same_bytes(tmp_path: Path, family: str) ->
     assert_same_bytes(walk(folder, rows, method, head=True, strategy="recompute"), first)
 
 
-@pytest.mark.parametrize("feed", ["quantized", "float"])
+@pytest.mark.parametrize("inputs", ["quantized", "float"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_layers_with_one_input_are_solved_as_one(tmp_path: Path, family: str, feed: str) -> None:
+def test_layers_with_one_input_are_solved_as_one(tmp_path: Path, family: str, inputs: str) -> None:
     spy, rows = Spy(tiny_method("rtn")), tiny_rows()
-    walk(family_model(tmp_path, family), rows, spy, feed=feed)
+    walk(family_model(tmp_path, family), rows, spy, inputs=inputs)
     block = [192, 64, 128, 64] if family == "gpt_neox" else [64 + 2 * 32, 64, 2 * 128, 64]
     assert [stacked for stacked, _ in spy.seen] == block * 2
     assert {statistics.tokens for _, statistics in spy.seen} == {sum(map(len, rows))}
@@ -246,7 +246,7 @@ def test_head_that_nobody_wants_is_never_read(tmp_path: Path, method: str) -> No
     assert ("model.embed_tokens.weight" in reader.asked) == (method == "gptq")
 
 
-# The float feed
+# The float inputs
 
 
 def float_variants(skeleton: Skeleton) -> list[tuple[VariantTask, Collected]]:
@@ -276,10 +276,10 @@ def float_variants(skeleton: Skeleton) -> list[tuple[VariantTask, Collected]]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_variants_of_a_float_feed_are_what_each_is_alone(tmp_path: Path, family: str) -> None:
+def test_variants_of_a_float_inputs_are_what_each_is_alone(tmp_path: Path, family: str) -> None:
     folder = family_model(tmp_path, family)
     with_outliers(folder)
-    reader, settings = CheckpointReader(folder), WalkSettings(CPU, feed="float")
+    reader, settings = CheckpointReader(folder), WalkSettings(CPU, inputs="float")
     batches = make_batches(tiny_rows(), CPU, may_pad=True)
     skeleton = Skeleton(folder)
     together = float_variants(skeleton)
@@ -317,10 +317,10 @@ def with_outliers(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_float_feed_sees_the_float_model(tmp_path: Path, family: str) -> None:
+def test_float_inputs_sees_the_float_model(tmp_path: Path, family: str) -> None:
     folder, rows = family_model(tmp_path, family), tiny_rows()
     spy = Spy(tiny_method("rtn"))
-    walk(folder, rows, spy, feed="float")
+    walk(folder, rows, spy, inputs="float")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     for names, (_, statistics) in zip(family_groups(family), spy.seen, strict=True):
         inputs = layer_inputs(model, model.get_submodule(names[0]), rows)
@@ -332,7 +332,7 @@ def test_float_feed_sees_the_float_model(tmp_path: Path, family: str) -> None:
         torch.testing.assert_close(statistics.square_mean.double(), inputs.square().mean(0), rtol=1e-4, atol=1e-5)
 
 
-def test_quantized_feed_takes_one_variant(tmp_path: Path) -> None:
+def test_quantized_inputs_takes_one_variant(tmp_path: Path) -> None:
     skeleton = Skeleton(make_model(tmp_path))
     tasks = [task for task, _ in float_variants(skeleton)]
     with pytest.raises(ValueError, match="one task per walk"):
@@ -353,14 +353,14 @@ def no_forward() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("no_forward")
-@pytest.mark.parametrize("feed", ["quantized", "float"])
-def test_a_method_that_needs_nothing_runs_nothing(tmp_path: Path, feed: str) -> None:
+@pytest.mark.parametrize("inputs", ["quantized", "float"])
+def test_a_method_that_needs_nothing_runs_nothing(tmp_path: Path, inputs: str) -> None:
     folder = make_model(tmp_path)
-    found = walk(folder, tiny_rows(), tiny_method("rtn"), head=True, feed=feed)
+    found = walk(folder, tiny_rows(), tiny_method("rtn"), head=True, inputs=inputs)
     assert len(found.results) == 15
     assert all(result.tokens == 0 and result.notes == () for result in found.results.values())
     with pytest.raises(AssertionError, match="was called"):
-        walk(folder, tiny_rows(), tiny_method("gptq"), feed=feed)
+        walk(folder, tiny_rows(), tiny_method("gptq"), inputs=inputs)
 
 
 def test_rtn_result_is_the_method_applied_to_each_weight(tmp_path: Path) -> None:
@@ -634,7 +634,7 @@ class FailsLate(Spy):
         return super().quantize(weight, statistics, scheme, scale_dtype)
 
 
-@pytest.mark.parametrize("settings", [{}, {"strategy": "recompute"}, {"feed": "float"}])
+@pytest.mark.parametrize("settings", [{}, {"strategy": "recompute"}, {"inputs": "float"}])
 @pytest.mark.parametrize("count", [5, 6, 8])
 def test_unsolvable_layer_is_named(tmp_path: Path, settings: dict[str, str], count: int) -> None:
     layer = LLAMA_GROUPS[count - 5][0]

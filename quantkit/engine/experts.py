@@ -55,8 +55,8 @@ def unstack(module: Any, path: str) -> dict[str, Part]:
         for leaf, stack, piece in _pieces(module):
             rows, columns = stacks[stack][1:] if not module.is_transposed else stacks[stack][:0:-1]
             pieces = piece[1]
-            linear = nn.Linear(columns, rows // pieces, bias=module.has_bias, device="meta")
-            expert.add_module(leaf, linear.requires_grad_(False))
+            linear = _linear(columns, rows // pieces, module.has_bias)
+            expert.add_module(leaf, linear)
             for name in [name for name, _ in linear.named_parameters()]:
                 whole = f"{path}.{stack}" if name == "weight" else f"{path}.{stack}_bias"
                 cut = _Cut(index, piece, module.is_concatenated, module.is_transposed and name == "weight")
@@ -66,6 +66,16 @@ def unstack(module: Any, path: str) -> dict[str, Part]:
         module.add_module(str(index), expert)
     module.config._experts_implementation = IMPLEMENTATION
     return parts
+
+
+def _linear(columns: int, rows: int, bias: bool) -> nn.Linear:
+    """A linear layer on meta; without the drawing of weights, which takes its time even there."""
+    linear = nn.Linear(1, 1, bias=bias, device="meta")
+    linear.in_features, linear.out_features = columns, rows
+    shapes = {"weight": (rows, columns), **({"bias": (rows,)} if bias else {})}
+    for name, shape in shapes.items():
+        setattr(linear, name, nn.Parameter(torch.empty(shape, device="meta"), requires_grad=False))
+    return linear
 
 
 def _pieces(module: Any) -> Iterator[tuple[str, str, tuple[int, int]]]:

@@ -2,14 +2,17 @@
 
 Every batch's forward through the whole model is a greenlet. It pauses before each segment and wherever a
 hook asks it to, and goes on when the walk resumes it, so the model's own code decides what each block is
-given (masks, rotary embeddings, sliding windows) and no block is run twice.
+given (masks, rotary embeddings, sliding windows) and no block is run twice. While it stands before a segment, what it
+holds may wait in the memory of the CPU: the tensors stay the same objects, and the model's code finds them again.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from greenlet import getcurrent, greenlet
 from torch import nn
 
@@ -84,3 +87,26 @@ def running_batch() -> Batch:
     if not isinstance(current, Pass):
         raise RuntimeError("no pass is running")
     return current.batch
+
+
+CPU = torch.device("cpu")
+
+
+def move(place: Place | None, device: torch.device) -> None:
+    """Move what a pass that stands before a segment holds; nothing where it stands elsewhere."""
+    if not isinstance(place, AtSegment):
+        return
+    for tensor in _tensors([place.args, place.kwargs]):
+        if tensor.device != device:
+            tensor.data = tensor.data.to(device)
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    """All tensors in nested tuples, lists and mappings."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from _tensors(each)

@@ -158,7 +158,7 @@ class Solver:
             self.work(task, partial(task.sink.segment_done, segment.prefix))
 
     def put_back(self, segment: Segment) -> None:
-        """Put the weights into a segment that its task gave it in an earlier walk, for a feed that is quantized."""
+        """Put the weights into a segment that its task gave it in an earlier walk, where inputs are quantized."""
         for task in self.alive():
             self.transforming.put_back(task, segment)
             for layer in segment.layers:
@@ -175,7 +175,7 @@ class Solver:
             segment: they are of.
             layers: by their names, the one that is called first at the head.
             statistics: of their input, as they were gathered.
-            replace: put the result in their place, for a feed that is quantized.
+            replace: put the result in their place, as with quantized inputs.
         """
         originals = {name: self.originals.weight(layer.path) for name, layer in layers.items()}
         leader = next(iter(layers.values())).path

@@ -1,7 +1,7 @@
 """What a walk solves, one task a variant: what it is given, where its results go, and what an earlier walk left of it.
 
-A segment that is remembered is not solved again. In a quantized feed what its transforms and its method made of it then
-is put back, so that the passes see what they saw, bit by bit; in a float feed there is nothing to put back.
+A segment that is remembered is not solved again. With quantized inputs what its transforms and its method made of it
+then is put back, so that the passes see what they saw, bit by bit; with float inputs there is nothing to put back.
 """
 
 from __future__ import annotations

@@ -54,8 +54,8 @@ class Transforming:
 
     Args:
         originals: the parameters of the checkpoint.
-        live: the passes run through what a task's transforms make of the model, as in a quantized feed; otherwise they
-            run through the model as it is, and statistics follow from its own.
+        live: the passes run through what a task's transforms make of the model, as with quantized inputs; otherwise
+            they run through the model as it is, and statistics follow from its own.
     """
 
     originals: Originals

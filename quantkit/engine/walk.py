@@ -1,17 +1,17 @@
 """The walk: segment by segment, gather the statistics of every input, solve, go on with the result.
 
-Within a segment the layers that share an input form a group. In a quantized feed (``inputs: quantized``) all
+Within a segment the layers that share an input form a group. With quantized inputs (``inputs: quantized``) all
 passes pause before the first layer of a group; when every pass stands there or beyond, the statistics are
 complete, the group is solved, its weights are replaced, and the same passes go on with them: true
 sequential calibration in one forward pass. Where the activations of all batches inside a segment would not
-fit in memory, the segment is run anew for each group instead, one batch at a time. In a float feed nothing
+fit in memory, the segment is run anew for each group instead, one batch at a time. With float inputs nothing
 is replaced and nothing pauses, so that any number of variants is solved from the same statistics.
 
 The input embedding, where a task quantizes it, comes before the first segment and is solved from its weight alone: what
 it is read with are token ids.
 
 Transforms are asked what they do to the whole model before the first segment, and what they do to a segment before its
-first layer is solved, from its statistics as it is; in a quantized feed these are gathered by one more run of it.
+first layer is solved, from its statistics as it is; with quantized inputs these are gathered by one more run of it.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from typing import Literal
 import torch
 
 from quantkit.engine.batches import Batch
+from quantkit.engine.gathering import Group, Streams, by_layer
 from quantkit.engine.skeleton import Segment, Skeleton, WeightReader
 from quantkit.engine.solve import Solver
-from quantkit.engine.streams import Group, Streams, by_layer
 from quantkit.engine.tasks import VariantTask
 from quantkit.engine.transforming import Originals
 from quantkit.methods.base import InputStatistics
 
-Feed = Literal["quantized", "float"]
+Inputs = Literal["quantized", "float"]
 Strategy = Literal["one-pass", "recompute"]
 
 
@@ -43,7 +43,7 @@ class WalkSettings:
     Attributes:
         device: where segments are loaded and solved.
         dtype: of weights and activations in the forward passes; layers are solved in float32.
-        feed: what a layer is calibrated on, see :class:`quantkit.recipe.CalibrationSpec`.
+        inputs: what a layer is calibrated on, see :class:`quantkit.recipe.CalibrationSpec`.
         strategy: ``one-pass`` keeps the activations of all batches alive at a pause, ``recompute`` those of one.
         offload: between segments activations wait in the memory of the CPU.
         tries_again: a GPU that is full ends the walk, and whoever runs it tries with less; without, it is the failure
@@ -52,7 +52,7 @@ class WalkSettings:
 
     device: torch.device
     dtype: torch.dtype = torch.float32
-    feed: Feed = "quantized"
+    inputs: Inputs = "quantized"
     strategy: Strategy = "one-pass"
     offload: bool = False
     tries_again: bool = False
@@ -66,7 +66,7 @@ class Walk:
         skeleton: the model.
         reader: where weights come from.
         batches: the calibration tokens, on the device of the walk.
-        tasks: what is solved; a quantized feed is the stream of one variant and takes one task.
+        tasks: what is solved; quantized inputs is the stream of one variant and takes one task.
         settings: how.
         on_segment: called with the number of finished segments and how many there are.
     """
@@ -97,7 +97,7 @@ class Walk:
 
     @property
     def _is_quantized(self) -> bool:
-        return self.settings.feed == "quantized"
+        return self.settings.inputs == "quantized"
 
     def run(self) -> None:
         """Walk through all segments.
@@ -108,7 +108,7 @@ class Walk:
             torch.OutOfMemoryError: the GPU is full.
         """
         if self._is_quantized and len(self.tasks) > 1:
-            raise ValueError("a quantized feed is the stream of one variant: give one task per walk")
+            raise ValueError("quantized inputs is the stream of one variant: give one task per walk")
         segments = self._wanted_segments()
         if not self._is_left(segments):
             return
@@ -172,7 +172,7 @@ class Walk:
         """Solve the input embedding for the tasks that want it.
 
         Args:
-            live: the passes will read it, so that it is loaded and in a quantized feed gives way to the result.
+            live: the passes will read it, so that it is loaded and with quantized inputs gives way to the result.
         """
         segment = self.skeleton.embedding
         if segment is None or not any(segment.linears[0] in task.schemes for task in self.tasks):

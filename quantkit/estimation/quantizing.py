@@ -75,7 +75,7 @@ def quantizing(anatomy: Anatomy, variant: VariantSpec, file: Stored, use: Use) -
         anatomy: the model.
         variant: what is done to it.
         file: what comes of it.
-        use: calibration tokens, feed and strategy.
+        use: calibration tokens, inputs and strategy.
     """
     moments = [_exporting(file)]
     schemes = {name: each.scheme for name, each in file.packed.items()}
@@ -150,8 +150,8 @@ def _notes(run: _Run) -> tuple[str, ...]:
     if not run.needs:
         return ("no calibration is needed",)
     use = run.use
-    tokens = f"{use.calibration_tokens:,} calibration tokens, inputs: {use.feed}"
-    return (tokens + (f", {use.strategy}" if use.feed == "quantized" else ""),)
+    tokens = f"{use.calibration_tokens:,} calibration tokens, inputs: {use.inputs}"
+    return (tokens + (f", {use.strategy}" if use.inputs == "quantized" else ""),)
 
 
 def _frame(run: _Run) -> Line:
@@ -167,7 +167,7 @@ def _activations(run: _Run, group: Group, *, reading: bool) -> Line:
 
     use, size, hidden = run.use, run.size, run.anatomy.hidden
     tokens = use.calibration_tokens
-    if use.feed == "quantized" and use.strategy == "one-pass":
+    if use.inputs == "quantized" and use.strategy == "one-pass":
         return Line("activations", tokens * group.paused * size, f"{tokens:,} tokens x {group.paused:,} x {size} bytes")
     if not reading:
         return Line("activations", tokens * 2 * hidden * size, f"{tokens:,} tokens x 2 x {hidden:,} x {size} bytes")
@@ -182,7 +182,7 @@ def _beside(run: _Run) -> tuple[int, str]:
     With float inputs all are gathered in one run of the block; a method that scales inputs has them gathered so in any
     case, before it chooses its factors, and they stay until the block is done.
     """
-    if Statistic.GRAM not in run.needs or not (run.use.feed == "float" or run.observes):
+    if Statistic.GRAM not in run.needs or not (run.use.inputs == "float" or run.observes):
         return 0, ""
     linears = run.anatomy.linears()
     widths = [linears[each.layers[0]][0][1] for each in run.anatomy.inputs]
@@ -199,7 +199,7 @@ def _gathering(run: _Run, group: Group) -> Line:
     if Statistic.GRAM not in run.needs:
         return Line("statistics", 8 * batch * columns, f"2 x {batch:,} tokens of a batch x {columns:,} x 4 bytes")
     beside, words = _beside(run)
-    own = 0 if run.use.feed == "float" else columns**2
+    own = 0 if run.use.inputs == "float" else columns**2
     copies = 1 + bool(run.needs - {Statistic.GRAM})
     if run.use.device == "cpu" and copies == 1:
         batch = min(batch, CHUNK_TOKENS)
@@ -218,7 +218,7 @@ def _statistics(run: _Run, group: Group, matrices: int, *, own: bool = True) -> 
         own: a variant that scales float inputs has made a matrix of its own.
     """
     beside, words = _beside(run)
-    if run.use.feed == "float" and not (own and run.observes):
+    if run.use.inputs == "float" and not (own and run.observes):
         matrices -= 1  # it is among those of all inputs
     nbytes = 4 * (beside + matrices * group.columns**2)
     return Line("statistics", nbytes, f"({words}{matrices} x {group.columns:,}²) x 4 bytes")

@@ -46,7 +46,7 @@ class Use(Section):
         overhead: bytes that the device's runtime takes for itself, or a text such as ``600MiB``; by default
             :data:`OVERHEAD` on CUDA, and nothing on a CPU.
         calibration_tokens: that the model is quantized with.
-        feed: what a layer is calibrated on, see :class:`quantkit.recipe.CalibrationSpec`.
+        inputs: what a layer is calibrated on, see :class:`quantkit.recipe.CalibrationSpec`.
         strategy: how the walk waits for statistics, see ``docs/engine.md``.
         pass_dtype: in which calibration computes: float32 on most CPUs; None is 16 bits, as on CUDA and on CPUs with
             AMX.
@@ -61,7 +61,7 @@ class Use(Section):
     device: Literal["cpu", "cuda"] = "cuda"
     overhead: Annotated[int, Field(ge=0)] = Field(default_factory=_own_bytes)
     calibration_tokens: Count = CALIBRATION_TOKENS
-    feed: Literal["quantized", "float"] = "quantized"
+    inputs: Literal["quantized", "float"] = "quantized"
     strategy: Literal["one-pass", "recompute"] = "one-pass"
     pass_dtype: Literal["float32", "float16", "bfloat16"] | None = None
     lora_rank: Count = 16

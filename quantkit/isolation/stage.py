@@ -213,7 +213,7 @@ def _write_records(
             FOREIGN: variant.offer.writes != CODES,
             "source": {**job.source_facts, "reference": public_reference(job.source_facts.get("reference"))},
             "calibration_sha256": identity["calibration"],
-            "feed": None,
+            "inputs": None,
             "format": store,
             "layers": {name: scheme.to_json() for name, scheme in schemes.items()},
             "embedding": None,

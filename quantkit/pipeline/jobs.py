@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from quantkit.calibration import CalibrationSet
-from quantkit.engine.walk import Feed
+from quantkit.engine.walk import Inputs
 from quantkit.quantization import Job
 from quantkit.recipe import Recipe
 
@@ -27,7 +27,7 @@ def quantize_job(recipe: Recipe, model: SourceModel, calibrated: CalibrationSet 
 def job_of(
     model: SourceModel,
     calibrated: CalibrationSet | None,
-    feed: Feed,
+    inputs: Inputs,
     *,
     device: str = "auto",
     trust_remote_code: bool = False,
@@ -39,7 +39,7 @@ def job_of(
         dtype=model.dtype,
         rows=calibrated.rows if calibrated else (),
         calibration_sha256=calibrated.sha256 if calibrated else None,
-        feed=feed,
+        inputs=inputs,
         device=device,
         trust_remote_code=trust_remote_code,
         hub=(model.reference, model.revision) if model.kind == "hub" else None,

@@ -50,7 +50,7 @@ def forecast(recipe: Recipe) -> dict[str, Any]:
         store = FORMATS.get(variant.format)
         kept = sum(_float_bytes(reader, name, store, layers.cast) for name in layers.kept(reader.names()).values())
         strategy = "weights only"
-        if variant.calibrated and job.feed == "float":
+        if variant.calibrated and job.inputs == "float":
             strategy = "one walk for all"
         elif variant.calibrated:
             strategy = choose_strategy(skeleton, tokens, pass_dtype(device, dtype), device)

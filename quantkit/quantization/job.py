@@ -10,7 +10,7 @@ from typing import Any
 
 from quantkit.checkpoint import FLOATS
 from quantkit.engine.precision import pass_dtype
-from quantkit.engine.walk import Feed
+from quantkit.engine.walk import Inputs
 from quantkit.exports.manifest import is_whole
 from quantkit.recipe import VariantSpec
 from quantkit.system.artifacts import read_stage
@@ -33,7 +33,7 @@ class Job:
         dtype: of the checkpoint, in which scales are stored: ``float32``, ``float16`` or ``bfloat16``.
         rows: calibration token ids; empty if no method needs them.
         calibration_sha256: of the token ids.
-        feed: see :class:`quantkit.recipe.CalibrationSpec`.
+        inputs: see :class:`quantkit.recipe.CalibrationSpec`.
         device: ``auto`` is CUDA where there is one.
         trust_remote_code: run Python code that comes with the model.
         hub: name and commit of the model on the hub, for one that comes from there.
@@ -44,7 +44,7 @@ class Job:
     dtype: str
     rows: Sequence[Sequence[int]] = ()
     calibration_sha256: str | None = None
-    feed: Feed = "quantized"
+    inputs: Inputs = "quantized"
     device: str = "auto"
     trust_remote_code: bool = False
     hub: tuple[str, str | None] | None = None
@@ -91,7 +91,7 @@ def made_from(job: Job, variant: VariantSpec) -> dict[str, Any]:
         "source": job.source_facts,
         "variant": settings,
         "calibration": job.calibration_sha256 if calibrated else None,
-        "feed": job.feed if calibrated else None,
+        "inputs": job.inputs if calibrated else None,
         "device": device.type,
         "passes": str(pass_dtype(device, FLOATS[job.dtype])) if calibrated else None,
         "versions": {name: _minor(version(name)) for name in ("torch", *(["transformers"] if calibrated else []))},

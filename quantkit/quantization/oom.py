@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from quantkit.engine.batches import BATCH_TOKENS
-from quantkit.engine.walk import Feed, Strategy
+from quantkit.engine.walk import Inputs, Strategy
 from quantkit.errors import QuantizationError
 
 PARTS = (2, 4, 8)
@@ -39,30 +39,30 @@ class FallbackStep:
 
 
 def fallback_steps(
-    device: torch.device, strategy: Strategy, feed: Feed, *, calibrated: bool, batch_tokens: int | None = None
+    device: torch.device, strategy: Strategy, inputs: Inputs, *, calibrated: bool, batch_tokens: int | None = None
 ) -> list[FallbackStep]:
     """What is tried, one after another.
 
     Args:
         device: where the walk computes.
         strategy: the one to begin with.
-        feed: of the walk.
+        inputs: of the walk.
         calibrated: the walk runs the model at all; without, there is nothing to save.
         batch_tokens: with which an earlier run solved the last block that is saved. Sums depend on them, so that what
             takes more is not tried again; None where nothing is saved.
     """
-    steps = list(_all_steps(device, strategy, feed, calibrated))
+    steps = list(_all_steps(device, strategy, inputs, calibrated))
     most = steps[0].batch_tokens if batch_tokens is None else batch_tokens
     left = [step for step in steps if step.batch_tokens <= most]
     return left or steps[-1:]
 
 
-def _all_steps(device: torch.device, strategy: Strategy, feed: Feed, calibrated: bool) -> Iterator[FallbackStep]:
+def _all_steps(device: torch.device, strategy: Strategy, inputs: Inputs, calibrated: bool) -> Iterator[FallbackStep]:
     step = FallbackStep(BATCH_TOKENS[device.type], strategy, is_last=not calibrated)
     yield step
     if not calibrated:
         return
-    if strategy == "one-pass" and feed == "quantized":
+    if strategy == "one-pass" and inputs == "quantized":
         step = replace(step, strategy="recompute", says="each block is run anew for every group, which changes no byte")
         yield step
     whole = step.batch_tokens

@@ -26,7 +26,7 @@ WORDS = {
     "source": "the model",
     "variant": "the variant's options",
     "calibration": "the calibration tokens",
-    "feed": "calibration.inputs",
+    "inputs": "calibration.inputs",
     "device": "the processor, its threads or the precision",
     "passes": "the processor, its threads or the precision",
     "machine": "the processor, its threads or the precision",

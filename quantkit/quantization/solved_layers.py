@@ -1,6 +1,6 @@
 """Solved layers on their way to a checkpoint, packed and on disk as soon as a segment is done.
 
-What a run that was cut short left here is taken up: a walk asks which segments are finished, and in a quantized feed
+What a run that was cut short left here is taken up: a walk asks which segments are finished, and with quantized inputs
 for their weights as the method returned them. These are unpacked from what is stored, or lie beside it where the format
 could not hold them exactly.
 
@@ -67,7 +67,7 @@ class SolvedLayers(LayerStore):
         store: the format that packs layers.
         schemes: of the layers.
         embedding: full name of the input embedding if it is quantized.
-        replays: a later walk will ask for weights and what transforms did, as one with a quantized feed does.
+        replays: a later walk will ask for weights and what transforms did, as one with quantized inputs does.
 
     Attributes:
         seconds_before: what the segments took that earlier runs solved: the variant's own work, and what was shared.

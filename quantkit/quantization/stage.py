@@ -42,11 +42,11 @@ def quantize(
 
 
 def walks(job: Job, variants: Sequence[VariantSpec]) -> list[list[int]]:
-    """Which variants share a walk, by their places: all in a float feed, and all that need no calibration.
+    """Which variants share a walk, by their places: all with float inputs, and all that need no calibration.
 
-    In a quantized feed a calibrated variant has activations of its own and so a walk of its own.
+    With quantized inputs a calibrated variant has activations of its own and so a walk of its own.
     """
-    if job.feed == "float":
+    if job.inputs == "float":
         return [list(range(len(variants)))] if variants else []
     free = [place for place, variant in enumerate(variants) if not variant.calibrated]
     alone = [[place] for place in range(len(variants)) if place not in free]

@@ -121,8 +121,8 @@ class VariantRun:
 
     @property
     def _is_replayed(self) -> bool:
-        """Whether a later walk will ask for what this one solved, as one with a quantized feed does."""
-        return self._variant.calibrated and self._job.feed == "quantized"
+        """Whether a later walk will ask for what this one solved, as one with quantized inputs does."""
+        return self._variant.calibrated and self._job.inputs == "quantized"
 
     def _segments(self) -> list[str]:
         """The prefixes of the segments that hold quantized layers, in the order in which a walk solves them."""
@@ -312,7 +312,7 @@ class VariantRun:
                 "created_by": f"quantkit {versions['quantkit']}",
                 "source": {**job.source_facts, "reference": public_reference(job.source_facts.get("reference"))},
                 "calibration_sha256": identity["calibration"],
-                "feed": identity["feed"],
+                "inputs": identity["inputs"],
                 "format": variant.format,
                 "layers": {name: scheme.to_json() for name, scheme in self.layers.quantized.items()},
                 "embedding": self.layers.embedding,

@@ -161,12 +161,12 @@ def _solve(job: Job, skeleton: Skeleton, runs: Sequence[VariantRun], on_segment:
         return found
     device = resolve_device(job.device)
     calibrated = any(task.needs for task in tasks)
-    feed = job.feed if calibrated else "float"
+    inputs = job.inputs if calibrated else "float"
     dtype = pass_dtype(device, FLOATS[job.dtype])
     tokens = sum(map(len, job.rows)) if calibrated else 0
     strategy = choose_strategy(skeleton, tokens, dtype, device) if calibrated else "one-pass"
     before = min((tokens for run in runs for tokens in run.solved.batch_tokens), default=None)
-    for step in fallback_steps(device, strategy, feed, calibrated=calibrated, batch_tokens=before):
+    for step in fallback_steps(device, strategy, inputs, calibrated=calibrated, batch_tokens=before):
         if step.says:
             found.notes.append(ran_out(step, device))
             on_note(found.notes[-1])
@@ -174,7 +174,7 @@ def _solve(job: Job, skeleton: Skeleton, runs: Sequence[VariantRun], on_segment:
             with kept(found.failures, run.name):
                 run.begin_walk(step.batch_tokens)
         left = [task for task in tasks if task.name not in found.failures]
-        settings = WalkSettings(device, dtype, feed, step.strategy, step.offload, tries_again=not step.is_last)
+        settings = WalkSettings(device, dtype, inputs, step.strategy, step.offload, tries_again=not step.is_last)
         if _is_done(job, skeleton, left, settings, step, found, on_segment):
             break
     return found

@@ -1,4 +1,4 @@
-"""The forward passes of all batches as they stand in a segment, and what is gathered from them."""
+"""Gathering: the forward passes of all batches as they stand in a segment, and the statistics of its inputs."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from torch import nn
 from quantkit.engine.batches import Batch
 from quantkit.engine.groups import Enough, PreHook, call_order, hooked, shared_inputs
 from quantkit.engine.layers import Layer
-from quantkit.engine.offload import CPU, move
-from quantkit.engine.passes import AtEnd, AtGroup, AtSegment, Pass, pause, running_batch
+from quantkit.engine.passes import CPU, AtEnd, AtGroup, AtSegment, Pass, move, pause, running_batch
 from quantkit.engine.skeleton import Segment
 from quantkit.engine.smoothing import Trial
 from quantkit.engine.statistics import Gatherer
