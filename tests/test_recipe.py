@@ -144,6 +144,10 @@ MISTAKES: dict[str, tuple[dict[Any, Any], str]] = {
         variant(transforms=[{"name": "awq", "alpha": 3}]),
         "unknown key 'variants[0].transforms[0].alpha' (did you mean 'alphas'?",
     ),
+    "options of a transform that are none": (
+        variant(transforms=[{"name": "awq", "alphas": 5, "options": 3}]),
+        "variants[0].transforms[0].options: must be a mapping of keys to values, not 3",
+    ),
     "a value of a transform": (
         variant(transforms=[{"name": "awq", "alphas": 0}]),
         "variants[0].transforms[0].alphas: must be greater than or equal to 1",

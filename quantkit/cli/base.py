@@ -72,13 +72,13 @@ def _options(
 
 
 def warn(warnings: Iterable[str]) -> None:
-    """Warnings, on standard error."""
+    """Print warnings on standard error."""
     for warning in warnings:
         say(f"warning: {warning}", stderr=True)
 
 
 def console(stderr: bool = False) -> Console:
-    """Where tables go: as wide as the terminal, or as 160 columns."""
+    """A console for tables, as wide as the terminal, or 160 columns wide where there is none."""
     from rich.console import Console
 
     found = Console(stderr=stderr)
@@ -86,5 +86,5 @@ def console(stderr: bool = False) -> Console:
 
 
 def say(text: str, stderr: bool = False) -> None:
-    """A line of the answer, or on standard error one about it."""
+    """Print a line of the answer, or one about it on standard error."""
     typer.echo(text, err=stderr)

@@ -25,7 +25,7 @@ CONFIG = "adapter_config.json"
 MAX_MEMBERS = 4096
 MAX_BYTES = 64 << 30
 MAX_SIDE_BYTES = 256 << 20
-"""Of a file that is no safetensors."""
+"""Bytes of a file that is no safetensors."""
 CHUNK = 1 << 20
 PACK_AGAIN = "pack the adapter's folder again, as it is"
 BROKEN = (

@@ -12,9 +12,8 @@ import psutil
 import torch
 
 from quantkit.errors import CheckpointError
-from quantkit.merging.adapter import Adapter
-from quantkit.merging.base import Base
 from quantkit.merging.layers import nf4_round_trip
+from quantkit.merging.tensors import MergedTensors
 from quantkit.runtimes._checkpoint import load_tokenizer
 
 PROMPT = "Name three rivers of Europe, and say in one sentence each where they begin and which sea they reach."
@@ -24,24 +23,12 @@ TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 8e-2}
 SHARE_OF_MEMORY = 0.5
 
 
-def check_merge(
-    merged: Path,
-    base: Base,
-    adapters: tuple[Adapter, ...],
-    *,
-    rows: int | None,
-    nf4_dtype: torch.dtype | None,
-    dtype: str,
-    trust_remote_code: bool,
-) -> dict[str, Any]:
+def check_merge(merged: Path, tensors: MergedTensors, *, dtype: str, trust_remote_code: bool) -> dict[str, Any]:
     """Compare logits after one prompt, both models computed in float32 on the CPU.
 
     Args:
         merged: folder of the merged model.
-        base: that adapters were merged into.
-        adapters: that were merged.
-        rows: of the embedding, where they are not the base's.
-        nf4_dtype: see :class:`quantkit.merging.tensors.MergedTensors`.
+        tensors: that it was written from, which know base and adapters.
         dtype: of the merged weights, which decides the tolerance.
         trust_remote_code: run Python code that comes with the model.
 
@@ -53,13 +40,14 @@ def check_merge(
     Raises:
         CheckpointError: the difference is larger than the tolerance.
     """
+    base = tensors.base
     needed = 4 * sum(base.reader.nbytes(name) // base.reader.dtype(name).itemsize for name in base.reader.names())
     free = psutil.virtual_memory().available
     if needed > SHARE_OF_MEMORY * free:
         return {"skipped": f"in float32 the model takes {needed >> 20} MiB, of {free >> 20} MiB that are free"}
-    ids = _prompt(merged, adapters, rows, trust_remote_code)
+    ids = _prompt(merged, tensors, trust_remote_code)
     with _quiet():
-        reference, plain = _unmerged(base, adapters, ids, rows, nf4_dtype, trust_remote_code)
+        reference, plain = _unmerged(tensors, ids, trust_remote_code)
         found = _logits(_load(merged, trust_remote_code), ids)
     compared = _compared(reference, found)
     if not compared["relative_difference"] <= TOLERANCES[dtype]:
@@ -77,34 +65,31 @@ def check_merge(
     }
 
 
-def _prompt(merged: Path, adapters: tuple[Adapter, ...], rows: int | None, trust_remote_code: bool) -> torch.Tensor:
+def _prompt(merged: Path, tensors: MergedTensors, trust_remote_code: bool) -> torch.Tensor:
     """The prompt's tokens, and some that the adapters added or trained."""
     ids = list(load_tokenizer(merged, trust_remote_code=trust_remote_code)(PROMPT).input_ids)
-    trained = [row for adapter in adapters for module in adapter.contents.tokens for row in adapter.token_rows(module)]
+    trained = [
+        row for adapter in tensors.adapters for module in adapter.contents.tokens for row in adapter.token_rows(module)
+    ]
+    rows = tensors.rows
     added = range(max(0, rows - FEWEST_ROWS_SHOWN), rows) if rows else ()
     return torch.tensor([[*ids, *trained[:FEWEST_ROWS_SHOWN], *added]])
 
 
-def _unmerged(
-    base: Base,
-    adapters: tuple[Adapter, ...],
-    ids: torch.Tensor,
-    rows: int | None,
-    nf4_dtype: torch.dtype | None,
-    trust_remote_code: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _unmerged(tensors: MergedTensors, ids: torch.Tensor, trust_remote_code: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits of PEFT's model, and of its base without the adapters."""
     from peft import PeftModel
     from peft.tuners.lora import LoraLayer
 
-    model = _load(base.folder, trust_remote_code)
-    if nf4_dtype is not None:
-        for name in base.linears:
+    adapters = tensors.adapters
+    model = _load(tensors.base.folder, trust_remote_code)
+    if tensors.nf4_dtype is not None:
+        for name in tensors.base.linears:
             weight = model.get_submodule(name).weight
-            weight.data = nf4_round_trip(weight.data, nf4_dtype)
+            weight.data = nf4_round_trip(weight.data, tensors.nf4_dtype)
     plain = _logits(model, ids.clamp(max=model.get_input_embeddings().num_embeddings - 1))
-    if rows is not None:
-        model.resize_token_embeddings(rows, mean_resizing=False)
+    if tensors.rows is not None:
+        model.resize_token_embeddings(tensors.rows, mean_resizing=False)
     names = [f"adapter{number}" for number in range(len(adapters))]
     tuned: Any = PeftModel.from_pretrained(model, str(adapters[0].folder), adapter_name=names[0])
     for adapter, name in zip(adapters[1:], names[1:], strict=True):
@@ -153,7 +138,7 @@ def _divergence(reference: torch.Tensor, found: torch.Tensor) -> float:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No warnings of what was checked before, no progress bars of single loads, no draws from the global generator."""
+    """Without warnings of what was checked before, progress bars, and draws from the global generator."""
     from transformers.utils import logging
 
     shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()

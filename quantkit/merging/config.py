@@ -112,7 +112,7 @@ def _read(folder: Path, origin: str) -> dict[str, Any]:
 
 
 def _check_types(given: dict[str, Any], origin: str) -> None:
-    """Check what PEFT believes: numbers, names, and patterns that end."""
+    """Check what PEFT does not: that numbers and names are such, and that a search for a pattern ends."""
     alphas = given.get("alpha_pattern") or {}
     for key, value in {
         "lora_alpha": given.get("lora_alpha", 1),

@@ -12,7 +12,7 @@ from quantkit.checkpoint import FLOATS, CheckpointReader, ShardWriter
 from quantkit.errors import CheckpointError, SourceError
 from quantkit.merging import MergedModel
 from quantkit.merging.adapter import Adapter, adapter_folder
-from quantkit.merging.base import Base, check_base, open_base
+from quantkit.merging.base import check_base, open_base
 from quantkit.merging.check import check_merge
 from quantkit.merging.tensors import MergedTensors
 from quantkit.merging.vocabulary import check_tokenizer, tokenizer_files, write_companions
@@ -40,7 +40,11 @@ def merge_into(base: SourceModel, model: ModelSpec, merge: MergeSpec, out: Path,
         content = _content(base, adapters, model, merge)
         done = read_stage(out, STAGE, content)
         if done is None or not _is_whole(out):
-            done = _write(base, adapters, model, merge, out, notes, observer)
+            tensors = _tensors(base, adapters, model, merge)
+            with new_folder(out) as partial:
+                done = {"base": base.reference, "base_weights": content["base_weights"]}
+                done |= _write(tensors, model, content["dtype"], notes, partial, observer)
+                write_stage(partial, STAGE, content, **done)
     for note in done["notes"]:
         observer.note(f"merge: {note}")
     return MergedModel(
@@ -103,52 +107,32 @@ def _content(base: SourceModel, adapters: tuple[Adapter, ...], model: ModelSpec,
     }
 
 
+def _tensors(base: SourceModel, adapters: tuple[Adapter, ...], model: ModelSpec, merge: MergeSpec) -> MergedTensors:
+    opened = open_base(base.folder, trust_remote_code=model.trust_remote_code)
+    dtype = None if model.dtype == "auto" else FLOATS[model.dtype]
+    return MergedTensors(opened, adapters, dtype, FLOATS[merge.nf4_dtype] if merge.base == "nf4" else None)
+
+
 def _write(
-    base: SourceModel,
-    adapters: tuple[Adapter, ...],
-    model: ModelSpec,
-    merge: MergeSpec,
-    out: Path,
-    notes: list[str],
-    observer: Observer,
+    tensors: MergedTensors, model: ModelSpec, dtype: str, notes: list[str], folder: Path, observer: Observer
 ) -> dict[str, Any]:
-    """Write the merged model, check it, and return its facts."""
-    content, trusted = _content(base, adapters, model, merge), model.trust_remote_code
-    opened = open_base(base.folder, trust_remote_code=trusted)
+    """Write the merged model, compare it with PEFT's, and return its facts; ``notes`` come before its own."""
+    base, adapters, trusted = tensors.base, tensors.adapters, model.trust_remote_code
     stored = None if model.dtype == "auto" else model.dtype
-    nf4_dtype = FLOATS[merge.nf4_dtype] if merge.base == "nf4" else None
-    tensors = MergedTensors(opened, adapters, FLOATS[stored] if stored else None, nf4_dtype)
-    with new_folder(out) as partial:
-        untied = False if opened.tied and not tensors.tied else None
-        notes += write_companions(base.folder, adapters, partial, rows=tensors.rows, tied=untied, dtype=stored)
-        if untied is False:
-            notes.append("the adapter trained one of head and embedding, which were tied: they no longer are")
-        rows = _write_tensors(tensors, opened, partial, observer)
-        if tensors.rows is not None or any(tokenizer_files(adapter) for adapter in adapters):
-            check_tokenizer(partial, rows, trust_remote_code=trusted)
-        check = check_merge(
-            partial,
-            opened,
-            adapters,
-            rows=tensors.rows,
-            nf4_dtype=nf4_dtype,
-            dtype=content["dtype"],
-            trust_remote_code=trusted,
-        )
-        if "skipped" in check:
-            notes.append(f"not compared with PEFT: {check['skipped']}")
-        facts = {
-            "base": base.reference,
-            "base_weights": content["base_weights"],
-            "adapters": [_adapter_facts(adapter) for adapter in adapters],
-            "notes": notes,
-            "check": check,
-        }
-        write_stage(partial, STAGE, content, **facts)
-    return facts
+    untied = False if base.tied and not tensors.tied else None
+    notes += write_companions(base.folder, adapters, folder, rows=tensors.rows, tied=untied, dtype=stored)
+    if untied is False:
+        notes.append("the adapter trained one of head and embedding, which were tied: they no longer are")
+    rows = _write_tensors(tensors, folder, observer)
+    if tensors.rows is not None or any(tokenizer_files(adapter) for adapter in adapters):
+        check_tokenizer(folder, rows, trust_remote_code=trusted)
+    check = check_merge(folder, tensors, dtype=dtype, trust_remote_code=trusted)
+    if "skipped" in check:
+        notes.append(f"not compared with PEFT: {check['skipped']}")
+    return {"adapters": [_adapter_facts(adapter) for adapter in adapters], "notes": notes, "check": check}
 
 
-def _write_tensors(tensors: MergedTensors, base: Base, folder: Path, observer: Observer) -> int:
+def _write_tensors(tensors: MergedTensors, folder: Path, observer: Observer) -> int:
     """Write all tensors, one in memory at a time; returns the rows of the embedding."""
     planned = list(tensors.plan())
     rows = 0
@@ -158,10 +142,10 @@ def _write_tensors(tensors: MergedTensors, base: Base, folder: Path, observer: O
         for done, tensor in enumerate(planned, start=1):
             writer.write(tensor.name, tensors.read(tensor))
             observer.progress("tensor", done, len(planned))
-            if tensor.parameter == f"{base.embedding}.weight":
+            if tensor.parameter == f"{tensors.base.embedding}.weight":
                 rows = tensor.shape[0]
     if not rows:
-        raise SourceError(f"{base.folder} holds no input embedding", "is this a language model?")
+        raise SourceError(f"{tensors.base.folder} holds no input embedding", "is this a language model?")
     return rows
 
 

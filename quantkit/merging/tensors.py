@@ -44,6 +44,9 @@ class MergedTensors:
             weights as they are.
 
     Attributes:
+        base: as given.
+        adapters: as given.
+        nf4_dtype: as given.
         tied: whether head and embedding share one weight after the merge.
         rows: rows of the embedding after the merge, where adapters give it others than the base has; else None.
 
@@ -54,8 +57,8 @@ class MergedTensors:
     def __init__(
         self, base: Base, adapters: tuple[Adapter, ...], dtype: torch.dtype | None, nf4_dtype: torch.dtype | None
     ) -> None:
-        self._base, self._adapters = base, adapters
-        self._dtype, self._nf4_dtype = dtype, nf4_dtype
+        self.base, self.adapters, self.nf4_dtype = base, adapters, nf4_dtype
+        self._dtype = dtype
         for adapter in adapters:
             self._check_places(adapter)
             self._check_complete(adapter)
@@ -65,7 +68,7 @@ class MergedTensors:
 
     def plan(self) -> Iterator[Planned]:
         """What the merged checkpoint will hold, in the order in which it is best written."""
-        base = self._base
+        base = self.base
         untied = [f"{base.head}.weight"] if base.tied and not self.tied else []
         for name in [*base.parameters(), *untied]:
             stored = base.stored(name) or name
@@ -96,7 +99,7 @@ class MergedTensors:
         if not self._changes(module, leaf):
             return self._start(name)
         layer = LayerWeights(self._start(f"{module}.weight").float(), self._bias(module))
-        for adapter in self._adapters:
+        for adapter in self.adapters:
             if module in adapter.contents.lora:
                 layer = add_adapter(layer, adapter, module)
             tokens = self._token_module(adapter, module)
@@ -106,36 +109,36 @@ class MergedTensors:
 
     def _changes(self, module: str, leaf: str) -> bool:
         """Whether adapters change a weight or bias by other means than replacing it whole."""
-        tuned = [adapter for adapter in self._adapters if module in adapter.contents.lora]
+        tuned = [adapter for adapter in self.adapters if module in adapter.contents.lora]
         if leaf == "bias":
             return any(adapter.config.lora.lora_bias for adapter in tuned)
-        return leaf == "weight" and bool(tuned or any(self._token_module(a, module) for a in self._adapters))
+        return leaf == "weight" and bool(tuned or any(self._token_module(a, module) for a in self.adapters))
 
     def _token_module(self, adapter: Adapter, module: str) -> str | None:
-        """The embedding whose trained rows are those of a module too: its own, or that of a tied pair."""
+        """The embedding that the adapter trained rows of, for a module that shares its weight; None for others."""
         if module in adapter.contents.tokens:
             return module
-        shared = self._base.embedding if self._base.tied and module == self._base.head else None
+        shared = self.base.embedding if self.base.tied and module == self.base.head else None
         return shared if shared in adapter.contents.tokens else None
 
     def _bias(self, module: str) -> torch.Tensor | None:
         name = f"{module}.bias"
-        return self._start(name).float() if self._base.stored(name) else None
+        return self._start(name).float() if self.base.stored(name) else None
 
     def _start(self, name: str) -> torch.Tensor:
         """A parameter before low-rank changes: an adapter's where it brings it whole, else the base's."""
         for adapter, place in self._wholes(name):
             return adapter.read(place.key)
-        stored = self._base.stored(name)
-        tensor = self._base.reader.read_finite(stored or name)
-        if self._nf4_dtype is not None and name.removesuffix(".weight") in self._base.linears and tensor.ndim == 2:
-            return nf4_round_trip(tensor, self._nf4_dtype)
+        stored = self.base.stored(name)
+        tensor = self.base.reader.read_finite(stored or name)
+        if self.nf4_dtype is not None and name.removesuffix(".weight") in self.base.linears and tensor.ndim == 2:
+            return nf4_round_trip(tensor, self.nf4_dtype)
         return tensor
 
     def _wholes(self, name: str) -> Iterator[tuple[Adapter, Whole]]:
-        """Who brings a parameter whole; what is not trained apart belongs to both of a tied pair."""
-        twin = self._base.twin(name) if self._base.tied else None
-        for adapter in self._adapters:
+        """Adapters that bring a parameter whole; what is not trained apart belongs to both of a tied pair."""
+        twin = self.base.twin(name) if self.base.tied else None
+        for adapter in self.adapters:
             if name in adapter.contents.whole:
                 yield adapter, adapter.contents.whole[name]
             elif twin in adapter.contents.whole and not adapter.contents.whole[twin].trained:
@@ -143,7 +146,7 @@ class MergedTensors:
 
     def _check_places(self, adapter: Adapter) -> None:
         """Everything that the adapter holds has its place in the base."""
-        contents, base = adapter.contents, self._base
+        contents, base = adapter.contents, self.base
         needed = {key: f"{module}.weight" for module, parts in contents.lora.items() for key in parts.values()}
         needed |= {key: f"{module}.weight" for module, key in contents.tokens.items()}
         needed |= {place.key: name for name, place in contents.whole.items()}
@@ -167,7 +170,7 @@ class MergedTensors:
         config, lora = adapter.config.lora, adapter.contents.lora
         if config.target_modules is None:
             return
-        for module in self._base.layers:
+        for module in self.base.layers:
             if module not in lora and bool(check_target_module_exists(config, module)):
                 raise SourceError(
                     f"adapter {adapter.origin} targets the layer '{module}' and holds no tensor for it",
@@ -175,9 +178,9 @@ class MergedTensors:
                 )
 
     def _check_together(self) -> None:
-        several = len(self._adapters) > 1
+        several = len(self.adapters) > 1
         brought: dict[str, str] = {}
-        for adapter in self._adapters:
+        for adapter in self.adapters:
             if several and adapter.config.depends_on_base:
                 raise SourceError(
                     f"adapter {adapter.origin} is a DoRA, or began in its base: it cannot be merged beside others",
@@ -193,7 +196,7 @@ class MergedTensors:
 
     def _new_rows(self) -> int | None:
         """The rows of head and embedding, which must be the same."""
-        base, rows = self._base, {}
+        base, rows = self.base, {}
         for module in (base.embedding, base.head):
             name = f"{module}.weight"
             stored = base.stored(name) if module else None
@@ -213,9 +216,9 @@ class MergedTensors:
 
     def _stays_tied(self) -> bool:
         """Whether the adapters leave both of a tied pair with the same values."""
-        embedding, head = f"{self._base.embedding}.weight", f"{self._base.head}.weight"
+        embedding, head = f"{self.base.embedding}.weight", f"{self.base.head}.weight"
         touched = {name: self._is_touched(name) for name in (embedding, head)}
-        if not any(touched.values()) or any(adapter.config.lora.ensure_weight_tying for adapter in self._adapters):
+        if not any(touched.values()) or any(adapter.config.lora.ensure_weight_tying for adapter in self.adapters):
             return True
         if not all(touched.values()):
             return False
@@ -223,6 +226,6 @@ class MergedTensors:
 
     def _is_touched(self, name: str) -> bool:
         module = name.removesuffix(".weight")
-        return any(module in adapter.contents.lora for adapter in self._adapters) or any(
+        return any(module in adapter.contents.lora for adapter in self.adapters) or any(
             place.trained for _, place in self._wholes(name)
         )

@@ -1,4 +1,4 @@
-"""What stands beside the weights: config, tokenizer and chat template of the merged model."""
+"""The files beside the weights: config, tokenizer and chat template of the merged model."""
 
 from __future__ import annotations
 

@@ -134,19 +134,7 @@ class Recipe(Section):
         Raises:
             RecipeError: the file is missing, not YAML, or not a valid recipe.
         """
-        path = Path(path)
-        try:
-            with path.open("rb") as file:
-                content = file.read(MAX_RECIPE_BYTES + 1)
-        except OSError as error:
-            raise RecipeError(f"cannot read recipe {path}: {error.strerror}", "check the path") from error
-        if len(content) > MAX_RECIPE_BYTES:
-            raise RecipeError(f"recipe {path} is larger than {MAX_RECIPE_BYTES} bytes", "is this a recipe?")
-        try:
-            text = content.decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise RecipeError(f"recipe {path} is not UTF-8 text", "is this a recipe?") from error
-        return cls.parse(text, origin=str(path))
+        return cls.parse(text_of(Path(path), f"recipe {path}", "is this a recipe?"), origin=str(path))
 
     @classmethod
     def parse(cls, text: str, origin: str = "recipe") -> Recipe:
@@ -169,6 +157,25 @@ class Recipe(Section):
     def resolved(self) -> dict[str, Any]:
         """The whole recipe as JSON data, with every default, key of a scheme and method option filled in."""
         return {**self.model_dump(mode="json"), "variants": [variant.resolved() for variant in self.variants]}
+
+
+def text_of(path: Path, name: str, remedy: str) -> str:
+    """The text of a recipe or of what may become one, which messages call ``name``.
+
+    Raises:
+        RecipeError: the file cannot be read, is larger than a recipe can be, or is not UTF-8.
+    """
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_RECIPE_BYTES + 1)
+    except OSError as error:
+        raise RecipeError(f"cannot read {name}: {error.strerror}", "check the path") from error
+    if len(content) > MAX_RECIPE_BYTES:
+        raise RecipeError(f"{name} is larger than {MAX_RECIPE_BYTES} bytes", remedy)
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{name} is not UTF-8 text", remedy) from error
 
 
 def _defaults_for(defaults: Mapping[str, Any], variant: Mapping[str, Any]) -> dict[str, Any]:

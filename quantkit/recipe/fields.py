@@ -1,9 +1,10 @@
-"""What all sections share: their base, the types of their keys, and patterns."""
+"""What all sections share: their base, the types of their keys, options beside keys, and patterns."""
 
 from __future__ import annotations
 
 import re
-from typing import Annotated
+from collections.abc import Collection, Mapping
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
@@ -26,6 +27,14 @@ def require_distinct(names: list[str], what: str) -> None:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(f"two {what} are called '{twice[0]}': names must differ")
+
+
+def options_apart(given: Mapping[Any, Any], names: Collection[str]) -> Mapping[Any, Any]:
+    """A section as written, with the keys that are names of options under ``options``, after those given there."""
+    options = {key: value for key, value in given.items() if key in names}
+    rest = {key: value for key, value in given.items() if key not in names}
+    apart = rest.get("options", {})
+    return {**rest, "options": {**apart, **options}} if options and isinstance(apart, Mapping) else rest
 
 
 def compiled(pattern: str) -> re.Pattern[str]:

@@ -11,7 +11,7 @@ from quantkit.errors import RecipeError, SchemeError, did_you_mean
 from quantkit.formats import FORMATS
 from quantkit.libraries import LIBRARIES, Library
 from quantkit.libraries.base import CODES, Offer
-from quantkit.recipe.fields import Flag, Name, Patterns, Section, Whole, compiled
+from quantkit.recipe.fields import Flag, Name, Patterns, Section, Whole, compiled, options_apart
 from quantkit.schemes import PER_CHANNEL, SCHEMES, Scheme, make_scheme
 from quantkit.schemes.kinds import keys_of
 from quantkit.system.units import parse_bytes, parse_seconds
@@ -50,12 +50,12 @@ class LimitsSpec(Section):
 
     @property
     def seconds(self) -> float:
-        """The time."""
+        """The time in seconds."""
         return parse_seconds(self.time)
 
     @property
     def memory_bytes(self) -> int | None:
-        """The memory, where it is given."""
+        """The memory in bytes; None where none is given."""
         return None if self.memory is None else parse_bytes(self.memory)
 
 
@@ -237,14 +237,11 @@ def _gathered(given: Mapping[Any, Any]) -> Mapping[Any, Any]:
     for key in given:
         if isinstance(key, str) and key not in own | known and given.get("library") in LIBRARIES:
             raise unknown_key(key, own | known)
-    options = {key: given[key] for key in given if key in known}
-    rest = {key: value for key, value in given.items() if key not in known}
-    apart = rest.get("options", {})
-    return {**rest, "options": {**apart, **options}} if options and isinstance(apart, Mapping) else rest
+    return options_apart(given, known)
 
 
 def _refusals(spec: LibrarySpec, offer: Offer) -> Iterator[tuple[str, str]]:
-    """What of a variant the method does not take, with the way out."""
+    """Problems of a variant that its method does not take, each with the remedy."""
     bits = ", ".join(map(str, offer.bits))
     if spec.width not in offer.bits:
         yield f"{spec.label} has no codes of {spec.width} bits", f"it has {bits}"

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from quantkit.errors import RecipeError
-from quantkit.recipe import MAX_RECIPE_BYTES, Recipe
+from quantkit.recipe.document import Recipe, text_of
 from quantkit.recipe.model import HUB_REFERENCE
 from quantkit.system.strict_yaml import parse_mapping
 
@@ -78,7 +78,7 @@ def import_recipe(path: str | Path) -> str:
         RecipeError: the file cannot be read, is no export configuration, or asks for what quantkit refuses.
     """
     path = Path(path)
-    given = parse_mapping(_content(path), str(path))
+    given = parse_mapping(text_of(path, str(path), "is this a configuration?"), str(path))
     _check(given, path)
     draft = _Draft()
     draft.sections["name"] = _name(given, path)
@@ -89,19 +89,6 @@ def import_recipe(path: str | Path) -> str:
     text = draft.text()
     Recipe.parse(text, origin=f"recipe made of {path}")
     return text
-
-
-def _content(path: Path) -> str:
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise RecipeError(f"cannot read {path}: {error.strerror}", "check the path") from error
-    if len(content) > MAX_RECIPE_BYTES:
-        raise RecipeError(f"{path} is larger than {MAX_RECIPE_BYTES} bytes", "is this a configuration?")
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"{path} is not UTF-8 text", "is this a configuration?") from error
 
 
 def _check(given: Mapping[str, Any], path: Path) -> None:

@@ -17,7 +17,7 @@ from pydantic import Field, create_model, field_validator, model_validator
 from quantkit.errors import QuantkitError, RecipeError
 from quantkit.methods import METHODS
 from quantkit.methods.base import Method, MethodOptions
-from quantkit.recipe.fields import Section
+from quantkit.recipe.fields import Section, options_apart
 from quantkit.schemes import Scheme
 from quantkit.system.validation import located, unknown_key
 from quantkit.transforms import TRANSFORMS
@@ -122,10 +122,7 @@ class TransformSpec(Section):
         for key in given:
             if isinstance(key, str) and key not in known | set(cls.model_fields):
                 raise unknown_key(key, known | {"name"}, "")
-        own = {key: value for key, value in given.items() if key in known}
-        return {key: value for key, value in given.items() if key not in known} | (
-            {"options": {**given.get("options", {}), **own}} if own else {}
-        )
+        return options_apart(given, known)
 
     @field_validator("name")
     @classmethod
@@ -170,11 +167,7 @@ def gathered(given: Mapping[Any, Any], own: Collection[str]) -> Mapping[Any, Any
     method = given.get("method", DEFAULT_METHOD)
     if isinstance(method, str) and is_method(method):
         _check_keys(given, method, own)
-    known = option_names(method) - set(own)
-    options = {key: given[key] for key in given if key in known}
-    rest = {key: value for key, value in given.items() if key not in known}
-    apart = rest.get("options", {})
-    return {**rest, "options": {**apart, **options}} if options and isinstance(apart, Mapping) else rest
+    return options_apart(given, option_names(method) - set(own))
 
 
 def option_names(method: object) -> set[str]:

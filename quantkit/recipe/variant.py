@@ -147,7 +147,7 @@ class VariantSpec(SchemeKeys, Choice):
         return steps_of(self.method)
 
     def _check_transforms(self) -> None:
-        """Refuse a transform that the method brings itself, or that comes before nothing that is solved."""
+        """Refuse a transform that the method brings itself, or one before a method that solves nothing."""
         brought = {transform.name for transform in self._steps.transforms}
         for spec in self.transforms:
             if spec.name in brought:

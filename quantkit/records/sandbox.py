@@ -23,11 +23,11 @@ from quantkit.system.child import Child
 
 WORKER = Path(__file__).with_name("sandbox_worker.py")
 SECONDS = 10.0
-"""That one text may take."""
+"""Seconds that one text may take."""
 START_SECONDS = 60.0
-"""That the process may take to start, on a loaded machine."""
+"""Seconds that the process may take to start, on a loaded machine."""
 KEPT_VARIABLES = ("PATH", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "SYSTEMROOT", "VIRTUAL_ENV")
-"""Of the environment; tokens and passwords stay here."""
+"""Variables that the process inherits; tokens and passwords stay here."""
 
 
 class TemplateFailure(Exception):  # noqa: N818 - told to people by who asked, as an error of theirs

@@ -176,7 +176,7 @@ def _to_json(
 
 
 def _limit() -> None:
-    """No memory beyond bounds, no file of any size, no further process: where the system can say so."""
+    """Limit memory, and allow no file of any size and no further process, where the system can."""
     if resource is None:
         return
     limits = {resource.RLIMIT_FSIZE: 0, resource.RLIMIT_NPROC: 0, resource.RLIMIT_CORE: 0}
