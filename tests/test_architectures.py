@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import quantkit
@@ -16,6 +17,7 @@ from quantkit.checkpoint import CheckpointReader
 from quantkit.engine.batches import make_batches
 from quantkit.engine.skeleton import Skeleton
 from quantkit.engine.walk import Walk, WalkSettings
+from quantkit.errors import CheckpointError
 from quantkit.exports import open_export
 from quantkit.runtimes._choice import choose_runtime
 from quantkit.runtimes.base import LoadOptions
@@ -196,6 +198,40 @@ def test_experts_of_a_stack_that_stay_float_are_written_by_themselves(tmp_path: 
     assert torch.equal(own[2], stack[2])
     assert not torch.equal(own[1], stack[1])
     assert decoded.model(input_ids=ids, use_cache=False).logits.isfinite().all()
+
+
+EXPERT = "model.layers.1.block_sparse_moe.experts.3.w1.weight"
+STACK = "model.layers.0.mlp.experts.down_proj"
+
+
+@pytest.mark.parametrize(
+    ("architecture", "change", "text"),
+    [
+        ("mixtral", lambda tensors: tensors.pop(EXPERT), r"are missing: there are 3 like .*w1\.weight and 4 like"),
+        (
+            "mixtral",
+            lambda tensors: [tensors.pop(EXPERT.replace("w1", leaf)) for leaf in ("w1", "w2", "w3")],
+            r"of shape \(3, 256, 64\), the model expects \(4, 256, 64\)",
+        ),
+        ("mixtral", lambda tensors: tensors.update({EXPERT: tensors[EXPERT] * torch.nan}), "w1.weight' of .* is nan"),
+        ("mixtral", lambda tensors: tensors.update({EXPERT: tensors[EXPERT][:5].clone()}), r"has shape \(5, 64\)"),
+        ("gpt_oss", lambda tensors: tensors.update({STACK: tensors[STACK][:3].clone()}), r"of shape \(3, 128, 64\)"),
+        (
+            "gpt_oss",
+            lambda tensors: tensors.pop(STACK),
+            r"tensor model\.layers\.0\.mlp\.experts.* is not in",
+        ),
+    ],
+)
+def test_experts_that_are_missing_or_misshapen_are_one_line(
+    tmp_path: Path, architecture: str, change: Any, text: str
+) -> None:
+    make(tmp_path, architecture)
+    tensors = load_file(tmp_path / "model.safetensors")
+    change(tensors)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=text):
+        loaded(tmp_path)
 
 
 class Counting(CheckpointReader):

@@ -16,6 +16,7 @@ from quantkit.engine.skeleton import Skeleton
 from quantkit.engine.walk import Inputs, Strategy, Walk, WalkSettings
 from quantkit.methods.base import Method
 from quantkit.schemes import Fp4Scheme, Fp8Scheme, IntScheme, Mxfp4Scheme, Nf4Scheme, Nvfp4Scheme, Scheme
+from tests.architectures import make
 from tests.tiny import (
     FAMILIES,
     Collected,
@@ -103,12 +104,29 @@ def test_every_scheme_has_the_errors_of_the_cpu(tmp_path: Path, scheme: Scheme, 
     assert_close(solve(folder, tiny_steps(method), "cuda", scheme), expected, tolerance=0.05)
 
 
-def test_two_runs_give_the_same_bytes(tmp_path: Path) -> None:
-    folder = make_model(tmp_path)
-    first, second = (solve(folder, tiny_steps(), "cuda") for _ in range(2))
+@pytest.mark.parametrize("method", ["rtn", "gptq", "awq", "awq+gptq", "hqq"])
+def test_two_runs_give_the_same_bytes(tmp_path: Path, method: str) -> None:
+    folder, scheme = make_model(tmp_path), IntScheme(4, 32, False)
+    first, second = (solve(folder, tiny_steps(method), "cuda", scheme) for _ in range(2))
     for name, result in first.results.items():
         assert torch.equal(result.weight.codes, second.results[name].weight.codes), name
         assert torch.equal(result.weight.scales, second.results[name].weight.scales), name
+
+
+@pytest.mark.parametrize("architecture", ["mixtral", "gpt_oss"])
+def test_experts_are_solved_as_on_the_cpu_and_alike_every_time(tmp_path: Path, architecture: str) -> None:
+    make(tmp_path, architecture)
+    found: list[Collected] = []
+    for device in ("cpu", "cuda", "cuda"):
+        skeleton = Skeleton(tmp_path)
+        task, sink = tiny_task(skeleton, tiny_steps())
+        batches = make_batches(ROWS, torch.device(device), may_pad=False)
+        Walk(skeleton, CheckpointReader(tmp_path), batches, [task], WalkSettings(torch.device(device))).run()
+        found.append(sink)
+    cpu, first, second = found
+    assert_close(first, cpu, tolerance=0.05)
+    for name, result in first.results.items():
+        assert torch.equal(result.weight.codes, second.results[name].weight.codes), name
 
 
 def peak_of(folder: Path, method: TinySteps, inputs: Inputs) -> int:

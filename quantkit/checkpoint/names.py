@@ -245,7 +245,14 @@ class Names:
         if any(kept.rpartition(".")[0] != module for kept in self._made):
             self.forget()
         if parameter not in self._made:
-            self._made[parameter] = self._whole_now(parameter, read)
+            whole, wanted = self._whole_now(parameter, read), tuple(self._shapes[parameter].shape)
+            if tuple(whole.shape) != wanted:
+                raise CheckpointError(
+                    f"tensor {self._sources_of_whole(parameter)[0]} and those beside it make {parameter} of shape "
+                    f"{tuple(whole.shape)}, the model expects {wanted}",
+                    "config.json and the weights are of different models, or tensors are missing",
+                )
+            self._made[parameter] = whole
         return self._made[parameter]
 
     def forget(self) -> None:
@@ -258,6 +265,9 @@ class Names:
         conversion = self._conversions.get(parameter)
         if conversion is None:
             raise CheckpointError(f"tensor {self.tensor(parameter)} is not in the checkpoint", DAMAGED)
+        if len({len(names) for names in conversion.sources.values()}) > 1:
+            counts = [f"{len(names)} like {names[0]}" for names in conversion.sources.values()]
+            raise CheckpointError(f"tensors of {parameter} are missing: there are {' and '.join(counts)}", DAMAGED)
         try:
             return conversion.run(read, self._stand_in())[parameter]
         except (RuntimeError, ValueError, KeyError, IndexError) as error:
