@@ -317,6 +317,14 @@ def test_rendering_follows_the_choice(tmp_path: Path, tokenizer: PreTrainedToken
     assert records.render(Record(text="As it is."), tokenizer, str(template)) == "As it is."
 
 
+def test_a_conversation_that_awaits_an_answer_ends_with_its_beginning(tokenizer: PreTrainedTokenizerFast) -> None:
+    asked = Record(messages=(QUESTION,))
+    begun = TEMPLATED.partition("A test.")[0]
+    assert records.render(asked, tokenizer, awaits_answer=True) == begun
+    assert tokenizer.decode(records.encode(asked, tokenizer, awaits_answer=True)) == begun
+    assert records.render(asked, tokenizer, "none", awaits_answer=True) == "What is it?\n\n"
+
+
 def test_templates_are_described(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     template = tmp_path / "own.jinja"
     template.write_text("x")

@@ -121,7 +121,7 @@ def load_questions(
 def _question(record: records.Record, tokenizer: PreTrainedTokenizerBase, index: int) -> Question:
     *before, answer = record.messages
     begun = records.Record(messages=tuple(before))
-    prompt = records.encode_question(begun, tokenizer, index=index)
+    prompt = records.encode(begun, tokenizer, index=index, awaits_answer=True)
     return Question(records_sha256([begun]), before[-1].content, answer.content, prompt)
 
 

@@ -79,7 +79,7 @@ class HarnessModel:
         if not add_generation_prompt:
             raise EvaluationError("the task begins the answers itself (gen_prefix)", "set its chat_template to false")
         messages = tuple(records.Message(turn["role"], turn["content"]) for turn in chat_history)
-        return records.render_question(records.Record(messages=messages), self.tokenizer)
+        return records.render(records.Record(messages=messages), self.tokenizer, awaits_answer=True)
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
         """For each ``(context, continuation)`` its log-likelihood in nats, and whether it is the greedy one."""

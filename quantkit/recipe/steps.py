@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 from pydantic import Field, create_model, field_validator, model_validator
 
@@ -89,7 +89,7 @@ def _joined(kinds: Sequence[type[MethodOptions]]) -> type[MethodOptions]:
     return cast(type[MethodOptions], create_model("And".join(kind.__name__ for kind in kinds), __base__=tuple(kinds)))
 
 
-def is_method(name: object) -> bool:
+def is_method(name: object) -> TypeGuard[str]:
     """Whether the key ``method`` may have this value."""
     if not isinstance(name, str):
         return False
@@ -165,16 +165,14 @@ def gathered(given: Mapping[Any, Any], own: Collection[str]) -> Mapping[Any, Any
         PydanticCustomError: neither the variant nor its method has a key.
     """
     method = given.get("method", DEFAULT_METHOD)
-    if isinstance(method, str) and is_method(method):
+    if is_method(method):
         _check_keys(given, method, own)
     return options_apart(given, option_names(method) - set(own))
 
 
 def option_names(method: object) -> set[str]:
     """The options of a method; none for what is not a method, which the field's own validator reports."""
-    if not isinstance(method, str) or not is_method(method):
-        return set()
-    return set(steps_of(method).Options.model_fields)
+    return set(steps_of(method).Options.model_fields) if is_method(method) else set()
 
 
 def _check_keys(given: Mapping[Any, Any], method: str, own: Collection[str]) -> None:

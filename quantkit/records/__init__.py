@@ -18,14 +18,7 @@ from quantkit.records.formats import Message, Record
 from quantkit.records.hub import HUB_PREFIX, identify_hub, read_hub
 from quantkit.records.llamafactory import LLAMAFACTORY_PREFIX, identify_llamafactory, read_llamafactory
 from quantkit.records.named import NamedDataset, dataset_names, identify_named, named_dataset, read_named
-from quantkit.records.render import (
-    describe_template,
-    encode,
-    encode_question,
-    render,
-    render_question,
-    template_text,
-)
+from quantkit.records.render import describe_template, encode, render, template_text
 
 __all__ = [
     "Message",
@@ -36,7 +29,6 @@ __all__ = [
     "dataset_names",
     "describe_template",
     "encode",
-    "encode_question",
     "identify",
     "load",
     "named_dataset",
@@ -44,7 +36,6 @@ __all__ = [
     "read_hub",
     "read_named",
     "render",
-    "render_question",
     "template_text",
 ]
 

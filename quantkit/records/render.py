@@ -78,7 +78,12 @@ def describe_template(chat_template: str | None, tokenizer: PreTrainedTokenizerB
 
 
 def render(
-    record: Record, tokenizer: PreTrainedTokenizerBase, chat_template: str | None = AUTO, *, index: int | None = None
+    record: Record,
+    tokenizer: PreTrainedTokenizerBase,
+    chat_template: str | None = AUTO,
+    *,
+    index: int | None = None,
+    awaits_answer: bool = False,
 ) -> str:
     """The text of a record: a plain text as it is, a conversation through the template.
 
@@ -89,6 +94,7 @@ def render(
         tokenizer: the model's.
         chat_template: see :func:`template_text`.
         index: the record's, for messages.
+        awaits_answer: end a conversation with what the template writes before an answer; without one, a blank line.
 
     Raises:
         CalibrationError: the template cannot be read, is broken, or refuses the record.
@@ -97,64 +103,7 @@ def render(
         return record.text
     template = template_text(chat_template, tokenizer)
     if template is None:
-        return "\n\n".join(message.content for message in record.messages)
-    return _applied(template, record, tokenizer, index)
-
-
-def encode(
-    record: Record, tokenizer: PreTrainedTokenizerBase, chat_template: str | None = AUTO, *, index: int | None = None
-) -> list[int]:
-    """The token ids of a record.
-
-    A template writes its special tokens itself, so the tokenizer adds none; it adds its usual ones to a plain text.
-
-    Raises:
-        CalibrationError: see :func:`render`.
-    """
-    templated = record.text is None and template_text(chat_template, tokenizer) is not None
-    text = render(record, tokenizer, chat_template, index=index)
-    encoded = tokenizer(text, add_special_tokens=not templated, return_attention_mask=False, verbose=False)
-    return [int(token) for token in encoded["input_ids"]]
-
-
-def render_question(
-    record: Record, tokenizer: PreTrainedTokenizerBase, chat_template: str | None = AUTO, *, index: int | None = None
-) -> str:
-    """The text of a conversation that awaits an answer, with what the template writes before that.
-
-    Without a template the messages' contents are followed by a blank line.
-
-    Raises:
-        CalibrationError: see :func:`render`.
-    """
-    template = template_text(chat_template, tokenizer)
-    if template is None:
-        return render(record, tokenizer, None) + "\n\n"
-    return _applied(template, record, tokenizer, index, awaits_answer=True)
-
-
-def encode_question(
-    record: Record, tokenizer: PreTrainedTokenizerBase, chat_template: str | None = AUTO, *, index: int | None = None
-) -> list[int]:
-    """The token ids of :func:`render_question`.
-
-    Raises:
-        CalibrationError: see :func:`render`.
-    """
-    text = render_question(record, tokenizer, chat_template, index=index)
-    plain = template_text(chat_template, tokenizer) is None
-    encoded = tokenizer(text, add_special_tokens=plain, return_attention_mask=False, verbose=False)
-    return [int(token) for token in encoded["input_ids"]]
-
-
-def _applied(
-    template: str,
-    record: Record,
-    tokenizer: PreTrainedTokenizerBase,
-    index: int | None,
-    *,
-    awaits_answer: bool = False,
-) -> str:
+        return "\n\n".join([*(message.content for message in record.messages), *([""] if awaits_answer else [])])
     messages = [{"role": message.role, "content": message.content} for message in record.messages]
     variables = {**tokenizer.special_tokens_map, "add_generation_prompt": awaits_answer}
     try:
@@ -163,6 +112,24 @@ def _applied(
         where = "" if index is None else f" on record {index}"
         remedy = "mend the template, remove the record, or set 'chat_template: none'"
         raise CalibrationError(f"the chat template fails{where}: {error}", remedy) from error
+
+
+def encode(
+    record: Record,
+    tokenizer: PreTrainedTokenizerBase,
+    chat_template: str | None = AUTO,
+    *,
+    index: int | None = None,
+    awaits_answer: bool = False,
+) -> list[int]:
+    """The token ids of a record; see :func:`render` for arguments and errors.
+
+    A template writes its special tokens itself, so the tokenizer adds none; it adds its usual ones to a plain text.
+    """
+    templated = record.text is None and template_text(chat_template, tokenizer) is not None
+    text = render(record, tokenizer, chat_template, index=index, awaits_answer=awaits_answer)
+    encoded = tokenizer(text, add_special_tokens=not templated, return_attention_mask=False, verbose=False)
+    return [int(token) for token in encoded["input_ids"]]
 
 
 def _with_fixed_clock(template: str) -> str:
