@@ -132,7 +132,7 @@ def build(spec: CalibrationSpec, model_folder: Path, out: Path, *, trust_remote_
 
 
 def _settings(spec: CalibrationSpec, model_folder: Path, limits: ModelLimits) -> dict[str, Any]:
-    """What the tokens depend on beside the data set."""
+    """The facts that the tokens depend on beside the data set."""
     settings = spec.model_dump(mode="json", exclude={"inputs", "dataset", "chat_template"})
     return {
         "code": CODE_VERSION,

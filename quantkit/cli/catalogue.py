@@ -61,7 +61,7 @@ def options_of(options: type[MethodOptions]) -> list[Option]:
 
 
 def needs_of(steps: Steps) -> str:
-    """What a method must know: no data, or which statistics, and the options that change it."""
+    """The data that a method needs: none, or which statistics, and the options that change it."""
     usual = _needs(steps, {})
     others = {
         f"{name}: {written(value)}": needs
@@ -103,7 +103,7 @@ def shown_bits(kind: str) -> float:
 
 
 def _needs(steps: Steps, given: dict[str, Any]) -> frozenset[Statistic] | None:
-    """What the method and its transforms ask for under some options; None where they cannot be."""
+    """The statistics that a method and its transforms ask for under some options; None where they cannot be."""
     try:
         options = steps.Options(**given)
     except ValidationError:
@@ -183,7 +183,7 @@ def written(value: Any) -> str:
 
 
 def _documented(cls: type) -> dict[str, str]:
-    """What the docstrings of a class and its bases say of each attribute or argument, on one line.
+    """The words of a class's docstring and its bases' on each attribute or argument, on one line.
 
     Where a text points to another class, what that class says of the same name is added.
     """

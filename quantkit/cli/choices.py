@@ -101,7 +101,7 @@ def estimate(
 
 
 def _print_what_fits(model: str, use: dict[str, Any], memory: str | None, as_json: bool) -> None:
-    """What fits so much memory, or where none is given, the usual cards."""
+    """Print what fits so much memory, or where none is given, the usual cards."""
     from quantkit import estimation
     from quantkit.estimation.tables import cards_table, fits_table
 

@@ -141,7 +141,7 @@ def _evaluated_by(store: type[Format]) -> str:
 
 
 def plan_table(found: Mapping[str, Any]) -> Table:
-    """What :func:`quantkit.plan` returns, as a table."""
+    """The result of :func:`quantkit.plan` as a table."""
     from rich.table import Table
 
     source, calibration = found["source"], found["calibration"]

@@ -83,7 +83,7 @@ class Whole:
 
 @dataclass(slots=True)
 class Contents:
-    """What an adapter carries, by the names of its base.
+    """The tensors of an adapter, by the names of its base.
 
     Attributes:
         lora: module to the keys of its parts.

@@ -32,7 +32,7 @@ BROKEN = (
     zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, struct.error, EOFError, OSError, ValueError,
     LookupError, NotImplementedError, RuntimeError,
 )  # fmt: skip
-"""What ``zipfile`` and ``tarfile`` raise for archives that are not whole."""
+"""The errors that ``zipfile`` and ``tarfile`` raise for archives that are not whole."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from quantkit.runtimes._checkpoint import load_tokenizer
 PROMPT = "Name three rivers of Europe, and say in one sentence each where they begin and which sea they reach."
 FEWEST_ROWS_SHOWN = 8
 TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 8e-2}
-"""By stored dtype: the largest root mean square of the difference of logits, as a share of that of the logits."""
+"""By stored dtype, the largest root mean square of the difference of logits, as a share of that of the logits."""
 SHARE_OF_MEMORY = 0.5
 
 

@@ -22,9 +22,9 @@ from quantkit.numerics.grid_search import encode, quantized, range_grid
 from quantkit.schemes.codebook import Nf4Scheme
 
 NF4 = Nf4Scheme(group_size=64, double_quant=True)
-"""That of bitsandbytes' ``bnb_4bit_use_double_quant``; the codes are the same."""
+"""The scheme of bitsandbytes' ``bnb_4bit_use_double_quant``; the codes are the same."""
 NAME = "default"
-"""What PEFT calls the adapter meanwhile."""
+"""The adapter's name in PEFT meanwhile."""
 
 
 @dataclass(slots=True)
@@ -160,7 +160,7 @@ def _merged(tuned: Any, base: nn.Module) -> LayerWeights:
 
 
 def nf4_round_trip(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """What is left of a weight in NF4.
+    """A weight rounded to NF4 with double quantization and decoded again, as a QLoRA training sees it.
 
     Args:
         weight: ``[out_features, in_features]`` of a float dtype.

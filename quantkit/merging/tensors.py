@@ -67,7 +67,7 @@ class MergedTensors:
         self.tied = base.tied and self._stays_tied()
 
     def plan(self) -> Iterator[Planned]:
-        """What the merged checkpoint will hold, in the order in which it is best written."""
+        """The tensors of the merged checkpoint, in the order in which they are best written."""
         base = self.base
         untied = [f"{base.head}.weight"] if base.tied and not self.tied else []
         for name in [*base.parameters(), *untied]:

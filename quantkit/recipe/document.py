@@ -109,22 +109,22 @@ class Recipe(Section):
 
     @property
     def own_variants(self) -> tuple[VariantSpec, ...]:
-        """Those that quantkit quantizes itself."""
+        """The variants that quantkit quantizes itself."""
         return tuple(variant for variant in self.variants if isinstance(variant, VariantSpec))
 
     @property
     def library_variants(self) -> tuple[LibrarySpec, ...]:
-        """Those that one of the field's libraries quantizes."""
+        """The variants that one of the field's libraries quantizes."""
         return tuple(variant for variant in self.variants if isinstance(variant, LibrarySpec))
 
     @property
     def folder(self) -> Path:
-        """Where everything of the run lies."""
+        """The folder of everything of the run."""
         return Path(self.report.folder) if self.report.folder else Path("reports") / self.name
 
     @property
     def history_file(self) -> Path:
-        """Where runs are recorded, if they are."""
+        """The file in which runs are recorded, if they are."""
         return Path(self.history.file) if self.history.file else self.folder.parent / "history.sqlite"
 
     @classmethod
@@ -146,7 +146,7 @@ class Recipe(Section):
         return parse_section(cls, parse_mapping(text, origin), origin)
 
     def warnings(self) -> tuple[str, ...]:
-        """What can be run and is known to go badly, each with the name of its variant."""
+        """Warnings of what can be run and is known to go badly, each with the name of its variant."""
         return tuple(f"variant {variant.name}: {text}" for variant in self.variants for text in variant.warnings())
 
     def to_yaml(self) -> str:

@@ -61,7 +61,7 @@ class TaskSpec(Section):
 
     @property
     def label(self) -> str:
-        """What progress and messages call it."""
+        """Its name in progress and messages."""
         return self.name or Path(str(self.file)).stem
 
 

@@ -1,4 +1,4 @@
-"""What all sections share: their base, the types of their keys, options beside keys, and patterns."""
+"""The base of all sections, the types of their keys, options beside keys, and patterns."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ DEFAULT_TIME = "12h"
 
 
 class LimitsSpec(Section):
-    """What a worker may take before it is ended.
+    """The time and memory that a worker may take before it is ended.
 
     Attributes:
         time: such as ``90s``, ``30min``, ``2h``.
@@ -180,7 +180,7 @@ class LibrarySpec(Section):
         return any(compiled(pattern).search(layer) for pattern in self.ignore)
 
     def warnings(self) -> tuple[str, ...]:
-        """Nothing is known to go badly before it is tried."""
+        """No warnings: nothing is known to go badly before it is tried."""
         return ()
 
     def resolved(self) -> dict[str, Any]:

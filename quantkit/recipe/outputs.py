@@ -11,7 +11,7 @@ from quantkit.recipe.fields import Flag, Section, Whole
 
 
 class ReportSpec(Section):
-    """Where results go and as what.
+    """The folder and the files of the results.
 
     Attributes:
         folder: everything of the run lies here; ``reports/NAME`` if not given. Relative to where quantkit is run.

@@ -34,7 +34,7 @@ class CalibrationSpec(Section):
 
 
 class QuantizationSpec(Section):
-    """Where variants are quantized.
+    """The device on which variants are quantized.
 
     Attributes:
         device: ``auto`` is CUDA where there is one.

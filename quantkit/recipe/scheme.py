@@ -52,7 +52,7 @@ class SchemeKeys(_Keys):
 
 
 class SchemePatch(SchemeKeys):
-    """What some layers have otherwise.
+    """The keys that some layers have otherwise.
 
     Attributes:
         scheme: another kind of scheme, which begins from its own defaults; None keeps the variant's.
@@ -67,7 +67,7 @@ class SchemePatch(SchemeKeys):
 
 
 class BlocksPatch(SchemePatch):
-    """What the first or the last decoder blocks have otherwise.
+    """The keys that the first or the last decoder blocks have otherwise.
 
     Attributes:
         count: how many blocks.

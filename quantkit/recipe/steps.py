@@ -1,4 +1,4 @@
-"""What a variant does to weights, step by step: any number of transforms, then a method, and the options of these.
+"""The steps of a variant: any number of transforms, then a method, and the options of all of them.
 
 ``transforms: [awq]`` with ``method: gptq`` and the short form ``method: awq+gptq`` say the same. In the short form, and
 where a method brings a transform itself as ``method: awq`` does, the options of all steps stand beside the variant's
@@ -28,7 +28,7 @@ DEFAULT_METHOD = "gptq"
 
 @dataclass(frozen=True, slots=True)
 class Steps:
-    """What the key ``method`` stands for.
+    """The steps that the key ``method`` stands for.
 
     Attributes:
         transforms: that come right before the method.

@@ -21,7 +21,7 @@ from quantkit.transforms.base import Transform
 
 
 class Choice(Section):
-    """What a variant chooses by name: method, format, and the kind of scheme."""
+    """The names that a variant chooses: method, format, and kind of scheme."""
 
     name: Name
     method: str = DEFAULT_METHOD
@@ -129,7 +129,7 @@ class VariantSpec(SchemeKeys, Choice):
         return self._steps.build_method(self.method_options())
 
     def build_transforms(self) -> tuple[Transform, ...]:
-        """What changes the weights before the method, in order."""
+        """The transforms that change the weights before the method, in order."""
         own = tuple(spec.build() for spec in self.transforms)
         return own + self._steps.build_transforms(self.method_options())
 
@@ -204,7 +204,7 @@ class VariantSpec(SchemeKeys, Choice):
         return bool(self.needs())
 
     def warnings(self) -> tuple[str, ...]:
-        """What the method has to say of this variant's schemes."""
+        """The method's warnings of this variant's schemes."""
         method = self._steps.method
         return tuple(dict.fromkeys(text for scheme in self.schemes() for text in method.warnings(scheme)))
 

@@ -60,7 +60,7 @@ def load(reference: str) -> RecordSet:
 
 
 def identify(reference: str) -> dict[str, Any]:
-    """What identifies the content of a data set, without reading its records: ``load(reference).origin``.
+    """The origin of a data set, which identifies its content, without its records: ``load(reference).origin``.
 
     Raises:
         CalibrationError: there is no such data set, or its commit cannot be found out.

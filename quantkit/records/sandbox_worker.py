@@ -28,9 +28,9 @@ except ImportError:  # Windows: the time alone is limited, from outside
     resource = None
 
 MEMORY = 512 << 20
-"""Bytes beyond what the process takes at its start."""
+"""Bytes that the process may take on top of those at its start."""
 CPU_SECONDS = 30
-"""Of the processor for one text; the other process ends it long before, if that still lives."""
+"""Seconds of the processor for one text; the other process ends this one long before, if that still lives."""
 MAX_TEXT = 32 << 20
 """Characters of a text."""
 
@@ -88,7 +88,7 @@ def _answer(stream: Any, content: dict[str, Any]) -> None:
 
 
 def _answered(environments: dict[str, Any], request: dict[str, Any]) -> dict[str, Any]:
-    """What a template or a pattern gives, or the error that says why it gives nothing."""
+    """The answer of a template or a pattern, or the error that says why there is none."""
     try:
         match request["kind"]:
             case "find":
