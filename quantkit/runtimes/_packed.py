@@ -60,7 +60,7 @@ def _computed_names(model: PreTrainedModel) -> set[str]:
     return {name for name, _ in fresh.named_buffers()} - set(fresh.state_dict())
 
 
-PACKAGE = "compressed-tensors"
+PACKAGE = "compressed_tensors"
 
 
 @dataclass(slots=True)
