@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
-from quantkit.engine.skeleton import auto_class
+from quantkit.engine.empty_model import auto_class
 from tests.tiny import VOCABULARY, tiny_tokenizer
 
 BASE: dict[str, Any] = {

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from quantkit.checkpoint import CheckpointReader
 from quantkit.engine import skeleton as skeleton_module
-from quantkit.engine.skeleton import Skeleton, find_blocks
+from quantkit.engine.empty_model import empty_model, find_blocks
+from quantkit.engine.skeleton import Skeleton
 from quantkit.errors import CheckpointError, SourceError
 from tests.tiny import FAMILIES, make_model
 
@@ -148,7 +149,7 @@ def test_whatever_transformers_raises_for_an_odd_config_is_a_source_error(
     file = make_model(tmp_path) / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(SourceError, match=r"config\.json") as caught:
-        skeleton_module.empty_model(tmp_path)
+        empty_model(tmp_path)
     assert isinstance(caught.value.__cause__, cause)
     assert "\n" not in str(caught.value)
 

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from quantkit.checkpoint.names import Names
+from quantkit.engine.empty_model import auto_class
 from quantkit.engine.layers import give_way
-from quantkit.engine.skeleton import auto_class
 from quantkit.exports import Export, open_export
 from quantkit.runtimes._checkpoint import check_checkpoint, translated, whole_config
 from quantkit.runtimes._model import TransformersModel, whole

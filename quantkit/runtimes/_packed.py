@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from quantkit.engine.skeleton import auto_class
+from quantkit.engine.empty_model import auto_class
 from quantkit.errors import EvaluationError
 from quantkit.runtimes._checkpoint import check_checkpoint, is_gguf, translated, whole_config
 from quantkit.runtimes._model import TransformersModel, whole
