@@ -121,3 +121,14 @@ def test_statistics_that_are_not_finite_are_refused(value: float, place: tuple[i
 def test_a_matrix_that_no_damping_mends_is_refused() -> None:
     with pytest.raises(QuantizationError, match="cannot be factorized"):
         inverse_factor(torch.tensor([[1.0, 100.0], [100.0, 1.0]]), 0.01)
+
+
+@pytest.mark.parametrize("columns", [48, 200, 576])
+def test_an_order_of_columns_is_that_of_a_matrix_in_this_order_bit_by_bit(columns: int) -> None:
+    draw = torch.Generator().manual_seed(columns)
+    inputs = torch.randn(2 * columns, columns, generator=draw) * torch.rand(columns, generator=draw)
+    gram, order = inputs.T @ inputs / len(inputs), torch.randperm(columns, generator=draw)
+    gram = gram.triu() + gram.triu(1).T
+    found, _ = inverse_factor(gram, 0.03, order)
+    expected, _ = inverse_factor(gram[order][:, order].contiguous(), 0.03)
+    assert torch.equal(found, expected)

@@ -108,12 +108,9 @@ def inverse_factor(gram: torch.Tensor, damping: float, order: torch.Tensor | Non
 
 def _reversed(gram: torch.Tensor, damping: float, order: torch.Tensor | None) -> torch.Tensor:
     """A damped copy with rows and columns in the reverse of an order, columns contiguous as LAPACK has them."""
-    if order is None:
-        diagonal, found = gram.diagonal(), gram.flip(0, 1)
-    else:
-        backwards = order.flip(0)
-        diagonal, found = gram.diagonal()[order], gram.index_select(0, backwards).index_select(1, backwards)
-    found.diagonal().add_(_ridge(diagonal, damping).flip(0))
+    found = gram.clone() if order is None else gram.index_select(0, order).index_select(1, order)
+    found.diagonal().add_(_ridge(found.diagonal(), damping))
+    _flip_(found.view(-1))
     return found.mT
 
 
