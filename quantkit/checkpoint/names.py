@@ -7,82 +7,19 @@ what is told by transformers' own conversion mapping (``transformers.conversion_
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
-from copy import deepcopy
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
 
+from quantkit.checkpoint.conversions import Conversion, Part, Read, on_load, on_save
 from quantkit.errors import CheckpointError
 
 DAMAGED = "download it again, or check that config.json belongs to it"
 
-Read = Callable[[str], torch.Tensor]
-"""Reads a tensor of the checkpoint by its name there."""
 
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """A weight that the engine takes out of a larger parameter, such as one projection of one expert.
-
-    Attributes:
-        parameter: the model's parameter of which it is a part.
-        cut: gives the view of that parameter which it is.
-        expert: index in a stack of experts; None where the parameter is no stack.
-        piece: which of the matrices that are concatenated there, and how many these are.
-        leaf: what the part is called beside its index, where the checkpoint holds the stack as one tensor.
-    """
-
-    parameter: str
-    cut: Callable[[torch.Tensor], torch.Tensor]
-    expert: int | None = None
-    piece: tuple[int, int] = (0, 1)
-    leaf: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Conversion:
-    """Tensors of the checkpoint of which transformers makes parameters.
-
-    Attributes:
-        first: the parameter by which its converter is called.
-        converter: transformers' own.
-        sources: by pattern of the converter the names of the tensors, in the order in which they are stacked.
-    """
-
-    first: str
-    converter: Any
-    sources: Mapping[str, list[str]]
-
-    def names(self) -> list[str]:
-        """The tensors of the checkpoint."""
-        return [name for names in self.sources.values() for name in names]
-
-    def run(self, read: Read, model: Any) -> dict[str, torch.Tensor]:
-        """The parameters, from tensors that are read as they are needed."""
-        converter = deepcopy(self.converter)
-        for pattern in converter.source_patterns:
-            for name in self.sources.get(pattern, ()):
-                converter.add_tensor(self.first, name, pattern, lambda name=name: read(name))
-        made: dict[str, torch.Tensor] = converter.convert(self.first, model=model, config=model.config)
-        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
-
-    def stacked(self, part: Part) -> str | None:
-        """The tensor that holds one piece of one expert by itself; None where none does."""
-        kinds = [type(operation).__name__ for operation in self.converter.operations]
-        place, pieces = part.piece
-        if part.expert is None or kinds != ["MergeModulelist", "Concatenate"][: 1 + (pieces > 1)]:
-            return None
-        if len(self.converter.source_patterns) != pieces:
-            return None
-        names = self.sources.get(self.converter.source_patterns[place], [])
-        return names[part.expert] if part.expert < len(names) else None
-
-
-@dataclass(slots=True)
 class Names:
     """What each parameter of a model is made of.
 
@@ -91,23 +28,15 @@ class Names:
         stored: names of the tensors of its checkpoint; by default those that ``save_pretrained`` would write.
     """
 
-    model: nn.Module
-    stored: Collection[str] | None = None
-    _stored: frozenset[str] = frozenset()
-    _alias: dict[str, str] = field(default_factory=dict)
-    _conversions: dict[str, Conversion] = field(default_factory=dict)
-    _parts: dict[str, Part] = field(default_factory=dict)
-    _shapes: dict[str, torch.Tensor] = field(default_factory=dict)
-    _made: dict[str, torch.Tensor] = field(default_factory=dict)
-    _forward: tuple[list[Any], list[Any]] = field(init=False)
-    _backward: tuple[list[Any], list[Any]] = field(init=False)
-
-    def __post_init__(self) -> None:
-        state = self.model.state_dict()
-        self._shapes = {name: torch.empty(tensor.shape, device="meta") for name, tensor in state.items()}
-        self._forward = _transforms(self.model)
-        self._backward = _reversed_transforms(self.model)
-        self._stored = frozenset(self._as_saved(state) if self.stored is None else self.stored)
+    def __init__(self, model: nn.Module, stored: Collection[str] | None = None) -> None:
+        self._model = model
+        self._shapes = {name: torch.empty(each.shape, device="meta") for name, each in model.state_dict().items()}
+        self._forward, self._backward = on_load(model), on_save(model)
+        self._alias: dict[str, str] = {}
+        self._conversions: dict[str, Conversion] = {}
+        self._parts: dict[str, Part] = {}
+        self._made: dict[str, torch.Tensor] = {}
+        self._stored = frozenset(self._as_saved() if stored is None else stored)
         self._match()
 
     # What the engine asks.
@@ -229,10 +158,6 @@ class Names:
         """The parameters that the checkpoint holds as they are, by the names of their tensors."""
         return {stored: parameter for parameter, stored in self._alias.items()}
 
-    def parameter_of(self, stored: str) -> str:
-        """The parameter that a tensor of the checkpoint is; the tensor's own name where the model has none such."""
-        return next((parameter for parameter, name in self._alias.items() if name == stored), stored)
-
     # How they are found.
 
     def _single(self, part: Part) -> str | None:
@@ -278,7 +203,7 @@ class Names:
 
     def _stand_in(self) -> Any:
         """What converters ask of a model: its config, and the shapes of its parameters."""
-        return SimpleNamespace(config=self.model.config, get_parameter=self._shapes.__getitem__)
+        return SimpleNamespace(config=self._model.config, get_parameter=self._shapes.__getitem__)
 
     def _match(self) -> None:
         from transformers.core_model_loading import dot_natural_key
@@ -297,7 +222,7 @@ class Names:
                 found.setdefault(key, {}).setdefault(pattern, []).append(name)
         for key, sources in found.items():
             conversion = Conversion(key, by_pattern[next(iter(sources))], sources)
-            for target in _targets(key, conversion.converter):
+            for target in conversion.targets():
                 if target in self._shapes:
                     self._conversions[target] = conversion
         self._match_the_last()
@@ -306,27 +231,27 @@ class Names:
         """What transformers calls a tensor on load, and the pattern of the converter that takes it."""
         from transformers.core_model_loading import rename_source_key
 
-        prefix = getattr(self.model, "base_model_prefix", "")
+        prefix = getattr(self._model, "base_model_prefix", "")
         found: tuple[str, str | None] = rename_source_key(stored, *self._forward, prefix, self._shapes)
         return found
 
     def _match_the_last(self) -> None:
         """One single tensor that no name fits is the one parameter that is missing, as GPT-NeoX's head may be."""
         used = {name for parameter in self._shapes for name in self.sources(parameter)}
-        tied = set(getattr(self.model, "all_tied_weights_keys", None) or ())
+        tied = set(getattr(self._model, "all_tied_weights_keys", None) or ())
         rest = [name for name in self._stored if name not in used and name.endswith(".weight")]
         missing = [name for name in self._shapes if not self.has(name) and name not in tied]
         if len(rest) == len(missing) == 1 and missing[0].endswith(".weight"):
             self._alias[missing[0]] = rest[0]
 
-    def _as_saved(self, state: Mapping[str, torch.Tensor]) -> Iterable[str]:
+    def _as_saved(self) -> list[str]:
         from transformers.core_model_loading import revert_weight_conversion
 
-        tied = getattr(self.model, "all_tied_weights_keys", None) or {}
+        tied = getattr(self._model, "all_tied_weights_keys", None) or {}
         if not (self._backward[0] or self._backward[1]):
-            return [name for name in state if name not in tied]
-        kept = {name: self._shapes[name] for name in state if name not in tied}
-        reverted: dict[str, Any] = revert_weight_conversion(self.model, kept)
+            return [name for name in self._shapes if name not in tied]
+        kept = {name: self._shapes[name] for name in self._shapes if name not in tied}
+        reverted: dict[str, Any] = revert_weight_conversion(self._model, kept)
         return list(reverted)
 
     def _backward_name(self, parameter: str) -> str:
@@ -335,37 +260,3 @@ class Names:
         renamings, _ = self._backward
         name: str = rename_source_key(parameter, renamings, [], reverse=True)[0]
         return name
-
-
-def _transforms(model: nn.Module) -> tuple[list[Any], list[Any]]:
-    """What transformers does to names on load: renamings, and converters."""
-    from transformers import PreTrainedModel
-    from transformers.conversion_mapping import get_model_conversion_mapping
-
-    return _kinds(get_model_conversion_mapping(model) if isinstance(model, PreTrainedModel) else [])
-
-
-def _reversed_transforms(model: nn.Module) -> tuple[list[Any], list[Any]]:
-    """What it does when a model is saved."""
-    from transformers import PreTrainedModel
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import PrefixChange
-
-    if not isinstance(model, PreTrainedModel):
-        return [], []
-    given = get_model_conversion_mapping(model, add_legacy=False)
-    return _kinds([each.reverse_transform() for each in given[::-1] if not isinstance(each, PrefixChange)])
-
-
-def _kinds(transforms: Iterable[Any]) -> tuple[list[Any], list[Any]]:
-    from transformers.core_model_loading import WeightConverter, WeightRenaming
-
-    given = list(transforms)
-    renamings = [each for each in given if isinstance(each, WeightRenaming)]
-    return renamings, [each for each in given if isinstance(each, WeightConverter)]
-
-
-def _targets(first: str, converter: Any) -> list[str]:
-    """All parameters that a converter makes, by the first of them."""
-    pattern, *others = converter.target_patterns
-    return [first, *(first.replace(pattern, other, 1) for other in others if pattern in first)]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from quantkit.checkpoint.names import Part
+from quantkit.checkpoint.conversions import Part
 
 IMPLEMENTATION = "quantkit"
 """The name under which transformers knows the function that computes with linear layers."""

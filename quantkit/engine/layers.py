@@ -15,7 +15,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from quantkit.checkpoint.names import Names, Part
+from quantkit.checkpoint.conversions import Part
+from quantkit.checkpoint.names import Names
 from quantkit.engine.experts import can_unstack, is_stack, unstack
 
 

@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from quantkit.checkpoint import CheckpointReader
-from quantkit.checkpoint.names import DAMAGED, Names, Read
+from quantkit.checkpoint.conversions import Read
+from quantkit.checkpoint.names import DAMAGED, Names
 from quantkit.engine.empty_model import empty_model, find_blocks
 from quantkit.engine.experts import is_stack
 from quantkit.engine.layers import Layer, give_way, layer_of, linear_modules
