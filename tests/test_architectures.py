@@ -265,3 +265,34 @@ def test_factors_of_awq_leave_a_mixture_as_good_as_its_norms_allow(tmp_path: Pat
     for block in range(2):
         name = f"model.layers.{block}.post_attention_layernorm.weight"
         assert torch.equal(source.read(name), written.read(name))
+
+
+@pytest.mark.parametrize("method", ["rtn", "awq"])
+def test_transposed_layers_that_stay_float_keep_their_layout(tmp_path: Path, method: str) -> None:
+    """One of them is square, so that a wrong layout would have the right shape; AWQ changes the other."""
+    folder, out = quantized(tmp_path, "gpt2", method=method, ignore=[r"attn\.c_proj", r"mlp\.c_fc", "lm_head"])
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    decoded: Any = Reference().load(out, LoadOptions(device="cpu", dtype="float32"))
+    square = "transformer.h.0.attn.c_proj.weight"
+    assert torch.equal(decoded.model.get_parameter(square), model.get_parameter(square))
+    ids = torch.tensor(tiny_rows(2, 20, 20))
+    with torch.no_grad():
+        plain = model(input_ids=ids, use_cache=False).logits.log_softmax(-1)
+        near = decoded.model(input_ids=ids, use_cache=False).logits.log_softmax(-1)
+    assert 0 < (plain.exp() * (plain - near)).sum(-1).mean() < 0.1
+
+
+def test_parts_of_stacks_that_awq_changes_and_that_stay_float_are_written_as_they_became(tmp_path: Path) -> None:
+    """With the original up_proj beside a rescaled down_proj the experts would compute something else."""
+    folder, out = quantized(tmp_path, "granitemoe", method="awq", ignore=["(gate|up)_proj$", "self_attn", "lm_head"])
+    source, written = CheckpointReader(folder), CheckpointReader(out)
+    original = source.read("model.layers.0.block_sparse_moe.input_linear.weight")[1].chunk(2)[1]
+    changed = written.read("model.layers.0.block_sparse_moe.experts.1.up_proj.weight")
+    assert not torch.equal(changed, original), "the test needs a factor that is not 1"
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    decoded: Any = Reference().load(out, LoadOptions(device="cpu", dtype="float32"))
+    ids = torch.tensor(tiny_rows(2, 20, 20))
+    with torch.no_grad():
+        plain = model(input_ids=ids, use_cache=False).logits.log_softmax(-1)
+        near = decoded.model(input_ids=ids, use_cache=False).logits.log_softmax(-1)
+    assert (plain.exp() * (plain - near)).sum(-1).mean() < 0.02

@@ -138,6 +138,13 @@ class Names:
             return self.tensor(parameter)
         return f"{self.layer(parameter)}.{parameter.rpartition('.')[2]}"
 
+    def as_written(self, parameter: str, value: torch.Tensor) -> tuple[str, torch.Tensor]:
+        """Name and tensor by which a parameter that stays float is written, in the layout of the checkpoint."""
+        part = self._parts.get(parameter)
+        if part is not None and part.expert is None:
+            value = self.assemble(part.parameter, lambda _: value)
+        return self.written(parameter), value
+
     def are_stacked(self, parameter: str) -> bool:
         """Whether transformers makes a parameter of tensors that hold its parts one by one."""
         return parameter in self._conversions

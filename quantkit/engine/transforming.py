@@ -198,7 +198,7 @@ class Transforming:
                 changed = self.of(task).apply(module, leaf, original)
                 if changed is not original and not self._is_solved(task, parameter):
                     dtype = reader.dtype(skeleton.stored_name(parameter))
-                    task.sink.replace(skeleton.names.written(parameter), changed.to(dtype).cpu())
+                    task.sink.replace(*skeleton.names.as_written(parameter, changed.to(dtype).cpu()))
 
     def _is_solved(self, task: VariantTask, parameter: str) -> bool:
         """Whether a parameter is the weight of a layer that a task quantizes."""

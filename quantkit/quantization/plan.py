@@ -61,14 +61,18 @@ class Layers:
         """Whether a weight that the head and the embedding share is quantized for one of them, or for each."""
         return any(name in self.quantized for name in self.tied)
 
-    def kept(self, names: Collection[str]) -> dict[str, str]:
+    def kept(self, names: Collection[str], changed: Collection[str] = ()) -> dict[str, str]:
         """The tensors that stay float, each with the name under which the source holds it.
 
         Args:
             names: of the source's tensors; of a weight that the head and the embedding share there may be one only.
+            changed: layers that stay float and are not as the source has them.
         """
-        held = {name: self.stacks.get(name, (name.removesuffix(".weight"),)) for name in names}
-        kept = {name: name for name, layers in held.items() if not any(layer in self.quantized for layer in layers)}
+        apart = {*self.quantized, *changed}
+        broken = {name for name, layers in self.stacks.items() if any(layer in apart for layer in layers)}
+        kept = {
+            name: name for name in names if name not in broken and name.removesuffix(".weight") not in self.quantized
+        }
         tied = [f"{name}.weight" for name in self.tied]
         if self.unties:
             stored = next(name for name in tied if name in names)
@@ -76,9 +80,10 @@ class Layers:
             kept |= {name: stored for name in left if name not in names}
         return kept
 
-    def cut_out(self) -> list[str]:
-        """The layers that stay float and are written by themselves, as others of their stack are quantized."""
-        broken = [layers for layers in self.stacks.values() if any(layer in self.quantized for layer in layers)]
+    def cut_out(self, changed: Collection[str] = ()) -> list[str]:
+        """The layers that stay float and are written by themselves, as some of their stack are quantized or changed."""
+        apart = {*self.quantized, *changed}
+        broken = [layers for layers in self.stacks.values() if any(layer in apart for layer in layers)]
         return [layer for layers in broken for layer in layers if layer not in self.quantized]
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -181,11 +181,13 @@ class VariantRun:
         """
         job, layers, solved = self._job, self.layers, self.solved
         reader = CheckpointReader(job.source)
-        floats = {
-            name: solved.stored(name) if solved.replaces(name) else Stored.of(reader, source, finite=True)
-            for name, source in layers.kept(reader.names()).items()
-        }
-        floats |= {f"{layer.name}.weight": self._part(reader, layer) for layer in self._cut_out()}
+        changed = [name for held in layers.stacks.values() for name in held if solved.replaces(f"{name}.weight")]
+        kept, apart = layers.kept(reader.names(), changed), layers.cut_out(changed)
+        floats = {name: Stored.of(reader, source, finite=True) for name, source in kept.items()}
+        parts = [layer for layer in self._skeleton.layers() if layer.name in apart]
+        floats |= {f"{layer.name}.weight": self._part(reader, layer) for layer in parts}
+        self._check_parts(floats)
+        floats |= {name: solved.stored(name) for name in floats if solved.replaces(name)}
         changes: dict[str, Any] = {}
         head = self._skeleton.head
         if layers.unties or (head is not None and head.linears[0] in layers.quantized):
@@ -206,10 +208,16 @@ class VariantRun:
             paths=layers.paths,
         )
 
-    def _cut_out(self) -> list[Layer]:
-        """The layers that are written by themselves, as others of their stack are quantized."""
-        names = self.layers.cut_out()
-        return [layer for layer in self._skeleton.layers() if layer.name in names]
+    def _check_parts(self, floats: Collection[str]) -> None:
+        """Refuse a change of what lies in a tensor that is written whole, such as the biases of stacked experts."""
+        names = self._skeleton.names
+        parts = (names.written(part) for members in names.parts().values() for part in members)
+        lost = next((name for name in parts if self.solved.replaces(name) and name not in floats), None)
+        if lost is not None:
+            raise QuantizationError(
+                f"{self.name}: a transform changes {lost}, which lies in a tensor that is written whole",
+                "leave out the transform",
+            )
 
     def _part(self, reader: CheckpointReader, layer: Layer) -> Stored:
         """A layer that is a part of a tensor of the source."""

@@ -8,7 +8,7 @@ What it computes is what the file says; its memory and speed are those of a floa
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -69,7 +69,7 @@ def load_decoded(path: Path, options: LoadOptions) -> TransformersModel:
         model, found = type(empty).from_pretrained(
             None,
             config=config,
-            state_dict=_as_transformers_stores(empty, decoded_state(export, dtype)),
+            state_dict=_as_transformers_stores(empty, decoded_state(export, dtype), set(export.float_names())),
             dtype=dtype,
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # they are reported by name
@@ -78,22 +78,24 @@ def load_decoded(path: Path, options: LoadOptions) -> TransformersModel:
     return whole(path, model, found, torch.device(options.device))
 
 
-def _as_transformers_stores(empty: PreTrainedModel, state: dict[str, Promise]) -> dict[str, Promise]:
+def _as_transformers_stores(empty: PreTrainedModel, state: dict[str, Promise], floats: Set[str]) -> dict[str, Promise]:
     """A state dict in which what checkpoints hold layer by layer is whole again where transformers needs it whole.
 
     Args:
         empty: the model on meta, which is used up.
         state: by the names of the checkpoint.
+        floats: those that lie there as the source had them, in transformers' own layout.
     """
     names = Names(empty, state)
     names.divide(give_way(empty))
     found = dict(state)
     for parameter, parts in names.parts().items():
         layers = {part: f"{names.layer(part)}.{part.rpartition('.')[2]}" for part in parts}
-        if not names.are_stacked(parameter) and all(name in state for name in layers.values()):
+        whole = names.tensor(parameter)
+        if whole not in floats and not names.are_stacked(parameter) and all(name in state for name in layers.values()):
             for name in layers.values():
                 found.pop(name, None)
-            found[names.tensor(parameter)] = Promise(partial(_assembled, names, parameter, state, layers))
+            found[whole] = Promise(partial(_assembled, names, parameter, state, layers))
     return found
 
 
