@@ -70,6 +70,7 @@ def quantize(
     format: str = "compressed-tensors",  # noqa: A002 - the recipe's word
     calibration: str | Path | Mapping[str, Any] | CalibrationSpec | None = None,
     device: str = "auto",
+    decode: bool = False,
     observer: Observer | None = None,
     **options: Any,
 ) -> Path:
@@ -83,6 +84,7 @@ def quantize(
         format: name of a format.
         calibration: a data set, or the keys of a recipe's ``calibration`` section.
         device: ``auto`` (CUDA where there is one), ``cpu``, ``cuda`` or ``cuda:N``.
+        decode: decode a model that a tool has quantized; see :class:`quantkit.recipe.ModelSpec`.
         observer: is told what happens.
         options: further keys of a variant: those of its scheme (``bits``, ``group_size``, ``symmetric`` ..., by default
             the scheme's own), ``ignore``, ``overrides``, ``first_blocks``, ``last_blocks``, the method's own options.
@@ -100,7 +102,7 @@ def quantize(
     variant = parse_section(VariantSpec, {**given, **options}, "quantize")
     for warning in variant.warnings():
         watching.note(f"warning: {warning}")
-    found = parse_section(ModelSpec, {"source": str(model)}, "model")
+    found = parse_section(ModelSpec, {"source": str(model), "decode": decode}, "model")
     place = parse_section(QuantizationSpec, {"device": device}, "quantize").device
     return quantize_one(found, variant, _calibration(calibration), Path(out), watching, place)
 

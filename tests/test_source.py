@@ -143,7 +143,6 @@ def write_text(name: str, text: str) -> Callable[[Path], object]:
         (set_json("config.json", auto_map={"AutoModel": "x.Y"}), r"model\.trust_remote_code: true"),
         (set_json("tokenizer_config.json", auto_map={"AutoTokenizer": "x.Y"}), r"model\.trust_remote_code: true"),
         (lambda folder: rewrite(folder, lambda _, tensor: tensor.to(torch.int8)), "no float model.*int8"),
-        (lambda folder: rewrite(folder, lambda _, tensor: tensor.to(torch.float8_e4m3fn)), "no float model"),
         (lambda folder: rewrite(folder, lambda _, tensor: tensor.double()), r"float64 weights.*model\.dtype"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -80,7 +81,17 @@ class CheckpointReader:
             CheckpointError: there is no such tensor, or its file became shorter since the header was read or cannot be
                 read.
         """
-        entry = self._entry(name)
+        return self._read(name, self._entry(name))
+
+    def read_part(self, name: str, index: int) -> torch.Tensor:
+        """One entry of the first axis of a tensor, such as an expert of a stack; see :meth:`read`."""
+        whole = self._entry(name)
+        nbytes = whole.nbytes // whole.shape[0]
+        return self._read(
+            name, replace(whole, shape=whole.shape[1:], start=whole.start + index * nbytes, nbytes=nbytes)
+        )
+
+    def _read(self, name: str, entry: TensorEntry) -> torch.Tensor:
         tensor = torch.empty(entry.shape, dtype=entry.dtype)
         view = tensor.reshape(-1).view(torch.uint8).numpy().data
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -119,18 +120,42 @@ class ShardWriter:
             ValueError: it is not the next one declared, or has another dtype or shape.
             OutputError: the disk is full, the folder read-only.
         """
+        given = _Declared(name, tensor.dtype, tuple(tensor.shape))
+        number, declared = self._next(name)
+        if given != declared:
+            raise ValueError(f"{given} was written where {declared} is next")
+        self._write_parts(number, declared, [tensor])
+
+    def write_parts(self, name: str, parts: Iterable[torch.Tensor]) -> None:
+        """Write the next tensor from pieces that lie one after another in it, such as the experts of a stack.
+
+        Raises:
+            ValueError: it is not the next one declared, or the parts have another dtype or make another size.
+            OutputError: the disk is full, the folder read-only.
+        """
+        self._write_parts(*self._next(name), parts)
+
+    def _next(self, name: str) -> tuple[int, _Declared]:
         plan = self._planned()
         if self._done == len(plan):
             raise ValueError(f"tensor '{name}' was not declared")
-        number, declared = plan[self._done]
-        given = _Declared(name, tensor.dtype, tuple(tensor.shape))
-        if given != declared:
-            raise ValueError(f"{given} was written where {declared} is next")
-        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-        with translated_os_errors(self.folder / self._file_name(number)):
-            file, offsets = self._shard_file(number)
-            file.seek(offsets[name])
-            file.write(data)
+        if plan[self._done][1].name != name:
+            raise ValueError(f"tensor '{name}' was written where {plan[self._done][1]} is next")
+        return plan[self._done]
+
+    def _write_parts(self, number: int, declared: _Declared, parts: Iterable[torch.Tensor]) -> None:
+        written = 0
+        for part in parts:
+            data = part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+            if part.dtype != declared.dtype or written + len(data) > declared.nbytes:
+                raise ValueError(f"a part of {part.dtype} {tuple(part.shape)} does not fit {declared}")
+            with translated_os_errors(self.folder / self._file_name(number)):
+                file, offsets = self._shard_file(number)
+                file.seek(offsets[declared.name] + written)
+                file.write(data)
+            written += len(data)
+        if written != declared.nbytes:
+            raise ValueError(f"{written} bytes were written where {declared} is next")
         self._done += 1
 
     def close(self) -> None:

@@ -158,6 +158,7 @@ def quantize(
     samples: Annotated[int, typer.Option(help="Calibration records.")] = 128,
     max_length: Annotated[int, typer.Option(help="Tokens per calibration row.")] = 512,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    decode: Annotated[bool, typer.Option("--decode", help="Decode a model that a tool has quantized.")] = False,
 ) -> None:
     """Quantize a model into one checkpoint."""
     import quantkit
@@ -171,6 +172,7 @@ def quantize(
             out=out,
             calibration={"dataset": calibration, "samples": samples, "max_length": max_length},
             device=device,
+            decode=decode,
             observer=display,
             **{"method": method, "scheme": scheme, "format": format, **options},
         )

@@ -12,10 +12,10 @@ from quantkit.checkpoint.names import Names
 from quantkit.engine.layers import adaptable_modules
 from quantkit.engine.skeleton import Skeleton
 from quantkit.errors import SourceError
+from quantkit.source.float_names import float_name
 from quantkit.system.artifacts import read_json
 
 _CACHE = re.compile(r"(?:^|/)models--[^/]+?--([^/]+)(?:/snapshots/[^/]+)?$")
-_NF4_COPY = re.compile(r"(-unsloth)?-bnb-4bit$")
 _QUANTIZED = re.compile(r"(gptq|awq|bnb|[48]-?bit|int[48]|fp8|hqq|gguf)", re.IGNORECASE)
 
 
@@ -114,7 +114,7 @@ def check_base(origin: str, trained_on: str, reference: str, folder: Path) -> tu
     given = {tail(name) for name in _names(reference, folder)}
     if wanted in given:
         return ()
-    if _NF4_COPY.sub("", wanted) in given:
+    if float_name(wanted) in given:
         return (
             f"adapter {origin} was trained on {trained_on}, a 4-bit copy of the base: "
             "merge.base: nf4 merges into weights like those",

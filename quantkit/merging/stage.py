@@ -56,6 +56,7 @@ def merge_into(base: SourceModel, model: ModelSpec, merge: MergeSpec, out: Path,
         sha256=base.sha256,
         revision=base.revision,
         unchecked=base.unchecked,
+        decoded=base.decoded,
         content=content,
         merge={key: done[key] for key in ("base", "base_weights", "adapters", "notes", "check")},
     )

@@ -57,6 +57,7 @@ def _source_facts(model: SourceModel) -> dict[str, Any]:
     return {
         "reference": model.reference,
         "kind": model.kind,
+        "decoded": model.decoded,
         "relative_to": model.relative_to,
         "dtype": model.dtype,
         "revision": model.revision,

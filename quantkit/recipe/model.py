@@ -43,6 +43,7 @@ class ModelSpec(Section):
         revision: branch, tag or commit of a hub model.
         dtype: float dtype of the checkpoint that is quantized; ``auto`` keeps the model's own.
         trust_remote_code: run Python code that comes with the model.
+        decode: decode a source that a tool has quantized (GPTQ, AWQ, bitsandbytes ...), instead of refusing it.
     """
 
     source: str
@@ -50,6 +51,7 @@ class ModelSpec(Section):
     revision: str | None = None
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     trust_remote_code: Flag = False
+    decode: Flag = False
 
     @field_validator("adapter", mode="before")
     @classmethod

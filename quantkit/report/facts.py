@@ -45,6 +45,7 @@ def source_facts(report: Record) -> Facts:
         ("Model", words(source.get("reference"))),
         ("Revision", words(source.get("revision"))),
         ("Kind", words(source.get("kind"))),
+        ("Decoded from", words(source.get("decoded"))),
         ("Parameters", parameters(figure(source, "parameters"))),
         ("Size of the source", in_bytes(figure(source, "size_bytes"))),
         ("Dtype", words(source.get("dtype"))),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ import torch
 from quantkit.checkpoint import FLOATS, CheckpointReader, ShardWriter
 from quantkit.checkpoint.sizes import check_sizes
 from quantkit.errors import SourceError
+from quantkit.source.decoded import DecodedTensor
+from quantkit.source.decoding import decoding_of, float_dtype, without_quantization
 from quantkit.system.artifacts import file_sha256, read_json, translated_os_errors, write_json
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -30,23 +32,24 @@ IDENTITY = (
 
 
 class FloatFolder:
-    """A folder with ``config.json``, a tokenizer and float safetensors.
+    """A folder with ``config.json``, a tokenizer and float safetensors, or such that are decoded to floats.
 
     Attributes:
         folder: the folder.
         reader: its checkpoint.
         config: its ``config.json``.
-        dtype: of most of its weights: ``float32``, ``float16``, ``bfloat16`` or ``float64``.
+        decoding: how its tensors are decoded; None where they are floats as they lie.
+        dtype: of most of its weights: ``float32``, ``float16``, ``bfloat16`` or ``float64``; of a decoded one what its
+            config says.
 
     Raises:
         SourceError: the folder lacks a part, is quantized already, or needs code that may not run.
         CheckpointError: the checkpoint is missing or broken.
     """
 
-    def __init__(self, folder: Path, *, trust_remote_code: bool) -> None:
+    def __init__(self, folder: Path, *, trust_remote_code: bool, decode: bool = False) -> None:
         self.folder = folder
         self.config = _json_object(folder / "config.json", "a model's folder has one; is this the folder?")
-        _refuse_quantized(folder, self.config)
         check_sizes(self.config, str(folder / "config.json"), folder)
         if not any((folder / name).exists() for name in TOKENIZERS):
             raise SourceError(f"{folder} holds no tokenizer", f"it needs one of {', '.join(TOKENIZERS)}")
@@ -57,8 +60,10 @@ class FloatFolder:
                 "read that code, and set model.trust_remote_code: true if you trust it",
             )
         self.reader = CheckpointReader(folder)
+        told = float_dtype(self.config)
+        self.decoding = decoding_of(folder, self.config, self.reader, FLOATS[told], asked=decode)
         _check_known(folder, self.config, trust_remote_code)
-        self.dtype = _float_dtype(folder, self.reader)
+        self.dtype = _float_dtype(folder, self.reader) if self.decoding is None else told
 
     def sha256(self, known: Mapping[str, str]) -> dict[str, str]:
         """File name to hash, of everything that makes up the model; files with a ``known`` one are not read again."""
@@ -75,37 +80,49 @@ class FloatFolder:
         with translated_os_errors(target):
             for file in self._side_files():
                 shutil.copyfile(file, target / file.name)
-        config = {key: value for key, value in self.config.items() if key != "torch_dtype"}
-        write_json(target / "config.json", {**config, "dtype": dtype})
+        write_json(target / "config.json", _config_as(self.config, dtype))
+        tensors = self._tensors(dtype)
         with ShardWriter(target) as writer:
-            for name in self.reader.names():
-                writer.declare(name, self._dtype_as(name, dtype), self.reader.shape(name))
-            for name in self.reader.names():
-                writer.write(name, self._read_as(name, dtype))
+            for tensor in tensors:
+                writer.declare(tensor.name, tensor.dtype, tensor.shape)
+            for tensor in tensors:
+                writer.write_parts(tensor.name, self._checked(tensor, dtype))
 
-    def _dtype_as(self, name: str, dtype: str) -> torch.dtype:
-        stored = self.reader.dtype(name)
-        return FLOATS[dtype] if stored.is_floating_point else stored
+    def _tensors(self, dtype: str) -> list[DecodedTensor]:
+        """The tensors of the copy; where they are decoded to the dtype that the config says, others keep theirs."""
+        if self.decoding is not None and dtype == self.dtype:
+            return self.decoding.tensors
+        stored = self.decoding.tensors if self.decoding else _as_stored(self.reader)
+        return [tensor.cast(FLOATS[dtype]) for tensor in stored]
 
-    def _read_as(self, name: str, dtype: str) -> torch.Tensor:
-        tensor = self.reader.read(name)
-        converted = tensor.to(self._dtype_as(name, dtype))
-        if tensor.is_floating_point() and bool((converted.isinf() & tensor.isfinite()).any()):
-            raise SourceError(
-                f"{self.folder}: tensor '{name}' holds values too large for {dtype}", "set model.dtype: float32"
-            )
-        return converted
+    def _checked(self, tensor: DecodedTensor, dtype: str) -> Iterator[torch.Tensor]:
+        """The parts of a tensor, none of which became infinite."""
+        for part in tensor.parts():
+            stored = part.to(tensor.dtype)
+            if part.is_floating_point() and bool((stored.isinf() & part.isfinite()).any()):
+                raise SourceError(
+                    f"{self.folder}: tensor '{tensor.name}' holds values too large for {dtype}",
+                    "set model.dtype: float32",
+                )
+            yield stored
 
     def _side_files(self) -> list[Path]:
         patterns = (*IDENTITY, "*.py") if self.runs_code else IDENTITY
         return sorted({file for pattern in patterns for file in self.folder.glob(pattern) if file.is_file()})
 
 
-def _refuse_quantized(folder: Path, config: dict[str, Any]) -> None:
-    nested = [value for value in config.values() if isinstance(value, dict)]
-    for part in (config, *nested):
-        if part.get("quantization_config"):
-            raise SourceError(f"{folder} is quantized already (quantization_config)", "give the float model")
+def _as_stored(reader: CheckpointReader) -> list[DecodedTensor]:
+    return [DecodedTensor.plain(reader, name, reader.dtype(name)) for name in reader.names()]
+
+
+def _config_as(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """The config of the float model in a dtype, which each of its models that names one gets."""
+    plain = without_quantization(config)
+    for part in (plain, *(value for value in plain.values() if isinstance(value, dict))):
+        if part is plain or "dtype" in part or "torch_dtype" in part:
+            part.pop("torch_dtype", None)
+            part["dtype"] = dtype
+    return plain
 
 
 def _check_known(folder: Path, config: dict[str, Any], trust_remote_code: bool) -> None:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+DECODER = 1
+"""Raised when quantized checkpoints would be decoded to other values than before."""
 GGUF_CONVERTER = 2
 """Raised when the conversion of GGUF files would write other values or tokens than before."""
 
@@ -22,6 +24,7 @@ class SourceModel:
         dtype: of the weights in ``folder``: ``float32``, ``float16`` or ``bfloat16``.
         sha256: file name to hash, of all files of the source that make up the model.
         revision: commit of a hub model.
+        decoded: what the weights were stored in, of a checkpoint that was decoded, such as ``fp8``; else None.
         unchecked: files of a hub model whose hash could not be learnt from the hub or its cache.
     """
 
@@ -33,8 +36,11 @@ class SourceModel:
     sha256: dict[str, str]
     revision: str | None = None
     unchecked: tuple[str, ...] = ()
+    decoded: str | None = None
 
     def made_from(self) -> dict[str, Any]:
         """What the model's values and tokens depend on, for fingerprints; not where the model lies."""
         content: dict[str, Any] = {"dtype": self.dtype, "sha256": dict(sorted(self.sha256.items()))}
+        if self.decoded is not None:
+            content |= {"decoder": DECODER, "decoded": self.decoded}
         return content | ({"gguf_converter": GGUF_CONVERTER} if self.kind == "gguf" else {})

@@ -29,8 +29,8 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 def resolve(spec: ModelSpec, work: Path) -> SourceModel:
     """The float checkpoint that a recipe's model means.
 
-    A folder or hub model whose dtype is the wanted one is used where it lies; a GGUF file is dequantized, and
-    another dtype converted, to ``work/source``, once for the same content.
+    A folder or hub model whose dtype is the wanted one is used where it lies; a GGUF file is dequantized, another
+    quantized checkpoint decoded, and another dtype converted, to ``work/source``, once for the same content.
 
     Raises:
         SourceError: the reference leads to no float model, with the remedy.
@@ -59,20 +59,22 @@ def resolve(spec: ModelSpec, work: Path) -> SourceModel:
 
 
 def _from_folder(folder: Path, spec: ModelSpec, work: Path, snapshot: hub.Snapshot | None) -> SourceModel:
-    model = FloatFolder(folder, trust_remote_code=spec.trust_remote_code)
+    model = FloatFolder(folder, trust_remote_code=spec.trust_remote_code, decode=spec.decode)
     dtype = model.dtype if spec.dtype == "auto" else spec.dtype
     if dtype not in FLOATS:
         raise SourceError(f"{folder} holds {dtype} weights", f"set model.dtype to one of {', '.join(FLOATS)}")
-    target = folder if dtype == model.dtype else work / STAGE
+    decoding = model.decoding
+    target = folder if dtype == model.dtype and decoding is None else work / STAGE
     source = SourceModel(
         folder=target,
         reference=spec.source,
         kind="hub" if snapshot else "folder",
-        relative_to="the float model",
+        relative_to="the float model" if decoding is None else "the dequantized source",
         dtype=dtype,
         sha256=model.sha256(snapshot.sha256 if snapshot else {}),
         revision=snapshot.revision if snapshot else None,
         unchecked=snapshot.unchecked if snapshot else (),
+        decoded=decoding.form if decoding else None,
     )
     if target != folder and not _is_done(target, source.made_from()):
         with new_folder(target) as partial:

@@ -1,0 +1,276 @@
+"""Sources that lie quantized: decoded as their authors' and transformers' own code decodes them, or refused by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+import quantkit
+from quantkit.checkpoint import CheckpointReader, ShardWriter
+from quantkit.errors import CheckpointError, SourceError
+from quantkit.exports import open_export
+from quantkit.recipe import ModelSpec
+from quantkit.source import SourceModel, resolve
+from tests.architectures import make
+from tests.tiny import make_model, tiny_tokenizer
+
+E4M3 = torch.float8_e4m3fn
+
+
+def resolved(source: Path, work: Path, **spec: Any) -> SourceModel:
+    return resolve(ModelSpec(source=str(source), **spec), work)
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    reader = CheckpointReader(folder)
+    return {name: reader.read(name) for name in reader.names()}
+
+
+def write(folder: Path, tensors: dict[str, torch.Tensor], quantization: dict[str, Any] | None, **config: Any) -> None:
+    """Replace the weights of a model, and say how they are quantized."""
+    for file in folder.glob("*.safetensors*"):
+        file.unlink()
+    with ShardWriter(folder) as writer:
+        for name, tensor in tensors.items():
+            writer.declare(name, tensor.dtype, tuple(tensor.shape))
+        for name, tensor in tensors.items():
+            writer.write(name, tensor)
+    said = json.loads((folder / "config.json").read_text())
+    said |= {"dtype": "bfloat16", **config}
+    if quantization:
+        said["quantization_config"] = quantization
+    (folder / "config.json").write_text(json.dumps(said))
+
+
+def by_blocks(weight: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and scales ``[ceil(out / block), ceil(in / block)]``, as DeepSeek's quantization makes them."""
+    rows, columns = weight.shape
+    padded = torch.nn.functional.pad(weight.float(), (0, -columns % block, 0, -rows % block))
+    split = padded.view(padded.shape[0] // block, block, padded.shape[1] // block, block)
+    scales = split.abs().amax((1, 3)) / 448
+    codes = (split / scales[:, None, :, None]).view(padded.shape)[:rows, :columns].to(E4M3)
+    return codes, scales
+
+
+def as_deepseek(folder: Path, block: int, exponents: bool = False) -> dict[str, torch.Tensor]:
+    """Store the projections of a model in blocks of E4M3; returns what they decode to, in bfloat16."""
+    stored, wanted = {}, {}
+    for name, tensor in tensors_of(folder).items():
+        if not name.endswith("proj.weight"):
+            stored[name] = wanted[name] = tensor.bfloat16() if tensor.ndim == 2 else tensor
+            continue
+        codes, scales = by_blocks(tensor, block)
+        scales = torch.exp2(scales.log2().ceil()) if exponents else scales
+        stored[name] = codes
+        stored[f"{name}_scale_inv"] = scales.to(torch.float8_e8m0fnu) if exponents else scales
+        spread = scales.repeat_interleave(block, 0)[: len(codes)].repeat_interleave(block, 1)[:, : codes.shape[1]]
+        wanted[name] = (codes.float() * spread).bfloat16()
+    write(folder, stored, {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [block, block]})
+    return wanted
+
+
+@pytest.mark.parametrize("exponents", [False, True])
+def test_blocks_of_8_bit_floats_are_decoded_and_marked(tmp_path: Path, exponents: bool) -> None:
+    folder = make_model(tmp_path / "model", intermediate_size=72)
+    wanted = as_deepseek(folder, 32, exponents)
+    source = resolved(folder, tmp_path / "work")
+    assert (source.kind, source.dtype, source.decoded) == ("folder", "bfloat16", "fp8")
+    assert source.relative_to == "the dequantized source"
+    found = tensors_of(source.folder)
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor), name
+    config = json.loads((source.folder / "config.json").read_text())
+    assert "quantization_config" not in config
+    assert config["dtype"] == "bfloat16"
+    assert source.made_from()["decoded"] == "fp8"
+    assert AutoModelForCausalLM.from_pretrained(source.folder).dtype == torch.bfloat16
+
+
+def test_what_is_decoded_can_have_another_dtype(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model")
+    as_deepseek(folder, 32)
+    source = resolved(folder, tmp_path / "work", dtype="float32")
+    codes = CheckpointReader(folder)
+    name = "model.layers.0.mlp.up_proj.weight"
+    scales = codes.read(f"{name}_scale_inv").repeat_interleave(32, 0).repeat_interleave(32, 1)
+    assert torch.equal(tensors_of(source.folder)[name], codes.read(name).float() * scales)
+    assert all(tensor.dtype == torch.float32 for tensor in tensors_of(source.folder).values())
+
+
+def test_even_blocks_decode_as_transformers_does(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model")
+    as_deepseek(folder, 32)
+    reader, found = CheckpointReader(folder), tensors_of(resolved(folder, tmp_path / "work").folder)
+    own = Fp8Dequantize(None)
+    for name in reader.names():
+        if f"{name}_scale_inv" in reader:
+            ours = own._dequantize_one(reader.read(name), reader.read(f"{name}_scale_inv"), torch.bfloat16)
+            assert torch.equal(found[name], ours)
+
+
+def as_channels(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    scales = tensor.float().abs().amax(-1, keepdim=True) / 448
+    return (tensor / scales).to(E4M3), scales
+
+
+def as_tensor(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    scale = tensor.float().abs().amax() / 448
+    return (tensor / scale).to(E4M3), scale
+
+
+@pytest.mark.parametrize(
+    ("quantization", "suffix", "store", "further"),
+    [
+        ({"quant_method": "fbgemm_fp8"}, "weight_scale", as_channels, {}),
+        ({"quant_method": "fp8", "activation_scheme": "static"}, "weight_scale", as_tensor, {"input_scale": 3.0}),
+        ({"quant_method": "fp8"}, "weight_scale_inv", as_tensor, {"activation_scale": 3.0}),
+        ({"quant_method": "modelopt", "quant_algo": "FP8"}, "weight_scale", as_tensor, {"input_scale": 3.0}),
+        (None, "weight_scale", as_channels, {}),
+    ],
+)
+def test_scales_by_channel_and_by_tensor(
+    tmp_path: Path, quantization: dict[str, Any] | None, suffix: str, store: Any, further: dict[str, float]
+) -> None:
+    folder = make_model(tmp_path / "model")
+    stored, wanted = {}, {}
+    for name, tensor in tensors_of(folder).items():
+        wanted[name] = stored[name] = tensor
+        if name.endswith("proj.weight"):
+            layer = name.removesuffix("weight")
+            stored[name], stored[f"{layer}{suffix}"] = store(tensor)
+            stored |= {f"{layer}{key}": torch.tensor(value) for key, value in further.items()}
+            wanted[name] = (stored[name].float() * stored[f"{layer}{suffix}"]).bfloat16()
+    write(folder, stored, quantization)
+    found = tensors_of(resolved(folder, tmp_path / "work").folder)
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_stacks_of_experts_are_decoded_expert_by_expert(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model")
+    draw = torch.Generator().manual_seed(0)
+    codes = torch.randn(3, 64, 96, generator=draw).to(E4M3)
+    scales = torch.rand(3, 2, 3, generator=draw)
+    packed = torch.randint(-128, 128, (64, 32), generator=draw, dtype=torch.int8)
+    exponents = torch.randint(120, 130, (64, 2), generator=draw, dtype=torch.uint8)
+    stored = {
+        "experts.gate_up_proj": codes,
+        "experts.gate_up_proj_scale_inv": scales,
+        "experts.down_proj": codes,
+        "experts.down_proj_scale_inv": torch.rand(3, generator=draw),
+        "experts.0.w1.weight": packed,
+        "experts.0.w1.scale": exponents.view(torch.float8_e8m0fnu),
+    }
+    write(folder, tensors_of(folder) | stored, {"quant_method": "fp8", "weight_block_size": [32, 32]})
+    found = tensors_of(resolved(folder, tmp_path / "work").folder)
+    spread = scales.repeat_interleave(32, 1).repeat_interleave(32, 2)
+    assert torch.equal(found["experts.gate_up_proj"], (codes.float() * spread).bfloat16())
+    by_expert = stored["experts.down_proj_scale_inv"].view(3, 1, 1)
+    assert torch.equal(found["experts.down_proj"], (codes.float() * by_expert).bfloat16())
+    own = Fp8Dequantize(None)._dequantize_one(packed, exponents.view(torch.float8_e8m0fnu), torch.bfloat16)
+    assert torch.equal(found["experts.0.w1.weight"], own)
+
+
+def test_scales_that_do_not_fit_name_the_tensor(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model")
+    as_deepseek(folder, 32)
+    held = tensors_of(folder)
+    name = "model.layers.0.mlp.up_proj.weight"
+    quantization = {"quant_method": "fp8", "weight_block_size": [32, 32]}
+    write(folder, held | {f"{name}_scale_inv": torch.ones(3, 5)}, quantization)
+    with pytest.raises(CheckpointError, match=r"up_proj\.weight_scale_inv' has the shape \[3, 5\]"):
+        resolved(folder, tmp_path / "work")
+    write(folder, {key: each for key, each in held.items() if key != f"{name}_scale_inv"}, quantization)
+    with pytest.raises(CheckpointError, match=r"up_proj\.weight' is of 8-bit floats and has no scales"):
+        resolved(folder, tmp_path / "work")
+
+
+def as_mxfp4(folder: Path) -> dict[str, torch.Tensor]:
+    """Store the experts of a gpt-oss as its authors do, at random; returns what transformers decodes them to."""
+    draw = torch.Generator().manual_seed(0)
+    stored, wanted = {}, {}
+    for name, tensor in tensors_of(folder).items():
+        if not name.endswith(("gate_up_proj", "down_proj")):
+            stored[name] = wanted[name] = tensor
+            continue
+        experts, columns, rows = tensor.shape
+        blocks = torch.randint(0, 256, (experts, rows, columns // 32, 16), generator=draw, dtype=torch.uint8)
+        scales = torch.randint(118, 124, blocks.shape[:-1], generator=draw, dtype=torch.uint8)
+        scales[0, 0, 0] = 0
+        stored |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        wanted[name] = convert_moe_packed_tensors(blocks, scales)
+    config = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
+    write(folder, stored, config)
+    return wanted
+
+
+def test_experts_in_mxfp4_decode_bit_by_bit_as_transformers_does(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    make(folder, "gpt_oss")
+    tiny_tokenizer().save_pretrained(folder)
+    wanted = as_mxfp4(folder)
+    source = resolved(folder, tmp_path / "work")
+    found = tensors_of(source.folder)
+    assert (source.decoded, source.relative_to) == ("mxfp4", "the dequantized source")
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert any(name.endswith("experts.gate_up_proj") for name in found)
+    out = quantkit.quantize(folder, out=tmp_path / "out", method="rtn", group_size=32)
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["source"]["relative_to"] == "the dequantized source"
+    assert manifest["source"]["decoded"] == "mxfp4"
+    assert json.loads((out / "config.json").read_text())["quantization_config"]["quant_method"] == "compressed-tensors"
+    assert any(".experts." in layer for layer in manifest["layers"])
+
+
+@pytest.mark.parametrize(
+    ("form", "options"),
+    [
+        ("gptq", {}),
+        ("awq", {"symmetric": False}),
+        ("compressed-tensors", {}),
+        ("bitsandbytes", {"scheme": "nf4", "group_size": 64, "bits": None}),
+    ],
+)
+def test_what_a_tool_quantized_is_decoded_on_request_alone(tmp_path: Path, form: str, options: dict[str, Any]) -> None:
+    model = make_model(tmp_path / "model", dtype=torch.float16)
+    keys = {key: each for key, each in ({"bits": 4, "group_size": 32} | options).items() if each is not None}
+    given = quantkit.quantize(model, out=tmp_path / form, method="rtn", format=form, **keys)
+    (given / "manifest.json").unlink()
+    with pytest.raises(SourceError, match=rf"quantized already \(.*{form}.*\).*float model.*model\.decode: true"):
+        resolved(given, tmp_path / "work")
+    source = resolved(given, tmp_path / "work", decode=True)
+    assert source.relative_to == "the dequantized source"
+    assert source.decoded is not None
+    assert source.decoded.startswith(form)
+    found = tensors_of(source.folder)
+    assert found.keys() == tensors_of(model).keys()
+    export = open_export(given)
+    for layer in export.schemes:
+        assert torch.equal(found[f"{layer}.weight"], export.decodable(layer).dequantize(torch.float32).half())
+
+
+def test_8_bit_floats_of_compressed_tensors_need_no_request(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model", dtype=torch.bfloat16)
+    given = quantkit.quantize(model, out=tmp_path / "fp8", method="rtn", scheme="fp8", granularity="channel")
+    source = resolved(given, tmp_path / "work")
+    assert source.decoded == "compressed-tensors (fp8)"
+    assert tensors_of(source.folder).keys() == tensors_of(model).keys()
+
+
+def test_a_quantized_model_that_is_not_read_is_refused_by_name(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model")
+    quantization = {"quant_method": "torchao", "quant_type": {}}
+    write(folder, tensors_of(folder), quantization, _name_or_path="unsloth/tiny-bnb-4bit")
+    for decode in (False, True):
+        with pytest.raises(SourceError, match=r"of torchao\).*float model \(unsloth/tiny\): this format is not read"):
+            resolved(folder, tmp_path / "work", decode=decode)
