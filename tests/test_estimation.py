@@ -387,11 +387,45 @@ def test_a_model_that_does_not_run_without_weights_is_estimated_layer_by_layer(
     def broken(*_: Any) -> None:
         raise RuntimeError("asks for numbers")
 
-    monkeypatch.setattr("quantkit.estimation.trial._fill", broken)
+    monkeypatch.setattr("quantkit.estimation.trial._called", broken)
+    monkeypatch.setattr("quantkit.estimation.building.try_all", broken)
     tiny_config("llama", num_hidden_layers=3).save_pretrained(tmp_path)
     found = anatomy_of(str(tmp_path))
     assert [len(each.layers) for each in found.inputs] == [1] * 7
     assert "do not run without weights (RuntimeError)" in " ".join(found.notes)
+    assert "its cache is told by its config" in " ".join(found.notes)
+    assert [cache.values for cache in found.caches] == [2 * 2 * 16] * 3
+
+
+def test_active_parameters_are_those_that_are_published() -> None:
+    """12.9 of 46.7 billion, as Mistral AI says of Mixtral 8x7B."""
+    found = estimate("mixtral-8x7b", bits=4, group_size=128)
+    assert round(found.anatomy.active / 1e9, 1) == 12.9
+    data = found.to_json()
+    assert (data["active_parameters"], data["tower_parameters"]) == (found.anatomy.active, 0)
+    assert anatomy_of("llama-2-7b").active == PARAMETERS["llama-2-7b"]
+
+
+def test_parts_that_text_does_not_pass_are_counted_apart(tmp_path: Path) -> None:
+    make(tmp_path, "gemma3")
+    found, reader = anatomy_of(str(tmp_path)), CheckpointReader(tmp_path)
+    apart = [name for name in reader.names() if not name.startswith("language_model.")]
+    assert apart
+    assert found.towers == sum(math.prod(reader.shape(name)) for name in apart) == found.parameters - found.active
+
+
+def test_the_state_of_recurrent_blocks_is_what_transformers_keeps(tmp_path: Path) -> None:
+    model = make(tmp_path, "qwen3_5_moe_text")
+    found = anatomy_of(str(tmp_path))
+    out = model(input_ids=torch.arange(3, 12)[None], use_cache=True).past_key_values.layers
+    states = [state for held in (out[0].conv_states, out[0].recurrent_states) for state in held.values()]
+    keys, values = out[1].keys, out[1].values
+    assert [cache.state for cache in found.caches] == [sum(state.numel() for state in states), 0]
+    assert [cache.values for cache in found.caches] == [0, (keys.numel() + values.numel()) // 9]
+    lines = of_variant(found, variant(group_size=32, bits=4), Use(batch=2, context=100)).part("inference").lines
+    sizes = {line.name: line.nbytes for line in lines}
+    assert sizes["recurrent state"] == 2 * found.caches[0].state * 4
+    assert sizes["KV cache"] == 2 * 100 * found.caches[1].values * 4
 
 
 EXPERTS: dict[str, Any] = {"moe_intermediate_size": 32, "num_experts_per_tok": 2}

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["linear", "embedding", "other"]
+Kind = Literal["linear", "embedding", "tower", "other"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,14 +16,17 @@ class Weight:
     Attributes:
         name: its full name in a checkpoint, such as ``model.layers.0.mlp.up_proj.weight``.
         shape: of the tensor; of a linear layer ``(out_features, in_features)``.
-        kind: ``linear`` is a matrix that can be quantized, ``embedding`` the input embedding.
+        kind: ``linear`` is a matrix that can be quantized, ``embedding`` the input embedding; ``tower`` is what text
+            does not pass, such as a tower of images.
         block: index of the decoder block that holds it; None outside the blocks.
+        share: of the tokens of text that it computes with: of an expert those that are routed to it, on average.
     """
 
     name: str
     shape: tuple[int, ...]
     kind: Kind
     block: int | None = None
+    share: float = 1.0
 
     @property
     def layer(self) -> str:
@@ -44,17 +47,19 @@ class Weight:
 
 @dataclass(frozen=True, slots=True)
 class Cache:
-    """What a block keeps of each token that it has seen.
+    """What a block keeps of a sequence.
 
     Attributes:
-        values: numbers of a token.
+        values: numbers of each token that it has seen.
         words: how many that are, such as ``2 x 8 heads x 128``.
         window: tokens that it looks back at most; None for all.
+        state: numbers of the whole sequence, as recurrent blocks keep.
     """
 
     values: int
     words: str
     window: int | None = None
+    state: int = 0
 
     def tokens(self, context: int) -> int:
         """Tokens of a sequence of ``context`` that it keeps."""
@@ -76,7 +81,7 @@ class Input:
 
 @dataclass(frozen=True, slots=True)
 class Anatomy:
-    """A decoder-only language model.
+    """A language model.
 
     Attributes:
         name: as it was asked for.
@@ -89,7 +94,7 @@ class Anatomy:
         vocabulary: number of tokens.
         blocks: number of decoder blocks.
         weights: every parameter once, experts one by one; of a head tied to the embedding there is only the latter.
-        caches: of each block.
+        caches: of each block that keeps something.
         embedding: full name of the input embedding.
         head: full name of the output head, tied or not.
         tied: the head is the embedding.
@@ -125,6 +130,16 @@ class Anatomy:
     def parameters(self) -> int:
         """Number of parameters, those of a tied head once."""
         return sum(weight.numel for weight in self.weights)
+
+    @property
+    def active(self) -> int:
+        """Number of parameters that a token of text computes with; the embedding counts as a whole."""
+        return round(sum(weight.numel * weight.share for weight in self.weights if weight.kind != "tower"))
+
+    @property
+    def towers(self) -> int:
+        """Number of parameters that text does not pass."""
+        return sum(weight.numel for weight in self.weights if weight.kind == "tower")
 
     @property
     def head_shape(self) -> tuple[int, int]:

@@ -6,17 +6,20 @@ import re
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.integrations.heterogeneity import AmbiguousGlobalPerLayerAttributeError
 
 from quantkit.engine.layers import Layer
 from quantkit.engine.skeleton import Skeleton
 from quantkit.errors import SourceError
 from quantkit.estimation.anatomy import Anatomy, Cache, Kind, Weight
-from quantkit.estimation.trial import block_inputs
+from quantkit.estimation.trial import block_inputs, fill
+from quantkit.estimation.whole_trial import try_all
 from quantkit.system.artifacts import write_json
 
 CONFIG = "config.json"
@@ -81,14 +84,15 @@ def _counted(skeleton: Skeleton, name: str, dtype: str, notes: tuple[str, ...]) 
             sizes[weight.block] += weight.numel
     largest = [index for index in sizes if sizes[index] == max(sizes.values())][:2][-1]
     vocabulary, hidden = skeleton.model.get_input_embeddings().weight.shape
-    heads = _whole(config, "num_attention_heads", name)
-    width, shared = (
-        _head_width(config, name) or hidden // heads,
-        _optional(config, "num_key_value_heads", name) or heads,
-    )
+    heads = _optional(config, "num_attention_heads", name) or 0
+    width = (_head_width(config, name) or hidden // heads) if heads else 0
+    shared = _optional(config, "num_key_value_heads", name) or heads
     embedding, head = skeleton.embedding, skeleton.head
     inside = [layer for segment in skeleton.segments for layer in segment.layers]
-    inputs, remark = block_inputs(skeleton, largest)  # last, for it fills the model
+    plain = tuple(_caches(config, name, len(skeleton.segments), 2 * shared * width, f"(2 x {shared} heads x {width})"))
+    fill(skeleton)  # last, for it is of no other use then
+    inputs, remarks = block_inputs(skeleton, largest)
+    caches, shares, missed = _tried(skeleton, plain, config, name)
     return Anatomy(
         name=name,
         family=config.model_type,
@@ -99,10 +103,8 @@ def _counted(skeleton: Skeleton, name: str, dtype: str, notes: tuple[str, ...]) 
         keys=shared * width,
         vocabulary=vocabulary,
         blocks=len(skeleton.segments),
-        weights=weights,
-        caches=tuple(
-            _caches(config, name, len(skeleton.segments), 2 * shared * width, f"(2 x {shared} heads x {width})")
-        ),
+        weights=tuple(replace(weight, share=shares.get(weight.layer, 1.0)) for weight in weights),
+        caches=caches,
         embedding=embedding.layers[0].name if embedding else "",
         head=head.layers[0].name if head else "lm_head",
         tied=bool(skeleton.tied),
@@ -110,13 +112,39 @@ def _counted(skeleton: Skeleton, name: str, dtype: str, notes: tuple[str, ...]) 
         inputs=inputs,
         context=_optional(config, "max_position_embeddings", name),
         rope_factors=_rope_factors(config, width),
-        notes=(*notes, *remark),
+        notes=(*notes, *remarks, *missed),
     )
+
+
+def _tried(
+    skeleton: Skeleton, plain: tuple[Cache, ...], config: Any, name: str
+) -> tuple[tuple[Cache, ...], dict[str, float], tuple[str, ...]]:
+    """What blocks keep and the shares of layers by their names, by a run; where the model does not run, by its config.
+
+    Args:
+        skeleton: the model, after :func:`quantkit.estimation.trial.fill`.
+        plain: what blocks keep by the config.
+        config: of the text model.
+        name: of the model.
+    """
+    try:
+        trial = try_all(skeleton)
+    except Exception as error:  # the code of any model, which may ask more of its numbers
+        why = f"the model does not run without weights ({type(error).__name__}), so its cache is told by its config"
+        return plain, {}, (f"{why}, and experts all count as active",)
+    names = {layer.path: layer.name for segment in skeleton.segments for layer in segment.layers}
+    shares = {names[path]: share for path, share in trial.shares.items()}
+    if not trial.caches:
+        return plain, shares, ("its blocks keep what they have seen to themselves, so its cache is told by its config",)
+    latent = bool(_optional(config, "kv_lora_rank", name)) and len(plain) == len(trial.caches)
+    caches = tuple(replace(kept, state=each.state) for kept, each in zip(plain, trial.caches, strict=False))
+    return caches if latent else trial.caches, shares, ()
 
 
 def _weights(skeleton: Skeleton) -> Iterator[Weight]:
     """Every parameter and every buffer that files hold, by its name in a checkpoint."""
     model, names = skeleton.model, skeleton.names
+    text = {id(tensor) for tensor in _tensors(model.get_decoder()).values()}
     kinds: dict[str, tuple[Kind, int | None]] = {}
     for index, segment in enumerate(skeleton.segments):
         kinds |= dict.fromkeys(_tensors(segment.module, f"{segment.prefix}."), ("other", index))
@@ -126,7 +154,7 @@ def _weights(skeleton: Skeleton) -> Iterator[Weight]:
     if skeleton.embedding is not None:
         kinds[f"{skeleton.embedding.prefix}.weight"] = ("embedding", None)
     for path, tensor in _tensors(model).items():
-        kind, block = kinds.get(path, ("other", None))
+        kind, block = kinds.get(path, ("other" if id(tensor) in text else "tower", None))
         yield Weight(names.written(path), tuple(tensor.shape), kind, block)
 
 
@@ -137,8 +165,17 @@ def _tensors(module: nn.Module, prefix: str = "") -> dict[str, torch.Tensor]:
     return found | {f"{prefix}{path}": tensor for path, tensor in module.named_buffers() if path in held}
 
 
+def _value(config: Any, key: str) -> Any:
+    """A value of a config; the largest where it differs between blocks."""
+    try:
+        return getattr(config, key, None)
+    except AmbiguousGlobalPerLayerAttributeError:  # transformers refuses to name one for blocks that differ
+        each = [getattr(block, key, None) for block in config.per_layer_config]
+        return max((value for value in each if value is not None), default=None)
+
+
 def _whole(config: Any, key: str, name: str) -> int:
-    found = getattr(config, key, None)
+    found = _value(config, key)
     if not isinstance(found, int) or found < 1:
         said = "does not say" if found is None else f"says {found!r} for"
         raise SourceError(f"the config of {name} {said} {key}", "a whole number is needed there")
@@ -146,7 +183,7 @@ def _whole(config: Any, key: str, name: str) -> int:
 
 
 def _optional(config: Any, key: str, name: str) -> int | None:
-    return _whole(config, key, name) if getattr(config, key, None) else None
+    return _whole(config, key, name) if _value(config, key) else None
 
 
 def _head_width(config: Any, name: str) -> int | None:

@@ -42,11 +42,17 @@ class Estimate:
         return next(part for part in self.parts if part.name == name)
 
     def to_json(self) -> dict[str, Any]:
-        """``model``, ``family``, ``parameters``, the variant in short, ``use``, ``bits_per_weight`` and ``parts``."""
+        """``model``, ``family``, its parameters, the variant in short, ``use``, ``bits_per_weight`` and ``parts``.
+
+        ``parameters`` are all, ``active_parameters`` those that a token of text computes with, ``tower_parameters``
+        those that text does not pass.
+        """
         return {
             "model": self.anatomy.name,
             "family": self.anatomy.family,
             "parameters": self.anatomy.parameters,
+            "active_parameters": self.anatomy.active,
+            "tower_parameters": self.anatomy.towers,
             "method": self.variant.chain,
             "format": self.variant.format,
             "scheme": self.variant.base_scheme().describe(),

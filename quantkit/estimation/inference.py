@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from quantkit.estimation.anatomy import Anatomy
+from quantkit.estimation.anatomy import Anatomy, Cache
 from quantkit.estimation.lines import Line, Part, written
 from quantkit.estimation.use import KV_BYTES, Use
 from quantkit.estimation.weights import Stored
@@ -60,21 +60,21 @@ def weights_line(anatomy: Anatomy, file: Stored, decoded: str | None = None) -> 
 
 
 def cache_lines(anatomy: Anatomy, use: Use, dtype: str) -> tuple[Line, ...]:
-    """The KV cache, blocks of one kind together."""
+    """The KV cache, blocks of one kind together, and the state of recurrent blocks."""
     size = KV_BYTES[use.kv_dtype or dtype]
+    kinds = Counter((each.values, each.words, each.window) for each in anatomy.caches if each.values)
     found = []
-    for cache, blocks in Counter(anatomy.caches).items():
-        tokens = cache.tokens(use.context)
-        nbytes = round(blocks * use.batch * tokens * cache.values * size)
-        window = f" (window {cache.window:,})" if cache.window is not None else ""
-        what = f"{blocks} blocks x {use.batch} x {tokens:,} tokens{window} x {cache.values:,} {cache.words}"
-        found.append(Line("KV cache", nbytes, f"{what} x {size:g} bytes"))
-    if len(found) == 1:
-        return tuple(found)
-    return tuple(
-        Line(f"KV cache, {'all tokens' if cache.window is None else 'window'}", line.nbytes, line.formula)
-        for line, cache in zip(found, Counter(anatomy.caches), strict=True)
-    )
+    for (values, words, window), blocks in kinds.items():
+        tokens = Cache(values, words, window).tokens(use.context)
+        nbytes = round(blocks * use.batch * tokens * values * size)
+        looks = f" (window {window:,})" if window is not None else ""
+        what = f"{blocks} blocks x {use.batch} x {tokens:,} tokens{looks} x {values:,} {words}"
+        kind = "" if len(kinds) == 1 else ", all tokens" if window is None else ", window"
+        found.append(Line(f"KV cache{kind}", nbytes, f"{what} x {size:g} bytes"))
+    for state, blocks in Counter(each.state for each in anatomy.caches if each.state).items():
+        what = f"{blocks} blocks x {use.batch} x {state:,} numbers of a sequence x {BYTES[dtype]} bytes"
+        found.append(Line("recurrent state", blocks * use.batch * state * BYTES[dtype], what))
+    return tuple(found)
 
 
 def activations_line(anatomy: Anatomy, batch: int, tokens: int, dtype: str) -> Line:

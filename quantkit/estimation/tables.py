@@ -10,6 +10,7 @@ from quantkit.system.units import in_units
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from quantkit.estimation.anatomy import Anatomy
     from quantkit.estimation.estimate import Estimate
     from quantkit.estimation.fitting import CardFit, Fit
 
@@ -19,7 +20,9 @@ def estimate_table(found: Estimate) -> Table:
     from rich.table import Table
 
     scheme = found.variant.base_scheme().describe()
-    title = f"{found.anatomy.name}, {found.variant.chain}, {scheme}, {found.variant.format}"
+    title = (
+        f"{found.anatomy.name}, {found.variant.chain}, {scheme}, {found.variant.format}\n{_parameters(found.anatomy)}"
+    )
     table = Table(title=title, title_justify="left", caption_justify="left")
     table.add_column("what")
     table.add_column("bytes", justify="right", no_wrap=True)
@@ -30,6 +33,14 @@ def estimate_table(found: Estimate) -> Table:
         for line in part.lines:
             table.add_row(f"  {line.name}", in_units(line.nbytes), line.formula)
     return table
+
+
+def _parameters(anatomy: Anatomy) -> str:
+    """How many there are, and how many of them a token of text computes with, where that is not all."""
+    words = [f"{anatomy.parameters:,} parameters"]
+    words += [f"{anatomy.active:,} of them active for a token of text"] if anatomy.active != anatomy.parameters else []
+    words += [f"{anatomy.towers:,} in parts that text does not pass"] if anatomy.towers else []
+    return ", ".join(words)
 
 
 def fits_table(found: Sequence[Fit]) -> Table:

@@ -33,7 +33,7 @@ def block_inputs(skeleton: Skeleton, index: int) -> tuple[tuple[Input, ...], tup
     not run so, each layer is taken to have an input of its own.
 
     Args:
-        skeleton: the model; it is of no other use afterwards.
+        skeleton: the model, after :func:`fill`.
         index: of the block.
     """
     layers = skeleton.segments[index].layers
@@ -71,7 +71,6 @@ def _called(skeleton: Skeleton, index: int) -> list[tuple[list[Layer], int]]:
         raise Enough
 
     segment = skeleton.segments[index]
-    _fill(skeleton)
     ended = segment.module.register_forward_hook(enough)
     ids = torch.zeros(ROWS, LENGTH, dtype=torch.int64)
     with torch.inference_mode(), alive, hooked([(layer.module, record(layer)) for layer in segment.layers]):
@@ -100,10 +99,10 @@ def _with_uncalled(called: list[tuple[list[Layer], int]], layers: Sequence[Layer
         yield Input(tuple(names), paused[place])
 
 
-def _fill(skeleton: Skeleton) -> None:
+def fill(skeleton: Skeleton) -> None:
     """Give a model without weights what it needs to run: layers that give zeros, and random numbers for the rest.
 
-    A layer of a class of its own, as some routers are, computes by itself.
+    It is of no other use afterwards. A layer of a class of its own, as some routers are, computes by itself.
     """
     random = torch.Generator().manual_seed(0)
     outside = [segment.layers[0] for segment in (skeleton.embedding, skeleton.head) if segment is not None]
@@ -111,13 +110,12 @@ def _fill(skeleton: Skeleton) -> None:
     layers = [layer for layer in inside if type(layer.module).__module__.startswith("torch.")] + outside
     for layer in layers:
         vars(layer.module)["forward"] = _stand_in(layer, random)
-    stubs = {f"{layer.path}." for layer in layers}
-    for path, module in skeleton.model.named_modules():
-        if f"{path}." not in stubs:
-            for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
-                if tensor.is_meta and tensor.numel() <= LARGEST:
-                    values = torch.randn(tensor.shape, generator=random).to(tensor.dtype)
-                    setattr(module, name, nn.Parameter(values, False) if isinstance(tensor, nn.Parameter) else values)
+        layer.module.weight = nn.Parameter(torch.zeros(()).expand(layer.shape), False)  # for code that reads it itself
+    for module in skeleton.model.modules():
+        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            if tensor.is_meta and tensor.numel() <= LARGEST:
+                values = torch.randn(tensor.shape, generator=random).to(tensor.dtype)
+                setattr(module, name, nn.Parameter(values, False) if isinstance(tensor, nn.Parameter) else values)
 
 
 def _stand_in(layer: Layer, random: torch.Generator) -> Callable[[torch.Tensor], torch.Tensor]:
