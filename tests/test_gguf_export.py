@@ -25,6 +25,7 @@ from quantkit.recipe import ModelSpec
 from quantkit.runtimes.base import LoadOptions
 from quantkit.schemes import PER_CHANNEL, IntScheme, Mxfp4Scheme, Scheme, make_scheme
 from quantkit.source import resolve
+from tests.architectures import make
 from tests.gguf_models import (
     TEXTS,
     byte_level_tokenizer,
@@ -255,11 +256,10 @@ def test_tokens_without_a_row_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("family", "changes", "message"),
     [
-        ("gemma", {}, "type 'gemma'.*known: llama, mistral, qwen2, qwen3"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act 'gelu'"),
-        ("mistral", {"sliding_window": 64}, "sliding window of 64"),
-        ("qwen2", {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}, "sliding window of 64"),
-        ("qwen3", {"attention_bias": True}, "biases of attention"),
+        ("mistral", {"sliding_window": 64}, "sliding_window 64"),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}, "sliding_window 64"),
+        ("qwen3", {"attention_bias": True}, "attention_bias True"),
         ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "'yarn'"),
         ("llama", {"rope_parameters": {**LLAMA3, "low_freq_factor": 2.0}, "max_position_embeddings": 16384}, "llama3"),
     ],
@@ -270,6 +270,12 @@ def test_a_model_that_a_file_cannot_say_is_refused(
     folder = make_model(tmp_path / "float", family, **changes)
     with pytest.raises(SourceError, match=message):
         check_source(folder)
+
+
+def test_a_model_that_no_file_can_hold_is_refused_with_what_can_be_written(tmp_path: Path) -> None:
+    make(tmp_path / "float", "opt")
+    with pytest.raises(SourceError, match=r"type 'opt'.*known: .*bloom.*gemma2.*llama, mistral"):
+        check_source(tmp_path / "float")
 
 
 def test_a_window_as_wide_as_the_context_is_none(tmp_path: Path) -> None:

@@ -216,10 +216,10 @@ def _use(options: dict[str, Any]) -> Use:
 
 def _ways(anatomy: Anatomy, use: Use, memory: int) -> Iterator[Fit]:
     """Every way that the model's shapes allow."""
-    from quantkit.gguf.config import WRITTEN_AS  # it brings transformers along, as the anatomy did
+    from quantkit.gguf.architecture import model_types  # it brings transformers along, as the anatomy did
 
     for way in WAYS:
-        if way.format == "gguf" and anatomy.family not in WRITTEN_AS:
+        if way.format == "gguf" and anatomy.family not in model_types():
             continue
         keys = {"name": "way", "method": way.method, "format": way.format, **way.keys}
         variant = parse_section(VariantSpec, keys, "fits")

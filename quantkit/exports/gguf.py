@@ -13,14 +13,16 @@ from typing import Any
 
 import numpy
 import torch
+from transformers import AutoConfig
 
 from quantkit.errors import CheckpointError, SourceError
 from quantkit.exports.base import Export
 from quantkit.formats.gguf import Gguf
-from quantkit.gguf.config import generation_config, model_config
+from quantkit.gguf.architecture import architecture_of
+from quantkit.gguf.config import EMBEDDING, generation_config, model_config
 from quantkit.gguf.head import GGUFTensor, read_head
-from quantkit.gguf.names import Naming, parameters_of
-from quantkit.gguf.tensors import FLOATS, dequantized
+from quantkit.gguf.names import Naming, Place, places_of
+from quantkit.gguf.tensors import FLOATS, stays_whole
 from quantkit.gguf.tokenizer_reader import write_tokenizer
 from quantkit.gguf.types import scheme_of, type_of
 from quantkit.schemes import QuantizedWeight, Scheme, scheme_from_json
@@ -28,7 +30,6 @@ from quantkit.system.artifacts import write_json
 
 SCHEMES_KEY, VERSION_KEY = "quantkit.schemes", "quantkit.version"
 """Metadata of files that quantkit wrote: the layers' schemes as JSON, and its version."""
-EMBEDDING = "model.embed_tokens"
 BLOCKS = "weight"
 """The suffix of a layer's packed blocks."""
 
@@ -51,11 +52,10 @@ class GgufExport(Export):
         with _as_checkpoint_errors():
             self._head = read_head(path)
             self._config = model_config(self._head, torch.float16)
-            self._stored = parameters_of(self._head, self._config)
-        self._naming = Naming(self._config, path)
+            self._places = places_of(self._head, self._config, architecture_of(self._head))
         self._config["dtype"] = str(self._float_dtype()).removeprefix("torch.")
         self.schemes = self._schemes()
-        self.embedding = EMBEDDING if EMBEDDING in self.schemes else None
+        self.embedding = next((name for name in self.schemes if self._place(name).name == EMBEDDING), None)
         self.made_by = self._author()
         self._tokenizer: Path | None = None
 
@@ -85,63 +85,71 @@ class GgufExport(Export):
         Raises:
             CheckpointError: the file became shorter.
         """
-        tensor, name = self._tensor(f"{layer}.weight"), f"{layer}.weight"
-        packed = numpy.fromfile(self.path, dtype=numpy.uint8, count=tensor.nbytes, offset=tensor.start)
-        if packed.size < tensor.nbytes:
+        tensor, place, nbytes = self._tensor(f"{layer}.weight"), self._place(layer), self.layer_bytes(layer)
+        start = tensor.start + (place.index or 0) * nbytes
+        packed = numpy.fromfile(self.path, dtype=numpy.uint8, count=nbytes, offset=start)
+        if packed.size < nbytes:
             raise CheckpointError(f"{self.path} ends inside tensor '{tensor.name}'", "download the file again")
-        blocks = torch.from_numpy(packed).view(tensor.shape[0], -1)
-        return self._naming.in_transformers_order(name, blocks)
+        return place.rows_from_file(torch.from_numpy(packed).view(self.shape(layer)[0], -1))
+
+    def named(self, place: Place) -> str:
+        """The layer that lies in a place, by its name here, which its origin may call otherwise."""
+        return next(name for name, each in self._places.items() if each == place).removesuffix(".weight")
 
     def float_names(self) -> list[str]:
         """All parameters but the weights of packed layers."""
-        return [name for name in self._stored if name.removesuffix(".weight") not in self.schemes]
+        return [name for name in self._places if name.removesuffix(".weight") not in self.schemes]
 
     def float_shape(self, name: str) -> tuple[int, ...]:
         """From the file's head."""
-        return self._tensor(name).shape
+        return self._places[name].shape(self._head)
 
     def float_dtype(self, name: str) -> torch.dtype:
         """From the file's head."""
         return FLOATS[self._tensor(name).kind]
 
     def float_tensor(self, name: str) -> torch.Tensor:
-        """As the file holds it, its rows in the order of transformers."""
+        """As the file holds it, lying as in a checkpoint of transformers."""
         with _as_checkpoint_errors():
-            tensor = dequantized(self._head, self._stored[name], self.float_dtype(name))
-        return self._naming.in_transformers_order(name, tensor)
+            return self._places[name].read(self._head, self.float_dtype(name))
 
     def shape(self, layer: str) -> tuple[int, int]:
         """From the file's head."""
-        rows, columns = self._tensor(f"{layer}.weight").shape
+        rows, columns = self._tensor(f"{layer}.weight").shape[-2:]
         return rows, columns
 
     def layer_bytes(self, layer: str) -> int:
         """From the file's head."""
-        return self._tensor(f"{layer}.weight").nbytes
+        tensor = self._tensor(f"{layer}.weight")
+        return tensor.nbytes if self._place(layer).index is None else tensor.nbytes // tensor.shape[0]
 
     def files(self) -> list[Path]:
         """The file."""
         return [self.path]
 
     def _tensor(self, name: str) -> GGUFTensor:
-        return self._head.tensors[self._stored[name]]
+        return self._head.tensors[self._places[name].name]
+
+    def _place(self, layer: str) -> Place:
+        return self._places[f"{layer}.weight"]
 
     def _float_dtype(self) -> torch.dtype:
         """The dtype of the matrices that are float, where they have one; float16, that of the scales, elsewhere."""
-        tensors = [self._tensor(name) for name in self._stored]
-        kinds = {tensor.kind for tensor in tensors if len(tensor.shape) > 1 and tensor.kind in FLOATS}
+        tensors = [self._tensor(name) for name in self._places]
+        matrices = [each for each in tensors if len(each.shape) > 1 and not stays_whole(each.name)]
+        kinds = {each.kind for each in matrices if each.kind in FLOATS}
         return FLOATS[kinds.pop()] if len(kinds) == 1 else torch.float16
 
     def _schemes(self) -> dict[str, Scheme]:
         """The scheme of each packed layer: as quantkit noted it, or else by its type."""
         noted, found = self._noted(), {}
-        for name in self._stored:
+        for name, place in self._places.items():
             tensor = self._tensor(name)
             if tensor.kind in FLOATS:
                 continue
             layer = name.removesuffix(".weight")
-            scheme = noted.get(layer) or scheme_of(tensor.kind.name)
-            if scheme is None or name == layer or len(tensor.shape) != 2:
+            scheme = noted.get(place) or scheme_of(tensor.kind.name)
+            if scheme is None or name == layer or len(tensor.shape) != (2 if place.index is None else 3):
                 raise CheckpointError(
                     f"{self.path}: quantkit does not read tensor '{tensor.name}', {tensor.kind.name} of the shape "
                     f"{list(tensor.shape)}",
@@ -153,17 +161,19 @@ class GgufExport(Export):
             found[layer] = scheme
         return found
 
-    def _noted(self) -> Mapping[str, Scheme]:
-        """The schemes that quantkit wrote into the file; none in a file of another tool."""
+    def _noted(self) -> Mapping[Place | None, Scheme]:
+        """The schemes that quantkit wrote into the file, by where the layers lie; none in a file of another tool."""
         text = self._head.metadata.get(SCHEMES_KEY)
         if text is None:
             return {}
         try:
-            return {layer: scheme_from_json(scheme) for layer, scheme in json.loads(text).items()}
+            schemes = {layer: scheme_from_json(scheme) for layer, scheme in json.loads(text).items()}
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(
                 f"{self.path}: {SCHEMES_KEY} does not map layers to schemes", "download the file again"
             ) from error
+        naming = Naming(architecture_of(self._head), AutoConfig.for_model(**self._config))
+        return {naming.find(f"{layer}.weight"): scheme for layer, scheme in schemes.items()}
 
     def _author(self) -> str:
         version = self._head.metadata.get(VERSION_KEY)

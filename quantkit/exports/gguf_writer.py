@@ -7,34 +7,43 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy
 import torch
 import yaml
 from numpy.typing import NDArray
 from transformers import PreTrainedConfig
 
 from quantkit.checkpoint import CheckpointReader
-from quantkit.errors import CheckpointError
+from quantkit.errors import CheckpointError, SourceError
 from quantkit.exports.companions import LICENCES, copy_companions
-from quantkit.exports.content import Content, digest
+from quantkit.exports.content import Content, Stored, digest
 from quantkit.exports.gguf import BLOCKS, SCHEMES_KEY, VERSION_KEY, GgufExport
-from quantkit.gguf.config import head_size, model_metadata, read_model_config
-from quantkit.gguf.names import Naming
-from quantkit.gguf.rope import FACTORS, rope_divisors
-from quantkit.gguf.tensors import FLOATS, float_kind
+from quantkit.gguf.architecture import architecture_for
+from quantkit.gguf.config import OUTPUT, check_config, model_metadata, read_model_config, slides
+from quantkit.gguf.head import read_head
+from quantkit.gguf.names import TOWER, Naming, Place
+from quantkit.gguf.rope import rope_tensors
+from quantkit.gguf.tensors import FLOATS, MATRICES, dequantized, float_kind
 from quantkit.gguf.tokenizer_writer import end_ids, read_tokenizer, remarks_on, tokenizer_metadata
 from quantkit.gguf.types import FILE_TYPES, type_of
 from quantkit.gguf.writer import Entry, write_file
 from quantkit.system.artifacts import write_text
 
 FAULTY = "the disk or its memory is faulty, or another process writes here: quantize again"
-DERIVED = "rotary_emb.inv_freq"
+DERIVED = re.compile(r"rotary_emb\.inv_freq$|\.(attn|attention)\.(masked_)?bias$")
 """Tensors of old checkpoints that follow from the config."""
-HEAD = "lm_head.weight"
+
+
+HALVED = "gguf: matrices that stay float are stored in float16, as llama.cpp expects; vectors in float32"
+WINDOWLESS = "gguf: llama.cpp lets tokens of this model see all before them, and not the last {} alone"
+TOWERLESS = "gguf: the file holds the language model alone; llama.cpp reads what sees or hears from a file of its own"
 
 
 def check_source(folder: Path, names: Collection[str] | None = None) -> None:
@@ -48,9 +57,9 @@ def check_source(folder: Path, names: Collection[str] | None = None) -> None:
         SourceError: config, tokenizer or tensors hold what a GGUF file cannot say, or quantkit does not write.
     """
     config = read_model_config(folder)
-    naming = Naming(config.to_dict(), folder)
-    for name in _written_floats(CheckpointReader(folder).names() if names is None else names, config):
-        naming.name(name)
+    naming, known = Naming.of(config), CheckpointReader(folder).names() if names is None else names
+    places = [naming.place(name).name for name in written_names(known, config, naming)]
+    check_config(config, places, folder)
     tokenizer_metadata(read_tokenizer(folder), folder, config.vocab_size)
 
 
@@ -61,13 +70,15 @@ def source_remarks(folder: Path, dtype: str) -> tuple[str, ...]:
         folder: of the float model, see :func:`check_source`.
         dtype: of the float model.
     """
-    found = remarks_on(read_tokenizer(folder))
-    if dtype == "float32":
-        return (
-            *found,
-            "gguf: matrices that stay float are stored in float16, as llama.cpp expects; vectors in float32",
-        )
-    return found
+    config = read_model_config(folder)
+    remarks = {
+        HALVED: dtype == "float32",
+        WINDOWLESS.format(getattr(config, "sliding_window", None)): (
+            slides(config) and architecture_for(config.model_type).ignores_window
+        ),
+        TOWERLESS: _is_tower(CheckpointReader(folder).names()),
+    }
+    return (*remarks_on(read_tokenizer(folder)), *(remark for remark, holds in remarks.items() if holds))
 
 
 def write_gguf(content: Content, folder: Path) -> Path:
@@ -85,10 +96,10 @@ def write_gguf(content: Content, folder: Path) -> Path:
     config, tokenizer = read_model_config(content.origin), read_tokenizer(content.origin)
     kind = _commonest(content)
     config.tie_word_embeddings = content.changes.get("tie_word_embeddings", config.tie_word_embeddings)
-    naming = Naming(config.to_dict(), content.origin)
+    naming = Naming.of(config)
     tensors = sorted(_entries(content, config, naming), key=_place)
     metadata = {
-        "general.architecture": naming.architecture,
+        "general.architecture": naming.architecture.name,
         **_provenance(content.origin),
         **model_metadata(config, content.origin),
         "general.file_type": int(gguf.LlamaFileType[FILE_TYPES[kind]]),
@@ -101,7 +112,7 @@ def write_gguf(content: Content, folder: Path) -> Path:
     stops = [str(tokenizer.convert_ids_to_tokens(number)) for number in end_ids(tokenizer, content.origin)]
     write_text(folder / "Modelfile", modelfile(path.name, stops))
     copy_companions(content.origin, folder, patterns=LICENCES)
-    _compare(content, path, _written_floats(content.floats, config))
+    _compare(content, path, written_names(content.floats, config, naming), naming)
     return path
 
 
@@ -118,34 +129,97 @@ def modelfile(name: str, stops: Iterable[str]) -> str:
     return "\n".join([f"FROM ./{name}", *(f"PARAMETER stop {stop}" for stop in quoted)]) + "\n"
 
 
-def _written_floats(names: Collection[str], config: PreTrainedConfig) -> list[str]:
-    """Those of a model's float tensors that go into the file: not those that follow from others."""
-    left_out = {HEAD} if config.tie_word_embeddings else set()
-    return [name for name in names if name not in left_out and not name.endswith(DERIVED)]
+def written_names(names: Collection[str], config: PreTrainedConfig, naming: Naming) -> list[str]:
+    """Those of a model's tensors that go into the file: of its language model, and none that follow from others."""
+    found, tower = [], _is_tower(names)
+    for name in names:
+        place = naming.find(name)
+        tied = place is not None and place.name == OUTPUT and config.tie_word_embeddings
+        beside = tower and not TOWER.search(name) and (place is None or place.name != OUTPUT)
+        if not (tied or beside or DERIVED.search(name)):
+            found.append(name)
+    return found
+
+
+def _is_tower(names: Collection[str]) -> bool:
+    """Whether the language model is a part of the model."""
+    return any(TOWER.search(name) for name in names)
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A tensor of a checkpoint on its way into the file, see :class:`Entry`."""
+
+    place: Place
+    kind: gguf.GGMLQuantizationType
+    shape: tuple[int, ...]
+    nbytes: int
+    read: Callable[[], torch.Tensor]
 
 
 def _entries(content: Content, config: PreTrainedConfig, naming: Naming) -> Iterator[Entry]:
     """Every tensor of the file."""
+    members: dict[str, list[_Part]] = {}
+    for part in _parts(content, config, naming):
+        members.setdefault(part.place.name, []).append(part)
+    for name, parts in members.items():
+        yield _stack(name, parts)
+    for name, divisors in rope_tensors(config, naming.architecture).items():
+        kind = gguf.GGMLQuantizationType.F32
+        yield Entry(name, int(kind), tuple(divisors.shape), divisors.nbytes, divisors.numpy)
+
+
+def _parts(content: Content, config: PreTrainedConfig, naming: Naming) -> Iterator[_Part]:
     for layer, scheme in content.schemes.items():
         stored, kind = content.packed[layer][BLOCKS], gguf.GGMLQuantizationType[type_of(scheme)]
         block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
         rows, row_bytes = stored.shape
-        name, shape = f"{layer}.weight", (rows, row_bytes // block_bytes * block)
-        yield Entry(naming.name(name), int(kind), shape, rows * row_bytes, _reader(name, stored.read, naming))
-    for name in _written_floats(content.floats, config):
-        kind = float_kind(content.floats[name].dtype, content.floats[name].shape)
-        stored = content.floats[name].cast(FLOATS[kind], name)
-        nbytes = math.prod(stored.shape) * stored.dtype.itemsize
-        yield Entry(naming.name(name), int(kind), stored.shape, nbytes, _reader(name, stored.read, naming))
-    divisors = rope_divisors(config, head_size(config))
-    if divisors is not None:
-        kind = gguf.GGMLQuantizationType.F32
-        yield Entry(FACTORS, int(kind), tuple(divisors.shape), divisors.nbytes, divisors.numpy)
+        place = naming.place(f"{layer}.weight")
+        columns, read = row_bytes // block_bytes * block, partial(_packed_in_order, place, stored)
+        yield _Part(place, kind, (rows, columns), rows * row_bytes, read)
+    for name in written_names(content.floats, config, naming):
+        place, stored = naming.place(name), content.floats[name]
+        kind = float_kind(place.name, stored.dtype, stored.shape)
+        cast, shape = stored.cast(FLOATS[kind], name), place.layout.shape_in_file(stored.shape)
+        nbytes = math.prod(cast.shape) * cast.dtype.itemsize
+        yield _Part(place, kind, shape, nbytes, partial(_float_in_order, place, cast))
 
 
-def _reader(name: str, read: Callable[[], torch.Tensor], naming: Naming) -> Callable[[], NDArray[Any]]:
-    """Gives a tensor's bytes, its rows in the file's order."""
-    return lambda: naming.in_gguf_order(name, read()).contiguous().reshape(-1).view(torch.uint8).numpy()
+def _stack(name: str, parts: list[_Part]) -> Entry:
+    """One tensor of the file, which may be made of many.
+
+    Raises:
+        SourceError: they differ in type or shape, or some are missing.
+    """
+    first = parts[0]
+    if first.place.index is None:
+        return Entry(name, int(first.kind), first.shape, first.nbytes, lambda: _bytes(first.read()))
+    parts = sorted(parts, key=lambda part: part.place.index or 0)
+    alike = len({(part.kind, part.shape) for part in parts}) == 1
+    if not alike or [part.place.index for part in parts] != list(range(len(parts))):
+        raise SourceError(
+            f"a GGUF file holds {name} as one tensor of one type, and its {len(parts)} parts differ or are not whole",
+            "give all of them one scheme",
+        )
+    return Entry(
+        name,
+        int(first.kind),
+        (len(parts), *first.shape),
+        sum(part.nbytes for part in parts),
+        lambda: numpy.concatenate([_bytes(part.read()) for part in parts]),
+    )
+
+
+def _packed_in_order(place: Place, stored: Stored) -> torch.Tensor:
+    return place.rows_to_file(stored.read())
+
+
+def _float_in_order(place: Place, stored: Stored) -> torch.Tensor:
+    return place.to_file(stored.read())
+
+
+def _bytes(tensor: torch.Tensor) -> NDArray[Any]:
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 def _place(entry: Entry) -> tuple[int, str]:
@@ -157,13 +231,13 @@ def _place(entry: Entry) -> tuple[int, str]:
 
 
 def _commonest(content: Content) -> str:
-    """The type that holds most bytes; of a model without quantized layers that of most matrices."""
+    """The type that holds most bytes; of a model without quantized layers that of its matrices."""
     held: Counter[str] = Counter()
     for layer, scheme in content.schemes.items():
         held[type_of(scheme)] += math.prod(content.packed[layer][BLOCKS].shape)
     if not held:
         matrices = (each for each in content.floats.values() if len(each.shape) > 1)
-        held.update(float_kind(stored.dtype, stored.shape).name for stored in matrices)
+        held.update(MATRICES[stored.dtype].name for stored in matrices)
     return max(held, key=lambda kind: held[kind])
 
 
@@ -200,12 +274,14 @@ def _licence(folder: Path) -> str | None:
     return stated if isinstance(stated, str) else None
 
 
-def _compare(content: Content, path: Path, floats: list[str]) -> None:
-    written = GgufExport(path)
+def _compare(content: Content, path: Path, floats: list[str], naming: Naming) -> None:
+    written, head = GgufExport(path), read_head(path)
     for name in floats:
-        wanted = content.floats[name].cast(written.float_dtype(name), name)
-        if not torch.equal(wanted.read(), written.float_tensor(name)):
+        place = naming.place(name)
+        dtype = FLOATS[head.tensors[place.name].kind]
+        found = dequantized(head, place.name, dtype, index=place.index)
+        if not torch.equal(place.to_file(content.floats[name].cast(dtype, name).read()), found):
             raise CheckpointError(f"tensor {name} in {path} differs from the source after writing", FAULTY)
     for layer in content.schemes:
-        if digest([written.blocks(layer)]) != content.digests[layer]:
+        if digest([written.blocks(written.named(naming.place(f"{layer}.weight")))]) != content.digests[layer]:
             raise CheckpointError(f"layer {layer} in {path} does not decode to what the method returned", FAULTY)

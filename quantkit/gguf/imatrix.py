@@ -48,8 +48,8 @@ def write_imatrix(
         SourceError: the model or a layer has no place in a GGUF file.
         OutputError: the file cannot be written.
     """
-    naming = Naming(read_model_config(origin).to_dict(), origin)
-    named = {naming.name(f"{layer}.weight"): found for layer, found in importance.items()}
+    naming = Naming.of(read_model_config(origin))
+    named = {naming.place(f"{layer}.weight").name: found for layer, found in importance.items()}
     entries = [entry for name in sorted(named) for entry in _entries(name, named[name])]
     most = max((found.tokens for found in named.values()), default=0)
     metadata = {

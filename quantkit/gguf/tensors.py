@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Sequence
 
 import gguf
@@ -28,9 +30,32 @@ MATRICES = {
 """By the dtype of a float matrix, the type in which llama.cpp expects it."""
 
 
-def float_kind(dtype: torch.dtype, shape: Sequence[int]) -> gguf.GGMLQuantizationType:
-    """The type in which a file holds a float tensor: vectors in F32, matrices in 16 bits."""
-    return MATRICES[dtype] if len(shape) > 1 else gguf.GGMLQuantizationType.F32
+WHOLE = (
+    r".*norm\.weight",
+    *(
+        re.escape(gguf.TENSOR_NAMES[kind]).replace(r"\{bid\}", r"\d+") + r"(\.weight)?"
+        for kind in (
+            gguf.MODEL_TENSOR.POS_EMBD,
+            gguf.MODEL_TENSOR.FFN_GATE_INP,
+            gguf.MODEL_TENSOR.FFN_GATE_INP_SHEXP,
+            gguf.MODEL_TENSOR.SSM_CONV1D,
+            gguf.MODEL_TENSOR.SSM_A,
+            gguf.MODEL_TENSOR.SSM_D,
+            gguf.MODEL_TENSOR.SHORTCONV_CONV,
+        )
+    ),
+)
+"""Names of matrices that llama.cpp computes with in float32."""
+
+
+def float_kind(name: str, dtype: torch.dtype, shape: Sequence[int]) -> gguf.GGMLQuantizationType:
+    """The type of a float tensor in a file: vectors, and what llama.cpp wants so, in F32; matrices in 16 bits."""
+    return gguf.GGMLQuantizationType.F32 if len(shape) < 2 or stays_whole(name) else MATRICES[dtype]
+
+
+def stays_whole(name: str) -> bool:
+    """Whether llama.cpp wants a tensor in float32 whatever its shape is."""
+    return any(re.fullmatch(pattern, name) for pattern in WHOLE)
 
 
 def is_quantized(head: GGUFHead) -> bool:
@@ -40,31 +65,41 @@ def is_quantized(head: GGUFHead) -> bool:
 
 def natural_dtype(head: GGUFHead) -> torch.dtype:
     """The dtype that the file's matrices have; float16, that of the blocks' scales, where they are quantized."""
-    kinds = {tensor.kind for tensor in head.tensors.values() if len(tensor.shape) > 1}
+    matrices = (each for each in head.tensors.values() if len(each.shape) > 1 and not stays_whole(each.name))
+    kinds = {each.kind for each in matrices}
     return FLOATS.get(kinds.pop(), torch.float16) if len(kinds) == 1 else torch.float16
 
 
-def dequantized(head: GGUFHead, name: str, dtype: torch.dtype) -> torch.Tensor:
+def dequantized(
+    head: GGUFHead, name: str, dtype: torch.dtype, *, index: int | None = None, less: float = 0.0
+) -> torch.Tensor:
     """A tensor in ``dtype``, computed in float32 and rounded once, a few rows at a time.
+
+    Args:
+        head: of the file.
+        name: of the tensor.
+        dtype: wanted.
+        index: of a stack, the one that is wanted; by default all of it.
+        less: taken from every value.
 
     Raises:
         SourceError: a value is too large for ``dtype``, the file became shorter since its head was read, or the
             ``gguf`` package cannot dequantize this type.
     """
     tensor = head.tensors[name]
-    out = torch.empty(tensor.shape, dtype=dtype)
+    out = torch.empty(tensor.shape if index is None else tensor.shape[1:], dtype=dtype)
     rows = out.view(-1, tensor.shape[-1])
-    row_bytes = tensor.nbytes // len(rows)
+    row_bytes = tensor.nbytes * tensor.shape[-1] // math.prod(tensor.shape)
     step = max(1, CHUNK_VALUES // tensor.shape[-1])
     with head.path.open("rb") as file:
-        file.seek(tensor.start)
+        file.seek(tensor.start + (index or 0) * len(rows) * row_bytes)
         for first in range(0, len(rows), step):
             part = rows[first : first + step]
             packed = numpy.fromfile(file, dtype=numpy.uint8, count=len(part) * row_bytes)
             if packed.size < len(part) * row_bytes:
                 raise SourceError(f"{head.path} ends inside tensor '{name}'", "download the file again")
             values = _dequantize(head, tensor, packed.reshape(len(part), row_bytes))
-            part.copy_(values)
+            part.copy_(values - less if less else values)
             if bool((part.isinf() & values.isfinite()).any()):
                 raise SourceError(
                     f"{head.path}: tensor '{name}' holds values too large for {str(dtype).removeprefix('torch.')}",

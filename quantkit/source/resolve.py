@@ -10,10 +10,11 @@ import torch
 
 from quantkit.checkpoint import FLOATS, CheckpointReader, ShardWriter
 from quantkit.errors import CheckpointError, SourceError
+from quantkit.gguf.architecture import architecture_of
 from quantkit.gguf.config import generation_config, model_config
 from quantkit.gguf.head import GGUFHead, read_head
-from quantkit.gguf.names import Naming, parameters_of
-from quantkit.gguf.tensors import dequantized, is_quantized, natural_dtype
+from quantkit.gguf.names import places_of
+from quantkit.gguf.tensors import is_quantized, natural_dtype
 from quantkit.gguf.tokenizer_reader import write_tokenizer
 from quantkit.recipe import ModelSpec
 from quantkit.recipe.model import HUB_REFERENCE
@@ -104,15 +105,15 @@ def _from_gguf(path: Path, spec: ModelSpec, work: Path) -> SourceModel:
 def _write_converted(head: GGUFHead, folder: Path, dtype: torch.dtype) -> None:
     """Write the model of a GGUF file with its config, tokenizer and chat template."""
     config = model_config(head, dtype)
-    parameters, naming = parameters_of(head, config), Naming(config, head.path)
+    places = places_of(head, config, architecture_of(head))
     write_json(folder / "config.json", config)
     write_json(folder / "generation_config.json", generation_config(head))
     write_tokenizer(head, folder)
     with ShardWriter(folder) as writer:
-        for name, stored in parameters.items():
-            writer.declare(name, dtype, head.tensors[stored].shape)
-        for name, stored in parameters.items():
-            writer.write(name, naming.in_transformers_order(name, dequantized(head, stored, dtype)))
+        for name, place in places.items():
+            writer.declare(name, dtype, place.shape(head))
+        for name, place in places.items():
+            writer.write(name, place.read(head, dtype))
 
 
 def _is_done(folder: Path, made_from: dict[str, Any]) -> bool:
