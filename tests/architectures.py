@@ -57,6 +57,15 @@ MIXTURES: dict[str, dict[str, Any]] = {
     "phimoe": {**BASE, "num_local_experts": 4, "num_experts_per_tok": 2},
     "gpt_oss": {**BASE, "num_local_experts": 4, "num_experts_per_tok": 2},
     "granitemoe": {**BASE, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "llama4_text": {
+        **BASE, "intermediate_size": 32, "intermediate_size_mlp": 128, "num_local_experts": 4, "num_experts_per_tok": 2,
+    },
+    "dbrx": {
+        "d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 512, "vocab_size": VOCABULARY,
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
+        "ffn_config": {"hidden_size": 64, "ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "jetmoe": {**BASE, "kv_channels": 16, "num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_5_moe_text": {
         **BASE, **EXPERTS, "shared_expert_intermediate_size": 32, "linear_num_value_heads": 4,
         "linear_num_key_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16,

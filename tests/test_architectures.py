@@ -26,7 +26,8 @@ from tests.architectures import ARCHITECTURES, DENSE, MIXTURES, make
 from tests.tiny import tiny_method, tiny_rows, tiny_task
 
 CPU = torch.device("cpu")
-NOT_LAYERS = ("conv.weight", "conv1d.weight", "router.weight", "gate.weight", "_bias", "router.layer.weight")
+ROUTERS = ("gate", "router", "router.layer")
+NOT_LAYERS = ("conv.weight", "conv1d.weight", "_bias", *(f"{router}.weight" for router in ROUTERS))
 """What stays float inside blocks: convolutions, routers and biases of experts."""
 RECORDS = [
     {"instruction": f"Say {word}.", "output": word * 12}
@@ -65,7 +66,7 @@ def test_every_matrix_of_the_blocks_is_a_layer(tmp_path: Path, architecture: str
         for name, parameter in model.named_parameters()
         if name.startswith(f"{prefix}.") and parameter.ndim >= 2 and not name.endswith(NOT_LAYERS)
     )
-    layers = [layer for segment in skeleton.segments for layer in segment.layers if not layer.name.endswith("gate")]
+    layers = [layer for segment in skeleton.segments for layer in segment.layers if not layer.name.endswith(ROUTERS)]
     assert sum(rows * columns for rows, columns in (layer.shape for layer in layers)) == total
     assert len({layer.name for layer in layers}) == len(layers)
 
@@ -82,11 +83,12 @@ def test_every_layer_is_solved_from_what_reaches_it(tmp_path: Path, architecture
     errors = torch.stack([result.error for result in sink.results.values() if result.tokens])
     assert errors.isfinite().all()
     assert (errors < 0.1).all()
-    seen = {result.tokens for name, result in sink.results.items() if ".experts." not in name}
+    alone = [name for name in sink.results if sum(part.isdigit() for part in name.split(".")) == 1]
+    seen = {sink.results[name].tokens for name in alone}
     assert seen == {sum(map(len, rows))}
 
 
-@pytest.mark.parametrize("architecture", MIXTURES)
+@pytest.mark.parametrize("architecture", sorted(MIXTURES.keys() - {"jetmoe", "dbrx"}))
 def test_experts_share_out_the_tokens_that_are_routed(tmp_path: Path, architecture: str) -> None:
     make(tmp_path, architecture)
     skeleton, rows = Skeleton(tmp_path), tiny_rows()

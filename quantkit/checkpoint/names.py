@@ -121,7 +121,7 @@ class Names:
             return self.tensor(part.parameter).removesuffix(".weight")
         stack, leaf = self.tensor(part.parameter), part.parameter.rpartition(".")[2]
         place = stack if stack.endswith(f".{leaf}") else part.parameter
-        return f"{place.removesuffix(leaf)}{part.expert}.{part.leaf}"
+        return f"{place.removesuffix(leaf)}{part.expert}.{part.leaf}".removesuffix(".")
 
     def tensor(self, parameter: str) -> str:
         """The name under which a checkpoint holds a parameter that it holds as it is.

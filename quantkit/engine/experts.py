@@ -1,15 +1,18 @@
 """Stacks of experts as linear layers, one an expert and projection.
 
-transformers keeps the experts of a block in two or three parameters, ``[experts, rows, columns]``, and computes with
-them by a function that can be chosen by name (``transformers.integrations.moe``). The classes that take part say how
-their parameters lie: transposed, interleaved, with biases, without a gate. So no model has to be known here: the
-parameters give way to ``torch.nn.Linear`` modules called ``experts.INDEX.gate_proj``, ``up_proj`` and ``down_proj``,
-and a function that computes with these is chosen.
+transformers keeps the experts of a block in a few parameters, ``[experts, rows, columns]``. Most classes compute with
+them by a function that can be chosen by name (``transformers.integrations.moe``) and say how their parameters lie:
+transposed, interleaved, with biases, without a gate. The others differ in what their forward is given, and are told
+apart by that and by the parameters that they have. So no model has to be known here: the parameters give way to
+``torch.nn.Linear`` modules called ``experts.INDEX.gate_proj`` and so on, and a forward that computes with these.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from inspect import signature
+from types import MethodType
 from typing import Any
 
 import torch
@@ -17,20 +20,56 @@ from torch import nn
 
 from quantkit.checkpoint.conversions import Part
 
-IMPLEMENTATION = "quantkit"
-"""The name under which transformers knows the function that computes with linear layers."""
 MARKS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
-"""What transformers says of a stack of experts; a class that takes part has all of them."""
+"""What transformers says of a stack of experts whose function can be chosen; a class that takes part has all."""
+ROUTED = ("hidden_states", "top_k_index", "top_k_weights")
+"""What the forward of most is given."""
+UNSTACKED = "quantkit_experts"
+"""Where a stack that gave way keeps the number of its experts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Projection:
+    """A matrix that every expert of a stack has.
+
+    Attributes:
+        leaf: what it is called beside the index of the expert; empty where that is the only one.
+        stack: the parameter of the module that holds it for all experts, ``[experts, rows, columns]`` or these flat.
+        bias: the parameter that holds its bias, ``[experts, rows]``; None for none.
+        piece: which of the matrices that lie together there it is, and how many these are.
+        interleaved: these lie row by row in turn, not one behind the other.
+        transposed: they lie as ``[in_features, out_features]``.
+    """
+
+    leaf: str
+    stack: str
+    bias: str | None = None
+    piece: tuple[int, int] = (0, 1)
+    interleaved: bool = False
+    transposed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A way in which classes keep experts.
+
+    Attributes:
+        fits: the projections of a module, if it is of this kind; else None.
+        forward: computes what the module's own does, by the linear layers.
+    """
+
+    fits: Callable[[nn.Module], list[Projection] | None]
+    forward: Callable[..., torch.Tensor]
 
 
 def is_stack(module: nn.Module) -> bool:
-    """Whether a module is a stack of experts whose function can be chosen, whatever its experts lie in."""
-    return all(mark in vars(module) for mark in MARKS)
+    """Whether a module is a stack of experts, whatever its experts lie in."""
+    return can_unstack(module) or hasattr(module, UNSTACKED) or all(mark in vars(module) for mark in MARKS)
 
 
 def can_unstack(module: nn.Module) -> bool:
-    """Whether a module keeps experts in the parameters that :func:`unstack` knows."""
-    return is_stack(module) and isinstance(getattr(module, "down_proj", None), nn.Parameter)
+    """Whether a module keeps experts in parameters that :func:`unstack` knows."""
+    return any(kind.fits(module) is not None for kind in KINDS)
 
 
 def unstack(module: Any, path: str) -> dict[str, Part]:
@@ -43,29 +82,47 @@ def unstack(module: Any, path: str) -> dict[str, Part]:
     Returns:
         By the names of the new parameters what they are a part of.
     """
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-
-    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, forward)
+    kind, projections = next((kind, found) for kind in KINDS if (found := kind.fits(module)) is not None)
+    experts = _experts(module, projections)
+    shapes = {each.stack: _in_three(module.get_parameter(each.stack), experts).shape for each in projections}
     parts: dict[str, Part] = {}
-    stacks = {leaf: parameter.shape for leaf, parameter in module.named_parameters(recurse=False)}
-    for leaf in stacks:
-        delattr(module, leaf)
-    for index in range(stacks["down_proj"][0]):
+    for index in range(experts):
         expert = nn.Module()
-        for leaf, stack, piece in _pieces(module):
-            rows, columns = stacks[stack][1:] if not module.is_transposed else stacks[stack][:0:-1]
-            pieces = piece[1]
-            linear = _linear(columns, rows // pieces, module.has_bias)
-            expert.add_module(leaf, linear)
-            for name in [name for name, _ in linear.named_parameters()]:
-                whole = f"{path}.{stack}" if name == "weight" else f"{path}.{stack}_bias"
-                cut = _Cut(index, piece, module.is_concatenated, module.is_transposed and name == "weight")
-                parts[f"{path}.{index}.{leaf}.{name}"] = Part(
-                    whole, cut, index, piece if name == "weight" else (0, 0), leaf
-                )
+        for each in projections:
+            rows, columns = shapes[each.stack][1:] if not each.transposed else shapes[each.stack][:0:-1]
+            linear = _linear(columns, rows // each.piece[1], each.bias is not None)
+            if each.leaf:
+                expert.add_module(each.leaf, linear)
+            else:
+                expert = linear
+            for name, _ in linear.named_parameters():
+                place = ".".join(filter(None, (path, str(index), each.leaf, name)))
+                parts[place] = _part(path, experts, index, each, name)
         module.add_module(str(index), expert)
-    module.config._experts_implementation = IMPLEMENTATION
+    for each in projections:
+        for name in filter(None, (each.stack, each.bias)):
+            owner, _, leaf = name.rpartition(".")
+            if leaf in module.get_submodule(owner)._parameters:
+                delattr(module.get_submodule(owner), leaf)
+    setattr(module, UNSTACKED, experts)
+    module.forward = MethodType(kind.forward, module)
     return parts
+
+
+def _experts(module: nn.Module, projections: list[Projection]) -> int:
+    first = module.get_parameter(projections[0].stack)
+    return int(first.shape[0]) if first.ndim == 3 else int(vars(module)["num_experts"])
+
+
+def _in_three(stack: torch.Tensor, experts: int) -> torch.Tensor:
+    return stack if stack.ndim == 3 else stack.view(experts, -1, stack.shape[-1])
+
+
+def _part(path: str, experts: int, index: int, each: Projection, name: str) -> Part:
+    is_weight = name == "weight"
+    cut = _Cut(index, experts, each, is_weight)
+    whole = each.stack if is_weight else each.bias
+    return Part(f"{path}.{whole}", cut, index, each.piece if is_weight else (0, 0), each.leaf)
 
 
 def _linear(columns: int, rows: int, bias: bool) -> nn.Linear:
@@ -78,29 +135,23 @@ def _linear(columns: int, rows: int, bias: bool) -> nn.Linear:
     return linear
 
 
-def _pieces(module: Any) -> Iterator[tuple[str, str, tuple[int, int]]]:
-    """The projections of an expert: their names, the parameter in which they lie, and which piece of it they are."""
-    if module.has_gate:
-        yield "gate_proj", "gate_up_proj", (0, 2)
-        yield "up_proj", "gate_up_proj", (1, 2)
-    else:
-        yield "up_proj", "up_proj", (0, 1)
-    yield "down_proj", "down_proj", (0, 1)
-
-
+@dataclass(frozen=True, slots=True)
 class _Cut:
-    """The view of a stack, ``[experts, rows, columns]`` or ``[experts, rows]``, that is a projection of one expert."""
+    """The view of a stack, or of the biases beside it, that is a projection of one expert."""
 
-    def __init__(self, expert: int, piece: tuple[int, int], concatenated: bool, transposed: bool) -> None:
-        self._expert = expert
-        self._piece = piece
-        self._concatenated = concatenated
-        self._transposed = transposed
+    expert: int
+    experts: int
+    projection: Projection
+    is_weight: bool
 
     def __call__(self, stack: torch.Tensor) -> torch.Tensor:
-        own = stack[self._expert].T if self._transposed else stack[self._expert]
-        place, pieces = self._piece
-        return own.chunk(pieces)[place] if self._concatenated else own[place::pieces]
+        own = (_in_three(stack, self.experts) if self.is_weight else stack)[self.expert]
+        own = own.T if self.is_weight and self.projection.transposed else own
+        place, pieces = self.projection.piece
+        return own[place::pieces] if self.projection.interleaved else own.chunk(pieces)[place]
+
+
+# Experts that are given tokens with the indices of their experts
 
 
 def forward(
@@ -121,23 +172,159 @@ def forward(
         ``[tokens, hidden]``.
     """
     outputs = hidden_states.new_zeros(*top_k_index.shape, hidden_states.shape[-1])
-    for index in range(self.num_experts):
+    for index, expert in _numbered(self):
         token, slot = (top_k_index == index).nonzero(as_tuple=True)
         if len(token) == 0:
             continue
-        expert = getattr(self, str(index))
-        read = hidden_states[token]
-        inner = _gated(self, expert, read) if self.has_gate else self.act_fn(expert.up_proj(read))
-        found = expert.down_proj(inner)
-        if getattr(self, "has_post_expert_norm", False):
-            found = self.post_expert_norm(found)
+        found = _expert(self, expert, hidden_states[token])
         outputs[token, slot] = (found * top_k_weights[token, slot, None]).to(outputs.dtype)
     return outputs.sum(1)
+
+
+def _numbered(stack: Any) -> Iterator[tuple[int, Any]]:
+    for index in range(getattr(stack, UNSTACKED)):
+        yield index, getattr(stack, str(index))
+
+
+def _expert(stack: Any, expert: Any, read: torch.Tensor) -> torch.Tensor:
+    """What one expert makes of the tokens that it reads."""
+    gated = hasattr(expert, "gate_proj")
+    found: torch.Tensor = expert.down_proj(_gated(stack, expert, read) if gated else stack.act_fn(expert.up_proj(read)))
+    return stack.post_expert_norm(found) if getattr(stack, "has_post_expert_norm", False) else found
 
 
 def _gated(stack: Any, expert: Any, read: torch.Tensor) -> torch.Tensor:
     """Gate and projection, put together as the class's own gating expects them."""
     gate, up = expert.gate_proj(read), expert.up_proj(read)
-    together = torch.cat([gate, up], -1) if stack.is_concatenated else torch.stack([gate, up], -1).flatten(-2)
+    concatenated = getattr(stack, "is_concatenated", True)
+    together = torch.cat([gate, up], -1) if concatenated else torch.stack([gate, up], -1).flatten(-2)
     gated: torch.Tensor = stack._apply_gate(together)
     return gated
+
+
+def _routed(module: Any) -> list[Projection] | None:
+    """Those whose function can be chosen, and those that have the same forward and a gating of their own."""
+    gated = _holds(module, "gate_up_proj", "down_proj")
+    if not gated and not _holds(module, "up_proj", "down_proj"):
+        return None
+    marked = all(mark in vars(module) for mark in MARKS)
+    if not marked and not (gated and hasattr(module, "_apply_gate") and _takes(module, *ROUTED)):
+        return None
+    transposed = module.is_transposed if marked else _is_transposed(module)
+    interleaved = marked and not module.is_concatenated
+    leaves = [("gate_proj", "gate_up_proj", (0, 2)), ("up_proj", "gate_up_proj", (1, 2))] if gated else []
+    leaves = [*(leaves or [("up_proj", "up_proj", (0, 1))]), ("down_proj", "down_proj", (0, 1))]
+    return [
+        Projection(
+            leaf,
+            stack,
+            f"{stack}_bias" if f"{stack}_bias" in module._parameters else None,
+            piece,
+            interleaved and piece[1] > 1,
+            transposed,
+        )
+        for leaf, stack, piece in leaves
+    ]
+
+
+def _flat(module: Any) -> list[Projection] | None:
+    """DBRX's: the matrices of all experts below one another, in a module that is given an expert's."""
+    inner = getattr(module, "mlp", None)
+    shapes = [tuple(each.shape) for each in getattr(inner, "_parameters", {}).values() if each is not None]
+    if not _holds(inner, "w1", "v1", "w2", ndim=2) or not _takes(module, *ROUTED):
+        return None
+    if len(set(shapes)) > 1 or shapes[0][0] % module.num_experts:
+        return None
+    return [Projection("w1", "mlp.w1"), Projection("v1", "mlp.v1"), Projection("w2", "mlp.w2", transposed=True)]
+
+
+def _forward_flat(self: Any, hidden_states: torch.Tensor, top_k_index: Any, top_k_weights: Any) -> torch.Tensor:
+    flat = hidden_states.reshape(-1, hidden_states.shape[-1])
+    outputs = flat.new_zeros(*top_k_index.shape, flat.shape[-1])
+    for index, expert in _numbered(self):
+        token, slot = (top_k_index == index).nonzero(as_tuple=True)
+        if len(token):
+            read = flat[token]
+            found = expert.w2(self.mlp.activation_fn(expert.w1(read)) * expert.v1(read))
+            outputs[token, slot] = found * top_k_weights[token, slot, None]
+    return outputs.sum(1).view(hidden_states.shape[0], -1, hidden_states.shape[-1])
+
+
+# Experts that are given their tokens
+
+
+def _sorted(module: Any) -> list[Projection] | None:
+    """JetMoE's: one matrix an expert, for tokens that are sorted by it."""
+    alone = list(module._parameters) == ["weight"] and _holds(module, "weight")
+    return [Projection("", "weight")] if alone and _takes(module, "inputs", "expert_size") else None
+
+
+def _forward_sorted(self: Any, inputs: torch.Tensor, expert_size: Any) -> torch.Tensor:
+    pieces = torch.split(inputs, expert_size)
+    return torch.cat([expert(pieces[index]) for index, expert in _numbered(self) if len(pieces[index])])
+
+
+def _repeated(module: Any) -> list[Projection] | None:
+    """Llama 4's: every token for every expert, times what the router gives it, which is zero for most."""
+    if not _holds(module, "gate_up_proj", "down_proj") or not _takes(module, "hidden_states"):
+        return None
+    transposed = _is_transposed(module)
+    return [
+        Projection("gate_proj", "gate_up_proj", piece=(0, 2), transposed=transposed),
+        Projection("up_proj", "gate_up_proj", piece=(1, 2), transposed=transposed),
+        Projection("down_proj", "down_proj", transposed=transposed),
+    ]
+
+
+def _forward_repeated(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+    """An expert is called with the tokens that are not zero; it makes zeros of the others."""
+    given = hidden_states.view(getattr(self, UNSTACKED), -1, hidden_states.shape[-1])
+    outputs = torch.zeros_like(given)
+    for index, expert in _numbered(self):
+        routed = given[index].any(-1).nonzero()[:, 0]
+        if len(routed):
+            read = given[index, routed]
+            outputs[index, routed] = expert.down_proj(expert.up_proj(read) * self.act_fn(expert.gate_proj(read)))
+    return outputs.view(-1, hidden_states.shape[-1])
+
+
+def _shared(module: Any) -> list[Projection] | None:
+    """Inkling's shared experts: every token for every expert, and what each is multiplied by."""
+    if not _holds(module, "gate_proj", "up_proj", "down_proj") or not _takes(module, "hidden_states", "gammas"):
+        return None
+    return [Projection(leaf, leaf) for leaf in ("gate_proj", "up_proj", "down_proj")]
+
+
+def _forward_shared(self: Any, hidden_states: torch.Tensor, gammas: torch.Tensor) -> torch.Tensor:
+    flat = hidden_states.reshape(-1, hidden_states.shape[-1])
+    factors = gammas.reshape(len(flat), -1, 1)
+    found = [
+        expert.down_proj(self.act_fn(expert.gate_proj(flat)) * expert.up_proj(flat) * factors[:, index])
+        for index, expert in _numbered(self)
+    ]
+    return torch.stack(found).float().sum(0).to(hidden_states.dtype).view(hidden_states.shape)
+
+
+def _holds(module: Any, *names: str, ndim: int = 3) -> bool:
+    """Whether a module has parameters of these names, which are stacks."""
+    found = [getattr(module, "_parameters", {}).get(name) for name in names]
+    return all(each is not None and each.ndim == ndim for each in found)
+
+
+def _takes(module: nn.Module, *names: str) -> bool:
+    """Whether a module's forward is given these arguments and no more."""
+    return tuple(signature(module.forward).parameters) == names
+
+
+def _is_transposed(module: Any) -> bool:
+    """Whether the stacks ``gate_up_proj`` and ``down_proj`` lie as ``[experts, in_features, out_features]``."""
+    return bool(module.gate_up_proj.shape[1] != 2 * module.down_proj.shape[2])
+
+
+KINDS = (
+    Kind(_routed, forward),
+    Kind(_flat, _forward_flat),
+    Kind(_sorted, _forward_sorted),
+    Kind(_repeated, _forward_repeated),
+    Kind(_shared, _forward_shared),
+)

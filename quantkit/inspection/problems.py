@@ -75,7 +75,8 @@ def architecture_problems(config: Mapping[str, Any], floats: set[str], layers: s
         return [model]
     names = Names(model, floats | {f"{layer}.weight" for layer in layers})
     names.divide(give_way(model))
-    tied = getattr(model, "all_tied_weights_keys", None) or () if model.config.tie_word_embeddings else ()
+    ties = getattr(model.config, "tie_word_embeddings", False)  # a few configs have no such key
+    tied = getattr(model, "all_tied_weights_keys", None) or () if ties else ()
     optional = {names.tensor(name) for name in tied}
     ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
     lacking, foreign = names.unmatched()
