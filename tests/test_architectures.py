@@ -27,8 +27,11 @@ from tests.tiny import tiny_method, tiny_rows, tiny_task
 
 CPU = torch.device("cpu")
 ROUTERS = ("gate", "router", "router.layer")
-NOT_LAYERS = ("conv.weight", "conv1d.weight", "_bias", *(f"{router}.weight" for router in ROUTERS))
-"""What stays float inside blocks: convolutions, routers and biases of experts."""
+NOT_LAYERS = (
+    *("conv.weight", "conv1d.weight", "conv_1d.weight", "_bias", ".A_log", ".D", ".dt_proj_weight"),
+    *(f"{router}.weight" for router in ROUTERS),
+)
+"""What stays float inside blocks: convolutions, routers, biases of experts, and the steps of a recurrence."""
 RECORDS = [
     {"instruction": f"Say {word}.", "output": word * 12}
     for word in ["alpha", "beta", "gamma", "delta", "epsilon", "zeta"]
@@ -153,7 +156,7 @@ def test_transformers_computes_from_the_packed_file_what_the_reference_decoder_d
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("architecture", ["gpt2", "gpt_oss"])
+@pytest.mark.parametrize("architecture", ["gpt2", "gpt_oss", "zamba2"])
 def test_what_transformers_has_no_place_for_is_said_and_decoded_by_the_reference(
     tmp_path: Path, architecture: str
 ) -> None:
@@ -200,6 +203,43 @@ def test_experts_of_a_stack_that_stay_float_are_written_by_themselves(tmp_path: 
     assert torch.equal(own[2], stack[2])
     assert not torch.equal(own[1], stack[1])
     assert decoded.model(input_ids=ids, use_cache=False).logits.isfinite().all()
+
+
+def test_a_weight_that_blocks_share_is_solved_once_and_computed_with_wherever_it_is_used(tmp_path: Path) -> None:
+    make(tmp_path, "zamba2")
+    skeleton = Skeleton(tmp_path)
+    task, sink = tiny_task(skeleton, tiny_method())
+    first, second = (f"model.layers.{index}.shared_transformer.self_attn.q_proj" for index in (1, 3))
+    used: dict[str, torch.Tensor] = {}
+    for path in (first, second):
+        hook = lambda module, _args, _out, path=path: used.update({path: module.weight.detach().clone()})  # noqa: E731
+        skeleton.model.get_submodule(path).register_forward_hook(hook)
+    walk = Walk(skeleton, CheckpointReader(tmp_path), make_batches(tiny_rows(), CPU, True), [task], WalkSettings(CPU))
+    walk.run()
+    assert second not in sink.results
+    solved = sink.results[first].weight.dequantize(torch.float32)
+    assert torch.equal(used[first], solved)
+    assert torch.equal(used[second], solved)
+    assert not torch.equal(solved, skeleton.read(f"{second}.weight", CheckpointReader(tmp_path).read))
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_blocks_that_share_weights_are_written_once_and_read_back_everywhere(tmp_path: Path, method: str) -> None:
+    folder, out = quantized(tmp_path, "zamba2", method=method)
+    assert quantkit.inspect(out)["problems"] == []
+    assert not any(".layers.3.shared_transformer" in name for name in CheckpointReader(out).names())
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    decoded: Any = Reference().load(out, LoadOptions(device="cpu", dtype="float32"))
+    q_proj = [
+        decoded.model.get_parameter(f"model.layers.{index}.shared_transformer.self_attn.q_proj.weight")
+        for index in (1, 3)
+    ]
+    assert torch.equal(*q_proj)
+    ids = torch.tensor(tiny_rows(2, 20, 20))
+    with torch.no_grad():
+        plain = model(input_ids=ids, use_cache=False).logits.log_softmax(-1)
+        near = decoded.model(input_ids=ids, use_cache=False).logits.log_softmax(-1)
+    assert 0 < (plain.exp() * (plain - near)).sum(-1).mean() < 0.1
 
 
 EXPERT = "model.layers.1.block_sparse_moe.experts.3.w1.weight"

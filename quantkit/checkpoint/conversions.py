@@ -23,7 +23,8 @@ class Part:
         cut: gives the view of that parameter which it is.
         expert: index in a stack of experts; None where the parameter is no stack.
         piece: which of the matrices that are concatenated there, and how many these are.
-        leaf: what the part is called beside its index, where the checkpoint holds the stack as one tensor.
+        leaf: what the part is called beside its index, where the checkpoint holds the stack as one tensor; empty for
+            what is called by the stack and its index.
     """
 
     parameter: str

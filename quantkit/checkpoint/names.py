@@ -36,6 +36,7 @@ class Names:
         self._conversions: dict[str, Conversion] = {}
         self._parts: dict[str, Part] = {}
         self._made: dict[str, torch.Tensor] = {}
+        self._shared = {name for names in shared_parameters(model) for name in names}
         self._stored = frozenset(self._as_saved() if stored is None else stored)
         self._match()
 
@@ -119,9 +120,11 @@ class Names:
             return single.removesuffix(".weight")
         if part.expert is None:
             return self.tensor(part.parameter).removesuffix(".weight")
+        if not part.leaf:
+            return f"{self.tensor(part.parameter).removesuffix('.weight')}.{part.expert}"
         stack, leaf = self.tensor(part.parameter), part.parameter.rpartition(".")[2]
         place = stack if stack.endswith(f".{leaf}") else part.parameter
-        return f"{place.removesuffix(leaf)}{part.expert}.{part.leaf}".removesuffix(".")
+        return f"{place.removesuffix(leaf)}{part.expert}.{part.leaf}"
 
     def tensor(self, parameter: str) -> str:
         """The name under which a checkpoint holds a parameter that it holds as it is.
@@ -150,8 +153,13 @@ class Names:
         return parameter in self._conversions
 
     def loads_alone(self, parameter: str) -> bool:
-        """Whether transformers finds the place of a weight that lies in a tensor of its own, see :meth:`layer`."""
+        """Whether transformers finds the place of a weight that lies in a tensor of its own, see :meth:`layer`.
+
+        It ties the weights that blocks of several depths share by their names, which packed ones do not have.
+        """
         part = self._parts.get(parameter)
+        if parameter in self._shared:
+            return False
         if part is None or part.expert is None:
             return part is None
         key, pattern = self._renamed(f"{self.layer(parameter)}.weight")
@@ -233,6 +241,17 @@ class Names:
                 if target in self._shapes:
                     self._conversions[target] = conversion
         self._match_the_last()
+        self._match_shared()
+
+    def _match_shared(self) -> None:
+        """A weight that blocks of several depths share lies in the file once, under the name of one of them."""
+        for names in shared_parameters(self._model):
+            held = next((name for name in names if self._sources_of_whole(name)), None)
+            for name in names:
+                if held in self._alias:
+                    self._alias[name] = self._alias[held]
+                elif held in self._conversions:
+                    self._conversions[name] = self._conversions[held]
 
     def _renamed(self, stored: str) -> tuple[str, str | None]:
         """What transformers calls a tensor on load, and the pattern of the converter that takes it."""
@@ -267,3 +286,13 @@ class Names:
         renamings, _ = self._backward
         name: str = rename_source_key(parameter, renamings, [], reverse=True)[0]
         return name
+
+
+def shared_parameters(model: nn.Module) -> list[list[str]]:
+    """The names of each parameter that a model has in several places, other than those of its input embedding."""
+    embedding: Any = getattr(model, "get_input_embeddings", lambda: None)()
+    groups: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter is not getattr(embedding, "weight", None):
+            groups.setdefault(id(parameter), []).append(name)
+    return [names for names in groups.values() if len(names) > 1]

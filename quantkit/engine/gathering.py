@@ -14,7 +14,7 @@ from torch import nn
 from quantkit.engine.batches import Batch
 from quantkit.engine.groups import Enough, PreHook, call_order, hooked, shared_inputs
 from quantkit.engine.layers import Layer
-from quantkit.engine.passes import CPU, AtEnd, AtGroup, AtSegment, Pass, move, pause, running_batch
+from quantkit.engine.passes import CPU, AtEnd, AtGroup, AtSegment, Pass, move, pause, running_batch, states
 from quantkit.engine.skeleton import Segment
 from quantkit.engine.smoothing import Trial
 from quantkit.engine.statistics import Gatherer
@@ -61,6 +61,7 @@ class Streams:
     needs: frozenset[Statistic]
     offload: bool = False
     _passes: list[Pass] = field(default_factory=list)
+    _states: set[tuple[nn.Module, str]] = field(default_factory=set)
 
     def start(self, segments: Sequence[Segment], cleanup: ExitStack) -> None:
         """Run every pass up to the first segment; ``cleanup`` ends them."""
@@ -82,7 +83,7 @@ class Streams:
         """Run every pass to where it pauses next."""
         for each in self._passes:
             self._fetch(each)
-            each.resume()
+            each.resume(self._states)
             self._park(each)
 
     def _fetch(self, each: Pass) -> None:
@@ -99,14 +100,15 @@ class Streams:
         """Run the passes that stand at a group to where they pause next."""
         for each in self._passes:
             if each.place == AtGroup(index):
-                each.resume()
+                each.resume(self._states)
                 self._park(each)
 
     def groups(self, segment: Segment, wanted: dict[str, Layer]) -> list[Group]:
         """The groups of a segment in the order of their calls, found by trying batches until all layers were seen."""
         smallest_first = sorted(self._passes, key=lambda each: each.batch.token_ids.numel())
         runs = (shared_inputs(wanted, partial(self._try, segment, each)) for each in smallest_first)
-        order = call_order(list(wanted), runs) if wanted else []
+        with states(segment.module) as self._states:
+            order = call_order(list(wanted), runs) if wanted else []
         return [Group({name: wanted[name] for name in names}, Gatherer(self.needs, names[0])) for names in order]
 
     def trial(self, segment: Segment) -> Trial:
@@ -120,6 +122,7 @@ class Streams:
             [[name.removeprefix(prefix) for name in names] for names in inputs],
             lambda: segment.module(*place.args, **place.kwargs),
             [each for each in (*place.args, *place.kwargs.values()) if isinstance(each, torch.Tensor)],
+            segment.shared,
         )
 
     def observe(self, segment: Segment, groups: Sequence[Group]) -> dict[str, InputStatistics]:

@@ -1,8 +1,9 @@
 """Layers: the weight matrices that are planned, calibrated, solved and stored.
 
-What provides them is known here alone: ``torch.nn.Linear``, transformers' ``Conv1D``, whose weight lies transposed, and
-stacks of experts (:mod:`quantkit.engine.experts`). In a model without weights the last two give way to Linear modules,
-so that whoever runs it sees the input of every layer in the same way.
+What provides them is known here alone: ``torch.nn.Linear``, transformers' ``Conv1D``, whose weight lies transposed,
+stacks of experts (:mod:`quantkit.engine.experts`), and matrices of heads (:mod:`quantkit.engine.heads`). In a model
+without weights all but the first give way to Linear modules, so that whoever runs it sees the input of every layer in
+the same way.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from quantkit.checkpoint.conversions import Part
 from quantkit.checkpoint.names import Names
 from quantkit.engine.experts import can_unstack, is_stack, unstack
+from quantkit.engine.heads import has_heads, split_heads
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -88,6 +90,8 @@ def give_way(model: PreTrainedModel) -> dict[str, Part]:
             parts[f"{name}.weight"] = Part(f"{name}.weight", _transposed)
         elif can_unstack(module):
             parts |= unstack(module, name)
+        elif has_heads(module):
+            parts |= split_heads(module, name)
     return parts
 
 

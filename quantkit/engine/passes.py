@@ -8,7 +8,8 @@ holds may wait in the memory of the CPU: the tensors stay the same objects, and 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +50,7 @@ class Pass(greenlet):  # type: ignore[misc]  # greenlet has no type hints
     Attributes:
         batch: its tokens.
         place: where it stands; None before it has started.
+        state: what modules of the segment at which it stands keep between calls, see :func:`states`.
     """
 
     def __init__(self, model: nn.Module, batch: Batch) -> None:
@@ -56,14 +58,23 @@ class Pass(greenlet):  # type: ignore[misc]  # greenlet has no type hints
         self._model = model
         self.batch = batch
         self.place: Place | None = None
+        self.state: dict[tuple[nn.Module, str], Any] = {}
 
     def run(self) -> None:
         """The body of the coroutine: the model's forward, without a cache."""
         self._model(input_ids=self.batch.token_ids, use_cache=False)
 
-    def resume(self) -> None:
-        """Go on until the next pause."""
+    def resume(self, keeping: Collection[tuple[nn.Module, str]] = ()) -> None:
+        """Go on until the next pause.
+
+        Args:
+            keeping: the attributes that other passes would overwrite where this one pauses inside a segment.
+        """
+        for (module, name), value in self.state.items():
+            setattr(module, name, value)
         self.place = self.switch()
+        inside = isinstance(self.place, AtGroup)
+        self.state = {(module, name): getattr(module, name) for module, name in keeping} if inside else {}
         if isinstance(self.place, AtEnd):
             self.stop()
 
@@ -87,6 +98,20 @@ def running_batch() -> Batch:
     if not isinstance(current, Pass):
         raise RuntimeError("no pass is running")
     return current.batch
+
+
+@contextmanager
+def states(segment: nn.Module) -> Iterator[set[tuple[nn.Module, str]]]:
+    """The attributes of modules that a run of a segment replaces, such as a recurrence's last state."""
+    found: set[tuple[nn.Module, str]] = set()
+    before = _plain_attributes(segment)
+    yield found
+    found.update(each for each, value in _plain_attributes(segment).items() if before.get(each) is not value)
+
+
+def _plain_attributes(segment: nn.Module) -> dict[tuple[nn.Module, str], torch.Tensor | None]:
+    own = ((module, name, value) for module in segment.modules() for name, value in vars(module).items())
+    return {(module, name): value for module, name, value in own if value is None or isinstance(value, torch.Tensor)}
 
 
 CPU = torch.device("cpu")

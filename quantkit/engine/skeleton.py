@@ -16,7 +16,7 @@ from torch import nn
 
 from quantkit.checkpoint import CheckpointReader
 from quantkit.checkpoint.conversions import Read
-from quantkit.checkpoint.names import DAMAGED, Names
+from quantkit.checkpoint.names import DAMAGED, Names, shared_parameters
 from quantkit.engine.empty_model import empty_model, find_blocks
 from quantkit.engine.experts import is_stack
 from quantkit.engine.layers import Layer, give_way, layer_of, linear_modules
@@ -46,12 +46,14 @@ class Segment:
     Attributes:
         prefix: its name in the model, such as ``model.layers.3``.
         module: the module, on meta until loaded.
-        layers: its layers, in the order of the model.
+        layers: its layers, in the order of the model; without those that an earlier segment has, too.
+        shared: names in it of the modules whose parameters other segments have, too.
     """
 
     prefix: str
     module: nn.Module
     layers: tuple[Layer, ...]
+    shared: frozenset[str] = frozenset()
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -93,7 +95,8 @@ class Skeleton:
         self.model = empty_model(folder, trust_remote_code)
         self.names = Names(self.model, _stored_names(folder) if stored is None else stored)
         self.names.divide(give_way(self.model))
-        self._layers: dict[str, Layer] | None = None
+        self._first = {name: names[0] for names in shared_parameters(self.model) for name in names}
+        self._became: dict[str, torch.Tensor] = {}
         prefix, self.blocks = find_blocks(self.model)
         self.segments = [self._segment(f"{prefix}.{index}", block) for index, block in enumerate(self.blocks)]
         self.head = self._single(self.model.get_output_embeddings(), nn.Linear)
@@ -104,7 +107,14 @@ class Skeleton:
 
     def _segment(self, prefix: str, module: nn.Module) -> Segment:
         inside = [layer_of(_joined(prefix, name), linear, self.names) for name, linear in linear_modules(module)]
-        return Segment(prefix, module, tuple(inside))
+        named = module.named_parameters(remove_duplicate=False)
+        shared = {name.rpartition(".")[0] for name, _ in named if _joined(prefix, name) in self._first}
+        return Segment(prefix, module, tuple(each for each in inside if self._is_first(each)), frozenset(shared))
+
+    def _is_first(self, layer: Layer) -> bool:
+        """Whether a layer is the first of those that share its weight."""
+        weight = f"{layer.path}.weight"
+        return self._first.get(weight, weight) == weight
 
     def _single(self, module: object, kind: type[nn.Linear | nn.Embedding]) -> Segment | None:
         """The segment that the output head or the input embedding is; None where it is of another kind."""
@@ -132,7 +142,8 @@ class Skeleton:
 
     def layers(self) -> list[Layer]:
         """Every linear layer of the model, those outside the decoder blocks too."""
-        return [layer_of(name, module, self.names) for name, module in linear_modules(self.model)]
+        found = (layer_of(name, module, self.names) for name, module in linear_modules(self.model))
+        return [layer for layer in found if self._is_first(layer)]
 
     def all_linears(self) -> list[str]:
         """The names of every linear layer of the model."""
@@ -155,6 +166,8 @@ class Skeleton:
     def load(self, segment: Segment, reader: WeightReader, device: torch.device, dtype: torch.dtype) -> None:
         """Fill a segment from the checkpoint.
 
+        What it shares with an earlier segment is as it was when that was unloaded.
+
         Raises:
             CheckpointError: a tensor is missing, of the wrong shape, or not finite.
         """
@@ -165,7 +178,10 @@ class Skeleton:
         self.names.forget()
         for name, _ in list(segment.module.named_parameters()):
             owner, leaf = _owner(segment.module, name)
-            setattr(owner, leaf, self._empty.pop(_joined(segment.prefix, name)))
+            full = _joined(segment.prefix, name)
+            if full in self._first:
+                self._became[self._first[full]] = getattr(owner, leaf).data
+            setattr(owner, leaf, self._empty.pop(full))
 
     def load_frame(self, reader: WeightReader, device: torch.device, dtype: torch.dtype) -> None:
         """Fill what runs before, between and after the blocks: embeddings, norms; not the head.
@@ -199,8 +215,11 @@ class Skeleton:
         recurse: bool = True,
     ) -> None:
         for name, parameter in list(module.named_parameters(recurse=recurse)):
-            value = self._read(_joined(prefix, name), parameter, reader)
-            self._empty.setdefault(_joined(prefix, name), parameter)
+            full = _joined(prefix, name)
+            first = self._first.get(full, full)
+            again = first != full and first in self._became
+            value = self._became[first] if again else self._read(full, parameter, reader)
+            self._empty.setdefault(full, parameter)
             owner, leaf = _owner(module, name)
             setattr(owner, leaf, nn.Parameter(value.to(device=device, dtype=dtype), requires_grad=False))
         for name, buffer in list(module.named_buffers(recurse=recurse)):

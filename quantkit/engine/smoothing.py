@@ -44,12 +44,14 @@ class Trial:
         inputs: its Linear layers by the input that they read, in the order of their calls; relative names.
         run: runs it and returns what it returns.
         given: the tensors that it is given; the hidden states are among them.
+        shared: modules whose parameters other segments have, too; nothing is scaled there.
     """
 
     module: nn.Module
     inputs: Sequence[Sequence[str]]
     run: Callable[[], Any]
     given: Sequence[torch.Tensor]
+    shared: frozenset[str] = frozenset()
 
     def update(self) -> torch.Tensor:
         """What the segment adds to its hidden states, float32 ``[tokens, features]``."""
@@ -117,10 +119,11 @@ class SmoothingFinder:
         return self.trial.module
 
     def _place(self, index: int, layers: tuple[str, ...]) -> SmoothingPlace | None:
-        plain = self._input_of(layers[0])
+        plain = self._input_of(layers[0]) if self.trial.shared.isdisjoint(layers) else None
         if plain is None:
             return None
-        for name, channels in self._candidates(index, plain.shape[1]):
+        candidates = self._candidates(index, plain.shape[1])
+        for name, channels in (each for each in candidates if each[0] not in self.trial.shared):
             place = self._tried(layers, name, channels, plain)
             if place is not None:
                 return place

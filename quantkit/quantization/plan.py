@@ -162,8 +162,8 @@ def _float_notes(skeleton: Skeleton, variant: VariantSpec) -> tuple[str, ...]:
         SchemeError: they are more than half of the blocks, and the variant does not allow it.
     """
     total, left = 0, dict[str, int]()
+    layers = {id(layer.weight) for segment in skeleton.segments for layer in segment.layers}
     for segment in skeleton.segments:
-        layers = {id(layer.weight) for layer in segment.layers}
         for name, parameter in segment.module.named_parameters():
             if parameter.ndim >= 2:
                 total += parameter.numel()
