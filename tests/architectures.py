@@ -123,7 +123,7 @@ ARCHITECTURES = DENSE | MIXTURES | WRAPPED
 def make(folder: Path, architecture: str, **changes: Any) -> PreTrainedModel:
     """Write a random model with its tokenizer; the model."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(architecture, **ARCHITECTURES[architecture] | changes)
+    config = AutoConfig.for_model(architecture, **ARCHITECTURES.get(architecture, {}) | changes)
     model: PreTrainedModel = auto_class(config).from_config(config, dtype=torch.float32)
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):

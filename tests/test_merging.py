@@ -383,7 +383,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "dora without magnitudes": (edit_config(use_dora=True), ".lora_magnitude_vector'"),
     "prefix tuning": (edit_config(peft_type="PREFIX_TUNING"), "is of the type PREFIX_TUNING, not LORA"),
-    "parameters": (edit_config(target_parameters=["w"]), "adapts parameters and not layers (target_parameters)"),
+    "parameters": (edit_config(target_parameters=["w"]), "adapts the parameter 'w', which the base does not have"),
     "replicated layers": (edit_config(layer_replication=[[0, 2]]), "repeats layers of its base"),
     "loftq": (edit_config(init_lora_weights="corda"), "was initialized by 'corda', which is not merged here"),
     "a newer peft": (edit_config(use_new_thing=True), "has the key 'use_new_thing', which the installed PEFT does not"),

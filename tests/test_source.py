@@ -451,6 +451,46 @@ def test_no_file_is_hashed_twice(tmp_path: Path, hub: Hub, monkeypatch: pytest.M
         assert digest == hashlib.sha256(hub.read(name)).hexdigest()
 
 
+def test_the_float_original_of_a_4_bit_base_is_fetched_where_it_is_asked_for(tmp_path: Path, hub: Hub) -> None:
+    adapter = make_adapter(tmp_path / "adapter", hub.folder, named="org/tiny-unsloth-bnb-4bit")
+    notes: list[str] = []
+
+    class Listening(Silent):
+        def note(self, text: str) -> None:
+            notes.append(text)
+
+    found = merge_model("auto", str(adapter), tmp_path / "out", observer=Listening())
+    assert found["base"] == "org/tiny"
+    assert found["adapters"][0]["trained_on"] == "org/tiny-unsloth-bnb-4bit"
+    assert "base: org/tiny, the float original of org/tiny-unsloth-bnb-4bit" in notes
+    assert "model.safetensors.index.json" in hub.downloaded
+    spec = ModelSpec.model_validate({"source": "auto", "adapter": str(adapter)})
+    assert merged_source(spec, MergeSpec(), tmp_path / "work", Silent()).reference == "org/tiny"
+
+
+def test_a_base_that_is_given_is_not_fetched(tmp_path: Path, hub: Hub) -> None:
+    adapter = make_adapter(tmp_path / "adapter", hub.folder, named="org/tiny-bnb-4bit")
+    other = make_model(tmp_path / "other")
+    with pytest.raises(SourceError, match=r"'org/tiny-bnb-4bit', and the base is .*its float original org/tiny, or"):
+        merge_model(str(other), str(adapter), tmp_path / "out")
+    assert merge_model(str(other), str(adapter), tmp_path / "out", any_base=True)["base"] == str(other)
+    assert hub.downloaded == []
+
+
+def test_a_4_bit_copy_of_the_hub_is_not_fetched_to_be_refused(tmp_path: Path, hub: Hub) -> None:
+    with pytest.raises(SourceError, match=r"org/tiny-bnb-4bit is a 4-bit copy.*float original, org/tiny, or set model"):
+        resolved("org/tiny-bnb-4bit", tmp_path / "work")
+    assert hub.downloaded == []
+
+
+def test_a_base_named_by_no_adapter_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="source: auto is the base that an adapter names"):
+        ModelSpec(source="auto")
+    adapter = make_adapter(tmp_path / "adapter", make_model(tmp_path / "base"), named="")
+    with pytest.raises(SourceError, match=r"does not name its base.*model\.source"):
+        merge_model("auto", str(adapter), tmp_path / "out")
+
+
 def test_an_adapter_of_the_hub_that_is_damaged_is_one_line(tmp_path: Path, hub: Hub) -> None:
     base = make_model(tmp_path / "base")
     hub.folder = make_adapter(tmp_path / "adapter", base)

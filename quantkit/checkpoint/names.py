@@ -7,7 +7,8 @@ what is told by transformers' own conversion mapping (``transformers.conversion_
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -74,6 +75,10 @@ class Names:
         if part is not None:
             single = self._single(part)
             return read(single) if single is not None else part.cut(self._whole(part.parameter, read)).contiguous()
+        return self._whole_now(parameter, read)
+
+    def read_whole(self, parameter: str, read: Read) -> torch.Tensor:
+        """A parameter as transformers builds the model, though parts took its place; see :meth:`read`."""
         return self._whole_now(parameter, read)
 
     def unmatched(self) -> tuple[list[str], list[str]]:
@@ -168,6 +173,39 @@ class Names:
     def is_part(self, parameter: str) -> bool:
         """Whether a parameter is a part of another one."""
         return parameter in self._parts
+
+    def part(self, parameter: str) -> Part:
+        """Of which parameter another one is a part, and which."""
+        return self._parts[parameter]
+
+    def alone(self, parameter: str) -> str | None:
+        """The tensor of the checkpoint that holds a part of a parameter by itself; None where none does."""
+        return self._single(self._parts[parameter])
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every parameter as transformers builds the model, also of those that gave way to parts."""
+        return {name: tuple(each.shape) for name, each in self._shapes.items()}
+
+    def as_stored(self, parameter: str, value: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+        """A whole parameter in the layout of the one tensor that it is made of: as it is, or transposed.
+
+        Args:
+            parameter: it.
+            value: it.
+            shape: of the tensor.
+
+        Raises:
+            CheckpointError: it is made of several tensors, or otherwise.
+        """
+        names = self._sources_of_whole(parameter)
+        for stored in (value, value.transpose(-1, -2).contiguous()):
+            is_one = len(names) == 1 and tuple(stored.shape) == tuple(shape)
+            if is_one and torch.equal(self._whole_now(parameter, partial(_given, stored)), value):
+                return stored
+        raise CheckpointError(
+            f"{parameter} is made of {len(names)} tensors such as {names[0]} and cannot be written as these",
+            "change it where the model was made, with transformers, and save it there",
+        )
 
     def parameters(self) -> dict[str, str]:
         """The parameters that the checkpoint holds as they are, by the names of their tensors."""
@@ -296,3 +334,8 @@ def shared_parameters(model: nn.Module) -> list[list[str]]:
         if parameter is not getattr(embedding, "weight", None):
             groups.setdefault(id(parameter), []).append(name)
     return [names for names in groups.values() if len(names) > 1]
+
+
+def _given(tensor: torch.Tensor, name: str) -> torch.Tensor:
+    """What is read under any name."""
+    return tensor

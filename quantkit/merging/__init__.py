@@ -69,8 +69,10 @@ def other_merge(model: ModelSpec, merge: MergeSpec, work: Path, observer: Observ
 
 
 def _merged(model: ModelSpec, merge: MergeSpec, work: Path, observer: Observer) -> MergedModel:
+    from quantkit.merging.named_base import with_named_base
     from quantkit.merging.stage import merge_into
 
+    model = with_named_base(model, observer)
     base = _resolved(model.model_copy(update={"dtype": "auto", "adapter": ()}), work, observer)
     return merge_into(base, model, merge, work / f"merged-{merge.base}", observer)
 
@@ -95,7 +97,8 @@ def merge_model(
     """Merge adapters into a float model without a recipe.
 
     Args:
-        base: hub id, folder, GGUF file or ``package:`` reference; see :class:`quantkit.recipe.ModelSpec`.
+        base: hub id, folder, GGUF file or ``package:`` reference, or ``auto`` for the one that the first adapter names;
+            see :class:`quantkit.recipe.ModelSpec`.
         adapters: a folder, hub id or archive, or several, each such a reference or a mapping with ``source`` and
             ``weight``.
         out: folder of the merged model; it appears when it is whole.
@@ -112,6 +115,7 @@ def merge_model(
     Raises:
         QuantkitError: with what is wrong and the remedy.
     """
+    from quantkit.merging.named_base import with_named_base
     from quantkit.merging.stage import merge_into
 
     watching = observer or Silent()
@@ -120,7 +124,8 @@ def merge_model(
     merge = parse_section(MergeSpec, {"base": base_weights, "any_base": any_base}, "merge")
     check_writable(out)
     with workplace(out, "merge") as work:
+        model = with_named_base(model, watching)
         watching.stage(f"source: {model.source}")
-        found = _resolved(ModelSpec(source=base, trust_remote_code=trust_remote_code), work, watching)
+        found = _resolved(ModelSpec(source=model.source, trust_remote_code=trust_remote_code), work, watching)
         merged = merge_into(found, model, merge, out, watching)
     return {"folder": str(merged.folder), "dtype": merged.dtype, **merged.merge}

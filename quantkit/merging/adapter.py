@@ -14,6 +14,7 @@ from quantkit.checkpoint.header import read_header
 from quantkit.errors import SourceError
 from quantkit.merging.archives import SUFFIXES, is_archive, unpack
 from quantkit.merging.config import CONFIG, WITH_PEFT, AdapterConfig
+from quantkit.merging.stacks import Stack
 from quantkit.recipe.model import HUB_REFERENCE
 from quantkit.source import hub
 from quantkit.system.artifacts import file_sha256
@@ -21,13 +22,17 @@ from quantkit.system.artifacts import file_sha256
 WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 PREFIX = "base_model.model."
+COMPILED = "_orig_mod."
+"""What ``torch.compile`` puts into the names of a module that was saved compiled."""
 AGAIN = "the adapter is broken: save or download it again"
 _LORA_PART = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_[AB]|lora_magnitude_vector)"
     r"(?P<tail>\.weight)?"
 )
+_NAMED = re.compile(r"(?<=\.lora_[AB])\.default(?=\.)")
+"""The adapter's name, which a state dict has that PEFT did not save itself."""
 _TOKENS = re.compile(r"(?P<module>.+)\.token_adapter\.trainable_tokens_delta")
-_WRAPPED_BASE = re.compile(r"\.(token_adapter\.base_layer|base_layer|original_module)\.")
+WRAPPED_BASE = re.compile(r"\.(token_adapter\.base_layer|base_layer|original_module)\.")
 _WRAPPED_COPY = ".modules_to_save."
 
 
@@ -83,17 +88,23 @@ class Whole:
 
 @dataclass(slots=True)
 class Contents:
-    """The tensors of an adapter, by the names of its base.
+    """The tensors of an adapter, by the names of its base; until it is placed there, by its own.
 
     Attributes:
         lora: module to the keys of its parts.
         tokens: module to the key of its trained rows.
         whole: parameter to what replaces it.
+        stacks: parameter to what is added to it, of those that are adapted themselves and not as layers.
+        called: module of ``lora`` or ``tokens`` to what the adapter calls it.
+        renamed: whether any name is not the one in the adapter's file.
     """
 
     lora: dict[str, dict[str, str]] = field(default_factory=dict)
     tokens: dict[str, str] = field(default_factory=dict)
     whole: dict[str, Whole] = field(default_factory=dict)
+    stacks: dict[str, Stack] = field(default_factory=dict)
+    called: dict[str, str] = field(default_factory=dict)
+    renamed: bool = False
 
 
 class Adapter:
@@ -148,9 +159,9 @@ class Adapter:
         Raises:
             SourceError: the configuration does not name them.
         """
-        given = self.config.lora.trainable_token_indices
+        given, called = self.config.lora.trainable_token_indices, self.contents.called.get(module, module)
         if isinstance(given, dict):
-            given = next((rows for name, rows in given.items() if f".{module}".endswith(f".{name}")), None)
+            given = next((rows for name, rows in given.items() if f".{called}".endswith(f".{name}")), None)
         if not given:
             raise SourceError(f"{CONFIG} of adapter {self.origin} does not name the trained tokens of {module}", AGAIN)
         return list(given)
@@ -158,12 +169,14 @@ class Adapter:
     def _sorted(self) -> Contents:
         found = Contents()
         for key in self.reader.names():
-            if not key.startswith(PREFIX):
+            plain = _NAMED.sub("", key.replace(COMPILED, ""))
+            found.renamed |= plain != key
+            if not plain.startswith(PREFIX):
                 raise SourceError(
                     f"adapter {self.origin}: tensor '{key}' is not named as PEFT names those of a language model",
                     "convert the adapter to PEFT's layout",
                 )
-            name = key.removeprefix(PREFIX)
+            name = plain.removeprefix(PREFIX)
             part, tokens = _LORA_PART.fullmatch(name), _TOKENS.fullmatch(name)
             if part:
                 found.lora.setdefault(part["module"], {})[part["part"]] = key
@@ -177,13 +190,13 @@ class Adapter:
 
     def _place_whole(self, found: Contents, key: str, name: str) -> None:
         """A parameter's trained value comes before its frozen one."""
-        plain = _WRAPPED_BASE.sub(".", name)
+        plain = WRAPPED_BASE.sub(".", name)
         trained = plain == name and self.config.saves(plain.rpartition(".")[0])
         if plain not in found.whole or trained:
             found.whole[plain] = Whole(key, trained)
 
     def _check_parts(self, module: str, parts: dict[str, str]) -> None:
-        """Every part that PEFT's configuration asks for is there, in the shape that its rank says."""
+        """Every part that PEFT's configuration asks for is there, and no other."""
         embedding = any(part.startswith("lora_embedding") for part in parts)
         pair = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A.weight", "lora_B.weight")
         magnitude = ("lora_magnitude_vector",) if self.config.lora.use_dora else ()
@@ -197,6 +210,19 @@ class Adapter:
                 raise SourceError(
                     f"adapter {self.origin} holds the tensor '{key}', which its {CONFIG} does not ask for", AGAIN
                 )
+
+    def check_rank(self, module: str, parts: Mapping[str, str]) -> None:
+        """Check that the parts of a layer have the rank that the configuration says.
+
+        Args:
+            module: as the adapter calls it.
+            parts: keys of its parts.
+
+        Raises:
+            SourceError: they do not.
+        """
+        embedding = any(part.startswith("lora_embedding") for part in parts)
+        pair = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A.weight", "lora_B.weight")
         rank = self.config.rank(module)
         for part, axis in zip(pair, (0, 1), strict=True):
             shape = self.reader.shape(parts[part])

@@ -29,6 +29,7 @@ class Base:
         names: what the model's parameters are called there.
         layers: names of all layers that LoRA can be put on.
         linears: of these, the Linear layers but the output head: what bitsandbytes quantizes.
+        transposed: names of the modules whose class says that their parameters lie transposed.
         embedding: name of the input embedding; None if there is none.
         head: name of the output head; None if there is none.
         tied: whether the two share one weight.
@@ -39,6 +40,7 @@ class Base:
     names: Names
     layers: tuple[str, ...]
     linears: frozenset[str]
+    transposed: frozenset[str]
     embedding: str | None
     head: str | None
     tied: bool
@@ -84,6 +86,9 @@ def open_base(folder: Path, *, trust_remote_code: bool) -> Base:
         names=skeleton.names,
         layers=tuple(adaptable_modules(skeleton.model)),
         linears=frozenset(path for path in linears if path != head and not skeleton.names.is_part(f"{path}.weight")),
+        transposed=frozenset(
+            name for name, module in skeleton.model.named_modules() if getattr(module, "is_transposed", False) is True
+        ),
         embedding=skeleton.embedding.prefix if skeleton.embedding else None,
         head=head,
         tied=bool(skeleton.tied),
@@ -119,7 +124,10 @@ def check_base(origin: str, trained_on: str, reference: str, folder: Path) -> tu
             f"adapter {origin} was trained on {trained_on}, a 4-bit copy of the base: "
             "merge.base: nf4 merges into weights like those",
         )
+    original = float_name(trained_on)
     way_out = "give its float original, and" if _QUANTIZED.search(wanted) else "give that base, or"
+    if original:
+        way_out = f"give its float original {original}, or"
     raise SourceError(
         f"adapter {origin} was trained on '{trained_on}', and the base is '{reference}'",
         f"{way_out} set merge.any_base: true if the base holds the same weights",

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 
+from quantkit.engine.empty_model import auto_class
 from quantkit.errors import CheckpointError
+from quantkit.merging.as_peft import for_peft, without_place
 from quantkit.merging.layers import nf4_round_trip
 from quantkit.merging.tensors import MergedTensors
-from quantkit.runtimes._checkpoint import load_tokenizer
+from quantkit.runtimes._checkpoint import load_tokenizer, whole_config
 
 PROMPT = "Name three rivers of Europe, and say in one sentence each where they begin and which sea they reach."
 FEWEST_ROWS_SHOWN = 8
@@ -45,6 +49,10 @@ def check_merge(merged: Path, tensors: MergedTensors, *, dtype: str, trust_remot
     free = psutil.virtual_memory().available
     if needed > SHARE_OF_MEMORY * free:
         return {"skipped": f"in float32 the model takes {needed >> 20} MiB, of {free >> 20} MiB that are free"}
+    for adapter in tensors.adapters:
+        odd = without_place(adapter, base)
+        if odd is not None:
+            return {"skipped": f"PEFT finds no layer '{odd}' in the model that transformers {_major()} builds"}
     ids = _prompt(merged, tensors, trust_remote_code)
     with _quiet():
         reference, plain = _unmerged(tensors, ids, trust_remote_code)
@@ -91,9 +99,11 @@ def _unmerged(tensors: MergedTensors, ids: torch.Tensor, trust_remote_code: bool
     if tensors.rows is not None:
         model.resize_token_embeddings(tensors.rows, mean_resizing=False)
     names = [f"adapter{number}" for number in range(len(adapters))]
-    tuned: Any = PeftModel.from_pretrained(model, str(adapters[0].folder), adapter_name=names[0])
-    for adapter, name in zip(adapters[1:], names[1:], strict=True):
-        tuned.load_adapter(str(adapter.folder), adapter_name=name)
+    with tempfile.TemporaryDirectory(prefix="quantkit-adapters-") as scratch:
+        folders = [str(for_peft(adapter, Path(scratch) / name)) for adapter, name in zip(adapters, names, strict=True)]
+        tuned: Any = PeftModel.from_pretrained(model, folders[0], adapter_name=names[0])
+        for folder, name in zip(folders[1:], names[1:], strict=True):
+            tuned.load_adapter(folder, adapter_name=name)
     if len(names) > 1:
         tuned.base_model.set_adapter(names)
     for layer in tuned.modules():
@@ -105,12 +115,15 @@ def _unmerged(tensors: MergedTensors, ids: torch.Tensor, trust_remote_code: bool
 
 
 def _load(folder: Path, trust_remote_code: bool) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(
+    config = whole_config(folder, trust_remote_code=trust_remote_code)
+    model = auto_class(config).from_pretrained(
         folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code
     )
     return model.eval()
+
+
+def _major() -> str:
+    return version("transformers").partition(".")[0]
 
 
 @torch.inference_mode()

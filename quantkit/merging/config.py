@@ -17,7 +17,6 @@ from quantkit.system.patterns import why_refused
 CONFIG = "adapter_config.json"
 WITH_PEFT = "merge it with PEFT's merge_and_unload and give the folder that this saves"
 NOT_MERGED = {
-    "target_parameters": "adapts parameters and not layers (target_parameters)",
     "layer_replication": "repeats layers of its base (layer_replication)",
     "alora_invocation_tokens": "is active on a part of the tokens alone (aLoRA), which no merge can be",
     "arrow_config": "routes its tokens (Arrow), which no merge can do",
@@ -42,6 +41,8 @@ class AdapterConfig:
         origin: what messages call the adapter.
         lora: PEFT's own configuration.
         base: the base that the adapter was trained on, as it was called there; may be empty.
+        tells_layers: whether its ``target_modules`` are matched; a pattern that could take for ever is not, so that the
+            adapter's own tensors tell its layers.
         starts_from_base: whether the adapter's initialization changed the base.
 
     Raises:
@@ -60,6 +61,8 @@ class AdapterConfig:
         for key, what in NOT_MERGED.items():
             if given.get(key):
                 raise SourceError(f"adapter {origin} {what}", WITH_PEFT)
+        pattern = given.get("target_modules")
+        self.tells_layers = not isinstance(pattern, str) or why_refused(pattern) is None
         self.lora = _lora_config(given, origin)
         self.base = str(given.get("base_model_name_or_path") or "")
 
@@ -72,6 +75,16 @@ class AdapterConfig:
         """The rank of a module."""
         ranks = self.lora.rank_pattern or {}
         return int(ranks.get(get_pattern_key(list(ranks), module), self.lora.r))
+
+    def alpha(self, module: str) -> float:
+        """The alpha of a module."""
+        alphas = self.lora.alpha_pattern or {}
+        return float(alphas.get(get_pattern_key(list(alphas), module), self.lora.lora_alpha))
+
+    def scaling(self, module: str) -> float:
+        """What PEFT multiplies the low-rank product of a module with."""
+        rank = self.rank(module)
+        return self.alpha(module) / (math.sqrt(rank) if self.lora.use_rslora else rank)
 
     def for_module(self, module: str) -> LoraConfig:
         """The configuration of one module alone: what decides its arithmetic, and no more."""
@@ -126,7 +139,7 @@ def _check_types(given: dict[str, Any], origin: str) -> None:
         names = [value] if isinstance(value, str) else value
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise SourceError(f"{CONFIG} of adapter {origin}: {key} is no list of names", "get it again")
-        patterns += names if isinstance(value, str) else []
+        patterns += names if isinstance(value, str) and key != "target_modules" else []
     for key in ("rank_pattern", "alpha_pattern"):
         value = given.get(key) or {}
         if not isinstance(value, dict):

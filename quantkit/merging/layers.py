@@ -52,11 +52,11 @@ def add_adapter(layer: LayerWeights, adapter: Adapter, module: str) -> LayerWeig
         SourceError: the shapes do not fit, or the layer lacks the bias that is changed.
         CheckpointError: the adapter holds a NaN or an infinity.
     """
-    parts = adapter.contents.lora[module]
+    parts, called = adapter.contents.lora[module], adapter.contents.called.get(module, module)
     _check_shapes(layer, adapter, module)
     base = _bare_layer(layer, "lora_embedding_A" in parts, transposed=bool(adapter.config.lora.fan_in_fan_out))
-    state = {f"{module}.{part}": adapter.read(key).float() for part, key in parts.items()}
-    tuned = _injected(adapter.config.for_module(module), module, base, state)
+    state = {f"{called}.{part}": adapter.read(key).float() for part, key in parts.items()}
+    tuned = _injected(adapter.config.for_module(called), called, base, state)
     if adapter.weight != 1:
         tuned.scaling[NAME] *= adapter.weight
     return _merged(tuned, base)

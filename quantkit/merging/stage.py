@@ -124,6 +124,12 @@ def _write(
     notes += write_companions(base.folder, adapters, folder, rows=tensors.rows, tied=untied, dtype=stored)
     if untied is False:
         notes.append("the adapter trained one of head and embedding, which were tied: they no longer are")
+    notes += [
+        f"adapter {adapter.origin}: its target_modules are a pattern that is not matched, for it could take for ever; "
+        "merged is what it holds tensors for"
+        for adapter in adapters
+        if not adapter.config.tells_layers
+    ]
     rows = _write_tensors(tensors, folder, observer)
     if tensors.rows is not None or any(tokenizer_files(adapter) for adapter in adapters):
         check_tokenizer(folder, rows, trust_remote_code=trusted)
@@ -134,14 +140,14 @@ def _write(
 
 
 def _write_tensors(tensors: MergedTensors, folder: Path, observer: Observer) -> int:
-    """Write all tensors, one in memory at a time; returns the rows of the embedding."""
+    """Write all tensors, one or an expert of one in memory at a time; returns the rows of the embedding."""
     planned = list(tensors.plan())
     rows = 0
     with ShardWriter(folder) as writer:
         for tensor in planned:
             writer.declare(tensor.name, tensor.dtype, tensor.shape)
         for done, tensor in enumerate(planned, start=1):
-            writer.write(tensor.name, tensors.read(tensor))
+            writer.write_parts(tensor.name, tensors.read(tensor))
             observer.progress("tensor", done, len(planned))
             if tensor.parameter == f"{tensors.base.embedding}.weight":
                 rows = tensor.shape[0]
@@ -158,7 +164,7 @@ def _adapter_facts(adapter: Adapter) -> dict[str, Any]:
         "weight": adapter.weight,
         "kind": kind,
         "rank": lora.r,
-        "layers": len(adapter.contents.lora),
+        "layers": len(adapter.contents.lora) + len(adapter.contents.stacks),
         "replaced": sorted((*adapter.contents.whole, *adapter.contents.tokens)),
         "trained_on": adapter.config.base,
     }

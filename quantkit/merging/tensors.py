@@ -12,8 +12,8 @@ from quantkit.errors import SourceError
 from quantkit.merging.adapter import Adapter, Whole
 from quantkit.merging.base import Base
 from quantkit.merging.layers import LayerWeights, add_adapter, nf4_round_trip, replace_rows
-
-RIGHT_BASE = "give the base that it was trained on"
+from quantkit.merging.places import RIGHT_BASE, place, tower, without_wrappers
+from quantkit.merging.stacked_tensors import StackedTensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class MergedTensors:
 
     Attributes:
         base: as given.
-        adapters: as given.
+        adapters: as given, by the names of the base.
         nf4_dtype: as given.
         tied: whether head and embedding share one weight after the merge.
         rows: rows of the embedding after the merge, where adapters give it others than the base has; else None.
@@ -57,12 +57,14 @@ class MergedTensors:
     def __init__(
         self, base: Base, adapters: tuple[Adapter, ...], dtype: torch.dtype | None, nf4_dtype: torch.dtype | None
     ) -> None:
-        self.base, self.adapters, self.nf4_dtype = base, adapters, nf4_dtype
+        self.base, self.nf4_dtype = base, nf4_dtype
+        self.adapters = tuple(place(adapter, base) for adapter in adapters)
         self._dtype = dtype
-        for adapter in adapters:
+        for adapter in self.adapters:
             self._check_places(adapter)
             self._check_complete(adapter)
         self._check_together()
+        self._stacks = StackedTensors(base, self.adapters)
         self.rows = self._new_rows()
         self.tied = base.tied and self._stays_tied()
 
@@ -78,21 +80,22 @@ class MergedTensors:
                 shape = (self.rows, *shape[1:])
             yield Planned(own, name, self._dtype if self._dtype and dtype.is_floating_point else dtype, shape)
 
-    def read(self, planned: Planned) -> torch.Tensor:
-        """A tensor of :meth:`plan`.
+    def read(self, planned: Planned) -> Iterator[torch.Tensor]:
+        """A tensor of :meth:`plan`: whole, or a stack's experts one after another.
 
         Raises:
             SourceError: its values are too large for its dtype.
             CheckpointError: the base or an adapter holds a NaN or an infinity.
         """
-        found = self._merged(planned.parameter)
-        stored = found.to(planned.dtype)
-        if found.is_floating_point() and bool((stored.isinf() & found.isfinite()).any()):
-            dtype = str(planned.dtype).removeprefix("torch.")
-            raise SourceError(
-                f"merged tensor '{planned.name}' holds values too large for {dtype}", "set model.dtype: float32"
-            )
-        return stored
+        parts = self._stacks.read(planned.name) if planned.name in self._stacks else None
+        for found in (self._merged(planned.parameter),) if parts is None else parts:
+            stored = found.to(planned.dtype)
+            if found.is_floating_point() and bool((stored.isinf() & found.isfinite()).any()):
+                dtype = str(planned.dtype).removeprefix("torch.")
+                raise SourceError(
+                    f"merged tensor '{planned.name}' holds values too large for {dtype}", "set model.dtype: float32"
+                )
+            yield stored
 
     def _merged(self, name: str) -> torch.Tensor:
         module, _, leaf = name.rpartition(".")
@@ -127,8 +130,8 @@ class MergedTensors:
 
     def _start(self, name: str) -> torch.Tensor:
         """A parameter before low-rank changes: an adapter's where it brings it whole, else the base's."""
-        for adapter, place in self._wholes(name):
-            return adapter.read(place.key)
+        for adapter, whole in self._wholes(name):
+            return adapter.read(whole.key)
         stored = self.base.stored(name)
         tensor = self.base.reader.read_finite(stored or name)
         if self.nf4_dtype is not None and name.removesuffix(".weight") in self.base.linears and tensor.ndim == 2:
@@ -149,33 +152,62 @@ class MergedTensors:
         contents, base = adapter.contents, self.base
         needed = {key: f"{module}.weight" for module, parts in contents.lora.items() for key in parts.values()}
         needed |= {key: f"{module}.weight" for module, key in contents.tokens.items()}
-        needed |= {place.key: name for name, place in contents.whole.items()}
+        needed |= {whole.key: name for name, whole in contents.whole.items()}
         for key, name in needed.items():
             if base.stored(name) is None:
                 raise SourceError(
                     f"adapter {adapter.origin}: tensor '{key}' fits no layer of the base, which has no '{name}'",
                     RIGHT_BASE,
                 )
-        for name, place in contents.whole.items():
-            found, wanted = adapter.reader.shape(place.key), base.reader.shape(base.stored(name) or name)
+        for name, whole in contents.whole.items():
+            found, wanted = adapter.reader.shape(whole.key), base.reader.shape(base.stored(name) or name)
             if found != wanted and not (base.twin(name) and found[1:] == wanted[1:]):
                 raise SourceError(
-                    f"adapter {adapter.origin}: tensor '{place.key}' has the shape {list(found)}, and the base's "
+                    f"adapter {adapter.origin}: tensor '{whole.key}' has the shape {list(found)}, and the base's "
                     f"'{name}' {list(wanted)}",
                     RIGHT_BASE,
                 )
 
     def _check_complete(self, adapter: Adapter) -> None:
-        """Every layer that the adapter's configuration targets has its tensors."""
-        config, lora = adapter.config.lora, adapter.contents.lora
-        if config.target_modules is None:
-            return
-        for module in self.base.layers:
-            if module not in lora and bool(check_target_module_exists(config, module)):
+        """Every layer and parameter that the adapter's configuration targets has its tensors.
+
+        A model that sees has several towers, and layers alike in each: those count in which the adapter holds some.
+        """
+        config, contents = adapter.config.lora, adapter.contents
+        towers = {tower(module) for module in (*contents.lora, *(stack.module for stack in contents.stacks.values()))}
+        targets = list(self.base.layers) if config.target_modules is not None and adapter.config.tells_layers else []
+        missing = [
+            module
+            for module in targets
+            if module not in contents.lora and bool(check_target_module_exists(config, module))
+        ]
+        missing += self._missing_parameters(adapter)
+        for name in missing:
+            if tower(name) in towers or tower(name) == without_wrappers(name):
                 raise SourceError(
-                    f"adapter {adapter.origin} targets the layer '{module}' and holds no tensor for it",
+                    f"adapter {adapter.origin} targets the layer '{name}' and holds no tensor for it",
                     f"the adapter is not whole, or the base is another model: save it again, or {RIGHT_BASE}",
                 )
+
+    def _missing_parameters(self, adapter: Adapter) -> list[str]:
+        """The parameters that the adapter's ``target_parameters`` mean and it holds nothing for.
+
+        Raises:
+            SourceError: the base has none of such a name.
+        """
+        known, stacks = self.base.names.shapes(), adapter.contents.stacks
+        held = {*stacks, *(f"{module}.weight" for module in adapter.contents.lora)}
+        called = {f".{stack.module}.{name.rpartition('.')[2]}" for name, stack in stacks.items()}
+        found = []
+        for wanted in adapter.config.lora.target_parameters or ():
+            meant = [name for name in known if f".{name}".endswith(f".{wanted}")]
+            if not meant and not any(name.endswith(f".{wanted}") for name in called):
+                raise SourceError(
+                    f"adapter {adapter.origin} adapts the parameter '{wanted}', which the base does not have",
+                    RIGHT_BASE,
+                )
+            found += [name for name in meant if name not in held]
+        return found
 
     def _check_together(self) -> None:
         several = len(self.adapters) > 1
@@ -195,14 +227,19 @@ class MergedTensors:
                 brought[name] = adapter.origin
 
     def _new_rows(self) -> int | None:
-        """The rows of head and embedding, which must be the same."""
+        """The rows of head and embedding where adapters give them others, which must be the same; else None."""
         base, rows = self.base, {}
+        changed = False
         for module in (base.embedding, base.head):
             name = f"{module}.weight"
             stored = base.stored(name) if module else None
             if stored is not None:
-                sizes = [adapter.reader.shape(place.key)[0] for adapter, place in self._wholes(name)]
-                rows[name] = sizes[0] if sizes else base.reader.shape(stored)[0]
+                own = base.reader.shape(stored)[0]
+                sizes = [adapter.reader.shape(whole.key)[0] for adapter, whole in self._wholes(name)]
+                rows[name] = sizes[0] if sizes else own
+                changed |= rows[name] != own
+        if not changed:
+            return None
         if len(set(rows.values())) > 1:
             (one, first), (other, second) = rows.items()
             raise SourceError(
@@ -210,9 +247,7 @@ class MergedTensors:
                 "the adapter was trained with a resized vocabulary and saved in part: "
                 "save it again with save_embedding_layers=True",
             )
-        found = next(iter(rows.values()), None)
-        unchanged = base.embedding and base.reader.shape(base.stored(f"{base.embedding}.weight") or "")[0] == found
-        return None if unchanged else found
+        return next(iter(rows.values()))
 
     def _stays_tied(self) -> bool:
         """Whether the adapters leave both of a tied pair with the same values."""

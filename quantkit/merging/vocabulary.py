@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from quantkit.checkpoint.sizes import TEXT_PARTS
 from quantkit.errors import SourceError
 from quantkit.merging.adapter import Adapter
 from quantkit.runtimes._checkpoint import load_tokenizer
@@ -41,8 +42,9 @@ def write_companions(
             shutil.copyfile(file, target / file.name)
         notes = _take_tokenizer(adapters, target)
     config = read_json(base / "config.json")
+    texts = [config, *(config[name] for name in TEXT_PARTS if isinstance(config.get(name), dict))]
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
-        if rows is not None and "vocab_size" in part:
+        if rows is not None and "vocab_size" in part and any(part is each for each in texts):
             part["vocab_size"] = rows
         if tied is not None and (part is config or "tie_word_embeddings" in part):
             part["tie_word_embeddings"] = tied

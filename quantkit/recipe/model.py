@@ -11,6 +11,8 @@ from quantkit.recipe.fields import Flag, Section, require_distinct
 
 HUB_REFERENCE = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(?P<revision>[\w./-]+))?", re.ASCII)
 """``org/name`` or ``org/name@revision`` of the hub."""
+NAMED_BY_ADAPTER = "auto"
+"""The source that stands for the base which the first adapter names."""
 
 
 class AdapterSpec(Section):
@@ -37,7 +39,8 @@ class ModelSpec(Section):
     """The model to quantize.
 
     Attributes:
-        source: hub id (``org/name``), folder, GGUF file, or ``package:NAME/path/inside.gguf``.
+        source: hub id (``org/name``), folder, GGUF file, or ``package:NAME/path/inside.gguf``; ``auto`` is the base
+            that the first adapter was trained on, or the float original of that.
         adapter: LoRA adapters to merge first: one reference, or a list of references and of mappings with ``source``
             and ``weight``; see :class:`AdapterSpec` and the section ``merge``.
         revision: branch, tag or commit of a hub model.
@@ -60,6 +63,14 @@ class ModelSpec(Section):
             return ()
         several = given if isinstance(given, list | tuple) else (given,)
         return tuple({"source": one} if isinstance(one, str) else one for one in several)
+
+    @model_validator(mode="after")
+    def _is_named(self) -> ModelSpec:
+        if self.source == NAMED_BY_ADAPTER and not self.adapter:
+            raise ValueError(
+                f"source: {NAMED_BY_ADAPTER} is the base that an adapter names: give an adapter, or a model"
+            )
+        return self
 
     @field_validator("adapter")
     @classmethod

@@ -19,6 +19,7 @@ from quantkit.gguf.tokenizer_reader import write_tokenizer
 from quantkit.recipe import ModelSpec
 from quantkit.recipe.model import HUB_REFERENCE
 from quantkit.source import hub, package
+from quantkit.source.float_names import float_name
 from quantkit.source.folder import FloatFolder
 from quantkit.source.model import SourceModel
 from quantkit.system.artifacts import file_sha256, new_folder, read_stage, write_json, write_stage
@@ -41,6 +42,12 @@ def resolve(spec: ModelSpec, work: Path) -> SourceModel:
     reference = spec.source
     path = package.locate(reference) if reference.startswith(package.PREFIX) else Path(reference).expanduser()
     if not path.exists() and HUB_REFERENCE.fullmatch(reference) and path.suffix != ".gguf":
+        original = float_name(reference)
+        if original and not spec.decode:
+            raise SourceError(
+                f"{reference} is a 4-bit copy of a float model, made for QLoRA",
+                f"give its float original, {original}, or set model.decode: true to decode the copy",
+            )
         snapshot = hub.download(reference, spec.revision, trust_remote_code=spec.trust_remote_code)
         return _from_folder(snapshot.folder, spec, work, snapshot)
     if not path.exists():
