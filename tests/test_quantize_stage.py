@@ -281,8 +281,10 @@ def test_a_model_that_is_partly_float_is_noted(bare: Callable[[int], None], tmp_
     source = make_model(tmp_path / "source")
     done = quantize(job(source), variant(), tmp_path / "out")
     whole = 3 * 64 * 128 + 2 * 64 * 64 + 2 * 64 * 32
-    text = f"{96 * 64 / (whole + 96 * 64):.0%} of the blocks' weights are in no layer that can be quantized, such as "
-    assert done.facts["notes"] == [f"{text}model.layers.0.bare, and stay float"]
+    share = 2 * 96 * 64 / (2 * whole + 2 * 96 * 64)
+    text = f"({share:.1%} of the block weights): bare parameters are no linear layers"
+    assert done.facts["notes"] == [f"float: 2 model.layers.N.bare {text}"]
+    assert done.facts["share"] == 1 - share
     written, read = CheckpointReader(done.folder), CheckpointReader(source)
     stored = sum(map(written.nbytes, written.names()))
     assert done.facts["bits_per_weight_file"] == stored * 8 / sum(read.read(name).numel() for name in read.names())
@@ -294,10 +296,10 @@ def test_a_model_that_is_mostly_float_is_refused_unless_it_may_be(bare: Callable
     source = make_model(tmp_path / "source")
     with pytest.raises(SchemeError) as caught:
         quantize(job(source), variant(), tmp_path / "out")
-    assert "% of the blocks' weights are in no layer that can be quantized" in caught.value.problem
+    assert "% of the block weights would stay float, such as model.layers.0.bare: bare para" in caught.value.problem
     assert caught.value.remedy == "add allow_float: true to variant v for a file that is mostly float"
     done = quantize(job(source), variant(allow_float=True), tmp_path / "out")
-    assert "model.layers.0.bare, and stay float" in done.facts["notes"][0]
+    assert "model.layers.N.bare" in done.facts["notes"][0]
     assert made_from(job(source), variant(allow_float=True)) == made_from(job(source), variant())
 
 

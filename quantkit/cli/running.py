@@ -91,7 +91,7 @@ def plan(recipe: RecipePath, as_json: AsJson = False) -> None:
     The model is fetched or converted if it is not here yet.
     """
     import quantkit
-    from quantkit.cli.tables import plan_table
+    from quantkit.cli.tables import plan_notes, plan_table
 
     found = quantkit.plan(recipe)
     warn(found["warnings"])
@@ -99,6 +99,8 @@ def plan(recipe: RecipePath, as_json: AsJson = False) -> None:
         say(json.dumps(found, indent=2))
         return
     console().print(plan_table(found))
+    for note in plan_notes(found):
+        say(note)
 
 
 @app.command(rich_help_panel=PANEL)
@@ -163,6 +165,8 @@ def quantize(
     """Quantize a model into one checkpoint."""
     import quantkit
     from quantkit.cli.display import Display
+    from quantkit.exports.manifest import read_manifest
+    from quantkit.system.units import percentage
 
     given = {"bits": bits, "group_size": group_size, "symmetric": False if asymmetric else None}
     options = {key: value for key, value in given.items() if value is not None} | _settings(further or [])
@@ -176,6 +180,10 @@ def quantize(
             observer=display,
             **{"method": method, "scheme": scheme, "format": format, **options},
         )
+    facts = read_manifest(folder) or {}
+    if facts.get("share") is not None:
+        told = f"{facts['bits_per_weight_file']:.4g} bits per weight of the file"
+        say(f"{percentage(facts['share'])} of the block weights quantized, {told}", stderr=True)
     say(f"checkpoint: {folder}")
 
 

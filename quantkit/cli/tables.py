@@ -24,6 +24,7 @@ from quantkit.recipe.steps import is_method, steps_of
 from quantkit.runtimes import RUNTIMES
 from quantkit.schemes import SCHEMES, GgmlMixture
 from quantkit.schemes.kinds import all_kinds
+from quantkit.system.units import percentage
 from quantkit.transforms import TRANSFORMS
 
 if TYPE_CHECKING:
@@ -159,11 +160,20 @@ def plan_table(found: Mapping[str, Any]) -> Table:
     return table
 
 
+def plan_notes(found: Mapping[str, Any]) -> Iterator[str]:
+    """What stays float and the like, each line with the variants that it is said of, if not of all."""
+    variants = found["variants"]
+    for note in dict.fromkeys(note for variant in variants for note in variant["notes"]):
+        names = [variant["name"] for variant in variants if note in variant["notes"]]
+        yield note if len(names) == len(variants) else f"{', '.join(names)}: {note}"
+
+
 def _what(variant: Mapping[str, Any]) -> str:
     quantized, linears = variant["layers"]
     kinds = variant["schemes"]
     scheme = ", ".join(kinds if len(kinds) == 1 else (f"{name} ({count})" for name, count in kinds.items()))
-    return f"{variant['method']} {scheme} {variant['format']}, {quantized} of {linears} linear layers"
+    share = "" if variant["share"] is None else f", {percentage(variant['share'])} of the block weights"
+    return f"{variant['method']} {scheme} {variant['format']}, {quantized} of {linears} linear layers{share}"
 
 
 def _facts(facts: Mapping[str, str]) -> Iterator[str]:

@@ -20,6 +20,7 @@ class Weight:
             does not pass, such as a tower of images.
         block: index of the decoder block that holds it; None outside the blocks.
         share: of the tokens of text that it computes with: of an expert those that are routed to it, on average.
+        keeps_float: why a linear layer stays float unless a recipe asks for it; None where it does not.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Weight:
     kind: Kind
     block: int | None = None
     share: float = 1.0
+    keeps_float: str | None = None
 
     @property
     def layer(self) -> str:
@@ -150,6 +152,14 @@ class Anatomy:
         """Every linear layer, the head too, with its shape and block."""
         found = {weight.layer: (weight.matrix, weight.block) for weight in self.weights if weight.kind == "linear"}
         return found if self.head in found else found | {self.head: (self.head_shape, None)}
+
+    def keeps_float(self) -> dict[str, str]:
+        """The linear layers that stay float unless a recipe asks for them, each with the reason."""
+        return {weight.layer: weight.keeps_float for weight in self.weights if weight.keeps_float is not None}
+
+    def in_blocks(self) -> int:
+        """Number of weights in the matrices of the decoder blocks."""
+        return sum(weight.numel for weight in self.weights if weight.block is not None and len(weight.shape) > 1)
 
     def in_largest(self) -> int:
         """Number of parameters of the largest block."""

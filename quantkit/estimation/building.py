@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers.integrations.heterogeneity import AmbiguousGlobalPerLayerAttributeError
 
+from quantkit.engine.float_parts import float_parts
 from quantkit.engine.layers import Layer
 from quantkit.engine.skeleton import Skeleton
 from quantkit.errors import SourceError
@@ -146,6 +147,7 @@ def _weights(skeleton: Skeleton) -> Iterator[Weight]:
     model, names = skeleton.model, skeleton.names
     text = {id(tensor) for tensor in _tensors(model.get_decoder()).values()}
     kinds: dict[str, tuple[Kind, int | None]] = {}
+    kept = {f"{part.path}.weight": part.reason for part in float_parts(skeleton).values() if part.is_layer}
     for index, segment in enumerate(skeleton.segments):
         kinds |= dict.fromkeys(_tensors(segment.module, f"{segment.prefix}."), ("other", index))
         kinds |= {f"{layer.path}.weight": ("linear", index) for layer in segment.layers}
@@ -155,7 +157,7 @@ def _weights(skeleton: Skeleton) -> Iterator[Weight]:
         kinds[f"{skeleton.embedding.prefix}.weight"] = ("embedding", None)
     for path, tensor in _tensors(model).items():
         kind, block = kinds.get(path, ("other" if id(tensor) in text else "tower", None))
-        yield Weight(names.written(path), tuple(tensor.shape), kind, block)
+        yield Weight(names.written(path), tuple(tensor.shape), kind, block, keeps_float=kept.get(path))
 
 
 def _tensors(module: nn.Module, prefix: str = "") -> dict[str, torch.Tensor]:

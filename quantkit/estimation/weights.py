@@ -10,6 +10,7 @@ from quantkit.estimation.anatomy import Anatomy
 from quantkit.estimation.lines import Line, written
 from quantkit.formats import FORMATS
 from quantkit.formats.base import BYTES, Container, Format
+from quantkit.quantization.choosing import Candidate, choose
 from quantkit.recipe import VariantSpec
 from quantkit.schemes import PlainScheme, Scheme
 
@@ -97,7 +98,7 @@ def schemes_of(anatomy: Anatomy, variant: VariantSpec) -> dict[str, Scheme | Non
     """The scheme of every linear layer, and first of the input embedding if it gets one; None stays float.
 
     Raises:
-        SchemeError: a layer's shape does not suit its scheme or the format, or no layer is left to quantize.
+        SchemeError: layers do not suit; see :func:`quantkit.quantization.choosing.choose`.
     """
     linears = anatomy.linears()
     if isinstance(variant.base_scheme(), PlainScheme):
@@ -107,12 +108,9 @@ def schemes_of(anatomy: Anatomy, variant: VariantSpec) -> dict[str, Scheme | Non
     if embedding is not None:
         name = anatomy.head if anatomy.tied else anatomy.embedding
         found[anatomy.embedding] = embedding.for_layer(name, None, anatomy.blocks, anatomy.head_shape)
-    for name, (shape, block) in linears.items():
-        scheme = variant.scheme_of(name, block, anatomy.blocks)
-        found[name] = None if scheme is None else scheme.for_layer(name, block, anatomy.blocks, shape)
-    if not any(found.values()):
-        raise SchemeError(f"{variant.name}: no layer is left to quantize", "'ignore' matches every linear layer")
-    return found
+    kept = anatomy.keeps_float()
+    candidates = {name: Candidate(name, shape, block, kept.get(name)) for name, (shape, block) in linears.items()}
+    return found | dict(choose(variant, candidates, anatomy.blocks, anatomy.in_blocks()).schemes)
 
 
 def stored(anatomy: Anatomy, variant: VariantSpec, dtype: str | None = None) -> Stored:

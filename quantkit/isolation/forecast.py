@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from quantkit.checkpoint import CheckpointReader
+from quantkit.engine.float_parts import block_weights
 from quantkit.engine.skeleton import Skeleton
 from quantkit.errors import QuantkitError, SchemeError
 from quantkit.estimation.weights import float_bytes
@@ -46,9 +47,17 @@ def library_forecast(job: Job, variant: LibrarySpec, skeleton: Skeleton, out: Pa
         "scheme": words,
         "schemes": {words: len(reached)},
         "layers": (len(reached), len(linears)),
+        "share": _share(skeleton, set(reached)),
+        "notes": [],
         "size_bytes": None if scheme is None else _size(job, variant, scheme, shapes),
         "strategy": "by the library" if variant.calibrated else "weights only",
     }
+
+
+def _share(skeleton: Skeleton, reached: Collection[str]) -> float:
+    """The part of the weights in the blocks' matrices that the library is given."""
+    inside = [layer for segment in skeleton.segments for layer in segment.layers if layer.name in reached]
+    return sum(layer.weight.numel() for layer in inside) / max(1, block_weights(skeleton.segments))
 
 
 def _state(job: Job, variant: LibrarySpec, out: Path) -> str:

@@ -31,8 +31,9 @@ def forecast(recipe: Recipe) -> dict[str, Any]:
     Returns:
         ``folder``, ``source``, ``calibration`` (or None), ``baseline``, ``warnings``, and ``variants``, each with
         ``name``, ``state`` (beginning with ``finished``, ``to do`` or ``cannot run``), ``method``, ``format``,
-        ``scheme``, ``schemes`` (each that occurs to its number of layers), ``layers`` (quantized, all), ``size_bytes``
-        (None where a library alone knows it) and ``strategy``.
+        ``scheme``, ``schemes`` (each that occurs to its number of layers), ``layers`` (quantized, all), ``share`` (of
+        the weights in the blocks' matrices that is quantized, or None), ``notes`` (what stays float and why),
+        ``size_bytes`` (None where a library alone knows it) and ``strategy``.
     """
     model = merged_source(recipe.model, recipe.merge, recipe.folder, Silent())
     skeleton = Skeleton(model.folder, recipe.model.trust_remote_code)
@@ -62,6 +63,8 @@ def forecast(recipe: Recipe) -> dict[str, Any]:
             "scheme": variant.base_scheme().describe(),
             "schemes": dict(Counter(scheme.describe() for scheme in layers.quantized.values()).most_common()),
             "layers": (len(layers.quantized), len(layers.schemes)),
+            "share": layers.share,
+            "notes": list(layers.notes),
             "size_bytes": kept + layers.quantized_bytes(store(model.dtype)),
             "strategy": strategy,
         }

@@ -114,6 +114,7 @@ def _quantize_facts(done: Quantized) -> dict[str, Any]:
         "checkpoint": str(done.folder),
         "bits_per_weight": facts["bits_per_weight"],
         "bits_per_weight_file": facts["bits_per_weight_file"],
+        "share": facts["share"],
         "layers": facts["layers"],
         "notes": facts["notes"],
     }

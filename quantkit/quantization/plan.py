@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import re
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import psutil
 import torch
 
+from quantkit.engine.float_parts import FloatPart, block_weights, float_parts
 from quantkit.engine.skeleton import Skeleton
 from quantkit.engine.walk import Strategy
 from quantkit.errors import SchemeError
 from quantkit.formats import FORMATS
 from quantkit.formats.base import Format
+from quantkit.quantization.choosing import Candidate, Choice, check_layer, check_names, choose
+from quantkit.quantization.left_float import Left, by_reason, check_left, notes_of, pattern_of, share_words
 from quantkit.recipe import VariantSpec
 from quantkit.schemes import PlainScheme, Scheme
 
-FLOAT_NOTED, FLOAT_ALLOWED = 0.01, 0.5
-"""Shares of the blocks' weights in no layer: above the first a note says so, above the second a variant has to."""
 SPARE_MEMORY = 0.5
 """Share of the free memory that paused activations may take."""
 
@@ -38,6 +39,8 @@ class Layers:
         notes: what the user should know of it.
         unloaded: layers for which transformers has no place where they are packed.
         cast: the dtype in which every float tensor is stored; None leaves each as it is.
+        left: the matrices of the decoder blocks that stay float.
+        in_blocks: number of weights in all matrices of the blocks, each once.
     """
 
     schemes: Mapping[str, Scheme | None]
@@ -50,6 +53,27 @@ class Layers:
     stacks: Mapping[str, Sequence[str]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     unloaded: Collection[str] = ()
+    left: tuple[Left, ...] = ()
+    in_blocks: int = 0
+
+    @property
+    def share(self) -> float | None:
+        """The part of the weights in the blocks' matrices that is quantized; None where that is not asked for."""
+        left = sum(each.weights for each in self.left)
+        return 1 - left / self.in_blocks if self.in_blocks else None
+
+    def share_told(self) -> list[str]:
+        """That part in words, where not all of it is quantized."""
+        if self.share is None or self.share == 1:
+            return []
+        return [share_words(self.share, dict.fromkeys(each.describe() for each in self.quantized.values()))]
+
+    def left_by_reason(self) -> dict[str, list[str]]:
+        """The names of the matrices that stay float as patterns, by the reason."""
+        return {
+            reason: list(dict.fromkeys(pattern_of(each.name) for each in group))
+            for reason, group in by_reason(self.left).items()
+        }
 
     @property
     def linears(self) -> dict[str, Scheme | None]:
@@ -123,60 +147,56 @@ def plan_layers(skeleton: Skeleton, variant: VariantSpec) -> Layers:
 
 def _plan(skeleton: Skeleton, variant: VariantSpec) -> Layers:
     shapes = {layer.name: layer.shape for layer in skeleton.layers()}
-    _check_blocks(variant, len(skeleton.segments))
-    schemes: dict[str, Scheme | None] = dict.fromkeys(shapes)
-    paths = {layer.name: layer.path for layer in skeleton.layers()}
-    _check_patterns(variant, [*paths, *paths.values()])
+    check_names(variant, len(skeleton.segments), [*shapes, *(layer.path for layer in skeleton.layers())])
     whole = variant.base_scheme()
     if isinstance(whole, PlainScheme):
-        return Layers(schemes, shapes, tied=skeleton.tied, cast=whole.kind)
-    blocks = len(skeleton.segments)
-    for name, block in _reachable(skeleton).items():
-        scheme = variant.scheme_of(name, block, blocks, paths[name])
-        schemes[name] = None if scheme is None else scheme.for_layer(name, block, blocks, shapes[name])
-    store = FORMATS.get(variant.format)
-    for name, scheme in schemes.items():
-        if scheme is not None:
-            _check_layer(f"{variant.name}: {name}", store, scheme, shapes[name])
-    if not any(schemes.values()):
-        raise SchemeError(f"{variant.name}: no layer is left to quantize", "'ignore' matches every Linear layer")
-    store().quantization_config(schemes)  # raises for what one checkpoint cannot hold
-    siblings = _fused(variant, schemes)
-    for names in siblings:
-        _check_fused(variant, {name: schemes[name] for name in names})
-    fused = tuple(names for names in siblings if schemes[names[0]] is not None)
-    notes = _float_notes(skeleton, variant)
+        return Layers(dict.fromkeys(shapes), shapes, tied=skeleton.tied, cast=whole.kind)
+    parts, total = float_parts(skeleton), block_weights(skeleton.segments)
+    chosen = choose(variant, _candidates(skeleton, parts), len(skeleton.segments), total)
+    left = _left(skeleton, chosen, parts)
+    check_left(variant, left, total)
+    FORMATS.get(variant.format)().quantization_config(chosen.schemes)  # raises for what one checkpoint cannot hold
+    layers = Layers(
+        {**dict.fromkeys(shapes), **chosen.schemes},
+        shapes,
+        chosen.fused,
+        tied=skeleton.tied,
+        notes=notes_of(left, total),
+        left=left,
+        in_blocks=total,
+    )
     embedding = _plan_embedding(skeleton, variant)
     if embedding is None:
-        return Layers(schemes, shapes, fused, tied=skeleton.tied, notes=notes)
+        return layers
     name, scheme, shape = embedding
-    shared = store.shares_head and not any(schemes.get(each) for each in skeleton.tied)
-    tied = () if shared else skeleton.tied
-    return Layers({name: scheme} | schemes, {name: shape} | shapes, fused, name, tied, notes=notes)
+    shared = FORMATS.get(variant.format).shares_head and not any(layers.schemes.get(each) for each in skeleton.tied)
+    return replace(
+        layers,
+        schemes={name: scheme, **layers.schemes},
+        shapes={name: shape} | shapes,
+        embedding=name,
+        tied=() if shared else skeleton.tied,
+    )
 
 
-def _float_notes(skeleton: Skeleton, variant: VariantSpec) -> tuple[str, ...]:
-    """What is to be said of the blocks' matrices that are in no layer, such as bare parameters.
+def _candidates(skeleton: Skeleton, parts: Mapping[str, FloatPart]) -> dict[str, Candidate]:
+    """The layers that the walk comes to, those of the blocks and the head."""
+    found = {
+        layer.name: Candidate(layer.path, layer.shape, block, parts[layer.name].reason if layer.name in parts else None)
+        for block, segment in enumerate(skeleton.segments)
+        for layer in segment.layers
+    }
+    head = () if skeleton.head is None else skeleton.head.layers
+    return found | {layer.name: Candidate(layer.path, layer.shape, None) for layer in head}
 
-    Raises:
-        SchemeError: they are more than half of the blocks, and the variant does not allow it.
-    """
-    total, left = 0, dict[str, int]()
-    layers = {id(layer.weight) for segment in skeleton.segments for layer in segment.layers}
-    for segment in skeleton.segments:
-        for name, parameter in segment.module.named_parameters():
-            if parameter.ndim >= 2:
-                total += parameter.numel()
-                left |= {} if id(parameter) in layers else {f"{segment.prefix}.{name}": parameter.numel()}
-    share = sum(left.values()) / max(1, total)
-    if share <= FLOAT_NOTED:
-        return ()
-    largest = max(left, key=lambda name: left[name])
-    text = f"{share:.0%} of the blocks' weights are in no layer that can be quantized, such as {largest}"
-    if share > FLOAT_ALLOWED and not variant.allow_float:
-        remedy = f"add allow_float: true to variant {variant.name} for a file that is mostly float"
-        raise SchemeError(f"{variant.name}: {text}", remedy)
-    return (f"{text}, and stay float",)
+
+def _left(skeleton: Skeleton, chosen: Choice, parts: Mapping[str, FloatPart]) -> tuple[Left, ...]:
+    """The matrices of the blocks that stay float."""
+    shapes = {layer.name: layer.shape for segment in skeleton.segments for layer in segment.layers}
+    layers = [
+        Left(name, math.prod(shapes[name]), chosen.float_for[name]) for name in shapes if name in chosen.float_for
+    ]
+    return (*layers, *(Left(each.name, each.weights, each.reason) for each in parts.values() if not each.is_layer))
 
 
 def _plan_embedding(skeleton: Skeleton, variant: VariantSpec) -> tuple[str, Scheme, tuple[int, int]] | None:
@@ -193,68 +213,8 @@ def _plan_embedding(skeleton: Skeleton, variant: VariantSpec) -> tuple[str, Sche
     rows, columns = layer.shape
     name = skeleton.head.linears[0] if skeleton.tied and skeleton.head else layer.name
     scheme = scheme.for_layer(name, None, len(skeleton.segments), (rows, columns))
-    _check_layer(f"{variant.name}: {layer.name}", FORMATS.get(variant.format), scheme, (rows, columns))
+    check_layer(f"{variant.name}: {layer.name}", FORMATS.get(variant.format), scheme, (rows, columns))
     return layer.name, scheme, (rows, columns)
-
-
-def _reachable(skeleton: Skeleton) -> dict[str, int | None]:
-    """The layers that the walk comes to, with the index of the block that holds them; None for the head."""
-    found: dict[str, int | None] = {
-        name: index for index, segment in enumerate(skeleton.segments) for name in segment.linears
-    }
-    return found if skeleton.head is None else found | {skeleton.head.linears[0]: None}
-
-
-def _check_layer(place: str, store: type[Format], scheme: Scheme, shape: tuple[int, int]) -> None:
-    try:
-        scheme.check_layer(*shape)
-        store.check_layer(scheme, *shape)
-    except SchemeError as error:
-        raise SchemeError(f"{place}: {error.problem}", error.remedy) from error
-
-
-def _check_blocks(variant: VariantSpec, blocks: int) -> None:
-    counts = {
-        key: patch.count
-        for key, patch in (("first_blocks", variant.first_blocks), ("last_blocks", variant.last_blocks))
-        if patch is not None
-    }
-    if sum(counts.values()) > blocks:
-        asked = " and ".join(f"{key}.count {count}" for key, count in counts.items())
-        raise SchemeError(f"{variant.name}: {asked}, and the model has {blocks} decoder blocks", "lower the count")
-
-
-def _check_patterns(variant: VariantSpec, names: list[str]) -> None:
-    for pattern in variant.overrides:
-        if not any(re.search(pattern, name) for name in names):
-            raise SchemeError(
-                f"{variant.name}: the override '{pattern}' matches no Linear layer", f"a layer's name is {names[0]}"
-            )
-
-
-def _fused(variant: VariantSpec, names: Collection[str]) -> list[tuple[str, ...]]:
-    """The layers that the runtimes of the variant's format load as one matrix, by their full names."""
-    parents = dict.fromkeys(name.rpartition(".")[0] for name in names)
-    found = [
-        tuple(f"{parent}.{leaf}" for leaf in leaves if f"{parent}.{leaf}" in names)
-        for parent in parents
-        for leaves in FORMATS.get(variant.format).fused
-    ]
-    return [members for members in found if len(members) > 1]
-
-
-def _check_fused(variant: VariantSpec, schemes: Mapping[str, Scheme | None]) -> None:
-    """Refuse fused layers of different schemes."""
-    if len(set(schemes.values())) == 1:
-        return
-    parent = next(iter(schemes)).rpartition(".")[0]
-    leaves = {name.rpartition(".")[2]: scheme for name, scheme in schemes.items()}
-    words = [f"{leaf} is {scheme.describe() if scheme else 'float'}" for leaf, scheme in leaves.items()]
-    raise SchemeError(
-        f"{variant.name}: in {parent}, {', '.join(words)}, and servers such as vLLM load these layers of "
-        f"a {variant.format} checkpoint as one matrix of one scheme",
-        f"use one pattern for all of them, such as '({'|'.join(leaves)})', in overrides and in ignore",
-    )
 
 
 def paused_bytes(skeleton: Skeleton, tokens: int, dtype: torch.dtype) -> int:

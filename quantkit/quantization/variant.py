@@ -103,6 +103,10 @@ class VariantRun:
         """Of the variant."""
         return self._variant.name
 
+    def told(self) -> list[str]:
+        """What its user should know before anything is solved."""
+        return [*self.layers.share_told(), *self.layers.notes]
+
     def begin(self, locks: ExitStack) -> None:
         """Open the folder in which solved layers wait, with what an earlier run left there.
 
@@ -265,6 +269,7 @@ class VariantRun:
         return {
             "bits_per_weight": stored * 8 / self.layers.weights() if self.layers.quantized else 16.0,
             "bits_per_weight_file": bits_of_file(folder, self._job.source),
+            "share": self.layers.share,
             "layers": layers,
             "notes": notes,
             "resumed": len(self.resumed.segments),
@@ -323,11 +328,14 @@ class VariantRun:
                 "inputs": identity["inputs"],
                 "format": variant.format,
                 "layers": {name: scheme.to_json() for name, scheme in self.layers.quantized.items()},
+                "share": self.layers.share,
+                "float": self.layers.left_by_reason(),
                 "embedding": self.layers.embedding,
                 "transformers_loads": self.layers.transformers_loads,
                 "transforms": self._transform_records(),
                 "versions": {"python": platform.python_version(), **versions},
                 "bits_per_weight": facts["bits_per_weight"],
+                "bits_per_weight_file": facts["bits_per_weight_file"],
                 "batch_tokens": facts["batch_tokens"],
                 "stage_file": STAGE_FILE,
             },

@@ -82,7 +82,8 @@ def run_walk(
                 runs.append(run)
         for run in runs:
             ends.push(partial(_leave, run, found))
-        for note, names in _alike({run.name: run.resumed.note for run in runs}).items():
+        told = {run.name: [*run.told(), *filter(None, [run.resumed.note])] for run in runs}
+        for note, names in _alike(told).items():
             on_note(f"{', '.join(names)}: {note}")
         walked = _solve(job, skeleton, runs, on_segment, on_note)
         found.update(walked.failures)
@@ -112,11 +113,11 @@ def _as_it_is(*_: Any) -> None:
     """Add nothing to a checkpoint."""
 
 
-def _alike(notes: Mapping[str, str]) -> dict[str, list[str]]:
+def _alike(notes: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
     """The notes, each with the names of those that share it."""
     found: dict[str, list[str]] = {}
-    for name, note in notes.items():
-        if note:
+    for name, own in notes.items():
+        for note in own:
             found.setdefault(note, []).append(name)
     return found
 

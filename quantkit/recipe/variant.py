@@ -19,6 +19,9 @@ from quantkit.system.validation import located
 from quantkit.transforms import TRANSFORMS
 from quantkit.transforms.base import Transform
 
+HEAD = "lm_head"
+"""The output head, whatever a model calls it."""
+
 
 class Choice(Section):
     """The names that a variant chooses: method, format, and kind of scheme."""
@@ -67,7 +70,7 @@ class VariantSpec(SchemeKeys, Choice):
     """
 
     transforms: tuple[TransformSpec, ...] = ()
-    ignore: Patterns = ("lm_head",)
+    ignore: Patterns = (HEAD,)
     overrides: dict[str, SchemePatch] = Field(default_factory=dict)
     first_blocks: BlocksPatch | None = None
     last_blocks: BlocksPatch | None = None
@@ -186,17 +189,25 @@ class VariantSpec(SchemeKeys, Choice):
             blocks: number of decoder blocks.
             path: its name in the model, where that is another; a pattern may mean either.
         """
-        names = {layer, path or layer}
-        if any(compiled(pattern).search(name) for pattern in self.ignore for name in names):
+        if self.ignores(layer) or (path and self.ignores(path)):
             return None
-        for pattern, patch in self.overrides.items():
-            if any(compiled(pattern).search(name) for name in names):
-                return self._patched(patch)
+        pattern = self.override_of(layer, path)
+        if pattern is not None:
+            return self._patched(self.overrides[pattern])
         if block is not None and self.first_blocks is not None and block < self.first_blocks.count:
             return self._patched(self.first_blocks)
         if block is not None and self.last_blocks is not None and block >= blocks - self.last_blocks.count:
             return self._patched(self.last_blocks)
         return self.base_scheme()
+
+    def ignores(self, name: str) -> bool:
+        """Whether a pattern of ``ignore`` names a layer; the output head is also called :data:`HEAD`."""
+        return any(compiled(pattern).search(name) for pattern in self.ignore)
+
+    def override_of(self, layer: str, path: str | None = None) -> str | None:
+        """The first pattern of the overrides that names a layer, by either of its names; None where there is none."""
+        names = {layer, path or layer}
+        return next((each for each in self.overrides if any(compiled(each).search(name) for name in names)), None)
 
     @property
     def calibrated(self) -> bool:

@@ -22,6 +22,7 @@ from quantkit.report.numbers import figure, fixed, pick
 from quantkit.report.plot import Plot, build_plot
 from quantkit.report.tables import gate_table, histogram, loading, worst_layers, written_date
 from quantkit.report.tasks_and_answers import changed_answers, further_models, further_rows
+from quantkit.system.units import percentage
 
 
 def environment(**options: Any) -> jinja2.Environment:
@@ -83,6 +84,8 @@ def _variant(variant: Record) -> dict[str, Any]:
     bits = figure(variant, "bits_per_weight")
     tags = [str(variant.get("method") or ""), scheme_name(variant), str(variant.get("format") or "")]
     tags += [] if bits is None else [f"{fixed(bits, 2)} bits per weight"]
+    share = figure(variant, "share")
+    tags += [] if share is None else [f"{percentage(share)} of the block weights"]
     return {
         "name": str(variant["name"]),
         "tags": " · ".join(tag for tag in tags if tag),

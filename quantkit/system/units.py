@@ -20,6 +20,13 @@ def finite(value: Any) -> float | None:
     return float(value)
 
 
+def percentage(share: float) -> str:
+    """A share as people read it, such as ``97.4%``; what is not all is never written as 100%, nor a little as 0%."""
+    if 0 < share < 0.001:
+        return "under 0.1%"
+    return f"{share if share >= 1 else min(share, 0.999):.1%}".replace(".0%", "%")
+
+
 def parse_bytes(text: str | int) -> int:
     """A size such as ``8GiB``, ``600MiB`` or a number of bytes.
 
