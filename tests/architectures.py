@@ -117,13 +117,24 @@ WRAPPED: dict[str, dict[str, Any]] = {
     "gemma3": {"text_config": {**BASE, "sliding_window": 64}, "vision_config": VISION, "mm_tokens_per_image": 4},
 }
 """Language models inside models that see, too."""
+ODD: dict[str, dict[str, Any]] = {
+    "cpmant": {
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "dim_head": 16,
+        "dim_ff": 128,
+        "num_hidden_layers": 2,
+        "vocab_size": VOCABULARY,
+    },
+}
+"""CPM-Ant puts tokens of its own before those that it is given."""
 ARCHITECTURES = DENSE | MIXTURES | WRAPPED
 
 
 def make(folder: Path, architecture: str, **changes: Any) -> PreTrainedModel:
     """Write a random model with its tokenizer; the model."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(architecture, **ARCHITECTURES.get(architecture, {}) | changes)
+    config = AutoConfig.for_model(architecture, **(ARCHITECTURES | ODD).get(architecture, {}) | changes)
     model: PreTrainedModel = auto_class(config).from_config(config, dtype=torch.float32)
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):

@@ -1,7 +1,8 @@
 """Rows of tokens to batches.
 
 Rows of similar length go into one batch, padded on the right. In a causal model no token sees what is to its
-right, so padding needs no mask: it changes nothing but its own activations, which the statistics leave out.
+right, so padding needs no mask: it changes nothing but its own activations, which the statistics leave out. Where a
+token does, only rows of equal length share a batch.
 """
 
 from __future__ import annotations

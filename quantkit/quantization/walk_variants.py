@@ -17,6 +17,7 @@ import torch
 
 from quantkit.checkpoint import FLOATS, CheckpointReader
 from quantkit.engine.batches import make_batches
+from quantkit.engine.causality import can_be_padded
 from quantkit.engine.precision import pass_dtype
 from quantkit.engine.skeleton import Skeleton
 from quantkit.engine.tasks import VariantTask
@@ -192,7 +193,7 @@ def _is_done(
 ) -> bool:
     """Walk once; false where the memory of the GPU ran out and less is to be tried."""
     rows = job.rows if any(task.needs for task in tasks) else ()
-    may_pad = not skeleton.has_routed_layers()
+    reader = CheckpointReader(job.source)
 
     def done(segments: int, total: int) -> None:
         on_segment(segments, total)
@@ -200,8 +201,10 @@ def _is_done(
 
     started = time.perf_counter()
     found.strategy = step.strategy
+    may_pad = len(set(map(len, rows))) > 1 and not skeleton.has_routed_layers()
+    may_pad = may_pad and can_be_padded(skeleton, reader, settings.device, settings.dtype)
     batches = make_batches(rows, settings.device, may_pad, step.batch_tokens)
-    walk = Walk(skeleton, CheckpointReader(job.source), batches, tasks, settings, done)
+    walk = Walk(skeleton, reader, batches, tasks, settings, done)
     try:
         with _failures_kept(walk), patient():
             walk.run()

@@ -6,6 +6,7 @@ import inspect
 import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 KEYS_SHOWN = 5
+LENGTH_TRIED = 8
+PADDING_TOLERANCE = 0.02
+"""Change of logits, relative to them, by one more token behind that counts as rounding."""
 LOGITS_AT_ONCE = 1 << 27
 """Logits of all rows of a batch: 512 MB of float32."""
 
@@ -46,11 +50,23 @@ class TransformersModel(LoadedModel):
 
     @torch.inference_mode()
     def logits_of(self, rows: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
-        """Several rows in one forward pass, padded at their ends, where causal attention never looks."""
-        for batch in _batches(rows, LOGITS_AT_ONCE // self.vocabulary):
+        """Several rows in one forward pass, padded at their ends, where causal attention never looks.
+
+        Where attention does look there, one after another.
+        """
+        together = len(rows) > 1 and self._ends_can_be_padded
+        room = LOGITS_AT_ONCE // self.vocabulary if together else 1
+        for batch in _batches(rows, room):
             ids = torch.nn.utils.rnn.pad_sequence(list(batch), batch_first=True)
             found = self.model(input_ids=ids.to(self.model.device), use_cache=False).logits
             yield from (logits[: len(row)] for logits, row in zip(found, batch, strict=True))
+
+    @cached_property
+    def _ends_can_be_padded(self) -> bool:
+        """Whether a token at the end of a row leaves the logits before it as they are."""
+        short, long = (self.logits(torch.arange(1, length)).float() for length in (LENGTH_TRIED, LENGTH_TRIED + 1))
+        found = long[:-1]
+        return found.shape == short.shape and bool((found - short).norm() <= PADDING_TOLERANCE * short.norm())
 
     @torch.inference_mode()
     def greedy(self, prompt: torch.Tensor) -> Iterator[int]:
