@@ -432,6 +432,6 @@ def test_names_in_a_report_are_text_and_no_markup(tmp_path: Path) -> None:
 def test_python_that_comes_with_a_model_is_refused_without_a_flag(tmp_path: Path) -> None:
     folder = make_model(tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoConfig": "x.Y"}}))
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "own", "auto_map": {"AutoConfig": "x.Y"}}))
     with pytest.raises(SourceError, match="trust_remote_code"):
         resolved(str(folder), tmp_path / "work")

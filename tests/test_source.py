@@ -10,6 +10,7 @@ import huggingface_hub.constants
 import pytest
 import torch
 
+import quantkit
 from quantkit.checkpoint import CheckpointReader, ShardWriter
 from quantkit.errors import CheckpointError, QuantkitError, SourceError
 from quantkit.merging import merge_model, merged_source
@@ -140,8 +141,11 @@ def write_text(name: str, text: str) -> Callable[[Path], object]:
         (write_text("config.json", "[]"), r"config\.json is not a JSON object"),
         (set_json("config.json", quantization_config={"bits": 4}), "quantized already.*give the float model"),
         (set_json("config.json", text_config={"quantization_config": {"bits": 4}}), "quantized already"),
-        (set_json("config.json", auto_map={"AutoModel": "x.Y"}), r"model\.trust_remote_code: true"),
-        (set_json("tokenizer_config.json", auto_map={"AutoTokenizer": "x.Y"}), r"model\.trust_remote_code: true"),
+        (set_json("config.json", model_type="own", auto_map={"AutoModel": "x.Y"}), r"model\.trust_remote_code: true"),
+        (
+            set_json("tokenizer_config.json", tokenizer_class="Own", auto_map={"AutoTokenizer": "x.Y"}),
+            r"model\.trust_remote_code: true",
+        ),
         (lambda folder: rewrite(folder, lambda _, tensor: tensor.to(torch.int8)), "no float model.*int8"),
         (lambda folder: rewrite(folder, lambda _, tensor: tensor.double()), r"float64 weights.*model\.dtype"),
     ],
@@ -170,6 +174,17 @@ def test_remote_code_is_part_of_the_model_once_it_is_trusted(tmp_path: Path) -> 
     assert "modeling.py" in source.sha256
     copied = resolved(folder, tmp_path / "work", trust_remote_code=True, dtype="float16")
     assert (copied.folder / "modeling.py").exists()
+
+
+def test_code_beside_a_model_that_transformers_has_is_neither_run_nor_needed(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model")
+    (folder / "modeling.py").write_text("raise SystemExit('this must not run')\n")
+    edit_json(folder / "config.json", auto_map={"AutoConfig": "modeling.C", "AutoModelForCausalLM": "modeling.M"})
+    edit_json(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["modeling.T", None]})
+    assert "modeling.py" not in resolved(folder, tmp_path / "work").sha256
+    out = quantkit.quantize(folder, out=tmp_path / "out", method="rtn", group_size=32)
+    assert "auto_map" not in json.loads((out / "config.json").read_text())
+    assert not (out / "modeling.py").exists()
 
 
 def test_a_path_that_is_not_there_names_the_nearest(tmp_path: Path) -> None:
@@ -522,8 +537,7 @@ def test_only_what_a_model_needs_is_downloaded(tmp_path: Path, hub: Hub) -> None
 def test_python_files_come_with_trust_only(tmp_path: Path, hub: Hub) -> None:
     edit_json(hub.folder / "config.json", auto_map={"AutoModel": "modeling.Model"})
     (hub.folder / "modeling.py").write_text("raise SystemExit('this must not run')\n")
-    with pytest.raises(SourceError, match="trust_remote_code: true"):
-        resolved("org/tiny", tmp_path / "work")
+    assert "modeling.py" not in resolved("org/tiny", tmp_path / "work").sha256
     assert "modeling.py" not in hub.downloaded
     assert "modeling.py" in resolved("org/tiny", tmp_path / "work", trust_remote_code=True).sha256
 

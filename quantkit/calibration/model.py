@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quantkit.checkpoint.tokenizer_files import missing_package
 from quantkit.errors import CalibrationError
 from quantkit.system.artifacts import file_sha256, read_json
 
@@ -81,6 +82,9 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
     """
     from transformers import AutoTokenizer
 
+    missing = missing_package(folder)
+    if missing is not None:
+        raise CalibrationError(f"{folder} has its tokenizer in {missing[0]} alone", f"pip install {missing[1]}")
     try:
         if (folder / "tokenizer.json").exists():
             read_json(folder / "tokenizer.json")

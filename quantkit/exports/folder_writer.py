@@ -47,6 +47,8 @@ def _tensors(content: Content) -> Iterator[tuple[str, Stored]]:
 def _write_config(content: Content, store: Format, folder: Path) -> None:
     config = read_json(content.origin / "config.json")
     config.pop("quantization_config", None)
+    if not content.runs_code:
+        config.pop("auto_map", None)  # it names Python files that do not go along
     if content.schemes:
         quantization = store.quantization_config(content.spelled)
         if content.embedding is not None:

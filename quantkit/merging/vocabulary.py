@@ -6,10 +6,11 @@ import shutil
 from pathlib import Path
 
 from quantkit.checkpoint.sizes import TEXT_PARTS
+from quantkit.checkpoint.tokenizer_files import ONE_OF
 from quantkit.errors import SourceError
 from quantkit.merging.adapter import Adapter
 from quantkit.runtimes._checkpoint import load_tokenizer
-from quantkit.source.folder import IDENTITY, TOKENIZERS
+from quantkit.source.folder import IDENTITY
 from quantkit.system.artifacts import file_sha256, read_json, translated_os_errors, write_json
 
 CONFIGS = ("config.json", "generation_config.json")
@@ -84,7 +85,7 @@ def _take_tokenizer(adapters: tuple[Adapter, ...], target: Path) -> list[str]:
     first, files = bringing[0], tokenizer_files(bringing[0])
     for adapter in bringing[1:]:
         _check_same(first, adapter)
-    whole = any(file.name in TOKENIZERS for file in files)
+    whole = any(file.match(pattern) for file in files for pattern in ONE_OF)
     templated = any(file.name in TEMPLATES for file in files)
     for old in _files(target, TOKENIZER_FILES if whole else TEMPLATES if templated else ()):
         old.unlink()

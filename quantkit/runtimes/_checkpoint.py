@@ -11,6 +11,7 @@ import torch
 
 from quantkit.checkpoint.reader import PICKLES, CheckpointReader
 from quantkit.checkpoint.sizes import check_sizes
+from quantkit.checkpoint.tokenizer_files import missing_package
 from quantkit.errors import EvaluationError, QuantkitError
 from quantkit.exports import find_gguf, open_export
 from quantkit.system.artifacts import read_json
@@ -59,6 +60,9 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool) -> PreTrainedTokenize
     with translated(path, "the tokenizer"):
         export = open_export(path) if is_gguf(path) else None  # its tokenizer's folder goes when it goes
         folder = path if export is None else export.tokenizer_folder()
+        missing = missing_package(folder)
+        if missing is not None:
+            raise EvaluationError(f"{path} has its tokenizer in {missing[0]} alone", f"pip install {missing[1]}")
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     return tokenizer
 

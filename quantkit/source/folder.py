@@ -12,16 +12,19 @@ import torch
 
 from quantkit.checkpoint import FLOATS, CheckpointReader, ShardWriter
 from quantkit.checkpoint.sizes import check_sizes
+from quantkit.checkpoint.tokenizer_files import ONE_OF, has_tokenizer
 from quantkit.errors import SourceError
 from quantkit.source.decoded import DecodedTensor
 from quantkit.source.decoding import decoding_of, float_dtype, without_quantization
 from quantkit.system.artifacts import file_sha256, read_json, translated_os_errors, write_json
 
-TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 IDENTITY = (
     "config.json",
     "generation_config.json",
     "tokenizer*",
+    "*.model",
+    "*.tiktoken",
+    "tekken.json",
     "vocab*",
     "merges.txt",
     "special_tokens_map.json",
@@ -51,9 +54,9 @@ class FloatFolder:
         self.folder = folder
         self.config = _json_object(folder / "config.json", "a model's folder has one; is this the folder?")
         check_sizes(self.config, str(folder / "config.json"), folder)
-        if not any((folder / name).exists() for name in TOKENIZERS):
-            raise SourceError(f"{folder} holds no tokenizer", f"it needs one of {', '.join(TOKENIZERS)}")
-        self.runs_code = _runs_code(folder, self.config)
+        if not has_tokenizer(folder):
+            raise SourceError(f"{folder} holds no tokenizer", f"it needs one of {', '.join(ONE_OF)}")
+        self.runs_code = _runs_code(folder, self.config, trust_remote_code)
         if self.runs_code and not trust_remote_code:
             raise SourceError(
                 f"{folder} needs Python code that comes with the model (auto_map)",
@@ -145,10 +148,34 @@ def _check_known(folder: Path, config: dict[str, Any], trust_remote_code: bool) 
         ) from error
 
 
-def _runs_code(folder: Path, config: dict[str, Any]) -> bool:
-    tokenizer = folder / "tokenizer_config.json"
-    parts = [config, _json_object(tokenizer, "get the file again")] if tokenizer.exists() else [config]
-    return any("auto_map" in part for part in parts)
+def _runs_code(folder: Path, config: dict[str, Any], trusted: bool) -> bool:
+    """Whether model or tokenizer are loaded by code that comes with them.
+
+    Of those that transformers has a class for, it takes its own unless the code is trusted.
+    """
+    file = folder / "tokenizer_config.json"
+    tokenizer = _json_object(file, "get the file again") if file.exists() else {}
+    of_model, of_tokenizer = "auto_map" in config, "auto_map" in tokenizer
+    if trusted or not (of_model or of_tokenizer):
+        return of_model or of_tokenizer
+    return (of_model and not _has_model(config)) or (of_tokenizer and not _has_tokenizer(tokenizer, config))
+
+
+def _has_model(config: dict[str, Any]) -> bool:
+    """Whether transformers has the model's class."""
+    from transformers import CONFIG_MAPPING
+
+    return isinstance(config.get("model_type"), str) and config["model_type"] in CONFIG_MAPPING
+
+
+def _has_tokenizer(tokenizer: dict[str, Any], config: dict[str, Any]) -> bool:
+    """Whether transformers has the tokenizer's class."""
+    from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES, tokenizer_class_from_name
+
+    named = tokenizer.get("tokenizer_class")
+    if not isinstance(named, str):
+        return config.get("model_type") in TOKENIZER_MAPPING_NAMES
+    return any(tokenizer_class_from_name(name) is not None for name in (named, named.removesuffix("Fast")))
 
 
 def _float_dtype(folder: Path, reader: CheckpointReader) -> str:

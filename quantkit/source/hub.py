@@ -24,7 +24,7 @@ from quantkit.recipe.model import HUB_REFERENCE
 from quantkit.source.hashes import check_files
 from quantkit.system.artifacts import translated_os_errors
 
-WANTED = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "README.md", "LICENSE*"]
+WANTED = ["*.json", "*.safetensors", "*.model", "*.tiktoken", "*.jinja", "*.txt", "README.md", "LICENSE*"]
 UNWANTED = ["*/*", "consolidated*"]
 # huggingface_hub has changed the HTTP package beneath it; its own errors derive from that package's base error.
 TRANSPORT_ERROR: type[BaseException] = next(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
