@@ -259,6 +259,33 @@ def test_what_a_tool_quantized_is_decoded_on_request_alone(tmp_path: Path, form:
         assert torch.equal(found[f"{layer}.weight"], export.decodable(layer).dequantize(torch.float32).half())
 
 
+@pytest.mark.parametrize("architecture", ["gpt2", "gpt_oss", "granitemoe", "mixtral", "llava"])
+def test_what_is_decoded_lies_as_transformers_reads_it(architecture: str, tmp_path: Path) -> None:
+    model = make(tmp_path / "model", architecture)
+    given = quantkit.quantize(tmp_path / "model", out=tmp_path / "int8", method="rtn", bits=8, group_size=32)
+    (given / "manifest.json").unlink()
+    source = resolved(given, tmp_path / "work", decode=True, dtype="float32")
+    loaded = type(model).from_pretrained(source.folder, dtype=torch.float32)
+    for name, tensor in model.state_dict().items():
+        assert (loaded.state_dict()[name] - tensor).abs().max() <= tensor.abs().max() / 100, name
+    found, held = tensors_of(source.folder), tensors_of(tmp_path / "model")
+    assert {name: each.shape for name, each in found.items()} == {name: each.shape for name, each in held.items()}
+
+
+def test_blocks_that_the_class_does_not_know_are_decoded_and_go_along(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    make(folder, "deepseek_v3")
+    held = tensors_of(folder)
+    further = {name.replace("layers.1.", "layers.2."): each for name, each in held.items() if "layers.1." in name}
+    further["model.layers.2.eh_proj.weight"] = torch.randn(64, 128)
+    write(folder, held | further, None, num_nextn_predict_layers=1)
+    wanted = as_deepseek(folder, 32)
+    out = quantkit.quantize(folder, out=tmp_path / "out", method="rtn", group_size=32)
+    found = tensors_of(out)
+    assert len(further) > 10
+    assert all(torch.equal(found[name], wanted[name]) for name in further)
+
+
 def test_8_bit_floats_of_compressed_tensors_need_no_request(tmp_path: Path) -> None:
     model = make_model(tmp_path / "model", dtype=torch.bfloat16)
     given = quantkit.quantize(model, out=tmp_path / "fp8", method="rtn", scheme="fp8", granularity="channel")

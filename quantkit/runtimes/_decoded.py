@@ -30,10 +30,14 @@ if TYPE_CHECKING:
 
 
 class Promise:
-    """A tensor that is read, and decoded, when it is asked for by ``promise[...]``, as a slice of a file is."""
+    """A tensor that is read, and decoded, when it is asked for by ``promise[...]``, as a slice of a file is.
 
-    def __init__(self, read: Callable[[], torch.Tensor]) -> None:
-        self._read = read
+    Attributes:
+        shape: of one that is put together of several layers; None for others.
+    """
+
+    def __init__(self, read: Callable[[], torch.Tensor], shape: tuple[int, ...] | None = None) -> None:
+        self._read, self.shape = read, shape
 
     def __getitem__(self, index: EllipsisType) -> torch.Tensor:
         return self._read()
@@ -69,7 +73,7 @@ def load_decoded(path: Path, options: LoadOptions) -> TransformersModel:
         model, found = type(empty).from_pretrained(
             None,
             config=config,
-            state_dict=_as_transformers_stores(empty, decoded_state(export, dtype), set(export.float_names())),
+            state_dict=as_transformers_stores(empty, decoded_state(export, dtype), set(export.float_names())),
             dtype=dtype,
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # they are reported by name
@@ -78,7 +82,7 @@ def load_decoded(path: Path, options: LoadOptions) -> TransformersModel:
     return whole(path, model, found, torch.device(options.device))
 
 
-def _as_transformers_stores(empty: PreTrainedModel, state: dict[str, Promise], floats: Set[str]) -> dict[str, Promise]:
+def as_transformers_stores(empty: PreTrainedModel, state: dict[str, Promise], floats: Set[str]) -> dict[str, Promise]:
     """A state dict in which what checkpoints hold layer by layer is whole again where transformers needs it whole.
 
     Args:
@@ -95,7 +99,8 @@ def _as_transformers_stores(empty: PreTrainedModel, state: dict[str, Promise], f
         if whole not in floats and not names.are_stacked(parameter) and all(name in state for name in layers.values()):
             for name in layers.values():
                 found.pop(name, None)
-            found[whole] = Promise(partial(_assembled, names, parameter, state, layers))
+            shape = names.shapes()[parameter]
+            found[whole] = Promise(partial(_assembled, names, parameter, state, layers), shape)
     return found
 
 

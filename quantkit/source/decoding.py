@@ -11,8 +11,10 @@ from typing import Any
 import torch
 
 from quantkit.checkpoint import FLOATS, CheckpointReader
+from quantkit.engine.empty_model import empty_model
 from quantkit.errors import CheckpointError, SchemeError, SourceError
 from quantkit.exports import Export, open_export
+from quantkit.runtimes._decoded import Promise, as_transformers_stores, decoded_state
 from quantkit.source import native
 from quantkit.source.decoded import DecodedTensor
 from quantkit.source.float_names import float_name
@@ -63,7 +65,13 @@ def float_dtype(config: Mapping[str, Any]) -> str:
 
 
 def decoding_of(
-    folder: Path, config: Mapping[str, Any], reader: CheckpointReader, dtype: torch.dtype, *, asked: bool
+    folder: Path,
+    config: Mapping[str, Any],
+    reader: CheckpointReader,
+    dtype: torch.dtype,
+    *,
+    asked: bool,
+    trust_remote_code: bool,
 ) -> Decoding | None:
     """How the checkpoint in ``folder`` is decoded; None where it is a float model as it lies.
 
@@ -87,7 +95,7 @@ def decoding_of(
         raise _refusal(folder, config, method, readable=False)
     if not asked and {scheme.kind for scheme in export.schemes.values()} != {"fp8"}:
         raise _refusal(folder, config, method, readable=True)
-    return Decoding(_form(export), _packed_tensors(export, dtype))
+    return Decoding(_form(export), _packed_tensors(folder, export, dtype, trust_remote_code))
 
 
 def _readable(folder: Path) -> Export | None:
@@ -117,20 +125,25 @@ def _refusal(folder: Path, config: Mapping[str, Any], method: str, *, readable: 
     return SourceError(f"{folder} is quantized already ({what})", way_out)
 
 
-def _packed_tensors(export: Export, dtype: torch.dtype) -> list[DecodedTensor]:
-    packed = [
-        DecodedTensor(f"{layer}.weight", export.shape(layer), dtype, partial(_layer, export, layer))
-        for layer in export.schemes
-    ]
+def _packed_tensors(folder: Path, export: Export, dtype: torch.dtype, trust_remote_code: bool) -> list[DecodedTensor]:
+    """The tensors of the float model, as transformers reads them: stacks whole, transposed ones transposed."""
+    names = set(export.float_names())
+    empty = empty_model(folder, trust_remote_code)
+    stored = as_transformers_stores(empty, decoded_state(export, torch.float32), names)
     floats = [
         DecodedTensor(name, export.float_shape(name), export.float_dtype(name), partial(_plain, export, name))
         for name in export.float_names()
     ]
+    packed = [
+        DecodedTensor(name, promise.shape or export.shape(name.removesuffix(".weight")), dtype, partial(_kept, promise))
+        for name, promise in stored.items()
+        if name not in names
+    ]
     return [*floats, *packed]
 
 
-def _layer(export: Export, layer: str) -> Iterator[torch.Tensor]:
-    yield export.decodable(layer).dequantize(torch.float32)
+def _kept(promise: Promise) -> Iterator[torch.Tensor]:
+    yield promise[...]
 
 
 def _plain(export: Export, name: str) -> Iterator[torch.Tensor]:

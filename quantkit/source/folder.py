@@ -64,8 +64,10 @@ class FloatFolder:
             )
         self.reader = CheckpointReader(folder)
         told = float_dtype(self.config)
-        self.decoding = decoding_of(folder, self.config, self.reader, FLOATS[told], asked=decode)
         _check_known(folder, self.config, trust_remote_code)
+        self.decoding = decoding_of(
+            folder, self.config, self.reader, FLOATS[told], asked=decode, trust_remote_code=trust_remote_code
+        )
         self.dtype = _float_dtype(folder, self.reader) if self.decoding is None else told
 
     def sha256(self, known: Mapping[str, str]) -> dict[str, str]:
