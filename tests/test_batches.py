@@ -53,16 +53,25 @@ def test_a_row_longer_than_a_batch_goes_alone() -> None:
     assert [tuple(batch.token_ids.shape) for batch in make_batches([long, [1]], CPU, True)] == [(1, len(long)), (1, 1)]
 
 
-def test_without_padding_keeps_the_rows_of_tokens() -> None:
+def test_padding_is_left_out_of_whatever_positions_a_layer_is_given() -> None:
     batch = make_batches([[1, 2, 3], [4]], CPU, may_pad=True)[0]
+    assert batch.tokens == 4
     flat = torch.arange(6.0).unsqueeze(1)
-    assert batch.without_padding(flat).squeeze(1).tolist() == [0, 1, 2, 3]
+    found, places = batch.tokens_of(flat)
+    assert found.squeeze(1).tolist() == [0, 1, 2, 3]
+    assert places is None
+    found, places = batch.tokens_of(torch.tensor([[50.0], [30.0], [20.0]]), torch.tensor([5, 3, 2]))
+    assert found.squeeze(1).tolist() == [30, 20]
+    assert places is not None
+    assert places.tolist() == [3, 2]
+    assert batch.tokens_of(torch.ones(1, 1), torch.tensor([4]))[0].shape == (0, 1)
     whole = make_batches([[1, 2], [3, 4]], CPU, may_pad=True)[0]
     assert whole.valid is None
-    assert whole.without_padding(flat) is flat
+    assert whole.tokens == 4
+    assert whole.tokens_of(flat)[0] is flat
 
 
 def test_padding_that_cannot_be_told_is_refused() -> None:
     batch = make_batches([[1, 2, 3], [4]], CPU, may_pad=True)[0]
     with pytest.raises(QuantizationError, match=r"given 4 of a batch's 6 positions.*packing: full"):
-        batch.without_padding(torch.zeros(4, 2))
+        batch.tokens_of(torch.zeros(4, 2))

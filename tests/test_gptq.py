@@ -16,8 +16,8 @@ from quantkit.numerics.columns import solve_columns
 from quantkit.numerics.factor import damped, inverse_factor
 from quantkit.numerics.grid_search import codes_of, encode, search_grid
 from quantkit.numerics.refine import Problem, descend, refine, refit_scales
-from quantkit.schemes import PER_CHANNEL, IntScheme
-from quantkit.schemes.grids import Grid
+from quantkit.schemes import PER_CHANNEL, IntScheme, Mxfp4Scheme, Scheme
+from quantkit.schemes.grids import Grid, Rounder
 from tests.tiny import int_schemes, spread
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -108,6 +108,13 @@ def textbook_codes(
     return codes[:, order.argsort()].to(torch.uint8)
 
 
+def one_by_itself(weight: torch.Tensor, factor: torch.Tensor, scales: torch.Tensor, rounder: Rounder) -> torch.Tensor:
+    """The column solver with a single layer."""
+    levels: torch.Tensor
+    (levels,) = solve_columns(weight.unsqueeze(0), factor.unsqueeze(0), scales.unsqueeze(0), rounder)
+    return levels
+
+
 @pytest.mark.parametrize("ordered", [False, True])
 @pytest.mark.parametrize("scheme", SCHEMES, ids=names)
 def test_the_column_solver_gives_the_codes_of_the_textbook(scheme: IntScheme, ordered: bool) -> None:
@@ -117,7 +124,7 @@ def test_the_column_solver_gives_the_codes_of_the_textbook(scheme: IntScheme, or
     factor, used = inverse_factor(given.gram[order][:, order], given.damping)
     assert used == given.damping
     steps = torch.empty(COLUMNS, ROWS)
-    steps[order] = solve_columns(
+    steps[order] = one_by_itself(
         given.weight.T[order].contiguous(), factor, given.scales[order], given.rounder.ordered(order)
     )
     found = codes_of(steps, given.grid, scheme)
@@ -130,7 +137,7 @@ def test_the_column_solver_gives_the_codes_of_the_textbook(scheme: IntScheme, or
 def test_blocks_of_columns_join_without_a_seam(columns: int) -> None:
     given = case(IntScheme(4, PER_CHANNEL), columns)
     factor, _ = inverse_factor(given.gram, given.damping)
-    steps = solve_columns(given.weight.T.contiguous(), factor, given.scales, given.rounder)
+    steps = one_by_itself(given.weight.T.contiguous(), factor, given.scales, given.rounder)
     order = torch.arange(columns)
     expected = textbook_codes(given.weight, given.hessian, given.grid, given.scheme, order)
     assert int((codes_of(steps, given.grid, given.scheme) != expected).any(1).sum()) <= 1
@@ -379,3 +386,22 @@ def test_the_weight_and_the_statistics_are_not_changed() -> None:
     solved(weight, gram, IntScheme(4, 32), torch.float16)
     torch.testing.assert_close(weight, random_weight(), rtol=0, atol=0)
     torch.testing.assert_close(gram, correlated_gram(), rtol=0, atol=0)
+
+
+LIKE = [IntScheme(4, 16, True), IntScheme(4, 16, False), IntScheme(3, 16, False, zeros="float"), Mxfp4Scheme()]
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize("scheme", LIKE, ids=lambda scheme: scheme.describe())
+def test_weights_that_are_alike_are_solved_as_each_by_itself(scheme: Scheme, ordered: bool) -> None:
+    method = Gptq(GptqOptions(activation_order=ordered, refinements=1))
+    given = [
+        (random_weight(seed=seed), InputStatistics(tokens=300, gram=correlated_gram(seed=seed))) for seed in range(5)
+    ]
+    given[3] = (given[3][0], InputStatistics())
+    together = method.quantize_alike(given, scheme, torch.float16)
+    for (weight, statistics), found in zip(given, together, strict=True):
+        alone = method.quantize(weight, statistics, scheme, torch.float16)
+        assert torch.equal(found.weight.codes, alone.weight.codes)
+        assert torch.equal(found.weight.scales, alone.weight.scales)
+        torch.testing.assert_close(found.error, alone.error)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from quantkit.engine.solve import solve_group
+from quantkit.engine.solve import InputGroup, solve_groups
 from quantkit.engine.tasks import VariantTask
 from quantkit.errors import QuantizationError, RecipeError, SchemeError
 from quantkit.formats import FORMATS
@@ -130,7 +130,7 @@ def test_rows_of_a_stack_are_those_of_the_layers(kind: str) -> None:
     method = tiny_method("llama.cpp")
     task = VariantTask("variant", method, dict.fromkeys(weights, scheme), torch.float16, sink)
     statistics = InputStatistics(tokens=9, square_mean=strengths())
-    for name, found in solve_group(task, weights, statistics).items():
+    for name, found in solve_groups(task, [InputGroup(weights, statistics)]).items():
         alone = method.quantize(weights[name], statistics, scheme, torch.float16).weight
         assert set(found.parts) == {"blocks", "importance"}
         for part in found.parts:

@@ -22,6 +22,7 @@ from quantkit.engine.batches import Batch, make_batches
 from quantkit.engine.groups import call_order, shared_inputs
 from quantkit.engine.layers import Layer
 from quantkit.engine.passes import Pass
+from quantkit.engine.routing import ExpertSettings
 from quantkit.engine.skeleton import Skeleton
 from quantkit.engine.tasks import LayerResult, VariantTask
 from quantkit.engine.walk import Strategy, Walk, WalkSettings
@@ -472,10 +473,9 @@ def routed_groups() -> list[list[str]]:
     for block in range(2):
         prefix = f"layers.{block}."
         groups.append([f"{prefix}mix"])
-        for index in range(4):
-            expert = f"{prefix}experts.{index}."
-            together = [[f"{expert}gate", f"{expert}up"], [f"{expert}down"]]
-            groups += [[name] for group in together for name in group] if index == 3 else together
+        experts = [f"{prefix}experts.{index}." for index in range(4)]
+        groups += [[f"{expert}gate", f"{expert}up"] for expert in experts]
+        groups += [[f"{expert}down"] for expert in experts]
         groups.append([f"{prefix}after"])
     return groups
 
@@ -487,7 +487,8 @@ def test_experts_that_some_batches_miss(routed: tuple[Path, RoutedModel], strate
     task, found = tiny_task(skeleton, method)
     batches = make_batches(ROUTED_ROWS, CPU, may_pad=not skeleton.has_routed_layers())
     assert len(batches) == 4
-    Walk(skeleton, CheckpointReader(folder), batches, [task], WalkSettings(CPU, strategy=strategy)).run()
+    settings = WalkSettings(CPU, strategy=strategy, experts=ExpertSettings(prior=0))
+    Walk(skeleton, CheckpointReader(folder), batches, [task], settings).run()
 
     expected = true_sequential(model, routed_groups(), ROUTED_ROWS, method, found)
     assert set(found.results) == set(expected)

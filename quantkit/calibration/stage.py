@@ -38,6 +38,8 @@ AUDIT_FILE = "audit.json"
 STAGE = "calibration"
 CODE_VERSION = 1
 """Part of the fingerprint: raised when the same inputs would give other tokens or another audit."""
+USES = ("inputs", "experts", "expert_prior")
+"""Keys of the section that say how the rows are used."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ def build(spec: CalibrationSpec, model_folder: Path, out: Path, *, trust_remote_
 
     Records are drawn in the order ``random.Random(seed).sample`` gives their indices until ``samples`` of them are
     usable, then packed. ``out`` is reused if it was made from the same data set, tokenizer, and settings;
-    ``spec.inputs`` is not among them, for it says how the rows are used.
+    what says how the rows are used, such as ``spec.inputs``, is not among them.
 
     Args:
         spec: the recipe's section.
@@ -133,7 +135,7 @@ def build(spec: CalibrationSpec, model_folder: Path, out: Path, *, trust_remote_
 
 def _settings(spec: CalibrationSpec, model_folder: Path, limits: ModelLimits) -> dict[str, Any]:
     """The facts that the tokens depend on beside the data set."""
-    settings = spec.model_dump(mode="json", exclude={"inputs", "dataset", "chat_template"})
+    settings = spec.model_dump(mode="json", exclude={*USES, "dataset", "chat_template"})
     return {
         "code": CODE_VERSION,
         "settings": settings,

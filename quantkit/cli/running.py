@@ -159,6 +159,7 @@ def quantize(
     calibration: Annotated[str, typer.Option(help="Data set or file of records.")] = "alpaca_gpt4",
     samples: Annotated[int, typer.Option(help="Calibration records.")] = 128,
     max_length: Annotated[int, typer.Option(help="Tokens per calibration row.")] = 512,
+    experts: Annotated[str, typer.Option(help="Tokens that an expert is calibrated on: routed or all.")] = "routed",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     decode: Annotated[bool, typer.Option("--decode", help="Decode a model that a tool has quantized.")] = False,
 ) -> None:
@@ -174,7 +175,7 @@ def quantize(
         folder = quantkit.quantize(
             model,
             out=out,
-            calibration={"dataset": calibration, "samples": samples, "max_length": max_length},
+            calibration={"dataset": calibration, "samples": samples, "max_length": max_length, "experts": experts},
             device=device,
             decode=decode,
             observer=display,

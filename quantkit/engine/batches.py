@@ -34,29 +34,58 @@ class Batch:
     rows: tuple[int, ...] = ()
     weights: torch.Tensor | None = None
 
-    def without_padding(self, flat: torch.Tensor) -> torch.Tensor:
-        """The rows of ``[rows * length, features]`` that belong to tokens.
+    @property
+    def tokens(self) -> int:
+        """How many tokens it has."""
+        return self.token_ids.numel() if self.valid is None else len(self.valid)
+
+    def tokens_of(
+        self, flat: torch.Tensor, positions: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The rows of ``[positions, features]`` that belong to tokens, and which tokens these are.
+
+        Args:
+            flat: what a layer is given.
+            positions: int64, which positions of the batch these are; None for all of them in their order.
+
+        Returns:
+            The rows, and the place of each among the tokens of the batch; None for all of them in their order.
 
         Raises:
-            QuantizationError: the rows are not those of the batch, as in a layer that is given some tokens only.
+            QuantizationError: there are others than those of the batch, as in a layer that is given some only and
+                nobody tells which.
         """
         if self.valid is None:
-            return flat
-        if flat.shape[0] != self.token_ids.numel():
+            return flat, positions
+        if positions is None and flat.shape[0] != self.token_ids.numel():
             raise QuantizationError(
                 f"a layer was given {flat.shape[0]} of a batch's {self.token_ids.numel()} positions, so that padding "
                 "cannot be told from tokens",
                 "set calibration.packing: full, which needs no padding",
             )
-        return flat.index_select(0, self.valid)
+        if positions is None:
+            return flat.index_select(0, self.valid), None
+        places = torch.full((self.token_ids.numel(),), -1, device=flat.device)
+        places[self.valid] = torch.arange(len(self.valid), device=flat.device)
+        kept = (places[positions] >= 0).nonzero().squeeze(1)
+        return flat.index_select(0, kept), places[positions.index_select(0, kept)]
 
-    def weights_of(self, inputs: torch.Tensor) -> torch.Tensor | None:
+    def weights_of(self, inputs: torch.Tensor, places: torch.Tensor | None = None) -> torch.Tensor | None:
         """How much each token of ``[tokens, features]`` counts; None if all alike.
 
+        Args:
+            inputs: of tokens.
+            places: which they are, see :meth:`tokens_of`.
+
         Raises:
-            QuantizationError: these are not the tokens of the batch, as in a layer that is given some only.
+            QuantizationError: these are not the tokens of the batch, as in a layer that is given some only and nobody
+                tells which.
         """
-        if self.weights is not None and len(self.weights) != len(inputs):
+        if self.weights is None:
+            return None
+        if places is not None:
+            return self.weights.index_select(0, places)
+        if len(self.weights) != len(inputs):
             raise QuantizationError(
                 f"a layer was given {len(inputs)} of a batch's {len(self.weights)} tokens, so that the weight of each "
                 "cannot be told",

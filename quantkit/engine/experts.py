@@ -10,7 +10,9 @@ apart by that and by the parameters that they have. So no model has to be known 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from inspect import signature
 from types import MethodType
 from typing import Any
@@ -19,7 +21,10 @@ import torch
 from torch import nn
 
 from quantkit.checkpoint.conversions import Part
+from quantkit.engine.routing import Given, giving
 
+SHOWS_ALL = "quantkit_shows_all"
+"""Set on a stack whose experts are shown all tokens."""
 MARKS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
 """What transformers says of a stack of experts whose function can be chosen; a class that takes part has all."""
 ROUTED = ("hidden_states", "top_k_index", "top_k_weights")
@@ -56,10 +61,12 @@ class Kind:
     Attributes:
         fits: the projections of a module, if it is of this kind; else None.
         forward: computes what the module's own does, by the linear layers.
+        tells: it tells which tokens it gives to an expert, or gives all to each.
     """
 
     fits: Callable[[nn.Module], list[Projection] | None]
     forward: Callable[..., torch.Tensor]
+    tells: bool = True
 
 
 def is_stack(module: nn.Module) -> bool:
@@ -171,14 +178,51 @@ def forward(
     Returns:
         ``[tokens, hidden]``.
     """
-    outputs = hidden_states.new_zeros(*top_k_index.shape, hidden_states.shape[-1])
-    for index, expert in _numbered(self):
+    return _mixed(self, hidden_states, top_k_index, top_k_weights, partial(_expert, self))
+
+
+def _mixed(
+    stack: Any,
+    flat: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    compute: Callable[[Any, torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """The sum of what its experts make of each token, ``[tokens, hidden]``, each expert's times its weight."""
+    outputs, total = flat.new_zeros(*top_k_index.shape, flat.shape[-1]), len(flat)
+    for index, expert in _numbered(stack):
         token, slot = (top_k_index == index).nonzero(as_tuple=True)
-        if len(token) == 0:
-            continue
-        found = _expert(self, expert, hidden_states[token])
-        outputs[token, slot] = (found * top_k_weights[token, slot, None]).to(outputs.dtype)
+        if len(token):
+            with giving(Given(token, total)):
+                found = compute(expert, flat[token])
+            outputs[token, slot] = (found * top_k_weights[token, slot, None]).to(outputs.dtype)
+        if getattr(stack, SHOWS_ALL, False):
+            (left,) = (top_k_index != index).all(1).nonzero(as_tuple=True)
+            with giving(Given(left, total, is_routed=False)):
+                compute(expert, flat[left])
     return outputs.sum(1)
+
+
+@contextmanager
+def showing_all(module: nn.Module) -> Iterator[None]:
+    """Inside the block, experts of stacks in a module that are given tokens by index are called with all others too.
+
+    What they make of these is dropped, so that the stacks compute what they did.
+    """
+    stacks = [each for each in module.modules() if is_stack(each)]
+    for stack in stacks:
+        setattr(stack, SHOWS_ALL, True)
+    try:
+        yield
+    finally:
+        for stack in stacks:
+            delattr(stack, SHOWS_ALL)
+
+
+def tells_tokens(module: nn.Module) -> bool:
+    """Whether the forward of a stack that gave way tells which tokens it gives to an expert, or gives all to each."""
+    used = getattr(module.forward, "__func__", None)
+    return hasattr(module, UNSTACKED) and any(kind.tells for kind in KINDS if kind.forward is used)
 
 
 def _numbered(stack: Any) -> Iterator[tuple[int, Any]]:
@@ -240,14 +284,12 @@ def _flat(module: Any) -> list[Projection] | None:
 
 def _forward_flat(self: Any, hidden_states: torch.Tensor, top_k_index: Any, top_k_weights: Any) -> torch.Tensor:
     flat = hidden_states.reshape(-1, hidden_states.shape[-1])
-    outputs = flat.new_zeros(*top_k_index.shape, flat.shape[-1])
-    for index, expert in _numbered(self):
-        token, slot = (top_k_index == index).nonzero(as_tuple=True)
-        if len(token):
-            read = flat[token]
-            found = expert.w2(self.mlp.activation_fn(expert.w1(read)) * expert.v1(read))
-            outputs[token, slot] = found * top_k_weights[token, slot, None]
-    return outputs.sum(1).view(hidden_states.shape[0], -1, hidden_states.shape[-1])
+
+    def compute(expert: Any, read: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = expert.w2(self.mlp.activation_fn(expert.w1(read)) * expert.v1(read))
+        return found
+
+    return _mixed(self, flat, top_k_index, top_k_weights, compute).view(hidden_states.shape[0], -1, flat.shape[-1])
 
 
 # Experts that are given their tokens
@@ -284,7 +326,8 @@ def _forward_repeated(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
         routed = given[index].any(-1).nonzero()[:, 0]
         if len(routed):
             read = given[index, routed]
-            outputs[index, routed] = expert.down_proj(expert.up_proj(read) * self.act_fn(expert.gate_proj(read)))
+            with giving(Given(routed, given.shape[1])):
+                outputs[index, routed] = expert.down_proj(expert.up_proj(read) * self.act_fn(expert.gate_proj(read)))
     return outputs.view(-1, hidden_states.shape[-1])
 
 
@@ -324,7 +367,7 @@ def _is_transposed(module: Any) -> bool:
 KINDS = (
     Kind(_routed, forward),
     Kind(_flat, _forward_flat),
-    Kind(_sorted, _forward_sorted),
+    Kind(_sorted, _forward_sorted, tells=False),
     Kind(_repeated, _forward_repeated),
     Kind(_shared, _forward_shared),
 )

@@ -12,13 +12,19 @@ import torch
 from torch import nn
 
 from quantkit.engine.batches import Batch
+from quantkit.engine.experts import showing_all
 from quantkit.engine.groups import Enough, PreHook, call_order, hooked, shared_inputs
 from quantkit.engine.layers import Layer
 from quantkit.engine.passes import CPU, AtEnd, AtGroup, AtSegment, Pass, move, pause, running_batch, states
+from quantkit.engine.routing import ROUTED, ExpertSettings, Kind, alike, common_name, completed, routed_kinds, steps
 from quantkit.engine.skeleton import Segment
 from quantkit.engine.smoothing import Trial
-from quantkit.engine.statistics import Gatherer
+from quantkit.engine.statistics import Gatherer, Pool
+from quantkit.errors import QuantizationError
 from quantkit.methods.base import InputStatistics, Statistic
+
+BATCH_WEIGHTS = {"cpu": 1 << 21, "cuda": 1 << 26}
+"""Weights of like groups that are solved together: enough to keep a GPU busy, no more than a CPU's caches hold."""
 
 
 @dataclass(slots=True)
@@ -44,6 +50,52 @@ class Group:
         """The module of the layer that is called first."""
         return next(iter(self.layers.values())).module
 
+    def weights(self) -> int:
+        """Number of weights of its layers."""
+        return sum(layer.weight.numel() for layer in self.layers.values())
+
+    def columns(self) -> int:
+        """Width of the input."""
+        return next(iter(self.layers.values())).shape[1]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What is solved at a time: a group, or of the experts of a layer all groups of one kind, by their numbers.
+
+    Attributes:
+        groups: of a segment.
+        experts: what the names of experts begin with; empty for a group that is no expert's.
+    """
+
+    groups: tuple[Group, ...]
+    experts: str = ""
+
+    @property
+    def group(self) -> Group:
+        """The only one."""
+        (group,) = self.groups
+        return group
+
+    def parts(self, room: int | None, device: torch.device) -> list[tuple[Group, ...]]:
+        """The groups, as many at a time as have their statistics in ``room`` bytes; all at once for None.
+
+        What is solved together is not parted.
+        """
+        batch = batch_of(self.groups[0], device)
+        fitting = len(self.groups) if room is None else room // (4 * self.groups[0].columns() ** 2)
+        size = max(batch, fitting // batch * batch)
+        return [self.groups[start : start + size] for start in range(0, len(self.groups), size)]
+
+
+def batch_of(group: Group, device: torch.device) -> int:
+    """How many groups of experts like this one are solved together."""
+    return max(1, BATCH_WEIGHTS[device.type] // max(group.weights(), group.columns() ** 2))
+
+
+Solvable = list[tuple[Group, InputStatistics]]
+"""Groups that can be solved together."""
+
 
 @dataclass(slots=True)
 class Streams:
@@ -54,12 +106,16 @@ class Streams:
         batches: the calibration tokens.
         needs: what is gathered of inputs.
         offload: passes that stand before a segment leave their activations in the memory of the CPU meanwhile.
+        experts: how experts are calibrated.
+        room: bytes that statistics of experts may take at a time; None for no limit.
     """
 
     model: nn.Module
     batches: Sequence[Batch]
     needs: frozenset[Statistic]
     offload: bool = False
+    experts: ExpertSettings = ROUTED
+    room: int | None = None
     _passes: list[Pass] = field(default_factory=list)
     _states: set[tuple[nn.Module, str]] = field(default_factory=set)
 
@@ -103,13 +159,32 @@ class Streams:
                 each.resume(self._states)
                 self._park(each)
 
-    def groups(self, segment: Segment, wanted: dict[str, Layer]) -> list[Group]:
-        """The groups of a segment in the order of their calls, found by trying batches until all layers were seen."""
+    def steps(self, segment: Segment, wanted: dict[str, Layer]) -> list[Step]:
+        """The groups of a segment in the order in which they are solved.
+
+        Found by trying batches until all layers were seen. Of experts a batch need not call each.
+        """
+        numbered = alike(wanted.values())
+        routed: set[Kind] = set()
+
+        def shown(each: Pass) -> list[list[str]]:
+            positions: dict[str, int] = {}
+            found = shared_inputs(wanted, partial(self._try, segment, each), positions)
+            routed.update(routed_kinds(numbered, found, positions, each.batch.token_ids.numel()))
+            return completed(found, numbered, routed)
+
         smallest_first = sorted(self._passes, key=lambda each: each.batch.token_ids.numel())
-        runs = (shared_inputs(wanted, partial(self._try, segment, each)) for each in smallest_first)
         with states(segment.module) as self._states:
-            order = call_order(list(wanted), runs) if wanted else []
-        return [Group({name: wanted[name] for name in names}, Gatherer(self.needs, names[0])) for names in order]
+            order = call_order(list(wanted), map(shown, smallest_first)) if wanted else []
+        found = []
+        for members in steps(order, numbered, routed):
+            groups = tuple(self._group({name: wanted[name] for name in names}) for names in members)
+            is_routed = any(each in numbered and numbered[each].kind in routed for each in groups[0].layers)
+            found.append(Step(groups, common_name([group.name for group in groups]) if is_routed else ""))
+        return found
+
+    def _group(self, layers: dict[str, Layer]) -> Group:
+        return Group(layers, Gatherer(self.needs, next(iter(layers))))
 
     def trial(self, segment: Segment) -> Trial:
         """A segment to be run with the smallest batch."""
@@ -125,17 +200,81 @@ class Streams:
             segment.shared,
         )
 
-    def observe(self, segment: Segment, groups: Sequence[Group]) -> dict[str, InputStatistics]:
+    def observe(self, segment: Segment, found: Sequence[Step]) -> dict[str, InputStatistics]:
         """The statistics of all inputs of a segment as it is, from one more run of it."""
-        seen = [Group(group.layers, Gatherer(self.needs, group.name)) for group in groups]
+        seen = [Step(tuple(self._group(group.layers) for group in step.groups), step.experts) for step in found]
+        self._gather(segment, [group for step in seen for group in step.groups])
+        return self.results(seen)
+
+    def _gather(self, segment: Segment, groups: Sequence[Group]) -> None:
+        """Run a segment, one batch at a time, and add to the statistics of groups; the passes stay where they are."""
         for each in self._passes:
 
             def gather(_: nn.Module, args: tuple[Any, ...], group: Group, each: Pass = each) -> None:
                 group.gatherer.add(args[0], each.batch)
 
-            with hooked([(group.leader, partial(gather, group=group)) for group in seen]):
+            with hooked([(group.leader, partial(gather, group=group)) for group in groups]), self._showing(segment):
                 self._try(segment, each)
-        return by_layer(seen)
+
+    def results(self, found: Sequence[Step]) -> dict[str, InputStatistics]:
+        """The finished statistics of each step by the names of its layers."""
+        known: dict[str, InputStatistics] = {}
+        for step in found:
+            for group, statistics in self._finished(step, step.groups, None):
+                known |= dict.fromkeys(group.layers, statistics)
+        return known
+
+    def gather_experts(self, segment: Segment, step: Step, device: torch.device) -> Iterator[Solvable]:
+        """Gather the statistics of experts by runs of the segment by itself, as many at a time as there is room for.
+
+        Where they come in parts each is gathered twice, first for what all have in common.
+        """
+        parts, pool = step.parts(self.room, device), None
+        if len(parts) > 1 and self.experts.prior:
+            pool = Pool()
+            for part in parts:
+                self._gather(segment, part)
+                for group in part:
+                    pool.add(group.gatherer)
+                    group.gatherer.forget()
+        for part in parts:
+            self._gather(segment, part)
+            yield self._finished(step, part, pool)
+
+    def fits(self, step: Step, device: torch.device) -> bool:
+        """Whether there is room for the statistics of all its groups at once."""
+        return not step.experts or len(step.parts(self.room, device)) == 1
+
+    def _finished(self, step: Step, groups: Sequence[Group], pool: Pool | None) -> Solvable:
+        """Groups with what was gathered of them; an expert's own together with that of all."""
+        if not step.experts:
+            return [(group, group.gatherer.result()) for group in groups]
+        self._check_shown(groups)
+        if pool is None:
+            pool = Pool()
+            for group in groups if self.experts.prior else ():
+                pool.add(group.gatherer)
+        return [(group, pool.blended(group.gatherer, self.experts.prior)) for group in groups]
+
+    def _check_shown(self, groups: Sequence[Group]) -> None:
+        """Refuse to show experts all tokens where it is the model's own code that computes with them."""
+        wanted = sum(batch.tokens for batch in self.batches)
+        for group in groups if self.experts.tokens == "all" else ():
+            if group.gatherer.seen != wanted:
+                raise QuantizationError(
+                    f"{group.name} is computed by the model's own code, which sends it {group.gatherer.seen} of "
+                    f"{wanted} calibration tokens",
+                    "set calibration.experts: routed",
+                )
+
+    @contextmanager
+    def _showing(self, segment: Segment) -> Iterator[None]:
+        """Inside the block, experts are shown all tokens if that is asked for."""
+        if self.experts.tokens == "routed":
+            yield
+            return
+        with showing_all(segment.module):
+            yield
 
     def read_before(self, segment: Segment) -> InputStatistics:
         """The statistics of what the passes stand before a segment with, for one that is a single layer."""
@@ -159,7 +298,7 @@ class Streams:
         return group.gatherer.result()
 
     @contextmanager
-    def gathering(self, groups: Sequence[Group], pausing: bool) -> Iterator[None]:
+    def gathering(self, segment: Segment, groups: Sequence[Group], pausing: bool) -> Iterator[None]:
         """Inside the block, passes that come to a group add to its statistics, and pause there on request."""
 
         def gather(index: int, group: Group) -> PreHook:
@@ -171,7 +310,8 @@ class Streams:
 
             return hook
 
-        with hooked([(group.leader, gather(index, group)) for index, group in enumerate(groups)]):
+        hooks = [(group.leader, gather(index, group)) for index, group in enumerate(groups)]
+        with hooked(hooks), self._showing(segment):
             yield
 
     def _try(self, segment: Segment, each: Pass) -> None:
@@ -181,12 +321,6 @@ class Streams:
         with suppress(Enough):
             segment.module(*place.args, **place.kwargs)
         self._park(each)
-
-
-def by_layer(groups: Sequence[Group]) -> dict[str, InputStatistics]:
-    """The finished statistics of each group by the names of its layers."""
-    found = [(group, group.gatherer.result()) for group in groups]
-    return {name: statistics for group, statistics in found for name in group.layers}
 
 
 def _standing(each: Pass, segment: Segment) -> AtSegment:

@@ -5,7 +5,7 @@ Both are found by running batches and comparing the input tensors, not from a ta
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -21,12 +21,15 @@ class Enough(Exception):  # noqa: N818 - not an error: it ends a trial run
     """A trial run of a segment has shown what it was run for."""
 
 
-def shared_inputs(layers: Mapping[str, Layer], run: Callable[[], None]) -> list[list[str]]:
+def shared_inputs(
+    layers: Mapping[str, Layer], run: Callable[[], None], positions: MutableMapping[str, int] | None = None
+) -> list[list[str]]:
     """The layers of each input that one run shows, in the order of their calls; a layer counts once.
 
     Args:
         layers: by their names.
         run: calls some of them.
+        positions: takes the number of positions that each of these was given.
     """
     shown: dict[int, list[str]] = {}
     kept: list[torch.Tensor] = []  # an input that is let go could give its identity to another
@@ -37,6 +40,8 @@ def shared_inputs(layers: Mapping[str, Layer], run: Callable[[], None]) -> list[
             if name not in seen:
                 seen.add(name)
                 kept.append(args[0])
+                if positions is not None:
+                    positions[name] = args[0].numel() // args[0].shape[-1]
                 shown.setdefault(id(args[0]), []).append(name)
 
         return hook

@@ -18,7 +18,7 @@ from quantkit.checkpoint import CheckpointReader
 from quantkit.checkpoint.conversions import Read
 from quantkit.checkpoint.names import DAMAGED, Names, shared_parameters
 from quantkit.engine.empty_model import empty_model, find_blocks
-from quantkit.engine.experts import is_stack
+from quantkit.engine.experts import is_stack, tells_tokens
 from quantkit.engine.layers import Layer, give_way, layer_of, linear_modules
 from quantkit.errors import CheckpointError
 
@@ -159,9 +159,10 @@ class Skeleton:
         return found
 
     def has_routed_layers(self) -> bool:
-        """Whether blocks hold experts, which may be given some tokens only."""
+        """Whether blocks hold experts that may be given some tokens only, and nobody tells which."""
         inside = [module for block in self.blocks for module in block.modules()]
-        return any(isinstance(module, nn.ModuleList) or is_stack(module) for module in inside)
+        stacks = (module for module in inside if is_stack(module))
+        return any(isinstance(module, nn.ModuleList) for module in inside) or not all(map(tells_tokens, stacks))
 
     def load(self, segment: Segment, reader: WeightReader, device: torch.device, dtype: torch.dtype) -> None:
         """Fill a segment from the checkpoint.

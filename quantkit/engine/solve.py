@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from time import perf_counter
@@ -167,27 +167,39 @@ class Solver:
                     layer.put(weight.dequantize(torch.float32))
 
     def solve(
-        self, segment: Segment, layers: Mapping[str, Layer], statistics: InputStatistics, *, replace: bool
+        self,
+        segment: Segment,
+        groups: Sequence[tuple[Mapping[str, Layer], InputStatistics]],
+        experts: str = "",
+        *,
+        replace: bool,
     ) -> None:
-        """Solve layers that share an input for every task that still has to.
+        """Solve groups of layers for every task that still has to.
 
         Args:
             segment: they are of.
-            layers: by their names, the one that is called first at the head.
-            statistics: of their input, as they were gathered.
+            groups: layers that share an input, by their names, the one that is called first at the head, and the
+                statistics of the input as they were gathered; several if they are alike, as those of experts are.
+            experts: what the names of experts begin with; empty for layers that are no experts'.
             replace: put the result in their place, as with quantized inputs.
         """
+        layers = {name: layer for members, _ in groups for name, layer in members.items()}
         originals = {name: self.originals.weight(layer.path) for name, layer in layers.items()}
-        leader = next(iter(layers.values())).path
         for task in self.at_work(segment):
             changes = self.transforming.of(task)
-            weights = {name: changes.apply(layers[name].path, "weight", each) for name, each in originals.items()}
-            own = self.transforming.statistics(task, leader, statistics)
+            given = []
+            for members, found in groups:
+                weights = {
+                    name: changes.apply(layer.path, "weight", originals[name]) for name, layer in members.items()
+                }
+                leader = next(iter(members.values())).path
+                given.append(InputGroup(weights, self.transforming.statistics(task, leader, found), experts))
             with _no_garbage_collection():
-                solved = self.work(task, partial(solve_group, task, weights, own))
+                solved = self.work(task, partial(solve_groups, task, given))
             for name, weight in (solved or {}).items() if replace else ():
                 layers[name].put(weight.dequantize(torch.float32))
-        statistics.derived.clear()  # factors of a wide layer are as large as its Gram matrix
+        for _, found in groups:
+            found.derived.clear()  # factors of a wide layer are as large as its Gram matrix
 
     def solve_embedding(self, segment: Segment, *, replace: bool) -> None:
         """Solve the input embedding, from its weight alone, for each task that wants it."""
@@ -212,24 +224,38 @@ class Solver:
         if task.memory is not None and task.memory.has(segment.prefix):
             return task.memory.weight(name).to(self.originals.device)
         solve: Callable[[], dict[str, QuantizedWeight]]
-        solve = partial(solve_group, task, weights, InputStatistics(), embedding=True)
+        solve = partial(solve_groups, task, [InputGroup(weights, InputStatistics())], embedding=True)
         with _no_garbage_collection():
             solved = self.work(task, solve)
         return None if solved is None else solved[name]
 
 
-def solve_group(
-    task: VariantTask, weights: Mapping[str, torch.Tensor], statistics: InputStatistics, *, embedding: bool = False
+@dataclass(frozen=True, slots=True)
+class InputGroup:
+    """Layers that share an input.
+
+    Attributes:
+        weights: float32 ``[out_features, in_features]`` of each, as the transforms left them.
+        statistics: of the input, likewise.
+        experts: what the names of the experts begin with whose layers they are; else empty.
+    """
+
+    weights: Mapping[str, torch.Tensor]
+    statistics: InputStatistics
+    experts: str = ""
+
+
+def solve_groups(
+    task: VariantTask, groups: Sequence[InputGroup], *, embedding: bool = False
 ) -> dict[str, QuantizedWeight]:
-    """Solve the layers of a group that a task wants; those of one scheme are stacked and solved as one.
+    """Solve the layers of groups that a task wants; those of one group and scheme are stacked and solved as one.
 
     Where a scheme does not stack, each layer is solved by itself. The method sees the statistics that it asks for and
-    no others, whatever was gathered for other variants.
+    no others, whatever was gathered for other variants. What is alike in several groups is handed to it at once.
 
     Args:
         task: the variant.
-        weights: float32 ``[out_features, in_features]`` of each layer of the group, as the transforms left them.
-        statistics: of their common input, likewise.
+        groups: several if they are alike.
         embedding: the group is the input embedding, which no calibration token is expected to reach.
 
     Returns:
@@ -238,24 +264,54 @@ def solve_group(
     Raises:
         QuantizationError: naming the layer.
     """
-    solved: dict[str, QuantizedWeight] = {}
     method = task.method.for_embeddings() if embedding else task.method
-    asked, is_calibrated = statistics.only(method.needs), bool(task.needs) and not embedding
-    for names, scheme in _stacks(task, list(weights)):
-        stacked = torch.cat([weights[name] for name in names]) if len(names) > 1 else weights[names[0]]
-        quantize = quantize_in_order(method) if scheme.orders_columns else method.quantize
-        try:
-            solution = quantize(stacked, asked, scheme, task.scale_dtype)
-        except QuantizationError as error:
-            raise QuantizationError(f"{task.name}: {names[0]}: {error.problem}", error.remedy) from error
-        start = 0
-        for name in names:
-            stop = start + weights[name].shape[0]
-            result = _layer(name, solution, start, stop, statistics.tokens if is_calibrated else None)
-            task.sink.take(result)
-            solved[name] = result.weight
-            start = stop
+    is_calibrated = bool(task.needs) and not embedding
+    alike: dict[tuple[Scheme, torch.Size], list[_Stack]] = {}
+    for group in groups:
+        asked = group.statistics.only(method.needs)
+        for names, scheme in _stacks(task, list(group.weights)):
+            weights = [group.weights[name] for name in names]
+            stacked = torch.cat(weights) if len(names) > 1 else weights[0]
+            alike.setdefault((scheme, stacked.shape), []).append(_Stack(names, stacked, asked, group))
+    solved: dict[str, QuantizedWeight] = {}
+    for (scheme, _), stacks in alike.items():
+        for stack, solution in zip(stacks, _solved(task, method, stacks, scheme), strict=True):
+            start = 0
+            for name in stack.names:
+                stop = start + stack.group.weights[name].shape[0]
+                result = _layer(name, solution, start, stop, stack.group, is_calibrated)
+                task.sink.take(result)
+                solved[name] = result.weight
+                start = stop
     return solved
+
+
+@dataclass(frozen=True, slots=True)
+class _Stack:
+    """Layers of a group that are solved as one matrix, with the statistics that the method asks for."""
+
+    names: Sequence[str]
+    weight: torch.Tensor
+    statistics: InputStatistics
+    group: InputGroup
+
+
+def _solved(task: VariantTask, method: Method, stacks: Sequence[_Stack], scheme: Scheme) -> list[Solution]:
+    """The solutions of stacks that are alike; where one cannot be solved they are solved one by one, to name it."""
+    dtype = task.scale_dtype
+    if len(stacks) > 1 and not scheme.orders_columns:
+        with suppress(QuantizationError):
+            return method.quantize_alike([(each.weight, each.statistics) for each in stacks], scheme, dtype)
+    solve = quantize_in_order(method) if scheme.orders_columns else method.quantize
+    return [_named(task, each, partial(solve, each.weight, each.statistics, scheme, dtype)) for each in stacks]
+
+
+def _named(task: VariantTask, stack: _Stack, solve: Callable[[], Solution]) -> Solution:
+    """A solution; its error names the layer."""
+    try:
+        return solve()
+    except QuantizationError as error:
+        raise QuantizationError(f"{task.name}: {stack.names[0]}: {error.problem}", error.remedy) from error
 
 
 def _stacks(task: VariantTask, names: list[str]) -> list[tuple[list[str], Scheme]]:
@@ -271,15 +327,17 @@ def _stacks(task: VariantTask, names: list[str]) -> list[tuple[list[str], Scheme
     return [*((members, scheme) for scheme, members in stacks.items()), *alone]
 
 
-def _layer(name: str, solution: Solution, start: int, stop: int, tokens: int | None) -> LayerResult:
-    """The part of a solution that is a layer's; ``tokens`` is None for a variant that needs none."""
+def _layer(name: str, solution: Solution, start: int, stop: int, group: InputGroup, is_calibrated: bool) -> LayerResult:
+    """The part of a solution that is a layer's."""
     energy = solution.energy[start:stop].sum().clamp_(min=torch.finfo(torch.float32).tiny)
     error = solution.error[start:stop].sum() / energy
     before = error if solution.error_before is None else solution.error_before[start:stop].sum() / energy
     notes = solution.notes
-    if tokens == 0:
+    if is_calibrated and group.statistics.is_empty():
         notes = (*notes, "no calibration token reached this layer: its inputs were taken as uncorrelated")
-    return LayerResult(name, solution.weight.rows(start, stop), error, before, tokens or 0, notes)
+    tokens = group.statistics.tokens if is_calibrated else 0
+    weight = solution.weight.rows(start, stop)
+    return LayerResult(name, weight, error, before, tokens, notes, group.experts if is_calibrated else "")
 
 
 # Columns in the order of their inputs' strength

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 
@@ -10,6 +10,7 @@ import torch
 
 from quantkit.engine.batches import Batch
 from quantkit.engine.precision import bfloat16_products
+from quantkit.engine.routing import now_given
 from quantkit.errors import QuantizationError
 from quantkit.methods.base import InputStatistics, Statistic
 from quantkit.system.host import decide
@@ -28,22 +29,36 @@ class Gatherer:
     Args:
         needs: the union of their statistics.
         name: of the layer that reads the input, for messages.
+
+    Attributes:
+        tokens: that reached the layer.
+        seen: tokens in the statistics: an expert may be shown more than the router sends it.
+        sums: of each statistic over them, weighed; of the Gram matrix the upper triangle.
+        weight: of all of them together.
     """
 
     def __init__(self, needs: Set[Statistic], name: str = "") -> None:
         self._needs = needs
-        self._check = FiniteCheck(name)
-        self._sums: dict[Statistic, torch.Tensor] = {}
-        self._weight: torch.Tensor | int = 0
-        self.tokens = 0
+        self._name = name
+        self.forget()
+
+    def forget(self) -> None:
+        """Let go of everything that was gathered, and begin anew."""
+        self._check = FiniteCheck(self._name)
+        self.sums: dict[Statistic, torch.Tensor] = {}
+        self.weight: torch.Tensor | int = 0
+        self.tokens = self.seen = 0
 
     def add(self, inputs: torch.Tensor, batch: Batch) -> None:
         """Take in the inputs of one batch, ``[..., in_features]``; those of padding are left out."""
-        flat = batch.without_padding(inputs.detach().reshape(-1, inputs.shape[-1]))
-        weights = batch.weights_of(flat)
-        self.tokens += flat.shape[0]
-        self._weight = self._weight + (flat.shape[0] if weights is None else weights.sum())
-        self._check.add(flat, batch)
+        given = now_given(batch.token_ids.numel())
+        flat = inputs.detach().reshape(-1, inputs.shape[-1])
+        flat, places = batch.tokens_of(flat, None if given is None else given.positions)
+        weights = batch.weights_of(flat, places)
+        self.seen += flat.shape[0]
+        self.tokens += flat.shape[0] if given is None or given.is_routed else 0
+        self.weight = self.weight + (flat.shape[0] if weights is None else weights.sum())
+        self._check.add(flat, batch, places)
         if Statistic.GRAM in self._needs:
             add_gram(self._sum(Statistic.GRAM, flat, flat.shape[1]), flat, weights)
         if Statistic.ABS_MEAN in self._needs:
@@ -51,27 +66,93 @@ class Gatherer:
         if Statistic.SQUARE_MEAN in self._needs:
             self._sum(Statistic.SQUARE_MEAN, flat).add_(_weighed(flat.float().square(), weights).sum(0))
 
+    def check(self) -> None:
+        """Refuse an input that is not finite.
+
+        Raises:
+            QuantizationError: names the layer and the calibration row.
+        """
+        self._check.result()
+
     def result(self) -> InputStatistics:
         """The statistics over all tokens, weighed; a layer that no token reached has none.
 
         Raises:
-            QuantizationError: the input is not finite; names the layer and the calibration row.
+            QuantizationError: see :meth:`check`.
         """
-        if self.tokens == 0:
+        if self.seen == 0:
             return InputStatistics()
-        self._check.result()
-        weight = self._weight
-        divisor = weight if isinstance(weight, int) else weight.clamp(min=torch.finfo(weight.dtype).tiny)
-        means = {statistic.value: total.div_(divisor) for statistic, total in self._sums.items()}
-        if Statistic.GRAM in self._needs:
-            mirror_(means["gram"])
-        self._sums = {}
-        return InputStatistics(self.tokens, means.get("abs_mean"), means.get("square_mean"), means.get("gram"))
+        self.check()
+        return _finished(self.tokens, _means(self))
 
     def _sum(self, statistic: Statistic, like: torch.Tensor, *rows: int) -> torch.Tensor:
-        if statistic not in self._sums:
-            self._sums[statistic] = torch.zeros(*rows, like.shape[1], device=like.device)
-        return self._sums[statistic]
+        if statistic not in self.sums:
+            self.sums[statistic] = torch.zeros(*rows, like.shape[1], device=like.device)
+        return self.sums[statistic]
+
+
+def _means(sums: Gatherer | Pool) -> dict[Statistic, torch.Tensor]:
+    """Sums, which are taken out, to means, in place."""
+    weight, found = sums.weight, sums.sums
+    sums.sums = {}
+    divisor = weight if isinstance(weight, int) else weight.clamp(min=torch.finfo(weight.dtype).tiny)
+    return {statistic: total.div_(divisor) for statistic, total in found.items()}
+
+
+def _finished(tokens: int, means: Mapping[Statistic, torch.Tensor]) -> InputStatistics:
+    if Statistic.GRAM in means:
+        mirror_(means[Statistic.GRAM])
+    abs_mean, square_mean = means.get(Statistic.ABS_MEAN), means.get(Statistic.SQUARE_MEAN)
+    return InputStatistics(tokens, abs_mean, square_mean, means.get(Statistic.GRAM))
+
+
+@dataclass(slots=True)
+class Pool:
+    """The statistics of all experts of a layer together, each token counted as often as it is sent to one.
+
+    Where every token goes to as many experts, those of what the experts have in common to read are those of all
+    tokens.
+    """
+
+    sums: dict[Statistic, torch.Tensor] = field(default_factory=dict)
+    weight: torch.Tensor | int = 0
+    tokens: int = 0
+    _found: InputStatistics | None = None
+
+    def add(self, part: Gatherer) -> None:
+        """Count an expert's. Sums are taken in the order of these calls."""
+        part.check()
+        for statistic, total in part.sums.items():
+            if statistic in self.sums:
+                self.sums[statistic].add_(total)
+            else:
+                self.sums[statistic] = total.clone()
+        self.weight = self.weight + part.weight
+        self.tokens += part.seen
+
+    def blended(self, part: Gatherer, prior: float) -> InputStatistics:
+        """The statistics of an expert as if it had seen tokens like those of all experts beside its own.
+
+        ``(n G + k P) / (n + k)``, where ``G`` are its own, of ``n`` tokens, ``P`` those of all, and ``k`` is ``prior``
+        times the width of the input. One that saw none has those of all, and shares what is derived from them.
+
+        Args:
+            part: what was gathered of the expert; its sums are taken out.
+            prior: 0 takes an expert's own alone.
+        """
+        if prior == 0 or self.tokens == 0:
+            return part.result()
+        if self._found is None:
+            self._found = _finished(0, _means(self))
+        if part.seen == 0:
+            return self._found
+        part.check()
+        means = _means(part)
+        for statistic, own in means.items():
+            known: torch.Tensor = getattr(self._found, statistic.value)
+            share = part.seen / (part.seen + prior * own.shape[-1])
+            own.mul_(share).add_(known, alpha=1 - share)
+        return _finished(part.tokens, means)
 
 
 def add_gram(total: torch.Tensor, inputs: torch.Tensor, weights: torch.Tensor | None = None) -> None:
@@ -123,11 +204,11 @@ class FiniteCheck:
     """
 
     name: str
-    _seen: list[tuple[torch.Tensor, Batch]] = field(default_factory=list)
+    _seen: list[tuple[torch.Tensor, Batch, torch.Tensor | None]] = field(default_factory=list)
 
-    def add(self, flat: torch.Tensor, batch: Batch) -> None:
-        """Look at the inputs of one batch, ``[tokens, in_features]`` without padding."""
-        self._seen.append((flat.isfinite().all(1), batch))
+    def add(self, flat: torch.Tensor, batch: Batch, places: torch.Tensor | None = None) -> None:
+        """Look at the inputs of one batch, ``[tokens, in_features]`` without padding; see :meth:`Batch.tokens_of`."""
+        self._seen.append((flat.isfinite().all(1), batch, places))
 
     def result(self) -> None:
         """Refuse an input that was not finite.
@@ -136,20 +217,21 @@ class FiniteCheck:
             QuantizationError: names the layer and the row.
         """
         seen, self._seen = self._seen, []
-        if not seen or decide(torch.stack([finite.all() for finite, _ in seen]).all()):
+        if not seen or decide(torch.stack([finite.all() for finite, *_ in seen]).all()):
             return
-        finite, batch = next(each for each in seen if not decide(each[0].all()))
+        finite, batch, places = next(each for each in seen if not decide(each[0].all()))
         raise QuantizationError(
-            f"{self.name}: its input is NaN or infinite for {_row(finite, batch)}",
+            f"{self.name}: its input is NaN or infinite for {_row(finite, batch, places)}",
             "the activations of the model overflow: give a model in bfloat16 or float32, or leave out that record",
         )
 
 
-def _row(finite: torch.Tensor, batch: Batch) -> str:
+def _row(finite: torch.Tensor, batch: Batch, places: torch.Tensor | None) -> str:
     """The calibration row of the first token that is not finite, counted from 0."""
     length = batch.token_ids.shape[1]
     positions = torch.arange(batch.token_ids.numel()) if batch.valid is None else batch.valid.cpu()
-    if len(finite) != len(positions):  # a layer that is given some tokens only, as an expert is
+    positions = positions if places is None else positions[places.cpu()]
+    if len(finite) != len(positions):  # a layer that is given some tokens only, and nobody tells which
         return f"one of the calibration rows {', '.join(map(str, sorted(batch.rows)))}"
     first = int(positions[int((~finite).nonzero()[0].item())])
     return f"token {first % length} of calibration row {batch.rows[first // length]}"

@@ -31,6 +31,7 @@ class LayerResult:
         error_before: the same before the method's refinement; equal to ``error`` if it has none.
         tokens: calibration tokens that reached the layer; 0 for a variant that needs none.
         notes: what the user should know.
+        experts: of a layer of an expert what the names of it and its like begin with; else empty.
     """
 
     name: str
@@ -39,6 +40,7 @@ class LayerResult:
     error_before: torch.Tensor
     tokens: int
     notes: tuple[str, ...]
+    experts: str = ""
 
 
 @dataclass(frozen=True, slots=True)

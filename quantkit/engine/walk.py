@@ -7,6 +7,10 @@ sequential calibration in one forward pass. Where the activations of all batches
 fit in memory, the segment is run anew for each group instead, one batch at a time. With float inputs nothing
 is replaced and nothing pauses, so that any number of variants is solved from the same statistics.
 
+The experts of a layer are solved together: first what reads the layer's input in all of them, then what reads that.
+Their statistics are known when the whole segment has run, so that with quantized inputs a segment with experts is run
+anew for each step. Where they would not fit in memory they come in parts.
+
 The input embedding, where a task quantizes it, comes before the first segment and is solved from its weight alone: what
 it is read with are token ids.
 
@@ -25,7 +29,8 @@ from typing import Literal
 import torch
 
 from quantkit.engine.batches import Batch
-from quantkit.engine.gathering import Group, Streams, by_layer
+from quantkit.engine.gathering import Group, Solvable, Step, Streams, batch_of
+from quantkit.engine.routing import ROUTED, ExpertSettings
 from quantkit.engine.skeleton import Segment, Skeleton, WeightReader
 from quantkit.engine.solve import Solver
 from quantkit.engine.tasks import VariantTask
@@ -48,6 +53,8 @@ class WalkSettings:
         offload: between segments activations wait in the memory of the CPU.
         tries_again: a GPU that is full ends the walk, and whoever runs it tries with less; without, it is the failure
             of the task whose own work it is.
+        experts: how experts are calibrated.
+        room: bytes that statistics of experts may take at a time; None for no limit.
     """
 
     device: torch.device
@@ -56,6 +63,8 @@ class WalkSettings:
     strategy: Strategy = "one-pass"
     offload: bool = False
     tries_again: bool = False
+    experts: ExpertSettings = ROUTED
+    room: int | None = None
 
 
 @dataclass(slots=True)
@@ -83,7 +92,10 @@ class Walk:
     def __post_init__(self) -> None:
         originals = Originals(self.skeleton, self.reader, self.settings.device)
         self._solver = Solver(self.tasks, originals, self._is_quantized, self.settings.tries_again)
-        self._streams = Streams(self.skeleton.model, self.batches, self._solver.needs(), self.settings.offload)
+        settings = self.settings
+        self._streams = Streams(
+            self.skeleton.model, self.batches, self._solver.needs(), settings.offload, settings.experts, settings.room
+        )
 
     @property
     def failures(self) -> dict[str, Exception]:
@@ -186,49 +198,67 @@ class Walk:
         """Solve a segment before which every pass stands, and bring them to the next."""
         if segment.is_layer:
             for name, layer in self._solver.wanted(segment).items():
-                self._solve(segment, Group.of({name: layer}), self._streams.read_before(segment))
+                self._solve(segment, [(Group.of({name: layer}), self._streams.read_before(segment))])
             if not last:
                 self._streams.advance()
             return
-        groups = self._streams.groups(segment, self._solver.wanted(segment))
+        found = self._streams.steps(segment, self._solver.wanted(segment))
         if self._solver.smooths():
             self._solver.transforming.find(self._streams.trial(segment))
         if self._is_quantized:
-            self._calibrate_quantized(segment, groups, last)
+            self._calibrate_quantized(segment, found, last)
         else:
-            self._calibrate_float(segment, groups)
+            self._calibrate_float(segment, found)
 
-    def _calibrate_float(self, segment: Segment, groups: Sequence[Group]) -> None:
-        """Gather everything in one run of the segment, then solve all groups."""
-        with self._streams.gathering(groups, pausing=False):
+    def _calibrate_float(self, segment: Segment, found: Sequence[Step]) -> None:
+        """Gather everything in one run of the segment, then solve all groups.
+
+        Experts whose statistics would not fit together are gathered and solved before, part by part, unless a transform
+        is to see those of the whole segment.
+        """
+        observing = self._solver.observing(segment)
+        large = [step for step in found if not observing and not self._streams.fits(step, self.settings.device)]
+        for step in large:
+            self._solve_experts(segment, step)
+        rest = [step for step in found if step not in large]
+        with self._streams.gathering(segment, [group for step in rest for group in step.groups], pausing=False):
             self._streams.advance()
-        known = by_layer(groups)
-        for task in self._solver.observing(segment):
+        known = self._streams.results(rest)
+        for task in observing:
             self._solver.work(task, partial(self._solver.transforming.choose, task, segment, known))
-        for group in groups:
-            self._solve(segment, group, known[group.name])
+        for step in rest:
+            self._solve(segment, [(group, known[group.name]) for group in step.groups], step.experts)
 
-    def _calibrate_quantized(self, segment: Segment, groups: Sequence[Group], last: bool) -> None:
-        """Solve group by group, each from inputs that the groups before it have changed."""
+    def _calibrate_quantized(self, segment: Segment, found: Sequence[Step], last: bool) -> None:
+        """Solve step by step, each from inputs that the steps before it have changed."""
         transforming, observing = self._solver.transforming, self._solver.observing(segment)
         if transforming.has_work(observing):
-            known = self._streams.observe(segment, groups)
+            known = self._streams.observe(segment, found)
             self._solver.work(observing[0], partial(transforming.choose, observing[0], segment, known))
             transforming.apply(observing[0], segment)
-        if self.settings.strategy == "one-pass":
-            with self._streams.gathering(groups, pausing=True):
+        if self.settings.strategy == "one-pass" and not any(step.experts for step in found):
+            groups = [step.group for step in found]
+            with self._streams.gathering(segment, groups, pausing=True):
                 self._one_pass(segment, groups, last)
             return
-        for group in groups:
-            self._solve(segment, group, self._streams.gather_alone(segment, group))
+        for step in found:
+            if step.experts:
+                self._solve_experts(segment, step)
+            else:
+                self._solve(segment, [(step.group, self._streams.gather_alone(segment, step.group))])
         if not last:
             self._streams.advance()
+
+    def _solve_experts(self, segment: Segment, step: Step) -> None:
+        """Gather and solve the experts of a step, as many at a time as there is room for."""
+        for part in self._streams.gather_experts(segment, step, self.settings.device):
+            self._solve(segment, part, step.experts)
 
     def _one_pass(self, segment: Segment, groups: Sequence[Group], last: bool) -> None:
         """Solve the groups in their order, each when all passes stand at it or beyond."""
         self._streams.advance()
         for index, group in enumerate(groups):
-            self._solve(segment, group, group.gatherer.result())
+            self._solve(segment, [(group, group.gatherer.result())])
             if last and index == len(groups) - 1:
                 self._streams.stop()
             self._streams.advance_from(index)
@@ -238,8 +268,13 @@ class Walk:
         fused = dict.fromkeys(names for task in self.tasks for names in task.fused if set(names) <= set(wanted))
         alone = set(wanted) - {name for names in fused for name in names}
         for names in [*fused, *((name,) for name in wanted if name in alone)]:
-            self._solve(segment, Group.of({name: wanted[name] for name in names}), InputStatistics())
+            self._solve(segment, [(Group.of({name: wanted[name] for name in names}), InputStatistics())])
 
-    def _solve(self, segment: Segment, group: Group, statistics: InputStatistics) -> None:
-        self._solver.solve(segment, group.layers, statistics, replace=self._is_quantized)
-        group.solved = True
+    def _solve(self, segment: Segment, part: Solvable, experts: str = "") -> None:
+        """Solve groups; of experts as many together as are best."""
+        size = batch_of(part[0][0], self.settings.device) if experts else len(part)
+        for start in range(0, len(part), size):
+            batch = [(group.layers, statistics) for group, statistics in part[start : start + size]]
+            self._solver.solve(segment, batch, experts, replace=self._is_quantized)
+        for group, _ in part:
+            group.solved = True

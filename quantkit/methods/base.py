@@ -7,6 +7,7 @@ help printed at once; a method imports its numerics where it uses them.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -54,6 +55,10 @@ class InputStatistics:
     square_mean: torch.Tensor | None = None
     gram: torch.Tensor | None = None
     derived: dict[Any, Any] = field(default_factory=dict)
+
+    def is_empty(self) -> bool:
+        """Whether nothing is known of the input, as no token reached any layer like this."""
+        return self.abs_mean is None and self.square_mean is None and self.gram is None
 
     def only(self, needs: frozenset[Statistic]) -> InputStatistics:
         """What was asked for and no more; what is derived from it is shared by all who ask for the same."""
@@ -192,3 +197,13 @@ class Method(ABC):
         Raises:
             QuantizationError: the statistics or the weight are not finite, or a scale does not fit its dtype.
         """
+
+    def quantize_alike(
+        self, given: Sequence[tuple[torch.Tensor, InputStatistics]], scheme: Scheme, scale_dtype: torch.dtype
+    ) -> list[Solution]:
+        """Choose the codes of weights of one shape, each with an input of its own, as the experts of a layer are.
+
+        A method that is faster with several at once overrides this; what it gives is what :meth:`quantize` gives for
+        each.
+        """
+        return [self.quantize(weight, statistics, scheme, scale_dtype) for weight, statistics in given]

@@ -6,7 +6,8 @@ input, and on request a refinement of scales and codes after the solve that lowe
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
     from quantkit.numerics.factor import Curvature
     from quantkit.numerics.refine import Problem
+    from quantkit.schemes.grids import Grid, Rounder
 
 
 class GptqOptions(MethodOptions):
@@ -71,8 +73,21 @@ class Gptq(Method):
         self, weight: torch.Tensor, statistics: InputStatistics, scheme: Scheme, scale_dtype: torch.dtype
     ) -> Solution:
         """Solve, then refine; see :meth:`Method.quantize`."""
-        from quantkit.numerics.grid_search import codes_of, quantized, search_grid
-        from quantkit.numerics.refine import Problem, refine
+        return self.quantize_alike([(weight, statistics)], scheme, scale_dtype)[0]
+
+    def quantize_alike(
+        self, given: Sequence[tuple[torch.Tensor, InputStatistics]], scheme: Scheme, scale_dtype: torch.dtype
+    ) -> list[Solution]:
+        """Solve the columns of all together; see :meth:`Method.quantize_alike`."""
+        posed = [self._pose(weight, statistics, scheme, scale_dtype) for weight, statistics in given]
+        return [self._finish(each, levels) for each, levels in zip(posed, _solve(posed), strict=True)]
+
+    def _pose(
+        self, weight: torch.Tensor, statistics: InputStatistics, scheme: Scheme, scale_dtype: torch.dtype
+    ) -> _Posed:
+        """Look for the scales of a weight."""
+        from quantkit.numerics.grid_search import search_grid
+        from quantkit.numerics.refine import Problem
 
         options, grids = self.options, scheme.grids()
         curvature = statistics.curvature(options.damping, options.activation_order, weight)
@@ -81,28 +96,68 @@ class Gptq(Method):
             weight, hessian.diagonal(), scheme, scale_dtype, options.search, negative_scales=options.negative_scales
         )
         rounder = grids.rounder(grid, *weight.shape)
-        problem = Problem(columns, curvature.gram, hessian, hessian @ columns, grids, rounder)
-        solved = problem.attempt(_solve(problem, curvature, problem.spread(grid.scales)), grid.scales)
-        refined = refine(problem, solved, options.refinements)
+        return _Posed(Problem(columns, curvature.gram, hessian, hessian @ columns, grids, rounder), curvature, grid)
+
+    def _finish(self, posed: _Posed, levels: torch.Tensor) -> Solution:
+        """Refine what the column solver found, and judge it."""
+        from quantkit.numerics.grid_search import codes_of, quantized
+        from quantkit.numerics.refine import refine
+
+        problem, grid, scheme = posed.problem, posed.grid, posed.problem.grids.scheme
+        solved = problem.attempt(levels, grid.scales)
+        refined = refine(problem, solved, self.options.refinements)
         return Solution(
             quantized(codes_of(refined.levels, grid, scheme), replace(grid, scales=refined.scales), scheme),
             error=refined.error,
             energy=problem.energy(),
             error_before=solved.error,
-            notes=curvature.notes(),
+            notes=posed.curvature.notes(),
         )
 
 
-def _solve(problem: Problem, curvature: Curvature, scales: torch.Tensor) -> torch.Tensor:
-    """The levels of the column solver, in the checkpoint's order of columns whatever the order of solving."""
-    import torch
+@dataclass(frozen=True, slots=True)
+class _Posed:
+    """A weight whose scales are found and whose codes are not."""
 
+    problem: Problem
+    curvature: Curvature
+    grid: Grid
+
+    def in_order(self, values: torch.Tensor) -> torch.Tensor:
+        """Values ``[columns, rows]`` in the order of solving, a new tensor."""
+        order = self.curvature.order
+        return values.clone() if order is None else values[order]
+
+    def rounder(self) -> Rounder:
+        """The nearest levels in the order of solving."""
+        order = self.curvature.order
+        return self.problem.rounder if order is None else self.problem.rounder.ordered(order)
+
+    def in_place(self, levels: torch.Tensor) -> torch.Tensor:
+        """Levels ``[columns, rows]`` in the checkpoint's order of columns."""
+        if self.curvature.order is None:
+            return levels
+        found = levels.new_empty(levels.shape)
+        found[self.curvature.order] = levels
+        return found
+
+
+def _solve(posed: Sequence[_Posed]) -> list[torch.Tensor]:
+    """The levels of the column solver for weights of one shape, in the checkpoint's order of columns."""
     from quantkit.numerics.columns import solve_columns
 
-    order = curvature.order
-    if order is None:
-        return solve_columns(problem.weight.clone(), curvature.factor, scales, problem.rounder)
-    solved = solve_columns(problem.weight[order], curvature.factor, scales[order], problem.rounder.ordered(order))
-    levels = torch.empty_like(solved)
-    levels[order] = solved
-    return levels
+    first, *others = (each.rounder() for each in posed)
+    levels = solve_columns(
+        _together([each.in_order(each.problem.weight) for each in posed]),
+        _together([each.curvature.factor for each in posed]),
+        _together([each.in_order(each.problem.spread(each.grid.scales)) for each in posed]),
+        first.beside(others),
+    )
+    return [each.in_place(found) for each, found in zip(posed, levels, strict=True)]
+
+
+def _together(values: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Tensors as one, with a first dimension for each; a single one, which may be large, is not copied."""
+    import torch
+
+    return torch.stack(list(values)) if len(values) > 1 else values[0].unsqueeze(0)

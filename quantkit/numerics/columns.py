@@ -5,7 +5,8 @@ The usual code pushes every column's error onto all later ones. Here a column pu
 the errors of all earlier ones: those of earlier blocks by one matrix product, those of its own block by
 one matrix-vector product. The arithmetic is the same, but nothing is written that is not read next.
 
-Everything lies transposed, ``[columns, rows]``, so that a column is contiguous.
+Everything lies transposed, ``[columns, rows]``, so that a column is contiguous. Layers that are alike, as those of
+experts are, go through the loop together: what each column costs beside its arithmetic is then spent once for all.
 """
 
 from __future__ import annotations
@@ -23,34 +24,34 @@ def solve_columns(
     scales: torch.Tensor,
     rounder: Rounder,
 ) -> torch.Tensor:
-    """Quantize the columns in the order in which they lie.
+    """Quantize the columns of layers that are alike in the order in which they lie, each layer by itself.
 
     Args:
-        weight: float32 ``[columns, rows]``; it is overwritten.
-        factor: upper Cholesky factor of the inverse Hessian, ``[columns, columns]``.
-        scales: float32 ``[columns, rows]``, the scale of each weight.
-        rounder: finds the nearest levels.
+        weight: float32 ``[layers, columns, rows]``; it is overwritten.
+        factor: upper Cholesky factor of each layer's inverse Hessian, ``[layers, columns, columns]``.
+        scales: float32 ``[layers, columns, rows]``, the scale of each weight.
+        rounder: finds the nearest levels of columns ``[layers, rows]``.
 
     Returns:
-        Levels, float32 ``[columns, rows]``.
+        Levels, float32 ``[layers, columns, rows]``.
     """
-    columns, _ = weight.shape
+    columns = weight.shape[1]
     levels = torch.empty_like(weight)
     errors = torch.empty_like(weight)
-    pivots = factor.diagonal().unsqueeze(1)
+    pivots = factor.diagonal(dim1=1, dim2=2).unsqueeze(2)
     # Views are made once: slicing inside the loop would cost more than the arithmetic.
-    columns_of = zip(*(each.unbind(0) for each in (weight, levels, errors, scales)), rounder.columns(), strict=False)
+    columns_of = zip(*(each.unbind(1) for each in (weight, levels, errors, scales)), rounder.columns(), strict=False)
     for start in range(0, columns, BLOCK):
         stop = min(start + BLOCK, columns)
-        push = factor[:stop, start:stop] / pivots[:stop]
+        push = factor[:, :stop, start:stop] / pivots[:, :stop]
         if start:
-            weight[start:stop].addmm_(push[:start].T, errors[:start], alpha=-1)
-        within = push[start:].T.contiguous().unbind(0)
-        earlier = errors[start:stop].T
+            weight[:, start:stop].baddbmm_(push[:, :start].mT, errors[:, :start], alpha=-1)
+        within = torch.split(push[:, start:].mT.contiguous(), 1, 1)
+        earlier = errors[:, start:stop]
         for done, weights in enumerate(within):
             current, nearest, error, scale, column = next(columns_of)
             if done:
-                current.addmv_(earlier[:, :done], weights[:done], alpha=-1)
+                current.unsqueeze(1).baddbmm_(weights[..., :done], earlier[:, :done], alpha=-1)
             rounder.nearest_(torch.div(current, scale, out=nearest), column)
             torch.addcmul(current, nearest, scale, value=-1, out=error)
     return levels

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from quantkit.calibration import CalibrationSet
-from quantkit.engine.walk import Inputs
+from quantkit.engine.routing import ExpertSettings
 from quantkit.quantization import Job
-from quantkit.recipe import Recipe
+from quantkit.recipe import CalibrationSpec, Recipe
 
 if TYPE_CHECKING:
     from quantkit.source import SourceModel
@@ -18,7 +18,7 @@ def quantize_job(recipe: Recipe, model: SourceModel, calibrated: CalibrationSet 
     return job_of(
         model,
         calibrated,
-        recipe.calibration.inputs,
+        recipe.calibration,
         device=recipe.quantization.device,
         trust_remote_code=recipe.model.trust_remote_code,
     )
@@ -27,19 +27,20 @@ def quantize_job(recipe: Recipe, model: SourceModel, calibrated: CalibrationSet 
 def job_of(
     model: SourceModel,
     calibrated: CalibrationSet | None,
-    inputs: Inputs,
+    spec: CalibrationSpec,
     *,
     device: str = "auto",
     trust_remote_code: bool = False,
 ) -> Job:
-    """What is quantized: a float model, and the calibration set where a method needs one."""
+    """What is quantized: a float model, and the calibration set where a method needs one, used as ``spec`` says."""
     return Job(
         source=model.folder,
         source_facts={"reference": model.reference, "relative_to": model.relative_to, **model.made_from()},
         dtype=model.dtype,
         rows=calibrated.rows if calibrated else (),
         calibration_sha256=calibrated.sha256 if calibrated else None,
-        inputs=inputs,
+        inputs=spec.inputs,
+        experts=ExpertSettings(spec.experts, spec.expert_prior),
         device=device,
         trust_remote_code=trust_remote_code,
         hub=(model.reference, model.revision) if model.kind == "hub" else None,

@@ -116,6 +116,7 @@ def _quantize_facts(done: Quantized) -> dict[str, Any]:
         "bits_per_weight_file": facts["bits_per_weight_file"],
         "share": facts["share"],
         "layers": facts["layers"],
+        "experts": facts["experts"],
         "notes": facts["notes"],
     }
 
@@ -149,6 +150,7 @@ def _other_merge(current: Run, name: str, baseline: dict[str, Any]) -> dict[str,
         "checkpoint": str(model.folder),
         "bits_per_weight": float(bits),
         "layers": [],
+        "experts": [],
         "notes": list(model.merge["notes"]),
         **beside_measured(report_figures(scored), scored, model.folder),
         "seconds": {"quantize": 0.0, "evaluate": scored["seconds"]},

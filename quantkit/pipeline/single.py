@@ -10,6 +10,7 @@ from quantkit.merging import merged_source
 from quantkit.pipeline import job_of
 from quantkit.publishing import describe
 from quantkit.quantization import quantize
+from quantkit.quantization.expert_tokens import expert_line
 from quantkit.recipe import CalibrationSpec, MergeSpec, ModelSpec, VariantSpec
 from quantkit.system.artifacts import check_writable
 from quantkit.system.progress import Observer
@@ -40,9 +41,11 @@ def quantize_one(
             calibrated = calibration.build(spec, found.folder, scratch / "calibration", trust_remote_code=trusted)
         observer.stage(f"quantize: {variant.chain}")
         trusted = model.trust_remote_code
-        job = job_of(found, calibrated, spec.inputs, device=device, trust_remote_code=trusted)
+        job = job_of(found, calibrated, spec, device=device, trust_remote_code=trusted)
         on_segment = partial(observer.progress, "block")
         done = quantize(
             job, variant, out, describe=partial(describe, job), on_segment=on_segment, on_note=observer.note
         )
+        for table in done.facts["experts"]:
+            observer.note(expert_line(table))
         return done.folder

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from quantkit.checkpoint import FLOATS
 from quantkit.engine.precision import pass_dtype
+from quantkit.engine.routing import ROUTED, ExpertSettings
 from quantkit.engine.walk import Inputs
 from quantkit.exports.manifest import is_whole
 from quantkit.recipe import VariantSpec
@@ -17,7 +18,7 @@ from quantkit.system.artifacts import read_stage
 from quantkit.system.devices import resolve_device
 
 STAGE = "quantize"
-CODE_VERSION = 3
+CODE_VERSION = 4
 """Part of the fingerprint: raised when the same inputs would give other bytes."""
 NOT_IN_BYTES = ("name", "allow_float")
 """Keys of a variant that change no byte of it."""
@@ -34,6 +35,7 @@ class Job:
         rows: calibration token ids; empty if no method needs them.
         calibration_sha256: of the token ids.
         inputs: see :class:`quantkit.recipe.CalibrationSpec`.
+        experts: how experts are calibrated.
         device: ``auto`` is CUDA where there is one.
         trust_remote_code: run Python code that comes with the model.
         hub: name and commit of the model on the hub, for one that comes from there.
@@ -48,6 +50,7 @@ class Job:
     device: str = "auto"
     trust_remote_code: bool = False
     hub: tuple[str, str | None] | None = None
+    experts: ExpertSettings = ROUTED
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +95,7 @@ def made_from(job: Job, variant: VariantSpec) -> dict[str, Any]:
         "variant": settings,
         "calibration": job.calibration_sha256 if calibrated else None,
         "inputs": job.inputs if calibrated else None,
+        "experts": asdict(job.experts) if calibrated else None,
         "device": device.type,
         "passes": str(pass_dtype(device, FLOATS[job.dtype])) if calibrated else None,
         "versions": {name: _minor(version(name)) for name in ("torch", *(["transformers"] if calibrated else []))},

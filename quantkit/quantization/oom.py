@@ -27,6 +27,7 @@ class FallbackStep:
         batch_tokens: of a batch that has several rows.
         strategy: see :class:`quantkit.engine.walk.WalkSettings`.
         offload: see there.
+        parts: the statistics of a layer's experts take a part of the room that they may take at first.
         says: what is told when this is tried; empty for the first.
         is_last: there is nothing else to try.
     """
@@ -34,6 +35,7 @@ class FallbackStep:
     batch_tokens: int
     strategy: Strategy
     offload: bool = False
+    parts: int = 1
     says: str = ""
     is_last: bool = False
 
@@ -71,7 +73,7 @@ def _all_steps(device: torch.device, strategy: Strategy, inputs: Inputs, calibra
             f"batches of {whole // part} tokens instead of {whole}; sums are taken in another order, so that bytes may "
             "differ from those of a run with more memory"
         )
-        step = replace(step, batch_tokens=whole // part, says=says)
+        step = replace(step, batch_tokens=whole // part, parts=part, says=says)
         yield step
     says = "activations wait in the memory of the CPU between blocks, which changes no byte"
     yield replace(step, offload=True, says=says, is_last=True)

@@ -22,6 +22,8 @@ from quantkit.schemes import PlainScheme, Scheme
 
 SPARE_MEMORY = 0.5
 """Share of the free memory that paused activations may take."""
+EXPERTS_MEMORY = 0.2
+"""Share of it that the statistics of a layer's experts may take."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,5 +229,14 @@ def paused_bytes(skeleton: Skeleton, tokens: int, dtype: torch.dtype) -> int:
 
 def choose_strategy(skeleton: Skeleton, tokens: int, dtype: torch.dtype, device: torch.device) -> Strategy:
     """One pass where the paused activations fit into half of the free memory, else a run per group."""
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    return "one-pass" if paused_bytes(skeleton, tokens, dtype) <= SPARE_MEMORY * free else "recompute"
+    return "one-pass" if paused_bytes(skeleton, tokens, dtype) <= SPARE_MEMORY * _free(device) else "recompute"
+
+
+def experts_room(device: torch.device) -> int:
+    """Bytes that the statistics of a layer's experts may take at a time."""
+    return int(EXPERTS_MEMORY * _free(device))
+
+
+def _free(device: torch.device) -> int:
+    free: int = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    return free

@@ -19,7 +19,7 @@ from quantkit.system.artifacts import fingerprint, read_json, translated_os_erro
 from quantkit.system.devices import device_name, resolve_device
 
 IDENTITY = "identity.json"
-LAYOUT = 2
+LAYOUT = 3
 """Raised when segments are stored in another way."""
 PACKAGES = ("quantkit", "torch", "transformers", "numpy")
 WORDS = {
@@ -27,6 +27,7 @@ WORDS = {
     "variant": "the variant's options",
     "calibration": "the calibration tokens",
     "inputs": "calibration.inputs",
+    "experts": "calibration.experts",
     "device": "the processor, its threads or the precision",
     "passes": "the processor, its threads or the precision",
     "machine": "the processor, its threads or the precision",

@@ -43,6 +43,7 @@ class _Facts:
     error_before: float
     error_after: float
     notes: tuple[str, ...]
+    experts: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +56,7 @@ class _Taken:
     before: torch.Tensor
     after: torch.Tensor
     notes: tuple[str, ...]
+    experts: str
 
 
 class SolvedLayers(LayerStore):
@@ -123,7 +125,8 @@ class SolvedLayers(LayerStore):
             parts |= {"g_idx": given.parts["g_idx"]} if "g_idx" in given.parts else {}
             self._waiting |= {f"{result.name}.{EXACT}{part}": tensor.cpu() for part, tensor in parts.items()}
         scheme = kept.scheme.describe()
-        self._taken.append(_Taken(result.name, scheme, result.tokens, result.error_before, result.error, result.notes))
+        errors = result.error_before, result.error
+        self._taken.append(_Taken(result.name, scheme, result.tokens, *errors, result.notes, result.experts))
 
     def segment_done(self, prefix: str) -> None:
         """Have what was packed since the last segment written, while the walk goes on with the next.
@@ -231,7 +234,16 @@ class SolvedLayers(LayerStore):
 
     def layers(self) -> list[dict[str, Any]]:
         """Scheme, errors and notes of each layer, for the report."""
-        return [{**asdict(each), "notes": list(each.notes)} for each in self._facts]
+        found = [{**asdict(each), "notes": list(each.notes)} for each in self._facts]
+        return [{key: value for key, value in each.items() if key != "experts"} for each in found]
+
+    def experts(self) -> dict[str, dict[str, int]]:
+        """By what the names of a layer's experts begin with, the calibration tokens of each of their layers."""
+        found: dict[str, dict[str, int]] = {}
+        for each in self._facts:
+            if each.experts:
+                found.setdefault(each.experts, {})[each.name] = each.tokens
+        return found
 
     def _know(self, segment: SavedSegment) -> None:
         """A segment that lies on disk counts as finished."""
@@ -263,7 +275,7 @@ def _asked(taken: Sequence[_Taken]) -> list[_Facts]:
         return []
     numbers = torch.stack([error for each in taken for error in (each.before, each.after)]).tolist()
     return [
-        _Facts(each.name, each.scheme, each.tokens, before, after, each.notes)
+        _Facts(each.name, each.scheme, each.tokens, before, after, each.notes, each.experts)
         for each, before, after in zip(taken, numbers[::2], numbers[1::2], strict=True)
     ]
 

@@ -23,6 +23,7 @@ from quantkit.exports.content import Content, Stored
 from quantkit.exports.manifest import public_reference, write_manifest
 from quantkit.exports.writing import bits_of_file, check_origin, origin_remarks, write_export
 from quantkit.formats import FORMATS
+from quantkit.quantization.expert_tokens import expert_notes, expert_tokens
 from quantkit.quantization.job import STAGE, Job, Quantized, Wanted, made_from
 from quantkit.quantization.plan import plan_layers
 from quantkit.quantization.resume import TakenUp, drop_layers, is_worth_keeping, layers_folder, resume_identity, take_up
@@ -256,12 +257,14 @@ class VariantRun:
         own_before, shared_before = self.solved.seconds_before
         own, shared = own_before + walk.own + writing, shared_before + walk.shared
         layers = self.solved.layers()
+        experts = expert_tokens(self.solved.experts(), self.layers.shapes)
         notes = [
             *origin_remarks(self._store, self._job.source, self._job.dtype),
             *self._remarks(),
             *self.layers.notes,
             *filter(None, [self.resumed.note]),
             *walk.notes,
+            *expert_notes(experts, self._job.experts),
             *(note for each, done in self._transformed() for note in each.notes(list(done.values()))),
             *dict.fromkeys(f"{layer['name']}: {note}" for layer in layers for note in layer["notes"]),
         ]
@@ -271,6 +274,7 @@ class VariantRun:
             "bits_per_weight_file": bits_of_file(folder, self._job.source),
             "share": self.layers.share,
             "layers": layers,
+            "experts": [each.to_json() for each in experts],
             "notes": notes,
             "resumed": len(self.resumed.segments),
             "seconds": shared + own,

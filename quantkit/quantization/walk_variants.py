@@ -24,7 +24,7 @@ from quantkit.engine.tasks import VariantTask
 from quantkit.engine.walk import Strategy, Walk, WalkSettings
 from quantkit.quantization.job import Job, Quantized, Wanted
 from quantkit.quantization.oom import FallbackStep, fallback_steps, out_of_memory, ran_out
-from quantkit.quantization.plan import choose_strategy
+from quantkit.quantization.plan import choose_strategy, experts_room
 from quantkit.quantization.variant import Describe, VariantRun, WalkFacts
 from quantkit.system.devices import resolve_device
 from quantkit.system.shutdown import heed, patient
@@ -176,7 +176,16 @@ def _solve(job: Job, skeleton: Skeleton, runs: Sequence[VariantRun], on_segment:
             with kept(found.failures, run.name):
                 run.begin_walk(step.batch_tokens)
         left = [task for task in tasks if task.name not in found.failures]
-        settings = WalkSettings(device, dtype, inputs, step.strategy, step.offload, tries_again=not step.is_last)
+        settings = WalkSettings(
+            device,
+            dtype,
+            inputs,
+            step.strategy,
+            step.offload,
+            tries_again=not step.is_last,
+            experts=job.experts,
+            room=experts_room(device) // step.parts if calibrated else None,
+        )
         if _is_done(job, skeleton, left, settings, step, found, on_segment):
             break
     return found

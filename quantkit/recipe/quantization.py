@@ -22,6 +22,9 @@ class CalibrationSpec(Section):
             anything else is a file that holds a Jinja template.
         inputs: ``quantized`` calibrates each layer on what the quantized layers before it give,
             ``float`` on the float model's activations, shared by all variants.
+        experts: ``routed`` calibrates an expert on the tokens that its router sends it, ``all`` on all tokens.
+        expert_prior: the statistics of all experts of a layer count for each of them as those of as many tokens as this
+            times the width of its input; 0 leaves each its own alone.
     """
 
     dataset: str = "alpaca_gpt4"
@@ -31,6 +34,8 @@ class CalibrationSpec(Section):
     packing: Literal["none", "full"] = "none"
     chat_template: str = "auto"
     inputs: Literal["quantized", "float"] = "quantized"
+    experts: Literal["routed", "all"] = "routed"
+    expert_prior: Annotated[float, Field(ge=0, le=100)] = 0.5
 
 
 class QuantizationSpec(Section):

@@ -20,7 +20,7 @@ from quantkit.report.definitions import definitions, text_definitions
 from quantkit.report.facts import calibration_facts, environment_facts, source_facts, variant_facts
 from quantkit.report.numbers import figure, fixed, pick
 from quantkit.report.plot import Plot, build_plot
-from quantkit.report.tables import gate_table, histogram, loading, worst_layers, written_date
+from quantkit.report.tables import experts, gate_table, histogram, loading, worst_layers, written_date
 from quantkit.report.tasks_and_answers import changed_answers, further_models, further_rows
 from quantkit.system.units import percentage
 
@@ -93,6 +93,7 @@ def _variant(variant: Record) -> dict[str, Any]:
         "notes": [str(note) for note in variant.get("notes") or []],
         "facts": variant_facts(variant),
         "layers": worst_layers(variant),
+        "experts": experts(variant),
         "answers": changed_answers(variant),
     }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -94,6 +95,32 @@ def worst_layers(variant: Record) -> Layers:
         name, scheme = words(layer.get("name")), words(layer.get("scheme"))
         rows.append((name, scheme, padded(before), padded(after), change))
     return Layers(len(layers), rows, any(row[2] != ABSENT for row in rows))
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """Calibration tokens by expert.
+
+    Attributes:
+        rows: of each layer with experts the name, how many, and of their tokens the least, median, most; how many of
+            them saw fewer than they should, and how many that is.
+        few: whether any did.
+    """
+
+    rows: list[tuple[str, ...]]
+    few: bool
+
+
+def experts(variant: Record) -> Experts:
+    """How many calibration tokens reached the experts of each layer of ``variant``."""
+    tables = [table for table in variant.get("experts") or [] if isinstance(table, Mapping)]
+    rows = []
+    for table in tables:
+        tokens = [found for each in table.get("tokens") or [] if (found := finite(each)) is not None]
+        spread = (min(tokens), statistics.median(tokens), max(tokens)) if tokens else (None, None, None)
+        figures = (count(each) for each in (len(tokens), *spread, table.get("few"), table.get("wanted")))
+        rows.append((words(table.get("name")), *figures))
+    return Experts(rows, any(figure(table, "few") for table in tables))
 
 
 def gate_table(report: Record) -> GateTable:

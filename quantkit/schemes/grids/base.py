@@ -8,7 +8,7 @@ The solvers work on the transposed layer, ``[columns, rows]``, so that a column 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import repeat
 from typing import Any, Protocol
@@ -46,6 +46,9 @@ class Rounder(Protocol):
 
     def ordered(self, order: torch.Tensor) -> Rounder:
         """The same with the columns in another order."""
+
+    def beside(self, others: Sequence[Any]) -> Rounder:
+        """The nearest levels of layers that are alike, ``[layers, rows]`` a column: this one's and those of others."""
 
 
 class Grids(ABC):
@@ -185,6 +188,10 @@ class Uniform:
         self._grids.nearest_(values, self._zeros)
 
     def ordered(self, order: torch.Tensor) -> Uniform:
+        """The same."""
+        return self
+
+    def beside(self, others: Sequence[Uniform]) -> Uniform:
         """The same."""
         return self
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import repeat
 from typing import Any
@@ -179,6 +179,15 @@ class Limits:
             return Limits(self.low[order], self.high[order])
         return self
 
+    def beside(self, others: Sequence[Limits]) -> Limits:
+        """The limits of layers that are alike, float32 ``[columns, layers, rows]``; numbers are the same for all."""
+        return Limits(*(_beside([getattr(each, end) for each in (self, *others)]) for end in ("low", "high")))
+
+
+def _beside(ends: Sequence[torch.Tensor | int]) -> torch.Tensor | int:
+    tensors = [each for each in ends if isinstance(each, torch.Tensor)]
+    return torch.stack(tensors, 1) if tensors else ends[0]
+
 
 @dataclass(frozen=True, slots=True)
 class Shifted:
@@ -198,3 +207,7 @@ class Shifted:
     def ordered(self, order: torch.Tensor) -> Shifted:
         """The zeros with the columns in another order."""
         return Shifted(self.zeros[order], self.last)
+
+    def beside(self, others: Sequence[Shifted]) -> Shifted:
+        """The zeros of layers that are alike, ``[columns, layers, rows]``."""
+        return Shifted(torch.stack([each.zeros for each in (self, *others)], 1), self.last)
