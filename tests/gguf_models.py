@@ -118,7 +118,7 @@ def content_of(folder: Path, scheme: Scheme | None, embedding: Scheme | None = N
         digests[layer] = digest([packed[layer]["weight"].read()])
         linears |= {} if "embed_tokens" in name else {layer: wanted}
     whole = ("model.embed_tokens", embedding) if embedding else None
-    dtype = str(reader.dtype("model.norm.weight")).removeprefix("torch.")
+    dtype = str(reader.dtype(next(iter(floats)))).removeprefix("torch.")
     return Content(folder, dtype, linears, packed, floats, digests, whole, changes)
 
 

@@ -13,7 +13,7 @@ import gguf
 import numpy
 import pytest
 import torch
-from tokenizers import pre_tokenizers
+from tokenizers import Regex, normalizers, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from quantkit.checkpoint import CheckpointReader
@@ -21,6 +21,7 @@ from quantkit.errors import CheckpointError, QuantkitError, SourceError
 from quantkit.exports.gguf import GgufExport
 from quantkit.exports.gguf_writer import check_source, source_remarks, write_gguf
 from quantkit.gguf.imatrix import Importance, write_imatrix
+from quantkit.gguf.splitting import SPLITTINGS
 from quantkit.recipe import ModelSpec
 from quantkit.runtimes.base import LoadOptions
 from quantkit.schemes import PER_CHANNEL, IntScheme, Mxfp4Scheme, Scheme, make_scheme
@@ -178,7 +179,10 @@ def test_a_quantized_embedding_is_the_head_too_where_they_are_tied(tmp_path: Pat
     assert float(difference.square().mean().sqrt()) < 0.01
 
 
-@pytest.mark.parametrize("splitting", ["gpt-2", "smollm", "llama-bpe", "qwen2", "tekken"])
+@pytest.mark.parametrize(
+    "splitting",
+    ["gpt-2", "mpt", "smollm", "llama-bpe", "qwen2", "qwen35", "tekken", "gpt-4o", "deepseek-v3", "falcon", "bloom"],
+)
 def test_a_byte_level_tokenizer_gives_the_same_tokens_everywhere(tmp_path: Path, splitting: str) -> None:
     tokenizer = byte_level_tokenizer(splitting)
     folder = model_with(tmp_path / "float", tokenizer, rows=len(tokenizer) + 9)
@@ -192,11 +196,49 @@ def test_a_byte_level_tokenizer_gives_the_same_tokens_everywhere(tmp_path: Path,
     assert kinds[tokens.index("<think>")] == 4
 
 
-def test_a_sentencepiece_tokenizer_gives_the_same_tokens_everywhere(tmp_path: Path) -> None:
-    folder = model_with(tmp_path / "float", sentencepiece_tokenizer())
+@pytest.mark.parametrize("spaced", [True, False])
+def test_a_sentencepiece_tokenizer_gives_the_same_tokens_everywhere(tmp_path: Path, spaced: bool) -> None:
+    """With a space before every text, as Llama's, and without, as Gemma's."""
+    tokenizer = sentencepiece_tokenizer()
+    if not spaced:
+        tokenizer.backend_tokenizer.normalizer = normalizers.Replace(" ", "▁")
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    folder = model_with(tmp_path / "float", tokenizer)
     path = written(tmp_path, folder)
+    assert gguf.GGUFReader(path).fields["tokenizer.ggml.add_space_prefix"].contents() is spaced
     assert_same_tokens(path, folder)
     assert llama_cpp_tokens(path, "a")[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("steps", "name"),
+    [
+        ([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)], "smollm"),
+        (
+            [
+                pre_tokenizers.Punctuation("contiguous"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False),
+                pre_tokenizers.Digits(),
+                pre_tokenizers.Split(Regex("[0-9][0-9][0-9]"), "isolated"),
+            ],
+            "falcon",
+        ),
+        (
+            [
+                pre_tokenizers.Split(Regex(SPLITTINGS["gpt-4o"].patterns[0]), "removed", invert=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ],
+            "gpt-4o",
+        ),
+    ],
+)
+def test_a_splitting_is_known_however_its_steps_are_called(tmp_path: Path, steps: Any, name: str) -> None:
+    tokenizer = byte_level_tokenizer()
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    folder = model_with(tmp_path / "float", tokenizer)
+    path = written(tmp_path, folder)
+    assert gguf.GGUFReader(path).fields["tokenizer.ggml.pre"].contents() == name
+    assert_same_tokens(path, folder)
 
 
 def assert_same_tokens(path: Path, folder: Path) -> None:

@@ -94,7 +94,7 @@ class GgufExport(Export):
 
     def named(self, place: Place) -> str:
         """The layer that lies in a place, by its name here, which its origin may call otherwise."""
-        return next(name for name, each in self._places.items() if each == place).removesuffix(".weight")
+        return next(name for name, each in self._places.items() if each.where == place.where).removesuffix(".weight")
 
     def float_names(self) -> list[str]:
         """All parameters but the weights of packed layers."""
@@ -148,7 +148,7 @@ class GgufExport(Export):
             if tensor.kind in FLOATS:
                 continue
             layer = name.removesuffix(".weight")
-            scheme = noted.get(place) or scheme_of(tensor.kind.name)
+            scheme = noted.get(place.where) or scheme_of(tensor.kind.name)
             if scheme is None or name == layer or len(tensor.shape) != (2 if place.index is None else 3):
                 raise CheckpointError(
                     f"{self.path}: quantkit does not read tensor '{tensor.name}', {tensor.kind.name} of the shape "
@@ -161,7 +161,7 @@ class GgufExport(Export):
             found[layer] = scheme
         return found
 
-    def _noted(self) -> Mapping[Place | None, Scheme]:
+    def _noted(self) -> Mapping[tuple[str, int | None] | None, Scheme]:
         """The schemes that quantkit wrote into the file, by where the layers lie; none in a file of another tool."""
         text = self._head.metadata.get(SCHEMES_KEY)
         if text is None:
@@ -173,7 +173,8 @@ class GgufExport(Export):
                 f"{self.path}: {SCHEMES_KEY} does not map layers to schemes", "download the file again"
             ) from error
         naming = Naming(architecture_of(self._head), AutoConfig.for_model(**self._config))
-        return {naming.find(f"{layer}.weight"): scheme for layer, scheme in schemes.items()}
+        found = ((naming.find(f"{layer}.weight"), scheme) for layer, scheme in schemes.items())
+        return {place.where if place else None: scheme for place, scheme in found}
 
     def _author(self) -> str:
         version = self._head.metadata.get(VERSION_KEY)

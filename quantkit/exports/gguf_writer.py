@@ -18,7 +18,7 @@ import numpy
 import torch
 import yaml
 from numpy.typing import NDArray
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from quantkit.checkpoint import CheckpointReader
 from quantkit.errors import CheckpointError, SourceError
@@ -36,6 +36,7 @@ from quantkit.gguf.types import FILE_TYPES, type_of
 from quantkit.gguf.writer import Entry, write_file
 from quantkit.system.artifacts import write_text
 
+PHI3_TOKENS = ("</s>", "<unk>", "<s>", "<|endoftext|>")
 FAULTY = "the disk or its memory is faulty, or another process writes here: quantize again"
 DERIVED = re.compile(r"rotary_emb\.inv_freq$|\.(attn|attention)\.(masked_)?bias$")
 """Tensors of old checkpoints that follow from the config."""
@@ -100,7 +101,7 @@ def write_gguf(content: Content, folder: Path) -> Path:
     tensors = sorted(_entries(content, config, naming), key=_place)
     metadata = {
         "general.architecture": naming.architecture.name,
-        **_provenance(content.origin),
+        **_provenance(content.origin, tokenizer),
         **model_metadata(config, content.origin),
         "general.file_type": int(gguf.LlamaFileType[FILE_TYPES[kind]]),
         "general.quantization_version": gguf.GGML_QUANT_VERSION,
@@ -249,12 +250,20 @@ def _noted(content: Content) -> dict[str, Any]:
     return found | ({SCHEMES_KEY: json.dumps(schemes, separators=(",", ":"))} if schemes else {})
 
 
-def _provenance(folder: Path) -> dict[str, Any]:
-    """The name of a model, which is its folder's or in the hub's cache its own, and the licence of its card."""
+def _provenance(folder: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """The name of a model, which is its folder's or in the hub's cache its own, and the licence of its card.
+
+    llama.cpp looks for tokens of Phi-3 where the name is like it, and does not load a file that lacks one.
+    """
     place = folder.resolve()
     name = place.parent.parent.name.rpartition("--")[2] if place.parent.name == "snapshots" else place.name
-    licence = _licence(folder)
-    return {"general.type": "model", "general.name": name, **({"general.license": licence} if licence else {})}
+    licence, tokens = _licence(folder), tokenizer.get_vocab()
+    misleads = re.search("phi-?3", name, re.IGNORECASE) and not all(token in tokens for token in PHI3_TOKENS)
+    return {
+        "general.type": "model",
+        "general.name": "model" if misleads else name,
+        **({"general.license": licence} if licence else {}),
+    }
 
 
 def _licence(folder: Path) -> str | None:

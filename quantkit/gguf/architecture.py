@@ -7,6 +7,7 @@ the package gguf. The entries are in :mod:`quantkit.gguf.dense` and the modules 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -102,7 +103,13 @@ class Architecture:
 def usual_heads(config: PreTrainedConfig) -> Heads:
     """The heads that a config tells."""
     queries = config.num_attention_heads
-    return Heads(queries, getattr(config, "num_key_value_heads", None) or queries)
+    stated = config.num_key_value_heads if "num_key_value_heads" in declared(type(config)) else None
+    return Heads(queries, stated or queries)
+
+
+def declared(kind: type[PreTrainedConfig]) -> set[str]:
+    """The values that a class of configs knows; a file may hold others, which nothing reads."""
+    return {each.name for each in dataclasses.fields(kind)}
 
 
 def head_size(config: PreTrainedConfig) -> int:

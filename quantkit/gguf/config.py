@@ -7,7 +7,6 @@ read again, and every value that decides must have come back.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 from collections.abc import Collection, Mapping
@@ -29,6 +28,7 @@ from quantkit.gguf.architecture import (
     Architecture,
     architecture_for,
     architecture_of,
+    declared,
     head_size,
 )
 from quantkit.gguf.head import GIVE_FLOAT, OTHER_FORMAT, GGUFHead, GGUFTensor
@@ -77,7 +77,7 @@ def model_config(head: GGUFHead, dtype: torch.dtype) -> dict[str, Any]:
     known |= {key: value(known) if callable(value) else value for key, value in architecture.implied.items()}
     known |= rope_parameters(head, architecture, known) | _windows(head, architecture, known)
     known |= architecture.infer(head, known)
-    if known["head_dim"] == usual and "head_dim" not in _declared(CONFIG_MAPPING[architecture.model_type]):
+    if known["head_dim"] == usual and "head_dim" not in declared(CONFIG_MAPPING[architecture.model_type]):
         del known["head_dim"]
     return {
         "architectures": [architecture.model_class],
@@ -178,7 +178,7 @@ def model_metadata(config: PreTrainedConfig, folder: Path) -> dict[str, Any]:
 
 def deciding(config: PreTrainedConfig, architecture: Architecture) -> dict[str, Any]:
     """The values of a config that decide what is computed, those that are left open settled."""
-    names = _declared(type(config)) - _declared(PreTrainedConfig)
+    names = declared(type(config)) - declared(PreTrainedConfig)
     found = {name: getattr(config, name, None) for name in sorted(names) if not NO_MATTER.search(name)}
     found |= {name: SAME_ACTIVATIONS[str(value)] for name, value in found.items() if str(value) in SAME_ACTIVATIONS}
     if not slides(config) or architecture.ignores_window:
@@ -195,13 +195,8 @@ def slides(config: PreTrainedConfig) -> bool:
     return kinds is None or "sliding_attention" in kinds
 
 
-def _declared(kind: type[PreTrainedConfig]) -> set[str]:
-    """The values that a class of configs knows."""
-    return {each.name for each in dataclasses.fields(kind)}
-
-
 def _settled(config: PreTrainedConfig, architecture: Architecture) -> dict[str, Any]:
-    known, found = _declared(type(config)), architecture.settled(config)
+    known, found = declared(type(config)), architecture.settled(config)
     heads = {"num_key_value_heads": architecture.heads(config).keys} if "num_key_value_heads" in known else {}
     return heads | ({"head_dim": head_size(config)} if "head_dim" in known else {}) | found
 

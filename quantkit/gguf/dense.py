@@ -381,6 +381,7 @@ LAYER_NORMS = (
         keys=COUNTS | {LAYER_NORM: "layer_norm_eps", "use_parallel_residual": "use_parallel_residual"},
         implied=SILU,
         tells={"use_qkv_bias": "blk.0.attn_q.bias", "qk_layernorm": "blk.0.attn_q_norm.weight"},
+        renamed={"layernorm.norms": "layernorm"},
         partial=True,
         needs_head=True,
     ),

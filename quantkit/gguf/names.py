@@ -48,6 +48,11 @@ class Place:
     heads: Heads
     index: int | None = None
 
+    @property
+    def where(self) -> tuple[str, int | None]:
+        """The file's tensor, and which one of a stack."""
+        return self.name, self.index
+
     def to_file(self, tensor: torch.Tensor) -> torch.Tensor:
         """A float tensor as the file holds it."""
         return self.layout.to_file(tensor, self.heads)

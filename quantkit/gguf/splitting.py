@@ -15,20 +15,22 @@ from tokenizers import Regex, normalizers, pre_tokenizers
 
 SPACE = "▁"
 """How sentencepiece writes a space."""
-SPACED = {
-    "type": "Sequence",
-    "normalizers": [
-        {"type": "Prepend", "prepend": SPACE},
-        {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
-    ],
-}
-"""The normalizer that :func:`space_before_text` sets, as ``tokenizer.json`` says it."""
+MARKED = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+SPACED = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": SPACE}, MARKED]}
+"""The normalizer that :func:`mark_spaces` sets with a space before the text, as ``tokenizer.json`` says it."""
 
 
-def space_before_text(tokenizer: Any) -> None:
-    """Set a sentencepiece ``tokenizers.Tokenizer`` up to put a space before every text, as llama.cpp does."""
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
-    tokenizer.pre_tokenizer = None
+def mark_spaces(tokenizer: Any, *, before_text: bool) -> None:
+    """Set a sentencepiece ``tokenizers.Tokenizer`` up to write spaces, and to put one before every text, or not."""
+    marked = normalizers.Replace(" ", SPACE)
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), marked]) if before_text else marked
+
+
+def puts_no_space(backend: Mapping[str, Any]) -> bool:
+    """Whether a parsed ``tokenizer.json`` writes spaces and puts none before a text, as Gemma's does."""
+    cuts = backend.get("pre_tokenizer")
+    harmless = cuts is None or (cuts["type"] == "Split" and cuts["pattern"] == {"String": " "})
+    return _alone(backend.get("normalizer")) == MARKED and harmless
 
 
 def puts_space_before_text(backend: Mapping[str, Any]) -> bool:
@@ -47,35 +49,36 @@ def puts_space_before_first_text(backend: Mapping[str, Any]) -> bool:
     )
 
 
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+"""The pieces of GPT-2, which a byte-level pre-tokenizer splits itself."""
+PUNCTUATION, DIGIT, DIGITS = r"[\p{P}\$\+<=>\^~\|`]+", r"\p{N}", r"\p{N}+"
+
+
 @dataclass(frozen=True, slots=True)
 class Splitting:
     """How a byte-level tokenizer prepares text for its merges.
 
     Attributes:
-        pattern: the pieces; None is GPT-2's.
-        single_digits: cut every digit off first.
+        patterns: each cuts what those before it left: what it finds, and what lies between.
         whole_words: a piece that is a token is taken whole, whatever the merges say.
         begins: the text begins with the BOS token unless the file says otherwise.
         composed: Unicode is brought to its composed form (NFC).
     """
 
-    pattern: str | None = None
-    single_digits: bool = False
+    patterns: tuple[str, ...]
     whole_words: bool = False
     begins: bool = False
     composed: bool = False
 
     def apply(self, tokenizer: Any) -> None:
         """Set a ``tokenizers.Tokenizer`` up to split so."""
-        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=self.pattern is None)
-        if self.pattern is not None:
-            pieces = pre_tokenizers.Split(Regex(self.pattern), behavior="isolated")
-            tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pieces, byte_level])
-        elif self.single_digits:
-            digits = pre_tokenizers.Digits(individual_digits=True)
-            tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
-        else:
-            tokenizer.pre_tokenizer = byte_level
+        itself = self.patterns[-1] == GPT2
+        cuts = [
+            pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+            for pattern in (self.patterns[:-1] if itself else self.patterns)
+        ]
+        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=itself)
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*cuts, byte_level]) if cuts else byte_level
         tokenizer.model.ignore_merges = self.whole_words
         if self.composed:
             tokenizer.normalizer = normalizers.NFC()
@@ -83,60 +86,104 @@ class Splitting:
     @classmethod
     def of(cls, backend: Mapping[str, Any]) -> Splitting | None:
         """What a parsed ``tokenizer.json`` does; None where it does what no splitting says."""
-        found = _pieces(backend.get("pre_tokenizer"))
-        normalizer = backend.get("normalizer")
-        if found is None or normalizer not in (None, {"type": "NFC"}):
+        before = backend.get("pre_tokenizer")
+        steps = before["pretokenizers"] if before and before["type"] == "Sequence" else [before]
+        patterns = [_pattern(step) for step in steps]
+        normalizer = _alone(backend.get("normalizer"))
+        bytes_last = any(step and step["type"] == "ByteLevel" for step in steps)
+        if None in patterns or not bytes_last or normalizer not in (None, {"type": "NFC"}):
             return None
-        return replace(found, whole_words=bool(backend["model"].get("ignore_merges")), composed=normalizer is not None)
+        found = tuple(pattern for pattern in patterns if pattern)
+        words = bool(backend["model"].get("ignore_merges"))
+        return cls(found, words, composed=normalizer is not None)
 
     @property
     def names(self) -> list[str]:
-        """What files call it; none where it is not known. Whether the text begins with BOS is said elsewhere."""
-        return [name for name, known in SPLITTINGS.items() if replace(known, begins=self.begins) == self]
+        """What files call it, the best first; none where it is not known.
+
+        Whether the text begins with BOS is said elsewhere, and composing is what llama.cpp does under no name.
+        """
+        alike = [
+            (known.composed != self.composed, number, name)
+            for number, (name, known) in enumerate(SPLITTINGS.items())
+            if replace(known, begins=False, composed=False) == replace(self, begins=False, composed=False)
+        ]
+        return [name for _, _, name in sorted(alike)]
 
 
-def _pieces(pre_tokenizer: Any) -> Splitting | None:
-    match pre_tokenizer:
-        case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}:
-            return Splitting()
-        case {"type": "Sequence", "pretokenizers": [first, {"type": "ByteLevel", "add_prefix_space": False} as last]}:
-            return _first_pieces(first, whole=last.get("use_regex", True))
-    return None
-
-
-def _first_pieces(first: Any, *, whole: bool) -> Splitting | None:
-    """What comes before the bytes, which split themselves as in GPT-2 where ``whole``."""
-    match first:
-        case {"type": "Digits", "individual_digits": True} if whole:
-            return Splitting(single_digits=True)
+def _pattern(step: Any) -> str | None:
+    """The pattern of a step of a pre-tokenizer; empty where it cuts nothing, None where no pattern says it."""
+    match step:
+        case {"type": "ByteLevel", "add_prefix_space": False}:
+            return GPT2 if step.get("use_regex", True) else ""
+        case {"type": "Digits", "individual_digits": bool(single)}:
+            return DIGIT if single else DIGITS
+        case {"type": "Punctuation", "behavior": "Contiguous"}:
+            return PUNCTUATION
         case {"type": "Split", "pattern": {"Regex": str(pattern)}, "behavior": "Isolated", "invert": False}:
-            return None if whole else Splitting(pattern)
+            return _escaped(pattern)
+        case {"type": "Split", "pattern": {"Regex": str(pattern)}, "behavior": "Removed", "invert": True}:
+            return _escaped(pattern)  # of patterns that leave nothing out
     return None
 
 
+def _escaped(pattern: str) -> str:
+    """A pattern with its ends of lines written out, which some tokenizers hold as they are."""
+    return pattern.replace("\r", r"\r").replace("\n", r"\n")
+
+
+def _alone(step: Any) -> Any:
+    """A step of a sequence that has no other, and None for none."""
+    if step and step["type"] == "Sequence" and len(step["normalizers"]) < 2:
+        return step["normalizers"][0] if step["normalizers"] else None
+    return step
+
+
+_SUFFIXES = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _ENDING = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
+_LETTERS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
+_WORDS = rf"{_SUFFIXES}|{_LETTERS}"
 _MARKS = r"| ?[^\s\p{L}\p{N}]+[\r\n]*"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_TEKKEN = (
-    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
-    rf"|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*{_ENDING}"
+_LOWER_LAST = rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+"
+_UPPER_FIRST = rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
+_PATHS = rf"| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*{_ENDING}"
+_TEKKEN = rf"{_LOWER_LAST}|{_UPPER_FIRST}|\p{{N}}{_PATHS}"
+_GPT4O = rf"{_LOWER_LAST}{_SUFFIXES}?|{_UPPER_FIRST}{_SUFFIXES}?|\p{{N}}{{1,3}}{_PATHS}"
+_QWEN35 = rf"{_SUFFIXES}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*{_ENDING}"
+_ASIAN = "[一-龥぀-ゟ゠-ヿ]+"  # noqa: RUF001
+_DEEPSEEK3 = (
+    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
+    rf"| ?[\p{{P}}\p{{S}}]+[\r\n]*{_ENDING}"
 )
-_GPT2 = Splitting()
-_DIGITS = Splitting(single_digits=True)
-_LLAMA3 = Splitting(rf"{_WORDS}|\p{{N}}{{1,3}}{_MARKS}{_ENDING}", whole_words=True, begins=True)
-_QWEN2 = Splitting(rf"{_WORDS}|\p{{N}}{_MARKS}{_ENDING}", composed=True)
+_BLOOM = r" ?[^(\s|[.,!?…。，、।۔،])]+"  # noqa: RUF001
+_THREES = rf"{_WORDS}|\p{{N}}{{1,3}}{_MARKS}{_ENDING}"
+_ONES = rf"{_WORDS}|\p{{N}}{_MARKS}{_ENDING}"
+_PLAIN, _COMPOSED = Splitting((GPT2,)), Splitting((GPT2,), composed=True)
+_SINGLE, _COMPOSED_SINGLE = Splitting((DIGIT, GPT2)), Splitting((DIGIT, GPT2), composed=True)
+_LLAMA3 = Splitting((_THREES,), whole_words=True, begins=True)
+_SMAUG = Splitting((_THREES,))
+_QWEN2 = Splitting((_ONES,), composed=True)
+_TAKEN_IN_THREES = Splitting((r"\p{N}{1,3}", _ASIAN, _DEEPSEEK3))
 SPLITTINGS = {
-    "gpt-2": _GPT2,
-    "smollm": _DIGITS,
-    "starcoder": _DIGITS,
-    "minerva-7b": _DIGITS,
-    "llama-bpe": _LLAMA3,
-    "llama3": _LLAMA3,
-    "llama-v3": _LLAMA3,
-    "falcon3": _LLAMA3,
-    "qwen2": _QWEN2,
-    "deepseek-r1-qwen": _QWEN2,
-    "tekken": Splitting(_TEKKEN, whole_words=True, begins=True),
+    **dict.fromkeys(("gpt-2", "phi-2", "jais", "trillion", "granite-docling", "exaone4", "gigachat"), _PLAIN),
+    **dict.fromkeys(("mpt", "olmo", "modern-bert"), _COMPOSED),
+    **dict.fromkeys(("smollm", "starcoder", "refact", "codeshell", "exaone", "minerva-7b", "mellum2"), _SINGLE),
+    "command-r": _COMPOSED_SINGLE,
+    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "midm-2.0", "lfm2"), _LLAMA3),
+    "glm4": Splitting((_THREES,), whole_words=True),
+    **dict.fromkeys(("smaug-bpe", "dbrx", "chatglm-bpe"), _SMAUG),
+    **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez", "stablelm2", "hunyuan", "solar-open", "grok-2"), _QWEN2),
+    "qwen35": Splitting((_QWEN35,), composed=True),
+    "tekken": Splitting((_TEKKEN,), whole_words=True, begins=True),
+    **dict.fromkeys(("gpt-4o", "llama4", "kanana2", "minimax-m2"), Splitting((_GPT4O,))),
+    **dict.fromkeys(("deepseek-v3", "hunyuan-dense", "joyai-llm"), _TAKEN_IN_THREES),
+    "deepseek-coder": Splitting((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", DIGIT)),
+    "falcon": Splitting((PUNCTUATION, GPT2, DIGITS, "[0-9][0-9][0-9]")),
+    "default": Splitting((r"[\p{P}\$\+<=>\^~\|]+", GPT2, DIGITS, "[0-9][0-9][0-9]")),
+    **dict.fromkeys(("bloom", "poro-chat", "gpt3-finnish"), Splitting((_BLOOM,))),
+    "viking": Splitting((_BLOOM, DIGIT)),
+    "seed-coder": Splitting((rf"{_WORDS}|\p{{N}}{{1}}| ?[^\s\p{{L}}\p{{N}}\r\n]+{_ENDING}",)),
+    "bailingmoe": Splitting((rf"'(?i:[sdmt]|ll|ve|re)|{_LETTERS}|\p{{N}}{_MARKS}|\s*[\r\n]|\s+(?!\S)|\s+",)),
 }
-"""By name; of several names for one splitting the first is the one that is written."""
+"""By name, those of ``llama-vocab.cpp``; of several names for one splitting the first is the one that is written."""

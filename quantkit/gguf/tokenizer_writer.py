@@ -18,7 +18,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from quantkit.errors import SourceError
 from quantkit.gguf.head import OTHER_FORMAT
-from quantkit.gguf.splitting import Splitting, puts_space_before_first_text, puts_space_before_text
+from quantkit.gguf.splitting import (
+    Splitting,
+    puts_no_space,
+    puts_space_before_first_text,
+    puts_space_before_text,
+)
 from quantkit.gguf.vocabulary import SPECIAL, TokenType
 
 BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
@@ -111,7 +116,8 @@ def _byte_level(backend: dict[str, Any], vocabulary: Vocabulary, folder: Path) -
 
 def _sentencepiece(backend: dict[str, Any], vocabulary: Vocabulary, folder: Path) -> dict[str, Any]:
     """The keys of a BPE of sentencepiece: a score for each token in place of merges, which must follow from them."""
-    if not (puts_space_before_text(backend) or puts_space_before_first_text(backend)):
+    spaced = puts_space_before_text(backend) or puts_space_before_first_text(backend)
+    if not (spaced or puts_no_space(backend)):
         raise SourceError(f"{folder}: the tokenizer puts spaces where llama.cpp does not", OTHER_FORMAT)
     merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in backend["model"]["merges"]]
     ranks: dict[str, int] = {}
@@ -131,7 +137,7 @@ def _sentencepiece(backend: dict[str, Any], vocabulary: Vocabulary, folder: Path
         "tokenizer.ggml.tokens": vocabulary.tokens,
         "tokenizer.ggml.token_type": kinds,
         "tokenizer.ggml.scores": [float(-ranks.get(token, len(merges))) for token in vocabulary.tokens],
-        "tokenizer.ggml.add_space_prefix": True,
+        "tokenizer.ggml.add_space_prefix": spaced,
     }
 
 
