@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
-from quantkit.engine.empty_model import auto_class
+from quantkit.checkpoint.model_class import build_model
 from tests.tiny import VOCABULARY, tiny_tokenizer
 
 BASE: dict[str, Any] = {
@@ -129,13 +129,64 @@ ODD: dict[str, dict[str, Any]] = {
 }
 """CPM-Ant puts tokens of its own before those that it is given."""
 ARCHITECTURES = DENSE | MIXTURES | WRAPPED
+QWEN = {**BASE, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}
+AUDIO = {
+    "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_blocks": 6, "nemo_conv_channels": 16,
+    "ext_pw_out_channel": 16, "depthwise_separable_out_channel": 16,
+}  # fmt: skip
+TOWERS: dict[str, dict[str, Any]] = {
+    "phi4_multimodal": {
+        **{key: value for key, value in BASE.items() if key != "head_dim"},
+        "vision_config": {**VISION, "crop_size": 32},
+        "audio_config": AUDIO,
+    },
+    "qwen2_audio": {
+        "text_config": {**BASE, "model_type": "qwen2"},
+        "audio_config": {
+            "d_model": 32, "encoder_layers": 5, "encoder_attention_heads": 2, "encoder_ffn_dim": 64,
+            "num_mel_bins": 16, "max_source_positions": 64, "model_type": "qwen2_audio_encoder",
+        },
+        "audio_token_index": 7,
+    },
+    "mllama": {
+        "text_config": {**BASE, "num_hidden_layers": 3, "cross_attention_layers": [1]},
+        "vision_config": {
+            "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "attention_heads": 2, "image_size": 32,
+            "num_global_layers": 1, "intermediate_layers_indices": [0], "vision_output_dim": 64, "patch_size": 16,
+            "max_num_tiles": 1, "supported_aspect_ratios": [[1, 1]],
+        },
+        "image_token_index": 5,
+    },
+    "idefics3": {
+        "text_config": {**BASE, "model_type": "llama"}, "vision_config": VISION, "image_token_id": 5,
+        "scale_factor": 2,
+    },
+    "qwen2_vl": {
+        "text_config": QWEN, "vision_config": {
+            "depth": 3, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "patch_size": 8, "mlp_ratio": 2,
+        },
+        "image_token_id": 5, "video_token_id": 6, "vision_start_token_id": 8, "vision_end_token_id": 9,
+    },
+    "qwen3_5": {
+        "text_config": {
+            **BASE, "layer_types": ["linear_attention", "full_attention"], "linear_num_value_heads": 4,
+            "linear_num_key_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+        },
+        "vision_config": {
+            "depth": 3, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64,
+            "num_position_embeddings": 16, "patch_size": 8,
+        },
+        "image_token_id": 5, "video_token_id": 6, "vision_start_token_id": 8, "vision_end_token_id": 9,
+    },
+}  # fmt: skip
+"""Language models whose towers are not told from them by the number of their layers or by the auto class."""
 
 
 def make(folder: Path, architecture: str, **changes: Any) -> PreTrainedModel:
     """Write a random model with its tokenizer; the model."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(architecture, **(ARCHITECTURES | ODD).get(architecture, {}) | changes)
-    model: PreTrainedModel = auto_class(config).from_config(config, dtype=torch.float32)
+    config = AutoConfig.for_model(architecture, **(ARCHITECTURES | ODD | TOWERS).get(architecture, {}) | changes)
+    model: PreTrainedModel = build_model(config, dtype=torch.float32)
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.1)

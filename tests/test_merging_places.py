@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from quantkit.checkpoint import CheckpointReader
-from quantkit.engine.empty_model import auto_class
+from quantkit.checkpoint.model_class import model_class
 from quantkit.errors import SourceError
 from quantkit.merging import merge_model
 from tests.architectures import BASE, make
@@ -53,7 +53,7 @@ def load(folder: Path) -> Any:
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder)
-    return auto_class(config).from_pretrained(folder, dtype=torch.float32).eval()
+    return model_class(config).from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def adapt(folder: Path, base: Path, rows: int = 0, **config: Any) -> Path:

@@ -2,36 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Set
+from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
 
+from quantkit.checkpoint.model_class import build_model
 from quantkit.engine.layers import linear_modules
 from quantkit.errors import SourceError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-
-def auto_class(config: Any) -> Any:
-    """The auto class of transformers that loads a config's model: of text or, where there is none, of images too."""
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-
-    known = type(config) in AutoModelForCausalLM._model_mapping or "AutoModelForCausalLM" in getattr(
-        config, "auto_map", {}
-    )
-    sees = type(config) in AutoModelForImageTextToText._model_mapping
-    return AutoModelForImageTextToText if sees and not known else AutoModelForCausalLM
 
 
 def empty_model(folder: Path, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model of a folder's ``config.json``, its large tensors on meta and its small ones computed.
 
     Raises:
-        SourceError: there is no ``config.json``, or transformers cannot build a causal language model of it.
+        SourceError: there is no ``config.json``, or transformers cannot build a model of it that goes on with text by a
+            decoder alone.
     """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
@@ -39,13 +30,16 @@ def empty_model(folder: Path, trust_remote_code: bool = False) -> PreTrainedMode
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
         with _ParametersOnMeta():
-            model: PreTrainedModel = auto_class(config).from_config(
-                config, dtype=torch.float32, trust_remote_code=trust_remote_code
-            )
-    except (OSError, ValueError, ImportError, StrictDataclassError) as error:
+            model = build_model(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    except ImportError as error:
         raise SourceError(
-            f"transformers cannot build the model of {folder / 'config.json'}: {error}",
-            "check that it is a decoder-only language model that the installed transformers knows",
+            f"the model of {folder / 'config.json'} needs packages that are not installed: {_one_line(error)}",
+            "install them beside quantkit",
+        ) from error
+    except (OSError, ValueError, StrictDataclassError) as error:
+        raise SourceError(
+            f"transformers cannot build the model of {folder / 'config.json'}: {_one_line(error)}",
+            "check that the installed transformers knows such a model, and the values of config.json",
         ) from error
     except (TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, RuntimeError) as error:
         # what the classes of models raise for values that nobody foresaw; a mistake here would look the same
@@ -53,29 +47,72 @@ def empty_model(folder: Path, trust_remote_code: bool = False) -> PreTrainedMode
             f"building the model of {folder / 'config.json'} failed: {type(error).__name__}: {error}",
             "check the values of config.json; if transformers itself loads the model, report it as a fault of quantkit",
         ) from error
+    if getattr(model.config, "is_encoder_decoder", False) or "decoder_input_ids" in signature(model.forward).parameters:
+        raise SourceError(
+            f"{type(model).__name__} has an encoder that its decoder reads, and quantkit walks through models of one "
+            "stream of tokens",
+            "quantkit quantizes decoder-only language models, alone or inside models that see or hear",
+        )
     return model.eval()
 
 
+def text_part(model: nn.Module) -> Any:
+    """The part of a model that is given tokens and gives logits: the model itself, unless it only holds such a one.
+
+    A model that speaks, too, such as Qwen's Omni, holds the one that thinks beside the one that speaks.
+    """
+    if type(model).forward is not nn.Module.forward:
+        return model
+    text = _text_config(model)
+    return next((child for child in model.children() if _text_config(child) is text is not None), model)
+
+
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The list of decoder blocks: in the text model the outermost ModuleList that holds the most linear layers.
+    """The list of decoder blocks: the outermost ModuleList of the text model that has as many as its config says.
+
+    Models inside the text model, such as that of sound in Phi-4 multimodal, are not looked into. Where the config says
+    no number, or no list has it, the list with the most linear layers is taken.
 
     Raises:
         SourceError: there is none.
     """
-    best: tuple[int, str, nn.ModuleList] | None = None
-    text: nn.Module = getattr(model, "get_decoder", lambda: model)()
-    within = {id(module) for module in text.modules()}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and id(module) in within:
-            linears = sum(1 for _ in linear_modules(module))
-            if linears and (best is None or linears > best[0]):
-                best = (linears, name, module)
+    part = text_part(model)
+    text: nn.Module = getattr(part, "get_decoder", lambda: part)()
+    configs = [config for config in (_text_config(text), getattr(text, "config", None)) if config is not None]
+    count = getattr(configs[0], "num_hidden_layers", None) if configs else None
+    names = {module: name for name, module in model.named_modules()}
+    best: tuple[tuple[bool, int], nn.ModuleList] | None = None
+    for each in _outermost_lists(text, {type(config) for config in configs}):
+        linears = sum(1 for _ in linear_modules(each))
+        if linears and (best is None or (len(each) == count, linears) > best[0]):
+            best = (len(each) == count, linears), each
     if best is None:
         raise SourceError(
             f"{type(model).__name__} has no list of decoder blocks with linear layers",
             "quantkit quantizes decoder-only transformers",
         )
-    return best[1], best[2]
+    return names[best[1]], best[1]
+
+
+def _text_config(module: nn.Module) -> Any:
+    """The config of the text model in a model; None where it has none."""
+    config: Any = getattr(module, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _outermost_lists(module: nn.Module, configs: Set[type]) -> Iterator[nn.ModuleList]:
+    """The ModuleLists in a model that are in no other, those of models with configs of other kinds aside."""
+    for child in module.children():
+        if isinstance(child, nn.ModuleList):
+            yield child
+        elif not isinstance(child, PreTrainedModel) or type(child.config) in configs:
+            yield from _outermost_lists(child, configs)
+
+
+def _one_line(error: BaseException) -> str:
+    """What an error says, without the list of all that transformers knows."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:1]) if "Unrecognized configuration class" in str(error) else " ".join(lines)
 
 
 class _ParametersOnMeta(TorchFunctionMode):

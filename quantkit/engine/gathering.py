@@ -20,7 +20,7 @@ from quantkit.engine.routing import ROUTED, ExpertSettings, Kind, alike, common_
 from quantkit.engine.skeleton import Segment
 from quantkit.engine.smoothing import Trial
 from quantkit.engine.statistics import Gatherer, Pool
-from quantkit.errors import QuantizationError
+from quantkit.errors import QuantizationError, QuantkitError
 from quantkit.methods.base import InputStatistics, Statistic
 
 BATCH_WEIGHTS = {"cpu": 1 << 21, "cuda": 1 << 26}
@@ -118,29 +118,51 @@ class Streams:
     room: int | None = None
     _passes: list[Pass] = field(default_factory=list)
     _states: set[tuple[nn.Module, str]] = field(default_factory=set)
+    _index: dict[str, int] = field(default_factory=dict)
 
-    def start(self, segments: Sequence[Segment], cleanup: ExitStack) -> None:
-        """Run every pass up to the first segment; ``cleanup`` ends them."""
+    def start(self, segments: Sequence[Segment], head: nn.Module | None, cleanup: ExitStack) -> None:
+        """Run every pass up to its first segment.
+
+        Args:
+            segments: in their order; a pass may leave some out, as text leaves out layers that look at images.
+            head: what no pass goes through, unless it is a segment.
+            cleanup: ends the passes.
+
+        Raises:
+            QuantizationError: the model's code fails on the batches.
+        """
         cleanup.callback(self.stop)
+        self._index = {segment.prefix: index for index, segment in enumerate(segments)}
         for index, segment in enumerate(segments):
             hook = segment.module.register_forward_pre_hook(_pause_before(index), with_kwargs=True)
             cleanup.callback(hook.remove)
-        end = segments[-1].module.register_forward_hook(lambda *_: pause(AtEnd()))
-        cleanup.callback(end.remove)
+        cleanup.callback(segments[-1].module.register_forward_hook(lambda *_: pause(AtEnd())).remove)
+        if head is not None and all(head is not segment.module for segment in segments):
+            cleanup.callback(head.register_forward_pre_hook(lambda *_: pause(AtEnd())).remove)
         self._passes = [Pass(self.model, batch) for batch in self.batches]
-        self.advance()
+        for each in self._passes:
+            with _told(self.model):
+                self._resume(each)
+
+    def at(self, segment: Segment) -> list[Pass]:
+        """The passes that stand before a segment."""
+        index = self._index[segment.prefix]
+        return [each for each in self._passes if isinstance(each.place, AtSegment) and each.place.index == index]
 
     def stop(self) -> None:
         """End every pass where it stands."""
         for each in self._passes:
             each.stop()
 
-    def advance(self) -> None:
-        """Run every pass to where it pauses next."""
-        for each in self._passes:
-            self._fetch(each)
-            each.resume(self._states)
-            self._park(each)
+    def advance(self, segment: Segment) -> None:
+        """Run the passes that stand before a segment to where they pause next."""
+        for each in self.at(segment):
+            self._resume(each)
+
+    def _resume(self, each: Pass) -> None:
+        self._fetch(each)
+        each.resume(self._states)
+        self._park(each)
 
     def _fetch(self, each: Pass) -> None:
         """Bring back what a pass left in the memory of the CPU."""
@@ -173,7 +195,7 @@ class Streams:
             routed.update(routed_kinds(numbered, found, positions, each.batch.token_ids.numel()))
             return completed(found, numbered, routed)
 
-        smallest_first = sorted(self._passes, key=lambda each: each.batch.token_ids.numel())
+        smallest_first = sorted(self.at(segment), key=lambda each: each.batch.token_ids.numel())
         with states(segment.module) as self._states:
             order = call_order(list(wanted), map(shown, smallest_first)) if wanted else []
         found = []
@@ -188,7 +210,7 @@ class Streams:
 
     def trial(self, segment: Segment) -> Trial:
         """A segment to be run with the smallest batch."""
-        smallest = min(self._passes, key=lambda each: each.batch.token_ids.numel())
+        smallest = min(self.at(segment), key=lambda each: each.batch.token_ids.numel())
         inputs = shared_inputs({layer.path: layer for layer in segment.layers}, partial(self._try, segment, smallest))
         self._fetch(smallest)
         place, prefix = _standing(smallest, segment), f"{segment.prefix}."
@@ -208,7 +230,7 @@ class Streams:
 
     def _gather(self, segment: Segment, groups: Sequence[Group]) -> None:
         """Run a segment, one batch at a time, and add to the statistics of groups; the passes stay where they are."""
-        for each in self._passes:
+        for each in self.at(segment):
 
             def gather(_: nn.Module, args: tuple[Any, ...], group: Group, each: Pass = each) -> None:
                 group.gatherer.add(args[0], each.batch)
@@ -279,7 +301,7 @@ class Streams:
     def read_before(self, segment: Segment) -> InputStatistics:
         """The statistics of what the passes stand before a segment with, for one that is a single layer."""
         gatherer = Gatherer(self.needs, segment.prefix)
-        for each in self._passes:
+        for each in self.at(segment):
             self._fetch(each)
             gatherer.add(_standing(each, segment).args[0], each.batch)
             self._park(each)
@@ -287,7 +309,7 @@ class Streams:
 
     def gather_alone(self, segment: Segment, group: Group) -> InputStatistics:
         """Run a segment up to a group, one batch at a time; the passes stay where they are."""
-        for each in self._passes:
+        for each in self.at(segment):
 
             def gather(_: nn.Module, args: tuple[Any, ...], each: Pass = each) -> None:
                 group.gatherer.add(args[0], each.batch)
@@ -328,6 +350,21 @@ def _standing(each: Pass, segment: Segment) -> AtSegment:
     if not isinstance(each.place, AtSegment):
         raise RuntimeError(f"a pass stands at {each.place}, not before {segment.prefix}")
     return each.place
+
+
+@contextmanager
+def _told(model: nn.Module) -> Iterator[None]:
+    """Tell in one line where a model's own code does not run on what it is given."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, QuantkitError):
+        raise
+    except Exception as error:  # the code of any model, on input that it may not have been written for
+        first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+        raise QuantizationError(
+            f"{type(model).__name__} does not run on the calibration rows: {type(error).__name__}: {first}",
+            "choose a method that needs none, such as rtn or hqq, or records of the kind that the model takes",
+        ) from error
 
 
 def _pause_before(index: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:

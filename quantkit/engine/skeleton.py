@@ -9,15 +9,16 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from quantkit.checkpoint import CheckpointReader
 from quantkit.checkpoint.conversions import Read
 from quantkit.checkpoint.names import DAMAGED, Names, shared_parameters
-from quantkit.engine.empty_model import empty_model, find_blocks
+from quantkit.engine.empty_model import empty_model, find_blocks, text_part
 from quantkit.engine.experts import is_stack, tells_tokens
 from quantkit.engine.layers import Layer, give_way, layer_of, linear_modules
 from quantkit.errors import CheckpointError
@@ -81,6 +82,7 @@ class Skeleton:
 
     Attributes:
         model: the whole model.
+        text: the part of it that is run: it is given tokens and gives logits.
         names: what its parameters are called in the checkpoint.
         blocks: its list of decoder blocks.
         segments: the blocks, each to be loaded by itself.
@@ -93,14 +95,15 @@ class Skeleton:
 
     def __init__(self, folder: Path, trust_remote_code: bool = False, stored: Collection[str] | None = None) -> None:
         self.model = empty_model(folder, trust_remote_code)
+        self.text: Any = text_part(self.model)
         self.names = Names(self.model, _stored_names(folder) if stored is None else stored)
         self.names.divide(give_way(self.model))
         self._first = {name: names[0] for names in shared_parameters(self.model) for name in names}
         self._became: dict[str, torch.Tensor] = {}
         prefix, self.blocks = find_blocks(self.model)
         self.segments = [self._segment(f"{prefix}.{index}", block) for index, block in enumerate(self.blocks)]
-        self.head = self._single(self.model.get_output_embeddings(), nn.Linear)
-        self.embedding = self._single(self.model.get_input_embeddings(), nn.Embedding)
+        self.head = self._single(self.text.get_output_embeddings(), nn.Linear)
+        self.embedding = self._single(self.text.get_input_embeddings(), nn.Embedding)
         self._twins = self._tied_names()
         self._persistent = frozenset(self.model.state_dict())
         self._empty: dict[str, nn.Parameter] = {}
@@ -130,7 +133,7 @@ class Skeleton:
 
     def _tied_names(self) -> dict[str, str]:
         """The weights of a tied head and its embedding, each to the other; parameters of the model."""
-        embedding = self.model.get_input_embeddings()
+        embedding = self.text.get_input_embeddings()
         if self.head is None or embedding is None or embedding.weight is not self.head.module.weight:
             return {}
         head, tied = f"{self.head.prefix}.weight", f"{self._name(embedding)}.weight"
@@ -197,11 +200,20 @@ class Skeleton:
         for name, module in self.model.named_modules():
             if id(module) not in left:
                 self._fill(name, module, reader, device, dtype, recurse=False)
+        self._fill_first(reader, device, dtype)
+
+    def _fill_first(self, reader: WeightReader, device: torch.device, dtype: torch.dtype) -> None:
+        """Fill the first parameter of each model around the blocks: transformers asks it where the model lies."""
+        models = [(name, module) for name, module in self.model.named_modules() if isinstance(module, PreTrainedModel)]
+        towers = self._towers()
+        for name, module in models:
+            first, parameter = next(module.named_parameters(), ("", None))
+            if parameter is not None and parameter.is_meta and module not in towers:
+                owner = _joined(name, first.rpartition(".")[0])
+                self._fill(owner, self.model.get_submodule(owner), reader, device, dtype, recurse=False)
 
     def _towers(self) -> list[nn.Module]:
         """Models inside the model that text does not pass, such as that of images."""
-        from transformers import PreTrainedModel
-
         models = [module for module in self.model.modules() if isinstance(module, PreTrainedModel)]
         first = self.blocks[0]
         return [each for each in models if not any(module is first for module in each.modules())]

@@ -11,6 +11,9 @@ The experts of a layer are solved together: first what reads the layer's input i
 Their statistics are known when the whole segment has run, so that with quantized inputs a segment with experts is run
 anew for each step. Where they would not fit in memory they come in parts.
 
+Batches may leave a segment out, as text leaves out layers that look at images. One that no batch comes to is solved
+from its weights alone.
+
 The input embedding, where a task quantizes it, comes before the first segment and is solved from its weight alone: what
 it is read with are token ids.
 
@@ -94,7 +97,7 @@ class Walk:
         self._solver = Solver(self.tasks, originals, self._is_quantized, self.settings.tries_again)
         settings = self.settings
         self._streams = Streams(
-            self.skeleton.model, self.batches, self._solver.needs(), settings.offload, settings.experts, settings.room
+            self.skeleton.text, self.batches, self._solver.needs(), settings.offload, settings.experts, settings.room
         )
 
     @property
@@ -131,7 +134,7 @@ class Walk:
                 self._load_frame()
             self._solve_embedding(live=calibrated)
             if calibrated:
-                self._streams.start(segments, cleanup)
+                self._streams.start(segments, self.skeleton.text.get_output_embeddings(), cleanup)
             for index, segment in enumerate(segments):
                 started = self._solver.clock()
                 if calibrated or self._solver.at_work(segment):
@@ -150,7 +153,7 @@ class Walk:
         self.skeleton.load(segment, self.reader, self.settings.device, self.settings.dtype)
         self._solver.enter(segment)
         try:
-            if not calibrated:
+            if not calibrated or (self._solver.at_work(segment) and not self._streams.at(segment)):
                 self._solve_uncalibrated(segment)
             elif self._solver.at_work(segment):
                 self._calibrate(segment, last)
@@ -161,12 +164,12 @@ class Walk:
 
     def _repeat(self, segment: Segment, last: bool) -> None:
         """Bring every pass through a segment that all tasks remember, as it was when they solved it."""
-        if self._solver.smooths() and not segment.is_layer:
+        if self._solver.smooths() and not segment.is_layer and self._streams.at(segment):
             self._solver.transforming.find(self._streams.trial(segment))
         if self._is_quantized:
             self._solver.put_back(segment)
         if not last:
-            self._streams.advance()
+            self._streams.advance(segment)
 
     def _wanted_segments(self) -> list[Segment]:
         head = self.skeleton.head
@@ -200,7 +203,7 @@ class Walk:
             for name, layer in self._solver.wanted(segment).items():
                 self._solve(segment, [(Group.of({name: layer}), self._streams.read_before(segment))])
             if not last:
-                self._streams.advance()
+                self._streams.advance(segment)
             return
         found = self._streams.steps(segment, self._solver.wanted(segment))
         if self._solver.smooths():
@@ -222,7 +225,7 @@ class Walk:
             self._solve_experts(segment, step)
         rest = [step for step in found if step not in large]
         with self._streams.gathering(segment, [group for step in rest for group in step.groups], pausing=False):
-            self._streams.advance()
+            self._streams.advance(segment)
         known = self._streams.results(rest)
         for task in observing:
             self._solver.work(task, partial(self._solver.transforming.choose, task, segment, known))
@@ -247,7 +250,7 @@ class Walk:
             else:
                 self._solve(segment, [(step.group, self._streams.gather_alone(segment, step.group))])
         if not last:
-            self._streams.advance()
+            self._streams.advance(segment)
 
     def _solve_experts(self, segment: Segment, step: Step) -> None:
         """Gather and solve the experts of a step, as many at a time as there is room for."""
@@ -256,7 +259,7 @@ class Walk:
 
     def _one_pass(self, segment: Segment, groups: Sequence[Group], last: bool) -> None:
         """Solve the groups in their order, each when all passes stand at it or beyond."""
-        self._streams.advance()
+        self._streams.advance(segment)
         for index, group in enumerate(groups):
             self._solve(segment, [(group, group.gatherer.result())])
             if last and index == len(groups) - 1:
@@ -264,6 +267,7 @@ class Walk:
             self._streams.advance_from(index)
 
     def _solve_uncalibrated(self, segment: Segment) -> None:
+        """Solve a segment of which nothing is gathered, from its weights alone."""
         wanted = self._solver.wanted(segment)
         fused = dict.fromkeys(names for task in self.tasks for names in task.fused if set(names) <= set(wanted))
         alone = set(wanted) - {name for names in fused for name in names}

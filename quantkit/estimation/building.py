@@ -84,7 +84,7 @@ def _counted(skeleton: Skeleton, name: str, dtype: str, notes: tuple[str, ...]) 
         if weight.block is not None:
             sizes[weight.block] += weight.numel
     largest = [index for index in sizes if sizes[index] == max(sizes.values())][:2][-1]
-    vocabulary, hidden = skeleton.model.get_input_embeddings().weight.shape
+    vocabulary, hidden = skeleton.text.get_input_embeddings().weight.shape
     heads = _optional(config, "num_attention_heads", name) or 0
     width = (_head_width(config, name) or hidden // heads) if heads else 0
     shared = _optional(config, "num_key_value_heads", name) or heads

@@ -40,7 +40,7 @@ def block_inputs(skeleton: Skeleton, index: int) -> tuple[tuple[Input, ...], tup
     try:
         called = _called(skeleton, index)
     except Exception as error:  # the code of any model, which may ask more of its numbers
-        width = skeleton.model.get_input_embeddings().weight.shape[1]
+        width = skeleton.text.get_input_embeddings().weight.shape[1]
         alone = tuple(Input((layer.name,), 4 * width + layer.shape[1]) for layer in layers)
         why = f"its blocks do not run without weights ({type(error).__name__}), so each layer is taken by itself"
         return alone, (why,)
@@ -75,7 +75,7 @@ def _called(skeleton: Skeleton, index: int) -> list[tuple[list[Layer], int]]:
     ids = torch.zeros(ROWS, LENGTH, dtype=torch.int64)
     with torch.inference_mode(), alive, hooked([(layer.module, record(layer)) for layer in segment.layers]):
         try:
-            skeleton.model(input_ids=ids, use_cache=False)
+            skeleton.text(input_ids=ids, use_cache=False)
         except Enough:
             ended.remove()
     return found

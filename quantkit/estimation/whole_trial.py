@@ -53,7 +53,7 @@ def try_all(skeleton: Skeleton) -> WholeTrial:
     layers = [layer for segment in skeleton.segments for layer in segment.layers]
     ids = torch.zeros(1, TOKENS, dtype=torch.int64)
     with torch.inference_mode(), hooked([(layer.module, partial(count, path=layer.path)) for layer in layers]):
-        out = skeleton.model(input_ids=ids, use_cache=True)
+        out = skeleton.text(input_ids=ids, use_cache=True)
     kept = next((found for name in CACHES if (found := getattr(out, name, None)) is not None), ())
     blocks = getattr(kept, "layers", ())
     beside = {name: held for name, held in vars(kept).items() if name != "layers"} if blocks else kept

@@ -75,7 +75,8 @@ def architecture_problems(config: Mapping[str, Any], floats: set[str], layers: s
         return [model]
     names = Names(model, floats | {f"{layer}.weight" for layer in layers})
     names.divide(give_way(model))
-    ties = getattr(model.config, "tie_word_embeddings", False)  # a few configs have no such key
+    text = model.config.get_text_config()  # a config of several parts may leave it to its text's
+    ties = getattr(model.config, "tie_word_embeddings", getattr(text, "tie_word_embeddings", False))
     tied = getattr(model, "all_tied_weights_keys", None) or () if ties else ()
     optional = {names.tensor(name) for name in tied}
     ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()

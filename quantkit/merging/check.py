@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import torch
 
-from quantkit.engine.empty_model import auto_class
+from quantkit.checkpoint.model_class import model_class
 from quantkit.errors import CheckpointError
 from quantkit.merging.as_peft import for_peft, without_place
 from quantkit.merging.layers import nf4_round_trip
@@ -116,7 +116,7 @@ def _unmerged(tensors: MergedTensors, ids: torch.Tensor, trust_remote_code: bool
 
 def _load(folder: Path, trust_remote_code: bool) -> Any:
     config = whole_config(folder, trust_remote_code=trust_remote_code)
-    model = auto_class(config).from_pretrained(
+    model = model_class(config).from_pretrained(
         folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code
     )
     return model.eval()

@@ -222,7 +222,7 @@ def _plan_embedding(skeleton: Skeleton, variant: VariantSpec) -> tuple[str, Sche
 def paused_bytes(skeleton: Skeleton, tokens: int, dtype: torch.dtype) -> int:
     """Bytes of activations alive at the widest pause: what the widest layer reads, and the stream beside it."""
     widest = max((layer.shape[1] for layer in skeleton.layers()), default=0)
-    hidden: int = skeleton.model.get_input_embeddings().weight.shape[1]
+    hidden: int = skeleton.text.get_input_embeddings().weight.shape[1]
     # At down_proj a block holds the gate, its activation and the product, and the residual stream twice.
     return tokens * (3 * widest + 2 * hidden) * dtype.itemsize
 

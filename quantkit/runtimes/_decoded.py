@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from quantkit.checkpoint.model_class import build_model, config_for
 from quantkit.checkpoint.names import Names
-from quantkit.engine.empty_model import auto_class
 from quantkit.engine.layers import give_way
 from quantkit.exports import Export, open_export
 from quantkit.runtimes._checkpoint import check_checkpoint, translated, whole_config
@@ -69,10 +69,10 @@ def load_decoded(path: Path, options: LoadOptions) -> TransformersModel:
             del config.quantization_config
         dtype = getattr(torch, options.dtype) if options.dtype else config.dtype or torch.float32
         with torch.device("meta"):
-            empty = auto_class(config).from_config(deepcopy(config), trust_remote_code=options.trust_remote_code)
+            empty = build_model(deepcopy(config), trust_remote_code=options.trust_remote_code)
         model, found = type(empty).from_pretrained(
             None,
-            config=config,
+            config=config_for(type(empty), config),
             state_dict=as_transformers_stores(empty, decoded_state(export, dtype), set(export.float_names())),
             dtype=dtype,
             use_safetensors=True,

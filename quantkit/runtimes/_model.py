@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from quantkit.engine.empty_model import text_part
 from quantkit.errors import EvaluationError
 from quantkit.runtimes.base import LoadedModel
 from quantkit.system.devices import device_name, synchronize
@@ -36,16 +37,17 @@ class TransformersModel(LoadedModel):
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
+        self._text: Any = text_part(model)
         self.vocabulary = int(model.config.get_text_config().vocab_size)
         self.dtype = str(model.dtype).removeprefix("torch.")
         self.device = device_name(model.device)
-        keeps_last = "logits_to_keep" in inspect.signature(model.forward).parameters
+        keeps_last = "logits_to_keep" in inspect.signature(self._text.forward).parameters
         self._last_only: dict[str, Any] = {"logits_to_keep": 1} if keeps_last else {}
 
     @torch.inference_mode()
     def logits(self, ids: torch.Tensor) -> torch.Tensor:
         """One forward pass without cache; logits in the model's dtype, on its device."""
-        found: torch.Tensor = self.model(input_ids=ids.to(self.model.device).unsqueeze(0), use_cache=False).logits[0]
+        found: torch.Tensor = self._text(input_ids=ids.to(self.model.device).unsqueeze(0), use_cache=False).logits[0]
         return found
 
     @torch.inference_mode()
@@ -58,7 +60,7 @@ class TransformersModel(LoadedModel):
         room = LOGITS_AT_ONCE // self.vocabulary if together else 1
         for batch in _batches(rows, room):
             ids = torch.nn.utils.rnn.pad_sequence(list(batch), batch_first=True)
-            found = self.model(input_ids=ids.to(self.model.device), use_cache=False).logits
+            found = self._text(input_ids=ids.to(self.model.device), use_cache=False).logits
             yield from (logits[: len(row)] for logits, row in zip(found, batch, strict=True))
 
     @cached_property
@@ -121,7 +123,7 @@ class TransformersModel(LoadedModel):
         return {"transformers": transformers.__version__}
 
     def _forward(self, ids: torch.Tensor, **state: Any) -> Any:
-        return self.model(input_ids=ids.to(self.model.device), use_cache=True, **self._last_only, **state)
+        return self._text(input_ids=ids.to(self.model.device), use_cache=True, **self._last_only, **state)
 
 
 def _batches(rows: Sequence[torch.Tensor], room: int) -> Iterator[Sequence[torch.Tensor]]:

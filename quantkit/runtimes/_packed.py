@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from quantkit.engine.empty_model import auto_class
+from quantkit.checkpoint.model_class import model_class
 from quantkit.errors import EvaluationError
 from quantkit.runtimes._checkpoint import check_checkpoint, is_gguf, translated, whole_config
 from quantkit.runtimes._model import TransformersModel, whole
@@ -35,7 +35,7 @@ def load_packed(path: Path, options: LoadOptions) -> TransformersModel:
         )
     with translated(path, "the model"), packed_zero_points() as stand_in:
         config = whole_config(path, trust_remote_code=options.trust_remote_code)
-        model, found = auto_class(config).from_pretrained(
+        model, found = model_class(config, options.trust_remote_code).from_pretrained(
             path,
             dtype=options.dtype or "auto",
             use_safetensors=True,
