@@ -100,6 +100,64 @@ def test_a_value_beyond_float16_names_the_tensor(tmp_path: Path) -> None:
         resolved(folder, tmp_path / "work", dtype="float16")
 
 
+def renamed(folder: Path, rename: Callable[[str], str]) -> None:
+    tensors = {rename(name): CheckpointReader(folder).read(name) for name in CheckpointReader(folder).names()}
+    with ShardWriter(folder) as writer:
+        for name, tensor in tensors.items():
+            writer.declare(name, tensor.dtype, tuple(tensor.shape))
+        for name, tensor in tensors.items():
+            writer.write(name, tensor)
+
+
+@pytest.mark.parametrize(
+    "rename",
+    [
+        lambda name: f"_orig_mod.{name}",
+        lambda name: f"module.{name}",
+        lambda name: f"module._orig_mod.{name}",
+        lambda name: name.replace("layers.1.", "layers.1._orig_mod."),
+    ],
+)
+def test_a_model_that_was_saved_compiled_gets_its_own_names(tmp_path: Path, rename: Callable[[str], str]) -> None:
+    plain = make_model(tmp_path / "plain", dtype=torch.bfloat16)
+    folder = make_model(tmp_path / "model", dtype=torch.bfloat16)
+    renamed(folder, rename)
+    source = resolved(folder, tmp_path / "work")
+    assert (source.relative_to, source.decoded) == ("the float model", None)
+    found, wanted = CheckpointReader(source.folder), CheckpointReader(plain)
+    assert set(found.names()) == set(wanted.names())
+    assert all(torch.equal(found.read(name), wanted.read(name)) for name in wanted.names())
+    out = quantkit.quantize(folder, out=tmp_path / "out", method="rtn", group_size=32)
+    assert not any("_orig_mod" in name for name in CheckpointReader(out).names())
+
+
+def test_a_name_with_and_without_a_prefix_is_one_line(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model")
+    rewrite(folder, lambda _, tensor: tensor)
+    renamed(folder, lambda name: "_orig_mod.lm_head.weight" if name == "model.embed_tokens.weight" else name)
+    with pytest.raises(SourceError, match=r"holds tensor 'lm_head\.weight' with and without '_orig_mod\.'"):
+        resolved(folder, tmp_path / "work")
+
+
+def test_a_model_of_several_dtypes_keeps_each(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model", dtype=torch.bfloat16)
+    kinds = {"norm.weight": torch.float32, "o_proj.weight": torch.float16}
+    wanted = {}
+
+    def change(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        kind = next((kind for end, kind in kinds.items() if name.endswith(end)), tensor.dtype)
+        wanted[name] = tensor.to(kind)
+        return wanted[name]
+
+    rewrite(folder, change)
+    source = resolved(folder, tmp_path / "work")
+    assert (source.folder, source.dtype) == (folder, "bfloat16")
+    out = CheckpointReader(quantkit.quantize(folder, out=tmp_path / "out", method="rtn", group_size=32))
+    floats = [name for name in wanted if name in out]
+    assert any(out.dtype(name) == torch.float32 for name in floats)
+    assert all(torch.equal(out.read(name), wanted[name]) for name in floats)
+
+
 def test_nan_is_left_to_who_reads_the_weights(tmp_path: Path) -> None:
     folder = make_model(tmp_path / "model")
     rewrite(folder, lambda name, tensor: tensor * torch.nan if name == "model.norm.weight" else tensor)

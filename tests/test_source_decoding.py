@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,11 +16,13 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import quantkit
 from quantkit.checkpoint import CheckpointReader, ShardWriter
-from quantkit.errors import CheckpointError, SourceError
+from quantkit.errors import CheckpointError, OutputError, SourceError
 from quantkit.exports import open_export
+from quantkit.pipeline import run
 from quantkit.recipe import ModelSpec
 from quantkit.source import SourceModel, resolve
 from tests.architectures import make
+from tests.runs import Notebook, make_recipe, score_here
 from tests.tiny import make_model, tiny_tokenizer
 
 E4M3 = torch.float8_e4m3fn
@@ -95,6 +99,24 @@ def test_blocks_of_8_bit_floats_are_decoded_and_marked(tmp_path: Path, exponents
     assert AutoModelForCausalLM.from_pretrained(source.folder).dtype == torch.bfloat16
 
 
+def test_what_lies_beside_the_weights_goes_along(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model")
+    as_deepseek(folder, 32)
+    for name in ("preprocessor_config.json", "LICENSE"):
+        (folder / name).write_text("{}")
+    source = resolved(folder, tmp_path / "work")
+    assert {"preprocessor_config.json", "LICENSE", "tokenizer.json"} <= {file.name for file in source.folder.iterdir()}
+
+
+def test_a_disk_without_room_for_the_float_model_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_model(tmp_path / "model")
+    as_deepseek(folder, 32)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(OutputError, match=r"the float model takes .*, and .* has 1000 B free"):
+        resolved(folder, tmp_path / "work")
+    assert not (tmp_path / "work" / "source").exists()
+
+
 def test_what_is_decoded_can_have_another_dtype(tmp_path: Path) -> None:
     folder = make_model(tmp_path / "model")
     as_deepseek(folder, 32)
@@ -104,6 +126,21 @@ def test_what_is_decoded_can_have_another_dtype(tmp_path: Path) -> None:
     scales = codes.read(f"{name}_scale_inv").repeat_interleave(32, 0).repeat_interleave(32, 1)
     assert torch.equal(tensors_of(source.folder)[name], codes.read(name).float() * scales)
     assert all(tensor.dtype == torch.float32 for tensor in tensors_of(source.folder).values())
+
+
+def test_a_report_says_what_its_losses_are_relative_to(
+    tmp_path: Path, records: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("quantkit.evaluation.stage.run_job", score_here)
+    folder = make_model(tmp_path / "model")
+    as_deepseek(folder, 32)
+    variants = [{"name": "int8", "method": "rtn", "bits": 8}]
+    content = run(make_recipe(folder, records, tmp_path / "run", variants), Notebook())
+    assert content["source"]["decoded"] == "fp8"
+    assert content["variants"][0]["metrics"]["kl_divergence"]["prose"]["mean"] > 0
+    text = (tmp_path / "run" / "report.md").read_text()
+    assert "All losses are relative to the dequantized source." in text
+    assert re.search(r"Decoded from.*fp8", text)
 
 
 def test_even_blocks_decode_as_transformers_does(tmp_path: Path) -> None:
@@ -298,6 +335,11 @@ def test_a_quantized_model_that_is_not_read_is_refused_by_name(tmp_path: Path) -
     folder = make_model(tmp_path / "model")
     quantization = {"quant_method": "torchao", "quant_type": {}}
     write(folder, tensors_of(folder), quantization, _name_or_path="unsloth/tiny-bnb-4bit")
+    nvfp4 = {"x.weight": torch.zeros(4, 8, dtype=torch.uint8), "x.weight_scale": torch.ones(4, 1).to(E4M3)}
+    other = make_model(tmp_path / "other")
+    write(other, nvfp4, None)
+    with pytest.raises(SourceError, match="holds no float model"):
+        resolved(other, tmp_path / "work")
     for decode in (False, True):
         with pytest.raises(SourceError, match=r"of torchao\).*float model \(unsloth/tiny\): this format is not read"):
             resolved(folder, tmp_path / "work", decode=decode)

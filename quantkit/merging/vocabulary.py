@@ -8,13 +8,14 @@ from pathlib import Path
 from quantkit.checkpoint.sizes import TEXT_PARTS
 from quantkit.checkpoint.tokenizer_files import ONE_OF
 from quantkit.errors import SourceError
+from quantkit.exports.companions import LICENCES, copy_companions
 from quantkit.merging.adapter import Adapter
 from quantkit.runtimes._checkpoint import load_tokenizer
-from quantkit.source.folder import IDENTITY
+from quantkit.source.folder import IDENTITY, PROCESSORS
 from quantkit.system.artifacts import file_sha256, read_json, translated_os_errors, write_json
 
 CONFIGS = ("config.json", "generation_config.json")
-TOKENIZER_FILES = tuple(pattern for pattern in IDENTITY if pattern not in CONFIGS)
+TOKENIZER_FILES = tuple(pattern for pattern in IDENTITY if pattern not in (*CONFIGS, *PROCESSORS))
 TEMPLATES = ("chat_template.jinja", "chat_template.json")
 
 
@@ -41,6 +42,7 @@ def write_companions(
     with translated_os_errors(target):
         for file in _files(base, (*IDENTITY, "*.py")):
             shutil.copyfile(file, target / file.name)
+        copy_companions(base, target, patterns=LICENCES)
         notes = _take_tokenizer(adapters, target)
     config = read_json(base / "config.json")
     texts = [config, *(config[name] for name in TEXT_PARTS if isinstance(config.get(name), dict))]

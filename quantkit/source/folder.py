@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,17 @@ import torch
 from quantkit.checkpoint import FLOATS, CheckpointReader, ShardWriter
 from quantkit.checkpoint.sizes import check_sizes
 from quantkit.checkpoint.tokenizer_files import ONE_OF, has_tokenizer
-from quantkit.errors import SourceError
+from quantkit.errors import OutputError, SourceError
+from quantkit.exports.companions import LICENCES, copy_companions
 from quantkit.source.decoded import DecodedTensor
 from quantkit.source.decoding import decoding_of, float_dtype, without_quantization
 from quantkit.system.artifacts import file_sha256, read_json, translated_os_errors, write_json
+from quantkit.system.units import in_units
 
+PROCESSORS = ("*processor*.json",)
+"""How a model that sees or hears is given images and sound."""
 IDENTITY = (
+    *PROCESSORS,
     "config.json",
     "generation_config.json",
     "tokenizer*",
@@ -32,6 +39,8 @@ IDENTITY = (
     "*.jinja",
     "chat_template.json",
 )
+COMPILED, PARALLEL = "_orig_mod.", "module."
+"""What ``torch.compile`` and parallel training put into the names of a model's tensors."""
 
 
 class FloatFolder:
@@ -44,6 +53,7 @@ class FloatFolder:
         decoding: how its tensors are decoded; None where they are floats as they lie.
         dtype: of most of its weights: ``float32``, ``float16``, ``bfloat16`` or ``float64``; of a decoded one what its
             config says.
+        tensors: of the float model, none of them read yet, each in the dtype that it has.
 
     Raises:
         SourceError: the folder lacks a part, is quantized already, or needs code that may not run.
@@ -69,6 +79,12 @@ class FloatFolder:
             folder, self.config, self.reader, FLOATS[told], asked=decode, trust_remote_code=trust_remote_code
         )
         self.dtype = _float_dtype(folder, self.reader) if self.decoding is None else told
+        self.tensors = _unwrapped(self.decoding.tensors if self.decoding else _as_stored(self.reader), folder)
+
+    def lies_as(self, dtype: str) -> bool:
+        """Whether the folder itself is the float model in a dtype, and no copy has to be made."""
+        named = {tensor.name for tensor in self.tensors} == set(self.reader.names())
+        return self.decoding is None and dtype == self.dtype and named
 
     def sha256(self, known: Mapping[str, str]) -> dict[str, str]:
         """File name to hash, of everything that makes up the model; files with a ``known`` one are not read again."""
@@ -76,29 +92,25 @@ class FloatFolder:
         return {file.name: known.get(file.name) or file_sha256(file) for file in files}
 
     def copy_as(self, dtype: str, target: Path) -> None:
-        """Write the model to ``target`` with all its floating-point tensors in ``dtype``.
+        """Write the model to ``target``; in another dtype than its own all floating-point tensors have that.
 
         Raises:
             SourceError: a value is too large for ``dtype``.
-            OutputError: ``target`` cannot be written.
+            OutputError: ``target`` cannot be written, or the disk has no room for it.
         """
         with translated_os_errors(target):
             for file in self._side_files():
                 shutil.copyfile(file, target / file.name)
+            copy_companions(self.folder, target, patterns=LICENCES)
         write_json(target / "config.json", _config_as(self.config, dtype))
-        tensors = self._tensors(dtype)
+        same = dtype == self.dtype
+        tensors = self.tensors if same else [tensor.cast(FLOATS[dtype]) for tensor in self.tensors]
+        _check_room(target, sum(prod(tensor.shape) * tensor.dtype.itemsize for tensor in tensors))
         with ShardWriter(target) as writer:
             for tensor in tensors:
                 writer.declare(tensor.name, tensor.dtype, tensor.shape)
             for tensor in tensors:
                 writer.write_parts(tensor.name, self._checked(tensor, dtype))
-
-    def _tensors(self, dtype: str) -> list[DecodedTensor]:
-        """The tensors of the copy; where they are decoded to the dtype that the config says, others keep theirs."""
-        if self.decoding is not None and dtype == self.dtype:
-            return self.decoding.tensors
-        stored = self.decoding.tensors if self.decoding else _as_stored(self.reader)
-        return [tensor.cast(FLOATS[dtype]) for tensor in stored]
 
     def _checked(self, tensor: DecodedTensor, dtype: str) -> Iterator[torch.Tensor]:
         """The parts of a tensor, none of which became infinite."""
@@ -116,8 +128,30 @@ class FloatFolder:
         return sorted({file for pattern in patterns for file in self.folder.glob(pattern) if file.is_file()})
 
 
+def _check_room(folder: Path, needed: int) -> None:
+    with translated_os_errors(folder):
+        free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise OutputError(
+            f"the float model takes {in_units(needed)}, and {folder.parent} has {in_units(free)} free",
+            "free some disk space, or give the run a folder on another disk",
+        )
+
+
 def _as_stored(reader: CheckpointReader) -> list[DecodedTensor]:
     return [DecodedTensor.plain(reader, name, reader.dtype(name)) for name in reader.names()]
+
+
+def _unwrapped(tensors: list[DecodedTensor], folder: Path) -> list[DecodedTensor]:
+    """The tensors by the names of the model itself, not of what it was compiled or trained in parallel as."""
+    inside = all(tensor.name.startswith(PARALLEL) for tensor in tensors)
+    found = {}
+    for tensor in tensors:
+        name = tensor.name.replace(COMPILED, "").removeprefix(PARALLEL if inside else "")
+        if name in found:
+            raise SourceError(f"{folder} holds tensor '{name}' with and without '{COMPILED}'", "keep one of them")
+        found[name] = replace(tensor, name=name)
+    return list(found.values())
 
 
 def _config_as(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:

@@ -56,8 +56,8 @@ def native_tensors(reader: CheckpointReader, config: dict[str, Any], dtype: torc
     blocks = {name for name in reader.names() if _is_blocks(reader, name)}
     bare = {name for name in reader.names() if reader.dtype(name) in EIGHT_BITS} - scaled.keys()
     bare -= {each.scales for each in scaled.values()}
-    if not (scaled or blocks or bare):
-        return None
+    if not (scaled or blocks or bare) or any(name.endswith(("scale", "scales", "scale_inv")) for name in bare):
+        return None  # scales in 8-bit floats belong to weights that are packed otherwise
     if bare and config:
         raise CheckpointError(f"{reader.folder}: tensor '{min(bare)}' is of 8-bit floats and has no scales", BROKEN)
     used = {each.scales for each in scaled.values()} | {_beside(name) for name in blocks}

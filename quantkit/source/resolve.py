@@ -72,7 +72,7 @@ def _from_folder(folder: Path, spec: ModelSpec, work: Path, snapshot: hub.Snapsh
     if dtype not in FLOATS:
         raise SourceError(f"{folder} holds {dtype} weights", f"set model.dtype to one of {', '.join(FLOATS)}")
     decoding = model.decoding
-    target = folder if dtype == model.dtype and decoding is None else work / STAGE
+    target = folder if model.lies_as(dtype) else work / STAGE
     source = SourceModel(
         folder=target,
         reference=spec.source,
