@@ -27,9 +27,15 @@ class Names:
     Args:
         model: as transformers builds it, its large tensors on meta. Any other module calls its tensors as it does.
         stored: names of the tensors of its checkpoint; by default those that ``save_pretrained`` would write.
+        shapes: of these tensors, where they are known.
     """
 
-    def __init__(self, model: nn.Module, stored: Collection[str] | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        stored: Collection[str] | None = None,
+        shapes: Mapping[str, tuple[int, ...]] | None = None,
+    ) -> None:
         self._model = model
         self._shapes = {name: torch.empty(each.shape, device="meta") for name, each in model.state_dict().items()}
         self._forward, self._backward = on_load(model), on_save(model)
@@ -38,6 +44,7 @@ class Names:
         self._parts: dict[str, Part] = {}
         self._made: dict[str, torch.Tensor] = {}
         self._shared = {name for names in shared_parameters(model) for name in names}
+        self._stored_shapes = shapes or {}
         self._stored = frozenset(self._as_saved() if stored is None else stored)
         self._match()
 
@@ -88,6 +95,22 @@ class Names:
         lacking = [self.written(name) for name in known if not self.has(name)]
         used = {source for name in known for source in self.sources(name)}
         return sorted(set(lacking) - alone), sorted(self._stored - used - alone)
+
+    def unknown_parts(self) -> dict[str, int]:
+        """The parts of the checkpoint of which the model knows nothing, each with its number of tensors."""
+        unknown = self.unmatched()[1]
+        known = {prefix for name in self._stored.difference(unknown) for prefix in _prefixes(name)}
+        found: dict[str, int] = {}
+        for name in unknown:
+            part = next((prefix for prefix in _prefixes(name) if prefix not in known), name)
+            found[part] = found.get(part, 0) + 1
+        return found
+
+    def unknown_matrices(self) -> list[str]:
+        """What the model does not know and looks like weights of layers, without ``.weight``."""
+        _, unknown = self.unmatched()
+        shapes = self._stored_shapes
+        return [name.removesuffix(".weight") for name in unknown if len(shapes.get(name, (0, 0))) > 1]
 
     def parts(self) -> dict[str, list[str]]:
         """The parameters that gave way to parts, each with the names of these."""
@@ -305,7 +328,10 @@ class Names:
         tied = set(getattr(self._model, "all_tied_weights_keys", None) or ())
         rest = [name for name in self._stored if name not in used and name.endswith(".weight")]
         missing = [name for name in self._shapes if not self.has(name) and name not in tied]
-        if len(rest) == len(missing) == 1 and missing[0].endswith(".weight"):
+        if len(rest) != 1 or len(missing) != 1 or not missing[0].endswith(".weight"):
+            return
+        wanted = tuple(self._shapes[missing[0]].shape)
+        if self._stored_shapes.get(rest[0], wanted) == wanted:
             self._alias[missing[0]] = rest[0]
 
     def _as_saved(self) -> list[str]:
@@ -324,6 +350,12 @@ class Names:
         renamings, _ = self._backward
         name: str = rename_source_key(parameter, renamings, [], reverse=True)[0]
         return name
+
+
+def _prefixes(name: str) -> list[str]:
+    """What a name begins with, the shortest first; itself last."""
+    parts = name.split(".")
+    return [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
 
 
 def shared_parameters(model: nn.Module) -> list[list[str]]:

@@ -96,7 +96,8 @@ class Skeleton:
     def __init__(self, folder: Path, trust_remote_code: bool = False, stored: Collection[str] | None = None) -> None:
         self.model = empty_model(folder, trust_remote_code)
         self.text: Any = text_part(self.model)
-        self.names = Names(self.model, _stored_names(folder) if stored is None else stored)
+        shapes = _stored_shapes(folder) if stored is None else None
+        self.names = Names(self.model, shapes if stored is None else stored, shapes)
         self.names.divide(give_way(self.model))
         self._first = {name: names[0] for names in shared_parameters(self.model) for name in names}
         self._became: dict[str, torch.Tensor] = {}
@@ -151,6 +152,26 @@ class Skeleton:
     def all_linears(self) -> list[str]:
         """The names of every linear layer of the model."""
         return [layer.name for layer in self.layers()]
+
+    def lacking(self) -> list[str]:
+        """The tensors that the model needs, and that the checkpoint has not, nor what they are tied to."""
+        tied = {self.names.written(name) for name, twin in self._twins.items() if self.names.has(twin)}
+        return [name for name in self.names.unmatched()[0] if name not in tied]
+
+    def others(self) -> list[str]:
+        """What has a matrix and is no linear layer: routers that are bare parameters, what the model does not know.
+
+        Each by its name in the checkpoint, and by that in the model where it is another.
+        """
+        found = self.names.unknown_matrices()
+        for segment in self.segments:
+            for path, module in segment.module.named_modules():
+                weight = module._parameters.get("weight")
+                if weight is None or weight.ndim < 2 or isinstance(module, nn.Linear | nn.Embedding):
+                    continue
+                parameter = _joined(_joined(segment.prefix, path), "weight")
+                found += [self.names.written(parameter).removesuffix(".weight"), parameter.removesuffix(".weight")]
+        return list(dict.fromkeys(found))
 
     def stacks(self) -> dict[str, list[str]]:
         """The tensors of the checkpoint that are no layer's own ``.weight``, each with the layers that it holds."""
@@ -279,8 +300,12 @@ class Skeleton:
         raise CheckpointError(f"tensor {self.names.tensor(parameter)} is not in the checkpoint", DAMAGED)
 
 
-def _stored_names(folder: Path) -> Collection[str] | None:
-    return CheckpointReader(folder).names() if any(folder.glob("*.safetensors*")) else None
+def _stored_shapes(folder: Path) -> dict[str, tuple[int, ...]] | None:
+    """The names and shapes of a folder's tensors; None where it has none."""
+    if not any(folder.glob("*.safetensors*")):
+        return None
+    reader = CheckpointReader(folder)
+    return {name: reader.shape(name) for name in reader.names()}
 
 
 def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,7 @@ class Content:
         changes: keys of ``config.json`` that differ from the origin's.
         runs_code: the model comes with Python code, which goes along.
         paths: layers that the model of transformers calls otherwise than the checkpoint, to its own names.
+        others: what has a matrix and is no linear layer of the model; servers may take it for one.
     """
 
     origin: Path
@@ -74,11 +75,18 @@ class Content:
     changes: Mapping[str, Any] = field(default_factory=dict)
     runs_code: bool = False
     paths: Mapping[str, str] = field(default_factory=dict)
+    others: Collection[str] = ()
 
     @property
     def spelled(self) -> dict[str, Scheme | None]:
-        """The linear layers by every name that a loader may look for: that of the tensors, and the model's own."""
+        """The linear layers by every name that a loader may look for: that of the tensors, and the model's own.
+
+        Other matrices are float layers here, but for those whose names are part of a packed layer's, by which loaders
+        that look for parts of names would miss that.
+        """
+        packed = "\n".join(self.schemes)
         return {
+            **{name: None for name in self.others if name not in packed},
             **self.linears,
             **{path: self.linears[name] for name, path in self.paths.items() if name in self.linears},
         }

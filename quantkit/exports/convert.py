@@ -166,6 +166,7 @@ def _content(
         digests=layers.digests(),
         embedding=None if export.embedding is None else (export.embedding, schemes[export.embedding]),
         paths={layer.name: layer.path for layer in skeleton.layers() if layer.name != layer.path},
+        others=skeleton.others(),
     )
 
 

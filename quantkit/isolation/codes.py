@@ -146,7 +146,8 @@ def _weight(layer: str, scheme: Scheme, reader: CheckpointReader, dtype: torch.d
 def _content(job: Job, schemes: Mapping[str, Scheme], layers: LayerStore, source: CheckpointReader) -> Content:
     from quantkit.engine.skeleton import Skeleton
 
-    linears = {name: schemes.get(name) for name in Skeleton(job.source, job.trust_remote_code).all_linears()}
+    skeleton = Skeleton(job.source, job.trust_remote_code)
+    linears = {name: schemes.get(name) for name in skeleton.all_linears()}
     lost = [name for name in schemes if name not in linears]
     if lost:
         raise QuantizationError(f"it quantized {lost[0]}, which is no linear layer of the model")
@@ -164,4 +165,5 @@ def _content(job: Job, schemes: Mapping[str, Scheme], layers: LayerStore, source
         digests=layers.digests(),
         changes={"tie_word_embeddings": False} if unties else {},
         runs_code=job.trust_remote_code,
+        others=skeleton.others(),
     )

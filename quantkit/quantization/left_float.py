@@ -64,7 +64,11 @@ def told_names(names: Iterable[str]) -> str:
     for name in names:
         pattern = pattern_of(name)
         counts[pattern] = counts.get(pattern, 0) + 1
-    words = [f"{count} {pattern}" if count > 1 else pattern for pattern, count in counts.items()]
+    return few([f"{count} {pattern}" if count > 1 else pattern for pattern, count in counts.items()])
+
+
+def few(words: Sequence[str]) -> str:
+    """The first of many, and how many more there are."""
     rest = len(words) - SHOWN
     return ", ".join(words[:SHOWN]) + (f" and {rest} more like them" if rest > 0 else "")
 

@@ -16,7 +16,16 @@ from quantkit.errors import SchemeError
 from quantkit.formats import FORMATS
 from quantkit.formats.base import Format
 from quantkit.quantization.choosing import Candidate, Choice, check_layer, check_names, choose
-from quantkit.quantization.left_float import Left, by_reason, check_left, notes_of, pattern_of, share_words
+from quantkit.quantization.left_float import (
+    Left,
+    by_reason,
+    check_left,
+    few,
+    notes_of,
+    pattern_of,
+    share_words,
+    told_names,
+)
 from quantkit.recipe import VariantSpec
 from quantkit.schemes import PlainScheme, Scheme
 
@@ -144,7 +153,19 @@ def plan_layers(skeleton: Skeleton, variant: VariantSpec) -> Layers:
     """
     paths = {layer.name: layer.path for layer in skeleton.layers() if layer.name != layer.path}
     alone = [layer.name for layer in skeleton.layers() if not skeleton.names.loads_alone(f"{layer.path}.weight")]
-    return replace(_plan(skeleton, variant), paths=paths, stacks=skeleton.stacks(), unloaded=alone)
+    found = _plan(skeleton, variant)
+    notes = (*found.notes, *notes_of_names(skeleton))
+    return replace(found, notes=notes, paths=paths, stacks=skeleton.stacks(), unloaded=alone)
+
+
+def notes_of_names(skeleton: Skeleton) -> tuple[str, ...]:
+    """What the checkpoint has and the class of the model does not know, and the reverse."""
+    kind = type(skeleton.model).__name__
+    lacking, unknown = skeleton.lacking(), skeleton.names.unknown_parts()
+    parts = [f"{part} ({count} tensors)" if count > 1 else part for part, count in unknown.items()]
+    copied = f"unknown to {kind}, copied as they are: {few(parts)}"
+    missing = f"missing in the checkpoint, though {kind} has them: {told_names(lacking)}"
+    return (*([copied] if unknown else []), *([missing] if lacking else []))
 
 
 def _plan(skeleton: Skeleton, variant: VariantSpec) -> Layers:

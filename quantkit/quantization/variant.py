@@ -211,6 +211,7 @@ class VariantRun:
             changes=changes,
             runs_code=job.trust_remote_code,
             paths=layers.paths,
+            others=self._skeleton.others(),
         )
 
     def _check_parts(self, floats: Collection[str]) -> None:

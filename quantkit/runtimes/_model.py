@@ -150,9 +150,19 @@ def whole(path: Path, model: PreTrainedModel, found: Mapping[str, Any], device: 
     Raises:
         EvaluationError: a tensor is missing, unknown to the model, or of the wrong shape.
     """
+    there = {name for name, _ in model.named_modules()}
+    missing = sorted(found["missing_keys"])
+    # what the class lacks altogether, such as layers that predict further tokens, was never part of the float model
+    unknown = sorted(name for name in found["unexpected_keys"] if name.rpartition(".")[0] in there)
+    kind = (getattr(model.config, "architectures", None) or [type(model).__name__])[0]
+    if missing and kind != type(model).__name__ and all(_is_head(model, name) for name in missing):
+        raise EvaluationError(
+            f"{path} is a {kind}: it has no {missing[0]} with which a {type(model).__name__} gives the next token",
+            "score it by its own task; 'quantkit quantize' quantizes it and keeps its own head",
+        )
     problems = {
-        "are missing": sorted(found["missing_keys"]),
-        "are not known to the model": sorted(found["unexpected_keys"]),
+        "are missing": missing,
+        "are not known to the model": unknown,
         "have the wrong shape": sorted(str(key[0]) for key in found["mismatched_keys"]),
         "could not be read": sorted(map(str, found["error_msgs"])),
     }
@@ -163,6 +173,11 @@ def whole(path: Path, model: PreTrainedModel, found: Mapping[str, Any], device: 
             "export the checkpoint again; its files do not match its config.json",
         )
     return TransformersModel(model if model.device == device else model.to(device))
+
+
+def _is_head(model: PreTrainedModel, name: str) -> bool:
+    """Whether a parameter is one of the output head."""
+    return model.get_submodule(name.rpartition(".")[0]) is model.get_output_embeddings()
 
 
 def _listed(names: list[str]) -> str:
