@@ -180,7 +180,10 @@ def _facts(
         "layers": len(schemes),
         "bits_per_weight": layers.stored_bytes * 8 / weights,
         "largest_shift": largest,
-        "notes": [*origin_remarks(store, origin, store.dtype), *store.remarks(set(schemes.values()))],
+        "notes": [
+            *origin_remarks(store, origin, store.dtype, export.float_names()),
+            *store.remarks(set(schemes.values())),
+        ],
     }
 
 

@@ -64,12 +64,13 @@ def check_source(folder: Path, names: Collection[str] | None = None) -> None:
     tokenizer_metadata(read_tokenizer(folder), folder, config.vocab_size)
 
 
-def source_remarks(folder: Path, dtype: str) -> tuple[str, ...]:
+def source_remarks(folder: Path, dtype: str, names: Collection[str] | None = None) -> tuple[str, ...]:
     """What llama.cpp does with a model otherwise than transformers, on one line each.
 
     Args:
         folder: of the float model, see :func:`check_source`.
         dtype: of the float model.
+        names: of its tensors; by default those that lie in the folder.
     """
     config = read_model_config(folder)
     remarks = {
@@ -77,7 +78,7 @@ def source_remarks(folder: Path, dtype: str) -> tuple[str, ...]:
         WINDOWLESS.format(getattr(config, "sliding_window", None)): (
             slides(config) and architecture_for(config.model_type).ignores_window
         ),
-        TOWERLESS: _is_tower(CheckpointReader(folder).names()),
+        TOWERLESS: _is_tower(CheckpointReader(folder).names() if names is None else names),
     }
     return (*remarks_on(read_tokenizer(folder)), *(remark for remark, holds in remarks.items() if holds))
 

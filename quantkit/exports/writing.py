@@ -30,19 +30,20 @@ def check_origin(store: type[Format], folder: Path, names: Collection[str] | Non
         check_source(folder, names)
 
 
-def origin_remarks(store: Format, folder: Path, dtype: str) -> tuple[str, ...]:
+def origin_remarks(store: Format, folder: Path, dtype: str, names: Collection[str] | None = None) -> tuple[str, ...]:
     """What someone who loads a checkpoint should know because of the model that it was made of.
 
     Args:
         store: the format.
         folder: of the float model.
         dtype: of the float model.
+        names: of its tensors; by default those that lie in the folder.
     """
     if store.container != "gguf":
         return ()
     from quantkit.exports.gguf_writer import source_remarks
 
-    return source_remarks(folder, dtype)
+    return source_remarks(folder, dtype, names)
 
 
 def bits_of_file(folder: Path, origin: Path) -> float:
