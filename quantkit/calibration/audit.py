@@ -30,7 +30,8 @@ def make_audit(
 
     Of records: ``read = usable + skipped`` and ``usable = used + dropped + unused``. Of tokens:
     ``encoded_tokens = tokens + truncated_tokens + dropped_tokens``, where ``encoded_tokens`` counts the records that
-    were drawn and the separators between them. ``length`` is that of the used records before they were cut or packed.
+    were drawn and the separators between them. ``images`` counts rows with images, where there are any. ``length`` is
+    that of the used records before they were cut or packed.
     """
     dropped = [*drawn.dropped, *packed.dropped]
     separate = sum(record.tokens for record in drawn.dropped)
@@ -43,6 +44,7 @@ def make_audit(
         "dropped_tokens": separate + packed.remainder_tokens,
         "rows": len(packed.rows),
         "tokens": sum(map(len, packed.rows)),
+        **({"images": images} if (images := sum(bool(record.inputs) for record in packed.used)) else {}),
         "length": _lengths([len(record.ids) for record in packed.used]),
         "token_ids_sha256": sha256,
         "seed": spec.seed,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quantkit.checkpoint.chat_template import with_processor_template
 from quantkit.checkpoint.tokenizer_files import missing_package
 from quantkit.errors import CalibrationError
 from quantkit.system.artifacts import file_sha256, read_json
@@ -62,6 +63,12 @@ def model_limits(folder: Path, trust_remote_code: bool = False) -> ModelLimits:
     return ModelLimits(vocabulary, positions if isinstance(positions, int) else None)
 
 
+def processor_files(folder: Path) -> dict[str, str]:
+    """SHA-256 of each file from which a processor of images is made, by its name in ``folder``."""
+    found = sorted(path for path in folder.glob("*processor_config.json") if path.is_file())
+    return {path.name: file_sha256(path) for path in found}
+
+
 def tokenizer_files(folder: Path) -> dict[str, str]:
     """SHA-256 of each file that a tokenizer can be made of, by its path in ``folder``.
 
@@ -88,6 +95,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
     try:
         if (folder / "tokenizer.json").exists():
             read_json(folder / "tokenizer.json")
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+        found = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+        return with_processor_template(found, folder)
     except Exception as error:  # what the tokenizers package raises for a broken file is Exception itself
         raise CalibrationError(f"cannot load the tokenizer in {folder}: {error}", _REMEDY) from error

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from quantkit.errors import CalibrationError
 from quantkit.records import Record, RecordSet
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedTokenizerBase
 
 MINIMUM_TOKENS = 2
 TOO_SHORT = f"fewer than {MINIMUM_TOKENS} tokens"
 NO_ROW = "in the remainder that fills no row"
+TOO_LONG = "longer than max_length with its images"
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,10 +27,12 @@ class Encoded:
     Attributes:
         index: its row in the data set.
         ids: its token ids, not truncated.
+        inputs: further inputs of the model by their names, where it has images.
     """
 
     index: int
     ids: list[int]
+    inputs: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +52,7 @@ class Drawn:
     dropped: list[Dropped]
 
 
-def draw(found: RecordSet, samples: int, seed: int, encode: Callable[[Record, int], list[int]]) -> Drawn:
+def draw(found: RecordSet, samples: int, seed: int, encode: Callable[[Record, int], Encoded]) -> Drawn:
     """Draw records until ``samples`` of them have at least two tokens, or none is left.
 
     The order is ``random.Random(seed).sample(range(n), n)`` over the ``n`` usable records.
@@ -57,7 +61,7 @@ def draw(found: RecordSet, samples: int, seed: int, encode: Callable[[Record, in
         found: the data set.
         samples: records to draw.
         seed: of the order.
-        encode: a record and its index in the data set to token ids.
+        encode: a record and its index in the data set to tokens.
 
     Raises:
         CalibrationError: no record has two tokens.
@@ -68,11 +72,11 @@ def draw(found: RecordSet, samples: int, seed: int, encode: Callable[[Record, in
     for place in random.Random(seed).sample(range(len(indices)), len(indices)):
         if len(encoded) == samples:
             break
-        ids = encode(found.records[place], indices[place])
-        if len(ids) < MINIMUM_TOKENS:
-            dropped.append(Dropped(indices[place], TOO_SHORT, len(ids)))
+        record = encode(found.records[place], indices[place])
+        if len(record.ids) < MINIMUM_TOKENS:
+            dropped.append(Dropped(record.index, TOO_SHORT, len(record.ids)))
         else:
-            encoded.append(Encoded(indices[place], ids))
+            encoded.append(record)
     if not encoded:
         raise CalibrationError(
             f"data set '{found.name}': each of its {len(indices)} records has {TOO_SHORT}", "use another data set"
@@ -144,6 +148,35 @@ def pack_full(encoded: list[Encoded], max_length: int, tokenizer: PreTrainedToke
         remainder_tokens=len(stream) - kept,
         separators=separators,
     )
+
+
+def pack(
+    encoded: list[Encoded], max_length: int, tokenizer: PreTrainedTokenizerBase, *, full: bool
+) -> tuple[Packed, dict[int, Mapping[str, torch.Tensor]]]:
+    """Rows of records, those with images each by itself and whole, behind the others.
+
+    Args:
+        encoded: the records.
+        max_length: of a row; a record that is longer with its images is dropped.
+        tokenizer: the model's.
+        full: see :func:`pack_full`; else :func:`pack_none`.
+
+    Returns:
+        The rows, and the further inputs of the model by the places of those that have any.
+    """
+    texts = [record for record in encoded if not record.inputs]
+    plain = pack_full(texts, max_length, tokenizer) if full else pack_none(texts, max_length)
+    seen = [record for record in encoded if record.inputs]
+    fits = [record for record in seen if len(record.ids) <= max_length]
+    longer = [record for record in seen if len(record.ids) > max_length]
+    packed = replace(
+        plain,
+        rows=[*plain.rows, *(record.ids for record in fits)],
+        used=[*plain.used, *fits],
+        dropped=[*plain.dropped, *(Dropped(record.index, TOO_LONG, len(record.ids)) for record in longer)],
+        remainder_tokens=plain.remainder_tokens + sum(len(record.ids) for record in longer),
+    )
+    return packed, {len(plain.rows) + place: record.inputs for place, record in enumerate(fits)}
 
 
 def _needs_separator(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -7,8 +7,8 @@ token does, only rows of equal length share a batch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -27,12 +27,14 @@ class Batch:
         valid: int64 ``[tokens]``, the flat positions that are not padding; None if there is no padding.
         rows: the place of each row among all that were given.
         weights: float32 ``[tokens]``, how much each token counts in statistics, padding left out; None if all alike.
+        inputs: further inputs of the model by their names, such as images; of a single row.
     """
 
     token_ids: torch.Tensor
     valid: torch.Tensor | None
     rows: tuple[int, ...] = ()
     weights: torch.Tensor | None = None
+    inputs: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:
@@ -95,7 +97,11 @@ class Batch:
 
 
 def make_batches(
-    rows: Sequence[Sequence[int]], device: torch.device, may_pad: bool, limit: int | None = None
+    rows: Sequence[Sequence[int]],
+    device: torch.device,
+    may_pad: bool,
+    limit: int | None = None,
+    inputs: Mapping[int, Mapping[str, torch.Tensor]] | None = None,
 ) -> list[Batch]:
     """Batches of rows sorted by length, the longest first.
 
@@ -104,17 +110,25 @@ def make_batches(
         device: where the batches go.
         may_pad: whether rows of different length may share a batch; without it, only equal ones do.
         limit: tokens of a batch that has several rows; by default those of :data:`BATCH_TOKENS`.
+        inputs: further inputs of the model by the places of rows, each of which is a batch by itself.
     """
+    apart = inputs or {}
     limit = BATCH_TOKENS[device.type] if limit is None else limit
     batches: list[list[int]] = []
     for place in sorted((place for place, row in enumerate(rows) if len(row)), key=lambda each: -len(rows[each])):
         last = batches[-1] if batches else []
-        fits = bool(last) and (len(last) + 1) * len(rows[last[0]]) <= limit
+        fits = bool(last) and not {last[0], place} & apart.keys() and (len(last) + 1) * len(rows[last[0]]) <= limit
         if fits and (may_pad or len(rows[last[0]]) == len(rows[place])):
             last.append(place)
         else:
             batches.append([place])
-    return [_batch(rows, members, device) for members in batches]
+    return [
+        replace(
+            _batch(rows, members, device),
+            inputs={name: tensor.to(device) for name, tensor in apart.get(members[0], {}).items()},
+        )
+        for members in batches
+    ]
 
 
 def _batch(given: Sequence[Sequence[int]], members: Sequence[int], device: torch.device) -> Batch:

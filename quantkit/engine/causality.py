@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from quantkit.engine.groups import Enough
+from quantkit.engine.passes import told
 from quantkit.engine.skeleton import Skeleton, WeightReader
 
 LENGTH = 8
@@ -57,8 +58,8 @@ def _after_first_block(
     try:
         with torch.no_grad():
             for row in rows:
-                with suppress(Enough):
-                    skeleton.model(input_ids=row[None], use_cache=False)
+                with told(skeleton.text), suppress(Enough):
+                    skeleton.text(input_ids=row[None], use_cache=False)
     finally:
         hook.remove()
         skeleton.unload(segment)

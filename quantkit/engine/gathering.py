@@ -15,12 +15,12 @@ from quantkit.engine.batches import Batch
 from quantkit.engine.experts import showing_all
 from quantkit.engine.groups import Enough, PreHook, call_order, hooked, shared_inputs
 from quantkit.engine.layers import Layer
-from quantkit.engine.passes import CPU, AtEnd, AtGroup, AtSegment, Pass, move, pause, running_batch, states
+from quantkit.engine.passes import CPU, AtEnd, AtGroup, AtSegment, Pass, move, pause, running_batch, states, told
 from quantkit.engine.routing import ROUTED, ExpertSettings, Kind, alike, common_name, completed, routed_kinds, steps
 from quantkit.engine.skeleton import Segment
 from quantkit.engine.smoothing import Trial
 from quantkit.engine.statistics import Gatherer, Pool
-from quantkit.errors import QuantizationError, QuantkitError
+from quantkit.errors import QuantizationError
 from quantkit.methods.base import InputStatistics, Statistic
 
 BATCH_WEIGHTS = {"cpu": 1 << 21, "cuda": 1 << 26}
@@ -141,7 +141,7 @@ class Streams:
             cleanup.callback(head.register_forward_pre_hook(lambda *_: pause(AtEnd())).remove)
         self._passes = [Pass(self.model, batch) for batch in self.batches]
         for each in self._passes:
-            with _told(self.model):
+            with told(self.model):
                 self._resume(each)
 
     def at(self, segment: Segment) -> list[Pass]:
@@ -350,21 +350,6 @@ def _standing(each: Pass, segment: Segment) -> AtSegment:
     if not isinstance(each.place, AtSegment):
         raise RuntimeError(f"a pass stands at {each.place}, not before {segment.prefix}")
     return each.place
-
-
-@contextmanager
-def _told(model: nn.Module) -> Iterator[None]:
-    """Tell in one line where a model's own code does not run on what it is given."""
-    try:
-        yield
-    except (torch.OutOfMemoryError, QuantkitError):
-        raise
-    except Exception as error:  # the code of any model, on input that it may not have been written for
-        first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-        raise QuantizationError(
-            f"{type(model).__name__} does not run on the calibration rows: {type(error).__name__}: {first}",
-            "choose a method that needs none, such as rtn or hqq, or records of the kind that the model takes",
-        ) from error
 
 
 def _pause_before(index: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:

@@ -18,6 +18,7 @@ from greenlet import getcurrent, greenlet
 from torch import nn
 
 from quantkit.engine.batches import Batch
+from quantkit.errors import QuantizationError, QuantkitError
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +63,7 @@ class Pass(greenlet):  # type: ignore[misc]  # greenlet has no type hints
 
     def run(self) -> None:
         """The body of the coroutine: the model's forward, without a cache."""
-        self._model(input_ids=self.batch.token_ids, use_cache=False)
+        self._model(input_ids=self.batch.token_ids, use_cache=False, **self.batch.inputs)
 
     def resume(self, keeping: Collection[tuple[nn.Module, str]] = ()) -> None:
         """Go on until the next pause.
@@ -112,6 +113,21 @@ def states(segment: nn.Module) -> Iterator[set[tuple[nn.Module, str]]]:
 def _plain_attributes(segment: nn.Module) -> dict[tuple[nn.Module, str], torch.Tensor | None]:
     own = ((module, name, value) for module in segment.modules() for name, value in vars(module).items())
     return {(module, name): value for module, name, value in own if value is None or isinstance(value, torch.Tensor)}
+
+
+@contextmanager
+def told(model: nn.Module) -> Iterator[None]:
+    """Tell in one line where a model's own code does not run on what it is given."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, QuantkitError):
+        raise
+    except Exception as error:  # the code of any model, on input that it may not have been written for
+        first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+        raise QuantizationError(
+            f"{type(model).__name__} does not run on the calibration rows: {type(error).__name__}: {first}",
+            "choose a method that needs none, such as rtn or hqq, or records of the kind that the model takes",
+        ) from error
 
 
 CPU = torch.device("cpu")

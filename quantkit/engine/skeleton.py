@@ -208,14 +208,23 @@ class Skeleton:
                 self._became[self._first[full]] = getattr(owner, leaf).data
             setattr(owner, leaf, self._empty.pop(full))
 
-    def load_frame(self, reader: WeightReader, device: torch.device, dtype: torch.dtype) -> None:
+    def load_frame(
+        self, reader: WeightReader, device: torch.device, dtype: torch.dtype, *, towers: bool = False
+    ) -> None:
         """Fill what runs before, between and after the blocks: embeddings, norms; not the head.
+
+        Args:
+            reader: where weights come from.
+            device: where they go.
+            dtype: in which they are held.
+            towers: fill models of images and sound, too, for batches that have them.
 
         Raises:
             CheckpointError: a tensor is missing, of the wrong shape, or not finite.
         """
         left = {id(module) for segment in self.segments for module in segment.module.modules()}
-        left |= {id(module) for tower in self._towers() for module in tower.modules()}
+        if not towers:
+            left |= {id(module) for tower in self._towers() for module in tower.modules()}
         if self.head is not None:
             left.add(id(self.head.module))
         for name, module in self.model.named_modules():

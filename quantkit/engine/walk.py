@@ -144,7 +144,8 @@ class Walk:
 
     def _load_frame(self) -> None:
         """Load what runs before, between and after the blocks, as the transforms make it where the passes see that."""
-        self.skeleton.load_frame(self.reader, self.settings.device, self.settings.dtype)
+        sees = any(batch.inputs for batch in self.batches)
+        self.skeleton.load_frame(self.reader, self.settings.device, self.settings.dtype, towers=sees)
         if self._is_quantized:
             self._solver.transforming.apply_to_frame(self.tasks[0])
 

@@ -172,7 +172,12 @@ def _facts(
     return {
         "bits_per_weight": findings.packed_bytes * 8 / findings.weights,
         "layers": findings.layers,
-        "notes": [*calibration_notes(given, used), *used["notes"], WEIGHTS_ALONE if has_errors else RESCALED],
+        "notes": [
+            *calibration_notes(given, used),
+            *_image_notes(attempt),
+            *used["notes"],
+            WEIGHTS_ALONE if has_errors else RESCALED,
+        ],
         "seconds": seconds,
         "strategy": "library",
         "library": {
@@ -223,6 +228,12 @@ def _write_records(
             "stage_file": STAGE_FILE,
         },
     )
+
+
+def _image_notes(attempt: Attempt) -> list[str]:
+    """What is to be said where rows have images, of which libraries are given the tokens alone."""
+    images = len(attempt.job.images) if attempt.variant.calibrated else 0
+    return [f"{images} calibration rows have images, and the library was given their tokens alone"] if images else []
 
 
 def calibration_notes(given: dict[str, int] | None, used: dict[str, Any]) -> list[str]:

@@ -38,6 +38,7 @@ def job_of(
         source_facts={"reference": model.reference, "relative_to": model.relative_to, **model.made_from()},
         dtype=model.dtype,
         rows=calibrated.rows if calibrated else (),
+        images=calibrated.inputs if calibrated else {},
         calibration_sha256=calibrated.sha256 if calibrated else None,
         inputs=spec.inputs,
         experts=ExpertSettings(spec.experts, spec.expert_prior),

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quantkit.checkpoint import FLOATS
 from quantkit.engine.precision import pass_dtype
@@ -16,6 +16,9 @@ from quantkit.exports.manifest import is_whole
 from quantkit.recipe import VariantSpec
 from quantkit.system.artifacts import read_stage
 from quantkit.system.devices import resolve_device
+
+if TYPE_CHECKING:
+    import torch
 
 STAGE = "quantize"
 CODE_VERSION = 4
@@ -33,12 +36,13 @@ class Job:
         source_facts: what identifies it, and how the manifest names it.
         dtype: of the checkpoint, in which scales are stored: ``float32``, ``float16`` or ``bfloat16``.
         rows: calibration token ids; empty if no method needs them.
-        calibration_sha256: of the token ids.
+        calibration_sha256: of the token ids, and of the images.
         inputs: see :class:`quantkit.recipe.CalibrationSpec`.
         experts: how experts are calibrated.
         device: ``auto`` is CUDA where there is one.
         trust_remote_code: run Python code that comes with the model.
         hub: name and commit of the model on the hub, for one that comes from there.
+        images: of rows with images the further inputs of the model, by the places of the rows and by name.
     """
 
     source: Path
@@ -51,6 +55,7 @@ class Job:
     trust_remote_code: bool = False
     hub: tuple[str, str | None] | None = None
     experts: ExpertSettings = ROUTED
+    images: Mapping[int, Mapping[str, torch.Tensor]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -212,7 +212,8 @@ def _is_done(
     found.strategy = step.strategy
     may_pad = len(set(map(len, rows))) > 1 and not skeleton.has_routed_layers()
     may_pad = may_pad and can_be_padded(skeleton, reader, settings.device, settings.dtype)
-    batches = make_batches(rows, settings.device, may_pad, step.batch_tokens)
+    images = _images(job, settings.dtype) if rows else {}
+    batches = make_batches(rows, settings.device, may_pad, step.batch_tokens, images)
     walk = Walk(skeleton, reader, batches, tasks, settings, done)
     try:
         with _failures_kept(walk), patient():
@@ -230,6 +231,14 @@ def _is_done(
         del walk, batches
         _let_go(settings.device)
     return not ran_out_here
+
+
+def _images(job: Job, dtype: torch.dtype) -> dict[int, dict[str, torch.Tensor]]:
+    """The further inputs of rows with images, in the dtype of the passes."""
+    return {
+        place: {name: each.to(dtype) if each.is_floating_point() else each for name, each in inputs.items()}
+        for place, inputs in job.images.items()
+    }
 
 
 def _name_exhausted(failures: dict[str, Exception], device: torch.device) -> None:

@@ -18,7 +18,7 @@ from quantkit.records.formats import Message, Record
 from quantkit.records.hub import HUB_PREFIX, identify_hub, read_hub
 from quantkit.records.llamafactory import LLAMAFACTORY_PREFIX, identify_llamafactory, read_llamafactory
 from quantkit.records.named import NamedDataset, dataset_names, identify_named, named_dataset, read_named
-from quantkit.records.render import describe_template, encode, render, template_text
+from quantkit.records.render import describe_template, encode, is_templated, render, template_text
 
 __all__ = [
     "Message",
@@ -30,6 +30,7 @@ __all__ = [
     "describe_template",
     "encode",
     "identify",
+    "is_templated",
     "load",
     "named_dataset",
     "read_file",

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from quantkit.errors import CalibrationError
@@ -17,6 +19,7 @@ FORMATS_HELP = (
     "rename other columns in the data set"
 )
 _REASONS_SHOWN = 3
+_ADDRESS = re.compile(r"(data|https?|file):", re.IGNORECASE)
 
 Convert = Callable[[object], object]
 """Makes of a row one that :func:`quantkit.records.formats.parse` knows; may raise UnusableError."""
@@ -72,8 +75,16 @@ def collect(
     rows: Iterable[object],
     columns: Mapping[str, str] | None = None,
     convert: Convert | None = None,
+    base: Path | None = None,
 ) -> tuple[list[Record], list[Skipped]]:
-    """Parse every row of a data set called ``name``, each after ``convert`` where that is given.
+    """Parse every row of a data set.
+
+    Args:
+        name: of the data set.
+        rows: of it.
+        columns: see :func:`quantkit.records.formats.parse`.
+        convert: is asked for what to parse instead of each row.
+        base: the folder in which paths of images start.
 
     Raises:
         CalibrationError: ``columns`` has an unknown key, or no row is usable.
@@ -83,7 +94,8 @@ def collect(
     skipped: list[Skipped] = []
     for index, row in enumerate(rows):
         try:
-            records.append(parse(convert(row) if convert else row, columns))
+            record = parse(convert(row) if convert else row, columns)
+            records.append(_placed(record, base) if record.images and base else record)
         except UnusableError as error:
             skipped.append(Skipped(index, error.reason))
     if not records:
@@ -91,12 +103,24 @@ def collect(
     return records, skipped
 
 
+def _placed(record: Record, base: Path) -> Record:
+    """A record whose images lie where the data set means them to."""
+    images = (each if isinstance(each, bytes) or _ADDRESS.match(each) else str(base / each) for each in record.images)
+    return replace(record, images=tuple(images))
+
+
 def records_sha256(records: Iterable[Record]) -> str:
-    """SHA-256 over one line of JSON a record: ``[[[role, content], ...], text]``, UTF-8, each ended by a newline."""
+    """SHA-256 over one line of JSON a record: ``[[[role, content], ...], text]``, UTF-8, each ended by a newline.
+
+    A record with images has a third entry: for each its path or address, of bytes their SHA-256.
+    """
     digest = hashlib.sha256()
     for record in records:
         turns = [[message.role, message.content] for message in record.messages]
-        line = json.dumps([turns, record.text], ensure_ascii=False, separators=(",", ":"))
+        images = [each if isinstance(each, str) else hashlib.sha256(each).hexdigest() for each in record.images]
+        line = json.dumps(
+            [turns, record.text, *([images] if images else [])], ensure_ascii=False, separators=(",", ":")
+        )
         digest.update(line.encode() + b"\n")
     return digest.hexdigest()
 

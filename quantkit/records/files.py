@@ -13,7 +13,11 @@ from quantkit.system.artifacts import file_sha256
 
 
 def read_file(
-    path: str | Path, *, columns: Mapping[str, str] | None = None, convert: Convert | None = None
+    path: str | Path,
+    *,
+    columns: Mapping[str, str] | None = None,
+    convert: Convert | None = None,
+    base: Path | None = None,
 ) -> RecordSet:
     """Read a data set from a file, by its suffix.
 
@@ -24,6 +28,7 @@ def read_file(
         path: the file.
         columns: see :func:`quantkit.records.formats.parse`.
         convert: see :func:`quantkit.records.dataset.collect`.
+        base: the folder in which paths of images start; by default that of the file.
 
     Raises:
         CalibrationError: the file is missing, of another suffix, broken, or has no usable record.
@@ -32,7 +37,7 @@ def read_file(
     rows = _reader(path)
     origin = identify_file(path, columns=columns)
     try:
-        records, skipped = collect(str(path), rows(path), columns, convert)
+        records, skipped = collect(str(path), rows(path), columns, convert, base or path.parent)
     except OSError as error:
         raise _unreadable(path, error) from error
     if identify_file(path, columns=columns) != origin:

@@ -7,8 +7,8 @@ The format is recognized row by row from the keys that are there and not null: a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from quantkit.errors import CalibrationError, did_you_mean
@@ -25,8 +25,11 @@ SHAREGPT_ROLES = {
     "assistant": "assistant",
 }
 CONVERSATION_KEYS = ("messages", "conversations")
+IMAGE = "<image>"
+"""Where an image stands in a text, as LLaVA and LLaMA-Factory write it."""
+IMAGE_COLUMNS = ("images", "image")
 COLUMN_ALIASES = {"prompt": "instruction", "query": "input", "response": "output"}
-COLUMNS = frozenset({"instruction", "input", "output", "system", "history", "text", *CONVERSATION_KEYS})
+COLUMNS = frozenset({"instruction", "input", "output", "system", "history", "text", *CONVERSATION_KEYS, *IMAGE_COLUMNS})
 _KEYS_SHOWN = 12
 
 
@@ -45,10 +48,18 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A conversation or a plain text: exactly one of ``messages`` and ``text``."""
+    """A conversation or a plain text: exactly one of ``messages`` and ``text``.
+
+    Attributes:
+        messages: the turns.
+        text: the text.
+        images: what stands for each :data:`IMAGE` in them, in this order: a path, an address, or the bytes of a file.
+            Where there are none, ``<image>`` is text like any other.
+    """
 
     messages: tuple[Message, ...] = ()
     text: str | None = None
+    images: tuple[str | bytes, ...] = ()
 
     def __post_init__(self) -> None:
         if bool(self.messages) == (self.text is not None):
@@ -88,6 +99,13 @@ def parse(row: object, columns: Mapping[str, str] | None = None) -> Record:
     if not isinstance(row, Mapping):
         raise UnusableError(f"not an object but {_kind(row)}")
     fields = _renamed(row, columns)
+    shown = _flatten(fields)
+    record = _record(row, fields)
+    return _with_images(record, shown or _images(fields))
+
+
+def _record(row: Mapping[Any, Any], fields: Mapping[str, Any]) -> Record:
+    """The record of a row without its images."""
     for key in CONVERSATION_KEYS:
         if key in fields:
             turns = _conversation(key, fields[key])
@@ -97,6 +115,75 @@ def parse(row: object, columns: Mapping[str, str] | None = None) -> Record:
     if "text" in fields:
         return Record(text=_text(fields, "text"))
     raise UnusableError(f"no known format (keys: {_listed(row)})")
+
+
+def _flatten(fields: dict[str, Any]) -> list[str | bytes]:
+    """Make texts of contents that are lists of parts; the images that these parts hold, in their order."""
+    images: list[str | bytes] = []
+    for key in CONVERSATION_KEYS:
+        turns = fields.get(key)
+        if isinstance(turns, list):
+            fields[key] = [_flattened(turn, images) if isinstance(turn, Mapping) else turn for turn in turns]
+    return images
+
+
+def _flattened(turn: Mapping[Any, Any], images: list[str | bytes]) -> Mapping[Any, Any]:
+    key = "value" if "value" in turn else "content"
+    if not isinstance(turn.get(key), list):
+        return turn
+    return {**turn, key: "".join(_part(part, images) for part in turn[key])}
+
+
+def _part(part: Any, images: list[str | bytes]) -> str:
+    """The text of a part of a content, an image's being its mark."""
+    if isinstance(part, str):
+        return part
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind == "text" and isinstance(part.get("text"), str):
+        return str(part["text"])
+    if kind not in ("image", "image_url"):
+        held = f"a part of type '{kind}'" if kind else _kind(part)
+        raise UnusableError(f"a message holds {held}, which is no text")
+    source = next((part[key] for key in ("image", "image_url", "url", "path") if part.get(key) is not None), None)
+    if source is not None:
+        images.append(_image(source))
+    return IMAGE
+
+
+def _images(fields: Mapping[str, Any]) -> list[str | bytes]:
+    """The images that a row's own column holds."""
+    found: Any = next((fields[key] for key in IMAGE_COLUMNS if fields.get(key)), [])
+    return [_image(each) for each in (found if isinstance(found, list) else [found])]
+
+
+def _image(value: Any) -> str | bytes:
+    """What an image is given as: a path or address, the bytes of a file, or a mapping that holds one of them."""
+    if isinstance(value, Mapping):
+        value = next((value[key] for key in ("bytes", "path", "url") if value.get(key)), None)
+    if not isinstance(value, str | bytes):
+        raise UnusableError(f"an image is {_kind(value)} where a path should be")
+    return value
+
+
+def _with_images(record: Record, images: Sequence[str | bytes]) -> Record:
+    """A record and its images, which stand first where no mark says where.
+
+    Raises:
+        UnusableError: there are marks, and not as many as images.
+    """
+    if not images:
+        return record
+    texts = [message.content for message in record.messages] if record.text is None else [record.text]
+    marks = sum(text.count(IMAGE) for text in texts)
+    if marks not in (0, len(images)):
+        raise UnusableError(f"holds {len(images)} images and {marks} times '{IMAGE}'")
+    before = "" if marks else f"{IMAGE}\n" * len(images)
+    if record.text is not None:
+        return replace(record, text=before + record.text, images=tuple(images))
+    first = next((place for place, message in enumerate(record.messages) if message.role == "user"), 0)
+    messages = list(record.messages)
+    messages[first] = replace(messages[first], content=before + messages[first].content)
+    return replace(record, messages=tuple(messages), images=tuple(images))
 
 
 def _renamed(row: Mapping[Any, Any], columns: Mapping[str, str] | None) -> dict[str, Any]:

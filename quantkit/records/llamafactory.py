@@ -24,7 +24,7 @@ LLAMAFACTORY_PREFIX = "llamafactory:"
 INFO = "dataset_info.json"
 USUAL_FOLDER = "data"
 ALPACA_COLUMNS = {"prompt": "instruction", "query": "input", "response": "output"}
-READ_COLUMNS = ("prompt", "query", "response", "history", "system")
+READ_COLUMNS = ("prompt", "query", "response", "history", "system", "images")
 ROLE_TAGS = {
     "user_tag": "human",
     "assistant_tag": "gpt",
@@ -42,7 +42,7 @@ OPENAI_TAGS = {
     "function_tag": "function",
     "system_tag": "system",
 }
-MEDIA = ("images", "videos", "audios")
+MEDIA = ("videos", "audios")
 PREFERENCES = ("chosen", "rejected", "kto_tag")
 
 
@@ -68,7 +68,7 @@ class DatasetEntry(BaseModel):
     def renamed(self) -> dict[str, str]:
         """The columns that :func:`quantkit.records.formats.parse` shall read."""
         if self.formatting != "alpaca":
-            return {"conversations": "conversations", "system": "system"}
+            return {"conversations": "conversations", "system": "system", "images": "images"}
         given = ALPACA_COLUMNS if self.columns is None else self.columns
         return {name: column for name, column in given.items() if column and name in READ_COLUMNS}
 
@@ -89,7 +89,8 @@ class DatasetEntry(BaseModel):
             {"from": roles.get(role := turn.get(tags["role_tag"]), role), "value": turn.get(tags["content_tag"])}
             for turn in turns
         ]
-        return {"conversations": found, "system": row.get(columns.get("system") or "")}
+        beside = {name: row.get(columns.get(name) or "") for name in ("system", "images")}
+        return {"conversations": found, **beside}
 
     def _tags(self) -> dict[str, str]:
         usual = (
@@ -112,7 +113,7 @@ def read_llamafactory(reference: str) -> RecordSet:
         arguments: dict[str, Any] = _hub_arguments(entry)
         found = read_hub(entry.hf_hub_url, **arguments, convert=entry.convert)
     else:
-        found = read_file(_file(folder, entry), columns=entry.renamed(), convert=entry.convert)
+        found = read_file(_file(folder, entry), columns=entry.renamed(), convert=entry.convert, base=folder)
     return replace(_first(found, entry.num_samples), name=name, origin=_with_entry(found.origin, entry))
 
 
@@ -158,7 +159,7 @@ def _check(entry: DatasetEntry, what: str) -> None:
         raise CalibrationError(f"{what} holds preferences and no conversations", "choose one that is for SFT")
     media = next((column for column in MEDIA if columns.get(column)), None)
     if media:
-        raise CalibrationError(f"{what} holds {media}", "choose one of texts alone")
+        raise CalibrationError(f"{what} holds {media}", "choose one of texts, or of texts and images")
     if entry.script_url:
         raise CalibrationError(f"{what} is made by a script, which is not run", "convert it to a JSON file")
     if not entry.hf_hub_url and not entry.file_name:

@@ -6,11 +6,12 @@ source of change, today's date, is replaced by a fixed date, so that a record gi
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from quantkit.errors import CalibrationError
-from quantkit.records.formats import Record
+from quantkit.records.formats import IMAGE, Record
 from quantkit.records.sandbox import TemplateFailure, render_chat
 from quantkit.system.artifacts import file_sha256
 
@@ -84,10 +85,12 @@ def render(
     *,
     index: int | None = None,
     awaits_answer: bool = False,
+    image_mark: str = IMAGE,
 ) -> str:
     """The text of a record: a plain text as it is, a conversation through the template.
 
-    Without a template the messages' contents are joined with a blank line between them.
+    Without a template the messages' contents are joined with a blank line between them. Templates of models that see
+    may want contents as lists of parts, and write nothing for a text: contents are given so where they are missing.
 
     Args:
         record: what to render.
@@ -95,23 +98,71 @@ def render(
         chat_template: see :func:`template_text`.
         index: the record's, for messages.
         awaits_answer: end a conversation with what the template writes before an answer; without one, a blank line.
+        image_mark: what the model's processor takes for an image of the record, where no template writes it.
 
     Raises:
         CalibrationError: the template cannot be read, is broken, or refuses the record.
     """
     if record.text is not None:
-        return record.text
+        return _marked(record.text, record, image_mark)
     template = template_text(chat_template, tokenizer)
+    contents = [_marked(message.content, record, image_mark) for message in record.messages]
     if template is None:
-        return "\n\n".join([*(message.content for message in record.messages), *([""] if awaits_answer else [])])
-    messages = [{"role": message.role, "content": message.content} for message in record.messages]
+        return "\n\n".join([*contents, *([""] if awaits_answer else [])])
     variables = {**tokenizer.special_tokens_map, "add_generation_prompt": awaits_answer}
     try:
-        return render_chat(_with_fixed_clock(template), messages, variables)
+        return _through(_with_fixed_clock(template), record, contents, variables, image_mark)
     except TemplateFailure as error:
         where = "" if index is None else f" on record {index}"
         remedy = "mend the template, remove the record, or set 'chat_template: none'"
         raise CalibrationError(f"the chat template fails{where}: {error}", remedy) from error
+
+
+def _through(
+    template: str, record: Record, contents: Sequence[str], variables: Mapping[str, Any], image_mark: str
+) -> str:
+    """What a template makes of a conversation: of parts where there are images, or where it writes no texts.
+
+    Raises:
+        TemplateFailure: it fails on texts, and on parts if it knows them.
+    """
+    roles = [message.role for message in record.messages]
+    texts = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
+    parts = [{"role": message.role, "content": _parts(message.content, record)} for message in record.messages]
+    forms: list[Sequence[Mapping[str, Any]]] = [parts, texts] if record.images else [texts, parts]
+    failure, found = None, list[str]()
+    for messages in forms if "type" in template else [texts]:
+        try:
+            found.append(render_chat(template, messages, variables))
+        except TemplateFailure as error:
+            failure = failure or error
+            continue
+        if _shows(found[-1], record, image_mark):
+            return found[-1]
+    if failure is not None and not found:
+        raise failure
+    return found[0] if not record.images else found[-1]
+
+
+def _parts(content: str, record: Record) -> list[dict[str, str]]:
+    """A content as the parts that templates of models that see know."""
+    texts = content.split(IMAGE) if record.images else [content]
+    parts: list[dict[str, str]] = []
+    for place, text in enumerate(texts):
+        parts += [{"type": "image"}] if place else []
+        parts += [{"type": "text", "text": text}] if text.strip() else []
+    return parts
+
+
+def _shows(text: str, record: Record, image_mark: str) -> bool:
+    """Whether a rendered text has every content of its record, and a mark for every image."""
+    contents = (message.content for message in record.messages)
+    pieces = (piece.strip() for content in contents for piece in (content.split(IMAGE) if record.images else [content]))
+    return all(piece in text for piece in pieces) and text.count(image_mark) >= len(record.images)
+
+
+def _marked(text: str, record: Record, image_mark: str) -> str:
+    return text.replace(IMAGE, image_mark) if record.images else text
 
 
 def encode(
@@ -126,10 +177,15 @@ def encode(
 
     A template writes its special tokens itself, so the tokenizer adds none; it adds its usual ones to a plain text.
     """
-    templated = record.text is None and template_text(chat_template, tokenizer) is not None
+    templated = is_templated(record, tokenizer, chat_template)
     text = render(record, tokenizer, chat_template, index=index, awaits_answer=awaits_answer)
     encoded = tokenizer(text, add_special_tokens=not templated, return_attention_mask=False, verbose=False)
     return [int(token) for token in encoded["input_ids"]]
+
+
+def is_templated(record: Record, tokenizer: PreTrainedTokenizerBase, chat_template: str | None = AUTO) -> bool:
+    """Whether a template renders a record; then it writes special tokens itself."""
+    return record.text is None and template_text(chat_template, tokenizer) is not None
 
 
 def _with_fixed_clock(template: str) -> str:

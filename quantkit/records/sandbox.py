@@ -35,13 +35,13 @@ class TemplateFailure(Exception):  # noqa: N818 - told to people by who asked, a
 
 
 def render_chat(
-    template: str, messages: Sequence[Mapping[str, str]], variables: Mapping[str, Any], seconds: float | None = None
+    template: str, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any], seconds: float | None = None
 ) -> str:
     """The text that a chat template makes of a conversation, as ``apply_chat_template`` of transformers makes it.
 
     Args:
         template: Jinja source.
-        messages: mappings with ``role`` and ``content``.
+        messages: mappings with ``role`` and ``content``, a text or a list of parts.
         variables: further variables, as JSON data: special tokens, ``add_generation_prompt``.
         seconds: that it may take; ``SECONDS`` by default.
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from quantkit.checkpoint.chat_template import with_processor_template
 from quantkit.checkpoint.reader import PICKLES, CheckpointReader
 from quantkit.checkpoint.sizes import check_sizes
 from quantkit.checkpoint.tokenizer_files import missing_package
@@ -63,8 +64,8 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool) -> PreTrainedTokenize
         missing = missing_package(folder)
         if missing is not None:
             raise EvaluationError(f"{path} has its tokenizer in {missing[0]} alone", f"pip install {missing[1]}")
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    return tokenizer
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        return with_processor_template(tokenizer, folder)
 
 
 def load_config(path: Path, *, trust_remote_code: bool) -> PreTrainedConfig:
