@@ -126,8 +126,17 @@ ODD: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 2,
         "vocab_size": VOCABULARY,
     },
-}
-"""CPM-Ant puts tokens of its own before those that it is given."""
+    "longcat_flash": {
+        **BASE, **DEEPSEEK, "num_layers": 2, "expert_ffn_hidden_size": 32, "ffn_hidden_size": 128, "zero_expert_num": 2,
+        "moe_topk": 2,
+    },
+    "inkling_text": {
+        **BASE, "n_routed_experts": 4, "n_shared_experts": 2, "moe_intermediate_size": 32, "num_experts_per_tok": 2,
+        "swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 16, "rel_extent": 32,
+    },
+}  # fmt: skip
+"""CPM-Ant puts tokens of its own before those that it is given, LongCat has experts that do nothing, Inkling a stack of
+shared ones."""
 ARCHITECTURES = DENSE | MIXTURES | WRAPPED
 QWEN = {**BASE, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}
 AUDIO = {

@@ -23,7 +23,7 @@ from quantkit.exports import open_export
 from quantkit.runtimes._choice import choose_runtime
 from quantkit.runtimes.base import LoadOptions
 from quantkit.runtimes.reference import Reference
-from tests.architectures import ARCHITECTURES, DENSE, MIXTURES, make
+from tests.architectures import ARCHITECTURES, DENSE, MIXTURES, ODD, make
 from tests.tiny import tiny_method, tiny_rows, tiny_task
 
 CPU = torch.device("cpu")
@@ -48,7 +48,7 @@ def loaded(folder: Path) -> Skeleton:
     return skeleton
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, *ODD])
 def test_the_skeleton_computes_what_transformers_computes(tmp_path: Path, architecture: str) -> None:
     """So every parameter has come from its tensors, and experts compute by their layers as they do in a stack."""
     model = make(tmp_path, architecture)
@@ -73,6 +73,16 @@ def test_every_matrix_of_the_blocks_is_a_layer(tmp_path: Path, architecture: str
     layers = [layer for segment in skeleton.segments for layer in segment.layers if not layer.name.endswith(ROUTERS)]
     assert sum(rows * columns for rows, columns in (layer.shape for layer in layers)) == total
     assert len({layer.name for layer in layers}) == len(layers)
+
+
+@pytest.mark.parametrize("architecture", ["longcat_flash", "inkling_text"])
+def test_experts_of_an_odd_kind_are_layers(tmp_path: Path, architecture: str) -> None:
+    make(tmp_path, architecture)
+    names = {layer.name for layer in Skeleton(tmp_path).layers()}
+    routed = {f"experts.{index}.{leaf}_proj" for index in range(4) for leaf in ("gate", "up", "down")}
+    shared = {f"shared_experts.{index}.{leaf}_proj" for index in range(2) for leaf in ("gate", "up", "down")}
+    for suffix in routed | (shared if architecture == "inkling_text" else set()):
+        assert any(name.endswith(f".{suffix}") for name in names), suffix
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

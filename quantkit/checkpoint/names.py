@@ -150,8 +150,9 @@ class Names:
             return self.tensor(part.parameter).removesuffix(".weight")
         if not part.leaf:
             return f"{self.tensor(part.parameter).removesuffix('.weight')}.{part.expert}"
-        stack, leaf = self.tensor(part.parameter), part.parameter.rpartition(".")[2]
-        place = stack if stack.endswith(f".{leaf}") else part.parameter
+        leaf = part.parameter.rpartition(".")[2]
+        named = [self._alias.get(part.parameter, ""), self._backward_name(part.parameter)]
+        place = next((each for each in named if each.endswith(f".{leaf}")), part.parameter)
         return f"{place.removesuffix(leaf)}{part.expert}.{part.leaf}"
 
     def tensor(self, parameter: str) -> str:

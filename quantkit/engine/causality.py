@@ -49,7 +49,7 @@ def _after_first_block(
     segment, found = skeleton.segments[0], list[torch.Tensor]()
 
     def look(_: nn.Module, __: Any, returned: Any) -> None:
-        found.append(returned[0] if isinstance(returned, tuple) else returned)
+        found.append(returned[0] if isinstance(returned, tuple | list) else returned)
         raise Enough
 
     skeleton.load_frame(reader, device, dtype)

@@ -95,7 +95,7 @@ def unstack(module: Any, path: str) -> dict[str, Part]:
     parts: dict[str, Part] = {}
     for index in range(experts):
         expert = nn.Module()
-        for each in projections:
+        for each in (each for each in projections if index < shapes[each.stack][0]):
             rows, columns = shapes[each.stack][1:] if not each.transposed else shapes[each.stack][:0:-1]
             linear = _linear(columns, rows // each.piece[1], each.bias is not None)
             if each.leaf:
@@ -231,7 +231,9 @@ def _numbered(stack: Any) -> Iterator[tuple[int, Any]]:
 
 
 def _expert(stack: Any, expert: Any, read: torch.Tensor) -> torch.Tensor:
-    """What one expert makes of the tokens that it reads."""
+    """What one expert makes of the tokens that it reads; one without a last projection leaves them as they are."""
+    if not hasattr(expert, "down_proj"):
+        return read
     gated = hasattr(expert, "gate_proj")
     found: torch.Tensor = expert.down_proj(_gated(stack, expert, read) if gated else stack.act_fn(expert.up_proj(read)))
     return stack.post_expert_norm(found) if getattr(stack, "has_post_expert_norm", False) else found
@@ -240,6 +242,8 @@ def _expert(stack: Any, expert: Any, read: torch.Tensor) -> torch.Tensor:
 def _gated(stack: Any, expert: Any, read: torch.Tensor) -> torch.Tensor:
     """Gate and projection, put together as the class's own gating expects them."""
     gate, up = expert.gate_proj(read), expert.up_proj(read)
+    if not hasattr(stack, "_apply_gate"):
+        return stack.act_fn(gate) * up  # type: ignore[no-any-return]
     concatenated = getattr(stack, "is_concatenated", True)
     together = torch.cat([gate, up], -1) if concatenated else torch.stack([gate, up], -1).flatten(-2)
     gated: torch.Tensor = stack._apply_gate(together)
@@ -269,6 +273,16 @@ def _routed(module: Any) -> list[Projection] | None:
         )
         for leaf, stack, piece in leaves
     ]
+
+
+def _with_identities(module: Any) -> list[Projection] | None:
+    """LongCat's: behind the experts that compute come some that do not, of which there are gates alone."""
+    if not hasattr(module, "identity_expert") or not _holds(module, "gate_up_proj", "down_proj"):
+        return None
+    gate, up = (
+        Projection(leaf, "gate_up_proj", piece=(place, 2)) for place, leaf in enumerate(("gate_proj", "up_proj"))
+    )
+    return [gate, up, Projection("down_proj", "down_proj")] if _takes(module, *ROUTED) else None
 
 
 def _flat(module: Any) -> list[Projection] | None:
@@ -366,6 +380,7 @@ def _is_transposed(module: Any) -> bool:
 
 KINDS = (
     Kind(_routed, forward),
+    Kind(_with_identities, forward),
     Kind(_flat, _forward_flat),
     Kind(_sorted, _forward_sorted, tells=False),
     Kind(_repeated, _forward_repeated),
