@@ -401,8 +401,8 @@ def test_a_bad_adapter_is_one_clear_line(base: Path, adapter: Path, mistake: str
 
 def test_a_quantized_base_is_refused_with_the_way_out(base: Path, adapter: Path, tmp_path: Path) -> None:
     quantized = shutil.copytree(base, tmp_path / "tiny-llama")
-    write_json(quantized / "config.json", {**config_of(base), "quantization_config": {"quant_method": "awq"}})
-    assert "is quantized already (quantization_config of awq) (give the float model" in refusal(
+    write_json(quantized / "config.json", {**config_of(base), "quantization_config": {"quant_method": "bitnet"}})
+    assert "is quantized already (quantization_config of bitnet) (give the float model" in refusal(
         quantized, str(adapter), tmp_path / "out"
     )
 

@@ -68,7 +68,7 @@ def adapt(folder: Path, base: Path, rows: int = 0, **config: Any) -> Path:
         for parameter in tuned.parameters():
             if parameter.requires_grad:
                 parameter.data += torch.randn_like(parameter) * STRENGTH
-        tuned.save_pretrained(str(folder))
+        tuned.save_pretrained(str(folder), save_embedding_layers=bool(rows))
     return folder
 
 
@@ -165,6 +165,17 @@ def test_experts_that_were_layers_when_the_adapter_was_trained(tmp_path: Path) -
     assert torch.equal(after.read(f"{other}.weight"), CheckpointReader(base).read(f"{other}.weight"))
 
 
+def test_a_router_that_was_a_layer_when_the_adapter_was_trained(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    make(base, "mixtral")
+    adapter = adapt(tmp_path / "adapter", base, target_parameters=["mlp.gate.weight"])
+    old = {"target_parameters": None, "target_modules": ["q_proj", "gate"]}
+    given = renamed(adapter, tmp_path / "given", (r"mlp\.gate", "block_sparse_moe.gate"), **old)
+    facts = merge_model(str(base), str(given), tmp_path / "out")
+    assert facts["check"]["relative_difference"] < 1e-5
+    assert_merged(base, tmp_path / "out", adapter)
+
+
 @pytest.mark.parametrize("named", ["model.layers", "model.language_model.layers", "language_model.model.layers"])
 def test_a_model_of_which_transformers_builds_the_language_model_alone(named: str, tmp_path: Path) -> None:
     base = tmp_path / "base"
@@ -231,9 +242,17 @@ def test_towers_that_were_not_trained_are_not_missed(seeing: Path, tmp_path: Pat
         merge_model(str(seeing), str(adapter), tmp_path / "again")
 
 
-def test_a_resized_vocabulary_of_a_language_model_that_sees(seeing: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("architecture", "config"),
+    [("llava", {"modules_to_save": ["embed_tokens", "lm_head"]}), ("gemma3", {}), ("llava", {})],
+)
+def test_a_resized_vocabulary_of_a_language_model_that_sees(
+    architecture: str, config: dict[str, Any], tmp_path: Path
+) -> None:
+    seeing = tmp_path / "base"
+    make(seeing, architecture)
     rows = config_of(seeing)["text_config"]["vocab_size"] + 7
-    adapter = adapt(tmp_path / "adapter", seeing, rows, modules_to_save=["embed_tokens", "lm_head"])
+    adapter = adapt(tmp_path / "adapter", seeing, rows, **config)
     own = tiny_tokenizer("{{ messages[0]['content'] }}")
     own.add_tokens([f"<added{number}>" for number in range(rows - len(own))])
     own.save_pretrained(adapter)

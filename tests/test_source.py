@@ -189,6 +189,11 @@ def write_text(name: str, text: str) -> Callable[[Path], object]:
     return lambda folder: (folder / name).write_text(text)
 
 
+def mistral_layout(folder: Path) -> None:
+    (folder / "config.json").rename(folder / "params.json")
+    (folder / "model.safetensors").rename(folder / "consolidated.safetensors")
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -199,6 +204,8 @@ def write_text(name: str, text: str) -> Callable[[Path], object]:
         (write_text("config.json", "[]"), r"config\.json is not a JSON object"),
         (set_json("config.json", quantization_config={"bits": 4}), "quantized already.*give the float model"),
         (set_json("config.json", text_config={"quantization_config": {"bits": 4}}), "quantized already"),
+        (set_json("config.json", quantization_config={"quant_method": "bitnet"}), "quantized already.*bitnet"),
+        (mistral_layout, r"holds a model in Mistral's own layout alone \(params\.json"),
         (set_json("config.json", model_type="own", auto_map={"AutoModel": "x.Y"}), r"model\.trust_remote_code: true"),
         (
             set_json("tokenizer_config.json", tokenizer_class="Own", auto_map={"AutoTokenizer": "x.Y"}),

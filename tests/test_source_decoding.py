@@ -331,10 +331,22 @@ def test_8_bit_floats_of_compressed_tensors_need_no_request(tmp_path: Path) -> N
     assert tensors_of(source.folder).keys() == tensors_of(model).keys()
 
 
+@pytest.mark.parametrize("method", ["bitsandbytes", "gptq", "fp8", "mxfp4"])
+def test_float_weights_that_a_config_calls_quantized_are_floats(tmp_path: Path, method: str) -> None:
+    folder = make_model(tmp_path / "model", dtype=torch.bfloat16)
+    write(folder, tensors_of(folder), {"quant_method": method, "load_in_4bit": True})
+    source = resolved(folder, tmp_path / "work")
+    assert (source.relative_to, source.decoded) == ("the float model", None)
+    assert "quantization_config" not in json.loads((source.folder / "config.json").read_text())
+    found, wanted = tensors_of(source.folder), tensors_of(folder)
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
 def test_a_quantized_model_that_is_not_read_is_refused_by_name(tmp_path: Path) -> None:
     folder = make_model(tmp_path / "model")
     quantization = {"quant_method": "torchao", "quant_type": {}}
-    write(folder, tensors_of(folder), quantization, _name_or_path="unsloth/tiny-bnb-4bit")
+    packed = {"model.layers.0.mlp.up_proj.weight_qdata": torch.zeros(4, 4, dtype=torch.int8)}
+    write(folder, tensors_of(folder) | packed, quantization, _name_or_path="unsloth/tiny-bnb-4bit")
     nvfp4 = {"x.weight": torch.zeros(4, 8, dtype=torch.uint8), "x.weight_scale": torch.ones(4, 1).to(E4M3)}
     other = make_model(tmp_path / "other")
     write(other, nvfp4, None)

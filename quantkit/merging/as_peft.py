@@ -22,7 +22,7 @@ def without_place(adapter: Adapter, base: Base) -> str | None:
     return next((module for module in adapter.contents.lora if f"{module}.weight" not in known), None)
 
 
-def for_peft(adapter: Adapter, folder: Path) -> Path:
+def for_peft(adapter: Adapter, base: Base, folder: Path) -> Path:
     """The folder from which PEFT loads an adapter into its base.
 
     Where adapter and base call a layer differently, or the adapter's pattern of layers is not to be matched, it is
@@ -30,6 +30,7 @@ def for_peft(adapter: Adapter, folder: Path) -> Path:
 
     Args:
         adapter: placed in the base.
+        base: it.
         folder: an empty one.
     """
     if adapter.config.tells_layers and not adapter.contents.renamed:
@@ -44,9 +45,13 @@ def for_peft(adapter: Adapter, folder: Path) -> Path:
     contents, config = adapter.contents, adapter.config
     called = {module: contents.called[module] for module in contents.lora}
     called |= {name: f"{stack.module}.{name.rpartition('.')[2]}" for name, stack in contents.stacks.items()}
+    layers = set(base.layers)
     given = {
-        "target_modules": list(contents.lora),
-        "target_parameters": list(contents.stacks) or None,
+        "target_modules": [module for module in contents.lora if module in layers],
+        "target_parameters": [
+            *(f"{module}.weight" for module in contents.lora if module not in layers),
+            *contents.stacks,
+        ],
         "rank_pattern": {own: config.rank(name) for own, name in called.items() if config.rank(name) != config.lora.r},
         "alpha_pattern": {
             own: config.alpha(name) for own, name in called.items() if config.alpha(name) != config.lora.lora_alpha

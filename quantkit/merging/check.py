@@ -55,7 +55,11 @@ def check_merge(merged: Path, tensors: MergedTensors, *, dtype: str, trust_remot
             return {"skipped": f"PEFT finds no layer '{odd}' in the model that transformers {_major()} builds"}
     ids = _prompt(merged, tensors, trust_remote_code)
     with _quiet():
-        reference, plain = _unmerged(tensors, ids, trust_remote_code)
+        try:
+            reference, plain = _unmerged(tensors, ids, trust_remote_code)
+        except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError, RuntimeError) as error:
+            # what PEFT raises for layers and shapes that it does not take; the merge itself does not go by it
+            return {"skipped": f"PEFT does not load the adapter: {str(error).strip().partition(chr(10))[0][:200]}"}
         found = _logits(_load(merged, trust_remote_code), ids)
     compared = _compared(reference, found)
     if not compared["relative_difference"] <= TOLERANCES[dtype]:
@@ -100,7 +104,10 @@ def _unmerged(tensors: MergedTensors, ids: torch.Tensor, trust_remote_code: bool
         model.resize_token_embeddings(tensors.rows, mean_resizing=False)
     names = [f"adapter{number}" for number in range(len(adapters))]
     with tempfile.TemporaryDirectory(prefix="quantkit-adapters-") as scratch:
-        folders = [str(for_peft(adapter, Path(scratch) / name)) for adapter, name in zip(adapters, names, strict=True)]
+        folders = [
+            str(for_peft(adapter, tensors.base, Path(scratch) / name))
+            for adapter, name in zip(adapters, names, strict=True)
+        ]
         tuned: Any = PeftModel.from_pretrained(model, folders[0], adapter_name=names[0])
         for folder, name in zip(folders[1:], names[1:], strict=True):
             tuned.load_adapter(folder, adapter_name=name)

@@ -29,6 +29,8 @@ NOT_MERGED = {
     "velora_config": "compresses its activations (VeLoRA)",
 }
 """Keys of PEFT's configuration that stand for an arithmetic which is not merged here."""
+OF_LAYERS = ("target_modules", "exclude_modules")
+"""Keys whose patterns say which layers the adapter has, which its own tensors tell too."""
 CHANGES_BASE = ("pissa", "olora")
 """Initializations that take the adapter's beginning out of the base, which PEFT repeats when it loads one."""
 HARMLESS_STARTS = ("gaussian", "eva", "orthogonal")
@@ -41,7 +43,7 @@ class AdapterConfig:
         origin: what messages call the adapter.
         lora: PEFT's own configuration.
         base: the base that the adapter was trained on, as it was called there; may be empty.
-        tells_layers: whether its ``target_modules`` are matched; a pattern that could take for ever is not, so that the
+        tells_layers: whether its patterns of layers are matched; a pattern that could take for ever is not, so that the
             adapter's own tensors tell its layers.
         starts_from_base: whether the adapter's initialization changed the base.
 
@@ -61,8 +63,8 @@ class AdapterConfig:
         for key, what in NOT_MERGED.items():
             if given.get(key):
                 raise SourceError(f"adapter {origin} {what}", WITH_PEFT)
-        pattern = given.get("target_modules")
-        self.tells_layers = not isinstance(pattern, str) or why_refused(pattern) is None
+        patterns = [given[key] for key in OF_LAYERS if isinstance(given.get(key), str)]
+        self.tells_layers = all(why_refused(pattern) is None for pattern in patterns)
         self.lora = _lora_config(given, origin)
         self.base = str(given.get("base_model_name_or_path") or "")
 
@@ -139,7 +141,7 @@ def _check_types(given: dict[str, Any], origin: str) -> None:
         names = [value] if isinstance(value, str) else value
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise SourceError(f"{CONFIG} of adapter {origin}: {key} is no list of names", "get it again")
-        patterns += names if isinstance(value, str) and key != "target_modules" else []
+        patterns += names if isinstance(value, str) and key not in OF_LAYERS else []
     for key in ("rank_pattern", "alpha_pattern"):
         value = given.get(key) or {}
         if not isinstance(value, dict):

@@ -22,6 +22,9 @@ from quantkit.source.float_names import float_name
 QUANTIZED = ("quantization_config", "compression_config")
 """Keys of a config that say that its weights are quantized."""
 USUAL_DTYPE = "bfloat16"
+PACKING = ("bitsandbytes", "gptq", "awq", "hqq", "quanto", "torchao", *native.METHODS)
+"""Ways of quantizing whose weights are never floats; a config may name one that its weights have left behind."""
+SCALES = ("scale", "scales", "scale_inv", ".absmax", ".qzeros")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +79,8 @@ def decoding_of(
     """How the checkpoint in ``folder`` is decoded; None where it is a float model as it lies.
 
     8-bit floats and MXFP4, in which models are published by their authors, are decoded in any case; what a tool made
-    of a float model only if that is ``asked`` for.
+    of a float model only if that is ``asked`` for. Float weights are floats though their config says that they are
+    quantized, as that of a merge may which was saved with its base's config.
 
     Raises:
         SourceError: it is quantized, and not decoded, with the way out.
@@ -90,12 +94,21 @@ def decoding_of(
             return None
         if found is not None:
             return Decoding(method or "fp8", found)
+    if method in PACKING and _are_floats(reader):
+        return None
     export = _readable(folder)
     if export is None:
         raise _refusal(folder, config, method, readable=False)
     if not asked and {scheme.kind for scheme in export.schemes.values()} != {"fp8"}:
         raise _refusal(folder, config, method, readable=True)
     return Decoding(_form(export), _packed_tensors(folder, export, dtype, trust_remote_code))
+
+
+def _are_floats(reader: CheckpointReader) -> bool:
+    """Whether all matrices are floats of 16 bits and more, and none has scales beside it."""
+    matrices = [name for name in reader.names() if len(reader.shape(name)) > 1]
+    wide = all(reader.dtype(name).is_floating_point and reader.dtype(name).itemsize > 1 for name in matrices)
+    return wide and not any(name.endswith(SCALES) for name in reader.names())
 
 
 def _readable(folder: Path) -> Export | None:

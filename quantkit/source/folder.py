@@ -18,7 +18,8 @@ from quantkit.checkpoint.tokenizer_files import ONE_OF, has_tokenizer
 from quantkit.errors import OutputError, SourceError
 from quantkit.exports.companions import LICENCES, copy_companions
 from quantkit.source.decoded import DecodedTensor
-from quantkit.source.decoding import decoding_of, float_dtype, without_quantization
+from quantkit.source.decoding import decoding_of, float_dtype, quantization_of, without_quantization
+from quantkit.source.hub import IN_OWN_LAYOUT, OTHER_LAYOUT, OWN_OF_MISTRAL
 from quantkit.system.artifacts import file_sha256, read_json, translated_os_errors, write_json
 from quantkit.system.units import in_units
 
@@ -62,6 +63,8 @@ class FloatFolder:
 
     def __init__(self, folder: Path, *, trust_remote_code: bool, decode: bool = False) -> None:
         self.folder = folder
+        if (folder / OWN_OF_MISTRAL).exists() and not (folder / "config.json").exists():
+            raise SourceError(f"{folder} {IN_OWN_LAYOUT}", OTHER_LAYOUT)
         self.config = _json_object(folder / "config.json", "a model's folder has one; is this the folder?")
         check_sizes(self.config, str(folder / "config.json"), folder)
         if not has_tokenizer(folder):
@@ -84,7 +87,8 @@ class FloatFolder:
     def lies_as(self, dtype: str) -> bool:
         """Whether the folder itself is the float model in a dtype, and no copy has to be made."""
         named = {tensor.name for tensor in self.tensors} == set(self.reader.names())
-        return self.decoding is None and dtype == self.dtype and named
+        plain = self.decoding is None and quantization_of(self.config) is None
+        return plain and dtype == self.dtype and named
 
     def sha256(self, known: Mapping[str, str]) -> dict[str, str]:
         """File name to hash, of everything that makes up the model; files with a ``known`` one are not read again."""

@@ -26,6 +26,9 @@ from quantkit.system.artifacts import translated_os_errors
 
 WANTED = ["*.json", "*.safetensors", "*.model", "*.tiktoken", "*.jinja", "*.txt", "README.md", "LICENSE*"]
 UNWANTED = ["*/*", "consolidated*"]
+OWN_OF_MISTRAL = "params.json"
+IN_OWN_LAYOUT = f"holds a model in Mistral's own layout alone ({OWN_OF_MISTRAL}, consolidated.safetensors)"
+OTHER_LAYOUT = "give it in the layout of transformers, with config.json"
 # huggingface_hub has changed the HTTP package beneath it; its own errors derive from that package's base error.
 TRANSPORT_ERROR: type[BaseException] = next(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
 
@@ -81,6 +84,8 @@ def download(reference: str, revision: str | None, *, trust_remote_code: bool) -
     except (HFValidationError, OSError, TRANSPORT_ERROR) as error:
         raise translated_error(name, revision, error) from error
     if not any(folder.glob("*.safetensors")):
+        if (folder / OWN_OF_MISTRAL).exists():
+            raise SourceError(f"hub model {name} {IN_OWN_LAYOUT}", OTHER_LAYOUT)
         raise SourceError(
             f"hub model {name} has no safetensors at the top of its repository",
             "choose a model or revision that has, or convert the weights where you trust them",

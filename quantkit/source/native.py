@@ -75,7 +75,9 @@ def native_tensors(reader: CheckpointReader, config: dict[str, Any], dtype: torc
 def _scales_of(reader: CheckpointReader, name: str) -> str | None:
     """The tensor with the scales of a weight; None if it has none."""
     kind = reader.dtype(name)
-    candidates = [f"{name}_scale_inv", f"{name}_scale", f"{name.removesuffix('weight')}scale"]
+    candidates = [
+        f"{name}_scale_inv", f"{name}_scale", f"{name}_weight_scale", f"{name.removesuffix('weight')}scale"
+    ]  # fmt: skip
     found = next((other for other in candidates if other != name and other in reader), None)
     if found is None or kind in EIGHT_BITS:
         return found if kind in EIGHT_BITS else None
