@@ -53,6 +53,7 @@ class AwqFormat(Format):
     name = "awq"
     summary = "int4 grouped or per channel, one scheme for all layers"
     runtimes = ("gptqmodel", "transformers", "vllm")
+    packed_as = "replaced"
     requires = ("accelerate", "gptqmodel")
     fused = tuple(FUSED)
     examples = tuple({"bits": 4, "group_size": 32, "symmetric": symmetric} for symmetric in (True, False))

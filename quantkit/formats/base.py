@@ -50,6 +50,8 @@ class Format(ABC):
         shares_head: whether a quantized input embedding can be the output head as well, where a model ties them.
         beside: suffixes of tensors that :meth:`pack` gives and the weight does not need; they count for nothing.
         container: a folder of safetensors that transformers could read, or one GGUF file.
+        packed_as: what transformers makes of a layer's module: one without a weight (``emptied``), one of another kind
+            (``replaced``); empty where it keeps a ``weight``, or transformers does not load the format.
         read_only: why quantkit does not write it, for a format that it only reads; empty for all others.
     """
 
@@ -66,6 +68,7 @@ class Format(ABC):
     shares_head: ClassVar[bool] = False
     beside: ClassVar[tuple[str, ...]] = ()
     container: ClassVar[Container] = "safetensors"
+    packed_as: ClassVar[Literal["", "emptied", "replaced"]] = ""
     read_only: ClassVar[str] = ""
 
     @classmethod

@@ -57,6 +57,7 @@ class CompressedTensors(Format):
     )
     fused = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
     embeddings = True
+    packed_as = "emptied"
 
     @classmethod
     def check(cls, scheme: Scheme) -> None:

@@ -64,6 +64,7 @@ class GptqFormat(Format):
     name = "gptq"
     summary = "int2, 3, 4, 8 grouped or per channel, desc_act, mixed by layer"
     runtimes = ("gptqmodel", "transformers", "vllm")
+    packed_as = "replaced"
     requires = ("gptqmodel", "optimum")
     fused = tuple(FUSED)
     examples = (

@@ -10,6 +10,7 @@ import psutil
 import torch
 
 from quantkit.engine.float_parts import FloatPart, block_weights, float_parts
+from quantkit.engine.initializing import reaches_for_weights
 from quantkit.engine.skeleton import Skeleton
 from quantkit.engine.walk import Strategy
 from quantkit.errors import SchemeError
@@ -29,6 +30,12 @@ from quantkit.quantization.left_float import (
 from quantkit.recipe import VariantSpec
 from quantkit.schemes import PlainScheme, Scheme
 
+ELSEWHERE = "the reference decoder reads them, and servers whose experts are called so"
+"""Who reads what transformers does not."""
+REACHES = (
+    "reaches for the weights of packed layers such as {} when it is loaded, and fails: the reference decoder reads the "
+    "file, and vLLM does where it has such a model"
+)
 SPARE_MEMORY = 0.5
 """Share of the free memory that paused activations may take."""
 EXPERTS_MEMORY = 0.2
@@ -49,6 +56,7 @@ class Layers:
         stacks: tensors of the source that are no layer's own, such as stacked experts, to the layers that they hold.
         notes: what the user should know of it.
         unloaded: layers for which transformers has no place where they are packed.
+        reached_for: a quantized layer whose weight transformers' class of the model reaches for when it is loaded.
         cast: the dtype in which every float tensor is stored; None leaves each as it is.
         left: the matrices of the decoder blocks that stay float.
         in_blocks: number of weights in all matrices of the blocks, each once.
@@ -64,6 +72,7 @@ class Layers:
     stacks: Mapping[str, Sequence[str]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     unloaded: Collection[str] = ()
+    reached_for: str | None = None
     left: tuple[Left, ...] = ()
     in_blocks: int = 0
 
@@ -129,7 +138,7 @@ class Layers:
     @property
     def transformers_loads(self) -> bool:
         """Whether transformers has a place for every quantized layer."""
-        return not any(name in self.quantized for name in self.unloaded)
+        return self.reached_for is None and not any(name in self.quantized for name in self.unloaded)
 
     def weights(self) -> int:
         """Number of weights in quantized layers."""
@@ -149,13 +158,27 @@ def plan_layers(skeleton: Skeleton, variant: VariantSpec) -> Layers:
     Raises:
         SchemeError: a scheme does not suit a layer, a pattern matches nothing, there are fewer blocks than the
             variant names, layers that a runtime fuses differ, there is no embedding to quantize, no layer is left, or
-            more than half of the blocks is in none.
+            more than half of the blocks would stay float.
     """
     paths = {layer.name: layer.path for layer in skeleton.layers() if layer.name != layer.path}
     alone = [layer.name for layer in skeleton.layers() if not skeleton.names.loads_alone(f"{layer.path}.weight")]
     found = _plan(skeleton, variant)
+    reached = _reached_for(skeleton, variant, {*found.quantized}.difference(alone))
     notes = (*found.notes, *notes_of_names(skeleton))
+    lone = next((name for name in alone if name in found.quantized), None)
+    if lone is not None:
+        notes = (*notes, f"transformers has no place for packed layers such as {lone}; {ELSEWHERE}")
+    if reached is not None:
+        notes = (*notes, f"transformers' {type(skeleton.model).__name__} {REACHES.format(reached)}")
+    found = replace(found, reached_for=reached)
     return replace(found, notes=notes, paths=paths, stacks=skeleton.stacks(), unloaded=alone)
+
+
+def _reached_for(skeleton: Skeleton, variant: VariantSpec, packed: Collection[str]) -> str | None:
+    """A packed layer whose weight transformers' class of the model reaches for when it is loaded."""
+    store = FORMATS.get(variant.format)
+    paths = [layer.path for layer in skeleton.layers() if layer.name in packed] if store.packed_as else []
+    return reaches_for_weights(skeleton.model, paths, replaced=store.packed_as == "replaced")
 
 
 def notes_of_names(skeleton: Skeleton) -> tuple[str, ...]:

@@ -33,8 +33,6 @@ from quantkit.system.locks import alone
 from quantkit.system.os_errors import may_pass
 from quantkit.transforms.base import Transform
 
-ELSEWHERE = "the reference decoder reads them, and servers whose experts are called so"
-"""Who reads what transformers does not."""
 Describe = Callable[[Path, str], None]
 """Called with the folder of a checkpoint when all but its mark is written, and with the name that it will have."""
 
@@ -309,9 +307,6 @@ class VariantRun:
         """What the format has to say of the linear layers, and of a quantized embedding."""
         layers = self.layers
         remarks = self._store.remarks({scheme for scheme in layers.linears.values() if scheme is not None})
-        if not layers.transformers_loads:
-            first = next(name for name in layers.unloaded if name in layers.quantized)
-            remarks = (*remarks, f"transformers has no place for packed layers such as {first}; {ELSEWHERE}")
         if layers.embedding is None:
             return list(remarks)
         further = self._store.for_embeddings().remarks({layers.quantized[layers.embedding]})
