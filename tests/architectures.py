@@ -54,6 +54,8 @@ DENSE: dict[str, dict[str, Any]] = {
         "head_dim": 32,
         "num_key_value_heads": 1,
     },
+    "hrm_text": {**BASE, "num_key_value_heads": 4, "num_layers_per_stack": 2},
+    "modernbert-decoder": {**BASE, "local_attention": 64},
     "zamba": {
         **BASE,
         "num_hidden_layers": 6,

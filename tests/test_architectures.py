@@ -64,11 +64,11 @@ def test_the_skeleton_computes_what_transformers_computes(tmp_path: Path, archit
 def test_every_matrix_of_the_blocks_is_a_layer(tmp_path: Path, architecture: str) -> None:
     model = make(tmp_path, architecture)
     skeleton = Skeleton(tmp_path)
-    prefix = skeleton.segments[0].prefix.rpartition(".")[0]
+    prefixes = tuple({segment.prefix.rpartition(".")[0] + "." for segment in skeleton.segments})
     total = sum(
         parameter.numel()
         for name, parameter in model.named_parameters()
-        if name.startswith(f"{prefix}.") and parameter.ndim >= 2 and not name.endswith(NOT_LAYERS)
+        if name.startswith(prefixes) and parameter.ndim >= 2 and not name.endswith(NOT_LAYERS)
     )
     layers = [layer for segment in skeleton.segments for layer in segment.layers if not layer.name.endswith(ROUTERS)]
     assert sum(rows * columns for rows, columns in (layer.shape for layer in layers)) == total

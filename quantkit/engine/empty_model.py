@@ -67,17 +67,19 @@ def text_part(model: nn.Module) -> Any:
     return next((child for child in model.children() if _text_config(child) is text is not None), model)
 
 
-def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+def find_blocks(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
     """The list of decoder blocks: the outermost ModuleList of the text model that has as many as its config says.
 
     Models inside the text model, such as that of sound in Phi-4 multimodal, are not looked into. Where the config says
-    no number, or no list has it, the list with the most linear layers is taken.
+    no number, or no list has it, the list with the most linear layers is taken. There are several where others are
+    made of the same classes: a model that goes through them in turns, again and again.
 
     Raises:
         SourceError: there is none.
     """
     part = text_part(model)
     text: nn.Module = getattr(part, "get_decoder", lambda: part)()
+    text = text if any(isinstance(each, nn.ModuleList) for each in text.modules()) else part
     configs = [config for config in (_text_config(text), getattr(text, "config", None)) if config is not None]
     count = getattr(configs[0], "num_hidden_layers", None) if configs else None
     names = {module: name for name, module in model.named_modules()}
@@ -91,7 +93,8 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
             f"{type(model).__name__} has no list of decoder blocks with linear layers",
             "quantkit quantizes decoder-only transformers",
         )
-    return names[best[1]], best[1]
+    lists = _outermost_lists(text, {type(config) for config in configs})
+    return [(names[each], each) for each in lists if [*map(type, each)] == [*map(type, best[1])]]
 
 
 def _text_config(module: nn.Module) -> Any:
@@ -104,7 +107,7 @@ def _outermost_lists(module: nn.Module, configs: Set[type]) -> Iterator[nn.Modul
     """The ModuleLists in a model that are in no other, those of models with configs of other kinds aside."""
     for child in module.children():
         if isinstance(child, nn.ModuleList):
-            yield child
+            yield from [child] if len(child) else []
         elif not isinstance(child, PreTrainedModel) or type(child.config) in configs:
             yield from _outermost_lists(child, configs)
 

@@ -15,7 +15,7 @@ from quantkit.engine.batches import Batch
 from quantkit.engine.experts import showing_all
 from quantkit.engine.groups import Enough, PreHook, call_order, hooked, shared_inputs
 from quantkit.engine.layers import Layer
-from quantkit.engine.passes import CPU, AtEnd, AtGroup, AtSegment, Pass, move, pause, running_batch, states, told
+from quantkit.engine.passes import CPU, AtEnd, AtGroup, AtSegment, Pass, move, pause, running_pass, states, told
 from quantkit.engine.routing import ROUTED, ExpertSettings, Kind, alike, common_name, completed, routed_kinds, steps
 from quantkit.engine.skeleton import Segment
 from quantkit.engine.smoothing import Trial
@@ -325,8 +325,9 @@ class Streams:
 
         def gather(index: int, group: Group) -> PreHook:
             def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-                if not group.solved:
-                    group.gatherer.add(args[0], running_batch())
+                current = running_pass()
+                if not group.solved and not current.is_back:
+                    group.gatherer.add(args[0], current.batch)
                     if pausing:
                         pause(AtGroup(index))
 

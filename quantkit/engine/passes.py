@@ -52,6 +52,8 @@ class Pass(greenlet):  # type: ignore[misc]  # greenlet has no type hints
         batch: its tokens.
         place: where it stands; None before it has started.
         state: what modules of the segment at which it stands keep between calls, see :func:`states`.
+        been: the indices of the segments before which it stood; it does not pause there again.
+        is_back: whether it runs through one of these again.
     """
 
     def __init__(self, model: nn.Module, batch: Batch) -> None:
@@ -60,6 +62,8 @@ class Pass(greenlet):  # type: ignore[misc]  # greenlet has no type hints
         self.batch = batch
         self.place: Place | None = None
         self.state: dict[tuple[nn.Module, str], Any] = {}
+        self.been: set[int] = set()
+        self.is_back = False
 
     def run(self) -> None:
         """The body of the coroutine: the model's forward, without a cache."""
@@ -89,16 +93,21 @@ class Pass(greenlet):  # type: ignore[misc]  # greenlet has no type hints
 def pause(place: Place) -> None:
     """Called from a hook: if a pass runs it, stand still here until resumed."""
     current = getcurrent()
-    if isinstance(current, Pass):
+    if not isinstance(current, Pass):
+        return
+    if isinstance(place, AtSegment):
+        current.is_back = place.index in current.been
+        current.been.add(place.index)
+    if not current.is_back:
         current.parent.switch(place)
 
 
-def running_batch() -> Batch:
-    """The batch of the pass that runs the hook that calls this."""
+def running_pass() -> Pass:
+    """The pass that runs the hook that calls this."""
     current = getcurrent()
     if not isinstance(current, Pass):
         raise RuntimeError("no pass is running")
-    return current.batch
+    return current
 
 
 @contextmanager

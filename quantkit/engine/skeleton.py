@@ -101,8 +101,12 @@ class Skeleton:
         self.names.divide(give_way(self.model))
         self._first = {name: names[0] for names in shared_parameters(self.model) for name in names}
         self._became: dict[str, torch.Tensor] = {}
-        prefix, self.blocks = find_blocks(self.model)
-        self.segments = [self._segment(f"{prefix}.{index}", block) for index, block in enumerate(self.blocks)]
+        lists = find_blocks(self.model)
+        self.blocks = [block for _, blocks in lists for block in blocks]
+        self.segments = [
+            self._segment(f"{prefix}.{index}", block) for prefix, blocks in lists for index, block in enumerate(blocks)
+        ]
+        self._stays = len(lists) > 1
         self.head = self._single(self.text.get_output_embeddings(), nn.Linear)
         self.embedding = self._single(self.text.get_input_embeddings(), nn.Embedding)
         self._twins = self._tied_names()
@@ -199,8 +203,13 @@ class Skeleton:
         self._fill(segment.prefix, segment.module, reader, device, dtype)
 
     def unload(self, segment: Segment) -> None:
-        """Send a segment's parameters back to meta, and let go of what was read for them."""
+        """Send a segment's parameters back to meta, and let go of what was read for them.
+
+        In a model that goes through its blocks again they stay.
+        """
         self.names.forget()
+        if self._stays:
+            return
         for name, _ in list(segment.module.named_parameters()):
             owner, leaf = _owner(segment.module, name)
             full = _joined(segment.prefix, name)
