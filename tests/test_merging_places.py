@@ -17,9 +17,12 @@ from safetensors.torch import load_file, save_file
 from quantkit.checkpoint import CheckpointReader
 from quantkit.checkpoint.model_class import model_class
 from quantkit.errors import SourceError
-from quantkit.merging import merge_model
+from quantkit.merging import merge_model, merged_source
+from quantkit.recipe import MergeSpec, ModelSpec
+from quantkit.source import resolve
 from tests.architectures import BASE, make
 from tests.runs import Notebook, config_of
+from tests.stored_models import as_mxfp4
 from tests.tiny import tiny_tokenizer
 
 STRENGTH = 0.05
@@ -132,6 +135,21 @@ def test_adapted_stacks_of_experts(architecture: str, config: dict[str, Any], tm
     assert facts["check"]["relative_difference"] < 1e-5 < 1e-3 < facts["check"]["adapter_kl_divergence"]
     assert facts["adapters"][0]["layers"] > 2
     assert_merged(base, tmp_path / "out", adapter)
+
+
+def test_a_base_in_mxfp4_is_decoded_first(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    make(base, "gpt_oss")
+    as_mxfp4(base)
+    decoded = resolve(ModelSpec(source=str(base)), tmp_path / "work").folder
+    adapter = adapt(tmp_path / "adapter", decoded, **EXPERTS)
+    facts = merge_model(str(base), str(adapter), tmp_path / "out", dtype="float32", any_base=True)
+    assert facts["check"]["relative_difference"] < 1e-4 < 1e-3 < facts["check"]["adapter_kl_divergence"]
+    assert_merged(decoded, tmp_path / "out", adapter)
+    spec = ModelSpec.model_validate({"source": str(base), "adapter": str(adapter)})
+    merged = merged_source(spec, MergeSpec(any_base=True), tmp_path / "run", Notebook())
+    assert (merged.decoded, merged.relative_to) == ("mxfp4", "the dequantized source")
+    assert merged.made_from()["base"]["decoded"] == "mxfp4"
 
 
 def test_weighted_adapters_of_experts_add_up(tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ class Names:
     ) -> None:
         self._model = model
         self._shapes = {name: torch.empty(each.shape, device="meta") for name, each in model.state_dict().items()}
+        self._sizes: dict[str, tuple[int, ...]] = {}
         self._forward, self._backward = on_load(model), on_save(model)
         self._alias: dict[str, str] = {}
         self._conversions: dict[str, Conversion] = {}
@@ -206,9 +207,11 @@ class Names:
         """The tensor of the checkpoint that holds a part of a parameter by itself; None where none does."""
         return self._single(self._parts[parameter])
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """The shape of every parameter as transformers builds the model, also of those that gave way to parts."""
-        return {name: tuple(each.shape) for name, each in self._shapes.items()}
+        if len(self._sizes) != len(self._shapes):
+            self._sizes = {name: tuple(each.shape) for name, each in self._shapes.items()}
+        return self._sizes
 
     def as_stored(self, parameter: str, value: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
         """A whole parameter in the layout of the one tensor that it is made of: as it is, or transposed.
