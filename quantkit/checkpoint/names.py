@@ -18,7 +18,10 @@ from torch import nn
 from quantkit.checkpoint.conversions import Conversion, Part, Read, on_load, on_save
 from quantkit.errors import CheckpointError
 
-DAMAGED = "download it again, or check that config.json belongs to it"
+DAMAGED = (
+    "check that all files are there and that config.json belongs to them; if transformers loads the model whole, "
+    "report it as a fault of quantkit"
+)
 
 
 class Names:

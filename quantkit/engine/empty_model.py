@@ -12,6 +12,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
+from quantkit.checkpoint.foreign_errors import said_by_transformers
 from quantkit.checkpoint.model_class import build_model
 from quantkit.engine.layers import linear_modules
 from quantkit.errors import SourceError
@@ -31,15 +32,10 @@ def empty_model(folder: Path, trust_remote_code: bool = False) -> PreTrainedMode
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
         with _ParametersOnMeta():
             model = build_model(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
-    except ImportError as error:
+    except (OSError, ValueError, ImportError, StrictDataclassError) as error:
+        problem, remedy = said_by_transformers(error)
         raise SourceError(
-            f"the model of {folder / 'config.json'} needs packages that are not installed: {_one_line(error)}",
-            "install them beside quantkit",
-        ) from error
-    except (OSError, ValueError, StrictDataclassError) as error:
-        raise SourceError(
-            f"transformers cannot build the model of {folder / 'config.json'}: {_one_line(error)}",
-            "check that the installed transformers knows such a model, and the values of config.json",
+            f"transformers cannot build the model of {folder / 'config.json'}: {problem}", remedy
         ) from error
     except (TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, RuntimeError) as error:
         # what the classes of models raise for values that nobody foresaw; a mistake here would look the same
@@ -110,12 +106,6 @@ def _outermost_lists(module: nn.Module, configs: Set[type]) -> Iterator[nn.Modul
             yield from [child] if len(child) else []
         elif not isinstance(child, PreTrainedModel) or type(child.config) in configs:
             yield from _outermost_lists(child, configs)
-
-
-def _one_line(error: BaseException) -> str:
-    """What an error says, without the list of all that transformers knows."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:1]) if "Unrecognized configuration class" in str(error) else " ".join(lines)
 
 
 class _ParametersOnMeta(TorchFunctionMode):

@@ -162,6 +162,17 @@ class Skeleton:
         tied = {self.names.written(name) for name, twin in self._twins.items() if self.names.has(twin)}
         return [name for name in self.names.unmatched()[0] if name not in tied]
 
+    def check_blocks(self) -> None:
+        """Refuse a checkpoint that lacks a parameter of a block, before any is read.
+
+        Raises:
+            CheckpointError: with the first that it lacks.
+        """
+        for segment in self.segments:
+            for name, _ in segment.module.named_parameters():
+                full = _joined(segment.prefix, name)
+                self._there(self._first.get(full, full))
+
     def others(self) -> list[str]:
         """What has a matrix and is no linear layer: routers that are bare parameters, what the model does not know.
 

@@ -37,6 +37,7 @@ def forecast(recipe: Recipe) -> dict[str, Any]:
     """
     model = merged_source(recipe.model, recipe.merge, recipe.folder, Silent())
     skeleton = Skeleton(model.folder, recipe.model.trust_remote_code)
+    skeleton.check_blocks()
     reader = CheckpointReader(model.folder)
     total = sum(reader.nbytes(name) for name in reader.names())
     calibrated = recipe.folder / "calibration"

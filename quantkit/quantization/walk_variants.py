@@ -74,6 +74,7 @@ def run_walk(
     """
     job, found = walk.job, dict[str, Quantized | Exception]()
     skeleton = Skeleton(job.source, job.trust_remote_code)
+    skeleton.check_blocks()
     with ExitStack() as ends:
         runs = []
         for each in walk.wanted:

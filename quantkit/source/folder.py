@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from quantkit.checkpoint import FLOATS, CheckpointReader, ShardWriter
+from quantkit.checkpoint.foreign_errors import said_by_transformers
 from quantkit.checkpoint.sizes import check_sizes
 from quantkit.checkpoint.tokenizer_files import ONE_OF, has_tokenizer
 from quantkit.errors import OutputError, SourceError
@@ -182,10 +183,8 @@ def _check_known(folder: Path, config: dict[str, Any], trust_remote_code: bool) 
         OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, ImportError,
         StrictDataclassError,
     ) as error:  # fmt: skip
-        raise SourceError(
-            f"transformers cannot read {folder / 'config.json'}: {error}",
-            "check that it is a decoder-only language model that the installed transformers knows",
-        ) from error
+        problem, remedy = said_by_transformers(error)
+        raise SourceError(f"transformers cannot read {folder / 'config.json'}: {problem}", remedy) from error
 
 
 def _runs_code(folder: Path, config: dict[str, Any], trusted: bool) -> bool:
