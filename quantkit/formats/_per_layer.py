@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from quantkit.errors import CheckpointError
+from quantkit.formats.base import EXPERT
 from quantkit.schemes import PER_CHANNEL, IntScheme, Scheme
 
 if TYPE_CHECKING:
@@ -184,8 +185,10 @@ def require_matrix(reader: CheckpointReader, name: str) -> tuple[int, int]:
 
 GROUPS_OF_VLLM = (PER_CHANNEL, 32, 64, 128)
 """Group sizes of gptq and awq for which vLLM has kernels."""
-FUSED = {("q_proj", "k_proj", "v_proj"): "qkv_proj", ("gate_proj", "up_proj"): "gate_up_proj"}
+MATRICES = {("q_proj", "k_proj", "v_proj"): "qkv_proj", ("gate_proj", "up_proj"): "gate_up_proj"}
 """Layers that vLLM loads as one matrix, with its name."""
+FUSED = (*MATRICES, ("w1", "w3"))
+"""All of them; the last are a gate and its projection by another name, whose matrix has its part of a stack's."""
 IN_BLOCK = re.compile(r"\.\d+\.")
 """In the name of a layer that lies in a numbered block."""
 
@@ -237,9 +240,12 @@ def holds_head(layers: Iterable[str]) -> bool:
 
 
 def _pattern(name: str) -> str:
-    """Matches a layer, those that vLLM fuses with it, and the matrix that they become."""
+    """Matches a layer, those that vLLM fuses with it, and the matrix or the stack of experts that they become."""
+    expert = EXPERT.match(name)
+    if expert:
+        return f"^{re.escape(expert['stack'])}(?:\\..+)?$"
     parent, dot, leaf = name.rpartition(".")
-    for leaves, matrix in FUSED.items():
+    for leaves, matrix in MATRICES.items():
         if leaf in leaves:
             return f"^{re.escape(parent + dot)}(?:{'|'.join([*leaves, matrix])})$"
     return f"^{re.escape(name)}$"

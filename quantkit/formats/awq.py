@@ -25,7 +25,7 @@ from quantkit.formats._per_layer import (
     require,
     require_matrix,
 )
-from quantkit.formats.base import Format, PackedShapes
+from quantkit.formats.base import EXPERT, Format, PackedShapes
 from quantkit.schemes import PER_CHANNEL, IntScheme, QuantizedWeight, Scheme
 from quantkit.schemes.bitstream import pack_bits, unpack_bits
 
@@ -55,7 +55,8 @@ class AwqFormat(Format):
     runtimes = ("gptqmodel", "transformers", "vllm")
     packed_as = "replaced"
     requires = ("accelerate", "gptqmodel")
-    fused = tuple(FUSED)
+    fused = FUSED
+    experts = "all"
     examples = tuple({"bits": 4, "group_size": 32, "symmetric": symmetric} for symmetric in (True, False))
 
     @classmethod
@@ -155,6 +156,8 @@ class AwqFormat(Format):
         packed = {name: _integer(scheme) for name, scheme in layers.items() if scheme is not None}
         self.check_together(dict.fromkeys(packed.values()))
         kept = [name for name in layers if name not in packed]
+        stacks = [match["stack"] for name in kept if (match := EXPERT.match(name))]
+        kept = [*dict.fromkeys(stacks), *kept]
         _check_kept(kept, packed)
         return {
             "quant_method": self.name,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -13,10 +14,14 @@ from quantkit.schemes import Decodable, QuantizedWeight, Scheme
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedConfig
 
     from quantkit.checkpoint import CheckpointReader
 
 Container = Literal["safetensors", "gguf"]
+Experts = Literal["none", "projection", "all"]
+EXPERT = re.compile(r"(?P<stack>.*\.experts)\.(?P<index>\d+)\.(?P<leaf>.+)$")
+"""The name of a layer that is one expert's."""
 PackedShapes = dict[str, tuple[str, tuple[int, ...]]]
 """By suffix, a tensor's dtype as torch names it and its shape."""
 BYTES = {
@@ -45,6 +50,8 @@ class Format(ABC):
         decoded_at_first_use: whether transformers decodes its weights in its first forward pass, and keeps them so.
         examples: the keys of schemes as a variant gives them, one of every kind, which the matrix tries.
         fused: names of layers beside each other that runtimes load as one matrix, so that they must agree in scheme.
+        experts: which layers of a block's experts runtimes load as one tensor, and so in one scheme: all, or those of a
+            projection; none where each may have its own.
         embeddings: whether it stores a quantized input embedding, in the schemes of :meth:`check_embedding`.
         optional_suffixes: of tensors that files of other tools may lack.
         shares_head: whether a quantized input embedding can be the output head as well, where a model ties them.
@@ -63,6 +70,7 @@ class Format(ABC):
     decoded_at_first_use: ClassVar[bool] = False
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ()
     fused: ClassVar[tuple[tuple[str, ...], ...]] = ()
+    experts: ClassVar[Experts] = "none"
     embeddings: ClassVar[bool] = False
     optional_suffixes: ClassVar[tuple[str, ...]] = ()
     shares_head: ClassVar[bool] = False
@@ -106,6 +114,16 @@ class Format(ABC):
     def with_embedding(self, config: dict[str, Any], name: str, scheme: Scheme) -> dict[str, Any]:
         """A ``quantization_config`` of linear layers with what there is to say of a quantized input embedding."""
         return config
+
+    @classmethod
+    def keeps_float(cls, layers: Collection[str], config: PreTrainedConfig) -> dict[str, str]:
+        """The layers of a model that the format cannot hold packed wherever they lie, each with the reason.
+
+        Args:
+            layers: names.
+            config: of the model.
+        """
+        return {}
 
     @classmethod
     def check_together(cls, schemes: Collection[Scheme]) -> None:

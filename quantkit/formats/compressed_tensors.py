@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantkit.formats import FORMATS
 from quantkit.formats._compressed_tensors import Layout, embedding_layout_of, layout_of
+from quantkit.formats._per_layer import FUSED
 from quantkit.formats.base import Format, PackedShapes
 from quantkit.schemes import Mxfp4Scheme, Nvfp4Scheme, QuantizedWeight, Scheme
 
@@ -55,7 +56,8 @@ class CompressedTensors(Format):
         {"scheme": "fp8", "granularity": "channel", "activations": "dynamic"},
         *({"scheme": kind} for kind in ("mxfp4", "nvfp4")),
     )
-    fused = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+    fused = FUSED
+    experts = "all"
     embeddings = True
     packed_as = "emptied"
 

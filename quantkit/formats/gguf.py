@@ -18,10 +18,12 @@ from quantkit.schemes import GgmlMixture, IntScheme, PlainScheme, QuantizedWeigh
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedConfig
 
 IMPORTANCE = "importance"
 """The part of a weight, and the suffix beside its blocks, with the mean square of each input column."""
 KINDS = ("mxfp4", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl", "q4_k_m", "q5_k_m", "q3_k_m")
+TURNED = "llama.cpp computes with the keys' part of it transposed, head by head"
 REPEATED = "gguf: the file repeats the scale of a group in every block of 32, which takes the bits of group_size 32"
 
 
@@ -36,6 +38,7 @@ class Gguf(Format):
     shares_head = True
     beside = (f".{IMPORTANCE}",)
     container: ClassVar[Container] = "gguf"
+    experts = "projection"
     examples = (
         *({"bits": bits, "group_size": 32, "symmetric": True} for bits in (4, 5, 8)),
         *({"bits": bits, "group_size": 32, "symmetric": False, "zeros": "float"} for bits in (4, 5)),
@@ -56,6 +59,13 @@ class Gguf(Format):
                 f"gguf has blocks of {BLOCK} weights, and a row has {in_features}",
                 "keep this layer float with 'ignore'",
             )
+
+    @classmethod
+    def keeps_float(cls, layers: Collection[str], config: PreTrainedConfig) -> dict[str, str]:
+        """Those that the file holds in pieces that are no rows."""
+        from quantkit.gguf.names import kept_whole
+
+        return dict.fromkeys(kept_whole(layers, config), TURNED)
 
     @classmethod
     def scale_dtype(cls, dtype: str) -> str:

@@ -66,7 +66,8 @@ class GptqFormat(Format):
     runtimes = ("gptqmodel", "transformers", "vllm")
     packed_as = "replaced"
     requires = ("gptqmodel", "optimum")
-    fused = tuple(FUSED)
+    fused = FUSED
+    experts = "all"
     examples = (
         *(
             {"bits": bits, "group_size": 32, "symmetric": symmetric}

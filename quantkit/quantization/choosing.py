@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from quantkit.errors import SchemeError
 from quantkit.formats import FORMATS
-from quantkit.formats.base import Format
+from quantkit.formats.base import EXPERT, Format
 from quantkit.quantization.left_float import IGNORED
 from quantkit.recipe import VariantSpec
 from quantkit.recipe.variant import HEAD
@@ -90,7 +90,9 @@ def choose(variant: VariantSpec, layers: Mapping[str, Candidate], blocks: int, t
     if not any(schemes.values()):
         raise SchemeError(f"{variant.name}: no layer is left to quantize", NONE_LEFT)
     float_for |= {name: error.problem.removeprefix(_place(variant, name)) for name, error in misfits.items()}
-    return Choice(schemes, float_for, _fused_alike(variant, schemes, float_for))
+    fused = _fused_alike(variant, schemes, float_for)
+    _check_experts(variant, schemes)
+    return Choice(schemes, float_for, fused)
 
 
 def _place(variant: VariantSpec, name: str) -> str:
@@ -179,6 +181,31 @@ def _check_fused(variant: VariantSpec, schemes: Mapping[str, Scheme | None]) -> 
         f"a {variant.format} checkpoint as one matrix of one scheme",
         f"use one pattern for all of them, such as '({'|'.join(leaves)})', in overrides and in ignore",
     )
+
+
+def _check_experts(variant: VariantSpec, schemes: Mapping[str, Scheme | None]) -> None:
+    """Refuse different schemes for experts that runtimes load as one tensor."""
+    alike = FORMATS.get(variant.format).experts
+    stacks: dict[str, dict[str, Scheme | None]] = {}
+    for name, scheme in schemes.items():
+        match = EXPERT.match(name)
+        if match and alike != "none":
+            stack = match["stack"] if alike == "all" else f"{match['stack']}.N.{match['leaf']}"
+            stacks.setdefault(stack, {})[f"{match['index']}.{match['leaf']}"] = scheme
+    for stack, members in stacks.items():
+        first, scheme = next(iter(members.items()))
+        other = next((name for name, each in members.items() if each != scheme), None)
+        if other is not None:
+            words = [
+                f"{name} is {each.describe() if each else 'float'}"
+                for name, each in members.items()
+                if name in (first, other)
+            ]
+            raise SchemeError(
+                f"{variant.name}: in {stack}, {' and '.join(words)}, and runtimes of the format {variant.format} load "
+                f"{'all experts of a block' if alike == 'all' else 'a projection of all experts'} in one scheme",
+                "name all of them by a pattern, such as '\\.experts\\.', in overrides and in ignore",
+            )
 
 
 def check_layer(place: str, store: type[Format], scheme: Scheme, shape: tuple[int, int]) -> None:

@@ -198,7 +198,9 @@ def _plan(skeleton: Skeleton, variant: VariantSpec) -> Layers:
     if isinstance(whole, PlainScheme):
         return Layers(dict.fromkeys(shapes), shapes, tied=skeleton.tied, cast=whole.kind)
     parts, total = float_parts(skeleton), block_weights(skeleton.segments)
-    chosen = choose(variant, _candidates(skeleton, parts), len(skeleton.segments), total)
+    reasons = {name: part.reason for name, part in parts.items()}
+    reasons |= FORMATS.get(variant.format).keeps_float(list(shapes), skeleton.model.config)
+    chosen = choose(variant, _candidates(skeleton, reasons), len(skeleton.segments), total)
     left = _left(skeleton, chosen, parts)
     check_left(variant, left, total)
     FORMATS.get(variant.format)().quantization_config(chosen.schemes)  # raises for what one checkpoint cannot hold
@@ -225,10 +227,15 @@ def _plan(skeleton: Skeleton, variant: VariantSpec) -> Layers:
     )
 
 
-def _candidates(skeleton: Skeleton, parts: Mapping[str, FloatPart]) -> dict[str, Candidate]:
-    """The layers that the walk comes to, those of the blocks and the head."""
+def _candidates(skeleton: Skeleton, reasons: Mapping[str, str]) -> dict[str, Candidate]:
+    """The layers that the walk comes to, those of the blocks and the head.
+
+    Args:
+        skeleton: the model.
+        reasons: by names why layers stay float.
+    """
     found = {
-        layer.name: Candidate(layer.path, layer.shape, block, parts[layer.name].reason if layer.name in parts else None)
+        layer.name: Candidate(layer.path, layer.shape, block, reasons.get(layer.name))
         for block, segment in enumerate(skeleton.segments)
         for layer in segment.layers
     }
