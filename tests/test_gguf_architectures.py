@@ -16,6 +16,7 @@ from quantkit.checkpoint import CheckpointReader
 from quantkit.errors import SourceError
 from quantkit.exports.gguf_writer import check_source, source_remarks, write_gguf
 from quantkit.gguf.architecture import architectures, model_types
+from quantkit.gguf.mixtures import MIXTURES
 from quantkit.recipe import ModelSpec
 from quantkit.runtimes.base import LoadOptions
 from quantkit.source import resolve
@@ -254,7 +255,7 @@ def test_what_llama_cpp_leaves_out_is_remarked(tmp_path: Path) -> None:
 
 def test_every_architecture_is_tried_here_or_with_the_llamas() -> None:
     tried = {name for name, _ in MODELS.values()} | {"llama", "mistral", "qwen2", "qwen3"}
-    assert set(model_types()) <= tried
+    assert set(model_types()) <= tried | {each.model_type for each in MIXTURES}  # of those each is tried, too
 
 
 def table() -> str:

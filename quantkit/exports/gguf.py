@@ -21,7 +21,7 @@ from quantkit.formats.gguf import Gguf
 from quantkit.gguf.architecture import architecture_of
 from quantkit.gguf.config import EMBEDDING, generation_config, model_config
 from quantkit.gguf.head import GGUFTensor, read_head
-from quantkit.gguf.names import Naming, Place, places_of
+from quantkit.gguf.names import Naming, Place, Spread, places_of
 from quantkit.gguf.tensors import FLOATS, stays_whole
 from quantkit.gguf.tokenizer_reader import write_tokenizer
 from quantkit.gguf.types import scheme_of, type_of
@@ -52,10 +52,11 @@ class GgufExport(Export):
         with _as_checkpoint_errors():
             self._head = read_head(path)
             self._config = model_config(self._head, torch.float16)
-            self._places = places_of(self._head, self._config, architecture_of(self._head))
+            self._places = places_of(self._head, self._config, architecture_of(self._head), apart=True)
         self._config["dtype"] = str(self._float_dtype()).removeprefix("torch.")
         self.schemes = self._schemes()
-        self.embedding = next((name for name in self.schemes if self._place(name).name == EMBEDDING), None)
+        self._layers = {self._pieces(layer)[0].where: layer for layer in self.schemes}
+        self.embedding = self._layers.get((EMBEDDING, None))
         self.made_by = self._author()
         self._tokenizer: Path | None = None
 
@@ -85,16 +86,12 @@ class GgufExport(Export):
         Raises:
             CheckpointError: the file became shorter.
         """
-        tensor, place, nbytes = self._tensor(f"{layer}.weight"), self._place(layer), self.layer_bytes(layer)
-        start = tensor.start + (place.index or 0) * nbytes
-        packed = numpy.fromfile(self.path, dtype=numpy.uint8, count=nbytes, offset=start)
-        if packed.size < nbytes:
-            raise CheckpointError(f"{self.path} ends inside tensor '{tensor.name}'", "download the file again")
-        return place.rows_from_file(torch.from_numpy(packed).view(self.shape(layer)[0], -1))
+        place, found = self._places[f"{layer}.weight"], [self._rows(each) for each in self._pieces(layer)]
+        return place.joined(found) if isinstance(place, Spread) else found[0]
 
     def named(self, place: Place) -> str:
         """The layer that lies in a place, by its name here, which its origin may call otherwise."""
-        return next(name for name, each in self._places.items() if each.where == place.where).removesuffix(".weight")
+        return self._layers[place.where]
 
     def float_names(self) -> list[str]:
         """All parameters but the weights of packed layers."""
@@ -105,8 +102,9 @@ class GgufExport(Export):
         return self._places[name].shape(self._head)
 
     def float_dtype(self, name: str) -> torch.dtype:
-        """From the file's head."""
-        return FLOATS[self._tensor(name).kind]
+        """From the file's head; of what lies packed and is no layer, that of the other matrices."""
+        kind = self._tensor(name).kind
+        return FLOATS[kind] if kind in FLOATS else self._float_dtype()
 
     def float_tensor(self, name: str) -> torch.Tensor:
         """As the file holds it, lying as in a checkpoint of transformers."""
@@ -115,13 +113,12 @@ class GgufExport(Export):
 
     def shape(self, layer: str) -> tuple[int, int]:
         """From the file's head."""
-        rows, columns = self._tensor(f"{layer}.weight").shape[-2:]
-        return rows, columns
+        shapes = [self._head.tensors[place.name].shape for place in self._pieces(layer)]
+        return sum(shape[-2] for shape in shapes), shapes[0][-1]
 
     def layer_bytes(self, layer: str) -> int:
         """From the file's head."""
-        tensor = self._tensor(f"{layer}.weight")
-        return tensor.nbytes if self._place(layer).index is None else tensor.nbytes // tensor.shape[0]
+        return sum(self._bytes(place) for place in self._pieces(layer))
 
     def files(self) -> list[Path]:
         """The file."""
@@ -130,8 +127,23 @@ class GgufExport(Export):
     def _tensor(self, name: str) -> GGUFTensor:
         return self._head.tensors[self._places[name].name]
 
-    def _place(self, layer: str) -> Place:
-        return self._places[f"{layer}.weight"]
+    def _pieces(self, layer: str) -> tuple[Place, ...]:
+        """Where a packed layer lies."""
+        place = self._places[f"{layer}.weight"]
+        return place.places if isinstance(place, Spread) else (place,)
+
+    def _bytes(self, place: Place) -> int:
+        tensor = self._head.tensors[place.name]
+        return tensor.nbytes if place.index is None else tensor.nbytes // tensor.shape[0]
+
+    def _rows(self, place: Place) -> torch.Tensor:
+        """The packed rows that lie in a place."""
+        tensor, nbytes = self._head.tensors[place.name], self._bytes(place)
+        start = tensor.start + (place.index or 0) * nbytes
+        packed = numpy.fromfile(self.path, dtype=numpy.uint8, count=nbytes, offset=start)
+        if packed.size < nbytes:
+            raise CheckpointError(f"{self.path} ends inside tensor '{tensor.name}'", "download the file again")
+        return place.rows_from_file(torch.from_numpy(packed).view(tensor.shape[-2], -1))
 
     def _float_dtype(self) -> torch.dtype:
         """The dtype of the matrices that are float, where they have one; float16, that of the scales, elsewhere."""
@@ -144,12 +156,12 @@ class GgufExport(Export):
         """The scheme of each packed layer: as quantkit noted it, or else by its type."""
         noted, found = self._noted(), {}
         for name, place in self._places.items():
-            tensor = self._tensor(name)
-            if tensor.kind in FLOATS:
+            tensor, first = self._tensor(name), place.places[0] if isinstance(place, Spread) else place
+            if tensor.kind in FLOATS or (isinstance(place, Spread) and not place.has_rows):
                 continue
             layer = name.removesuffix(".weight")
-            scheme = noted.get(place.where) or scheme_of(tensor.kind.name)
-            if scheme is None or name == layer or len(tensor.shape) != (2 if place.index is None else 3):
+            scheme = noted.get(first.where) or scheme_of(tensor.kind.name)
+            if scheme is None or name == layer or len(tensor.shape) != (2 if first.index is None else 3):
                 raise CheckpointError(
                     f"{self.path}: quantkit does not read tensor '{tensor.name}', {tensor.kind.name} of the shape "
                     f"{list(tensor.shape)}",
@@ -173,7 +185,7 @@ class GgufExport(Export):
                 f"{self.path}: {SCHEMES_KEY} does not map layers to schemes", "download the file again"
             ) from error
         naming = Naming(architecture_of(self._head), AutoConfig.for_model(**self._config))
-        found = ((naming.find(f"{layer}.weight"), scheme) for layer, scheme in schemes.items())
+        found = ((naming.first(f"{layer}.weight"), scheme) for layer, scheme in schemes.items())
         return {place.where if place else None: scheme for place, scheme in found}
 
     def _author(self) -> str:

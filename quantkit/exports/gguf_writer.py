@@ -44,6 +44,8 @@ DERIVED = re.compile(r"rotary_emb\.inv_freq$|\.(attn|attention)\.(masked_)?bias$
 
 HALVED = "gguf: matrices that stay float are stored in float16, as llama.cpp expects; vectors in float32"
 WINDOWLESS = "gguf: llama.cpp lets tokens of this model see all before them, and not the last {} alone"
+ROUNDED = "gguf: llama.cpp rounds the bounds between which yarn blends its frequencies, which this model does not"
+NEXT_ALONE = "gguf: the layers that guess at tokens after the next are left out"
 TOWERLESS = "gguf: the file holds the language model alone; llama.cpp reads what sees or hears from a file of its own"
 
 
@@ -59,7 +61,7 @@ def check_source(folder: Path, names: Collection[str] | None = None) -> None:
     """
     config = read_model_config(folder)
     naming, known = Naming.of(config), CheckpointReader(folder).names() if names is None else names
-    places = [naming.place(name).name for name in written_names(known, config, naming)]
+    places = [place.name for name in written_names(known, config, naming) for place in naming.places(name)]
     check_config(config, places, folder)
     tokenizer_metadata(read_tokenizer(folder), folder, config.vocab_size)
 
@@ -72,13 +74,14 @@ def source_remarks(folder: Path, dtype: str, names: Collection[str] | None = Non
         dtype: of the float model.
         names: of its tensors; by default those that lie in the folder.
     """
-    config = read_model_config(folder)
+    config, names = read_model_config(folder), CheckpointReader(folder).names() if names is None else names
+    architecture = architecture_for(config.model_type)
     remarks = {
         HALVED: dtype == "float32",
-        WINDOWLESS.format(getattr(config, "sliding_window", None)): (
-            slides(config) and architecture_for(config.model_type).ignores_window
-        ),
-        TOWERLESS: _is_tower(CheckpointReader(folder).names() if names is None else names),
+        WINDOWLESS.format(getattr(config, "sliding_window", None)): slides(config) and architecture.ignores_window,
+        TOWERLESS: _is_tower(names),
+        ROUNDED: architecture.untruncated and config.rope_parameters.get("rope_type") == "yarn",
+        NEXT_ALONE: any(guesses_further(name, config) for name in names),
     }
     return (*remarks_on(read_tokenizer(folder)), *(remark for remark, holds in remarks.items() if holds))
 
@@ -138,9 +141,15 @@ def written_names(names: Collection[str], config: PreTrainedConfig, naming: Nami
         place = naming.find(name)
         tied = place is not None and place.name == OUTPUT and config.tie_word_embeddings
         beside = tower and not TOWER.search(name) and (place is None or place.name != OUTPUT)
-        if not (tied or beside or DERIVED.search(name)):
+        if not (tied or beside or DERIVED.search(name) or guesses_further(name, config)):
             found.append(name)
     return found
+
+
+def guesses_further(name: str, config: PreTrainedConfig) -> bool:
+    """Whether a tensor is of the blocks that guess at tokens after the next, which the model's class does not have."""
+    block = re.match(r"(?:model\.)?(?:language_model\.)?(?:model\.)?layers\.(\d+)\.", name)
+    return bool(re.match(r"(?:model\.)?mtp\.", name) or (block and int(block[1]) >= config.num_hidden_layers))
 
 
 def _is_tower(names: Collection[str]) -> bool:
@@ -175,16 +184,19 @@ def _parts(content: Content, config: PreTrainedConfig, naming: Naming) -> Iterat
     for layer, scheme in content.schemes.items():
         stored, kind = content.packed[layer][BLOCKS], gguf.GGMLQuantizationType[type_of(scheme)]
         block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-        rows, row_bytes = stored.shape
-        place = naming.place(f"{layer}.weight")
-        columns, read = row_bytes // block_bytes * block, partial(_packed_in_order, place, stored)
-        yield _Part(place, kind, (rows, columns), rows * row_bytes, read)
+        row_bytes = stored.shape[1]
+        for place in naming.places(f"{layer}.weight"):
+            rows = stored.shape[0] if place.pieces is None else place.shape_in_file(stored.shape)[0]
+            columns, read = row_bytes // block_bytes * block, partial(_packed_in_order, place, stored)
+            yield _Part(place, kind, (rows, columns), rows * row_bytes, read)
     for name in written_names(content.floats, config, naming):
-        place, stored = naming.place(name), content.floats[name]
-        kind = float_kind(place.name, stored.dtype, stored.shape)
-        cast, shape = stored.cast(FLOATS[kind], name), place.layout.shape_in_file(stored.shape)
-        nbytes = math.prod(cast.shape) * cast.dtype.itemsize
-        yield _Part(place, kind, shape, nbytes, partial(_float_in_order, place, cast))
+        for place in naming.places(name):
+            stored = content.floats[name]
+            size = place.shape_in_file(stored.shape)
+            kind = float_kind(place.name, stored.dtype, size)
+            cast = stored.cast(FLOATS[kind], name)
+            nbytes = math.prod(size) * cast.dtype.itemsize
+            yield _Part(place, kind, size, nbytes, partial(_float_in_order, place, cast))
 
 
 def _stack(name: str, parts: list[_Part]) -> Entry:
@@ -287,11 +299,11 @@ def _licence(folder: Path) -> str | None:
 def _compare(content: Content, path: Path, floats: list[str], naming: Naming) -> None:
     written, head = GgufExport(path), read_head(path)
     for name in floats:
-        place = naming.place(name)
-        dtype = FLOATS[head.tensors[place.name].kind]
-        found = dequantized(head, place.name, dtype, index=place.index)
-        if not torch.equal(place.to_file(content.floats[name].cast(dtype, name).read()), found):
-            raise CheckpointError(f"tensor {name} in {path} differs from the source after writing", FAULTY)
+        for place in naming.places(name):
+            dtype = FLOATS[head.tensors[place.name].kind]
+            found = dequantized(head, place.name, dtype, index=place.index)
+            if not torch.equal(place.to_file(content.floats[name].cast(dtype, name).read()), found):
+                raise CheckpointError(f"tensor {name} in {path} differs from the source after writing", FAULTY)
     for layer in content.schemes:
-        if digest([written.blocks(written.named(naming.place(f"{layer}.weight")))]) != content.digests[layer]:
+        if digest([written.blocks(written.named(naming.places(f"{layer}.weight")[0]))]) != content.digests[layer]:
             raise CheckpointError(f"layer {layer} in {path} does not decode to what the method returned", FAULTY)

@@ -2,7 +2,7 @@
 
 An architecture (:class:`Architecture`) is one entry of a table: the names on both sides, which key of the metadata is
 which key of the config, what its graph in llama.cpp always computes, and how tensors lie. Names of tensors are those of
-the package gguf. The entries are in :mod:`quantkit.gguf.dense` and the modules that :func:`architectures` names.
+the package gguf. The entries are in :mod:`quantkit.gguf.dense` and :mod:`quantkit.gguf.mixtures`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from quantkit.errors import SourceError, did_you_mean
 from quantkit.gguf.head import GIVE_FLOAT, OTHER_FORMAT, GGUFHead
-from quantkit.gguf.layouts import Heads, Layout
+from quantkit.gguf.layouts import Heads, Layout, Pieces
 
 HEADS, KEY_HEADS = "attention.head_count", "attention.head_count_kv"
 COUNTS = {
@@ -53,9 +53,12 @@ class Architecture:
         rope: whether positions are rotated: not, all alike, or by kind of layer.
         partial: whether a part of each head may be rotated alone.
         scalings: kinds of rope beside the default that the graph computes.
+        untruncated: yarn's bounds are no whole frequencies in the model, and llama.cpp rounds them.
         pattern: of so many blocks the last one sees all tokens, and the others a window; 0 without windows.
         layouts: by the part of a tensor's name between block and suffix; ``_norm`` is any that ends so.
         renamed: parts of a checkpoint's names, to what the package gguf knows.
+        pieces: by the end of a checkpoint's name how the tensor lies in several of the file.
+        latent: heads are made of compressed keys and values, and the file does not tell their size as others do.
         needs_head: the graph loads an output head of its own.
         ignores_window: the graph has no sliding window, whatever the file says.
         describe: further metadata of a config.
@@ -77,9 +80,12 @@ class Architecture:
     rope: Rope = "one"
     partial: bool = False
     scalings: tuple[str, ...] = ("linear",)
+    untruncated: bool = False
     pattern: int = 0
     layouts: Mapping[str, Layout] = field(default_factory=dict)
     renamed: Mapping[str, str] = field(default_factory=dict)
+    pieces: Mapping[str, Pieces] = field(default_factory=dict)
+    latent: bool = False
     needs_head: bool = False
     ignores_window: bool = False
     describe: Callable[[PreTrainedConfig], dict[str, Any]] = lambda config: {}
@@ -121,8 +127,9 @@ def head_size(config: PreTrainedConfig) -> int:
 def architectures() -> tuple[Architecture, ...]:
     """Every architecture; of those that share a name in GGUF files the last one is meant where no other is."""
     from quantkit.gguf.dense import DENSE
+    from quantkit.gguf.mixtures import MIXTURES
 
-    return DENSE
+    return (*MIXTURES, *DENSE)
 
 
 @cache

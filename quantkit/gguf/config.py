@@ -32,28 +32,31 @@ from quantkit.gguf.architecture import (
     head_size,
 )
 from quantkit.gguf.head import GIVE_FLOAT, OTHER_FORMAT, GGUFHead, GGUFTensor
-from quantkit.gguf.rope import READ, rope_metadata, rope_parameters
+from quantkit.gguf.rope import READ, ROTATED, rope_metadata, rope_parameters
 from quantkit.gguf.vocabulary import embedding_rows, special_ids
 
 FRACTIONS = {
     RMS_NORM, LAYER_NORM, "attention.scale", "embedding_scale", "residual_scale", "logit_scale", "attention.clamp_kqv",
-    "attn_logit_softcapping", "final_logit_softcapping",
+    "attn_logit_softcapping", "final_logit_softcapping", "expert_weights_scale",
 }  # fmt: skip
 """Keys whose values are no whole numbers."""
 EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
 HEAD_SIZES = ("attention.key_length", "attention.value_length")
 """Keys that both hold the size of a head."""
+FURTHER = "nextn_predict_layers"
+"""How many of the blocks guess at further tokens, which the model's class does not have."""
 SAYS_NOTHING = (
-    "vocab_size", "tensor_data_layout", "attention.causal", "rope.scaling.finetuned", "feed_forward_length",
+    FURTHER, "vocab_size", "tensor_data_layout", "attention.causal", "rope.scaling.finetuned", "feed_forward_length",
     "context_length", "rope.scaling.original_context_length", "use_parallel_residual",
     "rope.scaling.yarn_log_multiplier",
     KEY_HEADS, LAYER_NORM, RMS_NORM, *HEAD_SIZES, *READ,
 )  # fmt: skip
 """Keys that are read elsewhere, or that decide nothing where an architecture does not read them."""
 NO_MATTER = re.compile(
-    r"dropout|pdrop|initializer|^use_cache$|^pretraining_tp$|_token_ids?$|^summary_|^is_decoder$|softmax_in_fp32$"
-    r"|^(vocab_size|rope_parameters|learned_pos_emb|init_device|norm_type|slow_but_exact|reorder_and_upcast_attn"
-    r"|embedding_fraction|verbose|use_sliding_window|max_window_layers|sliding_window_pattern)$"
+    r"dropout|pdrop|initializer|jitter_noise$|router_logits$|aux_loss_coef$|_token_ids?$|^summary_|softmax_in_fp32$"
+    r"|^(use_cache|pretraining_tp|is_decoder|vocab_size|rope_parameters|learned_pos_emb|init_device|norm_type"
+    r"|slow_but_exact|reorder_and_upcast_attn|embedding_fraction|verbose|use_sliding_window|max_window_layers"
+    r"|sliding_window_pattern|num_mtp_layers|num_nextn_predict_layers)$"
 )
 """Values of configs that decide nothing, or that another one tells."""
 SAME_ACTIVATIONS = {"gelu_new": "gelu_pytorch_tanh", "gelu_fast": "gelu_pytorch_tanh", "swish": "silu"}
@@ -69,9 +72,11 @@ def model_config(head: GGUFHead, dtype: torch.dtype) -> dict[str, Any]:
     architecture = architecture_of(head)
     _refuse_what_a_config_cannot_say(head, architecture)
     known = {architecture.key(name): _read(head, key, name, architecture) for key, name in architecture.keys.items()}
-    _check_blocks(head, known[architecture.key("num_hidden_layers")])
+    blocks = architecture.key("num_hidden_layers")
+    _check_blocks(head, known[blocks])
+    known[blocks] -= head.metadata.get(f"{head.architecture}.{FURTHER}", 0)
     usual = known[architecture.key("hidden_size")] // known[architecture.key("num_attention_heads")]
-    known |= {"head_dim": _head_dim(head, usual), "vocab_size": embedding_rows(head)}
+    known |= {"head_dim": _head_dim(head, architecture, usual), "vocab_size": embedding_rows(head)}
     known |= {flag: tensor in head.tensors for flag, tensor in architecture.tells.items()}
     known["tie_word_embeddings"] = OUTPUT not in head.tensors
     known |= {key: value(known) if callable(value) else value for key, value in architecture.implied.items()}
@@ -213,7 +218,7 @@ def _read(head: GGUFHead, key: str, name: str, architecture: Architecture) -> An
     stored = head.metadata.get(f"{head.architecture}.{key}")
     if (key == WINDOW and stored == 0) or (stored is None and name in architecture.absent):
         return architecture.absent[name] if stored is None else None
-    if isinstance(stored, bool):
+    if isinstance(stored, bool) or (stored == 0 and architecture.absent.get(name) == 0):
         return stored
     if key in FRACTIONS:
         return head.positive(key)
@@ -257,7 +262,9 @@ def _check_blocks(head: GGUFHead, claimed: int) -> None:
         raise SourceError(f"{head.path} claims {claimed} blocks and holds {len(found)}", "download the file again")
 
 
-def _head_dim(head: GGUFHead, usual: int) -> int:
+def _head_dim(head: GGUFHead, architecture: Architecture, usual: int) -> int:
+    if architecture.latent:
+        return head.count(ROTATED)
     head_dim = head.count(HEAD_SIZES[0], usual)
     for key in HEAD_SIZES[1:]:
         if head.count(key, head_dim) != head_dim:

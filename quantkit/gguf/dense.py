@@ -24,6 +24,12 @@ FUSED = {"attn_qkv": Layout(kind_by_kind)}
 BIASES = {"attention_bias": "blk.0.attn_q.bias"}
 WITHOUT_KEY_HEADS = {key: name for key, name in COUNTS.items() if name != "num_key_value_heads"}
 WITHOUT_FEED_FORWARD = {key: name for key, name in WITHOUT_KEY_HEADS.items() if name != "intermediate_size"}
+GRANITE = {
+    "attention.scale": "attention_multiplier",
+    "embedding_scale": "embedding_multiplier",
+    "residual_scale": "residual_multiplier",
+    "logit_scale": "logits_scaling",
+}
 CAPS = {
     "attn_logit_softcapping": "attn_logit_softcapping",
     "final_logit_softcapping": "final_logit_softcapping",
@@ -137,13 +143,7 @@ LLAMA_LIKE = (
     Architecture(
         name="granite",
         model_type="granite",
-        keys=USUAL
-        | {
-            "attention.scale": "attention_multiplier",
-            "embedding_scale": "embedding_multiplier",
-            "residual_scale": "residual_multiplier",
-            "logit_scale": "logits_scaling",
-        },
+        keys=USUAL | GRANITE,
         implied=SILU,
         tells={**BIASES, "mlp_bias": "blk.0.ffn_up.bias"},
         scalings=("linear", "llama3"),

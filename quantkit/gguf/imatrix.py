@@ -1,8 +1,9 @@
 """llama.cpp's importance matrix, for ``llama-quantize --imatrix``.
 
 A GGUF file with two float32 tensors for each quantized tensor: ``NAME.in_sum2``, the sums of squares of the layer's
-input columns, and ``NAME.counts``, the tokens over which they were taken. See ``IMatrixCollector::save_imatrix`` in
-``tools/imatrix/imatrix.cpp`` of https://github.com/ggml-org/llama.cpp (commit 050fc7f).
+input columns, and ``NAME.counts``, the tokens over which they were taken; of a stack of experts a row for each. See
+``IMatrixCollector::save_imatrix`` in ``tools/imatrix/imatrix.cpp`` of https://github.com/ggml-org/llama.cpp (commit
+050fc7f).
 """
 
 from __future__ import annotations
@@ -49,9 +50,14 @@ def write_imatrix(
         OutputError: the file cannot be written.
     """
     naming = Naming.of(read_model_config(origin))
-    named = {naming.place(f"{layer}.weight").name: found for layer, found in importance.items()}
-    entries = [entry for name in sorted(named) for entry in _entries(name, named[name])]
-    most = max((found.tokens for found in named.values()), default=0)
+    named: dict[str, dict[int, Importance]] = {}
+    for layer, found in importance.items():
+        for place in naming.places(f"{layer}.weight"):
+            named.setdefault(place.name, {})[place.index or 0] = found
+    entries = [
+        entry for name, rows in sorted(named.items()) for entry in _entries(name, [rows[each] for each in sorted(rows)])
+    ]
+    most = max((found.tokens for found in importance.values()), default=0)
     metadata = {
         "general.type": "imatrix",
         "imatrix.datasets": list(datasets),
@@ -61,9 +67,9 @@ def write_imatrix(
     write_file(path, metadata, entries)
 
 
-def _entries(name: str, found: Importance) -> Iterator[Entry]:
-    sums = (found.mean_square.double() * found.tokens).float().view(1, -1)
-    counts = torch.tensor([[float(found.tokens)]])
+def _entries(name: str, rows: Sequence[Importance]) -> Iterator[Entry]:
+    sums = torch.stack([(found.mean_square.double() * found.tokens).float() for found in rows])
+    counts = torch.tensor([[float(found.tokens)] for found in rows])
     for suffix, tensor in (("in_sum2", sums), ("counts", counts)):
         kind, shape = gguf.GGMLQuantizationType.F32, tuple(tensor.shape)
         yield Entry(f"{name}.{suffix}", int(kind), shape, tensor.nbytes, tensor.numpy)

@@ -7,7 +7,7 @@ The orders are those of the package ``conversion`` of https://github.com/ggml-or
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,10 +20,13 @@ class Heads:
     Attributes:
         queries: heads of queries.
         keys: heads of keys, and of values.
+        key_size: of a head of keys, those of its columns that are not rotated; told where keys and values are made of
+            one matrix, head by head.
     """
 
     queries: int
     keys: int
+    key_size: int = 0
 
 
 Order = Callable[[Heads, int], torch.Tensor]
@@ -93,6 +96,71 @@ def kind_by_kind(heads: Heads, rows: int) -> torch.Tensor:
 
 def _neighbours(heads: int, rows: int) -> torch.Tensor:
     return torch.arange(rows).view(heads, 2, -1).transpose(1, 2).flatten()
+
+
+@dataclass(frozen=True, slots=True)
+class Pieces:
+    """How one tensor of a checkpoint lies in several of a file, or in one of another name.
+
+    Attributes:
+        parts: what the package gguf is asked for each piece, in place of the end of the tensor's name.
+        cut: the pieces, as files hold them, of the tensor.
+        join: the tensor of its pieces.
+        rows: whether the pieces are rows of the tensor, so that a packed layer can be cut, too.
+        leaves: of a stack of experts, what a projection that a piece stacks is called.
+    """
+
+    parts: tuple[str, ...]
+    cut: Callable[[torch.Tensor, Heads], Sequence[torch.Tensor]]
+    join: Callable[[Sequence[torch.Tensor], Heads], torch.Tensor]
+    rows: bool = False
+    leaves: tuple[str, ...] = ()
+
+
+def as_it_is(*parts: str, leaves: tuple[str, ...] = ()) -> Pieces:
+    """One piece, which is the tensor."""
+    return Pieces(parts, lambda tensor, _: (tensor,), lambda pieces, _: pieces[0], True, leaves)
+
+
+def turned(*parts: str, leaves: tuple[str, ...] = ()) -> Pieces:
+    """One piece, a stack of matrices that the checkpoint holds as ``[experts, in_features, out_features]``."""
+    return Pieces(parts, lambda tensor, _: (tensor.mT,), lambda pieces, _: pieces[0].mT.contiguous(), leaves=leaves)
+
+
+def halves(*parts: str, leaves: tuple[str, ...] = ()) -> Pieces:
+    """The rows of two projections, one after the other."""
+    return Pieces(
+        parts, lambda tensor, _: tensor.chunk(2, -2), lambda pieces, _: torch.cat(list(pieces), -2), True, leaves
+    )
+
+
+def alternating(*parts: str) -> Pieces:
+    """Two vectors whose values take turns."""
+    return Pieces(
+        parts,
+        lambda tensor, _: (tensor[..., ::2], tensor[..., 1::2]),
+        lambda pieces, _: torch.stack(list(pieces), -1).flatten(-2),
+    )
+
+
+def turned_alternating(*parts: str, leaves: tuple[str, ...] = ()) -> Pieces:
+    """Two projections whose rows take turns, in a stack of matrices ``[experts, in_features, out_features]``."""
+    return Pieces(
+        parts,
+        lambda tensor, _: (tensor[..., ::2].mT, tensor[..., 1::2].mT),
+        lambda pieces, _: torch.stack([piece.mT for piece in pieces], -1).flatten(-2),
+        leaves=leaves,
+    )
+
+
+def keys_and_values(*parts: str) -> Pieces:
+    """The keys and the values that each head makes of the compressed ones; the keys' matrices lie transposed."""
+
+    def cut(tensor: torch.Tensor, heads: Heads) -> tuple[torch.Tensor, torch.Tensor]:
+        each = tensor.view(heads.queries, -1, tensor.shape[-1])
+        return each[:, : heads.key_size].mT, each[:, heads.key_size :]
+
+    return Pieces(parts, cut, lambda pieces, _: torch.cat([pieces[0].mT, pieces[1]], 1).flatten(0, 1))
 
 
 AS_IT_IS = Layout()

@@ -6,6 +6,7 @@ Names of tensors are those of the package gguf, asked with what the checkpoint c
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +18,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from quantkit.checkpoint.names import Names
 from quantkit.errors import SourceError
-from quantkit.gguf.architecture import Architecture, architecture_for
+from quantkit.gguf.architecture import Architecture, architecture_for, model_types
 from quantkit.gguf.head import GIVE_FLOAT, OTHER_FORMAT, GGUFHead
-from quantkit.gguf.layouts import AS_IT_IS, Heads, Layout
+from quantkit.gguf.layouts import AS_IT_IS, Heads, Layout, Pieces
 from quantkit.gguf.rope import ROPE_TENSORS
-from quantkit.gguf.tensors import dequantized
+from quantkit.gguf.tensors import FLOATS, dequantized
 
 SUFFIXES = (".weight", ".bias")
 TOWER = re.compile(r"^(?:model\.)?language_model\.(?:model\.)?")
@@ -34,19 +35,23 @@ STACKED = re.compile(r"(\.\d+\..*?)\.(\d+)(?=\.|$)")
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a tensor of a checkpoint lies.
+    """Where a tensor of a checkpoint lies, or a piece of one.
 
     Attributes:
         name: of the file's tensor.
         layout: how it lies there.
         heads: of the model.
         index: of a stack, which one it is.
+        pieces: how the tensor is cut where more than one place holds it.
+        piece: which of the pieces lies here.
     """
 
     name: str
     layout: Layout
     heads: Heads
     index: int | None = None
+    pieces: Pieces | None = None
+    piece: int = 0
 
     @property
     def where(self) -> tuple[str, int | None]:
@@ -54,11 +59,17 @@ class Place:
         return self.name, self.index
 
     def to_file(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A float tensor as the file holds it."""
-        return self.layout.to_file(tensor, self.heads)
+        """What the file holds here of a float tensor."""
+        return self.layout.to_file(self._own(tensor), self.heads)
+
+    def shape_in_file(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of that, for a float tensor of a shape."""
+        if self.pieces is None:
+            return self.layout.shape_in_file(shape)
+        return tuple(self.to_file(torch.empty(shape, device="meta")).shape)
 
     def read(self, head: GGUFHead, dtype: torch.dtype) -> torch.Tensor:
-        """The inverse of :meth:`to_file`, of a file's tensor of any type.
+        """The inverse of :meth:`to_file`, of a file's tensor of any type; of a piece, the piece.
 
         Raises:
             SourceError: see :func:`quantkit.gguf.tensors.dequantized`.
@@ -67,17 +78,60 @@ class Place:
         return self.layout.from_file(tensor, self.heads)
 
     def rows_to_file(self, rows: torch.Tensor) -> torch.Tensor:
-        """Packed rows of a layer in the file's order."""
-        return self.layout.rows_to_file(rows, self.heads)
+        """What the file holds here of the packed rows of a layer, in the file's order."""
+        return self.layout.rows_to_file(self._own(rows), self.heads)
 
     def rows_from_file(self, rows: torch.Tensor) -> torch.Tensor:
         """The inverse of :meth:`rows_to_file`."""
         return self.layout.rows_from_file(rows, self.heads)
 
     def shape(self, head: GGUFHead) -> tuple[int, ...]:
-        """The shape that the tensor has in a checkpoint."""
+        """The shape that the tensor has in a checkpoint; of a piece, that of the piece."""
         stored = head.tensors[self.name].shape
         return self.layout.shape_in_checkpoint(stored if self.index is None else stored[1:])
+
+    def _own(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor if self.pieces is None else self.pieces.cut(tensor, self.heads)[self.piece]
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """A tensor of a checkpoint that lies in several places of a file, as all its pieces."""
+
+    places: tuple[Place, ...]
+
+    @property
+    def name(self) -> str:
+        """Of the file's tensor that holds the first piece."""
+        return self.places[0].name
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether each piece holds rows of a layer."""
+        return all(place.pieces is not None and place.pieces.rows for place in self.places)
+
+    def read(self, head: GGUFHead, dtype: torch.dtype) -> torch.Tensor:
+        """The tensor, see :meth:`Place.read`."""
+        return self.joined([place.read(head, dtype) for place in self.places])
+
+    def shape(self, head: GGUFHead) -> tuple[int, ...]:
+        """The shape that it has in a checkpoint.
+
+        Raises:
+            SourceError: the pieces do not fit each other.
+        """
+        shapes = [place.shape(head) for place in self.places]
+        try:
+            return tuple(self.joined([torch.empty(shape, device="meta") for shape in shapes]).shape)
+        except (RuntimeError, IndexError) as error:
+            raise SourceError(
+                f"{head.path}: tensor '{self.name}' and those beside it have the shapes {shapes}", GIVE_FLOAT
+            ) from error
+
+    def joined(self, pieces: list[torch.Tensor]) -> torch.Tensor:
+        """The tensor that the pieces are, as a checkpoint has them."""
+        first = self.places[0]
+        return pieces[0] if first.pieces is None else first.pieces.join(pieces, first.heads)
 
 
 class Naming:
@@ -112,7 +166,7 @@ class Naming:
         return Place(found, self._layout(found), self._heads, int(stacked[2])) if stacked and found else None
 
     def place(self, name: str) -> Place:
-        """Where a tensor lies.
+        """Where a tensor lies that lies in one piece.
 
         Raises:
             SourceError: it has no place there.
@@ -122,6 +176,38 @@ class Naming:
             what = f"a GGUF file of a {self.architecture.name} model has no place for {name}"
             raise SourceError(what, OTHER_FORMAT)
         return found
+
+    def places(self, name: str) -> tuple[Place, ...]:
+        """Where a tensor lies, in one piece or several.
+
+        Raises:
+            SourceError: it has no place there.
+        """
+        return self.spread(name) or (self.place(name),)
+
+    def first(self, name: str) -> Place | None:
+        """Where a tensor lies, or its first piece; None for what has no place there."""
+        return next(iter(self.spread(name)), None) or self.find(name)
+
+    def spread(self, name: str) -> tuple[Place, ...]:
+        """Where the pieces of a tensor lie; none if it is not cut into pieces."""
+        name = TOWER.sub("model.", name)
+        for leaf, pieces in self.architecture.pieces.items():
+            if name.endswith(leaf):
+                stem = name.removesuffix(leaf)
+                stored = [self._known(stem + part) or part for part in pieces.parts]
+                return tuple(
+                    Place(found, AS_IT_IS, self._heads, pieces=pieces, piece=each) for each, found in enumerate(stored)
+                )
+        return ()
+
+    def in_file(self, name: str, head: GGUFHead) -> Place | Spread | None:
+        """Where a tensor lies in a file; None if it is not there."""
+        places = self.spread(name)
+        if places and all(place.name in head.tensors for place in places):
+            return Spread(places)
+        whole = self.find(name)
+        return whole if whole is not None and whole.name in head.tensors else None
 
     def _known(self, name: str) -> str | None:
         bare = name.removeprefix("model.").removeprefix("transformer.")
@@ -139,6 +225,21 @@ class Naming:
         return named if suffix == "weight" or named.order is not None else AS_IT_IS
 
 
+def kept_whole(layers: Iterable[str], config: PreTrainedConfig) -> list[str]:
+    """The layers that a file holds in pieces of which some are no rows of theirs, so that they cannot be packed.
+
+    Args:
+        layers: names.
+        config: of the model; of one that cannot be written none is named.
+    """
+    text = config.get_text_config(decoder=True)
+    if text.model_type not in model_types():
+        return []
+    naming = Naming.of(text)
+    places = {layer: naming.spread(f"{layer}.weight") for layer in layers}
+    return [layer for layer, found in places.items() if found and not Spread(found).has_rows]
+
+
 def model_of(config: dict[str, Any], head: GGUFHead) -> nn.Module:
     """The model of a file's config, on meta.
 
@@ -153,32 +254,75 @@ def model_of(config: dict[str, Any], head: GGUFHead) -> nn.Module:
     return model
 
 
-def places_of(head: GGUFHead, config: dict[str, Any], architecture: Architecture) -> dict[str, Place]:
+def places_of(
+    head: GGUFHead, config: dict[str, Any], architecture: Architecture, *, apart: bool = False
+) -> dict[str, Place | Spread]:
     """Name of each tensor that ``save_pretrained`` would write, to its place in the file; every tensor has its name.
 
     Args:
         head: of the file.
         config: see :func:`quantkit.gguf.config.model_config`.
         architecture: of the file.
+        apart: whether the packed layers of a stack of experts are told one by one, by the names that layers have.
 
     Raises:
         SourceError: the model cannot be built, or file and model do not have the same tensors.
     """
     model = model_of(config, head)
-    naming, names, places = Naming(architecture, model.config), Names(model), {}
-    shapes = {name: tuple(each.shape) for name, each in model.named_parameters()}
+    naming, names = Naming(architecture, model.config), Names(model)
+    places: dict[str, Place | Spread] = {}
+    shapes = {name: tuple(each.shape) for name, each in _tensors(model)}
     for parameter, shape in shapes.items():
-        for name in names.sources(parameter):
-            place = naming.find(name)
-            stored = None if place is None else head.tensors.get(place.name)
-            if place is None or stored is None:
-                raise SourceError(f"{head.path} has no tensor '{place and place.name}' for {name}", GIVE_FLOAT)
-            found = place.shape(head)
-            if len(names.sources(parameter)) == 1 and found != shape:
-                sizes = f"{list(found)} where {list(shape)} is wanted"
+        sources = names.sources(parameter)
+        for name in sources:
+            place = naming.in_file(name, head)
+            if place is None:
+                wanted = naming.spread(name) or ((found,) if (found := naming.find(name)) else ())
+                raise SourceError(f"{head.path} has no tensor '{wanted and wanted[0].name}' for {name}", GIVE_FLOAT)
+            if len(sources) == 1 and place.shape(head) != shape:
+                sizes = f"{list(place.shape(head))} where {list(shape)} is wanted"
                 raise SourceError(f"{head.path}: tensor '{place.name}' has the shape {sizes}", GIVE_FLOAT)
-            places[name] = place
-    unused = head.tensors.keys() - {place.name for place in places.values()} - set(ROPE_TENSORS)
+            places |= _experts(place, parameter, head) if apart and _is_packed_stack(place, head) else {name: place}
+    unused = head.tensors.keys() - set(_names(places.values())) - set(ROPE_TENSORS)
+    blocks = config[architecture.key("num_hidden_layers")]
+    unused -= {name for name in unused if _block(name) >= blocks}
     if unused:
         raise SourceError(f"{head.path} has the tensor '{min(unused)}', which {config['model_type']} has no place for")
     return places
+
+
+def _block(name: str) -> int:
+    """The block of a file's tensor. Beyond the model's own lie those that guess at further tokens."""
+    found = re.match(r"blk\.(\d+)\.", name)
+    return int(found[1]) if found else -1
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """The parameters of a model, and the buffers that checkpoints hold."""
+    yield from model.named_parameters()
+    stored = model.state_dict().keys()
+    yield from ((name, buffer) for name, buffer in model.named_buffers() if name in stored)
+
+
+def _names(places: Iterable[Place | Spread]) -> Iterator[str]:
+    for place in places:
+        yield from (each.name for each in place.places) if isinstance(place, Spread) else (place.name,)
+
+
+def _is_packed_stack(place: Place | Spread, head: GGUFHead) -> bool:
+    """Whether a tensor is a stack of experts of which any projection is packed."""
+    if not isinstance(place, Spread):
+        return False
+    stacks = any(each.pieces is not None and each.pieces.leaves for each in place.places)
+    return stacks and any(head.tensors[each.name].kind not in FLOATS for each in place.places)
+
+
+def _experts(place: Place | Spread, parameter: str, head: GGUFHead) -> dict[str, Place | Spread]:
+    """The layers of a stack of experts by their names."""
+    found: dict[str, Place | Spread] = {}
+    for each in place.places if isinstance(place, Spread) else ():
+        leaf = each.pieces.leaves[each.piece] if each.pieces else ""
+        for index in range(head.tensors[each.name].shape[0]):
+            name = f"{parameter.rpartition('.')[0]}.{index}.{leaf}.weight"
+            found[name] = Place(each.name, each.layout, each.heads, index)
+    return found

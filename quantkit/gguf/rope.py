@@ -30,7 +30,15 @@ BASE, SLIDING_BASE, ROTATED = "rope.freq_base", "rope.freq_base_swa", "rope.dime
 ATTENTION = "rope.scaling.attn_factor"
 GEMMA3_SLIDING = 10000.0
 """The base of Gemma 3's blocks with a window, which its files leave out."""
-READ = (BASE, SLIDING_BASE, ROTATED, ATTENTION, "rope.scaling.type", "rope.scaling.factor")
+FACTOR, ORIGINAL = "rope.scaling.factor", "rope.scaling.original_context_length"
+FAST, SLOW = "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow"
+LOGARITHM = "rope.scaling.yarn_log_multiplier"
+"""A tenth of what DeepSeek calls ``mscale_all_dim``."""
+YARN = {"beta_fast": 32.0, "beta_slow": 1.0}
+"""The parameters of yarn that files and configs leave out."""
+READ = (
+    BASE, SLIDING_BASE, ROTATED, ATTENTION, "rope.scaling.type", FACTOR, ORIGINAL, FAST, SLOW, LOGARITHM,
+)  # fmt: skip
 """Keys that are read here."""
 
 
@@ -87,6 +95,8 @@ def rope_metadata(config: PreTrainedConfig, architecture: Architecture, folder: 
         found |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(rope["factor"])}
     if kind == "longrope":
         found[ATTENTION] = float(rope.get("attention_factor") or _long_attention(config))
+    if kind == "yarn":
+        found |= _yarn_metadata(rope, architecture, folder)
     return found
 
 
@@ -129,9 +139,48 @@ def _parameters(head: GGUFHead, architecture: Architecture, known: Mapping[str, 
         return _longrope_parameters(head, theta, known)
     if scaling == "linear":
         return {"rope_type": "linear", "rope_theta": theta, "factor": head.positive("rope.scaling.factor")}
+    if scaling == "yarn" and "yarn" in architecture.scalings:
+        return {"rope_type": "yarn", "rope_theta": theta, **_yarn_parameters(head, architecture)}
     if scaling != "none":
         raise SourceError(f"{head.path}: {prefix}.type is '{scaling}', which quantkit cannot convert", GIVE_FLOAT)
     return {"rope_type": "default", "rope_theta": theta}
+
+
+def _yarn_metadata(rope: Mapping[str, Any], architecture: Architecture, folder: Path) -> dict[str, Any]:
+    """Of yarn; llama.cpp multiplies queries and keys by what the factor asks for, times the attention factor."""
+    own, whole = rope.get("mscale"), rope.get("mscale_all_dim")
+    if own != whole or bool(whole) != architecture.latent or rope.get("truncate", True) == architecture.untruncated:
+        raise SourceError(f"{folder}: quantkit does not write the rope scaling {dict(rope)} as GGUF", OTHER_FORMAT)
+    factor, attention = float(rope["factor"]), rope.get("attention_factor")
+    return {
+        "rope.scaling.type": "yarn",
+        FACTOR: factor,
+        ORIGINAL: int(rope["original_max_position_embeddings"]),
+        FAST: float(rope.get("beta_fast") or YARN["beta_fast"]),
+        SLOW: float(rope.get("beta_slow") or YARN["beta_slow"]),
+        **({ATTENTION: float(attention) / _yarn_attention(factor)} if attention else {}),
+        **({LOGARITHM: 0.1 * float(whole)} if whole else {}),
+    }
+
+
+def _yarn_parameters(head: GGUFHead, architecture: Architecture) -> dict[str, Any]:
+    factor, whole = head.positive(FACTOR), head.metadata.get(f"{head.architecture}.{LOGARITHM}")
+    told = f"{head.architecture}.{ATTENTION}" in head.metadata
+    scale = None if whole is None else round(float(whole) * 10, 6)
+    return {
+        "factor": factor,
+        "original_max_position_embeddings": head.count(ORIGINAL, head.count("context_length")),
+        "beta_fast": head.positive(FAST, YARN["beta_fast"]),
+        "beta_slow": head.positive(SLOW, YARN["beta_slow"]),
+        **({"attention_factor": head.positive(ATTENTION) * _yarn_attention(factor)} if told else {}),
+        **({} if scale is None else {"mscale": scale, "mscale_all_dim": scale}),
+        **({"truncate": False} if architecture.untruncated else {}),
+    }
+
+
+def _yarn_attention(factor: float) -> float:
+    """What yarn multiplies queries and keys by where nothing else is told."""
+    return 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 def _longrope_parameters(head: GGUFHead, theta: float, known: Mapping[str, Any]) -> dict[str, Any]:

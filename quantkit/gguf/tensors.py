@@ -32,6 +32,7 @@ MATRICES = {
 
 WHOLE = (
     r".*norm\.weight",
+    r".*\.bias",
     *(
         re.escape(gguf.TENSOR_NAMES[kind]).replace(r"\{bid\}", r"\d+") + r"(\.weight)?"
         for kind in (
