@@ -70,6 +70,22 @@ def test_an_export_loads_by_its_own_class_and_decodes_to_the_same_logits(tmp_pat
     assert quantkit.inspect(out)["problems"] == []
 
 
+def test_a_language_model_that_transformers_loads_alone_finds_its_layers(tmp_path: Path) -> None:
+    """Its names lack the prefix of the model around it, in what stays float, too."""
+    _, out = quantized(tmp_path, "qwen3_5", method="rtn")
+    config = json.loads((out / "config.json").read_text())
+    ignored = set(config["quantization_config"]["ignore"])
+    assert {"model.layers.0.linear_attn.in_proj_a", "model.language_model.layers.0.linear_attn.in_proj_a"} <= ignored
+    alone, info = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, output_loading_info=True)
+    assert type(alone).__name__ == "Qwen3_5ForCausalLM"
+    assert not info["missing_keys"]
+    decoded: Any = Reference().load(out, LoadOptions(device="cpu", dtype="float32"))
+    ids = torch.tensor(tiny_rows(2, 20, 20))
+    with torch.no_grad():
+        found, expected = (model(input_ids=ids, use_cache=False).logits for model in (alone.eval(), decoded.model))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_layers_that_look_at_images_are_solved_without_tokens_and_that_is_said(tmp_path: Path) -> None:
     _, out = quantized(tmp_path, "mllama", method="gptq")
     layers = {layer["name"]: layer for layer in json.loads((out / "stage.json").read_text())["facts"]["layers"]}

@@ -54,6 +54,11 @@ class Names:
 
     # What the engine asks.
 
+    @property
+    def stored(self) -> frozenset[str]:
+        """The names of the checkpoint's tensors."""
+        return self._stored
+
     def divide(self, parts: Mapping[str, Part]) -> None:
         """Tell of parameters that take the place of others: each a part of one that transformers knows."""
         self._parts |= parts

@@ -62,6 +62,7 @@ class Content:
         changes: keys of ``config.json`` that differ from the origin's.
         runs_code: the model comes with Python code, which goes along.
         paths: layers that the model of transformers calls otherwise than the checkpoint, to its own names.
+        alone: those that it calls otherwise where it loads the language model of several parts alone, likewise.
         others: what has a matrix and is no linear layer of the model; servers may take it for one.
     """
 
@@ -75,6 +76,7 @@ class Content:
     changes: Mapping[str, Any] = field(default_factory=dict)
     runs_code: bool = False
     paths: Mapping[str, str] = field(default_factory=dict)
+    alone: Mapping[str, str] = field(default_factory=dict)
     others: Collection[str] = ()
 
     @property
@@ -88,7 +90,12 @@ class Content:
         return {
             **{name: None for name in self.others if name not in packed},
             **self.linears,
-            **{path: self.linears[name] for name, path in self.paths.items() if name in self.linears},
+            **{
+                path: self.linears[name]
+                for called in (self.paths, self.alone)
+                for name, path in called.items()
+                if name in self.linears
+            },
         }
 
     @property

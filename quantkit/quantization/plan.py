@@ -12,6 +12,7 @@ import torch
 from quantkit.engine.float_parts import FloatPart, block_weights, float_parts
 from quantkit.engine.initializing import reaches_for_weights
 from quantkit.engine.skeleton import Skeleton
+from quantkit.engine.text_alone import names_alone
 from quantkit.engine.walk import Strategy
 from quantkit.errors import SchemeError
 from quantkit.formats import FORMATS
@@ -53,6 +54,7 @@ class Layers:
         embedding: full name of the input embedding if it is quantized.
         tied: full names of the head and the embedding where the source gives both one weight.
         paths: the names of layers that the model of transformers calls otherwise than the checkpoint, to its own.
+        alone: those that it calls otherwise where it loads the language model of several parts alone, likewise.
         stacks: tensors of the source that are no layer's own, such as stacked experts, to the layers that they hold.
         notes: what the user should know of it.
         unloaded: layers for which transformers has no place where they are packed.
@@ -69,6 +71,7 @@ class Layers:
     tied: tuple[str, ...] = ()
     cast: str | None = None
     paths: Mapping[str, str] = field(default_factory=dict)
+    alone: Mapping[str, str] = field(default_factory=dict)
     stacks: Mapping[str, Sequence[str]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     unloaded: Collection[str] = ()
@@ -170,7 +173,7 @@ def plan_layers(skeleton: Skeleton, variant: VariantSpec) -> Layers:
         notes = (*notes, f"transformers has no place for packed layers such as {lone}; {ELSEWHERE}")
     if reached is not None:
         notes = (*notes, f"transformers' {type(skeleton.model).__name__} {REACHES.format(reached)}")
-    found = replace(found, reached_for=reached)
+    found = replace(found, reached_for=reached, alone=names_alone(skeleton))
     return replace(found, notes=notes, paths=paths, stacks=skeleton.stacks(), unloaded=alone)
 
 

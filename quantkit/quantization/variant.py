@@ -209,6 +209,7 @@ class VariantRun:
             changes=changes,
             runs_code=job.trust_remote_code,
             paths=layers.paths,
+            alone=layers.alone,
             others=self._skeleton.others(),
         )
 
