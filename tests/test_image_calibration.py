@@ -230,3 +230,55 @@ def test_without_pillow_the_way_to_get_it_is_said(tmp_path: Path, model: Path, m
     with pytest.raises(MissingDependencyError, match=r"record 0, which has images, needs .* 'pillow'") as caught:
         calibrated(model, tmp_path / "rows.json", tmp_path / "out")
     assert caught.value.remedy == "pip install 'quantkit[vision]'"
+
+
+# The tower itself
+
+
+def with_tower(model: Path, dataset: Path, out: Path, method: str, inputs: str = "quantized") -> Path:
+    return quantkit.quantize(
+        model, method=method, bits=4, group_size=32, out=out, device="cpu", overrides={"vision_tower": {"bits": 8}},
+        calibration={"dataset": str(dataset), "samples": 4, "max_length": 64, "inputs": inputs},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("inputs", ["quantized", "float"])
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_a_tower_is_quantized_on_request_and_calibrated_by_images(
+    tmp_path: Path, model: Path, method: str, inputs: str
+) -> None:
+    from transformers import LlavaForConditionalGeneration
+
+    out = with_tower(model, written(tmp_path / "data", *ROWS), tmp_path / "out", method, inputs)
+    facts = json.loads((out / "stage.json").read_text())["facts"]
+    tower = [layer for layer in facts["layers"] if layer["name"].startswith("vision_tower.")]
+    skeleton = Skeleton(model)
+    assert len(tower) == sum(len(segment.layers) for segment in skeleton.towers) > 0
+    # what the last of them makes is not read, as LLaVA takes the states before it
+    assert {layer["tokens"] for layer in tower} == {IMAGE_TOKENS + 1}
+    assert any(note.startswith("float: the rest of vision_tower (") for note in facts["notes"])
+    ((place, images),) = calibrated(model, tmp_path / "data" / "rows.json", tmp_path / "c").inputs.items()
+    rows = calibrated(model, tmp_path / "data" / "rows.json", tmp_path / "c").rows
+    plain, packed = (LlavaForConditionalGeneration.from_pretrained(each, dtype=torch.float32) for each in (model, out))
+    with torch.no_grad():
+        expected, found = (each(input_ids=torch.tensor([rows[place]]), **images).logits for each in (plain, packed))
+    assert not torch.equal(found, expected)
+    divergence = (expected.log_softmax(-1).exp() * (expected.log_softmax(-1) - found.log_softmax(-1))).sum(-1).mean()
+    assert divergence < 0.1
+
+
+def test_without_images_a_tower_is_solved_from_its_weights_and_that_is_said(tmp_path: Path, model: Path) -> None:
+    (tmp_path / "rows.json").write_text(json.dumps(ROWS[1:]))
+    out = with_tower(model, tmp_path / "rows.json", tmp_path / "out", "gptq")
+    layers = json.loads((out / "stage.json").read_text())["facts"]["layers"]
+    tower = [layer for layer in layers if layer["name"].startswith("vision_tower.")]
+    assert tower
+    assert all("no calibration token reached" in layer["notes"][0] for layer in tower)
+
+
+def test_a_tower_that_stays_float_is_told(tmp_path: Path, model: Path) -> None:
+    asked: dict[str, Any] = {"bits": 4, "group_size": 32, "overrides": {"[qkv]_proj": {"bits": 8}}}
+    out = quantkit.quantize(model, method="rtn", out=tmp_path / "out", device="cpu", **asked)
+    assert not any(name.startswith("vision_tower") for name in open_export(out).schemes)
+    notes = json.loads((out / "stage.json").read_text())["facts"]["notes"]
+    assert any(note.startswith("float: vision_tower (") and "text passes it by" in note for note in notes)

@@ -80,7 +80,7 @@ def find_blocks(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
     count = getattr(configs[0], "num_hidden_layers", None) if configs else None
     names = {module: name for name, module in model.named_modules()}
     best: tuple[tuple[bool, int], nn.ModuleList] | None = None
-    for each in _outermost_lists(text, {type(config) for config in configs}):
+    for each in outermost_lists(text, {type(config) for config in configs}):
         linears = sum(1 for _ in linear_modules(each))
         if linears and (best is None or (len(each) == count, linears) > best[0]):
             best = (len(each) == count, linears), each
@@ -89,7 +89,7 @@ def find_blocks(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
             f"{type(model).__name__} has no list of decoder blocks with linear layers",
             "quantkit quantizes decoder-only transformers",
         )
-    lists = _outermost_lists(text, {type(config) for config in configs})
+    lists = outermost_lists(text, {type(config) for config in configs})
     return [(names[each], each) for each in lists if [*map(type, each)] == [*map(type, best[1])]]
 
 
@@ -99,13 +99,13 @@ def _text_config(module: nn.Module) -> Any:
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
-def _outermost_lists(module: nn.Module, configs: Set[type]) -> Iterator[nn.ModuleList]:
-    """The ModuleLists in a model that are in no other, those of models with configs of other kinds aside."""
+def outermost_lists(module: nn.Module, configs: Set[type] | None = None) -> Iterator[nn.ModuleList]:
+    """The ModuleLists in a model that are in no other, those of models with configs of other kinds aside, if given."""
     for child in module.children():
         if isinstance(child, nn.ModuleList):
             yield from [child] if len(child) else []
-        elif not isinstance(child, PreTrainedModel) or type(child.config) in configs:
-            yield from _outermost_lists(child, configs)
+        elif configs is None or not isinstance(child, PreTrainedModel) or type(child.config) in configs:
+            yield from outermost_lists(child, configs)
 
 
 class _ParametersOnMeta(TorchFunctionMode):

@@ -145,8 +145,19 @@ class Streams:
                 self._resume(each)
 
     def at(self, segment: Segment) -> list[Pass]:
-        """The passes that stand before a segment."""
+        """The passes that stand before a segment.
+
+        Raises:
+            QuantizationError: some stand before one that the walk has left, as where a model runs a part of it twice.
+        """
         index = self._index[segment.prefix]
+        behind = [each.place.index for each in self._passes if isinstance(each.place, AtSegment)]
+        if behind and min(behind) < index:
+            back = next(prefix for prefix, place in self._index.items() if place == min(behind))
+            raise QuantizationError(
+                f"{type(self.model).__name__} comes to {back} after blocks that are behind it",
+                "leave the layers of that part out of overrides",
+            )
         return [each for each in self._passes if isinstance(each.place, AtSegment) and each.place.index == index]
 
     def stop(self) -> None:

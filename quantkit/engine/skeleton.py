@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from quantkit.checkpoint import CheckpointReader
 from quantkit.checkpoint.conversions import Read
 from quantkit.checkpoint.names import DAMAGED, Names, shared_parameters
-from quantkit.engine.empty_model import empty_model, find_blocks, text_part
+from quantkit.engine.empty_model import empty_model, find_blocks, outermost_lists, text_part
 from quantkit.engine.experts import is_stack, tells_tokens
 from quantkit.engine.layers import Layer, give_way, layer_of, linear_modules
 from quantkit.errors import CheckpointError
@@ -86,6 +86,7 @@ class Skeleton:
         names: what its parameters are called in the checkpoint.
         blocks: its list of decoder blocks.
         segments: the blocks, each to be loaded by itself.
+        towers: the blocks of models of images and sound inside the model, which text does not pass.
         head: the output head, if it is a linear layer.
         embedding: the input embedding, if it is an Embedding.
 
@@ -107,6 +108,7 @@ class Skeleton:
             self._segment(f"{prefix}.{index}", block) for prefix, blocks in lists for index, block in enumerate(blocks)
         ]
         self._stays = len(lists) > 1
+        self.towers = self._tower_segments()
         self.head = self._single(self.text.get_output_embeddings(), nn.Linear)
         self.embedding = self._single(self.text.get_input_embeddings(), nn.Embedding)
         self._twins = self._tied_names()
@@ -118,6 +120,28 @@ class Skeleton:
         named = module.named_parameters(remove_duplicate=False)
         shared = {name.rpartition(".")[0] for name, _ in named if _joined(prefix, name) in self._first}
         return Segment(prefix, module, tuple(each for each in inside if self._is_first(each)), frozenset(shared))
+
+    def _tower_segments(self) -> list[Segment]:
+        names = {module: name for name, module in self.model.named_modules()}
+        lists = {each: names[each] for tower in self._towers() for each in outermost_lists(tower)}
+        blocks = [(f"{name}.{index}", block) for each, name in lists.items() for index, block in enumerate(each)]
+        return [self._segment(prefix, block) for prefix, block in blocks]
+
+    def tower_weights(self) -> dict[str, int]:
+        """By the names of the models of images and sound in the checkpoint the weights of their matrices."""
+        names = {module: name for name, module in self.model.named_modules()}
+        towers = self._towers()
+        inner = {id(each) for tower in towers for each in tower.modules() if each is not tower}
+        outer = [tower for tower in towers if id(tower) not in inner]
+        return {
+            self._stored_prefix(names[each], each): sum(m.numel() for m in each.parameters() if m.ndim >= 2)
+            for each in outer
+        }
+
+    def _stored_prefix(self, path: str, module: nn.Module) -> str:
+        """What the names of a module's parameters begin with in the checkpoint."""
+        first = next((name for name, _ in module.named_parameters()), "")
+        return self.names.written(_joined(path, first)).removesuffix(f".{first}")
 
     def _is_first(self, layer: Layer) -> bool:
         """Whether a layer is the first of those that share its weight."""
@@ -229,7 +253,13 @@ class Skeleton:
             setattr(owner, leaf, self._empty.pop(full))
 
     def load_frame(
-        self, reader: WeightReader, device: torch.device, dtype: torch.dtype, *, towers: bool = False
+        self,
+        reader: WeightReader,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        towers: bool = False,
+        apart: Collection[Segment] = (),
     ) -> None:
         """Fill what runs before, between and after the blocks: embeddings, norms; not the head.
 
@@ -238,11 +268,12 @@ class Skeleton:
             device: where they go.
             dtype: in which they are held.
             towers: fill models of images and sound, too, for batches that have them.
+            apart: blocks of theirs that are loaded by themselves.
 
         Raises:
             CheckpointError: a tensor is missing, of the wrong shape, or not finite.
         """
-        left = {id(module) for segment in self.segments for module in segment.module.modules()}
+        left = {id(module) for segment in [*self.segments, *apart] for module in segment.module.modules()}
         if not towers:
             left |= {id(module) for tower in self._towers() for module in tower.modules()}
         if self.head is not None:

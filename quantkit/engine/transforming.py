@@ -170,8 +170,12 @@ class Transforming:
 
     def _segment_of(self, module: str) -> str | None:
         """The prefix of the segment that holds a module."""
-        inside = (each.prefix for each in self.originals.skeleton.segments if module.startswith(f"{each.prefix}."))
+        inside = (each.prefix for each in self._all_segments() if module.startswith(f"{each.prefix}."))
         return next(inside, None)
+
+    def _all_segments(self) -> list[Segment]:
+        skeleton = self.originals.skeleton
+        return [*skeleton.towers, *skeleton.segments]
 
     def _put(self, changes: Changes, name: str, module: nn.Module) -> None:
         for leaf, parameter in module.named_parameters(recurse=False):

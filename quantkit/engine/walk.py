@@ -145,7 +145,8 @@ class Walk:
     def _load_frame(self) -> None:
         """Load what runs before, between and after the blocks, as the transforms make it where the passes see that."""
         sees = any(batch.inputs for batch in self.batches)
-        self.skeleton.load_frame(self.reader, self.settings.device, self.settings.dtype, towers=sees)
+        apart = self._wanted_towers()
+        self.skeleton.load_frame(self.reader, self.settings.device, self.settings.dtype, towers=sees, apart=apart)
         if self._is_quantized:
             self._solver.transforming.apply_to_frame(self.tasks[0])
 
@@ -175,7 +176,14 @@ class Walk:
     def _wanted_segments(self) -> list[Segment]:
         head = self.skeleton.head
         wants_head = head is not None and any(head.linears[0] in task.schemes for task in self.tasks)
-        return [*self.skeleton.segments, *([head] if head is not None and wants_head else [])]
+        return [*self._wanted_towers(), *self.skeleton.segments, *([head] if head is not None and wants_head else [])]
+
+    def _wanted_towers(self) -> list[Segment]:
+        """The blocks of models of images and sound of which a task quantizes some; all of a model, in their order."""
+        towers = self.skeleton.towers
+        asked = {name for task in self.tasks for name in task.schemes}
+        wanted = {_list_of(each) for each in towers if not asked.isdisjoint(each.linears)}
+        return [each for each in towers if _list_of(each) in wanted]
 
     def _is_left(self, segments: Sequence[Segment]) -> bool:
         """Whether some task still has something to solve."""
@@ -283,3 +291,8 @@ class Walk:
             self._solver.solve(segment, batch, experts, replace=self._is_quantized)
         for group, _ in part:
             group.solved = True
+
+
+def _list_of(segment: Segment) -> str:
+    """The name of the list that a block is in."""
+    return segment.prefix.rpartition(".")[0]

@@ -29,14 +29,16 @@ class Candidate:
     Attributes:
         path: its name in the model.
         shape: ``(out_features, in_features)``.
-        block: index of the decoder block that holds it; None for the head.
+        block: index of the decoder block that holds it; None for the head and for layers of models beside the blocks.
         keeps_float: why it stays float unless the recipe asks for it; None where it does not.
+        is_head: whether it is the output head.
     """
 
     path: str
     shape: tuple[int, int]
     block: int | None
     keeps_float: str | None = None
+    is_head: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +77,7 @@ def choose(variant: VariantSpec, layers: Mapping[str, Candidate], blocks: int, t
     misfits: dict[str, SchemeError] = {}
     for name, layer in layers.items():
         scheme = variant.scheme_of(name, layer.block, blocks, layer.path)
-        if scheme is None or (layer.block is None and variant.ignores(HEAD)):
+        if scheme is None or (layer.is_head and variant.ignores(HEAD)):
             float_for[name] = IGNORED
         elif layer.keeps_float and name not in asked:
             float_for[name] = layer.keeps_float
@@ -83,7 +85,7 @@ def choose(variant: VariantSpec, layers: Mapping[str, Candidate], blocks: int, t
             try:
                 schemes[name] = _suited(variant, name, layer, scheme, blocks)
             except SchemeError as error:
-                if layer.block is None or variant.override_of(name, layer.path) is not None:
+                if layer.is_head or variant.override_of(name, layer.path) is not None:
                     raise
                 misfits[name] = error
     _check_misfits(variant, misfits, layers, total)

@@ -30,6 +30,7 @@ from quantkit.quantization.left_float import (
 )
 from quantkit.recipe import VariantSpec
 from quantkit.schemes import PlainScheme, Scheme
+from quantkit.system.units import percentage
 
 ELSEWHERE = "the reference decoder reads them, and servers whose experts are called so"
 """Who reads what transformers does not."""
@@ -39,6 +40,8 @@ REACHES = (
 )
 SPARE_MEMORY = 0.5
 """Share of the free memory that paused activations may take."""
+TOWER = "text passes it by; an override that names layers of it alone quantizes them"
+"""Why models of images and sound stay float."""
 EXPERTS_MEMORY = 0.2
 """Share of it that the statistics of a layer's experts may take."""
 
@@ -167,7 +170,7 @@ def plan_layers(skeleton: Skeleton, variant: VariantSpec) -> Layers:
     alone = [layer.name for layer in skeleton.layers() if not skeleton.names.loads_alone(f"{layer.path}.weight")]
     found = _plan(skeleton, variant)
     reached = _reached_for(skeleton, variant, {*found.quantized}.difference(alone))
-    notes = (*found.notes, *notes_of_names(skeleton))
+    notes = (*found.notes, *notes_of_towers(skeleton, found.quantized), *notes_of_names(skeleton))
     lone = next((name for name in alone if name in found.quantized), None)
     if lone is not None:
         notes = (*notes, f"transformers has no place for packed layers such as {lone}; {ELSEWHERE}")
@@ -182,6 +185,19 @@ def _reached_for(skeleton: Skeleton, variant: VariantSpec, packed: Collection[st
     store = FORMATS.get(variant.format)
     paths = [layer.path for layer in skeleton.layers() if layer.name in packed] if store.packed_as else []
     return reaches_for_weights(skeleton.model, paths, replaced=store.packed_as == "replaced")
+
+
+def notes_of_towers(skeleton: Skeleton, quantized: Collection[str]) -> tuple[str, ...]:
+    """How much of models of images and sound inside the model stays float."""
+    weights = skeleton.tower_weights()
+    layers = {layer.name: layer for segment in skeleton.towers for layer in segment.layers}
+    done = sum(math.prod(layers[name].shape) for name in quantized if name in layers)
+    total = sum(each.numel() for each in skeleton.model.parameters() if each.ndim >= 2)
+    share = (sum(weights.values()) - done) / max(1, total)
+    if not share:
+        return ()
+    rest = "the rest of " if done else ""
+    return (f"float: {rest}{few(list(weights))} ({percentage(share)} of all weights): {TOWER}",)
 
 
 def notes_of_names(skeleton: Skeleton) -> tuple[str, ...]:
@@ -231,7 +247,7 @@ def _plan(skeleton: Skeleton, variant: VariantSpec) -> Layers:
 
 
 def _candidates(skeleton: Skeleton, reasons: Mapping[str, str]) -> dict[str, Candidate]:
-    """The layers that the walk comes to, those of the blocks and the head.
+    """The layers that the walk may come to: those of the blocks, of models of images and sound, and the head.
 
     Args:
         skeleton: the model.
@@ -243,7 +259,12 @@ def _candidates(skeleton: Skeleton, reasons: Mapping[str, str]) -> dict[str, Can
         for layer in segment.layers
     }
     head = () if skeleton.head is None else skeleton.head.layers
-    return found | {layer.name: Candidate(layer.path, layer.shape, None) for layer in head}
+    towers = (layer for segment in skeleton.towers for layer in segment.layers)
+    return {
+        **{layer.name: Candidate(layer.path, layer.shape, None, TOWER) for layer in towers},
+        **found,
+        **{layer.name: Candidate(layer.path, layer.shape, None, is_head=True) for layer in head},
+    }
 
 
 def _left(skeleton: Skeleton, chosen: Choice, parts: Mapping[str, FloatPart]) -> tuple[Left, ...]:

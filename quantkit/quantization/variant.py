@@ -131,7 +131,11 @@ class VariantRun:
         """The prefixes of the segments that hold quantized layers, in the order in which a walk solves them."""
         head = [] if self._skeleton.head is None else [self._skeleton.head]
         quantized, embedding = set(self.layers.quantized), self.layers.embedding
-        holding = [each.prefix for each in [*self._skeleton.segments, *head] if set(each.linears) & quantized]
+        holding = [
+            each.prefix
+            for each in [*self._skeleton.towers, *self._skeleton.segments, *head]
+            if set(each.linears) & quantized
+        ]
         first = self._skeleton.embedding
         return holding if embedding is None or first is None else [first.prefix, *holding]
 
