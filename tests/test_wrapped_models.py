@@ -12,14 +12,15 @@ import transformers
 from transformers import AutoConfig
 
 import quantkit
-from quantkit.checkpoint.model_class import class_name, model_class
+from quantkit.checkpoint.model_class import class_name, class_name_in, model_class
 from quantkit.engine.empty_model import empty_model
 from quantkit.engine.skeleton import Skeleton
 from quantkit.errors import QuantizationError, SourceError
 from quantkit.exports import open_export
 from quantkit.runtimes.base import LoadOptions
 from quantkit.runtimes.reference import Reference
-from tests.architectures import BASE, TOWERS, make
+from quantkit.runtimes.transformers import Transformers
+from tests.architectures import BASE, QWEN, TOWERS, make
 from tests.tiny import tiny_rows
 
 TEXT = {"text": "one two three four five six seven eight nine ten"}
@@ -84,6 +85,14 @@ def test_a_language_model_that_transformers_loads_alone_finds_its_layers(tmp_pat
     with torch.no_grad():
         found, expected = (model(input_ids=ids, use_cache=False).logits for model in (alone.eval(), decoded.model))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_card_loads_it_by_the_class_that_knows_it(tmp_path: Path) -> None:
+    _, out = quantized(tmp_path, "qwen2_vl", method="rtn")
+    card = (out / "README.md").read_text()
+    assert "from transformers import AutoModelForImageTextToText, AutoTokenizer" in card
+    assert class_name_in(out) == "AutoModelForImageTextToText"
+    assert class_name_in(tmp_path) == "AutoModelForCausalLM"
 
 
 def test_layers_that_look_at_images_are_solved_without_tokens_and_that_is_said(tmp_path: Path) -> None:
@@ -163,3 +172,33 @@ def test_rows_that_a_model_does_not_take_are_refused_in_a_line(tmp_path: Path, m
     monkeypatch.setattr(transformers.LlamaModel, "forward", forward)
     with pytest.raises(QuantizationError, match=r"Llava\w+ does not run on .*rows: TypeError: .* 'pixel_values'"):
         quantized(tmp_path, "llava", method="gptq")
+
+
+def test_a_model_that_speaks_is_quantized_where_it_thinks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has no forward of its own, and is loaded with its voices."""
+    thinker = {
+        "text_config": QWEN,
+        "audio_config": {
+            "d_model": 32, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 64, "output_dim": 64,
+        },
+        "vision_config": {
+            "depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 64, "out_hidden_size": 64,
+            "fullatt_block_indexes": [0],
+        },
+    }  # fmt: skip
+    monkeypatch.setitem(TOWERS, "qwen2_5_omni", {"thinker_config": thinker, "enable_audio_output": False})
+    torch.manual_seed(0)
+    make(tmp_path / "model", "qwen2_5_omni")
+    torch.save({}, tmp_path / "model" / "spk_dict.pt")
+    folder, out = quantized(tmp_path, "qwen2_5_omni", method="gptq")
+    assert {name.rpartition(".layers.")[0] for name in open_export(out).schemes} == {"thinker.model"}
+    assert quantkit.inspect(out)["problems"] == []
+    decoded: Any = Reference().load(out, LoadOptions(device="cpu", dtype="float32"))
+    cls: Any = transformers.Qwen2_5OmniForConditionalGeneration
+    packed = Transformers().load(out, LoadOptions(device="cpu", dtype="float32"))
+    plain = cls.from_pretrained(folder, dtype=torch.float32).thinker.eval()
+    ids = torch.tensor(tiny_rows(1, 20, 20)[0])
+    found = packed.logits(ids)
+    torch.testing.assert_close(decoded.logits(ids), found, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        assert not torch.equal(found, plain(input_ids=ids[None], use_cache=False).logits[0])

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from torch import nn
 
 from quantkit.errors import SourceError
 
@@ -48,6 +52,16 @@ def class_name(config: Any) -> str:
     )
 
 
+def class_name_in(folder: Path) -> str:
+    """:func:`class_name` for a checkpoint; ``AutoModelForCausalLM`` where transformers reads no config there."""
+    from transformers import AutoConfig
+
+    try:
+        return class_name(AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
+    except (OSError, ValueError, LookupError, AttributeError, ImportError, SourceError):
+        return TEXT
+
+
 def model_class(config: Any, trust_remote_code: bool = False) -> Any:
     """The class with whose ``from_pretrained`` a config's model is loaded.
 
@@ -82,10 +96,39 @@ def build_model(config: Any, *, dtype: torch.dtype | None = None, trust_remote_c
     return model
 
 
+def loader(found: Any) -> Any:
+    """The ``from_pretrained`` of a class that returns the model and what was found, as it is asked to.
+
+    Classes of models that speak load voices on top of that of all models, from a folder, and lose what was found.
+    """
+    from transformers import PreTrainedModel
+
+    if getattr(found, "forward", None) is nn.Module.forward:
+        return partial(PreTrainedModel.from_pretrained.__func__, found)
+    return found.from_pretrained
+
+
 def config_for(found: Any, config: Any) -> Any:
     """The config of which a class makes its model: a class of text models inside others takes that of the text."""
     text = config.get_text_config()
     return text if found.config_class is type(text) else config
+
+
+def text_part(model: nn.Module) -> Any:
+    """The part of a model that is given tokens and gives logits: the model itself, unless it only holds such a one.
+
+    A model that speaks, too, such as Qwen's Omni, holds the one that thinks beside the one that speaks.
+    """
+    if type(model).forward is not nn.Module.forward:
+        return model
+    text = text_config(model)
+    return next((child for child in model.children() if text_config(child) is text is not None), model)
+
+
+def text_config(module: nn.Module) -> Any:
+    """The config of the text model in a model; None where it has none."""
+    config: Any = getattr(module, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def _named_class(config: Any) -> Any:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from quantkit.checkpoint.conversions import Conversion, Part, Read, on_load, on_save
+from quantkit.checkpoint.model_class import text_part
 from quantkit.errors import CheckpointError
 
 DAMAGED = (
@@ -372,7 +373,7 @@ def _prefixes(name: str) -> list[str]:
 
 def shared_parameters(model: nn.Module) -> list[list[str]]:
     """The names of each parameter that a model has in several places, other than those of its input embedding."""
-    embedding: Any = getattr(model, "get_input_embeddings", lambda: None)()
+    embedding: Any = getattr(text_part(model), "get_input_embeddings", lambda: None)()
     groups: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if parameter is not getattr(embedding, "weight", None):

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from quantkit.checkpoint.foreign_errors import said_by_transformers
-from quantkit.checkpoint.model_class import build_model
+from quantkit.checkpoint.model_class import build_model, text_config, text_part
 from quantkit.engine.layers import linear_modules
 from quantkit.errors import SourceError
 
@@ -52,17 +52,6 @@ def empty_model(folder: Path, trust_remote_code: bool = False) -> PreTrainedMode
     return model.eval()
 
 
-def text_part(model: nn.Module) -> Any:
-    """The part of a model that is given tokens and gives logits: the model itself, unless it only holds such a one.
-
-    A model that speaks, too, such as Qwen's Omni, holds the one that thinks beside the one that speaks.
-    """
-    if type(model).forward is not nn.Module.forward:
-        return model
-    text = _text_config(model)
-    return next((child for child in model.children() if _text_config(child) is text is not None), model)
-
-
 def find_blocks(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
     """The list of decoder blocks: the outermost ModuleList of the text model that has as many as its config says.
 
@@ -76,7 +65,7 @@ def find_blocks(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
     part = text_part(model)
     text: nn.Module = getattr(part, "get_decoder", lambda: part)()
     text = text if any(isinstance(each, nn.ModuleList) for each in text.modules()) else part
-    configs = [config for config in (_text_config(text), getattr(text, "config", None)) if config is not None]
+    configs = [config for config in (text_config(text), getattr(text, "config", None)) if config is not None]
     count = getattr(configs[0], "num_hidden_layers", None) if configs else None
     names = {module: name for name, module in model.named_modules()}
     best: tuple[tuple[bool, int], nn.ModuleList] | None = None
@@ -91,12 +80,6 @@ def find_blocks(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
         )
     lists = outermost_lists(text, {type(config) for config in configs})
     return [(names[each], each) for each in lists if [*map(type, each)] == [*map(type, best[1])]]
-
-
-def _text_config(module: nn.Module) -> Any:
-    """The config of the text model in a model; None where it has none."""
-    config: Any = getattr(module, "config", None)
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def outermost_lists(module: nn.Module, configs: Set[type] | None = None) -> Iterator[nn.ModuleList]:

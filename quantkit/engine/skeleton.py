@@ -17,8 +17,9 @@ from transformers import PreTrainedModel
 
 from quantkit.checkpoint import CheckpointReader
 from quantkit.checkpoint.conversions import Read
+from quantkit.checkpoint.model_class import text_part
 from quantkit.checkpoint.names import DAMAGED, Names, shared_parameters
-from quantkit.engine.empty_model import empty_model, find_blocks, outermost_lists, text_part
+from quantkit.engine.empty_model import empty_model, find_blocks, outermost_lists
 from quantkit.engine.experts import is_stack, tells_tokens
 from quantkit.engine.layers import Layer, give_way, layer_of, linear_modules
 from quantkit.errors import CheckpointError

@@ -8,9 +8,11 @@ from pathlib import Path
 from quantkit.exports.manifest import MANIFEST
 from quantkit.system.artifacts import STAGE_FILE, translated_os_errors
 
+VOICES = "spk_dict.pt"
+"""Tensors of the voices of models that speak, without which transformers does not load these; read as tensors alone."""
 COMPANIONS = (
     "*.json", "*.jinja", "additional_chat_templates/*.jinja", "*.model", "merges.txt", "vocab.*", "*.tiktoken",
-    "LICENSE*", "NOTICE*",
+    VOICES, "LICENSE*", "NOTICE*",
 )  # fmt: skip
 LEFT_OUT = {"config.json", "quantize_config.json", STAGE_FILE, MANIFEST}
 LICENCES = ("LICENSE*", "NOTICE*")

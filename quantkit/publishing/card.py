@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from quantkit.checkpoint.model_class import class_name_in
 from quantkit.errors import CheckpointError
 from quantkit.exports.manifest import EXPORT_AGAIN, MANIFEST, read_manifest, read_verdicts
 from quantkit.formats import FORMATS
@@ -114,6 +115,7 @@ def _subject(name: str, folder: Path, manifest: Mapping[str, Any], schemes: Mapp
         dtype=dtype,
         embedding=manifest.get("embedding") is not None,
         gguf=files[0] if files else None,
+        loads=class_name_in(folder),
     )
 
 

@@ -25,6 +25,7 @@ class Subject:
         dtype: of its float tensors.
         embedding: whether its input embedding is quantized.
         gguf: name of the file, if it is one.
+        loads: the class of transformers that loads it.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Subject:
     dtype: str
     embedding: bool
     gguf: str | None
+    loads: str = "AutoModelForCausalLM"
 
 
 def usage(subject: Subject) -> str:
@@ -53,11 +55,11 @@ def _transformers(subject: Subject) -> str:
     dtype = _dtype(subject)
     lines = [
         *(["import torch"] if dtype.startswith("torch.") else []),
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        f"from transformers import {subject.loads}, AutoTokenizer",
         "",
         f"name = {quoted(subject.name)}",
         "tokenizer = AutoTokenizer.from_pretrained(name)",
-        f"model = AutoModelForCausalLM.from_pretrained(name, dtype={dtype})",
+        f"model = {subject.loads}.from_pretrained(name, dtype={dtype})",
         'ids = tokenizer("The capital of France is", return_tensors="pt").to(model.device)',
         "print(tokenizer.decode(model.generate(**ids, max_new_tokens=20)[0]))",
     ]

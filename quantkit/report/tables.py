@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 from quantkit.formats import FORMATS
@@ -151,12 +152,25 @@ def loading(report: Record) -> list[tuple[str, list[tuple[str, str]]]]:
     return [(name, _commands(name, folder)) for name, folder in first.items()]
 
 
+def _class(folder: Path) -> str:
+    """The class of transformers that loads a checkpoint; it is asked only where the config holds several models'."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        config = {}
+    if not any(isinstance(part, dict) and "model_type" in part for part in config.values()):
+        return "AutoModelForCausalLM"
+    from quantkit.checkpoint.model_class import class_name_in  # it brings torch along
+
+    return class_name_in(folder)
+
+
 def _commands(format_name: str, folder: str) -> list[tuple[str, str]]:
     runtimes = FORMATS.get(format_name).runtimes if format_name in FORMATS else ("transformers",)
-    path = json.dumps(folder, ensure_ascii=False)
+    path, loads = json.dumps(folder, ensure_ascii=False), _class(Path(folder))
     known = {
-        "transformers": "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f"model = AutoModelForCausalLM.from_pretrained({path})\n"
+        "transformers": f"from transformers import {loads}, AutoTokenizer\n\n"
+        f"model = {loads}.from_pretrained({path})\n"
         f"tokenizer = AutoTokenizer.from_pretrained({path})",
         "vllm": f"vllm serve {shlex.quote(folder)}",
     }

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from quantkit.checkpoint.model_class import build_model, config_for
+from quantkit.checkpoint.model_class import build_model, config_for, loader
 from quantkit.checkpoint.names import Names
 from quantkit.engine.layers import give_way
 from quantkit.exports import Export, open_export
@@ -70,7 +70,7 @@ def load_decoded(path: Path, options: LoadOptions) -> TransformersModel:
         dtype = getattr(torch, options.dtype) if options.dtype else config.dtype or torch.float32
         with torch.device("meta"):
             empty = build_model(deepcopy(config), trust_remote_code=options.trust_remote_code)
-        model, found = type(empty).from_pretrained(
+        model, found = loader(type(empty))(
             None,
             config=config_for(type(empty), config),
             state_dict=as_transformers_stores(empty, decoded_state(export, dtype), set(export.float_names())),

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from quantkit.engine.empty_model import text_part
+from quantkit.checkpoint.model_class import text_part
 from quantkit.errors import EvaluationError
 from quantkit.runtimes.base import LoadedModel
 from quantkit.system.devices import device_name, synchronize

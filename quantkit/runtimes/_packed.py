@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from quantkit.checkpoint.model_class import model_class
+from quantkit.checkpoint.model_class import loader, model_class, text_part
 from quantkit.errors import EvaluationError
 from quantkit.runtimes._checkpoint import check_checkpoint, is_gguf, translated, whole_config
 from quantkit.runtimes._model import TransformersModel, whole
@@ -35,7 +35,7 @@ def load_packed(path: Path, options: LoadOptions) -> TransformersModel:
         )
     with translated(path, "the model"), packed_zero_points() as stand_in:
         config = whole_config(path, trust_remote_code=options.trust_remote_code)
-        model, found = model_class(config, options.trust_remote_code).from_pretrained(
+        model, found = loader(model_class(config, options.trust_remote_code))(
             path,
             dtype=options.dtype or "auto",
             use_safetensors=True,
@@ -46,6 +46,9 @@ def load_packed(path: Path, options: LoadOptions) -> TransformersModel:
         stand_in.check([str(key[0]) for key in found["mismatched_keys"]])
         if found["missing_keys"]:
             found = {**found, "missing_keys": set(found["missing_keys"]) - _computed_names(model)}
+    if text_part(model) is not model:  # nobody calls it, and packages unpack what they loaded when it is called
+        for hook in list(model._forward_pre_hooks.values()):
+            hook(model, ())
     return whole(path, model, found, torch.device(options.device))
 
 
