@@ -39,6 +39,15 @@ OTHERS: dict[str, dict[str, Any]] = {
         **BASE, "num_local_experts": 4, "num_experts_per_tok": 1, "interleave_moe_layer_step": 1,
         "intermediate_size_mlp": 96, "attention_chunk_size": 64,
     },
+    "jamba": {
+        **BASE, "attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 8, "use_mamba_kernels": False,
+        "num_experts": 2,
+    },
+    "zamba2": {
+        "vocab_size": BASE["vocab_size"], "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 4,
+        "num_attention_heads": 4, "mamba_d_state": 16, "mamba_ngroups": 1, "n_mamba_heads": 4, "mamba_headdim": 32,
+        "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"], "use_mamba_kernels": False, "pad_token_id": 0,
+    },
     "qwen3_vl_moe": {
         "text_config": {
             **BASE, "num_experts": 4, "moe_intermediate_size": 32, "num_experts_per_tok": 2,
@@ -192,6 +201,25 @@ def test_a_router_that_was_a_layer_when_the_adapter_was_trained(tmp_path: Path) 
     facts = merge_model(str(base), str(given), tmp_path / "out")
     assert facts["check"]["relative_difference"] < 1e-5
     assert_merged(base, tmp_path / "out", adapter)
+
+
+def test_weights_that_the_model_reads_past_peft_are_merged_as_peft_merges_them(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    make(base, "jamba", **OTHERS["jamba"])
+    adapter = adapt(tmp_path / "adapter", base, target_modules=["dt_proj", "q_proj"])
+    watching = Notebook()
+    check = merge_model(str(base), str(adapter), tmp_path / "out", observer=watching)["check"]
+    assert check["relative_difference"] < 1e-5 < check["unmerged_difference"]
+    assert any("reads weights past PEFT's layers" in note for note in watching.notes)
+    assert_merged(base, tmp_path / "out", adapter)
+
+
+def test_blocks_that_share_weights_and_not_their_change_are_one_line(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    make(base, "zamba2", **OTHERS["zamba2"])
+    adapter = adapt(tmp_path / "adapter", base, target_modules=["q_proj"])
+    with pytest.raises(SourceError, match=r"layers\.1\..*q_proj' and 'model\.layers\.3\..*share a weight in the base"):
+        merge_model(str(base), str(adapter), tmp_path / "out")
 
 
 @pytest.mark.parametrize("named", ["model.layers", "model.language_model.layers", "language_model.model.layers"])

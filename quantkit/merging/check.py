@@ -39,7 +39,9 @@ def check_merge(merged: Path, tensors: MergedTensors, *, dtype: str, trust_remot
     Returns:
         ``prompt``, ``tokens``, ``max_abs_difference``, ``relative_difference`` (root mean square of the difference of
         logits over that of the logits), ``kl_divergence`` (mean, in nats), ``adapter_kl_divergence`` (of base and
-        adapters from the base alone) and ``tolerance`` (of the relative difference); or ``skipped`` with the reason.
+        adapters from the base alone) and ``tolerance`` (of the relative difference), against PEFT's un-merged model;
+        where a model's code reads weights past PEFT's layers, against its merged one, with the difference from the
+        other as ``unmerged_difference``; or ``skipped`` with the reason.
 
     Raises:
         CheckpointError: the difference is larger than the tolerance.
@@ -56,16 +58,19 @@ def check_merge(merged: Path, tensors: MergedTensors, *, dtype: str, trust_remot
     ids = _prompt(merged, tensors, trust_remote_code)
     with _quiet():
         try:
-            reference, plain = _unmerged(tensors, ids, trust_remote_code)
-        except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError, RuntimeError) as error:
-            # what PEFT raises for layers and shapes that it does not take; the merge itself does not go by it
-            return {"skipped": f"PEFT does not load the adapter: {str(error).strip().partition(chr(10))[0][:200]}"}
-        found = _logits(_load(merged, trust_remote_code), ids)
-    compared = _compared(reference, found)
-    if not compared["relative_difference"] <= TOLERANCES[dtype]:
+            reference, plain = _peft(tensors, ids, trust_remote_code, merged=False)
+            found = _logits(_load(merged, trust_remote_code), ids)
+            compared, allowed = _compared(reference, found), TOLERANCES[dtype]
+            apart = compared["relative_difference"]
+            if not apart <= allowed:
+                compared = _compared(_peft(tensors, ids, trust_remote_code, merged=True)[0], found)
+                compared["unmerged_difference"] = apart
+        except _PeftError as error:
+            return {"skipped": f"PEFT cannot run the adapter: {error}"}
+    if not compared["relative_difference"] <= allowed:
         raise CheckpointError(
-            f"the merged model's logits differ from PEFT's by {compared['relative_difference']:.2g} of their size, and "
-            f"{TOLERANCES[dtype]:.2g} is what {dtype} may cost",
+            f"the merged model's logits differ from PEFT's by {apart:.2g} of their size, and {allowed:.2g} is what "
+            f"{dtype} may cost",
             "please report this; until then merge with PEFT's merge_and_unload and give the folder that this saves",
         )
     return {
@@ -88,8 +93,24 @@ def _prompt(merged: Path, tensors: MergedTensors, trust_remote_code: bool) -> to
     return torch.tensor([[*ids, *trained[:FEWEST_ROWS_SHOWN], *added]])
 
 
-def _unmerged(tensors: MergedTensors, ids: torch.Tensor, trust_remote_code: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits of PEFT's model, and of its base without the adapters."""
+class _PeftError(Exception):
+    """PEFT does not load, run or merge an adapter; the first line of what it says."""
+
+
+@contextmanager
+def _by_peft() -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError, RuntimeError) as error:
+        # what PEFT raises for layers and shapes that it does not take; the merge itself does not go by it
+        raise _PeftError(str(error).strip().partition("\n")[0][:200]) from error
+
+
+@_by_peft()
+def _peft(
+    tensors: MergedTensors, ids: torch.Tensor, trust_remote_code: bool, *, merged: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of PEFT's model, whose adapters are merged or beside its layers, and of its base without them."""
     from peft import PeftModel
     from peft.tuners.lora import LoraLayer
 
@@ -118,6 +139,8 @@ def _unmerged(tensors: MergedTensors, ids: torch.Tensor, trust_remote_code: bool
             for adapter, name in zip(adapters, names, strict=True):
                 if name in layer.scaling:
                     layer.scaling[name] *= adapter.weight
+    if merged:
+        tuned.base_model.merge_adapter(adapter_names=names)
     return _logits(tuned.eval(), ids), plain
 
 

@@ -136,6 +136,11 @@ def _write(
     check = check_merge(folder, tensors, dtype=dtype, trust_remote_code=trusted)
     if "skipped" in check:
         notes.append(f"not compared with PEFT: {check['skipped']}")
+    if "unmerged_difference" in check:
+        notes.append(
+            "computes what PEFT's merged model does, from which PEFT's un-merged one differs by "
+            f"{check['unmerged_difference']:.2g}: the model's code reads weights past PEFT's layers"
+        )
     return {"adapters": [_adapter_facts(adapter) for adapter in adapters], "notes": notes, "check": check}
 
 

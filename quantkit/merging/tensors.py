@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from quantkit.errors import SourceError
 from quantkit.merging.adapter import Adapter, Whole
 from quantkit.merging.base import Base
+from quantkit.merging.config import WITH_PEFT
 from quantkit.merging.layers import LayerWeights, add_adapter, nf4_round_trip, replace_rows
 from quantkit.merging.places import RIGHT_BASE, place, tower, without_wrappers
 from quantkit.merging.stacked_tensors import StackedTensors
@@ -154,11 +155,18 @@ class MergedTensors:
         needed |= {key: f"{module}.weight" for module, key in contents.tokens.items()}
         needed |= {whole.key: name for name, whole in contents.whole.items()}
         for key, name in needed.items():
+            if base.stored(name) is None and base.names.has(name):
+                raise SourceError(
+                    f"adapter {adapter.origin}: tensor '{key}' changes '{name}', which the base's file holds in "
+                    f"'{base.names.sources(name)[0]}' in another form",
+                    WITH_PEFT,
+                )
             if base.stored(name) is None:
                 raise SourceError(
                     f"adapter {adapter.origin}: tensor '{key}' fits no layer of the base, which has no '{name}'",
                     RIGHT_BASE,
                 )
+        self._check_shared(adapter)
         for name, whole in contents.whole.items():
             found, wanted = adapter.reader.shape(whole.key), base.reader.shape(base.stored(name) or name)
             if found != wanted and not (base.twin(name) and found[1:] == wanted[1:]):
@@ -166,6 +174,19 @@ class MergedTensors:
                     f"adapter {adapter.origin}: tensor '{whole.key}' has the shape {list(found)}, and the base's "
                     f"'{name}' {list(wanted)}",
                     RIGHT_BASE,
+                )
+
+    def _check_shared(self, adapter: Adapter) -> None:
+        """No two layers that share a weight, other than a tied head and embedding, are changed each in its own way."""
+        seen: dict[str | None, str] = {}
+        for module in adapter.contents.lora:
+            stored = self.base.stored(f"{module}.weight")
+            other = seen.setdefault(stored, module)
+            if other != module and self.base.twin(f"{module}.weight") != f"{other}.weight":
+                raise SourceError(
+                    f"adapter {adapter.origin} changes '{other}' and '{module}', which share a weight in the base, "
+                    "each in its own way: no one weight can be both",
+                    "serve the adapter beside its base",
                 )
 
     def _check_complete(self, adapter: Adapter) -> None:
@@ -193,20 +214,23 @@ class MergedTensors:
         """The parameters that the adapter's ``target_parameters`` mean and it holds nothing for.
 
         Raises:
-            SourceError: the base has none of such a name.
+            SourceError: the base has none of such names.
         """
         known, stacks = self.base.names.shapes(), adapter.contents.stacks
         held = {*stacks, *(f"{module}.weight" for module in adapter.contents.lora)}
         called = {f".{stack.module}.{name.rpartition('.')[2]}" for name, stack in stacks.items()}
-        found = []
-        for wanted in adapter.config.lora.target_parameters or ():
+        entries = list(adapter.config.lora.target_parameters or ())
+        found, unknown = [], []
+        for wanted in entries:
             meant = [name for name in known if f".{name}".endswith(f".{wanted}")]
             if not meant and not any(name.endswith(f".{wanted}") for name in called):
-                raise SourceError(
-                    f"adapter {adapter.origin} adapts the parameter '{wanted}', which the base does not have",
-                    RIGHT_BASE,
-                )
+                unknown.append(wanted)
             found += [name for name in meant if name not in held]
+        if entries and unknown == entries:  # PEFT itself names some that only similar models have
+            raise SourceError(
+                f"adapter {adapter.origin} adapts the parameter '{unknown[0]}', which the base does not have",
+                RIGHT_BASE,
+            )
         return found
 
     def _check_together(self) -> None:
