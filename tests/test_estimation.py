@@ -31,6 +31,7 @@ from quantkit.checkpoint import CheckpointReader
 from quantkit.engine.skeleton import Skeleton
 from quantkit.errors import QuantkitError, RecipeError, SchemeError, SourceError
 from quantkit.estimation import OVERHEAD, anatomy_of, cards, estimate, fits, of_variant, well_known
+from quantkit.estimation.groups import calibrated_groups
 from quantkit.estimation.guides import INFERENCE, TRAINING, guide_table
 from quantkit.estimation.measured import estimates
 from quantkit.estimation.models import anatomy_by
@@ -641,3 +642,24 @@ def test_the_peak_while_quantizing_is_within_ten_percent(method: str) -> None:
     assert len({row["tokens"] for row in found}) == 3
     for row in found:
         assert math.isclose(row["estimated"], row["measured"], rel_tol=0.1), row
+
+
+def test_statistics_of_experts_are_counted_as_they_are_gathered(tmp_path: Path) -> None:
+    """As many at a time as are solved together, and those of all together beside them; all where a transform asks."""
+    sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_local_experts": 8}
+    config = MixtralConfig(**{**SMALL, **sizes}, **IDS, num_key_value_heads=2, vocab_size=300)
+    config.save_pretrained(tmp_path)
+    anatomy = anatomy_of(str(tmp_path))
+    use = Use(device="cpu", calibration_tokens=1000)
+    spec = variant(method="gptq", group_size=32)
+    groups = list(calibrated_groups(anatomy, {name: spec.base_scheme() for name in anatomy.linears()}, "cpu"))
+    assert [(each.experts, each.together) for each in groups if each.experts] == [(8, 2), (8, 2)]
+    gathered = sum(each.together * each.columns**2 for each in groups if each.place != "lm_head of a block")
+    for inputs, beside in (("quantized", 0), ("float", gathered)):
+        lines = of_variant(anatomy, spec, use.model_copy(update={"inputs": inputs})).part("quantizing").lines
+        found = {line.name: line for line in lines}
+        own = 2 * (3 if inputs == "quantized" else 2) + 1
+        assert found["statistics"].nbytes == 4 * (beside + own * 512**2), found["statistics"].formula
+    scaled = {**use.model_dump(), "inputs": "float"}
+    lines = of_variant(anatomy, variant(method="awq+gptq", group_size=32), Use(**scaled)).part("quantizing").lines
+    assert {line.name: line for line in lines}["statistics"].nbytes > 4 * (8 * 512**2 + 8 * 1024**2)

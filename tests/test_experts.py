@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import replace
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+import quantkit
 from quantkit.checkpoint import CheckpointReader
 from quantkit.engine import gathering as gathering_module
 from quantkit.engine.batches import Batch, make_batches
@@ -19,10 +21,16 @@ from quantkit.engine.skeleton import Skeleton
 from quantkit.engine.statistics import Gatherer, Pool
 from quantkit.engine.tasks import VariantTask
 from quantkit.engine.walk import Walk, WalkSettings
+from quantkit.errors import QuantizationError
 from quantkit.methods.base import InputStatistics, Method, MethodOptions, Solution, Statistic
+from quantkit.quantization import Job
 from quantkit.quantization.expert_tokens import expert_notes, expert_tokens
+from quantkit.quantization.job import made_from
+from quantkit.recipe import VariantSpec
 from quantkit.schemes import IntScheme, Scheme
+from quantkit.system.progress import Silent
 from tests.architectures import make
+from tests.test_walk import RoutedModel, routed_rows, write_routed
 from tests.tiny import Collected, tiny_method, tiny_rows, tiny_steps
 
 CPU = torch.device("cpu")
@@ -284,3 +292,63 @@ def test_a_report_counts_the_tokens_of_each_expert() -> None:
     assert note.startswith("7 of 12 experts saw fewer than 64 calibration tokens, 4 times the width")
     assert "1 of them none" in note
     assert expert_notes([table], ExpertSettings("all")) == []
+
+
+class Notes(Silent):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.told.append(text)
+
+
+def test_quantizing_a_mixture_tells_the_tokens_of_its_experts(mixtral: Path, tmp_path: Path) -> None:
+    (tmp_path / "records.json").write_text(json.dumps([{"text": f"a record, {index}"} for index in range(6)]))
+    calibration = {"dataset": str(tmp_path / "records.json"), "max_length": 32, "samples": 6}
+    facts, told = {}, {}
+    for experts in ("routed", "all"):
+        watching = Notes()
+        out = quantkit.quantize(
+            mixtral, out=tmp_path / experts, calibration=calibration | {"experts": experts}, bits=4, group_size=32,
+            device="cpu", observer=watching,
+        )  # fmt: skip
+        facts[experts], told[experts] = json.loads((out / "stage.json").read_text())["facts"], watching.told
+    for table in facts["routed"]["experts"]:
+        assert len(table["tokens"]) == 4
+        assert sum(table["tokens"]) == 2 * facts["routed"]["layers"][0]["tokens"]
+        assert table["wanted"] == 4 * 64
+        lines = [line for line in told["routed"] if line.startswith(f"{table['name']}: 4 experts, calibration tokens")]
+        assert len(lines) == 1
+    assert [table["name"] for table in facts["routed"]["experts"]] == [
+        f"model.layers.{block}.block_sparse_moe.experts" for block in range(2)
+    ]
+    assert any("experts saw fewer than 256 calibration tokens" in note for note in facts["routed"]["notes"])
+    assert not any("experts saw fewer" in note for note in facts["all"]["notes"])
+    errors = [[layer["error_after"] for layer in each["layers"]] for each in facts.values()]
+    assert errors[0] != errors[1]
+
+
+def test_how_experts_are_calibrated_is_part_of_what_a_variant_is_made_from(mixtral: Path) -> None:
+    job = Job(mixtral, {}, "float32", EQUAL, "x")
+    spec = VariantSpec(name="v")
+    assert made_from(job, spec) != made_from(replace(job, experts=ExpertSettings("all")), spec)
+    assert made_from(job, spec) != made_from(replace(job, experts=ExpertSettings(prior=0)), spec)
+    free = VariantSpec(name="v", method="rtn")
+    assert made_from(job, free) == made_from(replace(job, experts=ExpertSettings("all")), free)
+
+
+def test_experts_of_a_models_own_code_cannot_be_shown_all_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_routed(tmp_path, RoutedModel(), monkeypatch)
+    rows = routed_rows([(30, [0, 1, 2, 3])] * 6)
+    with pytest.raises(QuantizationError, match=r"computed by the model's own code.*experts: routed"):
+        solved(tmp_path, rows, tiny_method(), experts=ExpertSettings("all"))
+    for inputs in ("quantized", "float"):
+        whole = solved(tmp_path, rows, tiny_method(), inputs=inputs)
+        same_codes(solved(tmp_path, rows, tiny_method(), inputs=inputs, room=1), whole)
+        assert {result.experts for result in whole.results.values() if ".experts." in result.name} == {
+            "layers.0.experts", "layers.1.experts"
+        }  # fmt: skip

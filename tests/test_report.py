@@ -549,6 +549,21 @@ def test_large_models_show_the_worst_layers_and_say_how_many_there_are(tmp_path:
         assert "35.86" in text  # GiB
 
 
+def test_tokens_by_expert_stand_in_a_table_by_layer(tmp_path: Path) -> None:
+    report = make_report()
+    assert "Calibration tokens by expert" not in "".join(rendered(report, tmp_path / "dense"))
+    report["variants"][0]["experts"] = [
+        {"name": "model.layers.3.mlp.experts", "tokens": [2000, 0, 1500, 71], "wanted": 1234, "few": 2},
+        {"name": "model.layers.4.mlp.experts", "tokens": [3000, 4000], "wanted": 1234, "few": 0},
+    ]
+    markdown, html = rendered(report, tmp_path / "mixture")
+    assert "| `model.layers.3.mlp.experts` | 4 | 0 | 786 | 2,000 | 2 | 1,234 |" in markdown
+    assert "| `model.layers.4.mlp.experts` | 2 | 3,000 | 3,500 | 4,000 | 0 | 1,234 |" in markdown
+    assert "Calibration tokens by expert: some saw few" in html
+    for cell in ("model.layers.3.mlp.experts", "786", "3,500", "1,234"):
+        assert f">{cell}</td>" in html
+
+
 def test_gates_are_shown_with_their_verdicts(tmp_path: Path) -> None:
     markdown, html = rendered(make_report(), tmp_path)
     assert "- `gptq-int3` fails `kl_divergence.mean <= 0.1`: 0.4312 on prose, its worst text," in markdown

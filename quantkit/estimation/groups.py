@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from quantkit.estimation.anatomy import Anatomy
 from quantkit.formats.base import Format
@@ -19,12 +20,16 @@ class Group:
         place: where they are, in words.
         shapes: of each, with its scheme.
         paused: numbers of a token that are alive before the first of them is called.
+        experts: how many experts have such layers, each with an input of its own; 0 where they are no experts'.
+        together: how many of these are solved together, all of whose layers are in ``shapes``.
     """
 
     name: str
     place: str
     shapes: tuple[tuple[int, int, Scheme], ...]
     paused: int
+    experts: int = 0
+    together: int = 1
 
     @property
     def columns(self) -> int:
@@ -55,15 +60,27 @@ class Group:
         return found[scheme], scheme
 
 
-def calibrated_groups(anatomy: Anatomy, schemes: dict[str, Scheme]) -> Iterator[Group]:
-    """The layers of the largest block by the input that they read; of experts that are alike the first."""
-    seen: set[tuple[object, ...]] = set()
+def calibrated_groups(anatomy: Anatomy, schemes: dict[str, Scheme], device: str) -> Iterator[Group]:
+    """The layers of the largest block by the input that they read; of experts as many as are solved together.
+
+    Args:
+        anatomy: the model.
+        schemes: of its quantized layers.
+        device: ``cuda`` or ``cpu``.
+    """
+    from quantkit.engine.gathering import BATCH_WEIGHTS
+
+    alike: dict[tuple[object, ...], list[Group]] = {}
     for each in anatomy.inputs:
         names = [name for name in each.layers if name in schemes]
-        group = _group(anatomy, names, schemes, each.paused) if names else None
-        if group is not None and (key := (group.name, group.shapes, group.paused)) not in seen:
-            seen.add(key)
-            yield group
+        if names:
+            group = _group(anatomy, names, schemes, each.paused)
+            alike.setdefault((re.sub(r"\d+", "*", names[0]), group.shapes), []).append(group)
+    for groups in alike.values():
+        first = max(groups, key=lambda group: group.paused)
+        size = min(len(groups), max(1, BATCH_WEIGHTS[device] // max(first.weights, first.columns**2)))
+        experts = len(groups) if len(groups) > 1 else 0
+        yield replace(first, shapes=first.shapes * size, experts=experts, together=size)
 
 
 def uncalibrated_groups(anatomy: Anatomy, schemes: dict[str, Scheme], store: type[Format]) -> Iterator[Group]:

@@ -51,6 +51,7 @@ class _Run:
         observes: a transform is to see all inputs of a block first.
         inside: parameters of the block, or of the head, that is loaded.
         packed: bytes of its packed layers.
+        groups: of the block, where statistics are gathered.
     """
 
     anatomy: Anatomy
@@ -62,6 +63,12 @@ class _Run:
     observes: bool
     inside: int
     packed: int
+    groups: tuple[Group, ...] = ()
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether the block has experts, so that it is run anew for each of its groups."""
+        return any(group.experts for group in self.groups)
 
     @property
     def factorizes(self) -> bool:
@@ -81,9 +88,10 @@ def quantizing(anatomy: Anatomy, variant: VariantSpec, file: Stored, use: Use) -
     schemes = {name: each.scheme for name, each in file.packed.items()}
     run = _run_in(anatomy, variant, file, use)
     if run.needs:
-        groups = calibrated_groups(anatomy, schemes)
+        groups = tuple(calibrated_groups(anatomy, schemes, use.device))
+        run = replace(run, groups=groups)
     else:
-        groups = uncalibrated_groups(anatomy, schemes, FORMATS.get(variant.format))
+        groups = tuple(uncalibrated_groups(anatomy, schemes, FORMATS.get(variant.format)))
     for group in groups:
         moments += _moments(run, group)
     for name in (anatomy.head, anatomy.embedding):
@@ -167,7 +175,7 @@ def _activations(run: _Run, group: Group, *, reading: bool) -> Line:
 
     use, size, hidden = run.use, run.size, run.anatomy.hidden
     tokens = use.calibration_tokens
-    if use.inputs == "quantized" and use.strategy == "one-pass":
+    if use.inputs == "quantized" and use.strategy == "one-pass" and not run.has_experts:
         return Line("activations", tokens * group.paused * size, f"{tokens:,} tokens x {group.paused:,} x {size} bytes")
     if not reading:
         return Line("activations", tokens * 2 * hidden * size, f"{tokens:,} tokens x 2 x {hidden:,} x {size} bytes")
@@ -180,14 +188,25 @@ def _beside(run: _Run) -> tuple[int, str]:
     """Numbers of the Gram matrices of a block's other inputs that are there.
 
     With float inputs all are gathered in one run of the block; a method that scales inputs has them gathered so in any
-    case, before it chooses its factors, and they stay until the block is done.
+    case, before it chooses its factors, and they stay until the block is done. Without such a method those of experts
+    come as many at a time as there is room for, and no fewer than are solved together, which is what is counted.
     """
     if Statistic.GRAM not in run.needs or not (run.use.inputs == "float" or run.observes):
         return 0, ""
-    linears = run.anatomy.linears()
-    widths = [linears[each.layers[0]][0][1] for each in run.anatomy.inputs]
-    count = sum(width**2 for width in widths)
+    count = sum(((run.observes and group.experts) or group.together) * group.columns**2 for group in run.groups)
     return count, f"{written(count)} of all inputs + "
+
+
+def _matrices(group: Group, matrices: int) -> tuple[int, str]:
+    """How many Gram matrices of a group's width there are, those of experts and one of all of them together, in words.
+
+    Args:
+        group: of which inputs.
+        matrices: for each of them.
+    """
+    if not group.experts:
+        return matrices, f"{matrices} x"
+    return matrices * group.together + 1, f"({group.together} experts x {matrices} + 1) x"
 
 
 def _gathering(run: _Run, group: Group) -> Line:
@@ -199,13 +218,14 @@ def _gathering(run: _Run, group: Group) -> Line:
     if Statistic.GRAM not in run.needs:
         return Line("statistics", 8 * batch * columns, f"2 x {batch:,} tokens of a batch x {columns:,} x 4 bytes")
     beside, words = _beside(run)
-    own = 0 if run.use.inputs == "float" else columns**2
+    own, each = (0, "") if run.use.inputs == "float" else _matrices(group, 1)
     copies = 1 + bool(run.needs - {Statistic.GRAM})
     if run.use.device == "cpu" and copies == 1:
         batch = min(batch, CHUNK_TOKENS)
-    words += f"{columns:,}² + " if own else ""
+    words += f"{each} {columns:,}² + ".removeprefix("1 x ") if own else ""
     what = f"{words}{copies} x {batch:,} tokens of a batch x {columns:,}"
-    return Line("statistics", 4 * (beside + own + copies * batch * columns), f"({what}) x 4 bytes")
+    count = beside + own * columns**2 + copies * batch * columns
+    return Line("statistics", 4 * count, f"({what}) x 4 bytes")
 
 
 def _statistics(run: _Run, group: Group, matrices: int, *, own: bool = True) -> Line:
@@ -220,8 +240,9 @@ def _statistics(run: _Run, group: Group, matrices: int, *, own: bool = True) -> 
     beside, words = _beside(run)
     if run.use.inputs == "float" and not (own and run.observes):
         matrices -= 1  # it is among those of all inputs
-    nbytes = 4 * (beside + matrices * group.columns**2)
-    return Line("statistics", nbytes, f"({words}{matrices} x {group.columns:,}²) x 4 bytes")
+    count, each = _matrices(group, matrices)
+    nbytes = 4 * (beside + count * group.columns**2)
+    return Line("statistics", nbytes, f"({words}{each} {group.columns:,}²) x 4 bytes")
 
 
 def _weights(run: _Run, group: Group, *, solving: bool = True) -> Line:
