@@ -254,6 +254,25 @@ def test_blocks_that_share_weights_are_written_once_and_read_back_everywhere(tmp
     assert 0 < (plain.exp() * (plain - near)).sum(-1).mean() < 0.1
 
 
+@pytest.mark.parametrize("architecture", ["gemma2", "gpt_oss", "jetmoe"])
+def test_files_of_a_base_model_keep_its_names_and_are_read_again(tmp_path: Path, architecture: str) -> None:
+    """A base model that was saved by itself has no ``model.`` before its names; transformers loads it nonetheless."""
+    model: Any = make(tmp_path / "model", architecture, tie_word_embeddings=True)
+    config = (tmp_path / "model/config.json").read_text()
+    model.model.save_pretrained(tmp_path / "model")
+    (tmp_path / "model/config.json").write_text(config)
+    assert not any(name.startswith("model.") for name in CheckpointReader(tmp_path / "model").names())
+    out = quantkit.quantize(tmp_path / "model", out=tmp_path / "out", method="rtn", bits=8, group_size=32, device="cpu")
+    assert all(name.startswith("layers.") for name in open_export(out).schemes)
+    assert quantkit.inspect(out)["problems"] == []
+    decoded: Any = Reference().load(out, LoadOptions(device="cpu", dtype="float32"))
+    ids = torch.tensor(tiny_rows(2, 20, 20))
+    with torch.no_grad():
+        plain = model(input_ids=ids, use_cache=False).logits.log_softmax(-1)
+        near = decoded.model(input_ids=ids, use_cache=False).logits.log_softmax(-1)
+    assert 0 < (plain.exp() * (plain - near)).sum(-1).mean() < 0.01
+
+
 EXPERT = "model.layers.1.block_sparse_moe.experts.3.w1.weight"
 STACK = "model.layers.0.mlp.experts.down_proj"
 

@@ -65,6 +65,25 @@ def test_what_transformers_cannot_load_packed_is_said_and_nothing_else(tmp_path:
         assert choose_runtime(out, "auto", "float32").name == Reference.name
 
 
+@pytest.mark.parametrize("ignore", [["lm_head"], [r"\.experts\.", "lm_head"]])
+def test_float_weights_that_transformers_merges_beside_packed_ones_are_said(tmp_path: Path, ignore: list[str]) -> None:
+    """Its converter takes them for packed; where transformers mends that, both sides change."""
+    source = made(tmp_path / "model", "mixtral")
+    out = quantkit.quantize(source, out=tmp_path / "out", method="rtn", group_size=32, ignore=ignore)
+    notes = json.loads((out / "stage.json").read_text())["facts"]["notes"]
+    told = [note for note in notes if "of float tensors, which it takes for packed ones" in note]
+    assert bool(told) == (len(ignore) > 1)
+    if not told:
+        assert choose_runtime(out, "auto", "float32").name == "transformers"
+        return
+    assert choose_runtime(out, "auto", "float32").name == Reference.name
+    try:
+        _, found = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, output_loading_info=True)
+    except (RuntimeError, ValueError):
+        return
+    assert any(found.values())
+
+
 @pytest.mark.parametrize("replaced", [True, False])
 def test_the_model_is_left_as_it_was(tmp_path: Path, replaced: bool) -> None:
     make(tmp_path, "falcon")

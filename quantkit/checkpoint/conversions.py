@@ -52,6 +52,11 @@ class Conversion:
         """The tensors of the checkpoint."""
         return [name for names in self.sources.values() for name in names]
 
+    def is_of_weights(self) -> bool:
+        """Whether it takes what is called ``weight`` and nothing else."""
+        patterns: list[str] = self.converter._original_source_patterns
+        return all(pattern.endswith(".weight") for pattern in patterns)
+
     def targets(self) -> list[str]:
         """The parameters that are made."""
         pattern, *others = self.converter.target_patterns

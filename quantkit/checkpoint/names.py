@@ -158,12 +158,25 @@ class Names:
             return single.removesuffix(".weight")
         if part.expert is None:
             return self.tensor(part.parameter).removesuffix(".weight")
-        if not part.leaf:
-            return f"{self.tensor(part.parameter).removesuffix('.weight')}.{part.expert}"
+        return self._layer_of_stack(part)
+
+    def _layer_of_stack(self, part: Part) -> str:
+        """What an expert is called by the place of its stack in the file, or in the model where the file renames it."""
         leaf = part.parameter.rpartition(".")[2]
-        named = [self._alias.get(part.parameter, ""), self._backward_name(part.parameter)]
-        place = next((each for each in named if each.endswith(f".{leaf}")), part.parameter)
-        return f"{place.removesuffix(leaf)}{part.expert}.{part.leaf}"
+
+        def called(stack: str) -> str:
+            if not part.leaf:
+                return f"{stack.removesuffix('.weight')}.{part.expert}"
+            return f"{stack.removesuffix(leaf)}{part.expert}.{part.leaf}"
+
+        own = self._alias.get(part.parameter)
+        if own is not None and own.endswith(f".{leaf}"):
+            return called(own)
+        saved = self._backward_name(part.parameter)
+        stack = saved if saved.endswith(f".{leaf}") else part.parameter
+        prefix = f"{getattr(self._model, 'base_model_prefix', '')}."
+        names = [called(stack), called(stack.removeprefix(prefix))]
+        return next((name for name in names if f"{name}.weight" in self._stored), names[0])
 
     def tensor(self, parameter: str) -> str:
         """The name under which a checkpoint holds a parameter that it holds as it is.
@@ -203,6 +216,11 @@ class Names:
             return part is None
         key, pattern = self._renamed(f"{self.layer(parameter)}.weight")
         return key == part.parameter and pattern is not None
+
+    def merged(self) -> dict[str, list[str]]:
+        """The parameters that transformers makes of the weights of several tensors, each with their names."""
+        made = {name: each for name, each in self._conversions.items() if each.is_of_weights()}
+        return {name: each.names() for name, each in made.items()}
 
     def is_part(self, parameter: str) -> bool:
         """Whether a parameter is a part of another one."""

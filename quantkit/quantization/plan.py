@@ -32,6 +32,7 @@ from quantkit.recipe import VariantSpec
 from quantkit.schemes import PlainScheme, Scheme
 from quantkit.system.units import percentage
 
+TAKES_FOR_PACKED = "which it takes for packed ones when it loads the file, and fails: the reference decoder reads it"
 ELSEWHERE = "the reference decoder reads them, and servers whose experts are called so"
 """Who reads what transformers does not."""
 REACHES = (
@@ -62,6 +63,7 @@ class Layers:
         notes: what the user should know of it.
         unloaded: layers for which transformers has no place where they are packed.
         reached_for: a quantized layer whose weight transformers' class of the model reaches for when it is loaded.
+        merged: a parameter that transformers makes of float weights which it takes for packed.
         cast: the dtype in which every float tensor is stored; None leaves each as it is.
         left: the matrices of the decoder blocks that stay float.
         in_blocks: number of weights in all matrices of the blocks, each once.
@@ -79,6 +81,7 @@ class Layers:
     notes: tuple[str, ...] = ()
     unloaded: Collection[str] = ()
     reached_for: str | None = None
+    merged: str | None = None
     left: tuple[Left, ...] = ()
     in_blocks: int = 0
 
@@ -144,7 +147,8 @@ class Layers:
     @property
     def transformers_loads(self) -> bool:
         """Whether transformers has a place for every quantized layer."""
-        return self.reached_for is None and not any(name in self.quantized for name in self.unloaded)
+        fails = self.reached_for is not None or self.merged is not None
+        return not fails and not any(name in self.quantized for name in self.unloaded)
 
     def weights(self) -> int:
         """Number of weights in quantized layers."""
@@ -169,6 +173,7 @@ def plan_layers(skeleton: Skeleton, variant: VariantSpec) -> Layers:
     paths = {layer.name: layer.path for layer in skeleton.layers() if layer.name != layer.path}
     alone = [layer.name for layer in skeleton.layers() if not skeleton.names.loads_alone(f"{layer.path}.weight")]
     found = _plan(skeleton, variant)
+    merged = _merged_floats(skeleton, variant, found.quantized)
     reached = _reached_for(skeleton, variant, {*found.quantized}.difference(alone))
     notes = (*found.notes, *notes_of_towers(skeleton, found.quantized), *notes_of_names(skeleton))
     lone = next((name for name in alone if name in found.quantized), None)
@@ -176,8 +181,20 @@ def plan_layers(skeleton: Skeleton, variant: VariantSpec) -> Layers:
         notes = (*notes, f"transformers has no place for packed layers such as {lone}; {ELSEWHERE}")
     if reached is not None:
         notes = (*notes, f"transformers' {type(skeleton.model).__name__} {REACHES.format(reached)}")
-    found = replace(found, reached_for=reached, alone=names_alone(skeleton))
+    if merged is not None:
+        notes = (*notes, f"transformers makes {merged} of float tensors, {TAKES_FOR_PACKED}")
+    found = replace(found, reached_for=reached, merged=merged, alone=names_alone(skeleton))
     return replace(found, notes=notes, paths=paths, stacks=skeleton.stacks(), unloaded=alone)
+
+
+def _merged_floats(skeleton: Skeleton, variant: VariantSpec, packed: Collection[str]) -> str | None:
+    """A parameter that transformers makes of several weights some of which stay float, which it takes for packed."""
+    if not packed or FORMATS.get(variant.format).packed_as != "emptied":
+        return None
+    merged = skeleton.names.merged().items()
+    return next(
+        (name for name, weights in merged if any(w.removesuffix(".weight") not in packed for w in weights)), None
+    )
 
 
 def _reached_for(skeleton: Skeleton, variant: VariantSpec, packed: Collection[str]) -> str | None:
