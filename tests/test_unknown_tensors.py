@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+)
 
 import quantkit
 from quantkit.checkpoint import CheckpointReader
@@ -55,6 +62,13 @@ def settings(out: Path) -> dict[str, Any]:
     return found
 
 
+def stays_float(found: dict[str, Any], name: str) -> bool:
+    """Whether a ``quantization_config`` keeps a layer float."""
+    if "dynamic" in found and "modules_to_not_convert" not in found:
+        return any(re.match(pattern.removeprefix("-:"), name) for pattern in found["dynamic"] if pattern[0] == "-")
+    return name in (found.get("ignore") or found["modules_to_not_convert"])
+
+
 def test_what_the_class_does_not_know_is_told_and_copied(tmp_path: Path) -> None:
     source = with_next_layer(tmp_path / "model")
     layers = plan_layers(Skeleton(source), variant())
@@ -74,22 +88,32 @@ def test_servers_are_told_that_its_layers_are_float(tmp_path: Path, store: str) 
     """vLLM builds them and looks for packed weights of each layer that the config does not name."""
     source = with_next_layer(tmp_path / "model")
     out = quantkit.quantize(source, out=tmp_path / "out", method="rtn", group_size=32, format=store)
-    found = settings(out)
-    kept = found.get("ignore") or found.get("modules_to_not_convert") or list(found["dynamic"])
     wanted = ["self_attn.q_proj", "mlp.down_proj", "eh_proj", "mlp.experts.0.up_proj", "mlp.gate"]
-    words = "\n".join(kept).replace("\\", "")
-    assert all(f"{NEXT}.{name}" in words or f"{NEXT}.{name.rpartition('.')[0]}" in words for name in wanted)
-    assert "input_layernorm" not in words
-    assert store == "gptq" or "mtp.fc" in kept
+    assert all(stays_float(settings(out), f"{NEXT}.{name}") for name in wanted)
+    assert not stays_float(settings(out), f"{NEXT}.input_layernorm")
+    assert store == "gptq" or stays_float(settings(out), "mtp.fc")
 
 
 @pytest.mark.parametrize("store", ["compressed-tensors", "gptq", "awq"])
 def test_a_router_that_is_a_bare_parameter_is_named_as_float(tmp_path: Path, store: str) -> None:
     make(tmp_path / "model", "qwen3_moe")
     out = quantkit.quantize(tmp_path / "model", out=tmp_path / "out", method="rtn", group_size=32, format=store)
-    found = settings(out)
-    kept = found.get("ignore") or found.get("modules_to_not_convert") or list(found["dynamic"])
-    assert any("model.layers.1.mlp.gate" in name.replace("\\", "") for name in kept)
+    assert stays_float(settings(out), "model.layers.1.mlp.gate")
+
+
+@pytest.mark.parametrize("keys", [{}, {"overrides": {"down_proj": {"bits": 8}}}])
+def test_the_model_of_text_alone_is_told_of_float_layers_by_its_own_names(tmp_path: Path, keys: dict[str, Any]) -> None:
+    """transformers makes a causal language model of what was saved as one that sees, and calls its layers otherwise."""
+    make(tmp_path / "model", "qwen3_5")
+    out = quantkit.quantize(tmp_path / "model", out=tmp_path / "out", method="rtn", group_size=32, **keys)
+    ids, found = torch.tensor(tiny_rows(2, 20, 20)), []
+    for kind in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        model, info = kind.from_pretrained(out, dtype=torch.float32, output_loading_info=True)
+        assert not info["missing_keys"]
+        assert not info["mismatched_keys"]
+        with torch.no_grad():
+            found.append(model.eval()(input_ids=ids, use_cache=False).logits)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
 
 
 def classifier(folder: Path) -> LlamaForSequenceClassification:

@@ -130,7 +130,8 @@ def _check_misfits(
         reason = each.problem.removeprefix(_place(variant, name))
         weights[reason] = weights.get(reason, 0) + math.prod(layers[name].shape)
     share = sum(weights.values()) / max(1, total)
-    if share <= MISFITS_ALLOWED or variant.allow_float:
+    experts = FORMATS.get(variant.format).experts == "all" and any(EXPERT.match(name) for name in misfits)
+    if variant.allow_float or (share <= MISFITS_ALLOWED and not experts):
         return
     commonest = max(weights, key=lambda reason: weights[reason])
     error = next(each for each in misfits.values() if each.problem.endswith(commonest))
