@@ -17,10 +17,11 @@ from quantkit.engine.empty_model import empty_model
 from quantkit.engine.skeleton import Skeleton
 from quantkit.errors import QuantizationError, SourceError
 from quantkit.exports import open_export
+from quantkit.runtimes._choice import choose_runtime
 from quantkit.runtimes.base import LoadOptions
 from quantkit.runtimes.reference import Reference
 from quantkit.runtimes.transformers import Transformers
-from tests.architectures import BASE, QWEN, TOWERS, make
+from tests.architectures import BASE, QWEN, TOWERS, VISION, make
 from tests.tiny import tiny_rows
 
 TEXT = {"text": "one two three four five six seven eight nine ten"}
@@ -172,6 +173,26 @@ def test_rows_that_a_model_does_not_take_are_refused_in_a_line(tmp_path: Path, m
     monkeypatch.setattr(transformers.LlamaModel, "forward", forward)
     with pytest.raises(QuantizationError, match=r"Llava\w+ does not run on .*rows: TypeError: .* 'pixel_values'"):
         quantized(tmp_path, "llava", method="gptq")
+
+
+def test_tensors_that_transformers_does_not_split_beside_packed_layers_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of Qianfan-OCR's tower, which stays float; the error that is expected here shows when transformers is mended."""
+    parts = {
+        "text_config": {**BASE, "model_type": "qwen3"},
+        "vision_config": {**VISION, "image_size": [32, 32], "patch_size": [16, 16]},
+    }
+    monkeypatch.setitem(TOWERS, "qianfan_ocr", parts)
+    folder, out = quantized(tmp_path, "qianfan_ocr", method="rtn")
+    notes = json.loads((out / "stage.json").read_text())["facts"]["notes"]
+    assert any("QianfanOCRForConditionalGeneration does not split tensors such as attn.qkv.weight" in n for n in notes)
+    assert choose_runtime(out).name == "reference"
+    assert Reference().load(out, LoadOptions(device="cpu", dtype="float32"))
+    cls: Any = transformers.QianfanOCRForConditionalGeneration
+    cls.from_pretrained(folder)
+    with pytest.raises(ValueError, match=r"source keys=\['attn\.qkv\.weight'"):
+        cls.from_pretrained(out)
 
 
 def test_a_model_that_speaks_is_quantized_where_it_thinks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from quantkit.checkpoint.conversions import on_load
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -35,6 +37,26 @@ def reaches_for_weights(model: PreTrainedModel, layers: Collection[str], *, repl
         with _packed(model, layers, replaced=replaced):
             failing = next((path for path in sound if _fails(model, path)), None)
     return next((layer for layer in layers if failing and f"{layer}.".startswith(f"{failing}.")), None)
+
+
+def splits_in_vain(model: PreTrainedModel, layers: Collection[str]) -> str | None:
+    """The pattern of tensors that transformers splits on load, and does not in a model with emptied layers.
+
+    Its quantizer lets such a converter look for packed tensors, too, unless the layers that it makes are packed
+    themselves, and a converter of several tensors cannot make several.
+
+    Args:
+        model: on meta.
+        layers: the paths of the packed layers.
+    """
+    for converter in on_load(model)[1]:
+        sources, targets = converter._original_source_patterns, converter._original_target_patterns
+        if len(targets) < 2 or not all(source.endswith(".weight") for source in sources):
+            continue
+        first = targets[0].removesuffix("weight").removesuffix(".")
+        if not any(layer.endswith(first) for layer in layers):
+            return str(sources[0])
+    return None
 
 
 @contextmanager

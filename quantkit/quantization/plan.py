@@ -10,7 +10,7 @@ import psutil
 import torch
 
 from quantkit.engine.float_parts import FloatPart, block_weights, float_parts
-from quantkit.engine.initializing import reaches_for_weights
+from quantkit.engine.initializing import reaches_for_weights, splits_in_vain
 from quantkit.engine.skeleton import Skeleton
 from quantkit.engine.text_alone import names_alone
 from quantkit.engine.walk import Strategy
@@ -39,6 +39,10 @@ REACHES = (
     "reaches for the weights of packed layers such as {} when it is loaded, and fails: the reference decoder reads the "
     "file, and vLLM does where it has such a model"
 )
+SPLITS = (
+    "does not split tensors such as {} when it loads a model with packed layers, and fails: the reference decoder "
+    "reads the file, and vLLM does where it has such a model"
+)
 SPARE_MEMORY = 0.5
 """Share of the free memory that paused activations may take."""
 TOWER = "text passes it by; an override that names layers of it alone quantizes them"
@@ -62,6 +66,7 @@ class Layers:
         stacks: tensors of the source that are no layer's own, such as stacked experts, to the layers that they hold.
         notes: what the user should know of it.
         unloaded: layers for which transformers has no place where they are packed.
+        split: pattern of tensors that transformers fails to split on load, as other layers are packed.
         reached_for: a quantized layer whose weight transformers' class of the model reaches for when it is loaded.
         merged: a parameter that transformers makes of float weights which it takes for packed.
         cast: the dtype in which every float tensor is stored; None leaves each as it is.
@@ -82,6 +87,7 @@ class Layers:
     unloaded: Collection[str] = ()
     reached_for: str | None = None
     merged: str | None = None
+    split: str | None = None
     left: tuple[Left, ...] = ()
     in_blocks: int = 0
 
@@ -147,7 +153,7 @@ class Layers:
     @property
     def transformers_loads(self) -> bool:
         """Whether transformers has a place for every quantized layer."""
-        fails = self.reached_for is not None or self.merged is not None
+        fails = any(each is not None for each in (self.reached_for, self.merged, self.split))
         return not fails and not any(name in self.quantized for name in self.unloaded)
 
     def weights(self) -> int:
@@ -183,7 +189,10 @@ def plan_layers(skeleton: Skeleton, variant: VariantSpec) -> Layers:
         notes = (*notes, f"transformers' {type(skeleton.model).__name__} {REACHES.format(reached)}")
     if merged is not None:
         notes = (*notes, f"transformers makes {merged} of float tensors, {TAKES_FOR_PACKED}")
-    found = replace(found, reached_for=reached, merged=merged, alone=names_alone(skeleton))
+    split = _split(skeleton, variant, found.quantized)
+    if split is not None:
+        notes = (*notes, f"transformers' {type(skeleton.model).__name__} {SPLITS.format(split)}")
+    found = replace(found, reached_for=reached, merged=merged, split=split, alone=names_alone(skeleton))
     return replace(found, notes=notes, paths=paths, stacks=skeleton.stacks(), unloaded=alone)
 
 
@@ -202,6 +211,13 @@ def _reached_for(skeleton: Skeleton, variant: VariantSpec, packed: Collection[st
     store = FORMATS.get(variant.format)
     paths = [layer.path for layer in skeleton.layers() if layer.name in packed] if store.packed_as else []
     return reaches_for_weights(skeleton.model, paths, replaced=store.packed_as == "replaced")
+
+
+def _split(skeleton: Skeleton, variant: VariantSpec, packed: Collection[str]) -> str | None:
+    """The pattern of tensors that transformers fails to split when it loads a model with packed layers."""
+    if FORMATS.get(variant.format).packed_as != "emptied" or not packed:
+        return None
+    return splits_in_vain(skeleton.model, [layer.path for layer in skeleton.layers() if layer.name in packed])
 
 
 def notes_of_towers(skeleton: Skeleton, quantized: Collection[str]) -> tuple[str, ...]:
