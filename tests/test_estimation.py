@@ -48,7 +48,7 @@ from quantkit.schemes.codebook import CodebookScheme
 from quantkit.system.units import parse_bytes
 from quantkit.system.validation import parse_section
 from quantkit.verification.matrix.rows import method_names, rows
-from tests.architectures import ARCHITECTURES, DENSE, make
+from tests.architectures import ARCHITECTURES, BASE, DENSE, make
 from tests.runs import make_recipe
 from tests.tiny import FAMILIES, make_model, tiny_config, tiny_rows
 from tests.vram import Table, context_bytes, watched
@@ -543,7 +543,14 @@ def test_what_fits_is_told_best_first() -> None:
         assert again.fits == there
     assert all(each.fits for each in fits("llama-3-8b", "80GiB"))
     assert not any(each.fits for each in fits("llama-3-70b", "8GiB"))
-    assert not any(each.way.format == "gguf" for each in fits("gemma-3-4b", "8GiB"))
+    assert any(each.way.format == "gguf" for each in fits("gemma-3-4b", "8GiB"))
+
+
+def test_a_gguf_file_holds_no_tower(tmp_path: Path) -> None:
+    make(tmp_path / "model", "gemma3", text_config={**BASE, "query_pre_attn_scalar": 16})
+    spec = variant(method="rtn", bits=8, group_size=32, format="gguf")
+    (folder,) = exported(Job(tmp_path / "model", {"reference": "sees"}, "float32"), [spec], tmp_path)
+    assert stored(anatomy_of(str(tmp_path / "model")), spec).nbytes == tensor_bytes(folder, "gguf")
 
 
 def test_more_memory_never_fits_less() -> None:

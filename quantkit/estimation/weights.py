@@ -135,7 +135,7 @@ def stored(anatomy: Anatomy, variant: VariantSpec, dtype: str | None = None) -> 
     cast = whole.kind if isinstance(whole, PlainScheme) else dtype
     floats = {
         name: (_numel(shape), _numel(shape) * float_bytes(kind.container, cast, shape))
-        for name, shape in _kept(anatomy, packed).items()
+        for name, shape in _kept(anatomy, packed, kind.container).items()
     }
     if kind.container == "gguf" and anatomy.rope_factors:
         floats["rope_freqs"] = (anatomy.rope_factors, anatomy.rope_factors * BYTES["float32"])
@@ -162,9 +162,13 @@ def _packed(place: str, store: Format, scheme: Scheme, shape: tuple[int, int]) -
     return Packed(scheme, shape, store.layer_bytes(scheme, *shape))
 
 
-def _kept(anatomy: Anatomy, packed: Mapping[str, Packed]) -> dict[str, tuple[int, ...]]:
-    """The tensors that stay float; what a head and an embedding share is there for each once one is packed."""
-    found = {weight.name: weight.shape for weight in anatomy.weights if weight.layer not in packed}
+def _kept(anatomy: Anatomy, packed: Mapping[str, Packed], container: Container) -> dict[str, tuple[int, ...]]:
+    """The tensors that stay float; what a head and an embedding share is there for each once one is packed.
+
+    GGUF files have no towers.
+    """
+    there = (weight for weight in anatomy.weights if not (weight.kind == "tower" and container == "gguf"))
+    found = {weight.name: weight.shape for weight in there if weight.layer not in packed}
     both = (anatomy.embedding, anatomy.head)
     if anatomy.tied and any(name in packed for name in both):
         found |= {f"{name}.weight": anatomy.head_shape for name in both if name not in packed}
