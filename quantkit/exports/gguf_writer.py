@@ -26,7 +26,7 @@ from quantkit.exports.companions import LICENCES, copy_companions
 from quantkit.exports.content import Content, Stored, digest
 from quantkit.exports.gguf import BLOCKS, SCHEMES_KEY, VERSION_KEY, GgufExport
 from quantkit.gguf.architecture import architecture_for
-from quantkit.gguf.config import OUTPUT, check_config, model_metadata, read_model_config, slides
+from quantkit.gguf.config import OUTPUT, check_config, is_part, model_metadata, read_model_config, slides
 from quantkit.gguf.head import read_head
 from quantkit.gguf.names import TOWER, Naming, Place
 from quantkit.gguf.rope import rope_tensors
@@ -38,6 +38,7 @@ from quantkit.system.artifacts import write_text
 
 PHI3_TOKENS = ("</s>", "<unk>", "<s>", "<|endoftext|>")
 FAULTY = "the disk or its memory is faulty, or another process writes here: quantize again"
+BLOCK = re.compile(r"^(model\.)?layers\.\d")
 DERIVED = re.compile(r"rotary_emb\.inv_freq$|\.(attn|attention)\.(masked_)?bias$")
 """Tensors of old checkpoints that follow from the config."""
 
@@ -79,7 +80,7 @@ def source_remarks(folder: Path, dtype: str, names: Collection[str] | None = Non
     remarks = {
         HALVED: dtype == "float32",
         WINDOWLESS.format(getattr(config, "sliding_window", None)): slides(config) and architecture.ignores_window,
-        TOWERLESS: _is_tower(names),
+        TOWERLESS: is_part(config),
         ROUNDED: architecture.untruncated and config.rope_parameters.get("rope_type") == "yarn",
         NEXT_ALONE: any(guesses_further(name, config) for name in names),
     }
@@ -136,12 +137,13 @@ def modelfile(name: str, stops: Iterable[str]) -> str:
 
 def written_names(names: Collection[str], config: PreTrainedConfig, naming: Naming) -> list[str]:
     """Those of a model's tensors that go into the file: of its language model, and none that follow from others."""
-    found, tower = [], _is_tower(names)
+    found, prefixed = [], any(TOWER.search(name) for name in names)
     for name in names:
         place = naming.find(name)
-        tied = place is not None and place.name == OUTPUT and config.tie_word_embeddings
-        beside = tower and not TOWER.search(name) and (place is None or place.name != OUTPUT)
-        if not (tied or beside or DERIVED.search(name) or guesses_further(name, config)):
+        head = place is not None and place.name == OUTPUT
+        own = TOWER.search(name) if prefixed else place is not None or BLOCK.search(name)
+        beside = (is_part(config) and not own and not head) or guesses_further(name, config)
+        if not ((head and config.tie_word_embeddings) or beside or DERIVED.search(name)):
             found.append(name)
     return found
 
@@ -150,11 +152,6 @@ def guesses_further(name: str, config: PreTrainedConfig) -> bool:
     """Whether a tensor is of the blocks that guess at tokens after the next, which the model's class does not have."""
     block = re.match(r"(?:model\.)?(?:language_model\.)?(?:model\.)?layers\.(\d+)\.", name)
     return bool(re.match(r"(?:model\.)?mtp\.", name) or (block and int(block[1]) >= config.num_hidden_layers))
-
-
-def _is_tower(names: Collection[str]) -> bool:
-    """Whether the language model is a part of the model."""
-    return any(TOWER.search(name) for name in names)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,8 @@
 
 An architecture (:class:`Architecture`) is one entry of a table: the names on both sides, which key of the metadata is
 which key of the config, what its graph in llama.cpp always computes, and how tensors lie. Names of tensors are those of
-the package gguf. The entries are in :mod:`quantkit.gguf.dense` and :mod:`quantkit.gguf.mixtures`.
+the package gguf. The entries are in :mod:`quantkit.gguf.dense`, :mod:`quantkit.gguf.mixtures` and
+:mod:`quantkit.gguf.recurrent`.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ class Architecture:
         name: ``general.architecture``, with which its keys begin.
         model_type: what transformers calls it.
         also: further model types that are written as this one.
+        borrowed: ``model_type`` is only what files are read as; models of that type are written otherwise.
         when: whether a file of this name is this one, where several architectures share the name.
         keys: of the metadata without the name, to the keys of the config.
         absent: what a file means that lacks the key of a config's value; any other key must be there.
@@ -73,6 +75,7 @@ class Architecture:
     model_type: str
     keys: Mapping[str, str]
     also: tuple[str, ...] = ()
+    borrowed: bool = False
     when: Callable[[GGUFHead], bool] = lambda head: True
     absent: Mapping[str, Any] = field(default_factory=dict)
     implied: Mapping[str, Any] = field(default_factory=dict)
@@ -128,14 +131,16 @@ def architectures() -> tuple[Architecture, ...]:
     """Every architecture; of those that share a name in GGUF files the last one is meant where no other is."""
     from quantkit.gguf.dense import DENSE
     from quantkit.gguf.mixtures import MIXTURES
+    from quantkit.gguf.recurrent import RECURRENT
 
-    return (*MIXTURES, *DENSE)
+    return (*MIXTURES, *DENSE, *RECURRENT)
 
 
 @cache
 def model_types() -> Mapping[str, Architecture]:
     """What transformers calls the models that can be written, to how they are written."""
-    return {kind: each for each in architectures() for kind in (each.model_type, *each.also)}
+    own = {each.model_type: each for each in architectures() if not each.borrowed}
+    return {kind: each for each in architectures() for kind in each.also} | own
 
 
 def architecture_of(head: GGUFHead) -> Architecture:

@@ -54,8 +54,10 @@ SAYS_NOTHING = (
 """Keys that are read elsewhere, or that decide nothing where an architecture does not read them."""
 NO_MATTER = re.compile(
     r"dropout|pdrop|initializer|jitter_noise$|router_logits$|aux_loss_coef$|_token_ids?$|^summary_|softmax_in_fp32$"
+    r"|^time_step_(min|max|scale|floor|init_scheme)$"
     r"|^(use_cache|pretraining_tp|is_decoder|vocab_size|rope_parameters|learned_pos_emb|init_device|norm_type"
     r"|slow_but_exact|reorder_and_upcast_attn|embedding_fraction|verbose|use_sliding_window|max_window_layers"
+    r"|residual_in_fp32|rescale_prenorm_residual|use_mambapy|use_associative_scan"
     r"|sliding_window_pattern|num_mtp_layers|num_nextn_predict_layers)$"
 )
 """Values of configs that decide nothing, or that another one tells."""
@@ -75,14 +77,16 @@ def model_config(head: GGUFHead, dtype: torch.dtype) -> dict[str, Any]:
     blocks = architecture.key("num_hidden_layers")
     _check_blocks(head, known[blocks])
     known[blocks] -= head.metadata.get(f"{head.architecture}.{FURTHER}", 0)
-    usual = known[architecture.key("hidden_size")] // known[architecture.key("num_attention_heads")]
-    known |= {"head_dim": _head_dim(head, architecture, usual), "vocab_size": embedding_rows(head)}
+    known["vocab_size"] = embedding_rows(head)
+    rotates = architecture.rope != "none"
+    usual = known["hidden_size"] // known["num_attention_heads"] if rotates else 0
+    known |= {"head_dim": _head_dim(head, architecture, usual)} if rotates else {}
     known |= {flag: tensor in head.tensors for flag, tensor in architecture.tells.items()}
     known["tie_word_embeddings"] = OUTPUT not in head.tensors
     known |= {key: value(known) if callable(value) else value for key, value in architecture.implied.items()}
     known |= rope_parameters(head, architecture, known) | _windows(head, architecture, known)
     known |= architecture.infer(head, known)
-    if known["head_dim"] == usual and "head_dim" not in declared(CONFIG_MAPPING[architecture.model_type]):
+    if rotates and known["head_dim"] == usual and "head_dim" not in declared(CONFIG_MAPPING[architecture.model_type]):
         del known["head_dim"]
     return {
         "architectures": [architecture.model_class],
@@ -117,6 +121,10 @@ def read_model_config(folder: Path) -> PreTrainedConfig:
         raise SourceError(f"{folder / 'config.json'} cannot be read: {error}", OTHER_FORMAT) from error
     config: PreTrainedConfig = whole.get_text_config(decoder=True)
     architecture_for(config.model_type)
+    if config is not whole:
+        config.tower = getattr(whole, "vision_config", None)
+        if not hasattr(config, "tie_word_embeddings"):
+            config.tie_word_embeddings = whole.tie_word_embeddings
     for name in whole.architectures or ():
         if not name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")):
             raise SourceError(f"{folder}: a GGUF file cannot say the architecture {name}", OTHER_FORMAT)
@@ -187,8 +195,14 @@ def deciding(config: PreTrainedConfig, architecture: Architecture) -> dict[str, 
     found = {name: getattr(config, name, None) for name in sorted(names) if not NO_MATTER.search(name)}
     found |= {name: SAME_ACTIVATIONS[str(value)] for name, value in found.items() if str(value) in SAME_ACTIVATIONS}
     if not slides(config) or architecture.ignores_window:
-        found |= {name: None for name in ("sliding_window", "layer_types") if name in found}
+        seeing = {*(found.get("layer_types") or ())} <= {"full_attention", "sliding_attention"}
+        found |= {name: None for name in ("sliding_window", *(["layer_types"] if seeing else ())) if name in found}
     return found | _settled(config, architecture)
+
+
+def is_part(config: PreTrainedConfig) -> bool:
+    """Whether :func:`read_model_config` found a language model that is a part of another model."""
+    return hasattr(config, "tower")
 
 
 def slides(config: PreTrainedConfig) -> bool:

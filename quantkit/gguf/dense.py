@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from quantkit.gguf.architecture import COUNTS, LAYER_NORM, RMS_NORM, WINDOW, Architecture
+from quantkit.gguf.architecture import COUNTS, LAYER_NORM, RMS_NORM, WINDOW, Architecture, head_size
 from quantkit.gguf.head import GGUFHead
 from quantkit.gguf.layouts import NORM_PLUS_ONE, ROTATED, TRANSPOSED, Heads, Layout, kind_by_kind
 
@@ -30,6 +30,7 @@ GRANITE = {
     "residual_scale": "residual_multiplier",
     "logit_scale": "logits_scaling",
 }
+SEEING = ("rope.dimension_sections", "n_deepstack_layers")
 CAPS = {
     "attn_logit_softcapping": "attn_logit_softcapping",
     "final_logit_softcapping": "final_logit_softcapping",
@@ -53,6 +54,25 @@ def _every_fourth_without(known: Known) -> list[int]:
 
 def _slides(head: GGUFHead) -> bool:
     return bool(head.metadata.get(f"{head.architecture}.{WINDOW}"))
+
+
+def _sections(config: PreTrainedConfig) -> list[int]:
+    """How frequencies are shared among time, height and width, of which text has one."""
+    usual = [24, 20, 20] if config.model_type.startswith("qwen3") else [16, 24, 24]
+    found: list[int] = config.rope_parameters.get("mrope_section") or usual
+    return found
+
+
+def _wider_than_a_head(config: PreTrainedConfig) -> str | None:
+    sections = _sections(config)
+    wide = 2 * sum(sections) > head_size(config)
+    return f"rope sections {sections}, which are wider than a head," if wide else None
+
+
+def _seeing(config: PreTrainedConfig) -> dict[str, Any]:
+    """The sections of the rope, and the blocks that see."""
+    blocks = getattr(getattr(config, "tower", None), "deepstack_visual_indexes", None)
+    return {SEEING[0]: [*_sections(config), 0], **({SEEING[1]: len(blocks)} if blocks else {})}
 
 
 def _falcon_heads(config: PreTrainedConfig) -> Heads:
@@ -123,6 +143,28 @@ LLAMA_LIKE = (
     ),
     Architecture(name="qwen2", model_type="qwen2", keys=USUAL, implied=SILU),
     Architecture(name="qwen3", model_type="qwen3", keys=USUAL, implied=SILU | {"attention_bias": False}),
+    Architecture(
+        name="qwen2vl",
+        model_type="qwen2",
+        also=("qwen2_vl_text", "qwen2_5_vl_text"),
+        borrowed=True,
+        keys=USUAL,
+        implied=SILU,
+        describe=_seeing,
+        refusal=_wider_than_a_head,
+        inferred=SEEING,
+    ),
+    Architecture(
+        name="qwen3vl",
+        model_type="qwen3",
+        also=("qwen3_vl_text",),
+        borrowed=True,
+        keys=USUAL,
+        implied=SILU | {"attention_bias": False},
+        describe=_seeing,
+        refusal=_wider_than_a_head,
+        inferred=SEEING,
+    ),
     Architecture(
         name="smollm3",
         model_type="smollm3",

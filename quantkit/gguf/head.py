@@ -76,6 +76,18 @@ class GGUFHead:
             raise SourceError(f"{self.path}: the metadata key '{key}' is {value!r}, not a count", GIVE_FLOAT)
         return value
 
+    def counts(self, key: str, length: int) -> list[int]:
+        """Whole numbers from zero under a key of the architecture, not all of them zero.
+
+        Raises:
+            SourceError: there are not ``length`` such numbers.
+        """
+        value = self.metadata.get(f"{self.architecture}.{key}")
+        whole = isinstance(value, list) and all(type(each) is int and each >= 0 for each in value)
+        if not isinstance(value, list) or not whole or len(value) != length or not any(value):
+            raise SourceError(f"{self.path}: the metadata key '{key}' is not a count for each block", GIVE_FLOAT)
+        return value
+
     def positive(self, key: str, default: float | None = None) -> float:
         """A finite float above zero under a key of the architecture.
 

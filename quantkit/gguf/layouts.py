@@ -34,18 +34,31 @@ Order = Callable[[Heads, int], torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
+class Values:
+    """What a file holds in place of a tensor's values.
+
+    Attributes:
+        to_file: of a checkpoint's values, in float32.
+        from_file: the inverse.
+    """
+
+    to_file: Callable[[torch.Tensor], torch.Tensor]
+    from_file: Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
 class Layout:
     """How a tensor lies in a file.
 
     Attributes:
         order: of its rows; None where they stay.
-        added: to its values.
+        values: what stands for its values; None where they stay.
         transposed: whether the checkpoint holds it as ``[in_features, out_features]``. Packed layers never lie so.
         squeezed: whether the checkpoint has a second dimension of one that the file has not.
     """
 
     order: Order | None = None
-    added: float = 0.0
+    values: Values | None = None
     transposed: bool = False
     squeezed: bool = False
 
@@ -53,10 +66,10 @@ class Layout:
         """A float tensor of a checkpoint as the file holds it."""
         tensor = tensor.T if self.transposed else tensor.squeeze(1) if self.squeezed else tensor
         tensor = self.rows_to_file(tensor, heads)
-        return tensor + self.added if self.added else tensor
+        return tensor if self.values is None else self.values.to_file(tensor)
 
     def from_file(self, tensor: torch.Tensor, heads: Heads) -> torch.Tensor:
-        """The inverse of :meth:`to_file`, of a tensor from whose values :attr:`added` was taken."""
+        """The inverse of :meth:`to_file`, of a tensor whose :attr:`values` are the checkpoint's already."""
         tensor = self.rows_from_file(tensor, heads)
         return tensor.T.contiguous() if self.transposed else tensor.unsqueeze(1) if self.squeezed else tensor
 
@@ -164,7 +177,10 @@ def keys_and_values(*parts: str) -> Pieces:
 
 
 AS_IT_IS = Layout()
-NORM_PLUS_ONE = Layout(added=1.0)
+NORM_PLUS_ONE = Layout(values=Values(lambda norm: norm + 1, lambda norm: norm - 1))
+DECAY = Layout(values=Values(lambda log: -log.exp(), lambda decay: (-decay).log()))
+"""Of a state, whose logarithm checkpoints hold."""
+SQUEEZED = Layout(squeezed=True)
 TRANSPOSED = Layout(transposed=True)
 ROTATED = {"attn_q": Layout(rotated_queries), "attn_k": Layout(rotated_keys)}
 """Where the graph rotates neighbours, and transformers halves."""

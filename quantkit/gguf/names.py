@@ -74,7 +74,7 @@ class Place:
         Raises:
             SourceError: see :func:`quantkit.gguf.tensors.dequantized`.
         """
-        tensor = dequantized(head, self.name, dtype, index=self.index, less=self.layout.added)
+        tensor = dequantized(head, self.name, dtype, index=self.index, values=self.layout.values)
         return self.layout.from_file(tensor, self.heads)
 
     def rows_to_file(self, rows: torch.Tensor) -> torch.Tensor:
@@ -218,7 +218,7 @@ class Naming:
         return None
 
     def _layout(self, stored: str) -> Layout:
-        part, suffix = stored.split(".")[-2:]
+        part, suffix = stored.split(".")[-2:] if stored.endswith(SUFFIXES) else (stored.split(".")[-1], "weight")
         named = self.architecture.layouts.get(part, AS_IT_IS)
         if part.endswith("_norm"):
             named = self.architecture.layouts.get("_norm", named)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from quantkit.errors import SourceError
 from quantkit.gguf.head import GGUFHead, GGUFTensor
+from quantkit.gguf.layouts import Values
 
 CHUNK_VALUES = 1 << 23
 FLOATS = {
@@ -72,7 +73,7 @@ def natural_dtype(head: GGUFHead) -> torch.dtype:
 
 
 def dequantized(
-    head: GGUFHead, name: str, dtype: torch.dtype, *, index: int | None = None, less: float = 0.0
+    head: GGUFHead, name: str, dtype: torch.dtype, *, index: int | None = None, values: Values | None = None
 ) -> torch.Tensor:
     """A tensor in ``dtype``, computed in float32 and rounded once, a few rows at a time.
 
@@ -81,7 +82,7 @@ def dequantized(
         name: of the tensor.
         dtype: wanted.
         index: of a stack, the one that is wanted; by default all of it.
-        less: taken from every value.
+        values: what the file holds in place of those that are wanted.
 
     Raises:
         SourceError: a value is too large for ``dtype``, the file became shorter since its head was read, or the
@@ -99,9 +100,9 @@ def dequantized(
             packed = numpy.fromfile(file, dtype=numpy.uint8, count=len(part) * row_bytes)
             if packed.size < len(part) * row_bytes:
                 raise SourceError(f"{head.path} ends inside tensor '{name}'", "download the file again")
-            values = _dequantize(head, tensor, packed.reshape(len(part), row_bytes))
-            part.copy_(values - less if less else values)
-            if bool((part.isinf() & values.isfinite()).any()):
+            found = _dequantize(head, tensor, packed.reshape(len(part), row_bytes))
+            part.copy_(found if values is None else values.from_file(found))
+            if bool((part.isinf() & found.isfinite()).any()):
                 raise SourceError(
                     f"{head.path}: tensor '{name}' holds values too large for {str(dtype).removeprefix('torch.')}",
                     "set model.dtype: float32",
