@@ -43,6 +43,7 @@ OTHERS: dict[str, dict[str, Any]] = {
         **BASE, "attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 8, "use_mamba_kernels": False,
         "num_experts": 2,
     },
+    "jetmoe": {**BASE, "kv_channels": 16, "num_local_experts": 4, "num_experts_per_tok": 2},
     "zamba2": {
         "vocab_size": BASE["vocab_size"], "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 4,
         "num_attention_heads": 4, "mamba_d_state": 16, "mamba_ngroups": 1, "n_mamba_heads": 4, "mamba_headdim": 32,
@@ -133,6 +134,7 @@ def seeing(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("gpt_oss", EXPERTS | {"rank_pattern": {"experts.down_proj": 2}, "alpha_pattern": {"gate_up_proj": 3}}),
         ("qwen3_vl_moe", EXPERTS),
         ("llama4_text", EXPERTS),
+        ("jetmoe", {"target_parameters": ["input_linear.weight", "output_linear.weight"]}),
         ("mixtral", {"target_modules": ["q_proj", "w1", "w2", "w3"]}),
     ],
 )

@@ -52,6 +52,10 @@ class _Places:
         """What the base calls a parameter; None if it has none of that name, or several."""
         return self._exact.get(name) or self._plain.get(without_wrappers(name))
 
+    def is_stack(self, parameter: str) -> bool:
+        """Whether a parameter holds several matrices."""
+        return len(self._base.names.shapes().get(parameter, ())) == 3
+
     def targeted(self, module: str, wanted: Iterable[str]) -> list[str]:
         """The parameters of a module that ``target_parameters`` name, in the module's own order."""
         plain = without_wrappers(module)
@@ -85,19 +89,20 @@ def place(adapter: Adapter, base: Base) -> Adapter:
     """
     places, given = _Places(base), adapter.contents
     found = Contents(renamed=given.renamed)
+    wanted = adapter.config.lora.target_parameters or ()
     nested: dict[str, dict[int, str]] = {}
     for module, parts in given.lora.items():
         target = None if module.endswith(NESTED) else places.parameter(f"{module}.weight")
-        if target is None and adapter.config.lora.target_parameters:
-            core = module
-            while core.endswith(NESTED):
-                core = core.removesuffix(NESTED)
+        core = _unnested(module)
+        if target is None and wanted and (core != module or places.targeted(core, wanted)):
             nested.setdefault(core, {})[(len(module) - len(core)) // len(NESTED)] = module
-            continue
-        adapter.check_rank(module, parts)
-        own = target.removesuffix(".weight") if target else module
-        _check_free(adapter, own, found.called, module)
-        found.lora[own], found.called[own] = parts, module
+        elif target is not None and wanted and places.is_stack(target):
+            found.stacks[target] = _stack(adapter, base, target, module, f"{module}.weight")
+        else:
+            adapter.check_rank(module, parts)
+            own = target.removesuffix(".weight") if target else module
+            _check_free(adapter, own, found.called, module)
+            found.lora[own], found.called[own] = parts, module
     for module, key in given.tokens.items():
         own = (places.parameter(f"{module}.weight") or f"{module}.weight").removesuffix(".weight")
         found.tokens[own], found.called[own] = key, module
@@ -133,17 +138,36 @@ def _stacks(adapter: Adapter, base: Base, places: _Places, core: str, modules: d
     found = {}
     for depth, module in modules.items():
         parameter = parameters[len(parameters) - 1 - depth]
-        own, _, leaf = parameter.rpartition(".")
-        parts = adapter.contents.lora[module]
-        keys = (parts["lora_A.weight"], parts["lora_B.weight"])
-        found[parameter] = stack_of(
-            keys,
-            (adapter.reader.shape(keys[0]), adapter.reader.shape(keys[1])),
-            base.names.shapes()[parameter],
-            module=core,
-            rank=adapter.config.rank(f"{core}.{leaf}"),
-            scaling=adapter.config.scaling(f"{core}.{leaf}"),
-            transposed=own in base.transposed,
-            origin=adapter.origin,
-        )
+        found[parameter] = _stack(adapter, base, parameter, module, f"{core}.{parameter.rpartition('.')[2]}")
     return found
+
+
+def _stack(adapter: Adapter, base: Base, parameter: str, module: str, called: str) -> Stack:
+    """What an adapter adds to a parameter.
+
+    Args:
+        adapter: it.
+        base: that has the parameter.
+        parameter: of the base.
+        module: by which the adapter names its factors.
+        called: what the adapter calls the parameter.
+    """
+    parts = adapter.contents.lora[module]
+    keys = (parts["lora_A.weight"], parts["lora_B.weight"])
+    return stack_of(
+        keys,
+        (adapter.reader.shape(keys[0]), adapter.reader.shape(keys[1])),
+        base.names.shapes()[parameter],
+        module=_unnested(module),
+        rank=adapter.config.rank(called),
+        scaling=adapter.config.scaling(called),
+        transposed=parameter.rpartition(".")[0] in base.transposed,
+        origin=adapter.origin,
+    )
+
+
+def _unnested(module: str) -> str:
+    """The name of a module without what PEFT adds for further parameters of it."""
+    while module.endswith(NESTED):
+        module = module.removesuffix(NESTED)
+    return module
