@@ -220,3 +220,25 @@ def test_names_are_told_as_patterns() -> None:
 )
 def test_a_share_is_never_rounded_to_all_or_nothing(share: float, text: str) -> None:
     assert percentage(share) == text
+
+
+def test_layers_around_the_blocks_are_told(tmp_path: Path) -> None:
+    model = make(tmp_path, "llava")
+    (note,) = [
+        note for note in plan_layers(Skeleton(tmp_path), variant()).notes if "outside the decoder blocks" in note
+    ]
+    total = sum(each.numel() for each in model.parameters() if each.ndim >= 2)
+    around = [each.numel() for name, each in model.named_parameters() if "projector" in name and each.ndim == 2]
+    assert len(around) == 2
+    share = percentage(sum(around) / total)
+    assert f"multi_modal_projector.linear_1, multi_modal_projector.linear_2 ({share} of all weights)" in note
+    assert "vision" not in note
+
+
+def test_a_misfit_among_experts_is_refused_however_few(tmp_path: Path) -> None:
+    """Servers load all experts of a block in one scheme."""
+    make(tmp_path, "qwen2_moe", moe_intermediate_size=24, shared_expert_intermediate_size=2048)
+    with pytest.raises(SchemeError) as caught:
+        plan_layers(Skeleton(tmp_path), variant())
+    assert "down_proj: group_size 32 does not divide the 24 input columns (sizes that do: " in str(caught.value)
+    assert "or add allow_float: true, and" in str(caught.value)

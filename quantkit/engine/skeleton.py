@@ -139,6 +139,12 @@ class Skeleton:
             for each in outer
         }
 
+    def outside(self) -> list[Layer]:
+        """The linear layers that are in no block, in no model of images or sound, and not the head."""
+        parts = [*self._towers(), *self.blocks, *([self.head.module] if self.head else [])]
+        inside = {id(module) for part in parts for module in part.modules()}
+        return [layer for layer in self.layers() if id(layer.module) not in inside]
+
     def _stored_prefix(self, path: str, module: nn.Module) -> str:
         """What the names of a module's parameters begin with in the checkpoint."""
         first = next((name for name, _ in module.named_parameters()), "")

@@ -45,6 +45,7 @@ SPLITS = (
 )
 SPARE_MEMORY = 0.5
 """Share of the free memory that paused activations may take."""
+OUTSIDE = "outside the decoder blocks"
 TOWER = "text passes it by; an override that names layers of it alone quantizes them"
 """Why models of images and sound stay float."""
 EXPERTS_MEMORY = 0.2
@@ -181,7 +182,8 @@ def plan_layers(skeleton: Skeleton, variant: VariantSpec) -> Layers:
     found = _plan(skeleton, variant)
     merged = _merged_floats(skeleton, variant, found.quantized)
     reached = _reached_for(skeleton, variant, {*found.quantized}.difference(alone))
-    notes = (*found.notes, *notes_of_towers(skeleton, found.quantized), *notes_of_names(skeleton))
+    outside = (*notes_of_towers(skeleton, found.quantized), *notes_of_rest(skeleton))
+    notes = (*found.notes, *outside, *notes_of_names(skeleton))
     lone = next((name for name in alone if name in found.quantized), None)
     if lone is not None:
         notes = (*notes, f"transformers has no place for packed layers such as {lone}; {ELSEWHERE}")
@@ -231,6 +233,16 @@ def notes_of_towers(skeleton: Skeleton, quantized: Collection[str]) -> tuple[str
         return ()
     rest = "the rest of " if done else ""
     return (f"float: {rest}{few(list(weights))} ({percentage(share)} of all weights): {TOWER}",)
+
+
+def notes_of_rest(skeleton: Skeleton) -> tuple[str, ...]:
+    """How much of the linear layers around the blocks stays float."""
+    rest = skeleton.outside()
+    total = sum(each.numel() for each in skeleton.model.parameters() if each.ndim >= 2)
+    if not rest:
+        return ()
+    share = percentage(sum(math.prod(layer.shape) for layer in rest) / max(1, total))
+    return (f"float: {told_names(layer.name for layer in rest)} ({share} of all weights): {OUTSIDE}",)
 
 
 def notes_of_names(skeleton: Skeleton) -> tuple[str, ...]:
