@@ -101,6 +101,26 @@ def test_a_template_that_wants_parts_is_given_parts(tmp_path: Path) -> None:
     assert seen == f"user: <image>\nWhat is it?assistant: {ANSWER}"
 
 
+def test_texts_and_questions_are_scored_without_records_that_have_images(tmp_path: Path) -> None:
+    from quantkit.evaluation.answers import load_questions
+    from quantkit.evaluation.texts import load_text
+    from quantkit.recipe.evaluation import AnswerSpec, TextSpec
+
+    tokenizer = load_tokenizer(make_model(tmp_path / "model"))
+    file = tmp_path / "rows.json"
+    plain = [{"instruction": f"Say {word}.", "output": word} for word in ("one", "two", "three")]
+    file.write_text(json.dumps([*plain, {"image": "a.png", "instruction": "What is it?", "output": ANSWER}]))
+    found = load_questions(AnswerSpec(file=str(file), samples=4, max_new_tokens=4), tokenizer, set(), 200)
+    assert len(found.items) == 3
+    assert found.left_out["has images"] == 1
+    tokens = load_text(TextSpec(name="held-out", file=str(file)), tokenizer, 1000)
+    assert tokens.skipped_records == 1
+    assert "What is it" not in tokenizer.decode(tokens.ids)
+    file.write_text(json.dumps([{"image": "a.png", "text": "x"}]))
+    with pytest.raises(CalibrationError, match="each of its 1 records has images"):
+        load_text(TextSpec(name="held-out", file=str(file)), tokenizer, 1000)
+
+
 # With Pillow
 
 

@@ -90,10 +90,13 @@ def load_questions(
         CalibrationError: the data set cannot be read, or the chat template fails.
         EvaluationError: fewer than two questions are left.
     """
-    found = _read(spec)
+    given = _read(spec)
+    found = records.without_images(given)
     indices = found.indices()
     items: list[Question] = []
     left_out = dict.fromkeys(("no question with an answer", "in the calibration set", "too long"), 0)
+    if found is not given:
+        left_out["has images"] = len(given.records) - len(found.records)
     for place in random.Random(spec.seed).sample(range(len(indices)), len(indices)):
         if len(items) == spec.samples:
             break

@@ -54,7 +54,7 @@ def load_text(spec: TextSpec, tokenizer: PreTrainedTokenizerBase, limit: int) ->
         CalibrationError: the file or data set cannot be read, or the chat template fails.
         EvaluationError: the text has no tokens.
     """
-    found = _read(spec)
+    found = records.without_images(_read(spec))
     templated = records.template_text(TEMPLATE, tokenizer) is not None
     if templated and any(record.messages for record in found.records):
         ids = _encode_beginning(found.records, tokenizer, limit)

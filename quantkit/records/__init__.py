@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.errors import CalibrationError, did_you_mean
-from quantkit.records.dataset import RecordSet, Skipped
+from quantkit.records.dataset import RecordSet, Skipped, without_images
 from quantkit.records.files import identify_file, read_file
 from quantkit.records.formats import Message, Record
 from quantkit.records.hub import HUB_PREFIX, identify_hub, read_hub
@@ -38,6 +38,7 @@ __all__ = [
     "read_named",
     "render",
     "template_text",
+    "without_images",
 ]
 
 

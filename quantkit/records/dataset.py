@@ -18,6 +18,7 @@ FORMATS_HELP = (
     "a record has 'instruction' and 'output', or 'messages', or 'conversations', or 'text'; "
     "rename other columns in the data set"
 )
+HAS_IMAGES = "has images, and is scored as text alone"
 _REASONS_SHOWN = 3
 _ADDRESS = re.compile(r"(data|https?|file):", re.IGNORECASE)
 
@@ -101,6 +102,25 @@ def collect(
     if not records:
         raise _nothing_usable(name, skipped)
     return records, skipped
+
+
+def without_images(found: RecordSet) -> RecordSet:
+    """A data set of whose records those with images are skipped, for who reads texts alone.
+
+    Raises:
+        CalibrationError: no other is left.
+    """
+    seen = [index for record, index in zip(found.records, found.indices(), strict=True) if record.images]
+    if not seen:
+        return found
+    kept = [record for record in found.records if not record.images]
+    if not kept:
+        raise CalibrationError(
+            f"data set '{found.name}': each of its {len(seen)} records has images, and is scored as text alone",
+            "give records of texts",
+        )
+    skipped = [*found.skipped, *(Skipped(index, HAS_IMAGES) for index in seen)]
+    return replace(found, records=kept, skipped=sorted(skipped, key=lambda row: row.index))
 
 
 def _placed(record: Record, base: Path) -> Record:
