@@ -104,6 +104,14 @@ def test_blocks_are_the_outermost_list_with_most_linears() -> None:
     assert blocks is model.layers
 
 
+def test_a_model_whose_blocks_lie_in_parts_is_refused() -> None:
+    model = nn.Module()
+    model.attentions = nn.ModuleList(nn.Sequential(*(nn.Linear(4, 4) for _ in range(4))) for _ in range(3))
+    model.feed_forwards = nn.ModuleList(nn.ModuleDict({"up": nn.Linear(4, 16)}) for _ in range(3))
+    with pytest.raises(SourceError, match="in several lists, attentions and feed_forwards"):
+        find_blocks(model)
+
+
 def test_a_single_block_is_preferred_to_the_lists_inside() -> None:
     model = Nested()
     model.layers = model.layers[:1]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -78,8 +78,29 @@ def find_blocks(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
             f"{type(model).__name__} has no list of decoder blocks with linear layers",
             "quantkit quantizes decoder-only transformers",
         )
-    lists = outermost_lists(text, {type(config) for config in configs})
-    return [(names[each], each) for each in lists if [*map(type, each)] == [*map(type, best[1])]]
+    lists = list(outermost_lists(text, {type(config) for config in configs}))
+    alike = [(names[each], each) for each in lists if [*map(type, each)] == [*map(type, best[1])]]
+    _check_whole(best[1], lists, names)
+    return alike
+
+
+def _check_whole(blocks: nn.ModuleList, lists: Sequence[nn.ModuleList], names: Mapping[nn.Module, str]) -> None:
+    """Refuse a model whose blocks are no modules, as XLM's: it has a list of attentions, and one of what follows each.
+
+    Raises:
+        SourceError: a list of other modules, as many, holds linear layers of more than half the weights.
+    """
+
+    def weights(each: nn.ModuleList) -> int:
+        return sum(linear.weight.numel() for _, linear in linear_modules(each))
+
+    for other in lists:
+        differs = type(other[0]) is not type(blocks[0]) and len(other) == len(blocks)
+        if differs and 2 * weights(other) > weights(blocks):
+            raise SourceError(
+                f"the model keeps the parts of its blocks in several lists, {names[blocks]} and {names[other]}",
+                "quantkit quantizes models whose blocks are modules of one list",
+            )
 
 
 def outermost_lists(module: nn.Module, configs: Set[type] | None = None) -> Iterator[nn.ModuleList]:
