@@ -194,6 +194,10 @@ def test_what_stays_float_is_told_by_the_plan_the_command_the_manifest_and_the_r
     manifest = read_manifest(out)
     assert manifest is not None
     assert manifest["share"] == share
+    assert (
+        f"layers, {told.replace('block weights', 'weights of its blocks')}, quantized by"
+        in (out / "README.md").read_text()
+    )
     assert manifest["float"] == {ROUTER: ["model.layers.N.mlp.gate"], GATE: ["model.layers.N.mlp.shared_expert_gate"]}
     written, source = CheckpointReader(out), CheckpointReader(tmp_path / "model")
     name = "model.layers.0.mlp.gate.weight"

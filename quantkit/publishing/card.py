@@ -18,6 +18,7 @@ from quantkit.publishing.markdown import code, fenced, plain, table
 from quantkit.publishing.usage import Subject, usage
 from quantkit.schemes import Scheme, scheme_from_json
 from quantkit.system.artifacts import write_text
+from quantkit.system.units import finite, percentage
 
 if TYPE_CHECKING:
     from quantkit.quantization import Job
@@ -135,9 +136,11 @@ def _opening(name: str, manifest: Mapping[str, Any], schemes: Mapping[str, Schem
     base = code(facts.base_model) if facts.base_model else "a model that is not on the hub"
     bits = manifest.get("bits_per_weight")
     cost = f" {bits:.3f} bits per quantized weight." if isinstance(bits, int | float) and schemes else ""
+    share = finite(manifest.get("share"))
+    part = "" if share is None else f", {percentage(share)} of the weights of its blocks,"
     return (
         f"# {plain(name)}\n\nThis is {base} in the format {manifest['format']} ({plain(kinds)}), "
-        f"{len(schemes)} layers quantized by {plain(manifest.get('created_by', 'quantkit'))}.{cost}"
+        f"{len(schemes)} layers{part} quantized by {plain(manifest.get('created_by', 'quantkit'))}.{cost}"
     )
 
 
