@@ -244,6 +244,22 @@ def test_images_for_a_model_that_does_not_see_are_refused(tmp_path: Path) -> Non
         calibrated(make_model(tmp_path / "model"), dataset, tmp_path / "out")
 
 
+def test_what_a_processor_needs_is_said(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No backend is asked for: a processor of videos beside that of images has none but torchvision's."""
+    from transformers import AutoProcessor
+
+    def load(*_: Any, **options: Any) -> None:
+        assert "backend" not in options
+        raise ImportError("\nVideoProcessor requires the Torchvision library but it was not found.\nInstall it.")
+
+    dataset = written(tmp_path / "data", *ROWS)
+    monkeypatch.setattr(AutoProcessor, "from_pretrained", load)
+    with pytest.raises(
+        CalibrationError, match="loaded: ImportError: VideoProcessor requires the Torchvision"
+    ):
+        calibrated(model, dataset, tmp_path / "out")
+
+
 def test_without_pillow_the_way_to_get_it_is_said(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "rows.json").write_text(json.dumps(ROWS[:1]))
     monkeypatch.setitem(sys.modules, "PIL", None)

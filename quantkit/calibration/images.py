@@ -79,7 +79,7 @@ class Processor:
             )
         try:
             found: Any = AutoProcessor.from_pretrained(
-                self._folder, backend="pil", trust_remote_code=self._trust_remote_code, local_files_only=True
+                self._folder, trust_remote_code=self._trust_remote_code, local_files_only=True
             )
         except Exception as error:  # a processor of any model
             raise CalibrationError(
