@@ -34,6 +34,7 @@ MULTIPLIERS = {
 SECTIONS: dict[str, Any] = {"rope_parameters": {**ROPE, "mrope_section": [3, 3, 2]}}
 DEEP = {"deepstack_visual_indexes": [0]}
 TOWER = {"hidden_size": 32, "embed_dim": 32, "depth": 1, "num_heads": 2, "out_hidden_size": 64, "intermediate_size": 64}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
 LONGROPE = {
     "rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 0.5,
     "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.0, 2.0, 3.0, 4.0], "original_max_position_embeddings": 256,
@@ -59,6 +60,18 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "qwen3_vl",
         {"text_config": BASE | SECTIONS, "vision_config": TOWER | {"deepstack_visual_indexes": [0]}},
     ),
+    "llama of long contexts": ("llama", {**BASE, "rope_parameters": YARN}),
+    "qwen3 of long contexts": ("qwen3", {**BASE, "rope_parameters": YARN}),
+    "olmo3 of long contexts": (
+        "olmo3",
+        {
+            **BASE,
+            "num_hidden_layers": 4,
+            "sliding_window": 8,
+            "rope_parameters": {"full_attention": YARN, "sliding_attention": ROPE},
+        },
+    ),
+    "gpt_neox of long contexts": ("gpt_neox", {"rope_parameters": {**YARN, "partial_rotary_factor": 0.5}}),
     "olmo": ("olmo", {**BASE, "clip_qkv": 0.5}),
     "olmo3": ("olmo3", {**BASE, "num_hidden_layers": 4, "sliding_window": 8}),
     "phi3 of long contexts": ("phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 256}),

@@ -302,7 +302,7 @@ def test_tokens_without_a_row_are_refused(tmp_path: Path) -> None:
         ("mistral", {"sliding_window": 64}, "sliding_window 64"),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}, "sliding_window 64"),
         ("qwen3", {"attention_bias": True}, "attention_bias True"),
-        ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "'yarn'"),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "'dynamic'"),
         ("llama", {"rope_parameters": {**LLAMA3, "low_freq_factor": 2.0}, "max_position_embeddings": 16384}, "llama3"),
     ],
 )

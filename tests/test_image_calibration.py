@@ -254,9 +254,7 @@ def test_what_a_processor_needs_is_said(tmp_path: Path, model: Path, monkeypatch
 
     dataset = written(tmp_path / "data", *ROWS)
     monkeypatch.setattr(AutoProcessor, "from_pretrained", load)
-    with pytest.raises(
-        CalibrationError, match="loaded: ImportError: VideoProcessor requires the Torchvision"
-    ):
+    with pytest.raises(CalibrationError, match="loaded: ImportError: VideoProcessor requires the Torchvision"):
         calibrated(model, dataset, tmp_path / "out")
 
 

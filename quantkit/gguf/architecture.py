@@ -82,7 +82,7 @@ class Architecture:
     tells: Mapping[str, str] = field(default_factory=dict)
     rope: Rope = "one"
     partial: bool = False
-    scalings: tuple[str, ...] = ("linear",)
+    scalings: tuple[str, ...] = ("linear", "yarn")
     untruncated: bool = False
     pattern: int = 0
     layouts: Mapping[str, Layout] = field(default_factory=dict)

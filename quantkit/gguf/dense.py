@@ -138,7 +138,7 @@ LLAMA_LIKE = (
         keys=USUAL,
         implied=SILU,
         tells={**BIASES, "mlp_bias": "blk.0.ffn_up.bias"},
-        scalings=("linear", "llama3"),
+        scalings=("linear", "yarn", "llama3"),
         layouts=ROTATED,
     ),
     Architecture(name="qwen2", model_type="qwen2", keys=USUAL, implied=SILU),
@@ -179,7 +179,7 @@ LLAMA_LIKE = (
         keys=USUAL,
         implied={"hidden_act": "relu2", "mlp_bias": False},
         tells=BIASES,
-        scalings=("linear", "llama3"),
+        scalings=("linear", "yarn", "llama3"),
         layouts=ROTATED,
     ),
     Architecture(
@@ -188,7 +188,7 @@ LLAMA_LIKE = (
         keys=USUAL | GRANITE,
         implied=SILU,
         tells={**BIASES, "mlp_bias": "blk.0.ffn_up.bias"},
-        scalings=("linear", "llama3"),
+        scalings=("linear", "yarn", "llama3"),
         layouts=ROTATED,
     ),
     Architecture(
@@ -223,7 +223,7 @@ LLAMA_LIKE = (
         keys=USUAL | {WINDOW: "sliding_window"},
         absent={"sliding_window": None},
         implied=SILU,
-        scalings=("linear", "llama3"),
+        scalings=("linear", "yarn", "llama3"),
         pattern=4,
         refusal=lambda config: (
             "sliding windows but in 64 blocks" if config.sliding_window and config.num_hidden_layers != 64 else None

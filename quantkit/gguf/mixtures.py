@@ -169,7 +169,6 @@ MIXTURES = (
         model_type="qwen3_moe",
         keys=USUAL | OWN_SIZE | {"expert_count": "num_experts", "expert_used_count": "num_experts_per_tok"},
         implied=SILU | ALL_ALIKE | {"norm_topk_prob": True, "attention_bias": False},
-        scalings=("linear", "yarn"),
     ),
     Architecture(
         name="olmoe",

@@ -240,8 +240,8 @@ def kept_whole(layers: Iterable[str], config: PreTrainedConfig) -> list[str]:
     return [layer for layer, found in places.items() if found and not Spread(found).has_rows]
 
 
-def model_of(config: dict[str, Any], head: GGUFHead) -> nn.Module:
-    """The model of a file's config, on meta.
+def model_of(config: dict[str, Any], head: GGUFHead) -> tuple[nn.Module, Names]:
+    """The model of a file's config, on meta, and what its checkpoint calls its parameters.
 
     Raises:
         SourceError: it cannot be built.
@@ -249,9 +249,9 @@ def model_of(config: dict[str, Any], head: GGUFHead) -> nn.Module:
     try:
         with torch.device("meta"):
             model: nn.Module = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+        return model, Names(model)
     except (StrictDataclassError, ValueError, RuntimeError) as error:
         raise SourceError(f"{head.path} describes a model that cannot be built: {error}", GIVE_FLOAT) from error
-    return model
 
 
 def places_of(
@@ -268,8 +268,8 @@ def places_of(
     Raises:
         SourceError: the model cannot be built, or file and model do not have the same tensors.
     """
-    model = model_of(config, head)
-    naming, names = Naming(architecture, model.config), Names(model)
+    model, names = model_of(config, head)
+    naming = Naming(architecture, model.config)
     places: dict[str, Place | Spread] = {}
     shapes = {name: tuple(each.shape) for name, each in _tensors(model)}
     for parameter, shape in shapes.items():
