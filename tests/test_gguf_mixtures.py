@@ -53,6 +53,10 @@ MODELS: dict[str, dict[str, Any]] = {
     "granitemoe": GRANITE,
     "granitemoeshared": {**GRANITE, "shared_intermediate_size": 32},
     "glm4_moe": {"use_qk_norm": True, "attention_bias": True, "first_k_dense_replace": 0},
+    "minimax_m2": {
+        **BASE, **LOCAL, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+    },
+    "hunyuan_v1_moe": {**BASE, "num_experts": 4, "moe_topk": 2},
     "dots1": {
         **BASE, **DEEPSEEK, "sliding_window": None, "layer_types": ["full_attention"] * 2, "n_shared_experts": 1,
         "routed_scaling_factor": 2.5, "norm_topk_prob": True,

@@ -255,6 +255,31 @@ MIXTURES = (
         inferred=(GATING,),
     ),
     Architecture(
+        name="minimax-m2",
+        model_type="minimax_m2",
+        keys=USUAL | EXPERTS | {"expert_feed_forward_length": "intermediate_size"},
+        implied=SILU,
+        partial=True,
+        renamed=CORRECTION,
+        needs_head=True,
+        describe=lambda config: {GATING: int(SIGMOID)},
+        inferred=(GATING,),
+    ),
+    Architecture(
+        name="hunyuan-moe",
+        model_type="hunyuan_v1_moe",
+        keys=USUAL
+        | {
+            "expert_count": "num_experts",
+            "expert_used_count": "moe_topk",
+            "expert_feed_forward_length": "intermediate_size",
+            "expert_shared_feed_forward_length": "intermediate_size",
+        },
+        implied=SILU | {"attention_bias": False},
+        describe=lambda config: {"expert_shared_count": 1},
+        inferred=("expert_shared_count",),
+    ),
+    Architecture(
         name="dots1",
         model_type="dots1",
         keys=USUAL | SCORED,

@@ -159,16 +159,22 @@ def ask_for_tiles() -> None:
 
 
 def load(job: dict[str, Any], reads: Reads) -> Any:
-    """The engine with the checkpoint, one prompt at a time, without compilation or reuse of prompts' beginnings."""
+    """The engine with the checkpoint, one prompt at a time, without compilation or reuse of prompts' beginnings.
+
+    Of a model that sees or hears, too, it is the language model, as prompts are text.
+    """
     from vllm import LLM
+    from vllm.engine.arg_utils import EngineArgs  # type: ignore[import-not-found]  # as above
     from vllm.model_executor.model_loader.default_loader import (  # type: ignore[import-not-found]  # as above
         DefaultModelLoader,
     )
 
     original = DefaultModelLoader.get_all_weights
     DefaultModelLoader.get_all_weights = lambda self, config, model: reads.watch(original(self, config, model))
+    alone = {"language_model_only": True} if hasattr(EngineArgs, "language_model_only") else {}
     return LLM(
         job["checkpoint"],
+        **alone,
         skip_tokenizer_init=True,
         dtype=job["dtype"],
         max_model_len=job["context_length"],
