@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from quantkit.checkpoint import CheckpointReader
 from quantkit.errors import SourceError
 from quantkit.exports.gguf_writer import check_source, source_remarks, write_gguf
-from quantkit.gguf.architecture import architectures, model_types
+from quantkit.gguf.architecture import architecture_of, architectures, model_types
+from quantkit.gguf.config import model_config
+from quantkit.gguf.head import read_head
 from quantkit.gguf.mixtures import MIXTURES
+from quantkit.gguf.names import places_of
 from quantkit.recipe import ModelSpec
 from quantkit.runtimes.base import LoadOptions
 from quantkit.source import resolve
@@ -239,6 +243,17 @@ def test_files_of_other_tools_give_the_model_that_they_were_made_of(tmp_path: Pa
         )
     model = AutoModelForCausalLM.from_pretrained(back, dtype=torch.float32)
     torch.testing.assert_close(logits_of(model), wanted, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["falcon", "gpt2", "lfm2", "mamba", "stablelm"])
+def test_sizes_that_no_model_has_are_one_line(tmp_path: Path, name: str) -> None:
+    architecture, changes = MODELS[name]
+    make(tmp_path / "float", architecture, **changes)
+    head = read_head(write_gguf(content_of(tmp_path / "float", None), tmp_path))
+    for value in (3, 4_000_000_000, [1, 2], "x", None):
+        broken = replace(head, metadata=head.metadata | {f"{head.architecture}.embedding_length": value})
+        with pytest.raises(SourceError, match=r"model-F16\.gguf"):
+            places_of(broken, model_config(broken, torch.float16), architecture_of(broken))
 
 
 @pytest.mark.parametrize(

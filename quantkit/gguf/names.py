@@ -29,6 +29,8 @@ TOWER = re.compile(r"^(?:model\.)?language_model\.(?:model\.)?")
 """How the tensors of a language model begin that is part of another one."""
 PREFIXES = ("", "model.", "transformer.", "gpt_neox.")
 """What files leave out before the names of a model's own tensors."""
+UNFORESEEN = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError)
+"""What the classes of models raise for values that nobody foresaw."""
 STACKED = re.compile(r"(\.\d+\..*?)\.(\d+)(?=\.|$)")
 """In a name, the block and what comes before the number of one of several tensors that are stacked in the file."""
 
@@ -250,7 +252,16 @@ def model_of(config: dict[str, Any], head: GGUFHead) -> tuple[nn.Module, Names]:
         with torch.device("meta"):
             model: nn.Module = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
         return model, Names(model)
-    except (StrictDataclassError, ValueError, RuntimeError) as error:
+    except (
+        StrictDataclassError,
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        ArithmeticError,
+        RuntimeError,
+    ) as error:
+        # what the classes of models raise for values that nobody foresaw
         raise SourceError(f"{head.path} describes a model that cannot be built: {error}", GIVE_FLOAT) from error
 
 
