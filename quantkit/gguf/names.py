@@ -252,16 +252,7 @@ def model_of(config: dict[str, Any], head: GGUFHead) -> tuple[nn.Module, Names]:
         with torch.device("meta"):
             model: nn.Module = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
         return model, Names(model)
-    except (
-        StrictDataclassError,
-        ValueError,
-        TypeError,
-        LookupError,
-        AttributeError,
-        ArithmeticError,
-        RuntimeError,
-    ) as error:
-        # what the classes of models raise for values that nobody foresaw
+    except (StrictDataclassError, *UNFORESEEN) as error:
         raise SourceError(f"{head.path} describes a model that cannot be built: {error}", GIVE_FLOAT) from error
 
 
