@@ -235,6 +235,22 @@ def test_a_weight_that_blocks_share_is_solved_once_and_computed_with_wherever_it
     assert not torch.equal(solved, skeleton.read(f"{second}.weight", CheckpointReader(tmp_path).read))
 
 
+def test_batches_do_not_mix_the_states_that_modules_keep(tmp_path: Path) -> None:
+    """RecurrentGemma's recurrence keeps its last state in the module, and a pass pauses before that is read."""
+    make(tmp_path, "recurrent_gemma")
+    found = []
+    for strategy in ("one-pass", "recompute"):
+        skeleton = Skeleton(tmp_path)
+        task, sink = tiny_task(skeleton, tiny_method())
+        settings = WalkSettings(CPU, strategy=strategy)
+        batches = make_batches([*tiny_rows(2, 48, 48), *tiny_rows(1, 30, 30)], CPU, may_pad=False)
+        Walk(skeleton, CheckpointReader(tmp_path), batches, [task], settings).run()
+        found.append(sink.results)
+    assert [len(batch.token_ids) for batch in batches] == [2, 1], "states of different shapes"
+    for name, result in found[0].items():
+        assert torch.equal(result.error, found[1][name].error), name
+
+
 @pytest.mark.parametrize("method", ["gptq", "awq"])
 def test_blocks_that_share_weights_are_written_once_and_read_back_everywhere(tmp_path: Path, method: str) -> None:
     folder, out = quantized(tmp_path, "zamba2", method=method)
