@@ -24,6 +24,8 @@ from quantkit.exports.manifest import read_manifest
 from quantkit.quantization.left_float import IGNORED, told_names
 from quantkit.quantization.plan import Layers, plan_layers
 from quantkit.recipe import VariantSpec
+from quantkit.report.columns import build_columns
+from quantkit.report.numbers import ABSENT
 from quantkit.system.units import percentage
 from quantkit.system.validation import parse_section
 from tests.architectures import BASE, make
@@ -212,6 +214,14 @@ def test_estimates_keep_float_what_the_plan_keeps(tmp_path: Path) -> None:
     assert found.nbytes == sum(map(reader.nbytes, reader.names()))
 
 
+def test_estimates_ignore_the_head_whatever_its_name(tmp_path: Path) -> None:
+    make_model(tmp_path, "gpt_neox")
+    anatomy = anatomy_of(str(tmp_path))
+    assert "lm_head" not in anatomy.head
+    assert anatomy.head not in stored(anatomy, variant()).packed
+    assert anatomy.head in stored(anatomy, variant(ignore=[])).packed
+
+
 def test_names_are_told_as_patterns() -> None:
     names = [f"model.layers.{block}.{leaf}" for block in range(3) for leaf in "abcdef"]
     listed = ", ".join(f"3 model.layers.N.{leaf}" for leaf in "abcd")
@@ -246,3 +256,13 @@ def test_a_misfit_among_experts_is_refused_however_few(tmp_path: Path) -> None:
         plan_layers(Skeleton(tmp_path), variant())
     assert "down_proj: group_size 32 does not divide the 24 input columns (sizes that do: " in str(caught.value)
     assert "or add allow_float: true, and" in str(caught.value)
+
+
+def test_the_report_has_a_column_where_not_all_is_quantized() -> None:
+    def shown(*shares: float) -> list[str] | None:
+        rows = [{"name": str(share), "status": "ok", "share": share, "size_bytes": 1} for share in shares]
+        columns = build_columns({"name": "r", "baseline": {"size_bytes": 2}, "variants": rows})
+        return [cell.text for cell in columns["blocks"].cells] if "blocks" in columns else None
+
+    assert shown(1.0, 1.0) is None
+    assert shown(0.974, 1.0) == [ABSENT, "97.4%", "100.0%"]

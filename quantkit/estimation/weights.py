@@ -109,7 +109,10 @@ def schemes_of(anatomy: Anatomy, variant: VariantSpec) -> dict[str, Scheme | Non
         name = anatomy.head if anatomy.tied else anatomy.embedding
         found[anatomy.embedding] = embedding.for_layer(name, None, anatomy.blocks, anatomy.head_shape)
     kept = anatomy.keeps_float()
-    candidates = {name: Candidate(name, shape, block, kept.get(name)) for name, (shape, block) in linears.items()}
+    candidates = {
+        name: Candidate(name, shape, block, kept.get(name), is_head=name == anatomy.head)
+        for name, (shape, block) in linears.items()
+    }
     return found | dict(choose(variant, candidates, anatomy.blocks, anatomy.in_blocks()).schemes)
 
 

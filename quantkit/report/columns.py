@@ -98,6 +98,9 @@ def build_columns(report: Record) -> dict[str, Column]:
 def _cost_columns(rows: Sequence[Record], ratio: str) -> dict[str, Column]:
     whole = figure(rows[0], "size_bytes")
     ratios = [None if size is None or not whole else size / whole for size in _values(rows, "size_bytes")]
+    shares = _values(rows, "share")
+    if all(share is None or share == 1 for share in shares):
+        shares = [None] * len(rows)
     return {
         "size": _bytes("Size", _values(rows, "size_bytes")),
         "ratio": _column(ratio, ratios, percent, "low"),
@@ -105,6 +108,7 @@ def _cost_columns(rows: Sequence[Record], ratio: str) -> dict[str, Column]:
         "file_bits": _column(
             "Bits, whole file", _values(rows, "bits_per_weight_file"), lambda value: fixed(value, 2), "low"
         ),
+        "blocks": _column("Of the blocks", shares, percent, "high"),
         "weights": _marked_decoded(_bytes("Weights", _values(rows, "memory", "weights_bytes")), rows),
         "peak": _bytes("Peak", _values(rows, "memory", "peak_bytes")),
         **_estimate_columns(rows),

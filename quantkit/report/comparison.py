@@ -101,7 +101,13 @@ def _shapes(report: Record) -> list[tuple[str, list[Shape]]]:
         for text in texts_of(report)
     ]
     return [
-        ("On disk", [[("size", ""), ("ratio", "")], [("bits", "Bits"), ("file_bits", "Whole file")]]),
+        (
+            "On disk",
+            [
+                [("size", ""), ("ratio", "")],
+                [("bits", "Bits"), ("file_bits", "Whole file"), ("blocks", "Of the blocks")],
+            ],
+        ),
         *per_text,
         (
             "Memory",

@@ -34,6 +34,9 @@ def definitions(report: Record) -> Facts:
         ("Size", "Bytes of the checkpoint's weight files on disk."),
         ("Bits per weight", "Stored bits per quantized weight, with the shares of scales and zero points."),
     ]
+    if any((figure(row, "share") or 1) < 1 for row in rows):
+        meaning = "Part of the weights in the decoder blocks' matrices that is quantized; notes say what stays float."
+        found.append(("Of the blocks", meaning))
     if any(pick(row, "metrics", "perplexity") for row in rows):
         meaning = f"exp(sum of negative log-likelihood / tokens scored), as below; Δ is the change against {reference}."
         found.append(("Perplexity", meaning))

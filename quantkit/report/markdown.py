@@ -15,7 +15,7 @@ from quantkit.report.plot import Plot, build_plot
 
 _SPECIAL = re.compile(r"([\\`*_\[\]<>|~#$])")
 _COST = (
-    *("size", "ratio", "bits", "file_bits", "weights", "peak", "at_prefill", "estimated", "estimate_ratio"),
+    *("size", "ratio", "bits", "file_bits", "blocks", "weights", "peak", "at_prefill", "estimated", "estimate_ratio"),
     *("prefill", "decode", "quantize", "evaluate"),
 )
 _QUALITY = ("kl", "median", "p99", "perplexity", "rise", "share", "top1")

@@ -50,7 +50,7 @@ def table(report: dict[str, Any]) -> Table:
 
 def _keys(report: Record) -> list[str]:
     per_text = [f"{key}:{text}" for text in texts_of(report) for key in ("mean", "perplexity")]
-    return ["size", "ratio", *per_text, "at_prefill", "estimate_ratio", "decode"]
+    return ["size", "ratio", "blocks", *per_text, "at_prefill", "estimate_ratio", "decode"]
 
 
 def _rows(report: Record) -> list[tuple[str, str]]:
