@@ -150,7 +150,7 @@ def written_names(names: Collection[str], config: PreTrainedConfig, naming: Nami
 
 def guesses_further(name: str, config: PreTrainedConfig) -> bool:
     """Whether a tensor is of the blocks that guess at tokens after the next, which the model's class does not have."""
-    block = re.match(r"(?:model\.)?(?:language_model\.)?(?:model\.)?layers\.(\d+)\.", name)
+    block = re.match(r"(?:model\.)?(?:(?:language|text)_model\.)?(?:model\.)?layers\.(\d+)\.", name)
     return bool(re.match(r"(?:model\.)?mtp\.", name) or (block and int(block[1]) >= config.num_hidden_layers))
 
 

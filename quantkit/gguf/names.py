@@ -25,7 +25,7 @@ from quantkit.gguf.rope import ROPE_TENSORS
 from quantkit.gguf.tensors import FLOATS, dequantized
 
 SUFFIXES = (".weight", ".bias")
-TOWER = re.compile(r"^(?:model\.)?language_model\.(?:model\.)?")
+TOWER = re.compile(r"^(?:model\.)?(?:language|text)_model\.(?:model\.)?")
 """How the tensors of a language model begin that is part of another one."""
 PREFIXES = ("", "model.", "transformer.", "gpt_neox.")
 """What files leave out before the names of a model's own tensors."""
