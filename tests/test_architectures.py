@@ -175,6 +175,8 @@ def test_what_transformers_has_no_place_for_is_said_and_decoded_by_the_reference
     _, out = quantized(tmp_path, architecture)
     notes = json.loads((out / "stage.json").read_text())["facts"]["notes"]
     assert any("transformers has no place for packed layers such as" in note for note in notes)
+    _, info = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, output_loading_info=True)
+    assert info["missing_keys"], "transformers finds the place now: the note has to go"
     assert choose_runtime(out).name == "reference"
 
 

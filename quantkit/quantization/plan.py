@@ -33,7 +33,7 @@ from quantkit.schemes import PlainScheme, Scheme
 from quantkit.system.units import percentage
 
 TAKES_FOR_PACKED = "which it takes for packed ones when it loads the file, and fails: the reference decoder reads it"
-ELSEWHERE = "the reference decoder reads them, and servers whose experts are called so"
+ELSEWHERE = "the reference decoder reads them, and so do servers that call them so"
 """Who reads what transformers does not."""
 REACHES = (
     "reaches for the weights of packed layers such as {} when it is loaded, and fails: the reference decoder reads the "
