@@ -61,6 +61,18 @@ def matrix(
 
 
 @app.command(rich_help_panel=PANEL)
+def models(
+    name: Annotated[str, typer.Argument(metavar="[NAME]", help="Part of an architecture's name; all by default.")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Print what becomes of each architecture, as tests have found: what is quantized, and what loads it."""
+    from quantkit.verification.models import chosen, models_table, read_models
+
+    found = chosen(read_models(), name)
+    _print(found, lambda: models_table(found), as_json)
+
+
+@app.command(rich_help_panel=PANEL)
 def estimate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A well-known name, a folder, or a hub id.")],
     method: Annotated[str, typer.Option(help="See 'quantkit methods'.")] = "gptq",
