@@ -184,7 +184,7 @@ def test_a_sweep_goes_on_from_the_block_that_the_last_of_its_variants_misses(mod
         assert digests(here.folder) == digests(there.folder), name
         assert facts(here.folder) == facts(there.folder), name
         assert here.facts["resumed"] == {"gptq": 2, "awq+gptq": 2, "awq": 1, "hqq": 1}.get(name, 0)
-    assert len(notes) == 3
+    assert len([note for note in notes if "went on after a run" in note]) == 3
     assert notes[0].startswith("gptq, awq-gptq: went on after a run that ended early, with 2 of 3 segments")
     assert hidden_names(tmp_path) == []
 

@@ -84,7 +84,7 @@ def run_walk(
                 runs.append(run)
         for run in runs:
             ends.push(partial(_leave, run, found))
-        told = {run.name: [*run.told(), *filter(None, [run.resumed.note])] for run in runs}
+        told = {run.name: [*filter(None, [run.resumed.note]), *run.told()] for run in runs}
         for note, names in _alike(told).items():
             on_note(f"{', '.join(names)}: {note}")
         walked = _solve(job, skeleton, runs, on_segment, on_note)
@@ -202,7 +202,9 @@ def _is_done(
     on_segment: OnSegment,
 ) -> bool:
     """Walk once; false where the memory of the GPU ran out and less is to be tried."""
-    rows = job.rows if any(task.needs for task in tasks) else ()
+    places = [*skeleton.segments, *([skeleton.head] if skeleton.head else [])]
+    left = [task for task in tasks if any(task.lacks(each.prefix, each.linears) for each in places)]
+    rows = job.rows if any(task.needs for task in left) else ()
     reader = CheckpointReader(job.source)
 
     def done(segments: int, total: int) -> None:
