@@ -204,13 +204,13 @@ def test_the_output_head_stays_float_whatever_the_file_calls_it(tmp_path: Path) 
 
 
 def test_experts_of_a_stack_that_stay_float_are_written_by_themselves(tmp_path: Path) -> None:
-    folder, out = quantized(tmp_path, "gpt_oss", ignore=[r"experts\.2\.", "lm_head"])
+    folder, out = quantized(tmp_path, "gpt_oss", ignore=[r"experts\.2\.", "lm_head"], format="hqq")
     written, source = CheckpointReader(out), CheckpointReader(folder)
     stack = source.read("model.layers.0.mlp.experts.gate_up_proj")
     gate = written.read("model.layers.0.mlp.experts.2.gate_proj.weight")
     assert torch.equal(gate, stack[2].T[0::2])
     assert "model.layers.0.mlp.experts.gate_up_proj" not in written
-    assert "model.layers.0.mlp.experts.1.gate_proj.weight_packed" in written
+    assert "model.layers.0.mlp.experts.1.gate_proj.W_q" in written
     ids = torch.tensor(tiny_rows(1, 20, 20))
     decoded: Any = Reference().load(out, LoadOptions(device="cpu", dtype="float32"))
     own = decoded.model.get_parameter("model.layers.0.mlp.experts.gate_up_proj")
@@ -375,7 +375,8 @@ def test_transposed_layers_that_stay_float_keep_their_layout(tmp_path: Path, met
 
 def test_parts_of_stacks_that_awq_changes_and_that_stay_float_are_written_as_they_became(tmp_path: Path) -> None:
     """With the original up_proj beside a rescaled down_proj the experts would compute something else."""
-    folder, out = quantized(tmp_path, "granitemoe", method="awq", ignore=["(gate|up)_proj$", "self_attn", "lm_head"])
+    keys = {"method": "awq", "format": "hqq", "ignore": ["(gate|up)_proj$", "self_attn", "lm_head"]}
+    folder, out = quantized(tmp_path, "granitemoe", **keys)
     source, written = CheckpointReader(folder), CheckpointReader(out)
     original = source.read("model.layers.0.block_sparse_moe.input_linear.weight")[1].chunk(2)[1]
     changed = written.read("model.layers.0.block_sparse_moe.experts.1.up_proj.weight")

@@ -127,7 +127,7 @@ ENTRIES: dict[str, Any] = {
     "openai": {"file_name": "openai.json", "formatting": "openai", "columns": {"messages": "messages"}},
     "first": {"file_name": "tagged.json", "formatting": "sharegpt", "num_samples": 1},
     "pairs": {"file_name": "x.json", "ranking": True},
-    "pictures": {"file_name": "x.json", "columns": {"images": "images"}},
+    "sounds": {"file_name": "x.json", "columns": {"audios": "audios"}},
     "scripted": {"script_url": "x.py"},
     "nowhere": {"ms_hub_url": "org/name"},
     "typed": {"file_name": 3},
@@ -177,7 +177,7 @@ def test_num_samples_are_the_first_rows_and_part_of_the_identity(data: Path) -> 
     ("name", "expected"),
     [
         ("pairs", "holds preferences and no conversations"),
-        ("pictures", "holds images"),
+        ("sounds", "holds audios"),
         ("scripted", "is made by a script, which is not run"),
         ("nowhere", "lies neither in a file nor on the Hugging Face hub"),
         ("typed", "typed.file_name: Input should be a valid string"),

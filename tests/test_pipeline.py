@@ -125,7 +125,7 @@ def test_a_row_holds_settings_errors_of_layers_and_figures(finished: tuple[Recip
     assert set(row) == {
         *("name", "status", "error", "method", "format", "scheme", "bits", "group_size", "symmetric", "options"),
         *("checkpoint", "bits_per_weight", "layers", "notes", "metrics", "texts", "size_bytes", "memory", "speed"),
-        *("seconds", "loaded_by", "scored_on", "bits_per_weight_file"),
+        *("seconds", "loaded_by", "scored_on", "bits_per_weight_file", "share", "experts"),
     }
     assert (row["name"], row["status"], row["error"]) == ("gptq4", "ok", None)
     assert {layer["scheme"] for layer in row["layers"]} == {"int4 g32 sym", "int8 g32 sym"}
