@@ -38,30 +38,38 @@ def log_probabilities(folder: Path, rows: torch.Tensor) -> Iterator[torch.Tensor
             yield model.logits(row).float().log_softmax(-1)
 
 
-def divergence(folder: Path, rows: torch.Tensor, wanted: list[torch.Tensor]) -> tuple[float, float]:
-    """Mean KL divergence from the float model's distributions, and its standard error over the rows."""
-    found = []
-    for theirs, ours in zip(log_probabilities(folder, rows), wanted, strict=True):
-        found.append((ours.exp() * (ours - theirs)).sum(-1).mean())
-    values = torch.stack(found)
+def divergences(folder: Path, rows: torch.Tensor, wanted: list[torch.Tensor]) -> torch.Tensor:
+    """KL divergence from the float model's distributions, the mean of each row."""
+    both = zip(log_probabilities(folder, rows), wanted, strict=True)
+    return torch.stack([(ours.exp() * (ours - theirs)).sum(-1).mean() for theirs, ours in both])
+
+
+def mean_and_error(values: torch.Tensor) -> tuple[float, float]:
+    """The mean over rows, and its standard error."""
     return values.mean().item(), (values.std() / len(values) ** 0.5).item()
 
 
 def compared(job: Job, cases: dict[str, tuple[str, ExpertSettings]], rows: torch.Tensor, work: Path) -> dict[str, Any]:
-    """The divergence of each case, printed as soon as it is there."""
+    """The divergence of each case as soon as it is there, and how far it is from the first one, row by row."""
     wanted = list(log_probabilities(job.source, rows))
     found: dict[str, Any] = {}
+    first: torch.Tensor | None = None
     for name, (method, experts) in cases.items():
         keys = {"name": name, "method": method, "bits": 4, "group_size": 64, "symmetric": True}
         variant = VariantSpec.model_validate(keys)
         (done,) = quantize_together(replace(job, experts=experts), [Wanted(variant, work / name)])
         if not isinstance(done, Quantized):
             raise done
-        mean, error = divergence(done.folder, rows, wanted)
+        values = divergences(done.folder, rows, wanted)
+        first = values if first is None and method != "rtn" else first
+        mean, error = mean_and_error(values)
+        shift, shift_error = (0.0, 0.0) if first is None else mean_and_error(values - first)
         few = sum(table["few"] for table in done.facts["experts"])
         found[name] = {"kl": mean, "stderr": error, "seconds": done.facts["seconds"], "few": few}
+        found[name] |= {"from_first": shift, "from_first_stderr": shift_error}
         seconds = done.facts["seconds"]
-        print(f"{job.source.name:12} {name:16} KL {mean:.4f} +- {error:.4f}  {seconds:6.0f} s", flush=True)
+        print(f"{job.source.name:12} {name:16} KL {mean:.4f} +- {error:.4f}", end="  ")
+        print(f"from the first {shift:+.4f} +- {shift_error:.4f}  {seconds:6.0f} s", flush=True)
     return found
 
 
@@ -69,6 +77,7 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--mixture", type=Path, required=True, help="float checkpoint folder of a mixture")
     parser.add_argument("--few", type=int, nargs="+", default=[8, 64], help="how many records calibrate")
+    parser.add_argument("--alone", action="store_true", help="the mixture without the dense model and rtn")
     parser.add_argument("--priors", type=float, nargs="+", default=[0.0, 0.5])
     parser.add_argument("--all", action="store_true", help="with all tokens for all experts, too")
     parser.add_argument("--rows", type=int, default=12, help=f"of {LENGTH} tokens that are scored")
@@ -79,10 +88,11 @@ def main() -> None:
     plain = ExpertSettings()
     for samples in given.few:
         given.samples = samples
-        first = {"rtn": ("rtn", plain)} if samples == given.few[0] else {}
+        first = {"rtn": ("rtn", plain)} if samples == given.few[0] and not given.alone else {}
         experts = {f"gptq-prior-{prior:g}": ("gptq", ExpertSettings(prior=prior)) for prior in given.priors}
         experts |= {"gptq-all": ("gptq", ExpertSettings("all"))} if given.all else {}
-        for folder, cases in ((given.model, first | {"gptq": ("gptq", plain)}), (mixture, first | experts)):
+        dense = [] if given.alone else [(given.model, first | {"gptq": ("gptq", plain)})]
+        for folder, cases in (*dense, (mixture, first | experts)):
             with tempfile.TemporaryDirectory() as scratch:
                 given.model = folder
                 job = read_calibration(given, Path(scratch))

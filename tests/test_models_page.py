@@ -72,7 +72,10 @@ def test_the_command_prints_all_some_and_says_which_there_are() -> None:
     assert "qwen3_moe" in printed("qwen3moe")
     with pytest.raises(SourceError, match="no architecture is called 'gema'") as caught:
         chosen(read_models(), "gema")
-    assert "gemma" in caught.value.remedy
+    assert caught.value.remedy.startswith("did you mean gemma")
+    with pytest.raises(SourceError) as caught:
+        chosen(read_models(), "zebra")
+    assert caught.value.remedy == "'quantkit models' lists all"
 
 
 def test_the_table_has_a_row_for_each_and_marks_what_loads() -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantkit.errors import SourceError, did_you_mean
+from quantkit.errors import SourceError
 from quantkit.system.artifacts import read_json
 from quantkit.system.units import percentage
 
@@ -41,7 +42,9 @@ def chosen(found: Mapping[str, Any], name: str) -> dict[str, Any]:
     there: Mapping[str, Any] = found["architectures"]
     kept = {each: facts for each, facts in there.items() if name.lower() in f"{each} {facts['class']}".lower()}
     if not kept:
-        raise SourceError(f"no architecture is called '{name}'", did_you_mean(name, there))
+        close = difflib.get_close_matches(name.lower(), there)
+        remedy = f"did you mean {' or '.join(close)}?" if close else "'quantkit models' lists all"
+        raise SourceError(f"no architecture is called '{name}'", remedy)
     return {**found, "architectures": kept}
 
 
