@@ -168,6 +168,16 @@ def test_transformers_computes_from_the_packed_file_what_the_reference_decoder_d
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+def transformers_finds_all(out: Path) -> bool:
+    try:
+        _, info = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, output_loading_info=True)
+    except AttributeError as error:  # of tensors that are tied and are not there
+        if "no attribute `weight`" not in str(error):
+            raise
+        return False
+    return not info["missing_keys"]
+
+
 @pytest.mark.parametrize("architecture", ["gpt2", "gpt_oss", "zamba2"])
 def test_what_transformers_has_no_place_for_is_said_and_decoded_by_the_reference(
     tmp_path: Path, architecture: str
@@ -175,8 +185,7 @@ def test_what_transformers_has_no_place_for_is_said_and_decoded_by_the_reference
     _, out = quantized(tmp_path, architecture)
     notes = json.loads((out / "stage.json").read_text())["facts"]["notes"]
     assert any("transformers has no place for packed layers such as" in note for note in notes)
-    _, info = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, output_loading_info=True)
-    assert info["missing_keys"], "transformers finds the place now: the note has to go"
+    assert not transformers_finds_all(out), "the note has to go"
     assert choose_runtime(out).name == "reference"
 
 
