@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from quantkit.calibration import load
 from quantkit.checkpoint import FLOATS, CheckpointReader
@@ -17,7 +20,7 @@ from quantkit.formats.base import Format
 from quantkit.isolation.forecast import library_forecast
 from quantkit.merging import merged_source
 from quantkit.pipeline import needs_calibration, quantize_job
-from quantkit.quantization.job import finished_variant, made_from
+from quantkit.quantization.job import Job, finished_variant, made_from
 from quantkit.quantization.plan import choose_strategy, plan_layers
 from quantkit.recipe import LibrarySpec, Recipe, VariantSpec
 from quantkit.system.artifacts import STAGE_FILE
@@ -39,23 +42,54 @@ def forecast(recipe: Recipe) -> dict[str, Any]:
     skeleton = Skeleton(model.folder, recipe.model.trust_remote_code)
     skeleton.check_blocks()
     reader = CheckpointReader(model.folder)
-    total = sum(reader.nbytes(name) for name in reader.names())
     calibrated = recipe.folder / "calibration"
     found = load(calibrated) if needs_calibration(recipe) and (calibrated / STAGE_FILE).exists() else None
-    job = quantize_job(recipe, model, found)
-    device, dtype = resolve_device(job.device), FLOATS[model.dtype]
     tokens = recipe.calibration.samples * recipe.calibration.max_length if found is None else found.tokens
+    job = quantize_job(recipe, model, found)
+    variants = _Variants(recipe.folder / "variants", job, resolve_device(job.device), skeleton, reader, tokens)
+    return {
+        "folder": str(recipe.folder),
+        "source": {
+            "reference": model.reference,
+            "folder": str(model.folder),
+            "size_bytes": sum(reader.nbytes(name) for name in reader.names()),
+            "dtype": model.dtype,
+        },
+        "calibration": _calibration_state(recipe, calibrated),
+        "baseline": _evaluation_state(recipe.folder / "baseline"),
+        "warnings": list(recipe.warnings()),
+        "variants": [variants.of(variant) for variant in recipe.variants],
+    }
 
-    def of(variant: VariantSpec) -> dict[str, Any]:
-        layers = plan_layers(skeleton, variant)
-        stored = finished_variant(recipe.folder / "variants" / variant.name, made_from(job, variant))
-        store = FORMATS.get(variant.format)
-        kept = sum(_float_bytes(reader, name, store, layers.cast) for name in layers.kept(reader.names()).values())
-        strategy = "weights only"
-        if variant.calibrated and job.inputs == "float":
-            strategy = "one walk for all"
-        elif variant.calibrated:
-            strategy = choose_strategy(skeleton, tokens, pass_dtype(device, dtype), device)
+
+@dataclass(frozen=True, slots=True)
+class _Variants:
+    """What is to be told of the variants of a run.
+
+    Attributes:
+        folder: in which they lie, or will.
+        job: which they share.
+        device: on which they are quantized.
+        skeleton: the model.
+        reader: its files.
+        tokens: with which they are calibrated.
+    """
+
+    folder: Path
+    job: Job
+    device: torch.device
+    skeleton: Skeleton
+    reader: CheckpointReader
+    tokens: int
+
+    def of(self, variant: VariantSpec | LibrarySpec) -> dict[str, Any]:
+        """One of them, see :func:`forecast`."""
+        if isinstance(variant, LibrarySpec):
+            return library_forecast(self.job, variant, self.skeleton, self.folder / variant.name)
+        layers, store = plan_layers(self.skeleton, variant), FORMATS.get(variant.format)
+        stored = finished_variant(self.folder / variant.name, made_from(self.job, variant))
+        kept = layers.kept(self.reader.names()).values()
+        floats = sum(_float_bytes(self.reader, name, store, layers.cast) for name in kept)
         return {
             "name": variant.name,
             "state": _variant_state(stored is not None, calibrated=variant.calibrated),
@@ -66,28 +100,17 @@ def forecast(recipe: Recipe) -> dict[str, Any]:
             "layers": (len(layers.quantized), len(layers.schemes)),
             "share": layers.share,
             "notes": list(layers.notes),
-            "size_bytes": kept + layers.quantized_bytes(store(model.dtype)),
-            "strategy": strategy,
+            "size_bytes": floats + layers.quantized_bytes(store(self.job.dtype)),
+            "strategy": self._strategy(variant),
         }
 
-    def of_library(variant: LibrarySpec) -> dict[str, Any]:
-        return library_forecast(job, variant, skeleton, recipe.folder / "variants" / variant.name)
-
-    return {
-        "folder": str(recipe.folder),
-        "source": {
-            "reference": model.reference,
-            "folder": str(model.folder),
-            "size_bytes": total,
-            "dtype": model.dtype,
-        },
-        "calibration": _calibration_state(recipe, calibrated),
-        "baseline": _evaluation_state(recipe.folder / "baseline"),
-        "warnings": list(recipe.warnings()),
-        "variants": [
-            of(variant) if isinstance(variant, VariantSpec) else of_library(variant) for variant in recipe.variants
-        ],
-    }
+    def _strategy(self, variant: VariantSpec) -> str:
+        if not variant.calibrated:
+            return "weights only"
+        if self.job.inputs == "float":
+            return "one walk for all"
+        dtype = pass_dtype(self.device, FLOATS[self.job.dtype])
+        return choose_strategy(self.skeleton, self.tokens, dtype, self.device)
 
 
 def _float_bytes(reader: CheckpointReader, name: str, store: type[Format], cast: str | None) -> int:
