@@ -1,10 +1,12 @@
-"""What stays float in the decoder blocks, told by its reason."""
+"""What stays float in the decoder blocks and around them, told by its reason."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
+from quantkit.engine.skeleton import Skeleton
 from quantkit.errors import SchemeError
 from quantkit.recipe import VariantSpec
 from quantkit.system.units import percentage
@@ -14,6 +16,9 @@ ALLOWED = 0.5
 SHOWN = 4
 """Patterns that a note names."""
 IGNORED = "the recipe ignores them"
+OUTSIDE = "outside the decoder blocks"
+TOWER = "text passes it by; an override that names layers of it alone quantizes them"
+"""Why models of images and sound stay float."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +76,39 @@ def few(words: Sequence[str]) -> str:
     """The first of many, and how many more there are."""
     rest = len(words) - SHOWN
     return ", ".join(words[:SHOWN]) + (f" and {rest} more like them" if rest > 0 else "")
+
+
+def notes_of_towers(skeleton: Skeleton, quantized: Collection[str]) -> tuple[str, ...]:
+    """How much of models of images and sound inside the model stays float."""
+    weights = skeleton.tower_weights()
+    layers = {layer.name: layer for segment in skeleton.towers for layer in segment.layers}
+    done = sum(math.prod(layers[name].shape) for name in quantized if name in layers)
+    total = sum(each.numel() for each in skeleton.model.parameters() if each.ndim >= 2)
+    share = (sum(weights.values()) - done) / max(1, total)
+    if not share:
+        return ()
+    rest = "the rest of " if done else ""
+    return (f"float: {rest}{few(list(weights))} ({percentage(share)} of all weights): {TOWER}",)
+
+
+def notes_of_rest(skeleton: Skeleton) -> tuple[str, ...]:
+    """How much of the linear layers around the blocks stays float."""
+    rest = skeleton.outside()
+    total = sum(each.numel() for each in skeleton.model.parameters() if each.ndim >= 2)
+    if not rest:
+        return ()
+    share = percentage(sum(math.prod(layer.shape) for layer in rest) / max(1, total))
+    return (f"float: {told_names(layer.name for layer in rest)} ({share} of all weights): {OUTSIDE}",)
+
+
+def notes_of_names(skeleton: Skeleton) -> tuple[str, ...]:
+    """What the checkpoint has and the class of the model does not know, and the reverse."""
+    kind = type(skeleton.model).__name__
+    lacking, unknown = skeleton.lacking(), skeleton.names.unknown_parts()
+    parts = [f"{part} ({count} tensors)" if count > 1 else part for part, count in unknown.items()]
+    copied = f"unknown to {kind}, copied as they are: {few(parts)}"
+    missing = f"missing in the checkpoint, though {kind} has them: {told_names(lacking)}"
+    return (*([copied] if unknown else []), *([missing] if lacking else []))
 
 
 def share_words(share: float, schemes: Collection[str]) -> str:

@@ -10,7 +10,6 @@ import psutil
 import torch
 
 from quantkit.engine.float_parts import FloatPart, block_weights, float_parts
-from quantkit.engine.initializing import reaches_for_weights, splits_in_vain
 from quantkit.engine.skeleton import Skeleton
 from quantkit.engine.text_alone import names_alone
 from quantkit.engine.walk import Strategy
@@ -19,35 +18,23 @@ from quantkit.formats import FORMATS
 from quantkit.formats.base import Format
 from quantkit.quantization.choosing import Candidate, Choice, check_layer, check_names, choose
 from quantkit.quantization.left_float import (
+    TOWER,
     Left,
     by_reason,
     check_left,
-    few,
     notes_of,
+    notes_of_names,
+    notes_of_rest,
+    notes_of_towers,
     pattern_of,
     share_words,
-    told_names,
 )
+from quantkit.quantization.packed_loading import loading_faults
 from quantkit.recipe import VariantSpec
 from quantkit.schemes import PlainScheme, Scheme
-from quantkit.system.units import percentage
 
-TAKES_FOR_PACKED = "which it takes for packed ones when it loads the file, and fails: the reference decoder reads it"
-ELSEWHERE = "the reference decoder reads them, and so do servers that call them so"
-"""Who reads what transformers does not."""
-REACHES = (
-    "reaches for the weights of packed layers such as {} when it is loaded, and fails: the reference decoder reads the "
-    "file, and vLLM does where it has such a model"
-)
-SPLITS = (
-    "does not split tensors such as {} when it loads a model with packed layers, and fails: the reference decoder "
-    "reads the file, and vLLM does where it has such a model"
-)
 SPARE_MEMORY = 0.5
 """Share of the free memory that paused activations may take."""
-OUTSIDE = "outside the decoder blocks"
-TOWER = "text passes it by; an override that names layers of it alone quantizes them"
-"""Why models of images and sound stay float."""
 EXPERTS_MEMORY = 0.2
 """Share of it that the statistics of a layer's experts may take."""
 
@@ -66,10 +53,7 @@ class Layers:
         alone: those that it calls otherwise where it loads the language model of several parts alone, likewise.
         stacks: tensors of the source that are no layer's own, such as stacked experts, to the layers that they hold.
         notes: what the user should know of it.
-        unloaded: layers for which transformers has no place where they are packed.
-        split: pattern of tensors that transformers fails to split on load, as other layers are packed.
-        reached_for: a quantized layer whose weight transformers' class of the model reaches for when it is loaded.
-        merged: a parameter that transformers makes of float weights which it takes for packed.
+        faults: why transformers does not load the file, as it packs layers.
         cast: the dtype in which every float tensor is stored; None leaves each as it is.
         left: the matrices of the decoder blocks that stay float.
         in_blocks: number of weights in all matrices of the blocks, each once.
@@ -85,10 +69,7 @@ class Layers:
     alone: Mapping[str, str] = field(default_factory=dict)
     stacks: Mapping[str, Sequence[str]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
-    unloaded: Collection[str] = ()
-    reached_for: str | None = None
-    merged: str | None = None
-    split: str | None = None
+    faults: tuple[str, ...] = ()
     left: tuple[Left, ...] = ()
     in_blocks: int = 0
 
@@ -153,9 +134,8 @@ class Layers:
 
     @property
     def transformers_loads(self) -> bool:
-        """Whether transformers has a place for every quantized layer."""
-        fails = any(each is not None for each in (self.reached_for, self.merged, self.split))
-        return not fails and not any(name in self.quantized for name in self.unloaded)
+        """Whether transformers loads the file."""
+        return not self.faults
 
     def weights(self) -> int:
         """Number of weights in quantized layers."""
@@ -178,81 +158,12 @@ def plan_layers(skeleton: Skeleton, variant: VariantSpec) -> Layers:
             more than half of the blocks would stay float.
     """
     paths = {layer.name: layer.path for layer in skeleton.layers() if layer.name != layer.path}
-    alone = [layer.name for layer in skeleton.layers() if not skeleton.names.loads_alone(f"{layer.path}.weight")]
     found = _plan(skeleton, variant)
-    merged = _merged_floats(skeleton, variant, found.quantized)
-    reached = _reached_for(skeleton, variant, {*found.quantized}.difference(alone))
+    faults = loading_faults(skeleton, FORMATS.get(variant.format), found.quantized)
     outside = (*notes_of_towers(skeleton, found.quantized), *notes_of_rest(skeleton))
-    notes = (*found.notes, *outside, *notes_of_names(skeleton))
-    lone = next((name for name in alone if name in found.quantized), None)
-    if lone is not None:
-        notes = (*notes, f"transformers has no place for packed layers such as {lone}; {ELSEWHERE}")
-    if reached is not None:
-        notes = (*notes, f"transformers' {type(skeleton.model).__name__} {REACHES.format(reached)}")
-    if merged is not None:
-        notes = (*notes, f"transformers makes {merged} of float tensors, {TAKES_FOR_PACKED}")
-    split = _split(skeleton, variant, found.quantized)
-    if split is not None:
-        notes = (*notes, f"transformers' {type(skeleton.model).__name__} {SPLITS.format(split)}")
-    found = replace(found, reached_for=reached, merged=merged, split=split, alone=names_alone(skeleton))
-    return replace(found, notes=notes, paths=paths, stacks=skeleton.stacks(), unloaded=alone)
-
-
-def _merged_floats(skeleton: Skeleton, variant: VariantSpec, packed: Collection[str]) -> str | None:
-    """A parameter that transformers makes of several weights some of which stay float, which it takes for packed."""
-    if not packed or FORMATS.get(variant.format).packed_as != "emptied":
-        return None
-    merged = skeleton.names.merged().items()
-    return next(
-        (name for name, weights in merged if any(w.removesuffix(".weight") not in packed for w in weights)), None
-    )
-
-
-def _reached_for(skeleton: Skeleton, variant: VariantSpec, packed: Collection[str]) -> str | None:
-    """A packed layer whose weight transformers' class of the model reaches for when it is loaded."""
-    store = FORMATS.get(variant.format)
-    paths = [layer.path for layer in skeleton.layers() if layer.name in packed] if store.packed_as else []
-    return reaches_for_weights(skeleton.model, paths, replaced=store.packed_as == "replaced")
-
-
-def _split(skeleton: Skeleton, variant: VariantSpec, packed: Collection[str]) -> str | None:
-    """The pattern of tensors that transformers fails to split when it loads a model with packed layers."""
-    if FORMATS.get(variant.format).packed_as != "emptied" or not packed:
-        return None
-    return splits_in_vain(skeleton.model, [layer.path for layer in skeleton.layers() if layer.name in packed])
-
-
-def notes_of_towers(skeleton: Skeleton, quantized: Collection[str]) -> tuple[str, ...]:
-    """How much of models of images and sound inside the model stays float."""
-    weights = skeleton.tower_weights()
-    layers = {layer.name: layer for segment in skeleton.towers for layer in segment.layers}
-    done = sum(math.prod(layers[name].shape) for name in quantized if name in layers)
-    total = sum(each.numel() for each in skeleton.model.parameters() if each.ndim >= 2)
-    share = (sum(weights.values()) - done) / max(1, total)
-    if not share:
-        return ()
-    rest = "the rest of " if done else ""
-    return (f"float: {rest}{few(list(weights))} ({percentage(share)} of all weights): {TOWER}",)
-
-
-def notes_of_rest(skeleton: Skeleton) -> tuple[str, ...]:
-    """How much of the linear layers around the blocks stays float."""
-    rest = skeleton.outside()
-    total = sum(each.numel() for each in skeleton.model.parameters() if each.ndim >= 2)
-    if not rest:
-        return ()
-    share = percentage(sum(math.prod(layer.shape) for layer in rest) / max(1, total))
-    return (f"float: {told_names(layer.name for layer in rest)} ({share} of all weights): {OUTSIDE}",)
-
-
-def notes_of_names(skeleton: Skeleton) -> tuple[str, ...]:
-    """What the checkpoint has and the class of the model does not know, and the reverse."""
-    kind = type(skeleton.model).__name__
-    lacking, unknown = skeleton.lacking(), skeleton.names.unknown_parts()
-    parts = [f"{part} ({count} tensors)" if count > 1 else part for part, count in unknown.items()]
-    copied = f"unknown to {kind}, copied as they are: {few(parts)}"
-    missing = f"missing in the checkpoint, though {kind} has them: {told_names(lacking)}"
-    return (*([copied] if unknown else []), *([missing] if lacking else []))
+    notes = (*found.notes, *outside, *notes_of_names(skeleton), *faults)
+    stacks, alone = skeleton.stacks(), names_alone(skeleton)
+    return replace(found, notes=notes, faults=faults, paths=paths, stacks=stacks, alone=alone)
 
 
 def _plan(skeleton: Skeleton, variant: VariantSpec) -> Layers:
