@@ -88,7 +88,8 @@ def test_an_end_by_the_kernel_for_want_of_memory_is_told_from_others(
 def test_what_hangs_ends_at_its_time_and_may_say_good_bye(tmp_path: Path) -> None:
     code = (
         "import signal, sys, time\n"
-        "def leave(number, frame):\n    print('good bye', file=sys.stderr, flush=True)\n    sys.exit(1)\n"
+        "def leave(number, frame):\n"
+        "    time.sleep(0.3)\n    print('good bye', file=sys.stderr, flush=True)\n    sys.exit(1)\n"
         "signal.signal(signal.SIGTERM, leave)\n"
         "time.sleep(600)"
     )

@@ -47,8 +47,9 @@ def end_all(pid: int, mark: str, *, patient: bool) -> None:
     """
     strays = {*_family(pid), *_marked(mark)}
     if patient and strays:
+        outside = [each for each in strays if not _in_group(each, pid)]  # a second signal would cut a good-bye short
         _end_group(pid, by_force=False)
-        _end_each(strays, by_force=False)
+        _end_each(outside, by_force=False)
         psutil.wait_procs(strays, timeout=GRACE)
     _end_group(pid, by_force=True)
     deadline = time.monotonic() + GRACE
@@ -95,6 +96,12 @@ def _end_group(pid: int, *, by_force: bool) -> None:
         return
     with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS forbids it for a group of zombies
         os.killpg(pid, signal.SIGKILL if by_force else signal.SIGTERM)
+
+
+def _in_group(process: psutil.Process, pid: int) -> bool:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        return os.name != "posix" or os.getpgid(process.pid) == pid
+    return False
 
 
 def _end_each(processes: Collection[psutil.Process], *, by_force: bool) -> None:
