@@ -114,7 +114,7 @@ def test_exact_match_is_a_share_with_its_error() -> None:
 
 
 def test_rouge_is_the_f_measure_of_common_words() -> None:
-    pytest.importorskip("rouge_score", reason="rouge needs quantkit[tasks]")
+    pytest.importorskip("rouge_score", reason="rouge needs quantkit-ptq[tasks]")
     found = answer_metric("rouge", trusted=False)(["the tide is out", "no"], ["the tide is in", "yes"])
     assert found["rouge1"]["value"] == pytest.approx((3 / 4 + 0) / 2)
     assert found["rouge2"]["value"] == pytest.approx((2 / 3 + 0) / 2)
@@ -132,7 +132,7 @@ def test_the_jackknife_of_a_mean_is_the_textbook_error() -> None:
 
 
 def test_a_script_runs_only_when_it_is_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("evaluate", reason="metric scripts need quantkit[tasks]")
+    pytest.importorskip("evaluate", reason="metric scripts need quantkit-ptq[tasks]")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("evaluate.config.HF_MODULES_CACHE", str(tmp_path / "modules"))
     folder = tmp_path / "lengths"
@@ -162,7 +162,7 @@ def test_a_script_runs_only_when_it_is_trusted(tmp_path: Path, monkeypatch: pyte
 
 def test_without_its_package_rouge_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
-    with pytest.raises(MissingDependencyError, match=r"pip install 'quantkit\[tasks\]'"):
+    with pytest.raises(MissingDependencyError, match=r"pip install 'quantkit-ptq\[tasks\]'"):
         answer_metric("rouge", trusted=False)
 
 
@@ -209,7 +209,7 @@ def whole(
     model: Path, records: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, Recipe, dict[str, Any], list[str]]:
     """A run with a task and answers, whose held-out file begins with the calibration set."""
-    pytest.importorskip("lm_eval", reason="tasks need quantkit[tasks]")
+    pytest.importorskip("lm_eval", reason="tasks need quantkit-ptq[tasks]")
     folder = tmp_path_factory.mktemp("run")
     own = write_held_out(folder / "own.jsonl", 4)
     held = folder / "held.jsonl"

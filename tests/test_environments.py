@@ -290,7 +290,7 @@ def test_a_library_without_a_lock_says_so(bare: type[Library], tmp_path: Path) -
 def test_uv_that_is_not_installed_gives_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "uv", None)
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(MissingDependencyError, match=r"pip install 'quantkit\[libraries\]'"):
+    with pytest.raises(MissingDependencyError, match=r"pip install 'quantkit-ptq\[libraries\]'"):
         uv_command()
 
 

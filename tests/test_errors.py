@@ -49,7 +49,7 @@ def test_a_missing_package_comes_with_the_command_that_installs_it() -> None:
     assert str(MissingDependencyError("x", "plotting")) == (
         "plotting needs the package 'x', which is not installed (pip install x)"
     )
-    assert MissingDependencyError("x", "plotting", "'quantkit[plots]'").remedy == "pip install 'quantkit[plots]'"
+    assert MissingDependencyError("x", "plotting", "'a-package[plots]'").remedy == "pip install 'a-package[plots]'"
 
 
 @pytest.mark.parametrize(

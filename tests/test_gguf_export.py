@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import weakref
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from quantkit.recipe import ModelSpec
 from quantkit.runtimes.base import LoadOptions
 from quantkit.schemes import PER_CHANNEL, IntScheme, Mxfp4Scheme, Scheme, make_scheme
 from quantkit.source import resolve
+from quantkit.system.distribution import own_version
 from tests.architectures import make
 from tests.gguf_models import (
     TEXTS,
@@ -353,7 +353,7 @@ def test_an_export_tells_what_it_is(tmp_path: Path) -> None:
     folder = make_model(tmp_path / "float")
     path = written(tmp_path, folder, IntScheme(4, 64))
     export = GgufExport(path)
-    assert export.made_by == f"quantkit {version('quantkit')}"
+    assert export.made_by == f"quantkit {own_version()}"
     assert export.format == "gguf"
     assert export.embedding is None
     assert export.shape("model.layers.0.mlp.down_proj") == (64, 128)

@@ -263,7 +263,7 @@ def test_without_pillow_the_way_to_get_it_is_said(tmp_path: Path, model: Path, m
     monkeypatch.setitem(sys.modules, "PIL", None)
     with pytest.raises(MissingDependencyError, match=r"record 0, which has images, needs .* 'pillow'") as caught:
         calibrated(model, tmp_path / "rows.json", tmp_path / "out")
-    assert caught.value.remedy == "pip install 'quantkit[vision]'"
+    assert caught.value.remedy == "pip install 'quantkit-ptq[vision]'"
 
 
 # The tower itself

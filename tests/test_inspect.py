@@ -20,6 +20,7 @@ from quantkit.exports import open_export
 from quantkit.inspection import inspect, inspect_tables
 from quantkit.inspection.problems import architecture_problems
 from quantkit.system.artifacts import read_json, write_json
+from quantkit.system.distribution import own_version
 from tests.tiny import make_model
 
 DOWN = "model.layers.0.mlp.down_proj"
@@ -58,7 +59,11 @@ def test_sizes_and_bits_are_those_of_the_tensors(model: Path, tmp_path: Path) ->
     folder = exported(model, tmp_path / "out", overrides={"down_proj": {"bits": 8}})
     found = inspect(folder)
     assert found == json.loads(json.dumps(found, allow_nan=False))
-    assert (found["kind"], found["format"], found["made_by"]) == ("quantized", "compressed-tensors", "quantkit 0.1.0")
+    assert (found["kind"], found["format"], found["made_by"]) == (
+        "quantized",
+        "compressed-tensors",
+        f"quantkit {own_version()}",
+    )
     reader = CheckpointReader(folder)
     packed = [name for name in reader.names() if "_proj" in name]
     stored, weights = sum(map(reader.nbytes, packed)), found["quantized_weights"]

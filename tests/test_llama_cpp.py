@@ -262,7 +262,7 @@ def test_a_missing_package_is_named_with_the_command_that_brings_it(
     anew: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(module, "installed", lambda: iter(()))
-    with pytest.raises(MissingDependencyError, match=r"pip install 'quantkit\[llama-cpp\]'"):
+    with pytest.raises(MissingDependencyError, match=r"pip install 'quantkit-ptq\[llama-cpp\]'"):
         LLAMA_CPP.load(tmp_path, LoadOptions())
     missing = LLAMA_CPP.missing()
     assert missing is not None

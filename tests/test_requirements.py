@@ -17,7 +17,7 @@ CAPPED = ("compressed-tensors", "gguf", "lm-eval", "peft", "torch", "transformer
 def requirements() -> Iterator[Requirement]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     for group in (project["dependencies"], *project["optional-dependencies"].values()):
-        yield from (each for each in map(Requirement, group) if each.name != "quantkit")
+        yield from (each for each in map(Requirement, group) if each.name != "quantkit-ptq")
 
 
 def pinned() -> dict[str, str]:

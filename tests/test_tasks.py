@@ -34,7 +34,7 @@ from tests.task_files import GENERATE, PERPLEXITY, write_data, write_task
 from tests.test_llama_cpp import CONTEXT, write_llama
 from tests.tiny import SPECIAL, VOCABULARY, make_model, tiny_tokenizer
 
-pytest.importorskip("lm_eval", reason="tasks need quantkit[tasks]")
+pytest.importorskip("lm_eval", reason="tasks need quantkit-ptq[tasks]")
 
 BOS, EOS = SPECIAL.index("<s>"), SPECIAL.index("</s>")
 LENGTH = 48
@@ -165,7 +165,7 @@ def test_broken_logits_are_refused(model: TransformersModel, monkeypatch: pytest
 
 
 def test_every_runtime_that_scores_does_tasks(checkpoint: Path, model: TransformersModel, tmp_path: Path) -> None:
-    pytest.importorskip("xllamacpp", reason="llama.cpp needs quantkit[llama-cpp]")
+    pytest.importorskip("xllamacpp", reason="llama.cpp needs quantkit-ptq[llama-cpp]")
     write_llama(tmp_path / "tiny.gguf", dict(model.model.state_dict()))
     options = LoadOptions(dtype="float32", context_length=LENGTH)
     wanted = [value for value, _ in harness(model).loglikelihood(requests(PAIRS))]
@@ -414,7 +414,7 @@ def test_nothing_is_left_of_the_data(checkpoint: Path, tmp_path: Path, monkeypat
 def test_without_the_package_the_command_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
     with (
-        pytest.raises(MissingDependencyError, match=r"pip install 'quantkit\[tasks\]'"),
+        pytest.raises(MissingDependencyError, match=r"pip install 'quantkit-ptq\[tasks\]'"),
         loaded_tasks([TaskSpec(name="arc_easy")], trusted=False),
     ):
         pass

@@ -41,7 +41,7 @@ def no_server_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def server() -> Iterator[Server]:
     if importlib.util.find_spec("mlflow") is None:
-        pytest.skip("tracking needs quantkit[mlflow]")
+        pytest.skip("tracking needs quantkit-ptq[mlflow]")
     with mlflow_server() as started:
         yield started
 
@@ -146,7 +146,7 @@ def test_without_an_address_nothing_is_begun(tmp_path: Path) -> None:
 def test_without_the_package_the_command_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "mlflow" else found(name))
-    with pytest.raises(MissingDependencyError, match=r"pip install 'quantkit\[mlflow\]'"):
+    with pytest.raises(MissingDependencyError, match=r"pip install 'quantkit-ptq\[mlflow\]'"):
         check_tracking(TrackingSpec(mlflow=MlflowSpec(uri="http://127.0.0.1:1")))
 
 

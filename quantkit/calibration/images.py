@@ -13,12 +13,13 @@ from urllib.parse import unquote
 from quantkit import records
 from quantkit.errors import CalibrationError, MissingDependencyError
 from quantkit.records import Record
+from quantkit.system.distribution import requirement
 
 if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
 
-EXTRA = "'quantkit[vision]'"
+EXTRA = requirement("vision")
 _OTHERS = "choose records of text alone"
 
 

@@ -7,11 +7,14 @@ import signal
 import sys
 from importlib import import_module
 
-from quantkit.cli.base import app
+from quantkit.cli.base import app, warn
+from quantkit.system.distribution import warnings
 from quantkit.system.shutdown import Terminated, request
 
 __all__ = ["app", "main"]
 
+COMPLETION = "_QUANTKIT_COMPLETE"
+"""Set where a shell asks what may follow; see click's shell completion."""
 WILL_STOP = b"asked to stop: the block under way is finished and saved first; ask again to stop at once\n"
 
 # each adds its commands, in the order of the help
@@ -22,6 +25,8 @@ for _module in ("running", "history", "checkpoints", "choices"):
 def main() -> None:
     """The entry point; SIGTERM ends the work after the block at hand, so that nothing done is lost."""
     signal.signal(signal.SIGTERM, _terminate)
+    if COMPLETION not in os.environ:
+        warn(warnings())
     app()
 
 

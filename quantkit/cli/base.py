@@ -56,9 +56,9 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import version
+        from quantkit.system.distribution import own_version
 
-        say(f"quantkit {version('quantkit')}")
+        say(f"quantkit {own_version()}")
         raise typer.Exit
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from quantkit.errors import EvaluationError, MissingDependencyError
 from quantkit.recipe import ANSWER_METRICS
+from quantkit.system.distribution import requirement
 from quantkit.system.units import finite
 
 ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
@@ -44,7 +45,7 @@ def _rouge() -> Metric:
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError as error:
-        raise MissingDependencyError("rouge-score", "the metric 'rouge'", "'quantkit[tasks]'") from error
+        raise MissingDependencyError("rouge-score", "the metric 'rouge'", requirement("tasks")) from error
     scorer = RougeScorer(ROUGE)
 
     def rouge(answers: Sequence[str], expected: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -66,7 +67,7 @@ def _script(folder: Path, *, trusted: bool) -> Metric:
     try:
         import evaluate
     except ImportError as error:
-        raise MissingDependencyError("evaluate", f"metric {folder}", "'quantkit[tasks]'") from error
+        raise MissingDependencyError("evaluate", f"metric {folder}", requirement("tasks")) from error
     try:
         module = evaluate.load(str(folder), keep_in_memory=True)
     except Exception as error:  # it runs the user's code, which may raise anything

@@ -26,6 +26,7 @@ from quantkit.evaluation.task_sandbox import sandboxed
 from quantkit.recipe import TaskSpec
 from quantkit.runtimes.base import LoadedModel
 from quantkit.system.artifacts import fingerprint
+from quantkit.system.distribution import requirement
 from quantkit.system.units import finite
 
 if TYPE_CHECKING:
@@ -135,7 +136,7 @@ def _manager_class() -> Any:
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise MissingDependencyError("lm-eval", "scoring tasks", "'quantkit[tasks]'") from error
+        raise MissingDependencyError("lm-eval", "scoring tasks", requirement("tasks")) from error
     return TaskManager
 
 

@@ -9,7 +9,6 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from quantkit.formats import FORMATS
 from quantkit.formats.base import Format
 from quantkit.schemes import IntScheme, QuantizedWeight, Scheme
 from quantkit.system.artifacts import check_writable, new_folder, translated_os_errors, write_json, write_stage
+from quantkit.system.distribution import own_version
 from quantkit.system.scratch import workplace
 
 STAGE = "convert"
@@ -191,7 +191,7 @@ def _write_records(
     folder: Path, checkpoint: Path, export: Export, schemes: Mapping[str, Scheme], facts: Mapping[str, Any]
 ) -> None:
     """The manifest of the new checkpoint, and the mark of a finished stage."""
-    made_by = f"quantkit {version('quantkit')}"
+    made_by = f"quantkit {own_version()}"
     origin = {"reference": str(checkpoint), "format": export.format, "made_by": export.made_by}
     layers = {name: scheme.to_json() for name, scheme in schemes.items()}
     identity = {"source": origin, "format": facts["format"], "layers": layers}

@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +34,7 @@ from quantkit.gguf.tokenizer_writer import end_ids, read_tokenizer, remarks_on, 
 from quantkit.gguf.types import FILE_TYPES, type_of
 from quantkit.gguf.writer import Entry, write_file
 from quantkit.system.artifacts import write_text
+from quantkit.system.distribution import own_version
 
 PHI3_TOKENS = ("</s>", "<unk>", "<s>", "<|endoftext|>")
 FAULTY = "the disk or its memory is faulty, or another process writes here: quantize again"
@@ -255,8 +255,8 @@ def _commonest(content: Content) -> str:
 def _noted(content: Content) -> dict[str, Any]:
     """Who wrote the file, and the schemes of its layers, which their types do not tell whole."""
     schemes = {layer: scheme.to_json() for layer, scheme in content.schemes.items()}
-    maker = f"quantkit {version('quantkit')}"
-    found = {"general.quantized_by": maker, VERSION_KEY: version("quantkit")}
+    maker = f"quantkit {own_version()}"
+    found = {"general.quantized_by": maker, VERSION_KEY: own_version()}
     return found | ({SCHEMES_KEY: json.dumps(schemes, separators=(",", ":"))} if schemes else {})
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Mapping
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from quantkit.errors import CheckpointError, SchemeError
@@ -35,6 +34,7 @@ from quantkit.formats._per_layer import (
 from quantkit.formats.base import Format, PackedShapes
 from quantkit.schemes import PER_CHANNEL, IntScheme, QuantizedWeight, Scheme
 from quantkit.schemes.bitstream import pack_bits, unpack_bits
+from quantkit.system.distribution import own_version
 
 if TYPE_CHECKING:
     import torch
@@ -221,7 +221,7 @@ class GptqFormat(Format):
             "lm_head": holds_head(packed),
             "pack_dtype": "int32",
             **exceptions(found),
-            "meta": {"quantizer": [f"quantkit:{version('quantkit')}"]},
+            "meta": {"quantizer": [f"quantkit:{own_version()}"]},
         }
 
     def extra_files(self, layers: Mapping[str, Scheme | None]) -> dict[str, str]:

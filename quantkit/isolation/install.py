@@ -14,6 +14,7 @@ from quantkit.isolation.environments import MARKER, Environment, cache_folder, e
 from quantkit.isolation.lockfile import Lock, read_lock
 from quantkit.libraries import Library
 from quantkit.system.artifacts import translated_os_errors, write_json
+from quantkit.system.distribution import requirement
 from quantkit.system.locks import held
 from quantkit.system.progress import Observer
 
@@ -36,7 +37,7 @@ def uv_command() -> list[str]:
     else:
         found = find_uv_bin()
     if found is None:
-        raise MissingDependencyError("uv", "an environment for a library", "'quantkit[libraries]'")
+        raise MissingDependencyError("uv", "an environment for a library", requirement("libraries"))
     return [found]
 
 

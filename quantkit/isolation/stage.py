@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +34,7 @@ from quantkit.system.artifacts import (
     write_text,
 )
 from quantkit.system.child import Limits
+from quantkit.system.distribution import own_version
 from quantkit.system.ending import Ending, Kind
 from quantkit.system.locks import held
 
@@ -214,7 +214,7 @@ def _write_records(
         folder,
         {
             "schema": 1,
-            "created_by": f"{made_by}, run by quantkit {version('quantkit')}",
+            "created_by": f"{made_by}, run by quantkit {own_version()}",
             FOREIGN: variant.offer.writes != CODES,
             "source": {**job.source_facts, "reference": public_reference(job.source_facts.get("reference"))},
             "calibration_sha256": identity["calibration"],
@@ -222,7 +222,7 @@ def _write_records(
             "format": store,
             "layers": {name: scheme.to_json() for name, scheme in schemes.items()},
             "embedding": None,
-            "versions": {"quantkit": version("quantkit"), **library["versions"]},
+            "versions": {"quantkit": own_version(), **library["versions"]},
             "variables": library["variables"],
             "bits_per_weight": facts["bits_per_weight"],
             "stage_file": STAGE_FILE,

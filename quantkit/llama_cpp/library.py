@@ -20,8 +20,9 @@ from typing import Any
 
 from quantkit.errors import EvaluationError, MissingDependencyError, QuantkitError
 from quantkit.llama_cpp.packages import Found, installed
+from quantkit.system.distribution import requirement
 
-EXTRA = "'quantkit[llama-cpp]'"
+EXTRA = requirement("llama-cpp")
 PURPOSE = "llama.cpp"
 LOGGER = logging.getLogger("quantkit.llama_cpp")
 KEPT_LINES = 20

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from importlib.metadata import version
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ from quantkit.evaluation.stage import report_figures
 from quantkit.merging import MergedModel
 from quantkit.pipeline.context import Run
 from quantkit.system.artifacts import fingerprint
+from quantkit.system.distribution import own_version
 from quantkit.system.environment import describe
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def report_content(
         "name": recipe.name,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "status": "failed" if failed else "ok",
-        "quantkit_version": version("quantkit"),
+        "quantkit_version": own_version(),
         "recipe": recipe.resolved(),
         "recipe_text": recipe.to_yaml(),
         "source": _source_facts(model),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from quantkit import calibration, records, report
@@ -22,6 +21,7 @@ from quantkit.pipeline.rows import other_merge_rows, variant_rows
 from quantkit.publishing.mlflow import check_tracking, track_after
 from quantkit.recipe import Recipe
 from quantkit.system.artifacts import check_writable, translated_os_errors
+from quantkit.system.distribution import own_version
 from quantkit.system.events import event_log
 from quantkit.system.locks import held
 from quantkit.system.progress import Observer, Several
@@ -60,7 +60,7 @@ def run(recipe: Recipe, observer: Observer, *, installs: bool = True) -> dict[st
 def run_holding(current: Run) -> dict[str, Any]:
     """What :func:`run` does, for one who holds the lock of the run's folder."""
     file = current.folder / "logs" / EVENTS
-    with event_log(file, name=current.recipe.name, quantkit=version("quantkit")) as log:
+    with event_log(file, name=current.recipe.name, quantkit=own_version()) as log:
         content = _run(replace(current, observer=Several(current.observer, log)))
         log.write("end", **outcome(content))
     return content

@@ -16,6 +16,7 @@ from quantkit.report.files import REPORT_FILE
 from quantkit.report.files import load as load_report
 from quantkit.system.artifacts import write_json
 from quantkit.system.child import run_child
+from quantkit.system.distribution import requirement
 from quantkit.system.progress import Observer
 from quantkit.system.validation import parse_section
 
@@ -113,7 +114,7 @@ def _uri(spec: MlflowSpec) -> str:
 
 def _check_package() -> None:
     if importlib.util.find_spec("mlflow") is None:
-        raise MissingDependencyError("mlflow-skinny", "the section 'tracking'", "'quantkit[mlflow]'")
+        raise MissingDependencyError("mlflow-skinny", "the section 'tracking'", requirement("mlflow"))
 
 
 def _environment() -> dict[str, str]:

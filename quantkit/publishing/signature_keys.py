@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quantkit.errors import MissingDependencyError, OutputError, QuantkitError
+from quantkit.system.distribution import requirement
 from quantkit.system.os_errors import translated_os_errors
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ def require_minisign() -> None:
         MissingDependencyError: it is not.
     """
     if find_spec("minisign") is None:
-        raise MissingDependencyError("py-minisign", "signing", "'quantkit[signing]'")
+        raise MissingDependencyError("py-minisign", "signing", requirement("signing"))
 
 
 def small_file(path: Path, what: str, remedy: str) -> bytes:

@@ -6,7 +6,6 @@ import platform
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from quantkit.quantization.segments import SavedSegment, read_segments
 from quantkit.recipe import VariantSpec
 from quantkit.system.artifacts import fingerprint, read_json, translated_os_errors, write_json
 from quantkit.system.devices import device_name, resolve_device
+from quantkit.system.distribution import version_of
 
 IDENTITY = "identity.json"
 LAYOUT = 3
@@ -68,7 +68,7 @@ def resume_identity(job: Job, variant: VariantSpec) -> dict[str, Any]:
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "machine": platform.machine(),
     }
-    packages = {name: version(name) for name in PACKAGES}
+    packages = {name: version_of(name) for name in PACKAGES}
     return {**made_from(job, variant), "layout": LAYOUT, "machine": machine, "packages": packages}
 
 

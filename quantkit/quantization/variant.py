@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from quantkit.quantization.plan import plan_layers
 from quantkit.quantization.resume import TakenUp, drop_layers, is_worth_keeping, layers_folder, resume_identity, take_up
 from quantkit.quantization.solved_layers import SolvedLayers
 from quantkit.system.artifacts import STAGE_FILE, check_writable, new_folder, write_stage
+from quantkit.system.distribution import version_of
 from quantkit.system.locks import alone
 from quantkit.system.os_errors import may_pass
 from quantkit.transforms.base import Transform
@@ -322,7 +322,7 @@ class VariantRun:
         job, variant = self._job, self._variant
         text = yaml.safe_dump(variant.resolved(), sort_keys=False)
         (folder / "recipe.yaml").write_text(text, encoding="utf-8")
-        versions = {name: version(name) for name in ("quantkit", "torch", "transformers", "safetensors", "numpy")}
+        versions = {name: version_of(name) for name in ("quantkit", "torch", "transformers", "safetensors", "numpy")}
         write_manifest(
             folder,
             {

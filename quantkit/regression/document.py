@@ -17,6 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 from quantkit.errors import QuantkitError
 from quantkit.gates.results import GateResult, Outcome
 from quantkit.system.artifacts import write_json
+from quantkit.system.distribution import upgrade_line
 
 SCHEMA = 1
 CHECK_FILE = "check.json"
@@ -279,9 +280,7 @@ def read_check(path: Path) -> Check:
         raise QuantkitError(f"{file} is not the result of a check: not JSON", "name a check.json") from error
     schema = content.get("schema") if isinstance(content, dict) else None
     if isinstance(schema, int) and schema > SCHEMA:
-        raise QuantkitError(
-            f"{file} has schema {schema}, and this quantkit reads up to {SCHEMA}", "pip install --upgrade quantkit"
-        )
+        raise QuantkitError(f"{file} has schema {schema}, and this quantkit reads up to {SCHEMA}", upgrade_line())
     try:
         return TypeAdapter(Check).validate_python(content)
     except ValidationError as error:

@@ -10,6 +10,7 @@ from typing import Any
 
 from quantkit.errors import QuantkitError, RecipeError, did_you_mean
 from quantkit.system.artifacts import write_json, write_text
+from quantkit.system.distribution import upgrade_line
 
 SCHEMA = 1
 FORMATS = ("html", "json", "md")
@@ -113,9 +114,7 @@ def _checked(content: Any, origin: str) -> dict[str, Any]:
     if not isinstance(schema, int) or isinstance(schema, bool):
         raise QuantkitError(f"{origin} is not a quantkit report: it has no 'schema'", "name a report.json")
     if schema > SCHEMA:
-        raise QuantkitError(
-            f"{origin} has schema {schema}, and this quantkit reads up to {SCHEMA}", "pip install --upgrade quantkit"
-        )
+        raise QuantkitError(f"{origin} has schema {schema}, and this quantkit reads up to {SCHEMA}", upgrade_line())
     variants, baseline = content.get("variants"), content.get("baseline")
     if baseline is not None and not isinstance(baseline, dict):
         raise QuantkitError(f"{origin} is not a whole report: its baseline is no object", "run the recipe again")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from quantkit.errors import OutputError, QuantkitError
 from quantkit.run_history.schema import APPLICATION_ID, STEPS, VERSION, statements
+from quantkit.system.distribution import upgrade_line
 from quantkit.system.os_errors import translated_os_errors
 
 PATIENCE = 30.0
@@ -92,7 +93,7 @@ def check_version(connection: sqlite3.Connection, file: Path) -> int:
     if version > VERSION:
         raise QuantkitError(
             f"history {file} has version {version}, and this quantkit knows up to {VERSION}",
-            "pip install --upgrade quantkit",
+            upgrade_line(),
         )
     return version
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from quantkit.gates.record import VariantRecord, variant_record
 from quantkit.recipe import Recipe
+from quantkit.system.distribution import own_version
 
 DRIVER = Path("/proc/driver/nvidia/version")
 
@@ -129,7 +129,7 @@ def stopped_record(recipe: Recipe, error: BaseException, kind: str, started: str
         finished=now(),
         status="interrupted" if interrupted else "error",
         error=without_folders(message) or None,
-        quantkit=version("quantkit"),
+        quantkit=own_version(),
         recipe=private(recipe.resolved()),
         source=place(recipe.model.source),
         folder=place(recipe.folder),

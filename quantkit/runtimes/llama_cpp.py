@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from quantkit.errors import CheckpointError, EvaluationError, QuantkitError
 from quantkit.runtimes import RUNTIMES
 from quantkit.runtimes.base import LoadedModel, LoadOptions, Runtime
+from quantkit.system.distribution import install_line
 
 if TYPE_CHECKING:
     import torch
@@ -93,7 +94,7 @@ class LlamaCpp(Runtime):
 
     name: ClassVar[str] = "llama.cpp"
     summary: ClassVar[str] = "llama.cpp on the CPU, or on GPUs with a build for them"
-    install: ClassVar[str] = "pip install 'quantkit[llama-cpp]'"
+    install: ClassVar[str] = install_line("llama-cpp")
     own_allocator: ClassVar[bool] = True
 
     @classmethod

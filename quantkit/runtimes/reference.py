@@ -7,6 +7,7 @@ from pathlib import Path
 from quantkit.formats.base import Format
 from quantkit.runtimes import RUNTIMES
 from quantkit.runtimes.base import LoadedModel, LoadOptions, Runtime
+from quantkit.system.distribution import NAME
 
 
 @RUNTIMES.register
@@ -15,7 +16,7 @@ class Reference(Runtime):
 
     name = "reference"
     summary = "decodes any format that quantkit reads into a float model; says what the file means"
-    install = "pip install quantkit"
+    install = f"pip install {NAME}"
     packed = False
 
     @classmethod

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
+
+from quantkit.system.distribution import version_of
 
 PACKAGES = (
     "quantkit", "torch", "transformers", "tokenizers", "safetensors", "compressed-tensors", "bitsandbytes", "datasets",
@@ -35,7 +37,7 @@ def describe() -> dict[str, Any]:
 
 def _version(package: str) -> str | None:
     try:
-        return version(package)
+        return version_of(package)
     except PackageNotFoundError:
         return None
 

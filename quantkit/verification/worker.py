@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ import torch
 from quantkit.evaluation.memory import peak_rss
 from quantkit.runtimes import RUNTIMES
 from quantkit.runtimes.base import LoadedModel, LoadOptions
+from quantkit.system.distribution import own_version
 from quantkit.system.worker import serve
 from quantkit.verification.job import VerificationJob
 
@@ -36,7 +36,7 @@ def perform(job: VerificationJob) -> dict[str, Any]:
         "dtype": model.dtype,
         "device": model.device,
         "vocabulary": model.vocabulary,
-        "versions": {"quantkit": version("quantkit"), "torch": torch.__version__, **model.facts()},
+        "versions": {"quantkit": own_version(), "torch": torch.__version__, **model.facts()},
         "settings": {"threads": torch.get_num_threads()},
         "dropped": [],  # the loaders of this interpreter raise for a tensor that finds no place
     }
