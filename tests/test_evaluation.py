@@ -387,7 +387,7 @@ def test_a_reference_with_rows_missing_is_refused(tmp_path: Path) -> None:
         pytest.raises(ValueError, match="9 of the announced rows did not come"),
         text_writer(tmp_path, random_windows(1, 12), 3) as writer,
     ):
-        writer.append(torch.zeros(2, 3))
+        writer.append(torch.zeros(2, 3), torch.zeros(2))
 
 
 # Reference
@@ -419,7 +419,7 @@ def test_masked_tokens_stay_finite_in_the_reference(tmp_path: Path) -> None:
     windows = cut(Tokens("t", [1, 2, 3], None), 3, 3)
     logits = torch.tensor([[0.0, -1.0, torch.finfo(torch.float32).min], [-3.0, 2.0, -1e9]])
     with text_writer(tmp_path, windows, 3) as writer:
-        writer.append(torch.log_softmax(logits, dim=-1))
+        writer.append(torch.log_softmax(logits, dim=-1), torch.zeros(2))
     rows = TextReader(tmp_path, windows).rows(0, 2)
     assert rows.isfinite().all()
     torch.testing.assert_close(torch.softmax(rows.float(), -1), torch.softmax(logits, -1), atol=1e-3, rtol=0)

@@ -24,7 +24,8 @@ class Summary:
     Attributes:
         mean: over positions.
         stderr: standard error of the mean; None with a single position.
-        median, p99: quantiles over positions.
+        median, p99, p999: quantiles over positions; ``p999`` is that of 99.9 %.
+        max: the largest.
         stderr_over: ``windows`` or ``tokens``, what was taken as independent for ``stderr``.
     """
 
@@ -32,6 +33,8 @@ class Summary:
     stderr: float | None
     median: float
     p99: float
+    p999: float
+    max: float
     stderr_over: str
 
 
@@ -42,12 +45,14 @@ def summarize(values: torch.Tensor) -> Summary:
     window the tokens are, and the standard error is then too small where neighbours resemble each other.
     """
     clusters = values if values.shape[0] > 1 else values.reshape(-1, 1)
-    middle, high = np.quantile(values.numpy(), (0.5, 0.99)).tolist()
+    middle, high, highest = np.quantile(values.numpy(), (0.5, 0.99, 0.999)).tolist()
     return Summary(
         mean=values.mean().item(),
         stderr=clustered_stderr(clusters),
         median=middle,
         p99=high,
+        p999=highest,
+        max=values.max().item(),
         stderr_over="windows" if values.shape[0] > 1 else "tokens",
     )
 

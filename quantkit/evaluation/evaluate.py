@@ -27,6 +27,8 @@ from quantkit.system.devices import device_name, resolve_device
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+KL_FIGURES = ("mean", "stderr", "median", "p99", "p999", "max")
+
 
 def evaluate(job: EvaluationJob, progress: Progress) -> dict[str, Any]:
     """Score a checkpoint.
@@ -35,9 +37,9 @@ def evaluate(job: EvaluationJob, progress: Progress) -> dict[str, Any]:
     whose own buffers are not the model's.
 
     Returns:
-        ``metrics``: ``perplexity``, ``kl_divergence`` (``mean``, ``stderr``, ``median``, ``p99``) and
-        ``top1_agreement``, each by text; ``texts``: how each was cut, its token ids' hash, sums over it and over each
-        of its windows, and the tokens furthest from the reference;
+        ``metrics``: ``perplexity``, ``kl_divergence`` (:data:`KL_FIGURES`) and ``top1_agreement``, each by
+        text; ``texts``: how each was cut, its token ids' hash, sums over it and over each of its windows, llama.cpp's
+        table of divergence, and the tokens furthest from the reference;
         ``size_bytes``; ``loaded_by``, the runtime's name; ``memory`` and ``speed``, None where the job does not ask,
         and for a model that the reference decoder loaded those of float weights, which ``memory.weights_are`` says;
         ``seconds``; ``environment``; and what :meth:`TasksAndAnswers.score` gives.
@@ -169,7 +171,7 @@ def _metrics(job: EvaluationJob, scores: Mapping[str, TextScore]) -> dict[str, A
         metrics["perplexity"] = {name: text.perplexity for name, text in scores.items()}
     if "kl_divergence" in job.spec.metrics and job.compares:
         metrics["kl_divergence"] = {
-            name: {"mean": text.kl.mean, "stderr": text.kl.stderr, "median": text.kl.median, "p99": text.kl.p99}
+            name: {figure: getattr(text.kl, figure) for figure in KL_FIGURES}
             for name, text in scores.items()
             if text.kl is not None
         }
@@ -192,6 +194,7 @@ def _text_facts(text: Windows, score: TextScore, tokenizer: PreTrainedTokenizerB
         "stderr_over": score.kl.stderr_over,
         "kl_by_window": list(score.kl_by_window),
         "agreements_by_window": list(score.agreements_by_window),
+        "divergence": score.table,
         "departures": in_words(score.departures, text.ids, tokenizer),
     }
 

@@ -3,7 +3,8 @@
 A text's file is a NumPy array, float16 ``[positions, vocabulary]``, which a reader maps into memory. A row
 holds a position's log-probabilities minus the largest of them. Zero is the likeliest token, so float16 is
 finest where the probability is, and whoever reads a row normalizes it again; the divergence of a
-distribution from itself as stored stays below 1e-6 nats. ``reference.json``, written last, names the texts.
+distribution from itself as stored stays below 1e-6 nats. Beside it lie the negative log-likelihoods of the text's own
+tokens, exact. ``reference.json``, written last, names the texts.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from quantkit.evaluation.texts import Windows
 from quantkit.system.artifacts import read_json, translated_os_errors, write_json
 
 INDEX_FILE = "reference.json"
+LIKELIHOODS = "likelihoods"
+"""Folder of the negative log-likelihoods, a NumPy array a text: float64 ``[positions]``, nats."""
 STORED = np.dtype("<f2")
 LOWEST = -60000.0
 """Log-probability of tokens that a model masks out; float16 ends at -65504."""
@@ -71,13 +74,15 @@ class TextWriter:
         self.vocabulary = vocabulary
         self._file = file
         self._missing = positions
+        self.nll: list[torch.Tensor] = []
         header = {"descr": STORED.str, "fortran_order": False, "shape": (positions, vocabulary)}
         np.lib.format.write_array_header_1_0(file, header)
 
-    def append(self, log_probs: torch.Tensor) -> None:
-        """Store float ``[rows, vocabulary]`` log-probabilities."""
+    def append(self, log_probs: torch.Tensor, nll: torch.Tensor) -> None:
+        """Store float ``[rows, vocabulary]`` log-probabilities, and keep ``[rows]`` of the text's own tokens."""
         shifted = (log_probs - log_probs.amax(dim=-1, keepdim=True)).clamp_(min=LOWEST)
         self._file.write(shifted.half().cpu().numpy().astype(STORED, copy=False).tobytes())
+        self.nll.append(nll.double().cpu())
         self._missing -= len(log_probs)
 
     def close(self) -> None:
@@ -102,6 +107,8 @@ def text_writer(folder: Path, text: Windows, vocabulary: int) -> Iterator[TextWr
         writer = TextWriter(file, text.positions, vocabulary)
         yield writer
         writer.close()
+        path.parent.joinpath(LIKELIHOODS).mkdir(exist_ok=True)
+        np.save(_likelihoods(folder, text.name), torch.cat(writer.nll).numpy())
 
 
 def write_index(folder: Path, windows: Mapping[str, Windows], vocabulary: int) -> None:
@@ -139,15 +146,25 @@ def check_reference(folder: Path, windows: Mapping[str, Windows], vocabulary: in
 
 
 class TextReader:
-    """The stored distributions of one text."""
+    """The stored distributions of one text.
+
+    Attributes:
+        vocabulary: log-probabilities in a row.
+        nll: float64 ``[positions]``, of the text's own tokens.
+    """
 
     def __init__(self, folder: Path, text: Windows) -> None:
         self._rows = np.load(folder / _file_name(text.name), mmap_mode="r", allow_pickle=False)
         self.vocabulary: int = self._rows.shape[1]
+        self.nll = torch.from_numpy(np.load(_likelihoods(folder, text.name), allow_pickle=False))
 
     def rows(self, start: int, stop: int) -> torch.Tensor:
         """Float16 ``[stop - start, vocabulary]``: log-probabilities minus the largest of their row."""
         return torch.from_numpy(self._rows[start:stop].astype(np.float16))
+
+
+def _likelihoods(folder: Path, text: str) -> Path:
+    return folder / LIKELIHOODS / _file_name(text)
 
 
 def _file_name(text: str) -> str:

@@ -6,11 +6,13 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 
 from quantkit.errors import EvaluationError
 from quantkit.evaluation.divergence import Departure, Summary, departures, summarize
+from quantkit.evaluation.divergence_table import divergence_table
 from quantkit.evaluation.reference import TextReader, TextWriter
 from quantkit.evaluation.texts import Windows
 from quantkit.runtimes.base import LoadedModel
@@ -34,6 +36,7 @@ class TextScore:
         top1_agreement: share of scored tokens whose likeliest prediction is the reference's; None without.
         nll_by_window, kl_by_window: sums over each window's scored tokens, in nats; without reference no divergence.
         agreements_by_window: how many of each window's scored tokens agree.
+        table: llama.cpp's figures, see :func:`quantkit.evaluation.divergence_table.divergence_table`.
         departures: the tokens at which the model is furthest from the reference.
     """
 
@@ -44,6 +47,7 @@ class TextScore:
     nll_by_window: tuple[float, ...] = ()
     kl_by_window: tuple[float, ...] | None = None
     agreements_by_window: tuple[int, ...] | None = None
+    table: Mapping[str, Any] | None = None
     departures: tuple[Departure, ...] = ()
 
     @property
@@ -95,7 +99,7 @@ def score(
         del logits
         if on_window is not None:
             on_window(window + 1, count)
-    return _text_score(dict(zip(FIGURES, figures, strict=True)), compared=reference is not None)
+    return _text_score(dict(zip(FIGURES, figures, strict=True)), reference)
 
 
 def window_figures(
@@ -124,7 +128,7 @@ def window_figures(
         lowest[chunk] = log_probs.amin(dim=-1)
         nll[chunk] = -log_probs.gather(1, targets[chunk].unsqueeze(1)).squeeze(1)
         if writer is not None:
-            writer.append(log_probs)
+            writer.append(log_probs, nll[chunk])
         if expected is not None:
             shifted = expected(chunk.start, chunk.stop).to(device).float()
             likeliest = log_probs.max(dim=-1, keepdim=True).indices
@@ -148,11 +152,11 @@ def _check_width(logits: int, reference: TextReader | None, writer: TextWriter |
         )
 
 
-def _text_score(figures: Mapping[str, torch.Tensor], *, compared: bool) -> TextScore:
+def _text_score(figures: Mapping[str, torch.Tensor], reference: TextReader | None) -> TextScore:
     """The score of a text from the figures of its positions, float64 ``[windows, positions]`` each."""
     nll, kl, agrees = figures["nll"], figures["kl"], figures["agrees"]
     alone = TextScore(nll.sum().item(), nll.numel(), nll_by_window=_sums(nll))
-    if not compared:
+    if reference is None:
         return alone
     return replace(
         alone,
@@ -160,6 +164,7 @@ def _text_score(figures: Mapping[str, torch.Tensor], *, compared: bool) -> TextS
         top1_agreement=agrees.mean().item(),
         kl_by_window=_sums(kl),
         agreements_by_window=tuple(agrees.sum(dim=1).long().tolist()),
+        table=divergence_table(nll, reference.nll.view_as(nll), kl, agrees),
         departures=departures(kl, nll, figures["expected"].long(), figures["predicted"].long()),
     )
 

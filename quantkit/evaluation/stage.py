@@ -27,7 +27,7 @@ from quantkit.system.artifacts import (
 )
 from quantkit.system.progress import Observer
 
-EVALUATION_VERSION = 3
+EVALUATION_VERSION = 4
 """Part of the fingerprint: raised when the same checkpoint and texts would give other figures."""
 STAGE = "evaluate"
 RESULT = "result.json"

@@ -45,7 +45,7 @@ class Metric:
 METRICS = {
     "perplexity": Metric(per_text=True, spread="likelihood"),
     "kl_divergence": Metric(
-        ("mean", "stderr", "median", "p99"),
+        ("mean", "stderr", "median", "p99", "p999", "max"),
         per_text=True,
         unit="nats",
         spread="divergence",

@@ -17,6 +17,7 @@ from quantkit.report.choice import findings, frontier
 from quantkit.report.columns import Record, reference_name, reference_word, scheme_name
 from quantkit.report.comparison import build_comparison, failure
 from quantkit.report.definitions import definitions, text_definitions
+from quantkit.report.divergence_table import divergence_tables
 from quantkit.report.facts import calibration_facts, environment_facts, source_facts, variant_facts
 from quantkit.report.numbers import figure, fixed, pick
 from quantkit.report.plot import Plot, build_plot
@@ -64,6 +65,7 @@ def context(report: Record, plot: Plot | None) -> dict[str, Any]:
         "has_divergence": any(pick(row, "metrics", "kl_divergence") for row in report["variants"]),
         "table": build_comparison(report),
         "plot": plot,
+        "divergences": divergence_tables(report),
         "further": further_rows(report),
         "further_models": further_models(report),
         "gates": gate_table(report),
