@@ -93,8 +93,9 @@ def _unpickled(kind: type[QuantkitError], problem: str, remedy: str) -> Quantkit
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """A remedy for an unknown name: the nearest match, then all that is allowed."""
+    """A remedy for an unknown name: the nearest match, whatever its case, then all that is allowed."""
     names = sorted(known)
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    hint = f"did you mean '{near[0]}'? " if near else ""
+    by_case = {each.casefold(): each for each in names}
+    near = difflib.get_close_matches(name.casefold(), by_case, n=1, cutoff=0.5)
+    hint = f"did you mean '{by_case[near[0]]}'? " if near else ""
     return f"{hint}known: {', '.join(names)}"

@@ -180,7 +180,7 @@ MISTAKES: dict[str, tuple[dict[Any, Any], str]] = {
         recipe(variants=[{"name": "a"}, {"name": "b"}, {"name": "a"}]),
         "variants: two variants are called 'a': names must differ",
     ),
-    "a device": (recipe(evaluation={"device": "gpu"}), "evaluation.device: 'gpu' is not a device: use auto, cpu"),
+    "a device": (recipe(evaluation={"device": "tpu"}), "evaluation.device: 'tpu' is not a device: use auto, cpu"),
     "a device to quantize on": (
         recipe(quantization={"device": "cuda:x"}),
         "quantization.device: 'cuda:x' is not a device: use auto, cpu",

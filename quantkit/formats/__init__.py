@@ -5,4 +5,12 @@ from __future__ import annotations
 from quantkit.formats.base import Format
 from quantkit.system.registry import Registry
 
-FORMATS: Registry[Format] = Registry("format", "quantkit.formats", "quantkit.formats")
+ALSO = {
+    **dict.fromkeys(("ct", "llm-compressor"), "compressed-tensors"),
+    **dict.fromkeys(("auto-gptq", "gptqmodel"), "gptq"),
+    **dict.fromkeys(("llama.cpp", "ggml"), "gguf"),
+    "autoawq": "awq",
+    "bnb": "bitsandbytes",
+}
+"""What the field also calls a format, mostly by who writes it."""
+FORMATS: Registry[Format] = Registry("format", "quantkit.formats", "quantkit.formats", also=ALSO)

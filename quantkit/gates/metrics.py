@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Literal
 
+from quantkit.system.names import chosen
 from quantkit.system.units import UNITS
 
 BYTE_UNITS = {unit: Decimal(size) for unit, size in UNITS.items() if unit}
@@ -29,6 +30,7 @@ class Metric:
         versus_float: whether it compares with the float model already, so that a gate relative to that means nothing.
         implied: the field that is meant where the path names none; what stands for the text is then the name of a
             figure, such as ``arc_easy.acc``.
+        usual: of several fields the one that is meant where the path names none.
     """
 
     fields: tuple[str, ...] = ()
@@ -40,6 +42,7 @@ class Metric:
     comparable: tuple[str, ...] = ()
     versus_float: bool = False
     implied: str = ""
+    usual: str = ""
 
 
 METRICS = {
@@ -51,6 +54,7 @@ METRICS = {
         spread="divergence",
         comparable=("mean",),
         versus_float=True,
+        usual="mean",
     ),
     "top1_agreement": Metric(
         per_text=True,
@@ -81,7 +85,12 @@ METRICS = {
 
 
 def full_path(path: str) -> str:
-    """A path with its metric: ``decode_tokens_per_second`` stands for ``speed.decode_tokens_per_second``."""
+    """A path with its metric in quantkit's words: ``decode_tokens_per_second`` is a figure of ``speed``, ``ppl`` is
+    ``perplexity``.
+    """
     plain = path.removeprefix("metrics.")
+    first, dot, rest = plain.partition(".")
+    known = [*METRICS, *(name for metric in METRICS.values() if not metric.per_text for name in metric.fields)]
+    plain = f"{chosen(first, known) or first}{dot}{rest}"
     owners = [name for name, metric in METRICS.items() if plain in metric.fields and not metric.per_text]
     return f"{owners[0]}.{plain}" if len(owners) == 1 else plain

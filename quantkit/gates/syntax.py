@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import operator
 import re
@@ -12,6 +13,7 @@ from typing import Literal, cast
 
 from quantkit.errors import RecipeError, did_you_mean
 from quantkit.gates.metrics import BYTE_UNITS, METRICS, Metric, full_path
+from quantkit.system.names import chosen
 
 Kind = Literal["absolute", "baseline", "accepted"]
 OPERATORS: dict[str, Callable[[float, float], bool]] = {
@@ -24,17 +26,15 @@ SHAPE = (
     "PATH <= NUMBER, with <=, <, >= or >, such as 'kl_divergence.mean <= 0.05' or 'size_bytes <= 4GiB', or relative as"
     " 'perplexity <= baseline +1%' and 'perplexity +1 %'"
 )
-_PATH = r"\s*(?P<path>[A-Za-z0-9_][A-Za-z0-9_.-]*)"
-_NUMBER = r"(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
-_ABSOLUTE = re.compile(
-    rf"{_PATH}\s*(?P<operator><=|>=|<|>)\s*(?P<number>[+-]?{_NUMBER})\s*(?P<unit>%|[A-Za-z]*)\s*", re.ASCII
-)
+_PATH = r"\s*(?P<path>\w[\w.-]*)"
+"""The names of texts are of any script."""
+_NUMBER = r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?"
+_ABSOLUTE = re.compile(rf"{_PATH}\s*(?P<operator><=|>=|<|>)\s*(?P<number>[+-]?{_NUMBER})\s*(?P<unit>%|[A-Za-z]*)\s*")
 _RELATIVE = re.compile(
     rf"{_PATH}\s*(?P<operator><=|>=|<|>)\s*(?P<against>baseline|accepted)\s*"
-    rf"(?:(?P<sign>[+-])\s*(?P<number>{_NUMBER})\s*%)?\s*",
-    re.ASCII,
+    rf"(?:(?P<sign>[+-])\s*(?P<number>{_NUMBER})\s*%)?\s*"
 )
-_SHORT = re.compile(rf"{_PATH}\s*(?P<sign>[+]|(?<=\s)-)\s*(?P<number>{_NUMBER})\s*%\s*", re.ASCII)
+_SHORT = re.compile(rf"{_PATH}\s*(?P<sign>[+]|(?<=\s)-)\s*(?P<number>{_NUMBER})\s*%\s*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,9 +161,13 @@ def _text_and_figure(gate: str, metric: str, rest: str) -> tuple[str | None, str
         if rest and not about.per_text:
             raise RecipeError(f"gate '{gate}': {metric} is a number and has no '{rest}'", f"write {metric}")
         return rest or None, about.implied or None
-    text, _, figure = rest.rpartition(".")
+    text, _, last = rest.rpartition(".")
+    figure = chosen(last, about.fields) or last
+    if figure not in about.fields and about.usual and not difflib.get_close_matches(last, about.fields):
+        return rest or None, about.usual
     if figure not in about.fields or (text and not about.per_text):
-        begin = f"{metric}.{rest}" if about.per_text and rest else metric
+        named = text if about.usual else rest
+        begin = f"{metric}.{named}" if about.per_text and named else metric
         remedy = did_you_mean(figure, about.fields)
         raise RecipeError(f"gate '{gate}': name a figure of {metric}, such as {begin}.{about.fields[0]}", remedy)
     return text or None, figure
@@ -173,6 +177,7 @@ def _factor(gate: str, metric: str, unit: str) -> Decimal:
     allowed = METRICS[metric].units
     if not unit:
         return Decimal(1)
+    unit = next((each for each in allowed if each.casefold() == unit.casefold()), unit)
     if unit not in allowed:
         remedy = did_you_mean(unit, allowed) if allowed else "write the number alone"
         raise RecipeError(f"gate '{gate}': '{unit}' is not a unit of {metric}", remedy)

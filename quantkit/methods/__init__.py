@@ -5,4 +5,5 @@ from __future__ import annotations
 from quantkit.methods.base import Method
 from quantkit.system.registry import Registry
 
-METHODS = Registry[Method]("method", "quantkit.methods", "quantkit.methods")
+ALSO = {"round-to-nearest": "rtn", "nearest": "rtn", "ggml": "llama.cpp", "unquantized": "none"}
+METHODS = Registry[Method]("method", "quantkit.methods", "quantkit.methods", also=ALSO)

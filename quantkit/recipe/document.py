@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import yaml
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
-from quantkit.errors import RecipeError, did_you_mean
+from quantkit.errors import RecipeError, SchemeError, did_you_mean
 from quantkit.gates import check_gate_syntax, parse_gate
 from quantkit.recipe.evaluation import METRICS, EvaluationSpec, check_further_gate
 from quantkit.recipe.fields import Name, Section, require_distinct
@@ -17,6 +17,7 @@ from quantkit.recipe.library import LibrarySpec, taken_keys
 from quantkit.recipe.model import MergeSpec, ModelSpec
 from quantkit.recipe.outputs import HistorySpec, ReportSpec, RetentionSpec, TrackingSpec, WebhookSpec
 from quantkit.recipe.quantization import CalibrationSpec, QuantizationSpec
+from quantkit.recipe.spelling import spelled
 from quantkit.recipe.steps import DEFAULT_METHOD, option_names
 from quantkit.recipe.variant import VariantSpec
 from quantkit.schemes import DEFAULT_KIND, SCHEMES, scheme_keys
@@ -72,12 +73,11 @@ class Recipe(Section):
         if not isinstance(defaults, Mapping) or not isinstance(variants, list | tuple):
             return given
         with located():
-            _check_default_keys(defaults, variants)
-        filled = [
-            {**_defaults_for(defaults, variant), **variant} if isinstance(variant, Mapping) else variant
-            for variant in variants
-        ]
-        return {**given, "variants": filled}
+            usual = spelled(defaults)
+        own = [_as_written(variant) for variant in variants]
+        with located():
+            _check_default_keys(usual, own)
+        return {**given, "variants": [_filled(defaults, usual, variant) for variant in own]}
 
     @field_validator("variants")
     @classmethod
@@ -176,6 +176,30 @@ def text_of(path: Path, name: str, remedy: str) -> str:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise RecipeError(f"{name} is not UTF-8 text", remedy) from error
+
+
+def _as_written(variant: Any) -> Any:
+    """A variant with names as quantkit writes them; one with a mistake stays, and is told of when it is checked."""
+    if not isinstance(variant, Mapping) or "library" in variant:
+        return variant
+    try:
+        return spelled(variant)
+    except SchemeError:
+        return variant
+
+
+def _filled(defaults: Mapping[str, Any], usual: Mapping[str, Any], variant: Any) -> Any:
+    """A variant with the defaults; what the name of a default scheme says goes with that scheme.
+
+    Args:
+        defaults: as they were written.
+        usual: the same with names as quantkit writes them.
+        variant: one of the recipe.
+    """
+    if not isinstance(variant, Mapping):
+        return variant
+    own = {key: usual[key] for key in defaults if key != "scheme"} if "scheme" in variant else usual
+    return {**_defaults_for(own, variant), **variant}
 
 
 def _defaults_for(defaults: Mapping[str, Any], variant: Mapping[str, Any]) -> dict[str, Any]:

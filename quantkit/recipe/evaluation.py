@@ -13,6 +13,7 @@ from quantkit.errors import RecipeError, did_you_mean
 from quantkit.gates import Gate
 from quantkit.recipe.fields import Device, Flag, Name, Section, Whole, require_distinct
 from quantkit.runtimes import RUNTIMES
+from quantkit.system.names import chosen
 from quantkit.system.validation import located
 
 Bos = Literal["window", "stream", "none"]
@@ -103,6 +104,7 @@ class AnswerSpec(Section):
     @classmethod
     def _metrics_are_known(cls, metrics: tuple[str, ...]) -> tuple[str, ...]:
         require_distinct(list(metrics), "metrics")
+        metrics = tuple(chosen(metric, ANSWER_METRICS) or metric for metric in metrics)
         for metric in metrics:
             if metric not in ANSWER_METRICS and "/" not in metric:
                 known = ", ".join(ANSWER_METRICS)
@@ -157,8 +159,8 @@ class TextSpec(Section):
     @classmethod
     def _from_short_form(cls, given: Any) -> Any:
         if isinstance(given, str):
-            if given in BUNDLED_TEXTS:
-                return {"name": given, "bundled": given}
+            if (bundled := chosen(given, BUNDLED_TEXTS)) is not None:
+                return {"name": bundled, "bundled": bundled}
             if "/" in given or "." in given:
                 return {"name": re.sub(r"[^A-Za-z0-9._-]", "-", Path(given).stem), "file": given}
             raise ValueError(f"unknown text '{given}': {did_you_mean(given, BUNDLED_TEXTS)}, or a file's path")
@@ -226,11 +228,12 @@ class EvaluationSpec(Section):
     @field_validator("loader")
     @classmethod
     def _loader_scores(cls, loader: str) -> str:
-        if loader == "auto":
-            return loader
+        if loader.casefold() == "auto":
+            return "auto"
         with located():
             if loader not in RUNTIMES:
                 raise RecipeError(f"'{loader}' is not allowed", did_you_mean(loader, ["auto", *RUNTIMES.names()]))
+            loader = RUNTIMES.name_of(loader)
             if RUNTIMES.get(loader).separate:
                 raise RecipeError(
                     f"{loader} lives in an interpreter of its own, and scoring needs the runtime in this one",

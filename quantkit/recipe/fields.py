@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from typing import Annotated, Any
+from functools import cache
+from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
 from quantkit.errors import SchemeError
+from quantkit.system.names import chosen, spelled_device
 from quantkit.system.validation import located
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)]
@@ -20,6 +22,33 @@ class Section(BaseModel):
     """A part of a recipe: frozen, and closed to keys that it does not know."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, str_strip_whitespace=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _as_choices_are_written(cls, given: Any, info: ValidationInfo) -> Any:
+        """A choice of a few words in any case, or in another word of the field: ``BF16``, ``ppl``."""
+        words = _words_of(cls, str(info.field_name))
+        if not words:
+            return given
+        if isinstance(given, list | tuple):
+            return [_choice(each, words) for each in given]
+        return _choice(given, words)
+
+
+def _choice(given: Any, words: tuple[str, ...]) -> Any:
+    return (chosen(given, words) or given) if isinstance(given, str) else given
+
+
+@cache
+def _words_of(section: type[BaseModel], field: str) -> tuple[str, ...]:
+    """The words that a key, or each entry of its list, can be; none where it can be other text too."""
+    return _literals(section.model_fields[field].annotation)
+
+
+def _literals(annotation: Any) -> tuple[str, ...]:
+    if get_origin(annotation) is Literal:
+        return tuple(word for word in get_args(annotation) if isinstance(word, str))
+    return tuple(word for part in get_args(annotation) for word in _literals(part))
 
 
 def require_distinct(names: list[str], what: str) -> None:
@@ -49,13 +78,17 @@ def compiled(pattern: str) -> re.Pattern[str]:
         raise SchemeError(f"'{pattern}' is not a regular expression: {error}") from error
 
 
+def _spelled_device(given: Any) -> Any:
+    return spelled_device(given) if isinstance(given, str) else given
+
+
 def _known_device(device: str) -> str:
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
         raise ValueError(f"'{device}' is not a device: use auto, cpu, cuda or cuda:N")
     return device
 
 
-Device = Annotated[str, AfterValidator(_known_device)]
+Device = Annotated[str, BeforeValidator(_spelled_device), AfterValidator(_known_device)]
 """The name of a device; whether it is there is known when it is asked for."""
 
 

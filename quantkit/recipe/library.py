@@ -12,8 +12,10 @@ from quantkit.formats import FORMATS
 from quantkit.libraries import LIBRARIES, Library
 from quantkit.libraries.base import CODES, Offer
 from quantkit.recipe.fields import Flag, Name, Patterns, Section, Whole, compiled, options_apart
+from quantkit.recipe.spelling import entry_called
 from quantkit.schemes import PER_CHANNEL, SCHEMES, Scheme, make_scheme
 from quantkit.schemes.kinds import keys_of
+from quantkit.system.names import chosen
 from quantkit.system.units import parse_bytes, parse_seconds
 from quantkit.system.validation import located, unknown_key
 
@@ -98,8 +100,13 @@ class LibrarySpec(Section):
     @classmethod
     def _library_exists(cls, name: str) -> str:
         with located():
-            LIBRARIES.get(name)
-        return name
+            return entry_called(name, LIBRARIES)
+
+    @field_validator("format")
+    @classmethod
+    def _format_exists(cls, name: str | None) -> str | None:
+        with located():
+            return None if name is None else entry_called(name, FORMATS)
 
     @model_validator(mode="after")
     def _check_offer(self) -> LibrarySpec:
@@ -204,9 +211,10 @@ def offer_of(library: type[Library], method: object) -> Offer:
     offers = {offer.method: offer for offer in library.offers}
     if method is None:
         return library.offers[0]
-    if method not in offers:
+    meant = chosen(str(method), offers)
+    if meant is None:
         raise RecipeError(f"library {library.name} has no method '{method}'", did_you_mean(str(method), offers))
-    return offers[str(method)]
+    return offers[meant]
 
 
 def taken_keys(library: object, method: object) -> set[str]:
@@ -218,7 +226,7 @@ def taken_keys(library: object, method: object) -> set[str]:
     if not isinstance(library, str) or library not in LIBRARIES:
         return known
     found = LIBRARIES.get(library)
-    if method is not None and method not in [offer.method for offer in found.offers]:
+    if method is not None and chosen(str(method), [offer.method for offer in found.offers]) is None:
         return known
     offer = offer_of(found, method)
     fixed = {
@@ -254,7 +262,7 @@ def _refusals(spec: LibrarySpec, offer: Offer) -> Iterator[tuple[str, str]]:
     if spec.format is None:
         return
     if offer.writes == CODES:
-        reason = FORMATS.get(spec.format).read_only  # raises for an unknown name
+        reason = FORMATS.get(spec.format).read_only
         if reason:
             yield f"quantkit reads the {spec.format} format and does not write it: {reason}", "choose another format"
     elif spec.format != offer.writes:

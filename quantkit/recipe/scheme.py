@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_
 from pydantic import Field, create_model, field_validator, model_validator
 
 from quantkit.recipe.fields import Flag, Section, Whole
-from quantkit.schemes import SCHEMES, Scheme, scheme_keys
+from quantkit.recipe.scheme_names import scheme_named
+from quantkit.schemes import Scheme, scheme_keys
 from quantkit.schemes.kinds import key_types
 from quantkit.system.validation import located
 
@@ -85,8 +86,7 @@ class BlocksPatch(SchemePatch):
 def known_kind(kind: str) -> str:
     """``kind``, where there is such a scheme; for use inside a validator."""
     with located():
-        SCHEMES.get(kind)
-    return kind
+        return str(scheme_named(kind)["scheme"])
 
 
 def written_keys(scheme: Scheme) -> dict[str, Any]:

@@ -116,7 +116,7 @@ class TransformSpec(Section):
     def _gather_options(cls, given: Any) -> Any:
         if isinstance(given, str):
             return {"name": given}
-        if not isinstance(given, Mapping) or given.get("name") not in TRANSFORMS.names():
+        if not isinstance(given, Mapping) or given.get("name") not in TRANSFORMS:
             return given
         known = set(TRANSFORMS.get(given["name"]).Options.model_fields)
         for key in given:
@@ -128,8 +128,7 @@ class TransformSpec(Section):
     @classmethod
     def _exists(cls, name: str) -> str:
         with located():
-            TRANSFORMS.get(name)
-        return name
+            return TRANSFORMS.name_of(name)
 
     @model_validator(mode="after")
     def _options_are_valid(self) -> TransformSpec:

@@ -10,9 +10,11 @@ from pydantic import Field, field_validator, model_validator
 
 from quantkit.errors import SchemeError
 from quantkit.formats import FORMATS
+from quantkit.methods import METHODS
 from quantkit.methods.base import Method, MethodOptions, Statistic
 from quantkit.recipe.fields import Flag, Name, Patterns, Section, compiled
 from quantkit.recipe.scheme import BlocksPatch, SchemeKeys, SchemePatch, known_kind, written_keys
+from quantkit.recipe.spelling import entry_called, spelled
 from quantkit.recipe.steps import DEFAULT_METHOD, Steps, TransformSpec, gathered, steps_of
 from quantkit.schemes import DEFAULT_KIND, Scheme, make_scheme
 from quantkit.system.validation import located
@@ -35,6 +37,8 @@ class Choice(Section):
     @classmethod
     def _method_exists(cls, method: str) -> str:
         with located():
+            if "+" not in method:
+                entry_called(method, METHODS)
             steps_of(method)
         return method
 
@@ -42,8 +46,7 @@ class Choice(Section):
     @classmethod
     def _format_exists(cls, name: str) -> str:
         with located():
-            FORMATS.get(name)
-        return name
+            return entry_called(name, FORMATS)
 
     @field_validator("scheme")
     @classmethod
@@ -81,7 +84,10 @@ class VariantSpec(SchemeKeys, Choice):
     @model_validator(mode="before")
     @classmethod
     def _gather_options(cls, given: Any) -> Any:
-        return gathered(given, cls.model_fields) if isinstance(given, Mapping) else given
+        if not isinstance(given, Mapping):
+            return given
+        with located():
+            return gathered(spelled(given), cls.model_fields)
 
     @field_validator("overrides")
     @classmethod

@@ -5,4 +5,4 @@ from __future__ import annotations
 from quantkit.runtimes.base import Runtime
 from quantkit.system.registry import Registry
 
-RUNTIMES: Registry[Runtime] = Registry("runtime", "quantkit.runtimes", "quantkit.runtimes")
+RUNTIMES: Registry[Runtime] = Registry("runtime", "quantkit.runtimes", "quantkit.runtimes", also={"hf": "transformers"})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from quantkit.errors import QuantkitError
+from quantkit.system.names import spelled_device
 
 USE = "use auto, cpu, cuda or cuda:N"
 
@@ -15,6 +16,7 @@ def resolve_device(name: str) -> torch.device:
     Raises:
         QuantkitError: it is not there, or neither a CPU nor a CUDA device.
     """
+    name = spelled_device(name)
     if name == "auto":
         return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     try:

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from importlib.metadata import entry_points
 from typing import Generic, TypeVar
 
 from quantkit.errors import QuantkitError, RecipeError, did_you_mean
+from quantkit.system.names import folded
 
 T = TypeVar("T")
 
@@ -26,6 +27,7 @@ class Registry(Generic[T]):
         named_by: the attribute of an implementation that is its name.
         unknown: what is raised for a name that there is not.
         without: modules of the package that hold no implementation and are not imported.
+        also: what else the field calls an implementation, each with the name here.
     """
 
     def __init__(
@@ -37,6 +39,7 @@ class Registry(Generic[T]):
         named_by: str = "name",
         unknown: type[QuantkitError] = RecipeError,
         without: Collection[str] = ("base",),
+        also: Mapping[str, str] | None = None,
     ) -> None:
         self.kind = kind
         self._named_by = named_by
@@ -46,6 +49,7 @@ class Registry(Generic[T]):
         self._group = group
         self._entries: dict[str, type[T]] = {}
         self._broken: dict[str, str] = {}
+        self._also = {folded(name): meant for name, meant in (also or {}).items()}
         self._loaded = False
 
     def register(self, cls: type[T]) -> type[T]:
@@ -57,17 +61,29 @@ class Registry(Generic[T]):
         return cls
 
     def get(self, name: str) -> type[T]:
-        """The implementation called ``name``.
+        """The implementation called ``name``, in whatever case and joints it is written.
 
         Raises:
             RecipeError: no such name, or what the registry was told to raise; the remedy lists the names there are.
             QuantkitError: the plugin is there but cannot be imported.
         """
+        return self._entries[self.name_of(name)]
+
+    def name_of(self, name: str) -> str:
+        """What quantkit itself calls the implementation that is meant by ``name``.
+
+        Raises:
+            RecipeError, QuantkitError: see :meth:`get`.
+        """
         self._load()
         if name in self._entries:
-            return self._entries[name]
+            return name
         if name in self._broken:
             raise QuantkitError(f"{self.kind} '{name}' cannot be used: {self._broken[name]}")
+        wanted = folded(name)
+        meant = {folded(each): each for each in self._entries}.get(wanted) or self._also.get(wanted)
+        if meant in self._entries:
+            return meant
         raise self._unknown(f"unknown {self.kind} '{name}'", did_you_mean(name, self._entries))
 
     def __contains__(self, name: object) -> bool:
