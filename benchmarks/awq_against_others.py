@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from scoring import Setting, arguments, machine, prepare, print_scores, scores
 
-from quantkit.exports.companions import copy_companions
+from quantkit.checkpoint.companions import copy_companions
 from quantkit.quantization import Wanted, quantize_together
 from quantkit.recipe import VariantSpec
 

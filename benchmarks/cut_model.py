@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 from quantkit.checkpoint import CheckpointReader, ShardWriter
-from quantkit.exports.companions import copy_companions
+from quantkit.checkpoint.companions import copy_companions
 from quantkit.recipe import ModelSpec
 from quantkit.source import resolve
 from quantkit.system.artifacts import new_folder, read_json, write_json, write_stage

@@ -24,7 +24,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from quantkit import calibration
-from quantkit.exports.companions import copy_companions
+from quantkit.checkpoint.companions import copy_companions
 from quantkit.recipe import CalibrationSpec, ModelSpec
 from quantkit.source import resolve
 

@@ -25,7 +25,7 @@ from quantkit.quantization import job as jobs
 from quantkit.quantization.plan import choose_strategy, paused_bytes
 from quantkit.recipe import VariantSpec
 from quantkit.schemes import IntScheme
-from quantkit.system.artifacts import read_json
+from quantkit.system.artifacts import read_json, write_json
 from quantkit.system.devices import resolve_device
 from quantkit.system.validation import parse_section
 from tests.runs import config_of, decoded_model, files_with_times, hidden_names, load_whole, logits
@@ -147,9 +147,13 @@ def test_licence_and_further_templates_go_along_and_an_old_index_does_not(tmp_pa
 
 def test_the_models_own_code_goes_along_where_it_is_trusted(tmp_path: Path) -> None:
     source = make_model(tmp_path / "source")
-    (source / "modeling_own.py").write_text("x = 1\n")
+    (source / "tokenization_own.py").write_text("x = 1\n")
+    (source / "train.py").write_text("x = 2\n")
+    told = {**read_json(source / "tokenizer_config.json"), "auto_map": {"AutoTokenizer": ["tokenization_own.T", None]}}
+    write_json(source / "tokenizer_config.json", told)
     out = quantize(job(source, trust_remote_code=True), variant(), tmp_path / "out").folder
-    assert (out / "modeling_own.py").read_text() == "x = 1\n"
+    assert (out / "tokenization_own.py").read_text() == "x = 1\n"
+    assert not (out / "train.py").exists()
 
 
 def test_bits_per_weight_count_every_stored_byte(models: dict[str, Path], tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantkit.checkpoint.chat_template import with_processor_template
+from quantkit.checkpoint.companions import PROCESSORS, TOKENIZERS, code_files, matching
 from quantkit.checkpoint.tokenizer_files import missing_package
 from quantkit.errors import CalibrationError
 from quantkit.system.artifacts import file_sha256, read_json
@@ -14,19 +15,6 @@ from quantkit.system.artifacts import file_sha256, read_json
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-TOKENIZER_FILES = (
-    "tokenizer*",
-    "*.model",
-    "vocab*",
-    "merges.txt",
-    "added_tokens.json",
-    "special_tokens_map.json",
-    "chat_template*",
-    "additional_chat_templates/*",
-    "*.tiktoken",
-    "tekken.json",
-    "*.py",
-)
 _REMEDY = "copy the tokenizer's files from the model's repository into the folder"
 
 
@@ -65,8 +53,7 @@ def model_limits(folder: Path, trust_remote_code: bool = False) -> ModelLimits:
 
 def processor_files(folder: Path) -> dict[str, str]:
     """SHA-256 of each file from which a processor of images is made, by its name in ``folder``."""
-    found = sorted(path for path in folder.glob("*processor_config.json") if path.is_file())
-    return {path.name: file_sha256(path) for path in found}
+    return {path.name: file_sha256(path) for path in matching(folder, PROCESSORS)}
 
 
 def tokenizer_files(folder: Path) -> dict[str, str]:
@@ -75,10 +62,11 @@ def tokenizer_files(folder: Path) -> dict[str, str]:
     Raises:
         CalibrationError: there is none.
     """
-    found = {path for pattern in TOKENIZER_FILES for path in folder.glob(pattern) if path.is_file()}
-    if not any(path.suffix != ".py" for path in found):
+    found = matching(folder, TOKENIZERS)
+    if not found:
         raise CalibrationError(f"{folder} holds no tokenizer", _REMEDY)
-    return {path.relative_to(folder).as_posix(): file_sha256(path) for path in sorted(found)}
+    files = sorted({*found, *code_files(folder)})
+    return {path.relative_to(folder).as_posix(): file_sha256(path) for path in files}
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 from quantkit.checkpoint import FLOATS
+from quantkit.checkpoint.companions import copy_companions
 from quantkit.engine.skeleton import Skeleton
 from quantkit.errors import SchemeError
 from quantkit.exports import Export, open_export
-from quantkit.exports.companions import copy_companions
 from quantkit.exports.content import Content, Stored
 from quantkit.exports.layer_store import LayerStore
 from quantkit.exports.manifest import write_manifest
@@ -63,10 +63,10 @@ def convert(
         CheckpointError: the checkpoint is broken, or of a format that quantkit does not read.
         OutputError: ``out`` cannot be written.
     """
-    check_writable(out)
+    check_writable(out, stage=STAGE, source=checkpoint)
     export, target = open_export(checkpoint), FORMATS.get(to)
     schemes = {layer: _placed(layer, target, export) for layer in export.schemes}
-    with workplace(out, "convert") as work, _scratch(work) as scratch, new_folder(out) as folder:
+    with workplace(out, "convert") as work, _scratch(work) as scratch, new_folder(out, guests=True) as folder:
         origin = _origin(export, scratch / "origin")
         skeleton = _skeleton(export, origin, trust_remote_code)
         linears = {name: schemes.get(name) for name in skeleton.all_linears()}
@@ -124,7 +124,7 @@ def _move(export: Export, layer: str, scheme: Scheme, scales: torch.dtype, layer
 def _origin(export: Export, folder: Path) -> Path:
     """A folder with the float model's config, the tokenizer and what else goes along."""
     folder.mkdir()
-    copy_companions(export.tokenizer_folder(), folder, runs_code=True)
+    copy_companions(export.tokenizer_folder(), folder, code=True)
     write_json(folder / "config.json", export.config())
     return folder
 

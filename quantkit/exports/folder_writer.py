@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from quantkit.checkpoint import CheckpointReader, ShardWriter
+from quantkit.checkpoint.companions import copy_companions
 from quantkit.errors import CheckpointError
-from quantkit.exports.companions import copy_companions
 from quantkit.exports.content import Content, Stored, digest
 from quantkit.formats.base import Format
 from quantkit.system.artifacts import read_json, write_json, write_text
@@ -24,7 +24,7 @@ def write_folder(content: Content, store: Format, folder: Path) -> None:
         OutputError: the folder cannot be written.
         CheckpointError: what was read back is not what was written.
     """
-    copy_companions(content.origin, folder, runs_code=content.runs_code)
+    copy_companions(content.origin, folder, code=content.runs_code)
     with ShardWriter(folder) as writer:
         for name, tensor in _tensors(content):
             writer.declare(name, tensor.dtype, tensor.shape)

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from quantkit.checkpoint import CheckpointReader
+from quantkit.checkpoint.companions import copy_companions
 from quantkit.errors import CheckpointError, SourceError
-from quantkit.exports.companions import LICENCES, copy_companions
 from quantkit.exports.content import Content, Stored, digest
 from quantkit.exports.gguf import BLOCKS, SCHEMES_KEY, VERSION_KEY, GgufExport
 from quantkit.gguf.architecture import architecture_for
@@ -117,7 +117,7 @@ def write_gguf(content: Content, folder: Path) -> Path:
     write_file(path, metadata, tensors)
     stops = [str(tokenizer.convert_ids_to_tokens(number)) for number in end_ids(tokenizer, content.origin)]
     write_text(folder / "Modelfile", modelfile(path.name, stops))
-    copy_companions(content.origin, folder, patterns=LICENCES)
+    copy_companions(content.origin, folder, licences_only=True)
     _compare(content, path, written_names(content.floats, config, naming), naming)
     return path
 

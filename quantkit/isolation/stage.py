@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from quantkit.checkpoint import CheckpointReader
+from quantkit.checkpoint.companions import licence_files, model_files
 from quantkit.errors import QuantizationError
 from quantkit.exports.manifest import FOREIGN, public_reference, write_manifest
 from quantkit.exports.writing import bits_of_file
@@ -63,7 +64,7 @@ def quantize_by_library(attempt: Attempt) -> Quantized:
         raise QuantizationError(f"{attempt.variant.label} needs calibration rows", "give a data set")
     place = place_for(attempt)
     started = time.perf_counter()
-    with _scratch(attempt.out) as scratch, new_folder(attempt.out) as folder:
+    with _scratch(attempt.out) as scratch, new_folder(attempt.out, guests=True) as folder:
         (scratch / OUTPUT).mkdir()
         fixed = fixed_variables(attempt.variant.plugin, device_for(attempt.variant, attempt.job))
         ending = _run(attempt, place, scratch, fixed)
@@ -143,7 +144,10 @@ def _as_gguf(job: Job, scratch: Path) -> Path:
 
 
 def _written(attempt: Attempt, ending: Ending, scratch: Path, folder: Path) -> tuple[str, dict[str, Scheme], Findings]:
-    """The library's output, checked and in the checkpoint's folder: its format, its schemes, what was seen of it."""
+    """The library's output, checked and in the checkpoint's folder: its format, its schemes, what was seen of it.
+
+    What it copied from the model's folder and no model needs stays behind.
+    """
     job, variant, output = attempt.job, attempt.variant, scratch / OUTPUT
     offer, checked = variant.offer, partial(as_bad_output, variant.label, output, ending)
     if offer.writes == CODES:
@@ -155,10 +159,12 @@ def _written(attempt: Attempt, ending: Ending, scratch: Path, folder: Path) -> t
     with checked():
         export, findings = checked_export(output, offer.writes, CheckpointReader(job.source))
     schemes = dict(export.schemes)
+    kept = {file.name for file in (*export.files(), *model_files(job.source, code=True), *licence_files(job.source))}
     del export  # it holds the files open
     for path in sorted(output.iterdir()):
-        with translated_os_errors(folder):
-            shutil.move(path, folder / RENAMED.get(path.name, path.name))
+        if path.name in kept or path.name in RENAMED or not (job.source / path.name).exists():
+            with translated_os_errors(folder):
+                shutil.move(path, folder / RENAMED.get(path.name, path.name))
     return offer.writes, schemes, findings
 
 

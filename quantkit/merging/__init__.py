@@ -122,7 +122,7 @@ def merge_model(
     given = {"source": base, "adapter": adapters, "dtype": dtype, "trust_remote_code": trust_remote_code}
     model = parse_section(ModelSpec, given, "merge")
     merge = parse_section(MergeSpec, {"base": base_weights, "any_base": any_base}, "merge")
-    check_writable(out)
+    check_writable(out, stage="merge", source=base)
     with workplace(out, "merge") as work:
         model = with_named_base(model, watching)
         watching.stage(f"source: {model.source}")

@@ -41,7 +41,7 @@ def merge_into(base: SourceModel, model: ModelSpec, merge: MergeSpec, out: Path,
         done = read_stage(out, STAGE, content)
         if done is None or not _is_whole(out):
             tensors = _tensors(base, adapters, model, merge)
-            with new_folder(out) as partial:
+            with new_folder(out, guests=True) as partial:
                 done = {"base": base.reference, "base_weights": content["base_weights"]}
                 done |= _write(tensors, model, content["dtype"], notes, partial, observer)
                 write_stage(partial, STAGE, content, **done)

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
+from quantkit.checkpoint.companions import TOKENIZERS, copy_companions, copy_files, matching
 from quantkit.checkpoint.sizes import TEXT_PARTS
 from quantkit.checkpoint.tokenizer_files import ONE_OF
 from quantkit.errors import SourceError
-from quantkit.exports.companions import LICENCES, copy_companions
 from quantkit.merging.adapter import Adapter
 from quantkit.runtimes._checkpoint import load_tokenizer
-from quantkit.source.folder import IDENTITY, PROCESSORS
 from quantkit.system.artifacts import file_sha256, read_json, translated_os_errors, write_json
 
-CONFIGS = ("config.json", "generation_config.json")
-TOKENIZER_FILES = tuple(pattern for pattern in IDENTITY if pattern not in (*CONFIGS, *PROCESSORS))
 TEMPLATES = ("chat_template.jinja", "chat_template.json")
 
 
@@ -40,9 +36,7 @@ def write_companions(
         OutputError: ``target`` cannot be written.
     """
     with translated_os_errors(target):
-        for file in _files(base, (*IDENTITY, "*.py")):
-            shutil.copyfile(file, target / file.name)
-        copy_companions(base, target, patterns=LICENCES)
+        copy_companions(base, target, code=True)
         notes = _take_tokenizer(adapters, target)
     config = read_json(base / "config.json")
     texts = [config, *(config[name] for name in TEXT_PARTS if isinstance(config.get(name), dict))]
@@ -77,7 +71,7 @@ def check_tokenizer(folder: Path, rows: int, *, trust_remote_code: bool) -> None
 
 def tokenizer_files(adapter: Adapter) -> list[Path]:
     """The files of tokenizer and chat template that an adapter brings."""
-    return _files(adapter.folder, TOKENIZER_FILES)
+    return matching(adapter.folder, TOKENIZERS)
 
 
 def _take_tokenizer(adapters: tuple[Adapter, ...], target: Path) -> list[str]:
@@ -89,10 +83,9 @@ def _take_tokenizer(adapters: tuple[Adapter, ...], target: Path) -> list[str]:
         _check_same(first, adapter)
     whole = any(file.match(pattern) for file in files for pattern in ONE_OF)
     templated = any(file.name in TEMPLATES for file in files)
-    for old in _files(target, TOKENIZER_FILES if whole else TEMPLATES if templated else ()):
+    for old in matching(target, TOKENIZERS if whole else TEMPLATES if templated else ()):
         old.unlink()
-    for file in files:
-        shutil.copyfile(file, target / file.name)
+    copy_files(files, first.folder, target)
     what = "tokenizer and chat template" if whole else ", ".join(file.name for file in files)
     return [f"taken from adapter {first.origin}: {what}"]
 
@@ -105,7 +98,3 @@ def _check_same(first: Adapter, second: Adapter) -> None:
                 f"adapters {first.origin} and {second.origin} bring different files {name}",
                 "remove the tokenizer's files from the folder of one of them",
             )
-
-
-def _files(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
-    return sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})

@@ -11,6 +11,7 @@ from quantkit.pipeline import job_of
 from quantkit.publishing import describe
 from quantkit.quantization import quantize
 from quantkit.quantization.expert_tokens import expert_line
+from quantkit.quantization.job import STAGE
 from quantkit.recipe import CalibrationSpec, MergeSpec, ModelSpec, VariantSpec
 from quantkit.system.artifacts import check_writable
 from quantkit.system.progress import Observer
@@ -30,7 +31,7 @@ def quantize_one(
     Raises:
         QuantkitError: with what is wrong and the remedy.
     """
-    check_writable(out)
+    check_writable(out, stage=STAGE, source=model.source)
     with workplace(out, "quantize") as scratch:
         observer.stage(f"source: {model.source}")
         found = merged_source(model, MergeSpec(), scratch, observer)

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from quantkit.checkpoint.companions import licence_files
 from quantkit.formats.base import Format
 from quantkit.schemes import Scheme
 
@@ -70,7 +71,9 @@ def stated(source: Path) -> dict[str, Any]:
     found = {key: value for key, value in _head(source / "README.md").items() if key in CARRIED and _is_plain(value)}
     if "license" in found:
         return found
-    file = next((path for path in sorted(source.glob("LICENSE*")) if path.is_file()), None)
+    file = next(
+        (path for path in licence_files(source) if re.match("licen[cs]e|copying", path.name, re.IGNORECASE)), None
+    )
     if file is None:
         return found
     text = _read(file)

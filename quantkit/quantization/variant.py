@@ -169,7 +169,7 @@ class VariantRun:
         started = time.perf_counter()
         self.solved.settle()
         identity = made_from(self._job, self._variant)
-        with new_folder(self._out) as folder:
+        with new_folder(self._out, guests=True) as folder:
             content = self._content()
             write_export(content, self._store, folder)
             self._write_importance(folder, content)

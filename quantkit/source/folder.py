@@ -13,34 +13,17 @@ from typing import Any
 import torch
 
 from quantkit.checkpoint import FLOATS, CheckpointReader, ShardWriter
+from quantkit.checkpoint.companions import copy_companions, model_files
 from quantkit.checkpoint.foreign_errors import said_by_transformers
 from quantkit.checkpoint.sizes import check_sizes
 from quantkit.checkpoint.tokenizer_files import ONE_OF, has_tokenizer
 from quantkit.errors import OutputError, SourceError
-from quantkit.exports.companions import LICENCES, copy_companions
 from quantkit.source.decoded import DecodedTensor
 from quantkit.source.decoding import decoding_of, float_dtype, quantization_of, without_quantization
 from quantkit.source.hub import IN_OWN_LAYOUT, OTHER_LAYOUT, OWN_OF_MISTRAL
 from quantkit.system.artifacts import file_sha256, read_json, translated_os_errors, write_json
 from quantkit.system.units import in_units
 
-PROCESSORS = ("*processor*.json",)
-"""How a model that sees or hears is given images and sound."""
-IDENTITY = (
-    *PROCESSORS,
-    "config.json",
-    "generation_config.json",
-    "tokenizer*",
-    "*.model",
-    "*.tiktoken",
-    "tekken.json",
-    "vocab*",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "*.jinja",
-    "chat_template.json",
-)
 COMPILED, PARALLEL = "_orig_mod.", "module."
 """What ``torch.compile`` and parallel training put into the names of a model's tensors."""
 
@@ -93,8 +76,9 @@ class FloatFolder:
 
     def sha256(self, known: Mapping[str, str]) -> dict[str, str]:
         """File name to hash, of everything that makes up the model; files with a ``known`` one are not read again."""
-        files = [*self._side_files(), *self.reader.files()]
-        return {file.name: known.get(file.name) or file_sha256(file) for file in files}
+        files = [*model_files(self.folder, code=self.runs_code), *self.reader.files()]
+        names = {file.relative_to(self.folder).as_posix(): file for file in files}
+        return {name: known.get(name) or file_sha256(file) for name, file in names.items()}
 
     def copy_as(self, dtype: str, target: Path) -> None:
         """Write the model to ``target``; in another dtype than its own all floating-point tensors have that.
@@ -103,10 +87,7 @@ class FloatFolder:
             SourceError: a value is too large for ``dtype``.
             OutputError: ``target`` cannot be written, or the disk has no room for it.
         """
-        with translated_os_errors(target):
-            for file in self._side_files():
-                shutil.copyfile(file, target / file.name)
-            copy_companions(self.folder, target, patterns=LICENCES)
+        copy_companions(self.folder, target, code=self.runs_code)
         write_json(target / "config.json", _config_as(self.config, dtype))
         same = dtype == self.dtype
         tensors = self.tensors if same else [tensor.cast(FLOATS[dtype]) for tensor in self.tensors]
@@ -127,10 +108,6 @@ class FloatFolder:
                     "set model.dtype: float32",
                 )
             yield stored
-
-    def _side_files(self) -> list[Path]:
-        patterns = (*IDENTITY, "*.py") if self.runs_code else IDENTITY
-        return sorted({file for pattern in patterns for file in self.folder.glob(pattern) if file.is_file()})
 
 
 def _check_room(folder: Path, needed: int) -> None:

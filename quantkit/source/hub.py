@@ -24,7 +24,18 @@ from quantkit.recipe.model import HUB_REFERENCE
 from quantkit.source.hashes import check_files
 from quantkit.system.artifacts import translated_os_errors
 
-WANTED = ["*.json", "*.safetensors", "*.model", "*.tiktoken", "*.jinja", "*.txt", "README.md", "LICENSE*"]
+WANTED = [
+    "*.json",
+    "*.safetensors",
+    "*.model",
+    "*.tiktoken",
+    "*.jinja",
+    "*.txt",
+    "README.md",
+    "LICEN[SC]E*",
+    "NOTICE*",
+    "USE_POLICY*",
+]
 UNWANTED = ["*/*", "consolidated*"]
 OWN_OF_MISTRAL = "params.json"
 IN_OWN_LAYOUT = f"holds a model in Mistral's own layout alone ({OWN_OF_MISTRAL}, consolidated.safetensors)"

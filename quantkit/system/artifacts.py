@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.errors import OutputError
+from quantkit.system.guests import OURS, own_files, take_along
 from quantkit.system.locks import alone
 from quantkit.system.os_errors import ELSEWHERE, REMEDIES, translated_os_errors
 
@@ -101,11 +102,15 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
+def new_folder(path: Path, *, guests: bool = False) -> Iterator[Path]:
     """A folder that appears at ``path`` whole when the block ends well, and not at all otherwise.
 
     What stood at ``path`` before is kept until the new folder is whole, then replaced. One process at a time makes it;
     what a killed one left of its own is removed.
+
+    Args:
+        path: of the folder.
+        guests: people may put files of theirs into it, which stay there when it is written anew.
 
     Raises:
         OutputError: the folder cannot be written, another process writes it, or ``path`` holds files that no quantkit
@@ -119,6 +124,8 @@ def new_folder(path: Path) -> Iterator[Path]:
             try:
                 os.chmod(temporary, 0o755)
                 yield temporary
+                if guests:
+                    _list_own(temporary)
                 _replace_folder(temporary, path)
             except BaseException:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -134,6 +141,7 @@ def clear_up(path: Path) -> None:
     for aside in sorted(path.parent.glob(f"{name}.old-*")):
         if not path.exists() and (aside / "folder").exists():
             os.rename(aside / "folder", path)
+        take_along(aside / "folder", path, STAGE_FILE)
         shutil.rmtree(aside, ignore_errors=True)
     for orphan in path.parent.glob(f"{name}.partial-*"):
         if orphan.is_dir():
@@ -142,21 +150,42 @@ def clear_up(path: Path) -> None:
             orphan.unlink(missing_ok=True)
 
 
-def check_writable(path: Path) -> None:
+def check_writable(path: Path, *, stage: str | None = None, source: str | Path = "") -> None:
     """Check before any work that a stage's folder can be written at ``path``.
 
+    Args:
+        path: of the folder.
+        stage: that will write it; what another one wrote there is not replaced.
+        source: what is read meanwhile, and so not replaced either.
+
     Raises:
-        OutputError: ``path`` is a file or a foreign folder, or no folder can be made there.
+        OutputError: ``path`` is a file, a foreign folder, another stage's or the source itself, or no folder can be
+            made there.
     """
     try:
+        if source and path.exists() and Path(source).expanduser().exists() and path.samefile(Path(source).expanduser()):
+            raise OutputError(f"{path} is the model that is read, which would be replaced", ELSEWHERE)
         if path.is_dir() and any(path.iterdir()) and not (path / STAGE_FILE).exists():
             raise OutputError(f"{path} exists and was not written by quantkit", f"{ELSEWHERE}, or remove it yourself")
         if path.exists() and not path.is_dir():
             raise OutputError(f"{path} exists and is not a folder", ELSEWHERE)
+        _check_stage(path, stage)
         _check_parent(path)
     except OSError as error:
         remedy = REMEDIES.get(error.errno or 0, ELSEWHERE)
         raise OutputError(f"cannot write {path}: {error.strerror}", remedy) from error
+
+
+def _check_stage(path: Path, stage: str | None) -> None:
+    file = path / STAGE_FILE
+    if stage is None or not file.exists():
+        return
+    try:
+        written = read_json(file)["stage"]
+    except (ValueError, KeyError, TypeError):  # a broken one is written anew
+        return
+    if written != stage:
+        raise OutputError(f"{path} holds what another command wrote (its {STAGE_FILE} says {written!r})", ELSEWHERE)
 
 
 def _check_parent(path: Path) -> None:
@@ -199,4 +228,10 @@ def _replace_folder(new: Path, place: Path) -> None:
         os.rename(aside / "folder", place)
         os.rmdir(aside)
         raise
+    take_along(aside / "folder", place, STAGE_FILE)
     shutil.rmtree(aside)
+
+
+def _list_own(folder: Path) -> None:
+    """Have ``stage.json`` list the files of a folder."""
+    write_json(folder / STAGE_FILE, {**read_json(folder / STAGE_FILE), OURS: own_files(folder)})
