@@ -106,6 +106,7 @@ def test_the_report_says_all_that_was_asked_and_found(finished: tuple[Recipe, di
     assert set(report) == {
         *("schema", "name", "created", "status", "quantkit_version", "recipe", "recipe_text", "source"),
         *("calibration", "environment", "baseline", "variants", "gates"),
+        "recommendation",
     }
     assert report["recipe"] == recipe.resolved()
     assert Recipe.parse(report["recipe_text"]).variants == recipe.variants
@@ -126,7 +127,11 @@ def test_a_row_holds_settings_errors_of_layers_and_figures(finished: tuple[Recip
         *("name", "status", "error", "method", "format", "scheme", "bits", "group_size", "symmetric", "options"),
         *("checkpoint", "bits_per_weight", "layers", "notes", "metrics", "texts", "size_bytes", "memory", "speed"),
         *("seconds", "loaded_by", "scored_on", "bits_per_weight_file", "share", "experts"),
+        "server",
     }
+    assert row["server"]["bytes"] > row["size_bytes"]
+    assert row["server"]["bytes"] < report["baseline"]["server"]["bytes"]
+    assert row["server"]["bytes_with_device"] - row["server"]["bytes"] == 600 * 2**20
     assert (row["name"], row["status"], row["error"]) == ("gptq4", "ok", None)
     assert {layer["scheme"] for layer in row["layers"]} == {"int4 g32 sym", "int8 g32 sym"}
     assert row["metrics"]["kl_divergence"]["prose"]["mean"] > 0

@@ -51,6 +51,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "tasks": recipe.TaskSpec,
     "answers": recipe.AnswerSpec,
     "report": recipe.ReportSpec,
+    "budget": recipe.BudgetSpec,
     "tracking": recipe.TrackingSpec,
     "mlflow": recipe.MlflowSpec,
     "history": recipe.HistorySpec,

@@ -19,7 +19,8 @@ from rich.console import Console
 
 from quantkit.errors import QuantkitError, RecipeError
 from quantkit.report import evaluate_gates, load, table, write
-from quantkit.report.choice import findings, frontier
+from quantkit.report.choice import findings
+from quantkit.report.losses import frontier
 from quantkit.report.plot import build_plot, place_numbers
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
@@ -287,10 +288,10 @@ def test_the_headline_names_the_closest_the_smallest_and_the_smallest_that_passe
 def test_variants_that_cannot_be_told_apart_are_named() -> None:
     close = [variant("a", kl=0.080, size=100), variant("b", kl=0.081, size=120), variant("c", kl=0.2, size=100)]
     found = findings(make_report(variants=close, gates=[]))
-    assert found[0].name == "a"
-    assert "b" in found[0].aside
-    assert "c" not in found[0].aside.removeprefix("Within two standard errors of the difference: ")
-    assert (found[1].name, found[1].aside) == ("a", "Of the same size, and losing more: c.")
+    assert found[1].name == "a"
+    assert "b" in found[1].aside
+    assert "c" not in found[1].aside.removeprefix("Within two standard errors of the difference: ")
+    assert (found[2].name, found[2].aside) == ("a", "Of the same size, and losing more: c.")
 
 
 def test_the_frontier_holds_what_nothing_beats() -> None:
@@ -404,7 +405,7 @@ def test_some_bytes_more_are_the_same_size() -> None:
     sizes = {"a": (0.2, 1_000_000), "b": (0.1, 1_000_040), "c": (0.05, 1_001_000)}
     rows = [variant(name, kl=kl, size=size) for name, (kl, size) in sizes.items()]
     found = findings(make_report(variants=rows, gates=[]))
-    assert (found[1].name, found[1].aside) == ("b", "Of the same size, and losing more: a.")
+    assert (found[2].name, found[2].aside) == ("b", "Of the same size, and losing more: a.")
 
 
 def test_closer_is_lower_and_smaller_is_further_left(tmp_path: Path) -> None:
@@ -423,8 +424,8 @@ def test_without_divergence_the_plot_is_of_perplexity(tmp_path: Path) -> None:
     assert "](perplexity.svg)" in markdown
     assert "Perplexity against size" in html
     assert "KL divergence" not in parsed(html).words
-    assert findings(report)[0].name == "rtn-int8"
-    assert "perplexity 16.01 (+0.04%) on prose" in findings(report)[0].detail
+    assert findings(report)[1].name == "rtn-int8"
+    assert "perplexity 16.01 (+0.04%) on prose" in findings(report)[1].detail
 
 
 def test_numbers_in_a_plot_cover_neither_each_other_nor_marks() -> None:

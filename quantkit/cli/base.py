@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -52,6 +53,9 @@ app = typer.Typer(
 )
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file (YAML).")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+AllColumns = Annotated[
+    bool, typer.Option("--all-columns", help="Every figure, in further tables where the terminal is too narrow.")
+]
 
 
 def _print_version(wanted: bool) -> None:
@@ -78,11 +82,13 @@ def warn(warnings: Iterable[str]) -> None:
 
 
 def console(stderr: bool = False) -> Console:
-    """A console for tables, as wide as the terminal, or 160 columns wide where there is none."""
+    """A console for tables, as wide as the terminal; where there is none, as ``COLUMNS`` says, or 160 columns wide."""
     from rich.console import Console
 
     found = Console(stderr=stderr)
-    return found if found.is_terminal else Console(stderr=stderr, width=160)
+    columns = os.environ.get("COLUMNS", "")
+    wide = int(columns) if columns.isdigit() and int(columns) > 0 else 160
+    return found if found.is_terminal else Console(stderr=stderr, width=wide)
 
 
 def say(text: str, stderr: bool = False) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from quantkit.cli.base import AsJson, RecipePath, app, console, say
+from quantkit.cli.base import AllColumns, AsJson, RecipePath, app, console, say
 
 PANEL = "Runs over time"
 SHOW = "show"
@@ -73,6 +73,7 @@ def history(
     ] = None,
     since: Annotated[str | None, typer.Option(metavar="DATE", help="Runs that began then or later.")] = None,
     last: Annotated[int | None, typer.Option(min=1, help="The newest so many.")] = None,
+    all_columns: AllColumns = False,
     as_json: AsJson = False,
 ) -> None:
     """List the recorded runs, or show one, the latest or a number: quantkit history show [RUN]."""
@@ -87,7 +88,7 @@ def history(
     if as_json:
         say(json.dumps([to_json(record) for record in found], indent=2, ensure_ascii=False))
     else:
-        console().print(runs_table(found, variant))
+        console().print(runs_table(found, variant, everything=all_columns))
 
 
 def _show(run: str, file: Path | None, as_json: bool) -> None:

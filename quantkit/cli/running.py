@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from quantkit.cli.base import EXIT_FAILED, AsJson, RecipePath, app, console, say, warn
+from quantkit.cli.base import EXIT_FAILED, AllColumns, AsJson, RecipePath, app, console, say, warn
 
 if TYPE_CHECKING:
     from quantkit.recipe import Recipe
@@ -26,30 +26,37 @@ def run(
     install: Annotated[
         bool, typer.Option("--install/--no-install", help="Install environments of libraries that are not there.")
     ] = True,
+    all_columns: AllColumns = False,
 ) -> None:
     """Run a recipe: quantize every variant, score it, write the report."""
     import quantkit
 
     loaded = quantkit.Recipe.load(recipe)
-    result = _run_as_json(loaded, install) if as_json else _run_shown(loaded, install)
+    result = _run_as_json(loaded, install) if as_json else _run_shown(loaded, install, all_columns)
     if result["status"] == "failed":
         raise typer.Exit(EXIT_FAILED)
 
 
-def _run_shown(recipe: Recipe, install: bool) -> dict[str, Any]:
-    """Run with progress on standard error, then print the table, the gates and where the report is."""
+def _run_shown(recipe: Recipe, install: bool, all_columns: bool) -> dict[str, Any]:
+    """Run with progress on standard error, then print the table, the choice, the gates and where the report is."""
     import quantkit
-    from quantkit import report
     from quantkit.cli.display import Display
 
     with Display(console(stderr=True)) as display:
         result = quantkit.run(recipe, display, install=install)
-    console().print(report.table(result))
-    for verdict in result["gates"]:
-        state = "passed" if verdict["passed"] else "FAILED"
-        say(f"gate {state}: {verdict['variant']}: {verdict['gate']}")
+    _show(result, all_columns)
     say(f"report: {report_page(recipe)}")
     return result
+
+
+def _show(content: dict[str, Any], all_columns: bool) -> None:
+    """Print the table of a report, its recommendation and the verdicts of its gates."""
+    from quantkit import report
+    from quantkit.report.terminal import gate_lines
+
+    console().print(report.table(content, everything=all_columns))
+    for line in [*gate_lines(content), *report.recommend(content).lines()]:
+        say(line)
 
 
 def _run_as_json(recipe: Recipe, install: bool) -> dict[str, Any]:
@@ -220,10 +227,15 @@ def evaluate(
 def report(
     path: Annotated[Path, typer.Argument(help="Folder of a run, or its report.json.")],
     out: Annotated[Path | None, typer.Option(help="Folder to write to; the run's own by default.")] = None,
+    table: Annotated[bool, typer.Option("--table", help="Print the table and the choice, and write nothing.")] = False,
+    all_columns: AllColumns = False,
 ) -> None:
     """Render a run's report again from its JSON, as HTML and Markdown."""
     from quantkit import report as reports
 
+    if table or all_columns:
+        _show(reports.load(path), all_columns)
+        return
     folder = out or (path if path.is_dir() else path.parent)
     for written in reports.render_again(path, folder, ("html", "md")):
         say(str(written))

@@ -21,6 +21,7 @@ from quantkit.isolation.catalogue import library_facts, offer_facts
 from quantkit.libraries import LIBRARIES
 from quantkit.methods import METHODS
 from quantkit.recipe.steps import is_method, steps_of
+from quantkit.report.fitted import FittedTable, Shown
 from quantkit.runtimes import RUNTIMES
 from quantkit.schemes import SCHEMES, GgmlMixture
 from quantkit.schemes.kinds import all_kinds
@@ -30,10 +31,16 @@ from quantkit.transforms import TRANSFORMS
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from rich.table import Table
-
     from quantkit.formats.base import Format
 
+_PLAN_COLUMNS = (
+    ("stage", 0, False),
+    ("what", 1, False),
+    ("estimated size", 0, True),
+    ("calibration pass", 3, False),
+    ("state", 2, False),
+)
+"""Titles of the columns of a plan, the rank of each, and whether it is a number, which is never wrapped."""
 LABEL_WIDTH, LINE_WIDTH = 14, 118
 
 
@@ -141,23 +148,25 @@ def _evaluated_by(store: type[Format]) -> str:
     )
 
 
-def plan_table(found: Mapping[str, Any]) -> Table:
+def plan_table(found: Mapping[str, Any]) -> FittedTable:
     """The result of :func:`quantkit.plan` as a table."""
-    from rich.table import Table
+    from rich.text import Text
 
     source, calibration = found["source"], found["calibration"]
-    title = f"{source['reference']} ({source['dtype']}, {_size(source['size_bytes'])})"
-    table = Table(title=title, caption=f"results in {found['folder']}", title_justify="left", caption_justify="left")
-    for column in ("stage", "what", "estimated size", "calibration pass", "state"):
-        table.add_column(column)
+    rows = []
     if calibration is not None:
-        rows = f"{calibration['samples']} records, {calibration['max_length']} tokens each at most"
-        table.add_row("calibration", calibration["dataset"], "", rows, calibration["state"])
-    table.add_row("baseline", "float model", _size(source["size_bytes"]), "", found["baseline"])
+        passes = f"{calibration['samples']} records, {calibration['max_length']} tokens each at most"
+        rows.append(["calibration", calibration["dataset"], "", passes, calibration["state"]])
+    rows.append(["baseline", "float model", _size(source["size_bytes"]), "", found["baseline"]])
     for variant in found["variants"]:
         size = "by the library" if variant["size_bytes"] is None else _size(variant["size_bytes"])
-        table.add_row(variant["name"], _what(variant), size, variant["strategy"], variant["state"])
-    return table
+        rows.append([variant["name"], _what(variant), size, variant["strategy"], variant["state"]])
+    shown = [
+        Shown(title, [Text(cell) for cell in column], rank, number)
+        for (title, rank, number), column in zip(_PLAN_COLUMNS, zip(*rows, strict=True), strict=True)
+    ]
+    title = f"{source['reference']} ({source['dtype']}, {_size(source['size_bytes'])})"
+    return FittedTable(shown, title=title, notes=[Text(f"results in {found['folder']}")], remedy="--json has all")
 
 
 def plan_notes(found: Mapping[str, Any]) -> Iterator[str]:

@@ -35,6 +35,27 @@ def running(anatomy: Anatomy, file: Stored, use: Use, *, decoded: str | None = N
     return Part("inference", f"running, batch {use.batch}, {use.context:,} tokens", lines, _notes(anatomy, use))
 
 
+def served(anatomy: Anatomy, size: int, use: Use, *, llama_cpp: bool) -> Part:
+    """What a server holds of a checkpoint that it keeps as it lies on disk, in 16 bits whatever is not packed.
+
+    Args:
+        anatomy: the model.
+        size: bytes of the checkpoint's weight files.
+        use: how it is used; of a context that is longer than the model's, the model's counts.
+        llama_cpp: it is llama.cpp, which reads 512 tokens at a time and computes in float32.
+    """
+    context = min(use.context, anatomy.context or use.context)
+    use = use.model_copy(update={"context": context})
+    tokens = use.batch * min(context, LLAMA_CPP_TOKENS) if llama_cpp else use.tokens
+    lines = (
+        Line("weights", size, "the files as they lie on disk"),
+        *cache_lines(anatomy, use, "float16"),
+        activations_line(anatomy, use.batch, tokens, "float32" if llama_cpp else "float16"),
+        Line("device", use.overhead, f"{written(use.overhead / 2**20)} MiB for context, kernels and allocator"),
+    )
+    return Part("server", f"served, batch {use.batch}, {context:,} tokens", lines, anatomy.notes)
+
+
 def with_all_logits(anatomy: Anatomy, file: Stored, use: Use, *, decoded: str | None = None) -> Part:
     """The same where logits of all positions are asked for, as for perplexity."""
     plain, dtype = running(anatomy, file, use, decoded=decoded), decoded or computing_dtype(file)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from quantkit.errors import SourceError
 from quantkit.estimation.anatomy import Anatomy
-from quantkit.estimation.inference import LLAMA_CPP_TOKENS, activations_line, cache_lines, weights_line
+from quantkit.estimation.inference import LLAMA_CPP_TOKENS, activations_line, cache_lines, served, weights_line
 from quantkit.estimation.lines import Line, Part, written
 from quantkit.estimation.models import anatomy_by
 from quantkit.estimation.use import Use
@@ -126,6 +126,30 @@ def beside_measured(
     found = None if anatomy is None else estimates(anatomy, variant or _float(anatomy), memory, result)
     weights = found["weights"]["estimated_bytes"] if found else None
     return {**figures, "memory": {**memory, ESTIMATED: weights, ESTIMATES: found}}
+
+
+def beside_server(figures: dict[str, Any], folder: Path, context: int) -> dict[str, Any]:
+    """Figures of a checkpoint with ``server``, what a server on a GPU would hold of it, beside what was measured here.
+
+    Args:
+        figures: as the report has them.
+        folder: of the checkpoint, of which only the config is read.
+        context: tokens of its one sequence.
+
+    Returns:
+        The figures; ``server`` has ``bytes``, ``bytes_with_device`` (with what a GPU's runtime takes for itself),
+        ``context`` (in tokens) and ``lines``, or is None for a model that transformers does not build.
+    """
+    anatomy = _known_anatomy(folder)
+    if anatomy is None or not figures.get("size_bytes"):
+        return {**figures, "server": None}
+    use = Use(context=min(context, anatomy.context or context))
+    llama_cpp = not (folder / "config.json").is_file()
+    part = served(anatomy, int(figures["size_bytes"]), use, llama_cpp=llama_cpp)
+    lines = [line.to_json() for line in part.lines]
+    own = sum(line.nbytes for line in without_device(part).lines)
+    told = {"bytes": own, "bytes_with_device": part.nbytes, "context": use.context, "lines": lines}
+    return {**figures, "server": told}
 
 
 def estimates(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 from math import prod
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantkit import report
 from quantkit.calibration import CalibrationSet
 from quantkit.checkpoint import CheckpointReader
-from quantkit.estimation.measured import beside_measured
+from quantkit.estimation.measured import beside_measured, beside_server
 from quantkit.evaluation.stage import report_figures
 from quantkit.merging import MergedModel
 from quantkit.pipeline.context import Run
@@ -30,12 +31,14 @@ def report_content(
 ) -> dict[str, Any]:
     """The report of a run, with the verdicts of its gates; ``status`` is ``failed`` if a variant or a gate failed."""
     recipe = current.recipe
-    variants = {variant.name for variant in recipe.variants}
+    variants, context = {variant.name for variant in recipe.variants}, recipe.budget.context
+    rows = [beside_server(row, Path(row["checkpoint"]), context) if row["status"] == "ok" else row for row in rows]
     figures = beside_measured(report_figures(baseline), baseline, model.folder)
+    figures = beside_server(figures, model.folder, context)
     before = {**figures, "seconds": {"evaluate": baseline["seconds"]}}
     gates = report.evaluate_gates(recipe.gates, [row for row in rows if row["name"] in variants], before)
     failed = any(row["status"] == "failed" for row in rows) or not all(gate["passed"] for gate in gates)
-    return {
+    content = {
         "schema": 1,
         "name": recipe.name,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -50,6 +53,7 @@ def report_content(
         "variants": rows,
         "gates": gates,
     }
+    return {**content, "recommendation": report.recommend(content).to_json()}
 
 
 def _source_facts(model: SourceModel) -> dict[str, Any]:

@@ -21,7 +21,15 @@ from quantkit.recipe.evaluation import (
 from quantkit.recipe.fields import Section
 from quantkit.recipe.library import LibrarySpec, LimitsSpec
 from quantkit.recipe.model import AdapterSpec, MergeSpec, ModelSpec
-from quantkit.recipe.outputs import HistorySpec, MlflowSpec, ReportSpec, RetentionSpec, TrackingSpec, WebhookSpec
+from quantkit.recipe.outputs import (
+    BudgetSpec,
+    HistorySpec,
+    MlflowSpec,
+    ReportSpec,
+    RetentionSpec,
+    TrackingSpec,
+    WebhookSpec,
+)
 from quantkit.recipe.quantization import CalibrationSpec, QuantizationSpec
 from quantkit.recipe.scheme import BlocksPatch, SchemeKeys, SchemePatch
 from quantkit.recipe.steps import DEFAULT_METHOD
@@ -37,6 +45,7 @@ __all__ = [
     "AdapterSpec",
     "AnswerSpec",
     "BlocksPatch",
+    "BudgetSpec",
     "CalibrationSpec",
     "EvaluationSpec",
     "HistorySpec",

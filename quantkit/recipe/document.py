@@ -15,7 +15,7 @@ from quantkit.recipe.evaluation import METRICS, EvaluationSpec, check_further_ga
 from quantkit.recipe.fields import Name, Section, require_distinct
 from quantkit.recipe.library import LibrarySpec, taken_keys
 from quantkit.recipe.model import MergeSpec, ModelSpec
-from quantkit.recipe.outputs import HistorySpec, ReportSpec, RetentionSpec, TrackingSpec, WebhookSpec
+from quantkit.recipe.outputs import BudgetSpec, HistorySpec, ReportSpec, RetentionSpec, TrackingSpec, WebhookSpec
 from quantkit.recipe.quantization import CalibrationSpec, QuantizationSpec
 from quantkit.recipe.spelling import spelled
 from quantkit.recipe.steps import DEFAULT_METHOD, option_names
@@ -60,6 +60,7 @@ class Recipe(Section):
     report: ReportSpec = ReportSpec()
     tracking: TrackingSpec = TrackingSpec()
     gates: tuple[Annotated[str, Field(max_length=MAX_GATE)], ...] = ()
+    budget: BudgetSpec = BudgetSpec()
     history: HistorySpec = HistorySpec()
     retention: RetentionSpec = RetentionSpec()
     webhook: WebhookSpec | None = None

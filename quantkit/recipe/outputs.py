@@ -1,13 +1,15 @@
-"""The sections ``report``, ``history``, ``retention``, ``tracking`` and ``webhook``: what a run leaves."""
+"""The sections ``report``, ``budget``, ``history``, ``retention``, ``tracking`` and ``webhook``: what a run leaves."""
 
 from __future__ import annotations
 
 import re
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator
 
 from quantkit.recipe.fields import Flag, Section, Whole
+from quantkit.system.units import parse_bytes
+from quantkit.system.validation import located
 
 
 class ReportSpec(Section):
@@ -20,6 +22,30 @@ class ReportSpec(Section):
 
     folder: str | None = None
     formats: tuple[Literal["html", "md", "json"], ...] = ("html", "md", "json")
+
+
+def _bytes(given: object) -> object:
+    with located():
+        return parse_bytes(given) if isinstance(given, int | str) else given
+
+
+Bytes = Annotated[Whole, Field(ge=1), BeforeValidator(_bytes)]
+"""A number of bytes, or a text such as ``8GiB``."""
+
+
+class BudgetSpec(Section):
+    """What the recommended variant may take; the report recommends the least loss within it.
+
+    Attributes:
+        size: bytes of its files, or a text such as ``4GiB``.
+        memory: bytes that a server needs for weights, the KV cache of one sequence, activations and what the device's
+            runtime takes, or a text such as ``8GiB``.
+        context: tokens of that sequence; what the model was made for at most.
+    """
+
+    size: Bytes | None = None
+    memory: Bytes | None = None
+    context: Annotated[Whole, Field(ge=1)] = 4096
 
 
 class HistorySpec(Section):

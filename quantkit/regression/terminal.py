@@ -7,17 +7,28 @@ from typing import TYPE_CHECKING
 from quantkit.gates.judge import percent
 from quantkit.gates.results import Comparison, GateResult
 from quantkit.regression.document import Check
+from quantkit.report.fitted import FittedTable, Shown
 from quantkit.report.numbers import in_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from rich.console import RenderableType
-    from rich.table import Table
     from rich.text import Text
 
 STYLES = {"passed": "green", "regressed": "bold red", "unknown": "bold yellow"}
 WORDS = {"passed": "passed", "regressed": "REGRESSED", "unknown": "CANNOT BE TOLD"}
+_COLUMNS = (
+    ("Gate", 0, False),
+    ("Variant", 0, False),
+    ("Verdict", 1, False),
+    ("Figure", 2, True),
+    ("Beside", 3, True),
+    ("Worse by", 4, True),
+    ("95 % interval", 5, True),
+    ("Detectable", 6, True),
+)
+"""Titles of the columns of gates, the rank of each, and whether it is a number, which is never wrapped."""
 CHANGES_SHOWN = 12
 LAYERS_SHOWN = 5
 
@@ -33,18 +44,17 @@ def rendered(check: Check) -> RenderableType:
     return Group(head, _gates(check), *lines)
 
 
-def _gates(check: Check) -> Table:
-    from rich.table import Table
+def _gates(check: Check) -> FittedTable:
+    """Verdicts with their figures, which the lines below have in words."""
     from rich.text import Text
 
-    table = Table()
-    for title in ("Gate", "Variant", "Verdict"):
-        table.add_column(title, overflow="fold")
-    for title in ("Figure", "Beside", "Worse by", "95 % interval", "Detectable"):
-        table.add_column(title, justify="right")
-    for result in check.gates:
-        table.add_row(Text(result.gate), Text(result.variant), _verdict(result), *_figures(result))
-    return table
+    rows = [
+        [Text(result.gate), Text(result.variant), _verdict(result), *map(Text, _figures(result))]
+        for result in check.gates
+    ]
+    cells = list(zip(*rows, strict=True)) or [()] * len(_COLUMNS)
+    shown = [Shown(title, column, rank, number) for (title, rank, number), column in zip(_COLUMNS, cells, strict=True)]
+    return FittedTable(shown, remedy="check.json and the check's page have them")
 
 
 def _verdict(result: GateResult) -> Text:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from quantkit.gates import check_gate_syntax, evaluate_gates
 from quantkit.report.files import load, render_again, write
+from quantkit.report.recommendation import recommend
 from quantkit.report.terminal import table
 
-__all__ = ["check_gate_syntax", "evaluate_gates", "load", "render_again", "table", "write"]
+__all__ = ["check_gate_syntax", "evaluate_gates", "load", "recommend", "render_again", "table", "write"]

@@ -111,6 +111,7 @@ def _cost_columns(rows: Sequence[Record], ratio: str) -> dict[str, Column]:
         "blocks": _column("Of the blocks", shares, percent, "high"),
         "weights": _marked_decoded(_bytes("Weights", _values(rows, "memory", "weights_bytes")), rows),
         "peak": _bytes("Peak", _values(rows, "memory", "peak_bytes")),
+        "server": _bytes("On a server", _values(rows, "server", "bytes")),
         **_estimate_columns(rows),
         "prefill": _rate("Prefill tokens/s", _values(rows, "speed", "prefill_tokens_per_second")),
         "decode": _rate("Decode tokens/s", _values(rows, "speed", "decode_tokens_per_second")),

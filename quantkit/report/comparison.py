@@ -14,6 +14,7 @@ from quantkit.report.columns import (
     texts_of,
 )
 from quantkit.report.numbers import ABSENT
+from quantkit.report.recommendation import recommend
 
 Shape = list[tuple[str, str]]
 """Keys of the columns that share a place, the main one first, each with its title or ``""`` for its own."""
@@ -43,6 +44,7 @@ class Line:
     Attributes:
         cells: for each column its main figure and those below it.
         error: why the variant failed, or None.
+        mark: ``recommended``, ``broken`` or nothing.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Line:
     cells: tuple[tuple[Cell, tuple[Cell, ...]], ...]
     error: str | None
     reference: bool = False
+    mark: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +115,7 @@ def _shapes(report: Record) -> list[tuple[str, list[Shape]]]:
         (
             "Memory",
             [
+                [("server", "")],
                 [("weights", ""), ("peak", "")],
                 [("at_prefill", ""), ("estimated", ""), ("estimate_ratio", "estimated / measured")],
             ],
@@ -137,6 +141,7 @@ def _lowered(title: str) -> str:
 
 def _lines(report: Record, stacks: list[Stack]) -> tuple[Line, ...]:
     lines = [Line(reference_name(report), _dtype(report), "", "", _cells(stacks, 0), None, reference=True)]
+    marks = recommend(report).marks()
     for index, variant in enumerate(report["variants"], start=1):
         lines.append(
             Line(
@@ -146,6 +151,7 @@ def _lines(report: Record, stacks: list[Stack]) -> tuple[Line, ...]:
                 str(variant.get("format") or ABSENT),
                 _cells(stacks, index),
                 failure(variant),
+                mark=marks.get(str(variant["name"]), ""),
             )
         )
     return tuple(lines)

@@ -93,7 +93,7 @@ def _memory_definitions(rows: list[Record]) -> Facts:
             "NVML": f"Bytes that the evaluating process held{where}, as the driver tells, the CUDA context included.",
         }
         found.append((f"Peak memory ({kind})", meaning.get(kind, f"Peak by {kind}{where}.")))
-    found += _estimate_definitions(rows)
+    found += _server_definition(rows) + _estimate_definitions(rows)
     weights = any(figure(row, "memory", "weights_bytes") is not None for row in rows)
     if not weights:
         return found
@@ -104,6 +104,32 @@ def _memory_definitions(rows: list[Record]) -> Facts:
             "speed are those of a float model, and not of a runtime that keeps the weights packed."
         )
     return [("Weights memory", resident), *found]
+
+
+def _server_definition(rows: list[Record]) -> Facts:
+    """What a server would hold, and why that is not what was measured here."""
+    contexts = [value for row in rows if (value := figure(row, "server", "context")) is not None]
+    if not contexts:
+        return []
+    meaning = (
+        "Estimate of what a server holds that computes from the packed weights, such as vLLM, SGLang or llama.cpp: the "
+        f"files as they lie on disk, the KV cache of one sequence of {count(max(contexts))} tokens in 16 bits, and "
+        "activations, without what the device's runtime takes for itself (about 600 MiB on CUDA)."
+    )
+    if any(_unpacked_here(row) for row in rows[1:]):
+        meaning += (
+            " It is the figure to compare by size. What was measured here is more: the runtime that scored the file "
+            "decodes packed weights, wholly or a layer at a time, so a 4-bit file can take more memory here than the "
+            "float model, and does not on a server."
+        )
+    return [("On a server", meaning)]
+
+
+def _unpacked_here(row: Record) -> bool:
+    """Whether a row's weights were measured larger than its files, loaded or while it ran."""
+    size = figure(row, "size_bytes")
+    held = [figure(row, "memory", key) for key in ("weights_bytes", "weights_bytes_running")]
+    return size is not None and any(value is not None and value > 1.1 * size for value in held)
 
 
 def _estimate_definitions(rows: list[Record]) -> Facts:

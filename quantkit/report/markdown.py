@@ -12,10 +12,23 @@ from quantkit.report.comparison import failure
 from quantkit.report.numbers import ABSENT
 from quantkit.report.page import context, environment, template_text
 from quantkit.report.plot import Plot, build_plot
+from quantkit.report.recommendation import recommend
 
 _SPECIAL = re.compile(r"([\\`*_\[\]<>|~#$])")
 _COST = (
-    *("size", "ratio", "bits", "file_bits", "blocks", "weights", "peak", "at_prefill", "estimated", "estimate_ratio"),
+    *(
+        "size",
+        "ratio",
+        "bits",
+        "file_bits",
+        "blocks",
+        "server",
+        "weights",
+        "peak",
+        "at_prefill",
+        "estimated",
+        "estimate_ratio",
+    ),
     *("prefill", "decode", "quantize", "evaluate"),
 )
 _QUALITY = ("kl", "median", "p99", "perplexity", "rise", "share", "top1")
@@ -79,12 +92,15 @@ def _cost_table(report: Record) -> list[list[Any]]:
     lines: list[list[Any]] = [["Variant", "Method", "Scheme", "Format", *(column.title for column in shown)]]
     lines.append([Markup(":--")] * 4 + [Markup("--:")] * len(shown))
     lines.append([reference_name(report), ABSENT, _dtype(report), ABSENT, *_figures(shown, 0)])
+    marks = recommend(report).marks()
     for index, variant in enumerate(report["variants"], start=1):
         error = failure(variant)
         figures: list[Any] = _figures(shown, index)
         if error is not None:
             figures = [Markup(f"**failed:** {escaped(error)}"), *[""] * (len(shown) - 1)]
-        lines.append([code(variant["name"]), *_identity(variant), *figures])
+        mark = marks.get(str(variant["name"]))
+        name = Markup(f"{code(variant['name'])} ({mark})") if mark else code(variant["name"])
+        lines.append([name, *_identity(variant), *figures])
     return lines
 
 

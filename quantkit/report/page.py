@@ -13,12 +13,13 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from quantkit.report.choice import findings, frontier
+from quantkit.report.choice import findings
 from quantkit.report.columns import Record, reference_name, reference_word, scheme_name
 from quantkit.report.comparison import build_comparison, failure
 from quantkit.report.definitions import definitions, text_definitions
 from quantkit.report.divergence_table import divergence_tables
 from quantkit.report.facts import calibration_facts, environment_facts, source_facts, variant_facts
+from quantkit.report.losses import frontier
 from quantkit.report.numbers import figure, fixed, pick
 from quantkit.report.plot import Plot, build_plot
 from quantkit.report.tables import experts, gate_table, histogram, loading, worst_layers, written_date

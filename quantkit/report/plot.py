@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from quantkit.report.axes import Axis, Frame, linear_axis, log_axis
-from quantkit.report.choice import frontier
 from quantkit.report.columns import Record, reference_name, rows_of, texts_of
+from quantkit.report.losses import frontier
 from quantkit.report.numbers import byte_unit, figure, pick
 
 WIDTH, LINE = 640.0, 19.0

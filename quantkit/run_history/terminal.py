@@ -4,13 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from quantkit.gates.record import VariantRecord
+from quantkit.report.fitted import FittedTable, Shown
 from quantkit.run_history.record import RunRecord
 
-if TYPE_CHECKING:
-    from rich.table import Table
+_COLUMNS = (
+    ("Run", 0, True),
+    ("Began (UTC)", 4, True),
+    ("Recipe", 6, False),
+    ("Kind", 7, False),
+    ("Status", 1, False),
+    ("Variant", 0, False),
+    ("Size", 3, True),
+    ("KL, worst text", 2, True),
+    ("Perplexity, worst text", 2, True),
+    ("Decode, tokens/s", 5, True),
+)
+"""Titles of the columns of runs, the rank of each, and whether it is a number, which is never wrapped."""
 
 
 def to_json(record: RunRecord) -> dict[str, Any]:
@@ -24,25 +36,32 @@ def to_json(record: RunRecord) -> dict[str, Any]:
     return data
 
 
-def runs_table(records: Sequence[RunRecord], variant: str | None = None) -> Table:
-    """One row for each variant of each run, or for the run that has none; a star marks what is accepted."""
-    from rich.table import Table
+def runs_table(records: Sequence[RunRecord], variant: str | None = None, *, everything: bool = False) -> FittedTable:
+    """One row for each variant of each run, or for the run that has none; a star marks what is accepted.
+
+    Args:
+        records: the runs, from above to below; the error of one stands below the table.
+        variant: of this one alone.
+        everything: all columns, in further tables where they do not fit into one.
+    """
     from rich.text import Text
 
-    table = Table()
-    for title in ("Run", "Began (UTC)", "Recipe", "Kind", "Status", "Variant"):
-        table.add_column(title, overflow="fold")
-    for title in ("Size", "KL, worst text", "Perplexity, worst text", "Decode, tokens/s"):
-        table.add_column(title, justify="right")
+    rows: list[list[str]] = []
     for record in records:
         told = [str(record.id), record.started[:16].replace("T", " "), record.name, record.kind, _status(record)]
-        rows = [each for each in record.variants if variant in (None, each.name)]
-        for each in rows:
+        wanted = [each for each in record.variants if variant in (None, each.name)]
+        for each in wanted:
             mark = " *" if each.name in record.accepted else ""
-            table.add_row(*map(Text, [*told, f"{each.name}{mark}", *_figures(each)]))
-        if not rows:
-            table.add_row(*map(Text, [*told, record.error or "", "", "", "", ""]))
-    return table
+            rows.append([*told, f"{each.name}{mark}", *_figures(each)])
+        if not wanted:
+            rows.append([*told, "", "", "", "", ""])
+    cells = list(zip(*rows, strict=True)) or [()] * len(_COLUMNS)
+    shown = [
+        Shown(title, [Text(cell) for cell in column], rank, number)
+        for (title, rank, number), column in zip(_COLUMNS, cells, strict=True)
+    ]
+    errors = [Text(f"run {record.id}: {record.error}", style="red") for record in records if record.error]
+    return FittedTable(shown, notes=errors, everything=everything, remedy="--all-columns shows every column")
 
 
 def run_lines(record: RunRecord) -> list[str]:
