@@ -65,9 +65,9 @@ def quantize(
     model: str | Path,
     *,
     out: str | Path,
-    method: str = "gptq",
-    scheme: str = "int",
-    format: str = "compressed-tensors",  # noqa: A002 - the recipe's word
+    method: str | None = None,
+    scheme: str | None = None,
+    format: str | None = None,  # noqa: A002 - the recipe's word
     calibration: str | Path | Mapping[str, Any] | CalibrationSpec | None = None,
     device: str = "auto",
     decode: bool = False,
@@ -79,9 +79,9 @@ def quantize(
     Args:
         model: hub id, folder, GGUF file or ``package:`` reference; see :class:`quantkit.recipe.ModelSpec`.
         out: folder of the checkpoint; it appears when it is whole.
-        method: name of a method.
-        scheme: kind of scheme: ``int``, ``nf4``, ``fp4``, ``fp8``, ``mxfp4`` or ``nvfp4``.
-        format: name of a format.
+        method: name of a method; by default what goes with the others, or ``gptq``.
+        scheme: kind of scheme, such as ``int``, ``nf4`` or ``q4_k_m``; by default what goes with the rest, or ``int``.
+        format: name of a format; by default what goes with the others, or ``compressed-tensors``.
         calibration: a data set, or the keys of a recipe's ``calibration`` section.
         device: ``auto`` (CUDA where there is one), ``cpu``, ``cuda`` or ``cuda:N``.
         decode: decode a model that a tool has quantized; see :class:`quantkit.recipe.ModelSpec`.
@@ -100,8 +100,8 @@ def quantize(
     watching = observer or Silent()
     given = {"name": "variant", "method": method, "scheme": scheme, "format": format}
     variant = parse_section(VariantSpec, {**given, **options}, "quantize")
-    for warning in variant.warnings():
-        watching.note(f"warning: {warning}")
+    for line in (*variant.implied_by(given), *(f"warning: {warning}" for warning in variant.warnings())):
+        watching.note(line)
     found = parse_section(ModelSpec, {"source": str(model), "decode": decode}, "model")
     place = parse_section(QuantizationSpec, {"device": device}, "quantize").device
     return quantize_one(found, variant, _calibration(calibration), Path(out), watching, place)
@@ -306,9 +306,9 @@ def import_recipe(path: str | Path) -> str:
 def estimate(
     model: str | Path,
     *,
-    method: str = "gptq",
-    scheme: str = "int",
-    format: str = "compressed-tensors",  # noqa: A002 - the recipe's word
+    method: str | None = None,
+    scheme: str | None = None,
+    format: str | None = None,  # noqa: A002 - the recipe's word
     dtype: str | None = None,
     train: bool = False,
     **options: Any,
@@ -319,9 +319,7 @@ def estimate(
 
     Args:
         model: a well-known name such as ``llama-3-8b``, a folder, or the name of a hub model.
-        method: name of a method.
-        scheme: kind of scheme.
-        format: name of a format.
+        method, scheme, format: names, see :func:`quantize`.
         dtype: of the float model; its config's own by default.
         train: estimate QLoRA training too.
         options: ``batch``, ``context``, ``kv_dtype``, ``lora_rank`` and other keys of

@@ -158,7 +158,7 @@ def test_schemes_are_listed_with_their_keys_and_bits() -> None:
     listed = {block.partition(":")[0]: block for block in invoke("methods").stdout.split("\n\n")}
     bits = {"int": "4.25", "nf4": "4.127", "fp4": "4.127", "fp8": "8.004", "mxfp4": "4.25", "nvfp4": "4.5"}
     bits |= {"q2_k": "2.625", "q3_k": "3.438", "q4_k": "4.5", "q5_k": "5.5", "q6_k": "6.562", "iq4_nl": "4.5"}
-    bits |= {"float16": "16", "bfloat16": "16"}
+    bits |= {"float16": "16", "bfloat16": "16", "float": "16"}
     mixtures = {scheme.kind for scheme in SCHEMES if issubclass(scheme, GgmlMixture)}
     assert set(bits) | mixtures == set(SCHEMES.names())
     for kind, width in bits.items():

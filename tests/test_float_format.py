@@ -56,10 +56,10 @@ def test_a_value_beyond_float16_is_refused_by_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"method": "none"}, "method none chooses no codes, and int4 g64 sym has some"),
-        ({"method": "gptq", "format": "float"}, "format float stores no codes"),
-        ({"method": "none", "scheme": "bfloat16"}, "compressed-tensors cannot store bfloat16"),
-        ({"method": "gptq", "scheme": "bfloat16", "format": "float"}, "bfloat16"),
+        ({"method": "none", "scheme": "int"}, "method none chooses no codes, and int4 g64 sym has some"),
+        ({"method": "gptq", "format": "float"}, "gptq and format float do not go together.*float goes with none"),
+        ({"format": "compressed-tensors", "scheme": "bfloat16"}, "bfloat16"),
+        ({"method": "gptq", "scheme": "bfloat16"}, "method gptq chooses codes, and bfloat16 has none"),
     ],
 )
 def test_only_the_three_together_make_sense(model: Path, tmp_path: Path, keys: dict[str, Any], message: str) -> None:

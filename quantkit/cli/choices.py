@@ -75,13 +75,13 @@ def models(
 @app.command(rich_help_panel=PANEL)
 def estimate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A well-known name, a folder, or a hub id.")],
-    method: Annotated[str, typer.Option(help="See 'quantkit methods'.")] = "gptq",
-    scheme: Annotated[str, typer.Option(help="Kind of scheme.")] = "int",
+    method: Annotated[str | None, typer.Option(help="See 'quantkit methods'.")] = None,
+    scheme: Annotated[str | None, typer.Option(help="Kind of scheme.")] = None,
     bits: Annotated[int | None, typer.Option(help="Width of an integer code.")] = None,
     group_size: Annotated[int | None, typer.Option(help="Columns that share a scale; -1 is per channel.")] = None,
     format: Annotated[  # noqa: A002 - a recipe key
-        str, typer.Option(help="See 'quantkit formats'.")
-    ] = "compressed-tensors",
+        str | None, typer.Option(help="See 'quantkit formats'.")
+    ] = None,
     batch: Annotated[int, typer.Option(help="Sequences at a time.")] = 1,
     context: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 2048,
     kv_dtype: Annotated[str | None, typer.Option(help="Of the KV cache; that of the activations by default.")] = None,

@@ -151,8 +151,12 @@ def import_recipe(
 def quantize(
     model: Annotated[str, typer.Argument(help="Hub id, folder, GGUF file or package: reference.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the checkpoint.")],
-    method: Annotated[str, typer.Option(help="See 'quantkit methods'.")] = "gptq",
-    scheme: Annotated[str, typer.Option(help="Kind of scheme; 'quantkit methods' lists them with their keys.")] = "int",
+    method: Annotated[
+        str | None, typer.Option(help="See 'quantkit methods'; what goes with scheme and format, or gptq.")
+    ] = None,
+    scheme: Annotated[
+        str | None, typer.Option(help="See 'quantkit methods'; what goes with method and format, or int.")
+    ] = None,
     bits: Annotated[int | None, typer.Option(help="Width of an integer code: 1 to 8; 4 by default.")] = None,
     group_size: Annotated[int | None, typer.Option(help="Columns that share a scale; -1 is per channel.")] = None,
     asymmetric: Annotated[bool, typer.Option("--asymmetric", help="Store zero points.")] = False,
@@ -161,8 +165,8 @@ def quantize(
         typer.Option("--set", metavar="KEY=VALUE", help="Any further key of a variant or its method; repeatable."),
     ] = None,
     format: Annotated[  # noqa: A002 - a recipe key
-        str, typer.Option(help="See 'quantkit formats'.")
-    ] = "compressed-tensors",
+        str | None, typer.Option(help="See 'quantkit formats'; what goes with the others, or compressed-tensors.")
+    ] = None,
     calibration: Annotated[str, typer.Option(help="Data set or file of records.")] = "alpaca_gpt4",
     samples: Annotated[int, typer.Option(help="Calibration records.")] = 128,
     max_length: Annotated[int, typer.Option(help="Tokens per calibration row.")] = 512,

@@ -65,9 +65,9 @@ class Estimate:
 def estimate(
     model: str,
     *,
-    method: str = "gptq",
-    scheme: str = "int",
-    format: str = "compressed-tensors",  # noqa: A002 - the recipe's word
+    method: str | None = None,
+    scheme: str | None = None,
+    format: str | None = None,  # noqa: A002 - the recipe's word
     dtype: str | None = None,
     train: bool = False,
     **options: Any,

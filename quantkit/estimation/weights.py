@@ -10,7 +10,7 @@ from quantkit.estimation.anatomy import Anatomy
 from quantkit.estimation.lines import Line, written
 from quantkit.formats import FORMATS
 from quantkit.formats.base import BYTES, Container, Format
-from quantkit.quantization.choosing import Candidate, choose
+from quantkit.quantization.choosing import Candidate, choose, shares_tensor
 from quantkit.recipe import VariantSpec
 from quantkit.schemes import PlainScheme, Scheme
 
@@ -113,6 +113,8 @@ def schemes_of(anatomy: Anatomy, variant: VariantSpec) -> dict[str, Scheme | Non
         name: Candidate(name, shape, block, kept.get(name), is_head=name == anatomy.head)
         for name, (shape, block) in linears.items()
     }
+    if anatomy.tied and shares_tensor(variant):
+        candidates.pop(anatomy.head, None)
     return found | dict(choose(variant, candidates, anatomy.blocks, anatomy.in_blocks()).schemes)
 
 
@@ -135,10 +137,10 @@ def stored(anatomy: Anatomy, variant: VariantSpec, dtype: str | None = None) -> 
         for name, scheme in schemes_of(anatomy, variant).items()
         if scheme is not None
     }
-    cast = whole.kind if isinstance(whole, PlainScheme) else dtype
+    cast = (whole.dtype if isinstance(whole, PlainScheme) else None) or dtype
     floats = {
         name: (_numel(shape), _numel(shape) * float_bytes(kind.container, cast, shape))
-        for name, shape in _kept(anatomy, packed, kind.container).items()
+        for name, shape in _kept(anatomy, packed, kind).items()
     }
     if kind.container == "gguf" and anatomy.rope_factors:
         floats["rope_freqs"] = (anatomy.rope_factors, anatomy.rope_factors * BYTES["float32"])
@@ -165,15 +167,17 @@ def _packed(place: str, store: Format, scheme: Scheme, shape: tuple[int, int]) -
     return Packed(scheme, shape, store.layer_bytes(scheme, *shape))
 
 
-def _kept(anatomy: Anatomy, packed: Mapping[str, Packed], container: Container) -> dict[str, tuple[int, ...]]:
-    """The tensors that stay float; what a head and an embedding share is there for each once one is packed.
+def _kept(anatomy: Anatomy, packed: Mapping[str, Packed], store: type[Format]) -> dict[str, tuple[int, ...]]:
+    """The tensors that stay float; what a head and an embedding share is there for each once one is packed,
+    but for formats in which the packed embedding is the head as well.
 
     GGUF files have no towers.
     """
-    there = (weight for weight in anatomy.weights if not (weight.kind == "tower" and container == "gguf"))
+    there = (weight for weight in anatomy.weights if not (weight.kind == "tower" and store.container == "gguf"))
     found = {weight.name: weight.shape for weight in there if weight.layer not in packed}
     both = (anatomy.embedding, anatomy.head)
-    if anatomy.tied and any(name in packed for name in both):
+    shared = store.shares_head and anatomy.head not in packed
+    if anatomy.tied and any(name in packed for name in both) and not shared:
         found |= {f"{name}.weight": anatomy.head_shape for name in both if name not in packed}
     return found
 

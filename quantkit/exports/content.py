@@ -63,6 +63,7 @@ class Content:
         runs_code: the model comes with Python code, which goes along.
         paths: layers that the model of transformers calls otherwise than the checkpoint, to its own names.
         alone: those that it calls otherwise where it loads the language model of several parts alone, likewise.
+        preset: of llama.cpp, by which the whole file was made, such as ``Q4_K_M``; None where there is none.
         others: what has a matrix and is no linear layer of the model; servers may take it for one.
     """
 
@@ -77,6 +78,7 @@ class Content:
     runs_code: bool = False
     paths: Mapping[str, str] = field(default_factory=dict)
     alone: Mapping[str, str] = field(default_factory=dict)
+    preset: str | None = None
     others: Collection[str] = ()
 
     @property

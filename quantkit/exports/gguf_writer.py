@@ -88,7 +88,7 @@ def source_remarks(folder: Path, dtype: str, names: Collection[str] | None = Non
 
 
 def write_gguf(content: Content, folder: Path) -> Path:
-    """Write ``model-TYPE.gguf``, named for the commonest type, and read it back.
+    """Write ``model-TYPE.gguf``, named for its preset or its commonest type, and read it back.
 
     Args:
         content: the model; an importance beside a layer's blocks does not go into the file.
@@ -100,7 +100,7 @@ def write_gguf(content: Content, folder: Path) -> Path:
         CheckpointError: what was read back is not what was written.
     """
     config, tokenizer = read_model_config(content.origin), read_tokenizer(content.origin)
-    kind = _commonest(content)
+    kind = content.preset or _commonest(content)
     config.tie_word_embeddings = content.changes.get("tie_word_embeddings", config.tie_word_embeddings)
     naming = Naming.of(config)
     tensors = sorted(_entries(content, config, naming), key=_place)

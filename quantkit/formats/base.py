@@ -48,6 +48,8 @@ class Format(ABC):
             it.
         requires: the packages without which transformers cannot load it.
         decoded_at_first_use: whether transformers decodes its weights in its first forward pass, and keeps them so.
+        usual: the keys of a scheme that a variant of this format has where it does not give them: the first of these
+            that suit what it gives.
         examples: the keys of schemes as a variant gives them, one of every kind, which the matrix tries.
         fused: names of layers beside each other that runtimes load as one matrix, so that they must agree in scheme.
         experts: which layers of a block's experts runtimes load as one tensor, and so in one scheme: all, or those of a
@@ -68,6 +70,7 @@ class Format(ABC):
     untested: ClassVar[Mapping[str, str]] = {}
     requires: ClassVar[tuple[str, ...]] = ()
     decoded_at_first_use: ClassVar[bool] = False
+    usual: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ()
     fused: ClassVar[tuple[tuple[str, ...], ...]] = ()
     experts: ClassVar[Experts] = "none"

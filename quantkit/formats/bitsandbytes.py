@@ -38,6 +38,7 @@ class BitsAndBytes(Format):
     untested: ClassVar[Mapping[str, str]] = {
         "vllm": "vLLM loads bitsandbytes on CUDA only; quantkit has not tested it."
     }
+    usual = ({"scheme": "nf4"}, {"bits": 8, "group_size": -1, "activations": "dynamic"})
     examples = (
         {"scheme": "nf4"},
         {"scheme": "fp4"},

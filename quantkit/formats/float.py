@@ -22,6 +22,7 @@ class Float(Format):
     name = "float"
     summary = "float16 or bfloat16, not quantized"
     runtimes = ("transformers", "vllm")
+    usual = ({"scheme": "float"},)
     examples = tuple({"scheme": kind} for kind in ("bfloat16", "float16"))
 
     @classmethod
@@ -30,7 +31,7 @@ class Float(Format):
         if not isinstance(scheme, PlainScheme):
             raise SchemeError(
                 f"format float stores no codes, and {scheme.describe()} has some",
-                "use method: none with scheme: bfloat16 or float16, or another format",
+                "use method: none with scheme: float, bfloat16 or float16, or another format",
             )
 
     @classmethod

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 IMPORTANCE = "importance"
 """The part of a weight, and the suffix beside its blocks, with the mean square of each input column."""
 KINDS = ("mxfp4", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl", "q4_k_m", "q5_k_m", "q3_k_m")
+MIXED = ("q4_k_m", "q5_k_m", "q3_k_m", "q6_k_mix", "q2_k_mix")
+"""Mixtures, one for every width; they fit rows of any length that 32 divides."""
 TURNED = "llama.cpp computes with the keys' part of it transposed, head by head"
 REPEATED = "gguf: the file repeats the scale of a group in every block of 32, which takes the bits of group_size 32"
 
@@ -39,6 +41,12 @@ class Gguf(Format):
     beside = (f".{IMPORTANCE}",)
     container: ClassVar[Container] = "gguf"
     experts = "projection"
+    usual = (
+        {"group_size": BLOCK},
+        {"group_size": BLOCK, "symmetric": False, "zeros": "float"},
+        *({"scheme": kind} for kind in MIXED),
+        {"scheme": "float"},
+    )
     examples = (
         *({"bits": bits, "group_size": 32, "symmetric": True} for bits in (4, 5, 8)),
         *({"bits": bits, "group_size": 32, "symmetric": False, "zeros": "float"} for bits in (4, 5)),

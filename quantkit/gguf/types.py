@@ -20,9 +20,10 @@ FILE_TYPES = {
         for kind in ("F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "Q2_K", "Q6_K")
     },
     **{kind: f"MOSTLY_{kind}_S" for kind in ("Q3_K", "Q4_K", "Q5_K")},
+    **{preset: f"MOSTLY_{preset}" for preset in ("Q3_K_M", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M")},
     MXFP4: "MOSTLY_MXFP4_MOE",
 }
-"""By the commonest type of a file, llama.cpp's name for the whole."""
+"""By the preset or the commonest type of a file, llama.cpp's name for the whole."""
 WAYS_OUT = (
     "it stores int of 4, 5 or 8 bits with symmetric: true, of 4 or 5 bits with symmetric: false and zeros: float, "
     "mxfp4, and types of llama.cpp such as q4_k; keep other layers float with 'ignore'"

@@ -7,7 +7,7 @@ help printed at once; a method imports its numerics where it uses them.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -124,6 +124,8 @@ class Method(ABC):
         source: the paper that it follows.
         Options: its own options.
         cost: how long it takes, for ``quantkit methods``.
+        usual: formats and schemes that a variant of it has where it names none, the likeliest first; where there are
+            none, those of the format.
         transforms: the names of the transforms that it brings, which come right before it.
         factorizes: whether it factorizes the sums of products that it asks for; estimates of memory ask.
         needs: the statistics that it asks for, which may depend on its options; it is given these and no others.
@@ -134,6 +136,7 @@ class Method(ABC):
     source: ClassVar[str]
     Options: ClassVar[type[MethodOptions]] = MethodOptions
     cost: ClassVar[str] = ""
+    usual: ClassVar[tuple[Mapping[str, Any], ...]] = ()
     transforms: ClassVar[tuple[str, ...]] = ()
     factorizes: ClassVar[bool] = False
     needs: frozenset[Statistic] = frozenset()

@@ -40,6 +40,7 @@ class LlamaCppQuantizer(Method):
     summary = "llama.cpp's own quantizer, for its block types and what GGUF files hold"
     source = "llama.cpp pull requests 1684 (k-quants) and 4861 (importance matrix)"
     cost = "seconds to minutes"
+    usual = ({"format": "gguf", "scheme": "q4_k_m"},)
     Options: ClassVar[type[MethodOptions]] = LlamaCppOptions
     options: LlamaCppOptions
 

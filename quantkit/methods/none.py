@@ -22,13 +22,15 @@ class Unquantized(Method):
     summary = "nothing is quantized; the whole model is stored in 16 bits"
     source = "-"
     cost = "seconds"
+    usual = ({"format": "float", "scheme": "float"},)
 
     @classmethod
     def check(cls, scheme: Scheme) -> None:
         """Refuse schemes with codes."""
         if not isinstance(scheme, PlainScheme):
             raise SchemeError(
-                f"method none chooses no codes, and {scheme.describe()} has some", "use scheme: bfloat16 or float16"
+                f"method none chooses no codes, and {scheme.describe()} has some",
+                "use scheme: float, bfloat16 or float16",
             )
 
     def quantize(

@@ -13,7 +13,7 @@ from quantkit.formats.base import EXPERT, Format
 from quantkit.quantization.left_float import IGNORED
 from quantkit.recipe import VariantSpec
 from quantkit.recipe.variant import HEAD
-from quantkit.schemes import Scheme
+from quantkit.schemes import GgmlMixture, Scheme
 from quantkit.system.units import percentage
 
 MISFITS_ALLOWED = 0.1
@@ -209,6 +209,11 @@ def _check_experts(variant: VariantSpec, schemes: Mapping[str, Scheme | None]) -
                 f"{'all experts of a block' if alike == 'all' else 'a projection of all experts'} in one scheme",
                 "name all of them by a pattern, such as '\\.experts\\.', in overrides and in ignore",
             )
+
+
+def shares_tensor(variant: VariantSpec) -> bool:
+    """Whether a head and an embedding of one weight stay one quantized tensor, as in what llama.cpp mixes."""
+    return variant.embeddings is not None and isinstance(variant.base_scheme(), GgmlMixture)
 
 
 def check_layer(place: str, store: type[Format], scheme: Scheme, shape: tuple[int, int]) -> None:

@@ -16,7 +16,7 @@ from quantkit.engine.walk import Strategy
 from quantkit.errors import SchemeError
 from quantkit.formats import FORMATS
 from quantkit.formats.base import Format
-from quantkit.quantization.choosing import Candidate, Choice, check_layer, check_names, choose
+from quantkit.quantization.choosing import Candidate, Choice, check_layer, check_names, choose, shares_tensor
 from quantkit.quantization.left_float import (
     TOWER,
     Left,
@@ -171,11 +171,14 @@ def _plan(skeleton: Skeleton, variant: VariantSpec) -> Layers:
     check_names(variant, len(skeleton.segments), [*shapes, *(layer.path for layer in skeleton.layers())])
     whole = variant.base_scheme()
     if isinstance(whole, PlainScheme):
-        return Layers(dict.fromkeys(shapes), shapes, tied=skeleton.tied, cast=whole.kind)
+        return Layers(dict.fromkeys(shapes), shapes, tied=skeleton.tied, cast=whole.dtype)
     parts, total = float_parts(skeleton), block_weights(skeleton.segments)
     reasons = {name: part.reason for name, part in parts.items()}
     reasons |= FORMATS.get(variant.format).keeps_float(list(shapes), skeleton.model.config)
-    chosen = choose(variant, _candidates(skeleton, reasons), len(skeleton.segments), total)
+    candidates = _candidates(skeleton, reasons)
+    if skeleton.tied and skeleton.head is not None and shares_tensor(variant):
+        del candidates[skeleton.head.linears[0]]
+    chosen = choose(variant, candidates, len(skeleton.segments), total)
     left = _left(skeleton, chosen, parts)
     check_left(variant, left, total)
     FORMATS.get(variant.format)().quantization_config(chosen.schemes)  # raises for what one checkpoint cannot hold

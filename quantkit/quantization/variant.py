@@ -214,6 +214,7 @@ class VariantRun:
             runs_code=job.trust_remote_code,
             paths=layers.paths,
             alone=layers.alone,
+            preset=getattr(self._variant.base_scheme(), "preset", None),
             others=self._skeleton.others(),
         )
 

@@ -13,6 +13,7 @@ from quantkit.errors import RecipeError, SchemeError, did_you_mean
 from quantkit.gates import check_gate_syntax, parse_gate
 from quantkit.recipe.evaluation import METRICS, EvaluationSpec, check_further_gate
 from quantkit.recipe.fields import Name, Section, require_distinct
+from quantkit.recipe.implied import NAMES, implied
 from quantkit.recipe.library import LibrarySpec, taken_keys
 from quantkit.recipe.model import MergeSpec, ModelSpec
 from quantkit.recipe.outputs import BudgetSpec, HistorySpec, ReportSpec, RetentionSpec, TrackingSpec, WebhookSpec
@@ -232,7 +233,9 @@ def _keys_taken(defaults: Mapping[str, Any], variant: Mapping[str, Any]) -> set[
     """The keys that a variant as written takes; a library's method is its own affair, so no default gives it."""
     if "library" in variant:
         return taken_keys(variant["library"], variant.get("method")) - {"method"}
-    choices = {"method": DEFAULT_METHOD, "scheme": DEFAULT_KIND, **defaults, **variant}
+    own = {key: variant[key] for key in scheme_keys() if key in variant}
+    named = {name: each[name] for each in (defaults, variant) for name in NAMES if name in each}
+    choices = {"method": DEFAULT_METHOD, "scheme": DEFAULT_KIND, **implied({**named, **own})}
     return _scheme_free_keys() | _scheme_keys(choices["scheme"]) | option_names(choices["method"])
 
 

@@ -13,6 +13,7 @@ from quantkit.formats import FORMATS
 from quantkit.methods import METHODS
 from quantkit.methods.base import Method, MethodOptions, Statistic
 from quantkit.recipe.fields import Flag, Name, Patterns, Section, compiled
+from quantkit.recipe.implied import DEFAULT_FORMAT, check_pair, implied, keys_beside
 from quantkit.recipe.scheme import BlocksPatch, SchemeKeys, SchemePatch, known_kind, written_keys
 from quantkit.recipe.spelling import entry_called, spelled
 from quantkit.recipe.steps import DEFAULT_METHOD, Steps, TransformSpec, gathered, steps_of
@@ -30,7 +31,7 @@ class Choice(Section):
 
     name: Name
     method: str = DEFAULT_METHOD
-    format: str = "compressed-tensors"
+    format: str = DEFAULT_FORMAT
     scheme: str = DEFAULT_KIND
 
     @field_validator("method")
@@ -87,7 +88,7 @@ class VariantSpec(SchemeKeys, Choice):
         if not isinstance(given, Mapping):
             return given
         with located():
-            return gathered(spelled(given), cls.model_fields)
+            return gathered(implied(spelled(given)), cls.model_fields)
 
     @field_validator("overrides")
     @classmethod
@@ -102,6 +103,8 @@ class VariantSpec(SchemeKeys, Choice):
         self.method_options()
         store = FORMATS.get(self.format)
         with located():
+            if {"method", "format"} <= self.model_fields_set:
+                check_pair(self.method, self.format)
             self._check_transforms()
             for place, patch in {"": None, **self._patches()}.items():
                 with _placed(place):
@@ -220,6 +223,17 @@ class VariantSpec(SchemeKeys, Choice):
         """Whether the method or a transform asks for statistics, and so for calibration tokens."""
         return bool(self.needs())
 
+    def implied_by(self, given: Mapping[str, Any]) -> tuple[str, ...]:
+        """What follows from the names that were given, as a line; nothing where the rest is as usual.
+
+        Args:
+            given: method, format and scheme as they were written; None or nothing for what was not.
+        """
+        usual = {"method": DEFAULT_METHOD, "format": DEFAULT_FORMAT, "scheme": DEFAULT_KIND}
+        found = [f"{name} {getattr(self, name)}" for name in usual if given.get(name) is None]
+        told = [f"{name} {value}" for name, value in usual.items()]
+        return (f"implied: {', '.join(found)}",) if set(found) - set(told) else ()
+
     def warnings(self) -> tuple[str, ...]:
         """The method's warnings of this variant's schemes."""
         method = self._steps.method
@@ -253,7 +267,7 @@ class VariantSpec(SchemeKeys, Choice):
             return self.base_scheme()
         if patch.scheme in (None, self.scheme):
             return make_scheme(self.scheme, self.given() | patch.given())
-        return make_scheme(patch.scheme, patch.given())
+        return make_scheme(patch.scheme, keys_beside(self.format, patch.scheme, patch.given()))
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import fields
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -26,6 +27,7 @@ class Scheme(ABC):
         summary: one line for ``quantkit methods``.
         source: the paper or specification.
         quantizer: name of the one method that chooses its codes; None leaves that to any.
+        usual: keys of a variant with such a scheme where it does not give them, such as what becomes of the head.
         grid_class: its arithmetic as ``module:Class``, which imports torch; empty where no codes of weights are told.
         bits: width of a code.
         group_size: input columns that share a scale; ``-1`` is one scale per output row.
@@ -38,6 +40,7 @@ class Scheme(ABC):
     summary: ClassVar[str]
     source: ClassVar[str]
     quantizer: ClassVar[str | None] = None
+    usual: ClassVar[Mapping[str, Any]] = {}
     grid_class: ClassVar[str] = ""
 
     def grids(self) -> Grids:

@@ -10,8 +10,9 @@ taken from the value layer, which then has at most a quarter as many rows as col
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from quantkit.errors import SchemeError
 from quantkit.schemes.base import Scheme
@@ -75,6 +76,7 @@ class GgmlMixture(Scheme):
     """
 
     quantizer: ClassVar[str | None] = "llama.cpp"
+    usual: ClassVar[Mapping[str, Any]] = {"ignore": [], "embeddings": {}}
     preset: ClassVar[str]
     base: ClassVar[GgmlScheme]
 

@@ -10,9 +10,14 @@ from quantkit.schemes.kinds import SCHEMES
 
 
 class PlainScheme(Scheme):
-    """Not quantized: every tensor of the model in one float dtype, which is the name of the kind."""
+    """Not quantized: every tensor of the model in one float dtype.
+
+    Attributes:
+        dtype: that dtype; None leaves each tensor in its own.
+    """
 
     quantizer: ClassVar[str | None] = "none"
+    dtype: ClassVar[str | None]
 
     @property
     def bits(self) -> int:
@@ -34,7 +39,7 @@ class PlainScheme(Scheme):
         return 16.0
 
     def describe(self) -> str:
-        """The dtype."""
+        """The kind."""
         return self.kind
 
 
@@ -44,6 +49,7 @@ class Float16Scheme(PlainScheme):
     """IEEE half precision."""
 
     kind: ClassVar[str] = "float16"
+    dtype: ClassVar[str | None] = "float16"
     summary: ClassVar[str] = "not quantized: every tensor in float16"
     source: ClassVar[str] = "IEEE 754-2008, binary16"
 
@@ -54,5 +60,17 @@ class BFloat16Scheme(PlainScheme):
     """The upper half of a float32."""
 
     kind: ClassVar[str] = "bfloat16"
+    dtype: ClassVar[str | None] = "bfloat16"
     summary: ClassVar[str] = "not quantized: every tensor in bfloat16"
     source: ClassVar[str] = "Kalamkar et al. 2019, arXiv:1905.12322"
+
+
+@SCHEMES.register
+@dataclass(frozen=True, slots=True)
+class SourceFloatScheme(PlainScheme):
+    """The float model as it is."""
+
+    kind: ClassVar[str] = "float"
+    summary: ClassVar[str] = "not quantized: every tensor in the dtype of the float model"
+    source: ClassVar[str] = "-"
+    dtype: ClassVar[str | None] = None
