@@ -71,6 +71,7 @@ def quantize(
     calibration: str | Path | Mapping[str, Any] | CalibrationSpec | None = None,
     device: str = "auto",
     decode: bool = False,
+    trust_remote_code: bool = False,
     observer: Observer | None = None,
     **options: Any,
 ) -> Path:
@@ -85,6 +86,7 @@ def quantize(
         calibration: a data set, or the keys of a recipe's ``calibration`` section.
         device: ``auto`` (CUDA where there is one), ``cpu``, ``cuda`` or ``cuda:N``.
         decode: decode a model that a tool has quantized; see :class:`quantkit.recipe.ModelSpec`.
+        trust_remote_code: run Python code that comes with the model.
         observer: is told what happens.
         options: further keys of a variant: those of its scheme (``bits``, ``group_size``, ``symmetric`` ..., by default
             the scheme's own), ``ignore``, ``overrides``, ``first_blocks``, ``last_blocks``, the method's own options.
@@ -102,7 +104,8 @@ def quantize(
     variant = parse_section(VariantSpec, {**given, **options}, "quantize")
     for line in (*variant.implied_by(given), *(f"warning: {warning}" for warning in variant.warnings())):
         watching.note(line)
-    found = parse_section(ModelSpec, {"source": str(model), "decode": decode}, "model")
+    told = {"source": str(model), "decode": decode, "trust_remote_code": trust_remote_code}
+    found = parse_section(ModelSpec, told, "model")
     place = parse_section(QuantizationSpec, {"device": device}, "quantize").device
     return quantize_one(found, variant, _calibration(calibration), Path(out), watching, place)
 
@@ -112,6 +115,7 @@ def evaluate(
     *,
     texts: Sequence[str | Mapping[str, Any]] | None = None,
     reference: str | Path | None = None,
+    trust_remote_code: bool = False,
     observer: Observer | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
@@ -121,6 +125,7 @@ def evaluate(
         checkpoint: folder of a float or quantized checkpoint, or a GGUF file.
         texts: names of bundled texts, files, or mappings as in a recipe; the bundled ones by default.
         reference: the float model to compare with; without it there is no divergence.
+        trust_remote_code: run Python code that comes with the checkpoint or the reference.
         observer: is told what happens.
         settings: further keys of a recipe's ``evaluation`` section, such as ``context_length``.
 
@@ -146,21 +151,32 @@ def evaluate(
         if reference is not None and spec.compares:
             watching.stage(f"baseline: {reference}")
             logprobs = Path(scratch) / "logprobs"
-            baseline = _float_folder(reference, Path(scratch))
-            job = EvaluationJob(baseline, _without_costs(spec), logprobs, writes_reference=True)
+            baseline = _float_folder(reference, Path(scratch), trusted=trust_remote_code)
+            job = EvaluationJob(
+                baseline, _without_costs(spec), logprobs, writes_reference=True, trust_remote_code=trust_remote_code
+            )
             run_job(job, log=logs / "baseline.log", on_progress=watching.progress)
         watching.stage(f"evaluate: {folder}")
-        job = EvaluationJob(folder, spec if reference is not None else _alone(spec), logprobs)
+        alone = spec if reference is not None else _alone(spec)
+        job = EvaluationJob(folder, alone, logprobs, trust_remote_code=trust_remote_code)
         return run_job(job, log=logs / "evaluate.log", on_progress=watching.progress)
 
 
-def convert(checkpoint: str | Path, to: str, *, out: str | Path, observer: Observer | None = None) -> dict[str, Any]:
+def convert(
+    checkpoint: str | Path,
+    to: str,
+    *,
+    out: str | Path,
+    trust_remote_code: bool = False,
+    observer: Observer | None = None,
+) -> dict[str, Any]:
     """Write a quantized checkpoint in another format, with the same codes.
 
     Args:
         checkpoint: folder or GGUF file, quantkit's or another tool's.
         to: name of a format.
         out: folder of the new checkpoint; it appears when it is whole.
+        trust_remote_code: run Python code that comes with the checkpoint.
         observer: is told what happens.
 
     Returns:
@@ -173,7 +189,8 @@ def convert(checkpoint: str | Path, to: str, *, out: str | Path, observer: Obser
 
     watching = observer or Silent()
     watching.stage(f"convert: {checkpoint} to {to}")
-    return convert_checkpoint(Path(checkpoint), to, Path(out), on_layer=partial(watching.progress, "layer"))
+    on_layer = partial(watching.progress, "layer")
+    return convert_checkpoint(Path(checkpoint), to, Path(out), trust_remote_code=trust_remote_code, on_layer=on_layer)
 
 
 def inspect(checkpoint: str | Path, *, deep: bool = True) -> dict[str, Any]:
@@ -202,6 +219,7 @@ def verify(
     device: str = "auto",
     dtype: str | None = None,
     time_limit: str = "1h",
+    trust_remote_code: bool = False,
     observer: Observer | None = None,
 ) -> dict[str, Any]:
     """Load a checkpoint in a runtime and compare its logits with those of the reference decoder.
@@ -215,6 +233,7 @@ def verify(
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         dtype: compute dtype; the runtime's usual one by default.
         time_limit: such as ``90s``, ``30min``, ``2h``: that the runtime may take, and the reference.
+        trust_remote_code: run Python code that comes with the checkpoint.
         observer: is told what happens.
 
     Returns:
@@ -232,6 +251,7 @@ def verify(
         device=device,
         dtype=dtype,
         seconds=parse_seconds(time_limit),
+        trust_remote_code=trust_remote_code,
         observer=observer or Silent(),
     )
 
@@ -274,7 +294,7 @@ def merge(
             ``weight``.
         out: folder of the merged model; it appears when it is whole.
         observer: is told what happens.
-        settings: ``dtype``, ``base_weights``, ``any_base`` and ``trust_remote_code``, see
+        settings: ``dtype``, ``base_weights``, ``any_base``, ``decode`` and ``trust_remote_code``, see
             :func:`quantkit.merging.merge_model`.
 
     Returns:
@@ -362,10 +382,10 @@ def _calibration(given: str | Path | Mapping[str, Any] | CalibrationSpec | None)
     return parse_section(CalibrationSpec, keys, "calibration")
 
 
-def _float_folder(reference: str | Path, work: Path) -> Path:
+def _float_folder(reference: str | Path, work: Path, *, trusted: bool) -> Path:
     from quantkit.source import resolve
 
-    return resolve(ModelSpec(source=str(reference)), work).folder
+    return resolve(ModelSpec(source=str(reference), trust_remote_code=trusted), work).folder
 
 
 def _without_costs(spec: EvaluationSpec) -> EvaluationSpec:

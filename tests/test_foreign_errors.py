@@ -25,7 +25,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "value": ({"model_type": "llama", "hidden_size": "big"}, "Field 'hidden_size' expected int, got str"),
     "code": (
         {"model_type": "own", "auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}},
-        "its code comes with it (read that code, and set model.trust_remote_code: true in a recipe if you trust it)",
+        "its code comes with it (read it, and set model.trust_remote_code: true (--trust-remote-code) if you trust it)",
     ),
 }
 

@@ -77,6 +77,11 @@ def matching(folder: Path, patterns: Iterable[str]) -> list[Path]:
     return sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
 
 
+def asks_for_code(folder: Path) -> bool:
+    """Whether a config beside the weights names Python code of its own (``auto_map``)."""
+    return any(_mapping(file).get("auto_map") for file in _configs(folder))
+
+
 def code_files(folder: Path) -> list[Path]:
     """The Python files that ``auto_map`` of a model's configs names, and those that these import from beside them."""
     wanted = [module for names in _auto_maps(folder) for module in names]
@@ -91,12 +96,16 @@ def code_files(folder: Path) -> list[Path]:
 
 def _auto_maps(folder: Path) -> Iterator[list[str]]:
     """The modules that each config names; those of other repositories (``org/name--module.Class``) are not here."""
-    for file in matching(folder, ("config.json", "*tokenizer_config.json", *PROCESSORS)):
+    for file in _configs(folder):
         named = _mapping(file).get("auto_map")
         values = named.values() if isinstance(named, dict) else [named]
         flat = [each for value in values for each in (value if isinstance(value, list) else [value])]
         names = [each.rpartition(".")[0] for each in flat if isinstance(each, str) and "--" not in each]
         yield [name for name in names if re.fullmatch(r"\w+(\.\w+)*", name)]
+
+
+def _configs(folder: Path) -> list[Path]:
+    return matching(folder, ("config.json", "*tokenizer_config.json", *PROCESSORS))
 
 
 def _imports(file: Path, folder: Path) -> list[str]:

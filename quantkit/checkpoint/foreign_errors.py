@@ -31,7 +31,7 @@ def said_by_transformers(error: BaseException) -> Said:
     if OWN_CODE in text:
         return Said(
             "its code comes with it",
-            "read that code, and set model.trust_remote_code: true in a recipe if you trust it",
+            "read it, and set model.trust_remote_code: true (--trust-remote-code) if you trust it",
         )
     packages = list(dict.fromkeys(NEEDED.findall(text)))
     if packages or isinstance(error, ImportError):

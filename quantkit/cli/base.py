@@ -53,6 +53,9 @@ app = typer.Typer(
 )
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file (YAML).")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+TrustsCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model: read it first.")
+]
 AllColumns = Annotated[
     bool, typer.Option("--all-columns", help="Every figure, in further tables where the terminal is too narrow.")
 ]

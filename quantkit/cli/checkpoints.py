@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from quantkit.cli.base import EXIT_FAILED, AsJson, app, console, say
+from quantkit.cli.base import EXIT_FAILED, AsJson, TrustsCode, app, console, say
 
 PANEL = "Checkpoints"
 SIGNATURES = "Signatures"
@@ -24,13 +24,14 @@ def convert(
     checkpoint: Checkpoint,
     to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="See 'quantkit formats'.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the new checkpoint.")],
+    trust_remote_code: TrustsCode = False,
 ) -> None:
     """Write a quantized checkpoint in another format, with the same codes."""
     import quantkit
     from quantkit.cli.display import Display
 
     with Display(console(stderr=True)) as display:
-        found = quantkit.convert(checkpoint, to, out=out, observer=display)
+        found = quantkit.convert(checkpoint, to, out=out, trust_remote_code=trust_remote_code, observer=display)
     for note in found["notes"]:
         say(f"note: {note}", stderr=True)
     moved = found["largest_shift"]
@@ -66,6 +67,7 @@ def verify(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16; the runtime's usual one.")] = None,
     time_limit: Annotated[str, typer.Option(help="That a runtime may take: 90s, 30min, 2h.")] = "1h",
+    trust_remote_code: TrustsCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Load a checkpoint in a runtime and compare its logits with those of the reference decoder."""
@@ -81,6 +83,7 @@ def verify(
             device=device,
             dtype=dtype,
             time_limit=time_limit,
+            trust_remote_code=trust_remote_code,
             observer=display,
         )
     for line in [json.dumps(verdict, indent=2)] if as_json else verdict_lines(verdict):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from quantkit.cli.base import EXIT_FAILED, AllColumns, AsJson, RecipePath, app, console, say, warn
+from quantkit.cli.base import EXIT_FAILED, AllColumns, AsJson, RecipePath, TrustsCode, app, console, say, warn
 
 if TYPE_CHECKING:
     from quantkit.recipe import Recipe
@@ -122,6 +122,8 @@ def merge(
     dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto",
     base_weights: Annotated[str, typer.Option(help="original, or nf4 for a QLoRA adapter.")] = "original",
     any_base: Annotated[bool, typer.Option("--any-base", help="Though an adapter names another base.")] = False,
+    decode: Annotated[bool, typer.Option("--decode", help="Decode a base that a tool has quantized.")] = False,
+    trust_remote_code: TrustsCode = False,
 ) -> None:
     """Merge LoRA adapters into a float model."""
     import quantkit
@@ -130,7 +132,15 @@ def merge(
     adapters = [{"source": adapter, "weight": weight}, *map(_weighted, further or [])]
     with Display(console(stderr=True)) as display:
         found = quantkit.merge(
-            base, adapters, out=out, observer=display, dtype=dtype, base_weights=base_weights, any_base=any_base
+            base,
+            adapters,
+            out=out,
+            observer=display,
+            dtype=dtype,
+            base_weights=base_weights,
+            any_base=any_base,
+            decode=decode,
+            trust_remote_code=trust_remote_code,
         )
     for note in found["notes"]:
         say(f"note: {note}", stderr=True)
@@ -173,6 +183,7 @@ def quantize(
     experts: Annotated[str, typer.Option(help="Tokens that an expert is calibrated on: routed or all.")] = "routed",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     decode: Annotated[bool, typer.Option("--decode", help="Decode a model that a tool has quantized.")] = False,
+    trust_remote_code: TrustsCode = False,
 ) -> None:
     """Quantize a model into one checkpoint."""
     import quantkit
@@ -189,6 +200,7 @@ def quantize(
             calibration={"dataset": calibration, "samples": samples, "max_length": max_length, "experts": experts},
             device=device,
             decode=decode,
+            trust_remote_code=trust_remote_code,
             observer=display,
             **{"method": method, "scheme": scheme, "format": format, **options},
         )
@@ -208,6 +220,7 @@ def evaluate(
     max_tokens: Annotated[int, typer.Option(help="Tokens scored per text at most.")] = 8192,
     bos: Annotated[str, typer.Option(help="Where a BOS token stands: before each window, stream or none.")] = "window",
     loader: Annotated[str, typer.Option(help="auto, transformers, or reference (quantkit's own decoder).")] = "auto",
+    trust_remote_code: TrustsCode = False,
 ) -> None:
     """Score a checkpoint in a fresh process and print the figures as JSON."""
     import quantkit
@@ -223,6 +236,7 @@ def evaluate(
             max_tokens=max_tokens,
             bos=bos,
             loader=loader,
+            trust_remote_code=trust_remote_code,
         )
     say(json.dumps(result, indent=2))
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from quantkit.checkpoint import FLOATS
-from quantkit.checkpoint.companions import copy_companions
+from quantkit.checkpoint.companions import asks_for_code, copy_companions
 from quantkit.engine.skeleton import Skeleton
 from quantkit.errors import SchemeError
 from quantkit.exports import Export, open_export
@@ -81,7 +81,8 @@ def convert(
         store = target(dtype)
         write_export(_content(export, origin, skeleton, schemes, layers), store, folder)
         facts = _facts(export, store, origin, schemes, layers, largest)
-        _write_records(folder, checkpoint, export, schemes, facts)
+        trusted = trust_remote_code and asks_for_code(origin)
+        _write_records(folder, checkpoint, export, schemes, facts, remote_code=trusted)
     return facts
 
 
@@ -188,7 +189,13 @@ def _facts(
 
 
 def _write_records(
-    folder: Path, checkpoint: Path, export: Export, schemes: Mapping[str, Scheme], facts: Mapping[str, Any]
+    folder: Path,
+    checkpoint: Path,
+    export: Export,
+    schemes: Mapping[str, Scheme],
+    facts: Mapping[str, Any],
+    *,
+    remote_code: bool,
 ) -> None:
     """The manifest of the new checkpoint, and the mark of a finished stage."""
     made_by = f"quantkit {own_version()}"
@@ -204,6 +211,7 @@ def _write_records(
             "format": facts["format"],
             "layers": layers,
             "embedding": export.embedding,
+            "remote_code": remote_code,
             "bits_per_weight": facts["bits_per_weight"],
             "largest_shift": facts["largest_shift"],
         },

@@ -91,6 +91,7 @@ def merge_model(
     dtype: str = "auto",
     base_weights: str = "original",
     any_base: bool = False,
+    decode: bool = False,
     trust_remote_code: bool = False,
     observer: Observer | None = None,
 ) -> dict[str, Any]:
@@ -105,6 +106,7 @@ def merge_model(
         dtype: of the merged weights: ``auto`` (the base's own), ``float32``, ``float16`` or ``bfloat16``.
         base_weights: ``original`` or ``nf4``, see :class:`quantkit.recipe.MergeSpec`.
         any_base: merge although an adapter names another base.
+        decode: decode a base that a tool has quantized.
         trust_remote_code: run Python code that comes with the model.
         observer: is told what happens; nobody by default.
 
@@ -119,13 +121,14 @@ def merge_model(
     from quantkit.merging.stage import merge_into
 
     watching = observer or Silent()
-    given = {"source": base, "adapter": adapters, "dtype": dtype, "trust_remote_code": trust_remote_code}
+    given = {"source": base, "adapter": adapters, "dtype": dtype, "decode": decode}
+    given["trust_remote_code"] = trust_remote_code
     model = parse_section(ModelSpec, given, "merge")
     merge = parse_section(MergeSpec, {"base": base_weights, "any_base": any_base}, "merge")
     check_writable(out, stage="merge", source=base)
     with workplace(out, "merge") as work:
         model = with_named_base(model, watching)
         watching.stage(f"source: {model.source}")
-        found = _resolved(ModelSpec(source=model.source, trust_remote_code=trust_remote_code), work, watching)
+        found = _resolved(model.model_copy(update={"dtype": "auto", "adapter": ()}), work, watching)
         merged = merge_into(found, model, merge, out, watching)
     return {"folder": str(merged.folder), "dtype": merged.dtype, **merged.merge}

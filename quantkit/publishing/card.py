@@ -117,6 +117,7 @@ def _subject(name: str, folder: Path, manifest: Mapping[str, Any], schemes: Mapp
         embedding=manifest.get("embedding") is not None,
         gguf=files[0] if files else None,
         loads=class_name_in(folder),
+        remote_code=manifest.get("remote_code") is True,
     )
 
 
@@ -208,6 +209,8 @@ def _origins(manifest: Mapping[str, Any], facts: CardFacts) -> Iterator[str]:
         named = f" {code(audit['dataset']['name'])}," if audit else ""
         counted = f" {audit['rows']} rows, {audit['tokens']} tokens," if audit else ""
         yield f"calibration set:{named}{counted} SHA-256 of its token ids {code(hashed)}"
+    if manifest.get("remote_code") is True:
+        yield "made with Python code that came with the model, and loaded by it: read it before you trust it"
     versions = manifest.get("versions") or {}
     if versions:
         yield f"versions: {plain(', '.join(f'{name} {number}' for name, number in versions.items()))}"

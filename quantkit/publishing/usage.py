@@ -26,6 +26,7 @@ class Subject:
         embedding: whether its input embedding is quantized.
         gguf: name of the file, if it is one.
         loads: the class of transformers that loads it.
+        remote_code: whether it was made with Python code of its own, which loaders must be told to trust.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Subject:
     embedding: bool
     gguf: str | None
     loads: str = "AutoModelForCausalLM"
+    remote_code: bool = False
 
 
 def usage(subject: Subject) -> str:
@@ -53,13 +55,14 @@ def _transformers(subject: Subject) -> str:
     packages += subject.store.packages("transformers", subject.schemes)
     install = f"pip install {' '.join(shlex.quote(name) for name in packages)}"
     dtype = _dtype(subject)
+    trusted = ", trust_remote_code=True" if subject.remote_code else ""
     lines = [
         *(["import torch"] if dtype.startswith("torch.") else []),
         f"from transformers import {subject.loads}, AutoTokenizer",
         "",
         f"name = {quoted(subject.name)}",
-        "tokenizer = AutoTokenizer.from_pretrained(name)",
-        f"model = {subject.loads}.from_pretrained(name, dtype={dtype})",
+        f"tokenizer = AutoTokenizer.from_pretrained(name{trusted})",
+        f"model = {subject.loads}.from_pretrained(name, dtype={dtype}{trusted})",
         'ids = tokenizer("The capital of France is", return_tensors="pt").to(model.device)',
         "print(tokenizer.decode(model.generate(**ids, max_new_tokens=20)[0]))",
     ]
@@ -78,6 +81,7 @@ def _vllm(subject: Subject) -> str:
         return refusal
     packages = " ".join(["vllm", *map(shlex.quote, subject.store.packages(Vllm.name, subject.schemes))])
     commands = f"pip install {packages}\nvllm serve {shlex.quote(subject.name)}"
+    commands += " --trust-remote-code" if subject.remote_code else ""
     untested = subject.store.untested.get(Vllm.name)
     return fenced(commands, "sh") + (f"\n\n{untested}" if untested else "")
 

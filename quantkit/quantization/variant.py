@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from quantkit.checkpoint import FLOATS, CheckpointReader
+from quantkit.checkpoint.companions import asks_for_code
 from quantkit.engine.layers import Layer
 from quantkit.engine.skeleton import Skeleton
 from quantkit.engine.tasks import MODEL, VariantTask
@@ -338,6 +339,7 @@ class VariantRun:
                 "float": self.layers.left_by_reason(),
                 "embedding": self.layers.embedding,
                 "transformers_loads": self.layers.transformers_loads,
+                "remote_code": job.trust_remote_code and asks_for_code(job.source),
                 "transforms": self._transform_records(),
                 "versions": {"python": platform.python_version(), **versions},
                 "bits_per_weight": facts["bits_per_weight"],

@@ -108,7 +108,7 @@ def translated(path: Path, what: str) -> Iterator[None]:
         if "trust_remote_code" in str(error):
             raise EvaluationError(
                 f"{what} in {path} needs Python code that comes with it (auto_map), which does not run here",
-                "read that code; where you trust it, a recipe runs it with model.trust_remote_code: true",
+                "read that code, and set model.trust_remote_code: true (--trust-remote-code) if you trust it",
             ) from error
         raise EvaluationError(
             f"{what} in {path} cannot be loaded: {type(error).__name__}: {lines[0]}",

@@ -57,7 +57,7 @@ class FloatFolder:
         if self.runs_code and not trust_remote_code:
             raise SourceError(
                 f"{folder} needs Python code that comes with the model (auto_map)",
-                "read that code, and set model.trust_remote_code: true if you trust it",
+                "read that code, and set model.trust_remote_code: true (--trust-remote-code) if you trust it",
             )
         self.reader = CheckpointReader(folder)
         told = float_dtype(self.config)
