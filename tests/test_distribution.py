@@ -22,6 +22,8 @@ from quantkit.system.distribution import NAME, Extra, in_the_way, install_line, 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 EXTRAS = set(PROJECT["optional-dependencies"])
+DEVELOPERS = {"docs", "notebook", "test"}
+"""Extras for work on quantkit itself."""
 WRITTEN = (".md", ".py", ".yml", ".yaml", ".toml", ".ipynb", ".cfg", ".txt", ".sh", "")
 INSTALLS = re.compile(r"(?:pip|pip3|uv|uvx|pipx)(?:['\"], ['\"]| )(?:tool |pip )?(?:install|add|run)\b([^`\n]*)")
 
@@ -87,6 +89,17 @@ def test_the_name_and_the_extras_in_code_are_those_of_the_project() -> None:
     asked = Requirement(next(each for each in PROJECT["optional-dependencies"]["test"] if each.startswith("quantkit")))
     assert (asked.name, asked.extras - EXTRAS) == (NAME, set())
     assert install_line("tasks") == f"pip install '{NAME}[tasks]'"
+
+
+def test_the_page_lists_every_extra_with_what_it_brings() -> None:
+    page = (ROOT / "docs" / "install.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `([\w-]+)` \|.*\| `([\w-]+)` \|$", page, re.MULTILINE))
+    extras = PROJECT["optional-dependencies"]
+    brought = {name: [Requirement(each).name for each in given] for name, given in extras.items()}
+    assert {name: [package] for name, package in rows.items()} == {
+        name: packages for name, packages in brought.items() if name not in DEVELOPERS
+    }
+    assert all(f"`{name}`" in page for name in DEVELOPERS)
 
 
 def remedies() -> Iterator[str]:

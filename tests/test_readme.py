@@ -65,7 +65,9 @@ def name_of(page: Path) -> str:
     return page.relative_to(ROOT).as_posix()
 
 
-COMMANDS: dict[str, Any] = getattr(typer.main.get_command(app), "commands")  # noqa: B009 - of click's Group
+WHOLE = typer.main.get_command(app)
+COMMANDS: dict[str, Any] = getattr(WHOLE, "commands")  # noqa: B009 - of click's Group
+OPTIONS = {name for parameter in WHOLE.params for name in parameter.opts}
 
 
 def text_of(name: str) -> str:
@@ -109,13 +111,16 @@ def commands(page: Path) -> Iterator[list[str]]:
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_every_command_is_one_that_the_command_line_understands(page: Path) -> None:
     for name, *arguments in commands(page):
-        COMMANDS[name].make_context(name, list(arguments))
+        if name.startswith("-"):
+            assert name in OPTIONS
+        else:
+            COMMANDS[name].make_context(name, list(arguments))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_commands_in_running_text_exist(page: Path) -> None:
     for found in re.findall(r"`quantkit ([a-z-]+)[^`]*`", prose(page)):
-        assert found in COMMANDS
+        assert found in COMMANDS or found in OPTIONS
 
 
 def test_the_readme_shows_every_command() -> None:

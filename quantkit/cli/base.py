@@ -48,7 +48,6 @@ app = typer.Typer(
     cls=_Commands,
     name="quantkit",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file (YAML).")]
