@@ -147,7 +147,7 @@ def evaluate(
             f"{folder} is not a checkpoint: it has no config.json", "name the folder of a checkpoint, or a GGUF file"
         )
     with tempfile.TemporaryDirectory(prefix="quantkit-") as scratch, _logs() as logs:
-        logprobs = None
+        logprobs = samples = None
         if reference is not None and spec.compares:
             watching.stage(f"baseline: {reference}")
             logprobs = Path(scratch) / "logprobs"
@@ -155,10 +155,11 @@ def evaluate(
             job = EvaluationJob(
                 baseline, _without_costs(spec), logprobs, writes_reference=True, trust_remote_code=trust_remote_code
             )
-            run_job(job, log=logs / "baseline.log", on_progress=watching.progress)
+            found = run_job(job, log=logs / "baseline.log", on_progress=watching.progress)
+            samples = found["samples"]["items"] if "samples" in found else None
         watching.stage(f"evaluate: {folder}")
         alone = spec if reference is not None else _alone(spec)
-        job = EvaluationJob(folder, alone, logprobs, trust_remote_code=trust_remote_code)
+        job = EvaluationJob(folder, alone, logprobs, trust_remote_code=trust_remote_code, float_samples=samples)
         return run_job(job, log=logs / "evaluate.log", on_progress=watching.progress)
 
 

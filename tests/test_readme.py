@@ -50,6 +50,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "texts": recipe.TextSpec,
     "tasks": recipe.TaskSpec,
     "answers": recipe.AnswerSpec,
+    "samples": recipe.SampleSpec,
     "report": recipe.ReportSpec,
     "budget": recipe.BudgetSpec,
     "tracking": recipe.TrackingSpec,

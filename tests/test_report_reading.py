@@ -10,6 +10,7 @@ from quantkit.evaluation.divergence_table import divergence_table
 from quantkit.report.divergence_table import divergence_tables
 from quantkit.report.markdown import render_markdown
 from quantkit.report.page import render_html
+from quantkit.report.samples import build_samples
 from tests.test_report import make_report
 
 
@@ -42,3 +43,49 @@ def test_llama_cpps_figures_stand_under_its_own_names() -> None:
 
 def test_a_report_without_the_table_has_no_section_of_it() -> None:
     assert "Divergence in full" not in render_html(make_report())
+
+
+# Samples
+
+
+def with_samples() -> dict[str, Any]:
+    def sample(*pieces: str, parts: int | None = None, end: int | None = None) -> dict[str, Any]:
+        return {"prompt": "Say <b>.", "token_ids": [1], "end": end, "parts_at": parts, "pieces": list(pieces)}
+
+    report = make_report()
+    rows = {
+        "": sample("The tide is out.", "", "", end=2),
+        "rtn-int8": sample("The tide is out.", "", "", end=2),
+        "rtn-int4": sample("The tide ", "*wa&s*", " in", parts=2),
+        "gptq-int4": sample("The tide", "", "", parts=2, end=2),
+    }
+    for row in (report["baseline"], *report["variants"]):
+        if row.get("name", "") in rows:
+            row["samples"] = {"origin": "answers", "max_new_tokens": 16, "items": [rows[row.get("name", "")]]}
+    return report
+
+
+def test_continuations_stand_beside_each_other_with_the_first_other_token_marked() -> None:
+    found = build_samples(with_samples())
+    assert found is not None
+    assert [each.name for each in found.items[0].continuations] == [
+        "the float model",
+        "rtn-int8",
+        "rtn-int4",
+        "gptq-int4",
+    ]
+    assert dict(found.kept)["rtn-int8"] == "1 of 1 the same"
+    assert dict(found.kept)["rtn-int4"] == "0 of 1 the same; the others part after 2 tokens on average"
+    html = render_html(with_samples())
+    mark = '<mark title="the first token that is not that of the float model">'
+    assert f'<span class="same">The tide </span>{mark}*wa&amp;s*</mark> in' in html
+    assert "Say &lt;b&gt;." in html
+    assert '<span class="same">The tide</span><mark title="the text ends here' in html
+    markdown = render_markdown(with_samples())["report.md"]
+    assert "- `rtn-int4`, parts after 2 tokens: The tide **\\*wa&amp;s\\*** in" in markdown
+    assert "- `rtn-int8`, the same: The tide is out." in markdown
+
+
+def test_a_report_without_samples_has_no_section_of_them() -> None:
+    assert build_samples(make_report()) is None
+    assert "side by side" not in render_html(make_report()) + render_markdown(make_report())["report.md"]

@@ -104,7 +104,7 @@ def load_questions(
         if len(record.messages) < MINIMUM or record.messages[-1].role != "assistant":
             left_out["no question with an answer"] += 1
             continue
-        question = _question(record, tokenizer, indices[place])
+        question = question_of(record, tokenizer, indices[place])
         if question.sha256 in seen:
             left_out["in the calibration set"] += 1
         elif len(question.prompt) + spec.max_new_tokens > longest:
@@ -121,11 +121,23 @@ def load_questions(
     return Questions(items, found.origin, left_out)
 
 
-def _question(record: records.Record, tokenizer: PreTrainedTokenizerBase, index: int) -> Question:
-    *before, answer = record.messages
-    begun = records.Record(messages=tuple(before))
+def question_of(record: records.Record, tokenizer: PreTrainedTokenizerBase, index: int | None = None) -> Question:
+    """A record up to its last answer, which is empty where it ends without one; of a plain text all.
+
+    Args:
+        record: a conversation, or a plain text.
+        tokenizer: the model's; its chat template writes the prompt.
+        index: the record's, for messages.
+
+    Raises:
+        CalibrationError: the chat template fails.
+    """
+    turns, answer = record.messages, ""
+    if len(turns) >= MINIMUM and turns[-1].role == "assistant":
+        turns, answer = turns[:-1], turns[-1].content
+    begun = records.Record(messages=turns, text=record.text)
     prompt = records.encode(begun, tokenizer, index=index, awaits_answer=True)
-    return Question(records_sha256([begun]), before[-1].content, answer.content, prompt)
+    return Question(records_sha256([begun]), record.text or turns[-1].content, answer, prompt)
 
 
 def _read(spec: AnswerSpec) -> records.RecordSet:

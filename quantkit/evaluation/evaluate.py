@@ -19,6 +19,7 @@ from quantkit.evaluation.scoring import TextScore, score
 from quantkit.evaluation.speed import NEW_TOKENS, PROMPT_TOKENS, measure_speed
 from quantkit.evaluation.tasks_and_answers import tasks_and_answers
 from quantkit.evaluation.texts import Windows, cut, load_text
+from quantkit.records import Record
 from quantkit.runtimes._checkpoint import load_config, load_tokenizer
 from quantkit.runtimes._choice import choose_runtime
 from quantkit.runtimes.base import LoadedModel, LoadOptions, Runtime
@@ -42,7 +43,8 @@ def evaluate(job: EvaluationJob, progress: Progress) -> dict[str, Any]:
         table of divergence, and the tokens furthest from the reference;
         ``size_bytes``; ``loaded_by``, the runtime's name; ``memory`` and ``speed``, None where the job does not ask,
         and for a model that the reference decoder loaded those of float weights, which ``memory.weights_are`` says;
-        ``seconds``; ``environment``; and what :meth:`TasksAndAnswers.score` gives.
+        ``seconds``; ``environment``; what :meth:`TasksAndAnswers.score` gives; and ``samples``, see
+        :func:`quantkit.evaluation.samples.samples`.
 
     Raises:
         EvaluationError: the checkpoint cannot be loaded, a text is too short, logits are NaN, tokens differ
@@ -57,16 +59,19 @@ def evaluate(job: EvaluationJob, progress: Progress) -> dict[str, Any]:
     runtime = choose_runtime(job.checkpoint, job.spec.loader, options.dtype)
     tokenizer = load_tokenizer(job.checkpoint, trust_remote_code=job.trust_remote_code)
     config = load_config(job.checkpoint, trust_remote_code=job.trust_remote_code)
-    windows = _cut_texts(job, tokenizer, progress)
+    windows, conversations = _cut_texts(job, tokenizer, progress)
     _check_job(job, config, windows)
     with tasks_and_answers(job, config, tokenizer) as others, _memory_errors(device):
-        options = replace(options, context_length=max(options.context_length, others.context_length))
+        prompts = others.prompts(conversations, windows)
+        needed = prompts.context_length if prompts else 0
+        options = replace(options, context_length=max(options.context_length, others.context_length, needed))
         watch = MemoryWatch(device, own_allocator=runtime.own_allocator)
         model = _load(job, runtime, options, progress)
         watch.loaded(model)
         memory, speed = _run_once(job, model, next(iter(windows.values())), watch)
         scores = {name: _score_text(job, model, text, progress) for name, text in windows.items()}
         other_metrics, other_facts = others.score(model, progress)
+        read = others.samples(model, prompts, progress) if prompts else None
     if job.writes_reference and job.reference is not None:
         write_index(job.reference, windows, config.vocab_size)
     if memory is not None:
@@ -81,6 +86,7 @@ def evaluate(job: EvaluationJob, progress: Progress) -> dict[str, Any]:
         "seconds": time.perf_counter() - started,
         "environment": _environment(model),
         **other_facts,
+        **({} if read is None else {"samples": read}),
     }
 
 
@@ -93,14 +99,18 @@ def _load_options(job: EvaluationJob, device: torch.device) -> LoadOptions:
     )
 
 
-def _cut_texts(job: EvaluationJob, tokenizer: PreTrainedTokenizerBase, progress: Progress) -> dict[str, Windows]:
+def _cut_texts(
+    job: EvaluationJob, tokenizer: PreTrainedTokenizerBase, progress: Progress
+) -> tuple[dict[str, Windows], dict[str, tuple[Record, ...]]]:
+    """The windows of each text, and the conversations at its beginning."""
     spec, total = job.spec, len(job.spec.texts)
-    windows = {}
+    windows, conversations = {}, {}
     for done, text in enumerate(spec.texts, start=1):
         tokens = load_text(text, tokenizer, spec.max_tokens)
         windows[text.name] = cut(tokens, spec.context_length, spec.max_tokens, spec.bos)
+        conversations[text.name] = tokens.conversations
         progress("texts", done, total)
-    return windows
+    return windows, conversations
 
 
 def _check_job(job: EvaluationJob, config: PreTrainedConfig, windows: Mapping[str, Windows]) -> None:

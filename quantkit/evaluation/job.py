@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,8 @@ class EvaluationJob:
         trust_remote_code: run Python code that comes with the checkpoint, a task or a metric.
         answers_file: where the answers to the spec's questions are written; None keeps none of them.
         float_answers: those of the float model, to compare with.
+        float_samples: of the float model, ``items`` of :func:`quantkit.evaluation.samples.samples`, to set beside; None
+            if this is the float model, or it wrote none.
         seen: the questions that the model was calibrated on, as :func:`quantkit.evaluation.answers.asked` has them.
     """
 
@@ -51,6 +53,7 @@ class EvaluationJob:
     trust_remote_code: bool = False
     answers_file: Path | None = None
     float_answers: Path | None = None
+    float_samples: Sequence[Mapping[str, Any]] | None = None
     seen: tuple[str, ...] = ()
 
     @property
@@ -76,6 +79,7 @@ class EvaluationJob:
             "trust_remote_code": self.trust_remote_code,
             "answers_file": None if self.answers_file is None else str(self.answers_file),
             "float_answers": None if self.float_answers is None else str(self.float_answers),
+            "float_samples": None if self.float_samples is None else [dict(each) for each in self.float_samples],
             "seen": list(self.seen),
         }
 
@@ -90,5 +94,6 @@ class EvaluationJob:
             trust_remote_code=data["trust_remote_code"],
             answers_file=None if data["answers_file"] is None else Path(data["answers_file"]),
             float_answers=None if data["float_answers"] is None else Path(data["float_answers"]),
+            float_samples=data["float_samples"],
             seen=tuple(data["seen"]),
         )

@@ -128,6 +128,7 @@ def score(scoring: Scoring, observer: Observer) -> dict[str, Any]:
             trust_remote_code=scoring.trust_remote_code,
             answers_file=folder / ANSWERS if scoring.spec.answers else None,
             float_answers=scoring.reference.with_name(ANSWERS) if scoring.reference and scoring.spec.answers else None,
+            float_samples=_float_samples(scoring),
             seen=scoring.seen,
         )
         result = run_job(job, log=scoring.log, on_progress=observer.progress)
@@ -136,12 +137,22 @@ def score(scoring: Scoring, observer: Observer) -> dict[str, Any]:
     return {**result, "fingerprint": mark}
 
 
+def _float_samples(scoring: Scoring) -> list[dict[str, Any]] | None:
+    """What the float model wrote, which lies beside its log-probabilities."""
+    if scoring.reference is None or scoring.spec.samples is None:
+        return None
+    found: list[dict[str, Any]] = read_json(scoring.reference.with_name(RESULT))["samples"]["items"]
+    return found
+
+
 def evaluation_identity(spec: EvaluationSpec) -> dict[str, Any]:
     """What the figures of a checkpoint depend on beside it: settings, and the content of local texts."""
     files = {text.name: file_sha256(Path(text.file)) for text in spec.texts if text.file and Path(text.file).is_file()}
     tasks = {task.file: read_task(Path(task.file)).identity() for task in spec.tasks if task.file}
     if spec.answers is not None and spec.answers.file is not None and Path(spec.answers.file).is_file():
         tasks["answers"] = {"file": file_sha256(Path(spec.answers.file))}
+    if spec.samples is not None and spec.samples.file is not None and Path(spec.samples.file).is_file():
+        tasks["samples"] = {"file": file_sha256(Path(spec.samples.file))}
     return {"settings": spec.model_dump(mode="json", exclude={"device", "dtype"}), "files": {**files, **tasks}}
 
 
@@ -167,7 +178,7 @@ def report_figures(result: dict[str, Any]) -> dict[str, Any]:
     return {
         "metrics": result["metrics"],
         "texts": result["texts"],
-        **{key: result[key] for key in ("tasks", "answers") if key in result},
+        **{key: result[key] for key in ("tasks", "answers", "samples") if key in result},
         "size_bytes": result["size_bytes"],
         "loaded_by": result.get("loaded_by"),
         "scored_on": {key: result["environment"][key] for key in ("device", "dtype", "threads")},

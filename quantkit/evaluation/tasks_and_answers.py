@@ -1,8 +1,8 @@
-"""Tasks and answers of a job: prepared before its model is loaded, scored after its texts."""
+"""Tasks, answers and samples of a job: prepared before its model is loaded, taken after its texts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,10 @@ from quantkit.evaluation.answer_metrics import Metric, answer_metric
 from quantkit.evaluation.answers import Questions, load_questions
 from quantkit.evaluation.generation import end_tokens
 from quantkit.evaluation.job import EvaluationJob, Progress
+from quantkit.evaluation.samples import Prompts, sample_prompts, samples
 from quantkit.evaluation.tasks import LoadedTask, loaded_tasks, score_tasks
+from quantkit.evaluation.texts import Windows
+from quantkit.records import Record
 from quantkit.runtimes.base import LoadedModel
 
 if TYPE_CHECKING:
@@ -66,6 +69,29 @@ class TasksAndAnswers:
         if self.questions is not None:
             metrics["answers"], told["answers"] = self._answer(model, self.questions, progress)
         return metrics, told
+
+    def prompts(self, conversations: Mapping[str, Sequence[Record]], windows: Mapping[str, Windows]) -> Prompts | None:
+        """What the model is given to continue; None where the job does not ask.
+
+        Raises:
+            EvaluationError, CalibrationError: see :func:`quantkit.evaluation.samples.sample_prompts`.
+        """
+        if self.job.spec.samples is None:
+            return None
+        asked = self.questions.items if self.questions is not None else []
+        return sample_prompts(
+            self.job.spec.samples,
+            self.tokenizer,
+            self.longest,
+            questions=asked,
+            conversations=conversations,
+            windows=windows,
+        )
+
+    def samples(self, model: LoadedModel, prompts: Prompts, progress: Progress) -> dict[str, Any]:
+        """What the model writes after them, see :func:`quantkit.evaluation.samples.samples`."""
+        beside = self.job.float_samples
+        return samples(model, self.tokenizer, prompts, self.ends, beside, _named(progress, "samples"))
 
     def _answer(
         self, model: LoadedModel, questions: Questions, progress: Progress

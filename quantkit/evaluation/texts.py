@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ DOCUMENT_SEPARATOR = "\n\n"
 TEMPLATE = "auto"
 BLANK_ROW = "'text' is empty"
 CHARACTERS_PER_TOKEN = 16
+CONVERSATIONS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +36,14 @@ class Tokens:
         ids: token ids, without the BOS that the tokenizer would add to a whole sequence.
         bos: id of the BOS token if the tokenizer puts it before every sequence by itself, else None.
         skipped_records: rows of the text's file or data set that hold nothing to score on.
+        conversations: the first :data:`CONVERSATIONS` of it that are no plain texts.
     """
 
     name: str
     ids: list[int]
     bos: int | None
     skipped_records: int = 0
+    conversations: tuple[records.Record, ...] = ()
 
 
 def load_text(spec: TextSpec, tokenizer: PreTrainedTokenizerBase, limit: int) -> Tokens:
@@ -64,7 +68,8 @@ def load_text(spec: TextSpec, tokenizer: PreTrainedTokenizerBase, limit: int) ->
         ids = _tokenize_beginning(DOCUMENT_SEPARATOR.join(documents), tokenizer, limit)
     if not ids:
         raise EvaluationError(f"text '{spec.name}' has no tokens", "give a text of a few hundred words")
-    return Tokens(spec.name, ids[:limit], added_bos(tokenizer), skipped)
+    conversations = tuple(islice((record for record in found.records if record.messages), CONVERSATIONS))
+    return Tokens(spec.name, ids[:limit], added_bos(tokenizer), skipped, conversations)
 
 
 def added_bos(tokenizer: PreTrainedTokenizerBase) -> int | None:

@@ -15,6 +15,7 @@ from quantkit.recipe.evaluation import (
     AnswerSpec,
     EvaluationSpec,
     Metric,
+    SampleSpec,
     TaskSpec,
     TextSpec,
 )
@@ -59,6 +60,7 @@ __all__ = [
     "Recipe",
     "ReportSpec",
     "RetentionSpec",
+    "SampleSpec",
     "SchemeKeys",
     "SchemePatch",
     "Section",

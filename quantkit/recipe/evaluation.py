@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -119,6 +119,38 @@ class AnswerSpec(Section):
         return [figure for metric in self.metrics for figure in ANSWER_FIGURES[metric]]
 
 
+class SampleSpec(Section):
+    """Prompts of which the report has what the float model and each file write after them: at most one origin.
+
+    Attributes:
+        prompts: what to give, each as a turn of the user's where the model has a chat template, else as it stands.
+        file: the same, a line each of a ``.txt`` file, or records as JSON, JSONL or Parquet, up to their last answers.
+        count: how many at most; without one, all of ``prompts`` or ``file``, or :attr:`DRAWN` of the evaluation's own.
+        max_new_tokens: tokens that are written after each at most.
+    """
+
+    DRAWN: ClassVar[int] = 5
+    prompts: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    file: str | None = None
+    count: Annotated[Whole, Field(ge=1)] | None = None
+    max_new_tokens: Annotated[Whole, Field(ge=1)] = 16
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_short_form(cls, given: Any) -> Any:
+        if isinstance(given, bool):
+            return {}
+        keys: dict[type, str] = {str: "file", int: "count", list: "prompts", tuple: "prompts"}
+        key = keys.get(type(given))
+        return given if key is None else {key: given}
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> SampleSpec:
+        if self.prompts and self.file is not None:
+            raise ValueError("give at most one of 'prompts' and 'file'")
+        return self
+
+
 def check_further_gate(gate: Gate, tasks: Sequence[TaskSpec], answers: AnswerSpec | None) -> None:
     """Refuse a gate on tasks or answers that the recipe does not ask for.
 
@@ -191,6 +223,8 @@ class EvaluationSpec(Section):
             transformers or llama.cpp where they and the packages there can load the format, else the reference.
         tasks: of lm-evaluation-harness, each its name, the path of a task file, or a :class:`TaskSpec`.
         answers: instructions to answer; see :class:`AnswerSpec`.
+        samples: continuations to read side by side, see :class:`SampleSpec`; a list of prompts, a file, a number, or
+            ``false`` for none.
     """
 
     texts: Annotated[tuple[TextSpec, ...], Field(min_length=1)] = (
@@ -207,11 +241,17 @@ class EvaluationSpec(Section):
     loader: str = "auto"
     tasks: tuple[TaskSpec, ...] = ()
     answers: AnswerSpec | None = None
+    samples: SampleSpec | None = SampleSpec()
 
     @property
     def compares(self) -> bool:
         """Whether a metric needs the float model's log-probabilities."""
         return any(metric in COMPARING_METRICS for metric in self.metrics)
+
+    @field_validator("samples", mode="before")
+    @classmethod
+    def _none_where_off(cls, given: Any) -> Any:
+        return None if given is False or (given == 0 and isinstance(given, int)) else given
 
     @field_validator("texts")
     @classmethod

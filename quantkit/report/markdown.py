@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from markupsafe import Markup
@@ -41,6 +42,7 @@ def render_markdown(report: Record) -> dict[str, str]:
     engine.filters["code"] = code
     engine.filters["fence"] = fence
     engine.filters["row"] = row
+    engine.filters["marked"] = marked
     engine.filters["bar"] = lambda share: "█" * round(_BAR * share) or "▏"
     tables = {
         "cost": _cost_table(report),
@@ -72,6 +74,20 @@ def code(value: Any) -> str:
     ticks = "`" * (_longest_run(text) + 1)
     pad = " " if text.startswith("`") or text.endswith("`") or not text else ""
     return Markup(f"{ticks}{pad}{text}{pad}{ticks}".replace("|", "\\|"))
+
+
+def marked(pieces: Sequence[str], parts: bool) -> str:
+    """A text in three pieces on one line, the middle one bold; where there is none and it parts, its end is marked."""
+    before, token, after = (_with_ends(piece) for piece in pieces)
+    bold = token.strip() or ("∎" if parts else "")
+    middle = token.replace(token.strip(), f"**{bold}**", 1) if token.strip() else f"**{bold}**" if bold else ""
+    return Markup(f"{before}{middle}{after}".strip())
+
+
+def _with_ends(text: str) -> str:
+    """Escaped text with the spaces at its ends, one each."""
+    left, right = (" " if text.strip() and edge.isspace() else "" for edge in (text[:1], text[-1:]))
+    return f"{left}{escaped(text)}{right}"
 
 
 def fence(value: Any, language: str = "") -> str:

@@ -22,6 +22,7 @@ from quantkit.report.facts import calibration_facts, environment_facts, source_f
 from quantkit.report.losses import frontier
 from quantkit.report.numbers import figure, fixed, pick
 from quantkit.report.plot import Plot, build_plot
+from quantkit.report.samples import brief, build_samples
 from quantkit.report.tables import experts, gate_table, histogram, loading, worst_layers, written_date
 from quantkit.report.tasks_and_answers import changed_answers, further_models, further_rows
 from quantkit.system.units import percentage
@@ -38,6 +39,7 @@ def environment(**options: Any) -> jinja2.Environment:
         **options,
     )
     engine.filters["px"] = pixels
+    engine.filters["brief"] = brief
     return engine
 
 
@@ -67,6 +69,7 @@ def context(report: Record, plot: Plot | None) -> dict[str, Any]:
         "table": build_comparison(report),
         "plot": plot,
         "divergences": divergence_tables(report),
+        "samples": build_samples(report),
         "further": further_rows(report),
         "further_models": further_models(report),
         "gates": gate_table(report),
