@@ -18,8 +18,8 @@ is one, a remedy. The command line prints that line and exits with code 2; a tra
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, Self
 
 from quantkit.system.redaction import redacted
 
@@ -32,12 +32,25 @@ class QuantkitError(Exception):
     Args:
         problem: what is wrong, on one line, naming the file, tensor or key.
         remedy: what the user can do about it, on one line; may be empty.
+
+    Attributes:
+        others: further mistakes that were found at the same time.
     """
 
     def __init__(self, problem: str, remedy: str = "") -> None:
         self.problem = redacted(" ".join(problem.split()))
         self.remedy = " ".join(remedy.split())
+        self.others: tuple[QuantkitError, ...] = ()
         super().__init__(f"{self.problem} ({self.remedy})" if self.remedy else self.problem)
+
+    @classmethod
+    def together(cls, found: Sequence[Self]) -> Self:
+        """Several mistakes as one error: the first, with the others beside it and in the notes of a traceback."""
+        first, *others = found
+        first.others = tuple(others)
+        for other in others:
+            first.add_note(f"also: {other}")
+        return first
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled with problem and remedy, whatever the subclass is made of, so that it can come from a process."""

@@ -120,8 +120,8 @@ def test_quantize_goes_to_the_device_that_is_named(model: Path, tmp_path: Path) 
     done = invoke("quantize", model, "-o", tmp_path / "out", "--method", "rtn", "--device", "cuda:99")
     assert done.exit_code != 0
     assert "device cuda:99 is not available" in done.stderr
-    done = invoke("quantize", model, "-o", tmp_path / "out", "--method", "rtn", "--device", "gpu")
-    assert "'gpu' is not a device: use auto, cpu, cuda or cuda:N" in done.stderr
+    done = invoke("quantize", model, "-o", tmp_path / "out", "--method", "rtn", "--device", "tpu")
+    assert "'tpu' is not a device: use auto, cpu, cuda or cuda:N" in done.stderr
 
 
 def test_evaluate_prints_json(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ FLOORS = (
     "gates", "recipe", "source", "records", "report",
     "calibration", "merging", "quantization", "estimation", "evaluation", "publishing",
     "run_history", "isolation", "verification",
-    "pipeline", "regression", "api", "cli",
+    "pipeline", "regression", "api", "cli", "__main__",
 )  # fmt: skip
 """From the ground up."""
 ROOT = Path(quantkit.__file__).parent

@@ -28,7 +28,8 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except QuantkitError as error:
-            say(f"error: {error}", stderr=True)
+            for each in (error, *error.others):
+                say(f"error: {each}", stderr=True)
             raise typer.Exit(EXIT_USER_ERROR) from error
         except OSError as error:
             refusal = as_quantkit_error(error)

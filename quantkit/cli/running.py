@@ -83,11 +83,15 @@ def report_page(recipe: Recipe) -> Path:
 
 @app.command(rich_help_panel=PANEL)
 def validate(recipe: RecipePath) -> None:
-    """Check a recipe without loading anything."""
+    """Check a recipe without loading anything: its keys, and whether the files that it names are there."""
+    from quantkit.errors import QuantkitError
     from quantkit.recipe import Recipe
+    from quantkit.recipe.local_files import local_files, missing
 
     loaded = Recipe.load(recipe)
     warn(loaded.warnings())
+    if absent := missing(local_files(loaded), recipe):
+        raise QuantkitError.together(absent)
     say(f"{recipe} is valid: {len(loaded.variants)} variants of {loaded.model.source}, results in {loaded.folder}")
 
 
@@ -98,16 +102,18 @@ def plan(recipe: RecipePath, as_json: AsJson = False) -> None:
     The model is fetched or converted if it is not here yet.
     """
     import quantkit
-    from quantkit.cli.tables import plan_notes, plan_table
+    from quantkit.cli.tables import cannot_run, plan_notes, plan_table
 
     found = quantkit.plan(recipe)
     warn(found["warnings"])
     if as_json:
         say(json.dumps(found, indent=2))
-        return
-    console().print(plan_table(found))
-    for note in plan_notes(found):
-        say(note)
+    else:
+        console().print(plan_table(found))
+        for note in plan_notes(found):
+            say(note)
+    if any(cannot_run(variant) for variant in found["variants"]):
+        raise typer.Exit(EXIT_FAILED)
 
 
 @app.command(rich_help_panel=PANEL)

@@ -160,6 +160,10 @@ def plan_table(found: Mapping[str, Any]) -> FittedTable:
     rows.append(["baseline", "float model", _size(source["size_bytes"]), "", found["baseline"]])
     for variant in found["variants"]:
         size = "by the library" if variant["size_bytes"] is None else _size(variant["size_bytes"])
+        if cannot_run(variant):
+            what = f"{variant['method']} {variant['scheme']} {variant['format']}"
+            rows.append([variant["name"], what, "", "", "cannot run, see below"])
+            continue
         rows.append([variant["name"], _what(variant), size, variant["strategy"], variant["state"]])
     shown = [
         Shown(title, [Text(cell) for cell in column], rank, number)
@@ -169,9 +173,17 @@ def plan_table(found: Mapping[str, Any]) -> FittedTable:
     return FittedTable(shown, title=title, notes=[Text(f"results in {found['folder']}")], remedy="--json has all")
 
 
+def cannot_run(variant: Mapping[str, Any]) -> bool:
+    """Whether a variant of a plan would fail."""
+    return str(variant["state"]).startswith("cannot run")
+
+
 def plan_notes(found: Mapping[str, Any]) -> Iterator[str]:
-    """What stays float and the like, each line with the variants that it is said of, if not of all."""
-    variants = found["variants"]
+    """Why variants cannot run; what stays float and the like, with the variants that it is said of, if not of all."""
+    variants = [variant for variant in found["variants"] if not cannot_run(variant)]
+    for variant in found["variants"]:
+        if cannot_run(variant):
+            yield f"{variant['name']} {variant['state']}"
     for note in dict.fromkeys(note for variant in variants for note in variant["notes"]):
         names = [variant["name"] for variant in variants if note in variant["notes"]]
         yield note if len(names) == len(variants) else f"{', '.join(names)}: {note}"

@@ -26,7 +26,7 @@ SHAPE = (
     "PATH <= NUMBER, with <=, <, >= or >, such as 'kl_divergence.mean <= 0.05' or 'size_bytes <= 4GiB', or relative as"
     " 'perplexity <= baseline +1%' and 'perplexity +1 %'"
 )
-_PATH = r"\s*(?P<path>\w[\w.-]*)"
+_PATH = r"\s*(?P<path>\w[^\s<>=+%]*)"
 """The names of texts are of any script."""
 _NUMBER = r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?"
 _ABSOLUTE = re.compile(rf"{_PATH}\s*(?P<operator><=|>=|<|>)\s*(?P<number>[+-]?{_NUMBER})\s*(?P<unit>%|[A-Za-z]*)\s*")

@@ -27,7 +27,7 @@ CODE_VERSION = 1
 """Part of the fingerprint: raised when the same output of a library would give another checkpoint."""
 STACK = ("torch", "transformers")
 """Packages of the caller's environment that a result in it depends on, beside the library."""
-OWN_KEYS = {"name", "env", "limits"}
+OWN_KEYS = {"name", "title", "env", "limits"}
 """Keys of a variant that do not change its bytes."""
 
 

@@ -37,10 +37,13 @@ def report_content(
     figures = beside_server(figures, model.folder, context)
     before = {**figures, "seconds": {"evaluate": baseline["seconds"]}}
     gates = report.evaluate_gates(recipe.gates, [row for row in rows if row["name"] in variants], before)
+    titles = {variant.name: variant.title for variant in recipe.variants if variant.title}
+    rows = [row | {"title": titles[row["name"]]} if row["name"] in titles else row for row in rows]
     failed = any(row["status"] == "failed" for row in rows) or not all(gate["passed"] for gate in gates)
     content = {
         "schema": 1,
         "name": recipe.name,
+        "title": recipe.title,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "status": "failed" if failed else "ok",
         "quantkit_version": own_version(),

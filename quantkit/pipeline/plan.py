@@ -14,12 +14,14 @@ from quantkit.calibration import load
 from quantkit.checkpoint import FLOATS, CheckpointReader
 from quantkit.engine.precision import pass_dtype
 from quantkit.engine.skeleton import Skeleton
+from quantkit.errors import QuantkitError
 from quantkit.estimation.weights import float_bytes
 from quantkit.formats import FORMATS
 from quantkit.formats.base import Format
 from quantkit.isolation.forecast import library_forecast
 from quantkit.merging import merged_source
 from quantkit.pipeline import needs_calibration, quantize_job
+from quantkit.pipeline.preflight import preflight
 from quantkit.quantization.job import Job, finished_variant, made_from
 from quantkit.quantization.plan import choose_strategy, plan_layers
 from quantkit.recipe import LibrarySpec, Recipe, VariantSpec
@@ -38,6 +40,7 @@ def forecast(recipe: Recipe) -> dict[str, Any]:
         the weights in the blocks' matrices that is quantized, or None), ``notes`` (what stays float and why),
         ``size_bytes`` (None where a library alone knows it) and ``strategy``.
     """
+    preflight(recipe)
     model = merged_source(recipe.model, recipe.merge, recipe.folder, Silent())
     skeleton = Skeleton(model.folder, recipe.model.trust_remote_code)
     skeleton.check_blocks()
@@ -58,8 +61,29 @@ def forecast(recipe: Recipe) -> dict[str, Any]:
         "calibration": _calibration_state(recipe, calibrated),
         "baseline": _evaluation_state(recipe.folder / "baseline"),
         "warnings": list(recipe.warnings()),
-        "variants": [variants.of(variant) for variant in recipe.variants],
+        "variants": [_told(variants, variant) for variant in recipe.variants],
     }
+
+
+def _told(variants: _Variants, variant: VariantSpec | LibrarySpec) -> dict[str, Any]:
+    """A variant, or the reason why it cannot run, which is no reason to say nothing of the others."""
+    try:
+        return variants.of(variant)
+    except QuantkitError as error:
+        scheme = variant.base_scheme().describe() if isinstance(variant, VariantSpec) else ""
+        return {
+            "name": variant.name,
+            "state": f"cannot run: {error}",
+            "method": variant.chain if isinstance(variant, VariantSpec) else variant.label,
+            "format": variant.format if isinstance(variant, VariantSpec) else variant.stores(),
+            "scheme": scheme,
+            "schemes": {},
+            "layers": (0, 0),
+            "share": None,
+            "notes": [],
+            "size_bytes": None,
+            "strategy": "",
+        }
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,8 +17,9 @@ from quantkit.pipeline.content import report_content
 from quantkit.pipeline.context import Run
 from quantkit.pipeline.jobs import needs_calibration, quantize_job
 from quantkit.pipeline.library_rows import check_environments
+from quantkit.pipeline.preflight import preflight
 from quantkit.pipeline.rows import other_merge_rows, variant_rows
-from quantkit.publishing.mlflow import check_tracking, track_after
+from quantkit.publishing.mlflow import track_after
 from quantkit.recipe import Recipe
 from quantkit.system.artifacts import check_writable, translated_os_errors
 from quantkit.system.distribution import own_version
@@ -77,8 +78,8 @@ def outcome(content: dict[str, Any]) -> dict[str, Any]:
 
 def _run(current: Run) -> dict[str, Any]:
     recipe, observer = current.recipe, current.observer
+    preflight(recipe)
     check_environments(current)
-    check_tracking(recipe.tracking)
     for warning in recipe.warnings():
         observer.note(f"warning: {warning}")
     observer.stage(f"source: {recipe.model.source}")

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 STAGE = "quantize"
 CODE_VERSION = 4
 """Part of the fingerprint: raised when the same inputs would give other bytes."""
-NOT_IN_BYTES = ("name", "allow_float")
+NOT_IN_BYTES = ("name", "title", "allow_float")
 """Keys of a variant that change no byte of it."""
 
 

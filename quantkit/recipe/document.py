@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, ValidationInfo, field_validator, model_validator
 
 from quantkit.errors import RecipeError, SchemeError, did_you_mean
 from quantkit.gates import check_gate_syntax, parse_gate
 from quantkit.recipe.evaluation import METRICS, EvaluationSpec, check_further_gate
-from quantkit.recipe.fields import Name, Section, require_distinct
+from quantkit.recipe.fields import Name, Section, Title, require_distinct
 from quantkit.recipe.implied import NAMES, implied
 from quantkit.recipe.library import LibrarySpec, taken_keys
+from quantkit.recipe.local_files import beside_recipe
 from quantkit.recipe.model import MergeSpec, ModelSpec
 from quantkit.recipe.outputs import BudgetSpec, HistorySpec, ReportSpec, RetentionSpec, TrackingSpec, WebhookSpec
 from quantkit.recipe.quantization import CalibrationSpec, QuantizationSpec
@@ -25,6 +27,7 @@ from quantkit.schemes import DEFAULT_KIND, SCHEMES, scheme_keys
 from quantkit.schemes.kinds import keys_of
 from quantkit.system.strict_yaml import parse_mapping
 from quantkit.system.validation import located, parse_section
+from quantkit.system.variables import escaped
 
 MAX_RECIPE_BYTES = 1 << 20
 MAX_GATE = 500
@@ -47,10 +50,13 @@ class Recipe(Section):
     """One run: a model, a calibration set, variants, and how they are scored.
 
     Attributes:
+        name: of the run, its folder and its history.
+        title: what people read in its place; any text.
         gates: conditions such as ``kl_divergence.prose.mean <= 0.05`` that every variant must meet.
     """
 
     name: Name
+    title: Title | None = None
     model: ModelSpec
     merge: MergeSpec = MergeSpec()
     calibration: CalibrationSpec = CalibrationSpec()
@@ -97,17 +103,19 @@ class Recipe(Section):
                 raise RecipeError(f"a variant is called '{row}', as the row of merge.compare is", "rename the variant")
         return self
 
-    @model_validator(mode="after")
-    def _gates_parse(self) -> Recipe:
-        metrics = self.evaluation.metrics
+    @field_validator("gates")
+    @classmethod
+    def _gates_fit(cls, gates: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        scoring, mistakes = info.data.get("evaluation"), []
+        for gate in gates:
+            try:
+                _check_gate(gate, scoring)
+            except RecipeError as error:
+                mistakes.append(error)
         with located():
-            for gate in self.gates:
-                check_gate_syntax(gate, [text.name for text in self.evaluation.texts])
-                check_further_gate(parse_gate(gate), self.evaluation.tasks, self.evaluation.answers)
-                metric = parse_gate(gate).metric
-                if metric in METRICS and metric not in metrics:
-                    raise RecipeError(f"gate '{gate}' needs {metric}", f"add {metric} to evaluation.metrics")
-        return self
+            if mistakes:
+                raise RecipeError.together(mistakes)
+        return gates
 
     @property
     def own_variants(self) -> tuple[VariantSpec, ...]:
@@ -133,19 +141,25 @@ class Recipe(Section):
     def load(cls, path: str | Path) -> Recipe:
         """Read and validate a recipe file.
 
+        Relative paths in it lead from the working folder, or where nothing lies there, from the recipe's.
+
         Raises:
             RecipeError: the file is missing, not YAML, or not a valid recipe.
         """
-        return cls.parse(text_of(Path(path), f"recipe {path}", "is this a recipe?"), origin=str(path))
+        path = Path(path)
+        found = cls.parse(text_of(path, f"recipe {path}", "is this a recipe?"), origin=str(path))
+        return beside_recipe(found, path.parent)
 
     @classmethod
     def parse(cls, text: str, origin: str = "recipe") -> Recipe:
         """Validate the text of a recipe; ``origin`` names it in messages.
 
+        Variables of the environment stand for what they hold, see :mod:`quantkit.system.variables`.
+
         Raises:
-            RecipeError: the text is not YAML or not a valid recipe.
+            RecipeError: the text is not YAML or not a valid recipe; further mistakes are beside the first.
         """
-        return parse_section(cls, parse_mapping(text, origin), origin)
+        return parse_section(cls, parse_mapping(text, origin, os.environ), origin, text)
 
     def warnings(self) -> tuple[str, ...]:
         """Warnings of what can be run and is known to go badly, each with the name of its variant."""
@@ -154,11 +168,20 @@ class Recipe(Section):
     def to_yaml(self) -> str:
         """A recipe file that means the same: the defaults are merged into the variants, what is usual left out."""
         data = self.model_dump(mode="json", exclude={"defaults"}, exclude_defaults=True)
-        return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+        return yaml.safe_dump(_without_variables(data), sort_keys=False, allow_unicode=True)
 
     def resolved(self) -> dict[str, Any]:
         """The whole recipe as JSON data, with every default, key of a scheme and method option filled in."""
         return {**self.model_dump(mode="json"), "variants": [variant.resolved() for variant in self.variants]}
+
+
+def _without_variables(data: Any) -> Any:
+    """Values in which nothing is a variable when they are read again."""
+    if isinstance(data, dict):
+        return {key: _without_variables(value) for key, value in data.items()}
+    if isinstance(data, list):
+        return [_without_variables(value) for value in data]
+    return escaped(data) if isinstance(data, str) else data
 
 
 def text_of(path: Path, name: str, remedy: str) -> str:
@@ -178,6 +201,21 @@ def text_of(path: Path, name: str, remedy: str) -> str:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise RecipeError(f"{name} is not UTF-8 text", remedy) from error
+
+
+def _check_gate(gate: str, scoring: EvaluationSpec | None) -> None:
+    """Refuse a gate that is none, or about what is not measured; ``scoring`` is None where that section is mistaken.
+
+    Raises:
+        RecipeError: with what is allowed.
+    """
+    read = parse_gate(gate)
+    if scoring is None:
+        return
+    check_gate_syntax(gate, [text.name for text in scoring.texts])
+    check_further_gate(read, scoring.tasks, scoring.answers)
+    if read.metric in METRICS and read.metric not in scoring.metrics:
+        raise RecipeError(f"gate '{gate}' needs {read.metric}", f"add {read.metric} to evaluation.metrics")
 
 
 def _as_written(variant: Any) -> Any:

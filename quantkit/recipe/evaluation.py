@@ -11,7 +11,7 @@ from pydantic import Field, field_validator, model_validator
 
 from quantkit.errors import RecipeError, did_you_mean
 from quantkit.gates import Gate
-from quantkit.recipe.fields import Device, Flag, Name, Section, Whole, require_distinct
+from quantkit.recipe.fields import Device, Flag, Name, Section, Whole, named_after, require_distinct
 from quantkit.runtimes import RUNTIMES
 from quantkit.system.names import chosen
 from quantkit.system.validation import located
@@ -194,7 +194,7 @@ class TextSpec(Section):
             if (bundled := chosen(given, BUNDLED_TEXTS)) is not None:
                 return {"name": bundled, "bundled": bundled}
             if "/" in given or "." in given:
-                return {"name": re.sub(r"[^A-Za-z0-9._-]", "-", Path(given).stem), "file": given}
+                return {"name": named_after(Path(given).stem, "text"), "file": given}
             raise ValueError(f"unknown text '{given}': {did_you_mean(given, BUNDLED_TEXTS)}, or a file's path")
         return given
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Collection, Mapping
 from functools import cache
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -13,7 +14,26 @@ from quantkit.errors import SchemeError
 from quantkit.system.names import chosen, spelled_device
 from quantkit.system.validation import located
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)]
+LONGEST_NAME = 80
+LONGEST_NAME_BYTES = 180
+"""Of a name as UTF-8: files have it with something before and behind, and 255 bytes at most."""
+
+
+def _as_file_name(name: str) -> str:
+    name = unicodedata.normalize("NFC", name)
+    if len(name.encode()) > LONGEST_NAME_BYTES:
+        raise ValueError(f"a name has at most {LONGEST_NAME_BYTES} bytes, as files are called by it")
+    return name
+
+
+Name = Annotated[
+    str,
+    Field(pattern=r"^[\p{L}\p{N}][\p{L}\p{M}\p{N}._-]*$", max_length=LONGEST_NAME),
+    AfterValidator(_as_file_name),
+]
+"""A name of any script, which files and folders have too."""
+Title = Annotated[str, Field(min_length=1, max_length=200)]
+"""What people read beside a name; any text on one line."""
 Whole = Annotated[int, Field(strict=True)]
 Flag = Annotated[bool, Field(strict=True)]
 
@@ -49,6 +69,22 @@ def _literals(annotation: Any) -> tuple[str, ...]:
     if get_origin(annotation) is Literal:
         return tuple(word for word in get_args(annotation) if isinstance(word, str))
     return tuple(word for part in get_args(annotation) for word in _literals(part))
+
+
+def named_after(text: str, otherwise: str) -> str:
+    """A name made of a text, such as a file's: what no name can hold becomes ``-``.
+
+    Args:
+        text: of any script.
+        otherwise: the name where nothing is left.
+    """
+    kept = [each if unicodedata.category(each)[0] in "LMN" or each in "._-" else "-" for each in text]
+    name = "".join(kept).lstrip("._-")
+    while name and unicodedata.category(name[0])[0] == "M":
+        name = name[1:]
+    while len(name) > LONGEST_NAME or len(name.encode()) > LONGEST_NAME_BYTES:
+        name = name[:-1]
+    return unicodedata.normalize("NFC", name) or otherwise
 
 
 def require_distinct(names: list[str], what: str) -> None:

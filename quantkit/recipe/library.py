@@ -11,7 +11,7 @@ from quantkit.errors import RecipeError, SchemeError, did_you_mean
 from quantkit.formats import FORMATS
 from quantkit.libraries import LIBRARIES, Library
 from quantkit.libraries.base import CODES, Offer
-from quantkit.recipe.fields import Flag, Name, Patterns, Section, Whole, compiled, options_apart
+from quantkit.recipe.fields import Flag, Name, Patterns, Section, Title, Whole, compiled, options_apart
 from quantkit.recipe.spelling import entry_called
 from quantkit.schemes import PER_CHANNEL, SCHEMES, Scheme, make_scheme
 from quantkit.schemes.kinds import keys_of
@@ -66,6 +66,7 @@ class LibrarySpec(Section):
 
     Attributes:
         name: its name in the report and its folder.
+        title: what people read in its place; any text.
         library: a name of ``quantkit methods``.
         method: one of the library's; None is its first.
         bits: width of a code; None is the method's first.
@@ -80,6 +81,7 @@ class LibrarySpec(Section):
     """
 
     name: Name
+    title: Title | None = None
     library: str
     method: str | None = None
     bits: Whole | None = None

@@ -16,6 +16,7 @@ import yaml
 
 from quantkit.errors import RecipeError
 from quantkit.recipe.document import Recipe, text_of
+from quantkit.recipe.fields import named_after
 from quantkit.recipe.model import HUB_REFERENCE
 from quantkit.system.strict_yaml import parse_mapping
 
@@ -106,7 +107,7 @@ def _check(given: Mapping[str, Any], path: Path) -> None:
 
 def _name(given: Mapping[str, Any], path: Path) -> str:
     last = Path(given["export_dir"].rstrip("/")).name or path.stem
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", last).strip("-._")[:80] or "exported"
+    return named_after(re.sub(r"[\s/\\\\]+", "-", last), "exported").rstrip("-._")
 
 
 def _model(draft: _Draft, given: Mapping[str, Any], path: Path) -> None:

@@ -56,6 +56,11 @@ class ModelSpec(Section):
     trust_remote_code: Flag = False
     decode: Flag = False
 
+    @model_validator(mode="before")
+    @classmethod
+    def _from_short_form(cls, given: Any) -> Any:
+        return {"source": given} if isinstance(given, str) else given
+
     @field_validator("adapter", mode="before")
     @classmethod
     def _as_list(cls, given: Any) -> Any:

@@ -12,7 +12,7 @@ from quantkit.errors import SchemeError
 from quantkit.formats import FORMATS
 from quantkit.methods import METHODS
 from quantkit.methods.base import Method, MethodOptions, Statistic
-from quantkit.recipe.fields import Flag, Name, Patterns, Section, compiled
+from quantkit.recipe.fields import Flag, Name, Patterns, Section, Title, compiled
 from quantkit.recipe.implied import DEFAULT_FORMAT, check_pair, implied, keys_beside
 from quantkit.recipe.scheme import BlocksPatch, SchemeKeys, SchemePatch, known_kind, written_keys
 from quantkit.recipe.spelling import entry_called, spelled
@@ -30,6 +30,7 @@ class Choice(Section):
     """The names that a variant chooses: method, format, and kind of scheme."""
 
     name: Name
+    title: Title | None = None
     method: str = DEFAULT_METHOD
     format: str = DEFAULT_FORMAT
     scheme: str = DEFAULT_KIND
@@ -60,6 +61,7 @@ class VariantSpec(SchemeKeys, Choice):
 
     Attributes:
         name: its name in the report and its folder.
+        title: what people read in its place; any text.
         transforms: what changes the weights first, names of ``quantkit methods`` or mappings with options.
         method: how codes are chosen, a name of ``quantkit methods``; ``awq+gptq`` puts a transform before it.
         format: how they are stored, a name of ``quantkit formats``.

@@ -45,6 +45,7 @@ class Line:
         cells: for each column its main figure and those below it.
         error: why the variant failed, or None.
         mark: ``recommended``, ``broken`` or nothing.
+        title: what the recipe says beside the name.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Line:
     error: str | None
     reference: bool = False
     mark: str = ""
+    title: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +154,7 @@ def _lines(report: Record, stacks: list[Stack]) -> tuple[Line, ...]:
                 _cells(stacks, index),
                 failure(variant),
                 mark=marks.get(str(variant["name"]), ""),
+                title=str(variant.get("title") or ""),
             )
         )
     return tuple(lines)

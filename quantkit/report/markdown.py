@@ -115,7 +115,8 @@ def _cost_table(report: Record) -> list[list[Any]]:
         if error is not None:
             figures = [Markup(f"**failed:** {escaped(error)}"), *[""] * (len(shown) - 1)]
         mark = marks.get(str(variant["name"]))
-        name = Markup(f"{code(variant['name'])} ({mark})") if mark else code(variant["name"])
+        title = f" {escaped(variant['title'])}" if variant.get("title") else ""
+        name = Markup(f"{code(variant['name'])}{title}{f' ({mark})' if mark else ''}")
         lines.append([name, *_identity(variant), *figures])
     return lines
 

@@ -59,7 +59,7 @@ def pixels(value: float) -> str:
 def context(report: Record, plot: Plot | None) -> dict[str, Any]:
     """Everything that the templates show; the plot is laid out by who draws it."""
     return {
-        "report": {"source": None, "recipe_text": "", "quantkit_version": "", "status": "", **report},
+        "report": {"source": None, "recipe_text": "", "quantkit_version": "", "status": "", "title": None, **report},
         "created": written_date(report),
         "reference": reference_name(report),
         "dequantized": reference_word(report) == "source",
@@ -94,6 +94,7 @@ def _variant(variant: Record) -> dict[str, Any]:
     tags += [] if share is None else [f"{percentage(share)} of the block weights"]
     return {
         "name": str(variant["name"]),
+        "title": str(variant.get("title") or ""),
         "tags": " · ".join(tag for tag in tags if tag),
         "error": failure(variant),
         "notes": [str(note) for note in variant.get("notes") or []],

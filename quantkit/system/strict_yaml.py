@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
 
 from quantkit.errors import RecipeError
+from quantkit.system.variables import expanded
 
 MAX_DIGITS = 64
 
 
-def parse_mapping(text: str, origin: str) -> dict[str, Any]:
+def parse_mapping(text: str, origin: str, variables: Mapping[str, str] | None = None) -> dict[str, Any]:
     """The mapping that ``text`` stands for.
 
+    Args:
+        text: YAML.
+        origin: names it in messages.
+        variables: what ``${NAME}`` in a value stands for, see :mod:`quantkit.system.variables`; None leaves it.
+
     Raises:
-        RecipeError: it is not YAML, not a mapping, or uses what recipes do not need.
+        RecipeError: it is not YAML, not a mapping, or uses what recipes do not need; a variable is not set, or secret.
     """
+    mistakes: list[tuple[int, RecipeError]] = []
     try:
         # ValueError: the safe loader passes on what Python says of a date or a number that cannot be.
-        content = yaml.load(text, Loader=StrictLoader)
+        content = _content(text, variables, mistakes)
     except RecursionError as error:
         raise RecipeError(
             f"{origin} is not valid YAML: it is nested too deeply", "a recipe has at most a dozen levels"
@@ -27,19 +35,74 @@ def parse_mapping(text: str, origin: str) -> dict[str, Any]:
     except (yaml.YAMLError, ValueError) as error:
         remedy = "write plain YAML: names, texts, numbers, lists and mappings, each key once"
         raise RecipeError(f"{origin} is not valid YAML: {error}", remedy) from error
+    if mistakes:
+        found = [RecipeError(f"{origin}:{line}: {error.problem}", error.remedy) for line, error in mistakes]
+        raise RecipeError.together(found)
     if not isinstance(content, dict):
         raise RecipeError(f"{origin} is not a mapping of keys to values", "start with 'name:' and 'model:'")
     return content
 
 
+def _content(text: str, variables: Mapping[str, str] | None, mistakes: list[tuple[int, RecipeError]]) -> Any:
+    loader = StrictLoader(text)
+    loader.variables, loader.mistakes = variables, mistakes
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
+
+
+def line_of(text: str, place: Sequence[int | str]) -> int | None:
+    """The line on which a key or an entry of a list stands, or the nearest thing around it; None in an empty text.
+
+    Args:
+        text: YAML that :func:`parse_mapping` read.
+        place: keys and indices from the top.
+    """
+    node, line = yaml.compose(text, Loader=StrictLoader), None
+    for part in place:
+        if isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+            node = node.value[part]
+            line = node.start_mark.line + 1
+            continue
+        if not isinstance(node, yaml.MappingNode):
+            break
+        pair = next((pair for pair in node.value if pair[0].value == part), None)
+        if pair is None:
+            break
+        line, node = pair[0].start_mark.line + 1, pair[1]
+    return line
+
+
 class StrictLoader(yaml.SafeLoader):
-    """YAML without aliases (a few lines could unfold to gigabytes), without repeated keys, and with short numbers."""
+    """YAML without aliases (a few lines could unfold to gigabytes), without repeated keys, and with short numbers.
+
+    Attributes:
+        variables: what ``${NAME}`` stands for in values; None leaves it.
+        mistakes: lines with a variable that has no value, or a secret one.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        super().__init__(stream)
+        self.variables: Mapping[str, str] | None = None
+        self.mistakes: list[tuple[int, RecipeError]] = []
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        """A node, unless it stands for another."""
+        """A node, unless it stands for another; variables in a value give way to what they stand for."""
         if self.check_event(yaml.events.AliasEvent):
             raise yaml.YAMLError("aliases (*name) are not allowed")
-        return super().compose_node(parent, index)
+        node = super().compose_node(parent, index)
+        is_key = isinstance(parent, yaml.MappingNode) and index is None
+        if self.variables is None or is_key or not isinstance(node, yaml.ScalarNode) or "$" not in node.value:
+            return node
+        try:
+            value = expanded(node.value, self.variables)
+        except RecipeError as error:
+            self.mistakes.append((node.start_mark.line + 1, error))
+            return node
+        resolve: Any = self.resolve  # a number that stands there plainly is a number
+        tag = node.tag if node.style or value == node.value else resolve(yaml.ScalarNode, value, (True, False))
+        return yaml.ScalarNode(tag, value, node.start_mark, node.end_mark, node.style)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
         """A mapping, each of whose keys is plain and stands once."""

@@ -1,4 +1,4 @@
-"""Validation of the sections of a recipe, with the first mistake on one line.
+"""Validation of the sections of a recipe, with each mistake on one line.
 
 A validator may raise a :class:`QuantkitError` inside ``located()``, which gives it the path of its key and
 keeps its remedy apart from what is wrong.
@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from quantkit.errors import QuantkitError, RecipeError, did_you_mean
+from quantkit.system.strict_yaml import line_of
 
 S = TypeVar("S", bound=BaseModel)
 
@@ -36,16 +37,23 @@ _PLAIN = {
 """Plainer words for some of pydantic's messages, by type."""
 
 
-def parse_section(section: type[S], given: Mapping[str, Any], origin: str) -> S:
-    """Validate ``given`` as a section; the first mistake becomes one line.
+def parse_section(section: type[S], given: Mapping[str, Any], origin: str, text: str | None = None) -> S:
+    """Validate ``given`` as a section; each mistake becomes one line.
+
+    Args:
+        section: what it should be.
+        given: keys and values.
+        origin: names it in messages.
+        text: the YAML that it was read from; messages then tell the line.
 
     Raises:
-        RecipeError: with the path of the key, what is allowed, and the nearest match.
+        RecipeError: with the path of the key, what is allowed, and the nearest match; further mistakes beside it.
     """
     try:
         return section.model_validate(dict(given))
     except ValidationError as error:
-        raise _as_recipe_error(error.errors()[0], section, origin) from error
+        found = [each for mistake in _told(error) for each in _located(mistake, section, origin, text)]
+        raise RecipeError.together(list({str(each): each for each in found}.values())) from error
     except QuantkitError as error:
         raise RecipeError(f"{origin}: {error.problem}", error.remedy) from error
 
@@ -56,7 +64,8 @@ def located() -> Iterator[None]:
     try:
         yield
     except QuantkitError as error:
-        facts = {"problem": error.problem, "remedy": error.remedy}
+        others = [(other.problem, other.remedy) for other in error.others]
+        facts = {"problem": error.problem, "remedy": error.remedy, "others": others}
         raise PydanticCustomError(_MISTAKE, "{problem}", facts) from error
 
 
@@ -65,6 +74,27 @@ def unknown_key(key: str, known: Iterable[str], remedy: str = "") -> PydanticCus
     return PydanticCustomError(
         _UNKNOWN_KEY, "unknown key '{key}'", {"key": key, "remedy": remedy or did_you_mean(key, known)}
     )
+
+
+def _told(error: ValidationError) -> list[ErrorDetails]:
+    """The mistakes that are told: not that a list is empty because its entries are mistaken."""
+    found = error.errors()
+    inner = {each["loc"][:depth] for each in found for depth in range(len(each["loc"]))}
+    return [each for each in found if each["type"] != "too_short" or each["loc"] not in inner]
+
+
+def _located(mistake: ErrorDetails, section: type[BaseModel], origin: str, text: str | None) -> Iterator[RecipeError]:
+    """A mistake, and what was found with it, with its line where there is a text."""
+    if text is not None:
+        place = [part for part in mistake["loc"] if part not in MARKS]
+        if mistake["type"] == _UNKNOWN_KEY:
+            place.append(mistake["ctx"]["key"])
+        line = line_of(text, place)
+        origin = origin if line is None else f"{origin}:{line}"
+    yield _as_recipe_error(mistake, section, origin)
+    path = _dotted(mistake["loc"])
+    for problem, remedy in mistake.get("ctx", {}).get("others", ()):
+        yield RecipeError(f"{origin}: {path}: {problem}" if path else f"{origin}: {problem}", remedy)
 
 
 def _as_recipe_error(first: ErrorDetails, section: type[BaseModel], origin: str) -> RecipeError:
@@ -86,7 +116,9 @@ def _as_recipe_error(first: ErrorDetails, section: type[BaseModel], origin: str)
     if kind == "value_error":
         return RecipeError(f"{where}{first['msg'].removeprefix('Value error, ')}", _SEE)
     message = _PLAIN.get(kind, first["msg"].replace("Input should ", "must "))
-    return RecipeError(f"{where}{message}, not {_shown(first['input'])}", _SEE)
+    is_name = kind == "string_pattern_mismatch" and location[-1] == "name"
+    remedy = "letters may be of any script; a 'title' beside the name takes any text" if is_name else _SEE
+    return RecipeError(f"{where}{message}, not {_shown(first['input'])}", remedy)
 
 
 def _shown(value: Any) -> str:

@@ -1,0 +1,142 @@
+"""What can be known to fail is told before anything is loaded or fetched, and all of it at once."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from quantkit import records
+from quantkit.errors import CalibrationError, MissingDependencyError, QuantkitError, RecipeError, did_you_mean
+from quantkit.gguf.config import model_config
+from quantkit.gguf.head import read_head
+from quantkit.publishing.mlflow import check_tracking
+from quantkit.recipe import CalibrationSpec, EvaluationSpec, ModelSpec, Recipe
+from quantkit.recipe.local_files import LLAMAFACTORY, is_file_of_records, local_files, missing
+from quantkit.records.hub import HUB_PREFIX
+from quantkit.runtimes import RUNTIMES
+from quantkit.source import package
+from quantkit.system.devices import resolve_device
+from quantkit.system.distribution import requirement
+
+
+def preflight(recipe: Recipe) -> None:
+    """Check all that a run needs and that can be looked at without loading anything.
+
+    Raises:
+        QuantkitError: the first that is wrong, with all else that is beside it.
+    """
+    found: list[QuantkitError] = [*missing(local_files(recipe))]
+    scoring = recipe.evaluation
+    checks: list[Callable[[], None]] = [
+        lambda: check_package_source(recipe.model),
+        lambda: check_device("quantization", recipe.quantization.device),
+        lambda: check_device("evaluation", scoring.device),
+        lambda: check_tracking(recipe.tracking),
+        lambda: check_loader(scoring),
+    ]
+    if any(variant.calibrated for variant in recipe.variants):
+        checks.append(lambda: check_data_set(recipe.calibration))
+    for check in checks:
+        try:
+            check()
+        except QuantkitError as error:
+            found.append(error)
+    found += scoring_mistakes(scoring, longest_input(recipe.model))
+    if found:
+        raise QuantkitError.together(found)
+
+
+def scoring_mistakes(spec: EvaluationSpec, longest: int | None) -> Iterator[QuantkitError]:
+    """What of a section ``evaluation`` cannot be done here.
+
+    Args:
+        spec: the section.
+        longest: tokens that the model reads at most; None where that is not known yet.
+    """
+    if longest is not None and spec.context_length > longest:
+        yield RecipeError(
+            f"evaluation.context_length is {spec.context_length}, and the model reads {longest} tokens at most",
+            f"set it to {longest} or less",
+        )
+    if spec.tasks and importlib.util.find_spec("lm_eval") is None:
+        yield MissingDependencyError("lm-eval", "scoring tasks", requirement("tasks"))
+    rouge = spec.answers is not None and "rouge" in spec.answers.metrics
+    if rouge and importlib.util.find_spec("rouge_score") is None:
+        yield MissingDependencyError("rouge-score", "the metric 'rouge'", requirement("tasks"))
+
+
+def longest_input(spec: ModelSpec) -> int | None:
+    """Tokens that a model on this disk reads at most, as its config says; None where it is not here or does not say."""
+    try:
+        reference = spec.source
+        path = package.locate(reference) if reference.startswith(package.PREFIX) else Path(reference).expanduser()
+        config = _config(path)
+    except (QuantkitError, OSError, ValueError):
+        return None  # whoever loads the model says what is wrong with it
+    parts: list[Any] = [config, config.get("text_config")]
+    found = [part.get("max_position_embeddings") for part in parts if isinstance(part, dict)]
+    return next((each for each in found if isinstance(each, int)), None)
+
+
+def _config(path: Path) -> dict[str, Any]:
+    if path.is_dir():
+        found: dict[str, Any] = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        return found
+    if path.suffix == ".gguf" and path.is_file():
+        import torch
+
+        return dict(model_config(read_head(path), torch.float16))
+    return {}
+
+
+def check_package_source(spec: ModelSpec) -> None:
+    """Refuse a model in a package that is not installed.
+
+    Raises:
+        SourceError: with the command that installs it.
+    """
+    if spec.source.startswith(package.PREFIX):
+        package.locate(spec.source)
+
+
+def check_data_set(spec: CalibrationSpec) -> None:
+    """Refuse a name that is no data set's; files are looked for elsewhere, and the hub is asked when it is read.
+
+    Raises:
+        CalibrationError: with the nearest name.
+    """
+    reference = spec.dataset
+    if reference.startswith((HUB_PREFIX, LLAMAFACTORY)) or is_file_of_records(reference) or Path(reference).exists():
+        return
+    if reference not in records.dataset_names():
+        remedy = f"{did_you_mean(reference, records.dataset_names())}; or a file's path, or hub:org/name"
+        raise CalibrationError(f"calibration.dataset: unknown data set '{reference}'", remedy)
+
+
+def check_device(section: str, name: str) -> None:
+    """Refuse a device that is not there.
+
+    Raises:
+        QuantkitError: with the key.
+    """
+    try:
+        resolve_device(name)
+    except QuantkitError as error:
+        raise RecipeError(f"{section}.device: {error.problem}", error.remedy) from error
+
+
+def check_loader(spec: EvaluationSpec) -> None:
+    """Refuse a runtime that is asked for and cannot be used here.
+
+    Raises:
+        RecipeError: with the reason.
+    """
+    if spec.loader == "auto":
+        return
+    runtime = RUNTIMES.get(spec.loader)
+    reason = runtime.missing()
+    if reason:
+        raise RecipeError(f"evaluation.loader: {spec.loader} cannot be used here: {reason}", runtime.install)
