@@ -183,14 +183,14 @@ def test_unusable_short_and_missing_records_are_told(tmp_path: Path, model: Path
     assert audit["records"]["dropped_indices"] == {"fewer than 2 tokens": {"count": 1, "first": [2]}}
     assert audit["records"]["skipped"] == 3
     assert audit["records"]["skipped_indices"] == {
-        "'text' holds a number where text should be": {"count": 1, "first": [4]},
-        "no known format (keys: title)": {"count": 2, "first": [1, 5]},
+        "'text' holds a number where text should be": {"count": 1, "first": [4], "keys": "text"},
+        "no known format (keys: title)": {"count": 2, "first": [1, 5], "keys": "title"},
     }
     assert audit["dropped_tokens"] == 1
     assert audit["warnings"] == [
         "fewer records than asked for: 2 of 8",
         "records skipped as unusable: 3 of 6",
-        "records dropped: 1",
+        "records dropped: 1 of 3",
     ]
     check_sums(audit)
 
@@ -289,9 +289,9 @@ class Reads:
         self._load = records.load
         monkeypatch.setattr(records, "load", self)
 
-    def __call__(self, reference: str) -> records.RecordSet:
+    def __call__(self, *given: Any) -> records.RecordSet:
         self.count += 1
-        return self._load(reference)
+        return self._load(*given)
 
 
 def test_stage_is_reused_for_the_same_inputs_alone(

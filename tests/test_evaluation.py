@@ -164,7 +164,7 @@ def test_hub_rows_are_joined_by_blank_lines_with_blank_rows_among_them(monkeypat
     def read_hub(dataset: str, **options: Any) -> records.RecordSet:
         asked.update(options, dataset=dataset)
         rows = [{"line": ""}, {"line": "one"}, {"line": ""}, {"line": "two"}, {"line": 3}]
-        return records.RecordSet("hub", {}, "", *collect("hub", rows, options["columns"]))
+        return records.RecordSet("hub", {}, "", *collect("hub", rows, records.Layout(options["columns"])))
 
     monkeypatch.setattr(records, "read_hub", read_hub)
     text = TextSpec(name="wiki", dataset="org/wiki", config="raw", split="test", column="line", revision="abc")
@@ -172,7 +172,8 @@ def test_hub_rows_are_joined_by_blank_lines_with_blank_rows_among_them(monkeypat
     assert tokens.ids == tiny_tokenizer()("\n\none\n\n\n\ntwo").input_ids
     assert tokens.skipped_records == 1
     assert asked == {
-        "dataset": "org/wiki", "config": "raw", "split": "test", "revision": "abc", "columns": {"text": "line"}
+        "dataset": "org/wiki", "config": "raw", "split": "test", "revision": "abc", "columns": {"text": "line"},
+        "tags": {}, "others": False,
     }  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from quantkit.engine.skeleton import Skeleton
 from quantkit.errors import CalibrationError, MissingDependencyError
 from quantkit.exports import open_export
 from quantkit.recipe import CalibrationSpec
-from quantkit.records.formats import Record, UnusableError, parse
+from quantkit.records.formats import parse
+from quantkit.records.record import Record, UnusableError
 from tests.seeing import IMAGE_TOKENS, draw_image, make_seeing
 from tests.tiny import make_model
 
@@ -238,10 +240,30 @@ def test_an_image_may_stand_in_the_record_itself(tmp_path: Path, model: Path) ->
     assert calibrated(model, dataset, tmp_path / "second").sha256 == first.sha256
 
 
-def test_images_for_a_model_that_does_not_see_are_refused(tmp_path: Path) -> None:
+def test_of_images_for_a_model_that_does_not_see_the_text_is_kept_and_that_is_told(tmp_path: Path) -> None:
+    (tmp_path / "rows.json").write_text(json.dumps([*ROWS, {"image": "a.png", "text": "<image>"}]))
+    model = make_model(tmp_path / "model")
+    found = calibrated(model, tmp_path / "rows.json", tmp_path / "out")
+    texts = [load_tokenizer(model).decode(row) for row in found.rows]
+    assert any("What is it?" in text and ANSWER in text for text in texts)
+    assert not any("<image>" in text for text in texts)
+    told = found.audit["records"]
+    assert told["changed"] == {"its images left out: the model does not see": {"count": 1, "first": [0]}}
+    assert told["dropped"] == {"nothing but images in a turn, and the model does not see": 1}
+
+
+def test_a_model_that_sees_without_its_processor_is_named(tmp_path: Path, model: Path) -> None:
     dataset = written(tmp_path / "data", *ROWS)
+    blind = shutil.copytree(model, tmp_path / "blind", ignore=shutil.ignore_patterns("*processor_config.json"))
     with pytest.raises(CalibrationError, match=r"record 0 has images, and .* has no processor of images"):
-        calibrated(make_model(tmp_path / "model"), dataset, tmp_path / "out")
+        calibrated(blind, dataset, tmp_path / "out")
+
+
+def test_one_image_that_cannot_be_read_loses_its_record_alone(tmp_path: Path, model: Path) -> None:
+    dataset = written(tmp_path / "data", {"image": "b.png", "text": "x"}, *ROWS)
+    found = calibrated(model, dataset, tmp_path / "out")
+    assert found.audit["records"]["dropped_indices"] == {"its image is not there": {"count": 1, "first": [0]}}
+    assert found.audit["records"]["used"] == 2
 
 
 def test_what_a_processor_needs_is_said(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -126,7 +126,13 @@ ENTRIES: dict[str, Any] = {
     "usual": {"file_name": "usual.json", "formatting": "sharegpt"},
     "openai": {"file_name": "openai.json", "formatting": "openai", "columns": {"messages": "messages"}},
     "first": {"file_name": "tagged.json", "formatting": "sharegpt", "num_samples": 1},
-    "pairs": {"file_name": "x.json", "ranking": True},
+    "pairs": {
+        "file_name": "pairs.json",
+        "formatting": "sharegpt",
+        "ranking": True,
+        "columns": {"messages": "conversations", "chosen": "chosen", "rejected": "rejected"},
+    },
+    "wanted": {"file_name": "wanted.json", "columns": {"prompt": "ask", "response": "answer", "kto_tag": "label"}},
     "sounds": {"file_name": "x.json", "columns": {"audios": "audios"}},
     "scripted": {"script_url": "x.py"},
     "nowhere": {"ms_hub_url": "org/name"},
@@ -137,9 +143,20 @@ ENTRIES["first"] |= {"columns": ENTRIES["tagged"]["columns"], "tags": ENTRIES["t
 USUAL = [{"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}]
 
 
+PAIRS = [
+    {
+        "conversations": [{"from": "human", "value": "Q"}],
+        "chosen": {"from": "gpt", "value": "A"},
+        "rejected": {"from": "gpt", "value": "no"},
+    }
+]
+WANTED = [{"ask": "Q", "answer": "A", "label": True}, {"ask": "Q", "answer": "no", "label": False}]
+
+
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     files = {"dataset_info": ENTRIES, "alpaca": ALPACA, "tagged": TAGGED, "openai": OPENAI, "usual": USUAL}
+    files |= {"pairs": PAIRS, "wanted": WANTED}
     for name, content in files.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
     return tmp_path
@@ -168,6 +185,12 @@ def test_tags_tell_the_roles_of_a_conversation(data: Path) -> None:
     assert turns(data, "openai") == [[Message("system", "S"), Message("user", "Q")]]
 
 
+def test_of_preferences_the_chosen_side_is_read(data: Path) -> None:
+    assert turns(data, "pairs") == turns(data, "wanted") == [[Message("user", "Q"), Message("assistant", "A")]]
+    (skipped,) = load(f"llamafactory:{data}/wanted").skipped
+    assert skipped.reason == "its answer is marked as not wanted ('label' is false)"
+
+
 def test_num_samples_are_the_first_rows_and_part_of_the_identity(data: Path) -> None:
     assert len(turns(data, "first")) == 1
     assert identify(f"llamafactory:{data}/first") != identify(f"llamafactory:{data}/tagged")
@@ -176,7 +199,6 @@ def test_num_samples_are_the_first_rows_and_part_of_the_identity(data: Path) -> 
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("pairs", "holds preferences and no conversations"),
         ("sounds", "holds audios"),
         ("scripted", "is made by a script, which is not run"),
         ("nowhere", "lies neither in a file nor on the Hugging Face hub"),

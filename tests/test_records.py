@@ -115,12 +115,12 @@ def test_unknown_column_name_is_refused(tmp_path: Path) -> None:
         ({"messages": [{"role": "system", "content": "Be brief."}]}, "'messages' holds no message"),
         ({"messages": "hello"}, "'messages' is not a list but a string"),
         ({"messages": [{"role": "robot", "content": "x"}]}, "'messages' holds a message of unknown role 'robot'"),
-        ({"messages": [{"role": "user", "content": None}]}, "'messages' holds null where text should be"),
+        ({"messages": [{"role": "user", "content": None}]}, "'messages' is empty or has an empty message"),
         ({"messages": [{"role": "user", "content": ""}]}, "'messages' is empty or has an empty message"),
-        ({"conversations": [{"from": "bot", "value": "x"}]}, "'conversations' holds a message of unknown role 'bot'"),
+        ({"conversations": [{"from": "x", "value": "x"}]}, "'conversations' holds a message of unknown role 'x'"),
         (
             {"conversations": [{"text": "x"}]},
-            "'conversations' holds a message with neither role and content nor from and value",
+            "'conversations' holds a message with neither role and content nor from and value (keys: text)",
         ),
     ],
 )
@@ -136,9 +136,9 @@ def test_a_set_without_a_usable_record_names_reasons_and_keys(tmp_path: Path) ->
     path = write_rows(tmp_path / "a.jsonl", [{"title": "x"}, {"title": "y"}, {"text": ""}])
     with pytest.raises(CalibrationError) as caught:
         records.read_file(path)
-    assert "2 x no known format (keys: title)" in caught.value.problem
-    assert "1 x 'text' is empty" in caught.value.problem
-    assert "'instruction' and 'output'" in caught.value.remedy
+    assert "2 x no known format (keys: title), first in record 0" in caught.value.problem
+    assert "1 x 'text' is empty, first in record 2 (keys: text)" in caught.value.problem
+    assert "'columns: {prompt: COLUMN, response: COLUMN}'" in caught.value.remedy
     with pytest.raises(CalibrationError, match="holds no records"):
         records.read_file(write_rows(tmp_path / "b.jsonl", []))
 
@@ -186,13 +186,13 @@ def test_a_text_file_is_one_record(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", b'{"text": "x"}\n\n{"text": \n', "not valid JSON at line 3, column"),
+        ("a.jsonl", b'\n\n{"text": \n', "not valid JSON at line 3, column"),
         ("a.json", b'[\n{"text": "x"},\n{"text" "y"}\n]', "not valid JSON at line 3, column"),
         ("a.json", b'{"rows": []}', "an object with the keys rows"),
         ("a.json", b"[" * 100_000, "cannot be read as JSON|not valid JSON"),
-        ("a.jsonl", b"\xff\xfe\x00", "not UTF-8 text: byte 0"),
+        ("a.jsonl", b"\xff\xfe\x00", "not UTF-8 text: byte 2"),
         ("a.parquet", b"PAR1 not really", "not a readable Parquet file"),
-        ("a.csv", b"text\nx", "suffix '.csv'"),
+        ("a.xls", b"text\nx", "suffix '.xls'"),
     ],
 )
 def test_broken_files_are_named_with_the_place(tmp_path: Path, name: str, content: bytes, message: str) -> None:

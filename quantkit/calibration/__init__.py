@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from quantkit.calibration.audit import audit_lines
 from quantkit.calibration.stage import CODE_VERSION, CalibrationSet, build, load, token_ids_sha256
 
-__all__ = ["CODE_VERSION", "CalibrationSet", "build", "load", "token_ids_sha256"]
+__all__ = ["CODE_VERSION", "CalibrationSet", "audit_lines", "build", "load", "token_ids_sha256"]

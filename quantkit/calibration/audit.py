@@ -1,4 +1,4 @@
-"""The audit: what became of every record and every token, as JSON data."""
+"""The audit: what became of every record and every token, as JSON data, and in lines for people."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ from quantkit.recipe import CalibrationSpec
 from quantkit.records import RecordSet
 
 HISTOGRAM_BINS = 10
+MUCH = 0.1
+"""The share of records or tokens of which a loss is worth a warning."""
+REASONS_SHOWN = 3
 _INDICES_SHOWN = 20
 
 
@@ -69,8 +72,16 @@ def _records(found: RecordSet, packed: Packed, dropped: list[Dropped]) -> dict[s
         "used_indices": [record.index for record in packed.used],
         "truncated_lengths": {str(record.index): len(record.ids) for record in packed.truncated},
         "dropped_indices": _by_reason((record.index, record.reason) for record in dropped),
-        "skipped_indices": _by_reason((row.index, row.reason) for row in found.skipped),
+        "skipped_indices": _with_keys(found),
+        "changed": _by_reason((record.index, change) for record in packed.used for change in record.changes),
     }
+
+
+def _with_keys(found: RecordSet) -> dict[str, dict[str, Any]]:
+    """The rows that were skipped by reason, with the keys of the first that has it."""
+    groups = _by_reason((row.index, row.reason) for row in found.skipped)
+    keys = {row.index: row.keys for row in found.skipped}
+    return {reason: {**group, "keys": keys[group["first"][0]]} for reason, group in groups.items()}
 
 
 def _by_reason(rows: Iterable[tuple[int, str]]) -> dict[str, dict[str, Any]]:
@@ -110,14 +121,19 @@ def _warnings(
 ) -> list[str]:
     used, longest = len(packed.used), max(map(len, packed.rows))
     chats = any(record.messages for record in found.records)
+    encoded = sum(len(record.ids) for record in packed.used)
     checks = {
         f"fewer records than asked for: {used} of {spec.samples}": used < spec.samples,
-        f"records skipped as unusable: {len(found.skipped)} of {found.read}": bool(found.skipped),
+        f"records skipped as unusable: {len(found.skipped)} of {found.read}": len(found.skipped) > MUCH * found.read,
         f"files not compared with the hub, whose hashes are not to be had: {', '.join(found.unchecked)}": (
             bool(found.unchecked)
         ),
-        f"records dropped: {len(dropped)}": bool(dropped),
-        f"records cut to {spec.max_length} tokens: {len(packed.truncated)} of {used}": bool(packed.truncated),
+        f"records dropped: {len(dropped)} of {used + len(dropped)}": len(dropped) > MUCH * (used + len(dropped)),
+        f"records cut to {spec.max_length} tokens: {len(packed.truncated)} of {used}": len(packed.truncated)
+        > MUCH * used,
+        f"tokens cut off: {packed.truncated_tokens} of {encoded}; 'packing: full' or a larger max_length uses them": (
+            packed.truncated_tokens > MUCH * encoded
+        ),
         "the model has no chat template: messages are joined plainly": (
             chats and spec.chat_template == "auto" and template == "none"
         ),
@@ -126,3 +142,32 @@ def _warnings(
         ),
     }
     return [text for text, holds in checks.items() if holds]
+
+
+def audit_lines(audit: dict[str, Any]) -> list[str]:
+    """An audit in lines: what was used, what was left out, changed and cut, and what deserves a warning."""
+    records = audit["records"]
+    used = f"{records['used']} of {records['read']} records, {audit['tokens']:,} tokens in {audit['rows']} rows"
+    lines = [f"calibration: {used}"]
+    for kind, groups in {
+        "skipped": records["skipped_indices"],
+        "dropped": records["dropped_indices"],
+        "changed": records.get("changed", {}),
+    }.items():
+        lines += [f"calibration: {kind} {line}" for line in _reason_lines(groups)]
+    if records["truncated"]:
+        tokens = f"{audit['truncated_tokens']:,} of {audit['encoded_tokens']:,} tokens"
+        lines.append(f"calibration: cut {records['truncated']} records to {audit['max_length']} tokens, {tokens}")
+    return [*lines, *(f"warning: calibration: {text}" for text in audit["warnings"])]
+
+
+def _reason_lines(groups: dict[str, dict[str, Any]]) -> list[str]:
+    """The most frequent reasons, each with how many records have it and the first of them."""
+    most = sorted(groups, key=lambda reason: -groups[reason]["count"])
+    lines = []
+    for reason in most[:REASONS_SHOWN]:
+        group = groups[reason]
+        keys = f" (keys: {group['keys']})" if group.get("keys") and "(keys: " not in reason else ""
+        lines.append(f"{group['count']}: {reason}; first in record {group['first'][0]}{keys}")
+    rest = sum(groups[reason]["count"] for reason in most[REASONS_SHOWN:])
+    return [*lines, *([f"{rest} for other reasons; see the audit"] if rest else [])]

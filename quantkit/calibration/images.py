@@ -6,13 +6,17 @@ import base64
 import binascii
 import io
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
 from quantkit import records
+from quantkit.calibration.rows import Encoded
 from quantkit.errors import CalibrationError, MissingDependencyError
-from quantkit.records import Record
+from quantkit.records import Record, RefusedRecordError
+from quantkit.records.record import IMAGE
+from quantkit.system.artifacts import read_json
 from quantkit.system.distribution import requirement
 
 if TYPE_CHECKING:
@@ -21,6 +25,7 @@ if TYPE_CHECKING:
 
 EXTRA = requirement("vision")
 _OTHERS = "choose records of text alone"
+BLIND = "its images left out: the model does not see"
 
 
 class Processor:
@@ -37,29 +42,42 @@ class Processor:
         self._chat_template = chat_template
         self._trust_remote_code = trust_remote_code
         self._loaded: Any = None
+        self._seeing: bool | None = None
 
-    def encode(self, record: Record, tokenizer: Any, index: int) -> tuple[list[int], dict[str, torch.Tensor]]:
-        """The token ids of a record with images, and the model's further inputs by their names, each of one row.
+    def encode(self, record: Record, tokenizer: Any, index: int) -> Encoded:
+        """A record with images as token ids, with the model's further inputs by their names, each of one row.
+
+        For a model that does not see it is the record's texts.
 
         Raises:
             MissingDependencyError: Pillow is missing.
-            CalibrationError: the model does not see, an image cannot be read, or the processor does
-                not take the record.
+            RefusedRecordError: an image cannot be read, or the template or the processor does not take the record.
+            CalibrationError: the model's processor cannot be loaded.
         """
+        if not self._sees():
+            found = records.encoded(_as_text(record, index), tokenizer, self._chat_template, index=index)
+            return Encoded(index, found.ids, changes=(*found.changes, BLIND))
         processor = self._processor(index)
         mark = getattr(processor, "boi_token", None) or getattr(processor, "image_token", None) or "<image>"
-        text = records.render(record, tokenizer, self._chat_template, index=index, image_mark=str(mark))
+        written = records.rendered(record, tokenizer, self._chat_template, index=index, image_mark=str(mark))
         templated = records.is_templated(record, tokenizer, self._chat_template)
         images = [_opened(image, index) for image in record.images]
         try:
-            found = processor(text=[text], images=[images], return_tensors="pt", add_special_tokens=not templated)
+            found = processor(
+                text=[written.text], images=[images], return_tensors="pt", add_special_tokens=not templated
+            )
             inputs = dict(found)
             ids = inputs.pop("input_ids")[0].tolist()
         except Exception as error:  # a processor of any model
-            raise CalibrationError(
-                f"the processor of the model does not take record {index}: {_first_line(error)}", _OTHERS
-            ) from error
-        return ids, _tensors(inputs, index)
+            text = f"the processor of the model does not take record {index}: {_first_line(error)}"
+            raise RefusedRecordError(text, _OTHERS, "the processor of images does not take it") from error
+        return Encoded(index, ids, _tensors(inputs, index), written.changes)
+
+    def _sees(self) -> bool:
+        """Whether the model sees: it has a processor of images, or its config has a part for them."""
+        if self._seeing is None:
+            self._seeing = any(self._folder.glob("*processor_config.json")) or _has_vision(self._folder)
+        return self._seeing
 
     def _processor(self, index: int) -> Any:
         if self._loaded is None:
@@ -75,8 +93,8 @@ class Processor:
 
         if not any(self._folder.glob("*processor_config.json")):
             raise CalibrationError(
-                f"record {index} has images, and {self._folder} has no processor of images",
-                f"{_OTHERS}; or, for a model that sees, copy preprocessor_config.json from its repository",
+                f"record {index} has images, and {self._folder} has no processor of images, though the model sees",
+                f"copy preprocessor_config.json from its repository, or {_OTHERS}",
             )
         try:
             found: Any = AutoProcessor.from_pretrained(
@@ -92,6 +110,34 @@ class Processor:
         return found
 
 
+def _has_vision(folder: Path) -> bool:
+    """Whether a model's config has a part for images."""
+    try:
+        config = read_json(folder / "config.json")
+    except (OSError, ValueError):
+        return False  # whoever needs the config says what is wrong with it
+    return any(key.startswith(("vision", "image_token", "mm_vision")) for key, value in config.items() if value)
+
+
+def _as_text(record: Record, index: int) -> Record:
+    """A record without its images.
+
+    Raises:
+        RefusedRecordError: nothing is left of it.
+    """
+    if record.text is not None:
+        text = record.text.replace(IMAGE, "").strip()
+        left = replace(record, text=text, images=()) if text else None
+    else:
+        messages = tuple(replace(each, content=each.content.replace(IMAGE, "").strip()) for each in record.messages)
+        blank = any(message.is_empty() and message.role != "tool" for message in messages)
+        left = None if blank else replace(record, messages=messages, images=())
+    if left is None:
+        text = f"record {index} has images, and is nothing without them for a model that does not see"
+        raise RefusedRecordError(text, _OTHERS, "nothing but images in a turn, and the model does not see")
+    return left
+
+
 def _opened(image: str | bytes, index: int) -> Image:
     """An image, in RGB.
 
@@ -104,11 +150,11 @@ def _opened(image: str | bytes, index: int) -> Image:
     try:
         return Image.open(io.BytesIO(_content(image, index))).convert("RGB")
     except FileNotFoundError as error:
-        raise CalibrationError(
-            f"record {index}: {name} is not there", "paths start at the data set's folder"
-        ) from error
+        text = f"record {index}: {name} is not there"
+        raise RefusedRecordError(text, "paths start at the data set's folder", "its image is not there") from error
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError, ValueError, SyntaxError) as error:
-        raise CalibrationError(f"record {index}: {name} is no image that Pillow reads", "remove the record") from error
+        text = f"record {index}: {name} is no image that Pillow reads"
+        raise RefusedRecordError(text, "remove the record", "its image is none that Pillow reads") from error
 
 
 def _content(image: str | bytes, index: int) -> bytes:
@@ -119,7 +165,8 @@ def _content(image: str | bytes, index: int) -> bytes:
     if file is not None:
         return file.read_bytes()
     if not image.startswith("data:"):
-        raise CalibrationError(f"record {index}: {image} is on the network", "download it, and give its path")
+        text = f"record {index}: {image} is on the network"
+        raise RefusedRecordError(text, "download it, and give its path", "its image is on the network")
     try:
         return base64.b64decode(image.partition(",")[2], validate=True)
     except binascii.Error as error:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from quantkit.errors import CalibrationError
-from quantkit.records import Record, RecordSet
+from quantkit.records import Record, RecordSet, RefusedRecordError
 
 if TYPE_CHECKING:
     import torch
@@ -18,6 +18,10 @@ MINIMUM_TOKENS = 2
 TOO_SHORT = f"fewer than {MINIMUM_TOKENS} tokens"
 NO_ROW = "in the remainder that fills no row"
 TOO_LONG = "longer than max_length with its images"
+ENOUGH = 2
+"""Times the records asked for that are drawn before a run stops for those that it loses, not at the end alone."""
+MOST_ENDED = 3
+"""Records of which a template may take more time or memory than there is before a run stops."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,11 +32,13 @@ class Encoded:
         index: its row in the data set.
         ids: its token ids, not truncated.
         inputs: further inputs of the model by their names, where it has images.
+        changes: what of the record had to be changed for them, in words.
     """
 
     index: int
     ids: list[int]
     inputs: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    changes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +58,9 @@ class Drawn:
     dropped: list[Dropped]
 
 
-def draw(found: RecordSet, samples: int, seed: int, encode: Callable[[Record, int], Encoded]) -> Drawn:
+def draw(
+    found: RecordSet, samples: int, seed: int, encode: Callable[[Record, int], Encoded], max_lost: float = 0.5
+) -> Drawn:
     """Draw records until ``samples`` of them have at least two tokens, or none is left.
 
     The order is ``random.Random(seed).sample(range(n), n)`` over the ``n`` usable records.
@@ -61,27 +69,57 @@ def draw(found: RecordSet, samples: int, seed: int, encode: Callable[[Record, in
         found: the data set.
         samples: records to draw.
         seed: of the order.
-        encode: a record and its index in the data set to tokens.
+        encode: a record and its index in the data set to tokens; may refuse it.
+        max_lost: share of the records drawn that may be refused.
 
     Raises:
-        CalibrationError: no record has two tokens.
+        CalibrationError: no record has two tokens, or more than ``max_lost`` of them are refused.
     """
     indices = found.indices()
     encoded: list[Encoded] = []
     dropped: list[Dropped] = []
+    refused: list[RefusedRecordError] = []
+    drawn = 0
     for place in random.Random(seed).sample(range(len(indices)), len(indices)):
         if len(encoded) == samples:
             break
-        record = encode(found.records[place], indices[place])
-        if len(record.ids) < MINIMUM_TOKENS:
+        drawn += 1
+        try:
+            record = encode(found.records[place], indices[place])
+        except RefusedRecordError as error:
+            refused.append(error)
+            dropped.append(Dropped(indices[place], error.reason, 0))
+            record = None
+            if sum(each.ended for each in refused) >= MOST_ENDED or drawn >= ENOUGH * samples:
+                _check_refused(refused, drawn, max_lost)
+        if record is not None and len(record.ids) < MINIMUM_TOKENS:
             dropped.append(Dropped(record.index, TOO_SHORT, len(record.ids)))
-        else:
+        elif record is not None:
             encoded.append(record)
+    _check_refused(refused, drawn, max_lost)
     if not encoded:
         raise CalibrationError(
             f"data set '{found.name}': each of its {len(indices)} records has {TOO_SHORT}", "use another data set"
         )
     return Drawn(encoded, dropped)
+
+
+def _check_refused(refused: list[RefusedRecordError], drawn: int, max_lost: float) -> None:
+    """End a draw that loses too many records.
+
+    Raises:
+        CalibrationError: with the first that was refused, and how many there are.
+    """
+    all_are_lost = len(refused) == drawn or sum(error.ended for error in refused) >= MOST_ENDED
+    if not refused or not (all_are_lost or len(refused) > max_lost * drawn):
+        return
+    first = refused[0]
+    if len(refused) == 1:
+        raise first
+    raise CalibrationError(
+        f"{first.problem}; {len(refused)} of {drawn} records drawn are refused, and max_lost is {max_lost:g}",
+        f"{first.remedy}; or raise calibration.max_lost",
+    ) from first
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,7 +39,7 @@ TOKENS_FILE = "tokens.safetensors"
 INPUTS_FILE = "inputs.safetensors"
 AUDIT_FILE = "audit.json"
 STAGE = "calibration"
-CODE_VERSION = 2
+CODE_VERSION = 3
 """Part of the fingerprint: raised when the same inputs would give other tokens or another audit."""
 USES = ("inputs", "experts", "expert_prior")
 """Keys of the section that say how the rows are used."""
@@ -155,10 +155,10 @@ def build(spec: CalibrationSpec, model_folder: Path, out: Path, *, trust_remote_
     check_writable(out)
     limits = model_limits(model_folder, trust_remote_code)
     fixed = _settings(spec, model_folder, limits)
-    finished = read_stage(out, STAGE, {**fixed, "dataset": records.identify(spec.dataset)})
+    finished = read_stage(out, STAGE, {**fixed, "dataset": records.identify(spec.dataset, spec.columns)})
     if finished is not None and _are_unchanged(finished.get("images", {})):
         return load(out)
-    found = records.load(spec.dataset)
+    found = records.load(spec.dataset, spec.columns, spec.tags)
     tokenizer = load_tokenizer(model_folder, trust_remote_code)
     processor = Processor(model_folder, spec.chat_template, trust_remote_code)
     built, images = _built(spec, found, tokenizer, processor, limits)
@@ -215,7 +215,7 @@ def _built(
     limits: ModelLimits,
 ) -> tuple[CalibrationSet, dict[str, str]]:
     """The calibration set, and the SHA-256 of each file of an image in it."""
-    drawn = draw(found, spec.samples, spec.seed, _encoder(spec, tokenizer, processor, limits))
+    drawn = draw(found, spec.samples, spec.seed, _encoder(spec, tokenizer, processor, limits), spec.max_lost)
     packed, inputs = pack(drawn.encoded, spec.max_length, tokenizer, full=spec.packing == "full")
     if not packed.rows:
         tokens = sum(len(record.ids) for record in drawn.encoded)
@@ -235,10 +235,11 @@ def _encoder(
 ) -> Callable[[Record, int], Encoded]:
     def encode(record: Record, index: int) -> Encoded:
         if record.images:
-            ids, inputs = processor.encode(record, tokenizer, index)
+            found = processor.encode(record, tokenizer, index)
         else:
-            ids, inputs = records.encode(record, tokenizer, spec.chat_template, index=index), {}
-        largest = max(ids, default=0)
+            plain = records.encoded(record, tokenizer, spec.chat_template, index=index)
+            found = Encoded(index, plain.ids, changes=plain.changes)
+        largest = max(found.ids, default=0)
         if largest >= limits.vocabulary:
             token = tokenizer.convert_ids_to_tokens(largest)
             raise CalibrationError(
@@ -246,6 +247,6 @@ def _encoder(
                 f"but the model's vocabulary is {limits.vocabulary}",
                 "the tokenizer belongs to another model: put the model's own files beside it",
             )
-        return Encoded(index, ids, inputs)
+        return found
 
     return encode

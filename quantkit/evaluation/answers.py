@@ -13,7 +13,7 @@ from quantkit import records
 from quantkit.errors import EvaluationError
 from quantkit.evaluation.answer_metrics import Metric
 from quantkit.evaluation.generation import continuation
-from quantkit.evaluation.texts import BUNDLED_FILES, BUNDLED_FOLDER
+from quantkit.evaluation.texts import BUNDLED_FILES, BUNDLED_FOLDER, MOST_REFUSED
 from quantkit.recipe import AnswerSpec
 from quantkit.records.dataset import records_sha256
 from quantkit.runtimes.base import LoadedModel
@@ -94,6 +94,7 @@ def load_questions(
     found = records.without_images(given)
     indices = found.indices()
     items: list[Question] = []
+    refused: list[records.RefusedRecordError] = []
     left_out = dict.fromkeys(("no question with an answer", "in the calibration set", "too long"), 0)
     if found is not given:
         left_out["has images"] = len(given.records) - len(found.records)
@@ -104,14 +105,24 @@ def load_questions(
         if len(record.messages) < MINIMUM or record.messages[-1].role != "assistant":
             left_out["no question with an answer"] += 1
             continue
-        question = question_of(record, tokenizer, indices[place])
+        try:
+            question = question_of(record, tokenizer, indices[place])
+        except records.RefusedRecordError as error:
+            refused.append(error)
+            if error.ended or (not items and len(refused) >= MOST_REFUSED):
+                raise
+            continue
         if question.sha256 in seen:
             left_out["in the calibration set"] += 1
         elif len(question.prompt) + spec.max_new_tokens > longest:
             left_out["too long"] += 1
         else:
             items.append(question)
+    if refused and not items:
+        raise refused[0]
     left_out = {reason: count for reason, count in left_out.items() if count}
+    if refused:
+        left_out["refused by the chat template"] = len(refused)
     if len(items) < MINIMUM:
         reasons = "; ".join(f"{count} {reason}" for reason, count in left_out.items()) or "there are no more"
         raise EvaluationError(
@@ -142,8 +153,17 @@ def question_of(record: records.Record, tokenizer: PreTrainedTokenizerBase, inde
 
 def _read(spec: AnswerSpec) -> records.RecordSet:
     if spec.dataset is not None:
-        return records.read_hub(spec.dataset, config=spec.config, split=spec.split, revision=spec.revision)
-    return records.read_file(Path(spec.file) if spec.file else BUNDLED_FOLDER / BUNDLED_FILES["answers"])
+        return records.read_hub(
+            spec.dataset,
+            config=spec.config,
+            split=spec.split,
+            revision=spec.revision,
+            columns=spec.columns or None,
+            tags=spec.tags,
+        )
+    if spec.file is not None:
+        return records.read_reference(spec.file, spec.columns, spec.tags)
+    return records.read_file(BUNDLED_FOLDER / BUNDLED_FILES["answers"])
 
 
 def answer(

@@ -19,8 +19,7 @@ from quantkit.errors import CalibrationError, EvaluationError
 from quantkit.evaluation.answers import Question, question_of
 from quantkit.evaluation.texts import Windows
 from quantkit.recipe import SampleSpec
-from quantkit.records.dataset import Convert
-from quantkit.records.formats import Message, Record
+from quantkit.records import Message, Record
 from quantkit.runtimes.base import LoadedModel
 
 if TYPE_CHECKING:
@@ -31,8 +30,6 @@ LONGEST_DRAWN = 256
 PLAIN_TOKENS = 24
 """Tokens of a plain text that are a prompt."""
 LONGEST_SHOWN = 600
-PROMPT_KEYS = ("prompt", "question", "instruction", "query", "input", "text")
-"""Keys of a row that holds a prompt and no answer, the first that there is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,22 +250,9 @@ def _of_file(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[Record]:
     Raises:
         CalibrationError: it cannot be read, or holds none.
     """
-    found = records.read_file(path, convert=_as_prompt()).records
+    found = records.read_file(path, layout=records.Layout(prompts=True)).records
     if path.suffix.lower() == ".txt":
         lines = [line.strip() for record in found for line in str(record.text).splitlines()]
         return [_turn(line, tokenizer) for line in lines if line]
-    return [_turn(record.text, tokenizer) if record.text is not None else record for record in found]
-
-
-def _as_prompt() -> Convert:
-    """Makes of a row that is a prompt alone one that records know."""
-
-    def convert(row: object) -> object:
-        if isinstance(row, str):
-            return {"text": row}
-        if isinstance(row, Mapping) and len(row) == 1:
-            key, value = next(iter(row.items()))
-            return {"text": value} if key in PROMPT_KEYS else row
-        return row
-
-    return convert
+    alone = [record.messages[0].content if len(record.messages) == 1 else record.text for record in found]
+    return [record if text is None else _turn(text, tokenizer) for record, text in zip(found, alone, strict=True)]

@@ -11,10 +11,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from quantkit import records
 from quantkit.evaluation import EvaluationJob, run_job
 from quantkit.evaluation.job import compute_dtype
 from quantkit.evaluation.task_files import read_task
 from quantkit.recipe import EvaluationSpec
+from quantkit.records.llamafactory import LLAMAFACTORY_PREFIX
 from quantkit.system.artifacts import (
     STAGE_FILE,
     file_sha256,
@@ -147,13 +149,20 @@ def _float_samples(scoring: Scoring) -> list[dict[str, Any]] | None:
 
 def evaluation_identity(spec: EvaluationSpec) -> dict[str, Any]:
     """What the figures of a checkpoint depend on beside it: settings, and the content of local texts."""
-    files = {text.name: file_sha256(Path(text.file)) for text in spec.texts if text.file and Path(text.file).is_file()}
+    files = {text.name: content for text in spec.texts if text.file and (content := _content(text.file)) is not None}
     tasks = {task.file: read_task(Path(task.file)).identity() for task in spec.tasks if task.file}
-    if spec.answers is not None and spec.answers.file is not None and Path(spec.answers.file).is_file():
-        tasks["answers"] = {"file": file_sha256(Path(spec.answers.file))}
-    if spec.samples is not None and spec.samples.file is not None and Path(spec.samples.file).is_file():
-        tasks["samples"] = {"file": file_sha256(Path(spec.samples.file))}
+    if spec.answers is not None and spec.answers.file and (content := _content(spec.answers.file)) is not None:
+        tasks["answers"] = {"file": content}
+    if spec.samples is not None and spec.samples.file and (content := _content(spec.samples.file)) is not None:
+        tasks["samples"] = {"file": content}
     return {"settings": spec.model_dump(mode="json", exclude={"device", "dtype"}), "files": {**files, **tasks}}
+
+
+def _content(file: str) -> Any:
+    """What tells the content of a file of records; None where there is none, which reading it will say."""
+    if file.startswith(LLAMAFACTORY_PREFIX):
+        return records.identify(file)
+    return file_sha256(Path(file)) if Path(file).is_file() else None
 
 
 def computed(spec: EvaluationSpec) -> dict[str, str]:

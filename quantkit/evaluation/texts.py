@@ -22,9 +22,10 @@ BUNDLED_FOLDER = Path(__file__).parent.parent / "eval_data"
 BUNDLED_FILES = {"prose": "prose.txt", "answers": "answers.jsonl"}
 DOCUMENT_SEPARATOR = "\n\n"
 TEMPLATE = "auto"
-BLANK_ROW = "'text' is empty"
 CHARACTERS_PER_TOKEN = 16
 CONVERSATIONS = 32
+MOST_REFUSED = 32
+"""Records that a chat template may refuse one after another from the first, before it is taken to refuse all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +62,10 @@ def load_text(spec: TextSpec, tokenizer: PreTrainedTokenizerBase, limit: int) ->
     found = records.without_images(_read(spec))
     templated = records.template_text(TEMPLATE, tokenizer) is not None
     if templated and any(record.messages for record in found.records):
-        ids = _encode_beginning(found.records, tokenizer, limit)
-        skipped = len(found.skipped)
+        ids, refused = _encode_beginning(found, tokenizer, limit)
+        skipped = len(found.skipped) + refused
     else:
-        documents, skipped = _documents(found, tokenizer)
+        documents, skipped = _documents(found, tokenizer, spec.columns.get("text", spec.column))
         ids = _tokenize_beginning(DOCUMENT_SEPARATOR.join(documents), tokenizer, limit)
     if not ids:
         raise EvaluationError(f"text '{spec.name}' has no tokens", "give a text of a few hundred words")
@@ -83,21 +84,28 @@ def _read(spec: TextSpec) -> records.RecordSet:
     if spec.bundled is not None:
         return records.read_file(BUNDLED_FOLDER / BUNDLED_FILES[spec.bundled])
     if spec.file is not None:
-        return records.read_file(Path(spec.file))
+        return records.read_reference(spec.file, spec.columns, spec.tags)
     if spec.dataset is None:
         raise ValueError(f"text '{spec.name}' has no origin")
+    named = bool(spec.columns or spec.tags)
     return records.read_hub(
-        spec.dataset, config=spec.config, split=spec.split, revision=spec.revision, columns={"text": spec.column}
+        spec.dataset,
+        config=spec.config,
+        split=spec.split,
+        revision=spec.revision,
+        columns=(spec.columns or None) if named else {"text": spec.column},
+        tags=spec.tags,
+        others=named,
     )
 
 
-def _documents(found: records.RecordSet, tokenizer: PreTrainedTokenizerBase) -> tuple[list[str], int]:
-    """The documents in order, blank rows among them, and the number of rows that are unusable otherwise."""
+def _documents(found: records.RecordSet, tokenizer: PreTrainedTokenizerBase, column: str) -> tuple[list[str], int]:
+    """The documents in order, rows with a blank column among them, and how many rows are unusable otherwise."""
     by_index = {
         index: records.render(record, tokenizer, TEMPLATE, index=index)
         for index, record in zip(found.indices(), found.records, strict=True)
     }
-    blank = {row.index: "" for row in found.skipped if row.reason == BLANK_ROW}
+    blank = {row.index: "" for row in found.skipped if row.reason == f"'{column}' is empty"}
     every = by_index | blank
     return [every[index] for index in sorted(every)], len(found.skipped) - len(blank)
 
@@ -116,13 +124,28 @@ def _tokenize_beginning(text: str, tokenizer: PreTrainedTokenizerBase, limit: in
         length *= 2
 
 
-def _encode_beginning(found: list[records.Record], tokenizer: PreTrainedTokenizerBase, limit: int) -> list[int]:
+def _encode_beginning(
+    found: records.RecordSet, tokenizer: PreTrainedTokenizerBase, limit: int
+) -> tuple[list[int], int]:
+    """The first tokens of the conversations that the chat template takes, and how many it refuses among them.
+
+    Raises:
+        RefusedRecordError: it refuses all of them; of the first.
+    """
     ids: list[int] = []
-    for record in found:
-        ids.extend(records.encode(record, tokenizer, TEMPLATE))
+    refused: list[records.RefusedRecordError] = []
+    for record, index in zip(found.records, found.indices(), strict=True):
+        try:
+            ids.extend(records.encode(record, tokenizer, TEMPLATE, index=index))
+        except records.RefusedRecordError as error:
+            refused.append(error)
+            if error.ended or (not ids and len(refused) >= MOST_REFUSED):
+                break
         if len(ids) >= limit:
             break
-    return ids
+    if refused and not ids:
+        raise refused[0]
+    return ids, len(refused)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,8 @@ from quantkit.system.artifacts import file_sha256, fingerprint, read_json, write
 
 MANIFEST = "manifest.json"
 SIGNATURE = "manifest.json.minisig"
+CALIBRATION = "calibration.json"
+"""The audit of the calibration set, for a checkpoint that was calibrated."""
 VERDICTS = "verified.json"
 """Verdicts of runtimes by their names, in a file of their own, which a signature of the manifest does not cover."""
 VERIFIED = "verified"

@@ -40,6 +40,7 @@ def job_of(
         rows=calibrated.rows if calibrated else (),
         images=calibrated.inputs if calibrated else {},
         calibration_sha256=calibrated.sha256 if calibrated else None,
+        audit=calibrated.audit if calibrated else None,
         inputs=spec.inputs,
         experts=ExpertSettings(spec.experts, spec.expert_prior),
         device=device,

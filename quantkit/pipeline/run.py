@@ -116,8 +116,8 @@ def _calibrate(current: Run, model: SourceModel) -> CalibrationSet | None:
     found = calibration.build(
         spec, model.folder, current.folder / "calibration", trust_remote_code=current.recipe.model.trust_remote_code
     )
-    for warning in found.audit["warnings"]:
-        current.observer.note(f"calibration: {warning}")
+    for line in calibration.audit_lines(found.audit):
+        current.observer.note(line)
     return found
 
 
@@ -129,7 +129,8 @@ def seen_questions(recipe: Recipe, calibrated: CalibrationSet | None) -> tuple[s
     """
     if calibrated is None or recipe.evaluation.answers is None:
         return ()
-    found = records.load(recipe.calibration.dataset)
+    spec = recipe.calibration
+    found = records.load(spec.dataset, spec.columns, spec.tags)
     by_index = dict(zip(found.indices(), found.records, strict=True))
     used = (by_index[index] for index in calibrated.audit["records"]["used_indices"])
     return tuple(sorted({question for record in used for question in asked(record)}))

@@ -40,6 +40,8 @@ def quantize_one(
             observer.stage(f"calibration: {spec.dataset}")
             trusted = model.trust_remote_code
             calibrated = calibration.build(spec, found.folder, scratch / "calibration", trust_remote_code=trusted)
+            for line in calibration.audit_lines(calibrated.audit):
+                observer.note(line)
         observer.stage(f"quantize: {variant.chain}")
         trusted = model.trust_remote_code
         job = job_of(found, calibrated, spec, device=device, trust_remote_code=trusted)

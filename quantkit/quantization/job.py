@@ -37,6 +37,7 @@ class Job:
         dtype: of the checkpoint, in which scales are stored: ``float32``, ``float16`` or ``bfloat16``.
         rows: calibration token ids; empty if no method needs them.
         calibration_sha256: of the token ids, and of the images.
+        audit: of the calibration set, which goes along with each checkpoint.
         inputs: see :class:`quantkit.recipe.CalibrationSpec`.
         experts: how experts are calibrated.
         device: ``auto`` is CUDA where there is one.
@@ -56,6 +57,7 @@ class Job:
     hub: tuple[str, str | None] | None = None
     experts: ExpertSettings = ROUTED
     images: Mapping[int, Mapping[str, torch.Tensor]] = field(default_factory=dict)
+    audit: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from pydantic import Field, field_validator, model_validator
 
 from quantkit.errors import RecipeError, did_you_mean
 from quantkit.gates import Gate
+from quantkit.recipe.columns import Columns, Tags, with_entry
 from quantkit.recipe.fields import Device, Flag, Name, Section, Whole, named_after, require_distinct
 from quantkit.runtimes import RUNTIMES
 from quantkit.system.names import chosen
@@ -72,6 +73,7 @@ class AnswerSpec(Section):
     Attributes:
         file: records as JSON, JSONL or Parquet; without ``file`` and ``dataset``, those that ship with quantkit.
         dataset: a hub data set, with ``config``, ``split`` and ``revision``.
+        columns, tags: as of the calibration set; see :class:`quantkit.recipe.CalibrationSpec`.
         samples: records to answer; those of the calibration set are left out.
         seed: order in which records are drawn.
         max_new_tokens: tokens of an answer at most.
@@ -84,6 +86,8 @@ class AnswerSpec(Section):
     config: str | None = None
     split: str = "test"
     revision: str | None = None
+    columns: Columns = Field(default_factory=dict)
+    tags: Tags = Field(default_factory=dict)
     samples: Annotated[Whole, Field(ge=2)] = 64
     seed: Whole = 0
     max_new_tokens: Annotated[Whole, Field(ge=1)] = 64
@@ -92,7 +96,7 @@ class AnswerSpec(Section):
     @model_validator(mode="before")
     @classmethod
     def _from_short_form(cls, given: Any) -> Any:
-        return {"file": given} if isinstance(given, str) else given
+        return {"file": given} if isinstance(given, str) else with_entry(given, "file", hub_key="dataset")
 
     @model_validator(mode="after")
     def _one_origin(self) -> AnswerSpec:
@@ -176,6 +180,7 @@ class TextSpec(Section):
         bundled: ``prose`` or ``answers``, which ship with quantkit.
         file: a text file, or records as JSON, JSONL or Parquet.
         dataset: a hub data set, with ``config``, ``split``, ``column`` and ``revision``.
+        columns, tags: of records, as of the calibration set; see :class:`quantkit.recipe.CalibrationSpec`.
     """
 
     name: Name
@@ -185,6 +190,8 @@ class TextSpec(Section):
     config: str | None = None
     split: str = "test"
     column: str = "text"
+    columns: Columns = Field(default_factory=dict)
+    tags: Tags = Field(default_factory=dict)
     revision: str | None = None
 
     @model_validator(mode="before")
@@ -196,7 +203,7 @@ class TextSpec(Section):
             if "/" in given or "." in given:
                 return {"name": named_after(Path(given).stem, "text"), "file": given}
             raise ValueError(f"unknown text '{given}': {did_you_mean(given, BUNDLED_TEXTS)}, or a file's path")
-        return given
+        return with_entry(given, "file", hub_key="dataset")
 
     @model_validator(mode="after")
     def _one_origin(self) -> TextSpec:

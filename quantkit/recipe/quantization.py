@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from quantkit.recipe.columns import Columns, Tags, with_entry
 from quantkit.recipe.fields import Device, Section, Whole
 
 
@@ -13,13 +14,18 @@ class CalibrationSpec(Section):
     """The calibration set that every method of the recipe shares.
 
     Attributes:
-        dataset: a name of ``calib_data/``, a file (JSON, JSONL, Parquet, text) or ``hub:org/name``.
+        dataset: a name of ``calib_data/``, a file (JSON, JSONL, Parquet, CSV, text), ``hub:org/name``,
+            ``llamafactory:DIR/NAME``, or an entry as LLaMA-Factory's ``dataset_info.json`` has it.
+        columns: what the data set calls what a record has; see :mod:`quantkit.recipe.columns`.
+        tags: what its conversations call the keys and roles of their turns.
         samples: records to use.
         max_length: tokens per row; longer records are truncated, which the audit counts.
         seed: order in which records are drawn.
         packing: ``none`` is one record a row, ``full`` fills each row to ``max_length``.
         chat_template: ``auto`` uses the model's where it has one, ``none`` joins the plain texts,
             anything else is a file that holds a Jinja template.
+        max_lost: share of the records drawn that may be lost because the chat template or the processor of images
+            refuses them; with more the run stops.
         inputs: ``quantized`` calibrates each layer on what the quantized layers before it give,
             ``float`` on the float model's activations, shared by all variants.
         experts: ``routed`` calibrates an expert on the tokens that its router sends it, ``all`` on all tokens.
@@ -28,14 +34,22 @@ class CalibrationSpec(Section):
     """
 
     dataset: str = "alpaca_gpt4"
+    columns: Columns = Field(default_factory=dict)
+    tags: Tags = Field(default_factory=dict)
     samples: Annotated[Whole, Field(ge=1)] = 128
     max_length: Annotated[Whole, Field(ge=8)] = 512
     seed: Whole = 0
     packing: Literal["none", "full"] = "none"
     chat_template: str = "auto"
+    max_lost: Annotated[float, Field(ge=0, le=1)] = 0.5
     inputs: Literal["quantized", "float"] = "quantized"
     experts: Literal["routed", "all"] = "routed"
     expert_prior: Annotated[float, Field(ge=0, le=100)] = 0.5
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_entry(cls, given: Any) -> Any:
+        return with_entry(given, "dataset")
 
 
 class QuantizationSpec(Section):

@@ -5,25 +5,39 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from quantkit.errors import CalibrationError
-from quantkit.records.formats import Record, UnusableError, check_columns, parse
+from quantkit.records.formats import check_columns, listed, parse
+from quantkit.records.record import Message, Record, UnusableError
 
 FORMATS_HELP = (
-    "a record has 'instruction' and 'output', or 'messages', or 'conversations', or 'text'; "
-    "rename other columns in the data set"
+    "a record has 'messages', or 'prompt' and 'response', or 'text'; say in the recipe what other columns are: "
+    "'columns: {prompt: COLUMN, response: COLUMN}', and 'tags' for the roles of a conversation"
 )
 HAS_IMAGES = "has images, and is scored as text alone"
-_REASONS_SHOWN = 3
+REASONS_SHOWN = 3
 _ADDRESS = re.compile(r"(data|https?|file):", re.IGNORECASE)
 
-Convert = Callable[[object], object]
-"""Makes of a row one that :func:`quantkit.records.formats.parse` knows; may raise UnusableError."""
+
+@dataclass(frozen=True, slots=True)
+class Broken:
+    """What stands where a row should be and cannot be read; ``reason`` says why."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How a data set calls what a record has; see :func:`quantkit.records.formats.parse`."""
+
+    columns: Mapping[str, str] | None = None
+    tags: Mapping[str, str] | None = None
+    others: bool = True
+    prompts: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +47,12 @@ class Skipped:
     Attributes:
         index: its place among the rows of the data set, from 0.
         reason: why.
+        keys: those that it has, as messages show them.
     """
 
     index: int
     reason: str
+    keys: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
@@ -74,31 +90,33 @@ class RecordSet:
 def collect(
     name: str,
     rows: Iterable[object],
-    columns: Mapping[str, str] | None = None,
-    convert: Convert | None = None,
+    layout: Layout | None = None,
     base: Path | None = None,
 ) -> tuple[list[Record], list[Skipped]]:
     """Parse every row of a data set.
 
     Args:
         name: of the data set.
-        rows: of it.
-        columns: see :func:`quantkit.records.formats.parse`.
-        convert: is asked for what to parse instead of each row.
+        rows: of it; those that could not be read are :class:`Broken`.
+        layout: how they call what a record has.
         base: the folder in which paths of images start.
 
     Raises:
         CalibrationError: ``columns`` has an unknown key, or no row is usable.
     """
-    check_columns(columns)
+    layout = layout or Layout()
+    check_columns(layout.columns)
     records: list[Record] = []
     skipped: list[Skipped] = []
     for index, row in enumerate(rows):
         try:
-            record = parse(convert(row) if convert else row, columns)
+            if isinstance(row, Broken):
+                raise UnusableError(row.reason)
+            record = parse(row, layout.columns, layout.tags, others=layout.others, prompts=layout.prompts)
             records.append(_placed(record, base) if record.images and base else record)
         except UnusableError as error:
-            skipped.append(Skipped(index, error.reason))
+            keys = listed(row) if isinstance(row, Mapping) else ""
+            skipped.append(Skipped(index, error.reason, keys))
     if not records:
         raise _nothing_usable(name, skipped)
     return records, skipped
@@ -132,22 +150,42 @@ def _placed(record: Record, base: Path) -> Record:
 def records_sha256(records: Iterable[Record]) -> str:
     """SHA-256 over one line of JSON a record: ``[[[role, content], ...], text]``, UTF-8, each ended by a newline.
 
-    A record with images has a third entry: for each its path or address, of bytes their SHA-256.
+    A turn that holds more, such as calls, has a third entry with it. A record with images has a third entry: for each
+    its path or address, of bytes their SHA-256; one with tools a fourth.
     """
     digest = hashlib.sha256()
     for record in records:
-        turns = [[message.role, message.content] for message in record.messages]
         images = [each if isinstance(each, str) else hashlib.sha256(each).hexdigest() for each in record.images]
-        line = json.dumps(
-            [turns, record.text, *([images] if images else [])], ensure_ascii=False, separators=(",", ":")
-        )
+        further = [images, list(record.tools)] if record.tools else [images] if images else []
+        turns = [_turn_entry(message) for message in record.messages]
+        line = json.dumps([turns, record.text, *further], ensure_ascii=False, separators=(",", ":"))
         digest.update(line.encode() + b"\n")
     return digest.hexdigest()
+
+
+def _turn_entry(message: Message) -> list[Any]:
+    """A turn in the line of its record."""
+    calls = [[call.name, call.arguments, call.id] for call in message.calls]
+    more = {"reasoning": message.reasoning, "calls": calls, "name": message.name, "call_id": message.call_id}
+    held = {key: value for key, value in more.items() if value}
+    return [message.role, message.content, *([held] if held else [])]
 
 
 def _nothing_usable(name: str, skipped: list[Skipped]) -> CalibrationError:
     if not skipped:
         return CalibrationError(f"{name} holds no records", FORMATS_HELP)
-    counts = Counter(row.reason for row in skipped).most_common(_REASONS_SHOWN)
-    reasons = "; ".join(f"{count} x {reason}" for reason, count in counts)
+    reasons = "; ".join(reason_lines(skipped))
     return CalibrationError(f"{name}: none of its {len(skipped)} records can be used: {reasons}", FORMATS_HELP)
+
+
+def reason_lines(skipped: Iterable[Skipped]) -> list[str]:
+    """The most frequent reasons: how many rows have each, the first of them, and its keys where they are not told."""
+    groups: dict[str, list[Skipped]] = {}
+    for row in skipped:
+        groups.setdefault(row.reason, []).append(row)
+    most = sorted(groups.values(), key=len, reverse=True)[:REASONS_SHOWN]
+    return [f"{len(rows)} x {rows[0].reason}, first in record {rows[0].index}{_keys(rows[0])}" for rows in most]
+
+
+def _keys(row: Skipped) -> str:
+    return f" (keys: {row.keys})" if row.keys and "(keys: " not in row.reason else ""

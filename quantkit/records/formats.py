@@ -1,77 +1,142 @@
-"""Formats of a row: Alpaca, chat messages, ShareGPT and plain text.
+"""The record that a row is: a conversation, a question with its answer, a preference, or a plain text.
 
-The format is recognized row by row from the keys that are there and not null: a conversation first, then
-``instruction`` with ``output``, then ``text``. The alpaca and ShareGPT layouts are those of LLaMA-Factory's
-``data/README.md``. Keys that no format knows are not read.
+The format is recognized row by row, from the columns that are there and hold something, whatever their case: a
+conversation first, then a question with its answer, then a text. Columns are told by what people call them, see
+``NAMES``, unless a recipe says which is which. The alpaca and ShareGPT layouts are those of LLaMA-Factory's
+``data/README.md``.
 """
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from quantkit.errors import CalibrationError, did_you_mean
+from quantkit.recipe.columns import MEANINGS
+from quantkit.records.parts import image_of, read_content
+from quantkit.records.record import IMAGE, Message, Record, UnusableError, kind_of
+from quantkit.records.turns import Heard, checked_text, is_turn, json_of, read_turns, transcript
 
-ROLES = frozenset({"assistant", "developer", "function", "system", "tool", "user"})
-SHAREGPT_ROLES = {
-    "human": "user",
-    "gpt": "assistant",
-    "function_call": "assistant",
-    "observation": "tool",
-    "tool": "tool",
-    "system": "system",
-    "user": "user",
-    "assistant": "assistant",
+NAMES = {
+    "messages": (
+        "messages", "conversations", "conversation", "chat", "dialog", "dialogue", "turns", "contents", "message_list",
+        "trajectory",
+    ),
+    "prompt": (
+        "instruction", "prompt", "question", "problem", "query", "request", "user", "human", "user_prompt",
+        "input_text", "instructions", "task",
+    ),
+    "query": ("input", "query", "context", "inputs", "passage", "question", "problem"),
+    "response": (
+        "output", "response", "completion", "solution", "answer", "reply", "target", "target_text", "output_text",
+        "assistant", "outputs", "responses", "completions", "solutions", "answers", "final_answer", "ground_truth",
+        "generation", "generations", "ideal", "model_answer", "expected_output", "gpt", "bot",
+    ),
+    "chosen": (
+        "chosen", "accepted", "preferred", "preferred_output", "chosen_response", "response_chosen",
+        "preferred_response",
+    ),
+    "system": ("system", "system_prompt", "system_message", "systeminstruction", "system_instruction"),
+    "history": ("history", "chat_history"),
+    "tools": ("tools", "functions", "available_tools"),
+    "reasoning": ("reasoning_content", "reasoning", "thinking", "complex_cot", "chain_of_thought", "cot", "rationale"),
+    "wanted": ("kto_tag", "label"),
+    "text": ("text", "content", "raw_content", "document", "page_content", "sentence", "article", "code", "markdown"),
+    "images": ("images", "image"),
+}  # fmt: skip
+"""What columns are called, without regard to case, blanks and hyphens; the first that holds something is it."""
+ASKS_ALONE = ("prompt", "question", "problem", "query")
+"""Columns that ask something even where no answer stands beside them."""
+FORMATS = ("messages", "chosen", "prompt", "query", "response", "text")
+"""Columns of which one makes a row a record."""
+BESIDE = {
+    "messages": {"messages", "chosen"},
+    "text": {"text"},
+    **{key: {"prompt", "query", "response", "chosen"} for key in ("prompt", "query", "response", "history")},
+    "chosen": {"messages", "prompt", "query", "chosen"},
 }
-CONVERSATION_KEYS = ("messages", "conversations")
-IMAGE = "<image>"
-"""Where an image stands in a text, as LLaVA and LLaMA-Factory write it."""
-IMAGE_COLUMNS = ("images", "image")
-COLUMN_ALIASES = {"prompt": "instruction", "query": "input", "response": "output"}
-COLUMNS = frozenset({"instruction", "input", "output", "system", "history", "text", *CONVERSATION_KEYS, *IMAGE_COLUMNS})
+"""With each column that a recipe names, those that count without being named."""
+HOLDERS = ("body", "request", "input", "prompt", "data", "row", "record", "example", "messages", "conversation")
+"""Columns that may hold a whole row."""
+NOT_WANTED = "its answer is marked as not wanted"
 _KEYS_SHOWN = 12
 
 
-@dataclass(frozen=True, slots=True)
-class Message:
-    """One turn of a conversation.
+class Fields:
+    """The columns of a row that mean something, by what they mean.
 
-    Attributes:
-        role: one of ``ROLES``.
-        content: its text.
+    Args:
+        row: with its columns.
+        columns: of a recipe, see :data:`quantkit.recipe.columns.MEANINGS`.
+        others: columns that are not among these are looked for as usual.
+        prompts: any question needs no answer.
     """
 
-    role: str
-    content: str
+    def __init__(
+        self, row: Mapping[str, Any], columns: Mapping[str, str], others: bool = True, prompts: bool = False
+    ) -> None:
+        self._row = row
+        self._prompts = prompts
+        self._named = {MEANINGS[name]: column for name, column in columns.items()}
+        keys = {_plain(key): key for key in reversed(list(row))}
+        allowed = set(NAMES)
+        for meaning in set(self._named) & set(BESIDE):
+            allowed -= set(FORMATS) - BESIDE[meaning]
+        usual = allowed - set(self._named) if others or not columns else set()
+        self._columns: dict[str, str] = {}
+        for meaning in NAMES:
+            if meaning in self._named:
+                there = [self._named[meaning]] if self._named[meaning] in row else []
+            else:
+                there = [keys[name] for name in NAMES[meaning] if name in keys] if meaning in usual else []
+            free = [key for key in there if key not in self._columns.values()]
+            chosen = next((key for key in free if _holds(row[key])), free[0] if free else None)
+            if chosen is not None:
+                self._columns[meaning] = chosen
 
+    def __contains__(self, meaning: str) -> bool:
+        """Whether it is there and holds something."""
+        return meaning in self._columns and _holds(self._row[self._columns[meaning]])
 
-@dataclass(frozen=True, slots=True)
-class Record:
-    """A conversation or a plain text: exactly one of ``messages`` and ``text``.
+    def __getitem__(self, meaning: str) -> Any:
+        """What it holds; None where it holds nothing."""
+        return self._row[self._columns[meaning]] if meaning in self else None
 
-    Attributes:
-        messages: the turns.
-        text: the text.
-        images: what stands for each :data:`IMAGE` in them, in this order: a path, an address, or the bytes of a file.
-            Where there are none, ``<image>`` is text like any other.
-    """
+    def column(self, meaning: str) -> str:
+        """Its name in the data set."""
+        return self._columns.get(meaning, self._named.get(meaning, meaning))
 
-    messages: tuple[Message, ...] = ()
-    text: str | None = None
-    images: tuple[str | bytes, ...] = ()
+    def is_blank(self, meaning: str) -> bool:
+        """Whether it is there and holds nothing, or was promised and is not there."""
+        return meaning not in self and (
+            (meaning in self._columns and self._row[self._columns[meaning]] is not None) or meaning in self._named
+        )
 
-    def __post_init__(self) -> None:
-        if bool(self.messages) == (self.text is not None):
-            raise ValueError("a record has either messages or a text")
+    def asks(self) -> bool:
+        """Whether it is a question, with an answer or without one."""
+        if not ("prompt" in self or "query" in self):
+            return False
+        if self._prompts or "response" in self or "chosen" in self or {"prompt", "query"} & set(self._named):
+            return True
+        asked = _plain(self.column("prompt" if "prompt" in self else "query"))
+        return asked in ASKS_ALONE and not ("text" in self and self.column("text").lower() == "text")
 
+    def why_not(self) -> str:
+        """Why it is no record."""
+        answers = ("response", "prompt") if "prompt" in self else ("prompt", "response")
+        order = ("messages", "chosen", *answers, "text", "query")
+        blank = next((meaning for meaning in order if self.is_blank(meaning)), None)
+        return self.blank_reason(blank) if blank else f"no known format (keys: {listed(self._row)})"
 
-class UnusableError(Exception):
-    """A row is no record; ``reason`` says why."""
-
-    def __init__(self, reason: str) -> None:
-        self.reason = reason
-        super().__init__(reason)
+    def blank_reason(self, meaning: str) -> str:
+        """Why one that is blank makes the row unusable."""
+        column = self.column(meaning)
+        if self._row.get(column) is None:
+            return f"has no '{column}' (keys: {listed(self._row)})"
+        return f"'{column}' is empty" if isinstance(self._row[column], str) else f"'{column}' holds no message"
 
 
 def check_columns(columns: Mapping[str, str] | None) -> None:
@@ -81,88 +146,185 @@ def check_columns(columns: Mapping[str, str] | None) -> None:
         CalibrationError: a key is unknown.
     """
     for name in columns or {}:
-        if name not in COLUMNS and name not in COLUMN_ALIASES:
-            raise CalibrationError(f"unknown column name '{name}'", did_you_mean(name, COLUMNS | set(COLUMN_ALIASES)))
+        if name not in MEANINGS:
+            raise CalibrationError(f"unknown column name '{name}'", did_you_mean(name, MEANINGS))
 
 
-def parse(row: object, columns: Mapping[str, str] | None = None) -> Record:
+def parse(
+    row: object,
+    columns: Mapping[str, str] | None = None,
+    tags: Mapping[str, str] | None = None,
+    *,
+    others: bool = True,
+    prompts: bool = False,
+) -> Record:
     """The record that a row holds.
 
     Args:
-        row: a JSON object.
-        columns: names that a format knows (or LLaMA-Factory's ``prompt``, ``query``, ``response``) to columns of
-            the data set; where given, other columns are not read.
+        row: a JSON object, or a plain text.
+        columns: what a record has to columns of the data set, see :data:`quantkit.recipe.columns.MEANINGS`.
+        tags: keys and roles of its turns, see :data:`quantkit.recipe.columns.TAGS`.
+        others: beside ``columns`` the usual ones of the same format are read.
+        prompts: any question needs no answer.
 
     Raises:
         UnusableError: the row is of no known format, has wrong types, or is empty.
     """
+    if isinstance(row, str) and row.strip():
+        return Record(text=checked_text(row, "text"))
     if not isinstance(row, Mapping):
-        raise UnusableError(f"not an object but {_kind(row)}")
-    fields = _renamed(row, columns)
-    shown = _flatten(fields)
-    record = _record(row, fields)
-    return _with_images(record, shown or _images(fields))
+        raise UnusableError(f"not an object but {kind_of(row)}")
+    lifted = _lifted({str(key): value for key, value in row.items()}, columns or {})
+    fields, heard = Fields(lifted, columns or {}, others, prompts), Heard()
+    record = _record(lifted, fields, heard, tags or {}, by_form=not columns)
+    if fields["wanted"] is False and record.text is None:
+        raise UnusableError(f"{NOT_WANTED} ('{fields.column('wanted')}' is false)")
+    images = heard.images or [image_of(each) for each in _as_list(fields["images"])]
+    record = _with_images(record, images)
+    if record.text is not None:
+        return record
+    tools = _tools(fields["tools"], heard)
+    return replace(record, tools=tools, changes=tuple(dict.fromkeys((*record.changes, *heard.changes))))
 
 
-def _record(row: Mapping[Any, Any], fields: Mapping[str, Any]) -> Record:
-    """The record of a row without its images."""
-    for key in CONVERSATION_KEYS:
-        if key in fields:
-            turns = _conversation(key, fields[key])
-            return Record(messages=(*(() if turns[0].role == "system" else _system(fields)), *turns))
-    if "instruction" in fields and "output" in fields:
-        return Record(messages=_alpaca(fields))
+def listed(row: object) -> str:
+    """The keys of a row, for messages."""
+    keys = [str(key) for key in row] if isinstance(row, Mapping) else []
+    more = f" and {len(keys) - _KEYS_SHOWN} more" if len(keys) > _KEYS_SHOWN else ""
+    return ", ".join(keys[:_KEYS_SHOWN]) + more if keys else "none"
+
+
+def _record(row: Mapping[str, Any], fields: Fields, heard: Heard, tags: Mapping[str, str], *, by_form: bool) -> Record:
+    """The record of a row without its images and tools."""
+    turns = [] if "messages" not in fields else _turns(fields, "messages", heard, tags)
+    if "chosen" in fields and not (turns and turns[-1].role == "assistant"):
+        return _conversation(fields, _preferred(fields, turns, heard, tags), heard)
+    if turns:
+        answer = _answer(fields, heard, tags) if "response" in fields and turns[-1].role != "assistant" else []
+        return _conversation(fields, [*turns, *answer], heard)
+    if fields.asks():
+        return _conversation(fields, _asked_and_answered(fields, heard, tags), heard)
+    found = _turns_by_their_form(row) if by_form else None
+    if found is not None:
+        return _conversation(fields, read_turns(found, json_of(row[found]), heard, tags), heard)
     if "text" in fields:
         return Record(text=_text(fields, "text"))
-    raise UnusableError(f"no known format (keys: {_listed(row)})")
+    if "response" in fields and not fields.is_blank("prompt"):
+        raise UnusableError(f"'{fields.column('response')}' has no question beside it (keys: {listed(row)})")
+    raise UnusableError(fields.why_not())
 
 
-def _flatten(fields: dict[str, Any]) -> list[str | bytes]:
-    """Make texts of contents that are lists of parts; the images that these parts hold, in their order."""
-    images: list[str | bytes] = []
-    for key in CONVERSATION_KEYS:
-        turns = fields.get(key)
-        if isinstance(turns, list):
-            fields[key] = [_flattened(turn, images) if isinstance(turn, Mapping) else turn for turn in turns]
-    return images
+def _conversation(fields: Fields, turns: Sequence[Message], heard: Heard) -> Record:
+    """A conversation with the system prompt, the history and the reasoning that stand beside it."""
+    system = _plain_text(fields, "system")
+    if system.strip() and turns[0].role not in ("system", "developer"):
+        turns = [Message("system", checked_text(system, fields.column("system"))), *turns]
+    reasoning = fields["reasoning"]
+    if isinstance(reasoning, str) and turns[-1].role == "assistant" and not turns[-1].reasoning:
+        turns = [*turns[:-1], replace(turns[-1], reasoning=checked_text(reasoning, fields.column("reasoning")))]
+    return Record(messages=tuple(turns), changes=tuple(heard.changes))
 
 
-def _flattened(turn: Mapping[Any, Any], images: list[str | bytes]) -> Mapping[Any, Any]:
-    key = "value" if "value" in turn else "content"
-    if not isinstance(turn.get(key), list):
-        return turn
-    return {**turn, key: "".join(_part(part, images) for part in turn[key])}
+def _asked_and_answered(fields: Fields, heard: Heard, tags: Mapping[str, str]) -> list[Message]:
+    before = [] if "history" not in fields else _turns(fields, "history", heard, tags)
+    asked = [*before, *_asked(fields, heard, tags)]
+    if fields.is_blank("response") and "chosen" not in fields:
+        raise UnusableError(fields.blank_reason("response"))
+    return [*asked, *(_answer(fields, heard, tags) if "response" in fields else [])]
 
 
-def _part(part: Any, images: list[str | bytes]) -> str:
-    """The text of a part of a content, an image's being its mark."""
-    if isinstance(part, str):
-        return part
-    kind = part.get("type") if isinstance(part, Mapping) else None
-    if kind == "text" and isinstance(part.get("text"), str):
-        return str(part["text"])
-    if kind not in ("image", "image_url"):
-        held = f"a part of type '{kind}'" if kind else _kind(part)
-        raise UnusableError(f"a message holds {held}, which is no text")
-    source = next((part[key] for key in ("image", "image_url", "url", "path") if part.get(key) is not None), None)
-    if source is not None:
-        images.append(_image(source))
-    return IMAGE
+def _asked(fields: Fields, heard: Heard, tags: Mapping[str, str]) -> list[Message]:
+    """The turns of a prompt, which may be a text, a conversation, or one in a text."""
+    first, further = ("prompt", "query") if "prompt" in fields else ("query", None)
+    given = json_of(fields[first])
+    if isinstance(given, list | Mapping):
+        return _turns(fields, first, heard, tags)
+    text = _text(fields, first)
+    turns = [turn for turn in transcript(text) if not turn.is_empty()]
+    if turns:
+        return turns
+    more = fields[further] if further else None
+    if isinstance(more, str):
+        text = f"{text}\n{checked_text(more, fields.column('query'))}"
+    return [Message("user", text)]
 
 
-def _images(fields: Mapping[str, Any]) -> list[str | bytes]:
-    """The images that a row's own column holds."""
-    found: Any = next((fields[key] for key in IMAGE_COLUMNS if fields.get(key)), [])
-    return [_image(each) for each in (found if isinstance(found, list) else [found])]
+def _answer(fields: Fields, heard: Heard, tags: Mapping[str, str], meaning: str = "response") -> list[Message]:
+    """The turns of an answer: of several that are alternatives, the first."""
+    column, given = fields.column(meaning), json_of(fields[meaning])
+    if isinstance(given, Mapping) and not is_turn(given):
+        given = next((given[key] for key in ("content", "text", "value", "response", "answer") if key in given), given)
+    if isinstance(given, list) and given and not is_turn(given[0]):
+        given = given[0]
+        if isinstance(given, Mapping):  # an alternative with its score
+            given = next((given[key] for key in ("response", "text", "content", "answer") if key in given), given)
+    if is_turn(given) or isinstance(given, list):
+        return read_turns(column, given, heard, tags)
+    if isinstance(given, bool | int | float):
+        given = json.dumps(given)
+    if not isinstance(given, str):
+        raise UnusableError(f"'{column}' holds {kind_of(given)} where text should be")
+    return [Message("assistant", checked_text(given, column))]
 
 
-def _image(value: Any) -> str | bytes:
-    """What an image is given as: a path or address, the bytes of a file, or a mapping that holds one of them."""
-    if isinstance(value, Mapping):
-        value = next((value[key] for key in ("bytes", "path", "url") if value.get(key)), None)
-    if not isinstance(value, str | bytes):
-        raise UnusableError(f"an image is {_kind(value)} where a path should be")
-    return value
+def _preferred(fields: Fields, turns: Sequence[Message], heard: Heard, tags: Mapping[str, str]) -> list[Message]:
+    """A conversation that ends with the answer that was preferred."""
+    given = json_of(fields["chosen"])
+    whole = transcript(given) if isinstance(given, str) else []
+    if whole:
+        return [turn for turn in whole if not turn.is_empty()]
+    chosen = _answer(fields, heard, tags, "chosen")
+    if chosen[0].role != "assistant":
+        return chosen
+    before = list(turns) or (_asked(fields, heard, tags) if "prompt" in fields or "query" in fields else [])
+    if "history" in fields and not turns:
+        before = [*_turns(fields, "history", heard, tags), *before]
+    if not before:
+        raise UnusableError(f"'{fields.column('chosen')}' has no question beside it")
+    return [*before, *chosen]
+
+
+def _turns(fields: Fields, meaning: str, heard: Heard, tags: Mapping[str, str]) -> list[Message]:
+    return read_turns(fields.column(meaning), json_of(fields[meaning]), heard, tags)
+
+
+def _turns_by_their_form(row: Mapping[str, Any]) -> str | None:
+    """A column that holds turns, whatever it is called."""
+    for column, value in row.items():
+        given = json_of(value)
+        if isinstance(given, list) and given and all(is_turn(turn) for turn in given):
+            return column
+    return None
+
+
+def _lifted(row: Mapping[str, Any], columns: Mapping[str, str]) -> Mapping[str, Any]:
+    """The row, or with the columns of one that it holds in one of its own, as requests to a server do."""
+    for key, value in row.items():
+        inner = json_of(value) if _plain(key) in HOLDERS and key not in columns.values() else None
+        if isinstance(inner, Mapping) and any(_plain(str(name)) in NAMES["messages"] for name in inner):
+            rest = {name: held for name, held in row.items() if name != key}
+            return {**rest, **{str(name): held for name, held in inner.items()}}
+    return row
+
+
+def _tools(given: Any, heard: Heard) -> tuple[str, ...]:
+    """The descriptions of tools, each as JSON in the form that templates know."""
+    found = json_of(given)
+    if found is None or found == []:
+        return ()
+    described = [json_of(each) for each in _as_list(found)]
+    if not all(isinstance(each, Mapping) for each in described):
+        heard.changes.append("tools that are no JSON left out")
+        return ()
+    wrapped = (each if "function" in each or "name" not in each else _as_function(each) for each in described)
+    return tuple(json.dumps(each, ensure_ascii=False, default=str) for each in wrapped)
+
+
+def _as_function(tool: Mapping[str, Any]) -> dict[str, Any]:
+    """A description as OpenAI's chat requests have it."""
+    schema = {"parameters": tool["input_schema"]} if "input_schema" in tool else {}
+    kept = {key: value for key, value in tool.items() if key not in ("input_schema", "type")}
+    return {"type": "function", "function": {**kept, **schema}}
 
 
 def _with_images(record: Record, images: Sequence[str | bytes]) -> Record:
@@ -186,89 +348,29 @@ def _with_images(record: Record, images: Sequence[str | bytes]) -> Record:
     return replace(record, messages=tuple(messages), images=tuple(images))
 
 
-def _renamed(row: Mapping[Any, Any], columns: Mapping[str, str] | None) -> dict[str, Any]:
-    if columns is None:
-        return {key: value for key, value in row.items() if value is not None}
-    return {
-        COLUMN_ALIASES.get(name, name): row[column] for name, column in columns.items() if row.get(column) is not None
-    }
-
-
-def _alpaca(fields: Mapping[str, Any]) -> tuple[Message, ...]:
-    request = _text(fields, "instruction")
-    extra = _text(fields, "input", may_be_blank=True)
-    if extra.strip():
-        request = f"{request}\n{extra}"
-    answer = _text(fields, "output")
-    return (*_system(fields), *_history(fields), Message("user", request), Message("assistant", answer))
-
-
-def _system(fields: Mapping[str, Any]) -> tuple[Message, ...]:
-    content = _text(fields, "system", may_be_blank=True)
-    return (Message("system", content),) if content.strip() else ()
-
-
-def _history(fields: Mapping[str, Any]) -> list[Message]:
-    turns = fields.get("history", [])
-    if not isinstance(turns, list):
-        raise UnusableError(f"'history' is not a list but {_kind(turns)}")
-    messages: list[Message] = []
-    for turn in turns:
-        if not isinstance(turn, list | tuple) or len(turn) != 2:
-            raise UnusableError("'history' is not a list of pairs")
-        messages += [Message("user", _checked(turn[0], "history")), Message("assistant", _checked(turn[1], "history"))]
-    return messages
-
-
-def _conversation(key: str, turns: Any) -> list[Message]:
-    if not isinstance(turns, list):
-        raise UnusableError(f"'{key}' is not a list but {_kind(turns)}")
-    messages = [message for turn in turns for message in _turn(key, turn)]
-    if not any(message.role != "system" for message in messages):
-        raise UnusableError(f"'{key}' holds no message")
-    return messages
-
-
-def _turn(key: str, turn: Any) -> list[Message]:
-    if not isinstance(turn, Mapping):
-        raise UnusableError(f"'{key}' holds {_kind(turn)} where a message should be")
-    if "from" in turn and "value" in turn:
-        given, content, known = turn["from"], turn["value"], SHAREGPT_ROLES
-    elif "role" in turn and "content" in turn:
-        given, content, known = turn["role"], turn["content"], {role: role for role in ROLES}
-    else:
-        raise UnusableError(f"'{key}' holds a message with neither role and content nor from and value")
-    if not isinstance(given, str) or given not in known:
-        raise UnusableError(f"'{key}' holds a message of unknown role '{given}'")
-    if known[given] == "system" and isinstance(content, str) and not content.strip():
-        return []
-    return [Message(known[given], _checked(content, key))]
-
-
-def _text(fields: Mapping[str, Any], key: str, may_be_blank: bool = False) -> str:
-    return _checked(fields.get(key, ""), key, may_be_blank)
-
-
-def _checked(value: object, key: str, may_be_blank: bool = False) -> str:
+def _text(fields: Fields, meaning: str) -> str:
+    value, column = fields[meaning], fields.column(meaning)
     if not isinstance(value, str):
-        raise UnusableError(f"'{key}' holds {_kind(value)} where text should be")
-    if not value.strip() and not may_be_blank:
-        raise UnusableError(
-            f"'{key}' is empty or has an empty message" if key in CONVERSATION_KEYS else f"'{key}' is empty"
-        )
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise UnusableError(f"'{key}' holds text that is not valid Unicode") from None
-    return value
+        raise UnusableError(f"'{column}' holds {kind_of(value)} where text should be")
+    return checked_text(value, column)
 
 
-def _kind(value: object) -> str:
-    names = {str: "a string", bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "an object"}
-    return "null" if value is None else names.get(type(value), type(value).__name__)
+def _plain_text(fields: Fields, meaning: str) -> str:
+    """A text, or the texts of an object or a list that stands for one."""
+    value = fields[meaning]
+    return "" if value is None else read_content(fields.column(meaning), value, [], "system").text
 
 
-def _listed(row: Mapping[Any, Any]) -> str:
-    keys = [str(key) for key in row]
-    more = f" and {len(keys) - _KEYS_SHOWN} more" if len(keys) > _KEYS_SHOWN else ""
-    return ", ".join(keys[:_KEYS_SHOWN]) + more if keys else "none"
+def _as_list(value: Any) -> list[Any]:
+    return [] if value is None else value if isinstance(value, list) else [value]
+
+
+def _holds(value: Any) -> bool:
+    """Whether a column holds anything: null, a missing number of a table, blanks and empty lists are nothing."""
+    if value is None or value != value:
+        return False
+    return bool(value.strip()) if isinstance(value, str) else not (isinstance(value, list | dict) and not value)
+
+
+def _plain(key: str) -> str:
+    return re.sub(r"[\s-]+", "_", key.strip().lower())

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.errors import CalibrationError, SourceError
-from quantkit.records.dataset import Convert, RecordSet, collect, records_sha256
+from quantkit.records.dataset import Layout, RecordSet, collect, records_sha256
 
 HUB_PREFIX = "hub:"
 _REMEDY = "check the id and the network, or use a local file, or 'dataset: instructions_mini', which needs no network"
@@ -28,7 +28,8 @@ def read_hub(
     revision: str | None = None,
     columns: Mapping[str, str] | None = None,
     data_files: str | None = None,
-    convert: Convert | None = None,
+    tags: Mapping[str, str] | None = None,
+    others: bool = True,
 ) -> RecordSet:
     """Read a data set of the hub through ``datasets``, from its cache where it is there.
 
@@ -39,7 +40,7 @@ def read_hub(
         revision: branch, tag or commit.
         columns: see :func:`quantkit.records.formats.parse`.
         data_files: a file of the data set, to read that instead of all.
-        convert: see :func:`quantkit.records.dataset.collect`.
+        tags, others: see :func:`quantkit.records.formats.parse`.
 
     Raises:
         CalibrationError: it cannot be reached or found, lacks the configuration, split or revision, has a file that
@@ -52,7 +53,7 @@ def read_hub(
         builder.download_and_prepare(verification_mode=checks)
         unchecked = _compared(dataset, builder)
         rows = builder.as_dataset(split=split)
-    records, skipped = collect(f"{HUB_PREFIX}{dataset}", rows, columns, convert)
+    records, skipped = collect(f"{HUB_PREFIX}{dataset}", rows, Layout(columns, tags, others))
     origin = _origin(dataset, config, split, builder.hash, columns, data_files)
     return RecordSet(dataset.split("/")[1], origin, records_sha256(records), records, skipped, unchecked)
 

@@ -1,13 +1,13 @@
 """Data sets of LLaMA-Factory: an entry of a ``dataset_info.json``, read as it stands.
 
 The layout is the one of ``data/README.md`` of https://github.com/hiyouga/LLaMA-Factory: where the data lie, whether
-rows are alpaca's or conversations, how their columns are called, and by which tags a conversation tells its roles.
+rows are alpaca's or conversations, how their columns are called, and by which tags a conversation tells its roles. Of
+preferences the chosen side is read.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -15,24 +15,25 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from quantkit.errors import CalibrationError, did_you_mean
-from quantkit.records.dataset import RecordSet
+from quantkit.records.dataset import Layout, RecordSet
 from quantkit.records.files import identify_file, read_file
-from quantkit.records.formats import UnusableError
 from quantkit.records.hub import identify_hub, read_hub
 
 LLAMAFACTORY_PREFIX = "llamafactory:"
 INFO = "dataset_info.json"
 USUAL_FOLDER = "data"
 ALPACA_COLUMNS = {"prompt": "instruction", "query": "input", "response": "output"}
-READ_COLUMNS = ("prompt", "query", "response", "history", "system", "images")
-ROLE_TAGS = {
+READ_COLUMNS = ("prompt", "query", "response", "history", "messages", "system", "tools", "images", "chosen", "kto_tag")
+SHAREGPT_TAGS = {
+    "role_tag": "from",
+    "content_tag": "value",
     "user_tag": "human",
     "assistant_tag": "gpt",
     "observation_tag": "observation",
     "function_tag": "function_call",
     "system_tag": "system",
 }
-"""LLaMA-Factory's tags of the roles, and what each is called where an entry does not say."""
+"""LLaMA-Factory's tags, and what each is where an entry does not say."""
 OPENAI_TAGS = {
     "role_tag": "role",
     "content_tag": "content",
@@ -43,7 +44,6 @@ OPENAI_TAGS = {
     "system_tag": "system",
 }
 MEDIA = ("videos", "audios")
-PREFERENCES = ("chosen", "rejected", "kto_tag")
 
 
 class DatasetEntry(BaseModel):
@@ -65,38 +65,14 @@ class DatasetEntry(BaseModel):
     columns: dict[str, str | None] | None = None
     tags: dict[str, str | None] | None = None
 
-    def renamed(self) -> dict[str, str]:
-        """The columns that :func:`quantkit.records.formats.parse` shall read."""
-        if self.formatting != "alpaca":
-            return {"conversations": "conversations", "system": "system", "images": "images"}
-        given = ALPACA_COLUMNS if self.columns is None else self.columns
-        return {name: column for name, column in given.items() if column and name in READ_COLUMNS}
-
-    def convert(self, row: object) -> object:
-        """A row of a conversation with ShareGPT's own names and roles; others as they are.
-
-        Raises:
-            UnusableError: the row holds no conversation.
-        """
-        if self.formatting == "alpaca" or not isinstance(row, Mapping):
-            return row
-        columns, tags = self.columns or {}, self._tags()
-        turns = row.get(columns.get("messages") or "conversations")
-        if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
-            raise UnusableError(f"'{columns.get('messages') or 'conversations'}' is not a list of messages")
-        roles = {tags[tag]: role for tag, role in ROLE_TAGS.items()}
-        found = [
-            {"from": roles.get(role := turn.get(tags["role_tag"]), role), "value": turn.get(tags["content_tag"])}
-            for turn in turns
-        ]
-        beside = {name: row.get(columns.get(name) or "") for name in ("system", "images")}
-        return {"conversations": found, **beside}
-
-    def _tags(self) -> dict[str, str]:
-        usual = (
-            OPENAI_TAGS if self.formatting == "openai" else {"role_tag": "from", "content_tag": "value", **ROLE_TAGS}
-        )
-        return usual | {tag: name for tag, name in (self.tags or {}).items() if name}
+    def layout(self) -> Layout:
+        """How its rows call what a record has; columns that it does not name are not read."""
+        columns, tags = self.columns or {}, {tag: name for tag, name in (self.tags or {}).items() if name}
+        read = {name: column for name, column in columns.items() if column and name in READ_COLUMNS}
+        if self.formatting == "alpaca":
+            return Layout(dict(ALPACA_COLUMNS) if self.columns is None else read, tags, others=False)
+        usual = OPENAI_TAGS if self.formatting == "openai" else SHAREGPT_TAGS
+        return Layout({"messages": "conversations", **read}, usual | tags, others=False)
 
 
 def read_llamafactory(reference: str) -> RecordSet:
@@ -111,9 +87,9 @@ def read_llamafactory(reference: str) -> RecordSet:
     entry = _entry(folder, name)
     if entry.hf_hub_url:
         arguments: dict[str, Any] = _hub_arguments(entry)
-        found = read_hub(entry.hf_hub_url, **arguments, convert=entry.convert)
+        found = read_hub(entry.hf_hub_url, **arguments, tags=entry.layout().tags, others=False)
     else:
-        found = read_file(_file(folder, entry), columns=entry.renamed(), convert=entry.convert, base=folder)
+        found = read_file(_file(folder, entry), layout=entry.layout(), base=folder)
     return replace(_first(found, entry.num_samples), name=name, origin=_with_entry(found.origin, entry))
 
 
@@ -123,7 +99,7 @@ def identify_llamafactory(reference: str) -> dict[str, Any]:
     entry = _entry(folder, name)
     if entry.hf_hub_url:
         return _with_entry(identify_hub(entry.hf_hub_url, **_hub_arguments(entry)), entry)
-    return _with_entry(identify_file(_file(folder, entry), columns=entry.renamed()), entry)
+    return _with_entry(identify_file(_file(folder, entry), columns=entry.layout().columns), entry)
 
 
 def _split(reference: str) -> tuple[Path, str]:
@@ -155,8 +131,6 @@ def _entry(folder: Path, name: str) -> DatasetEntry:
 
 def _check(entry: DatasetEntry, what: str) -> None:
     columns = entry.columns or {}
-    if entry.ranking or any(columns.get(column) for column in PREFERENCES):
-        raise CalibrationError(f"{what} holds preferences and no conversations", "choose one that is for SFT")
     media = next((column for column in MEDIA if columns.get(column)), None)
     if media:
         raise CalibrationError(f"{what} holds {media}", "choose one of texts, or of texts and images")
@@ -176,7 +150,7 @@ def _file(folder: Path, entry: DatasetEntry) -> Path:
 
 
 def _hub_arguments(entry: DatasetEntry) -> dict[str, Any]:
-    return {"config": entry.subset, "split": entry.split, "columns": entry.renamed()}
+    return {"config": entry.subset, "split": entry.split, "columns": entry.layout().columns}
 
 
 def _first(found: RecordSet, count: int | None) -> RecordSet:

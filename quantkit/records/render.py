@@ -6,13 +6,17 @@ source of change, today's date, is replaced by a fixed date, so that a record gi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantkit.errors import CalibrationError
-from quantkit.records.formats import IMAGE, Record
-from quantkit.records.sandbox import TemplateFailure, render_chat
+from quantkit.records.adapting import AS_TEXT, STEPS, adapted
+from quantkit.records.record import IMAGE, Record
+from quantkit.records.sandbox import TemplateEnded, TemplateFailure, render_chat
+from quantkit.records.template_forms import forms
 from quantkit.system.artifacts import file_sha256
 
 if TYPE_CHECKING:
@@ -78,6 +82,38 @@ def describe_template(chat_template: str | None, tokenizer: PreTrainedTokenizerB
     return {"file": path.name, "sha256": file_sha256(path)}
 
 
+class RefusedRecordError(CalibrationError):
+    """A record that cannot be used with this model, though it is one: its template or its processor refuses it.
+
+    Args:
+        problem: with the record.
+        remedy: what may be done.
+        reason: the same without what tells the record, to be counted.
+        ended: its template took more time or memory than there is.
+    """
+
+    def __init__(self, problem: str, remedy: str, reason: str, *, ended: bool = False) -> None:
+        super().__init__(problem, remedy)
+        self.reason = reason
+        self.ended = ended
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """The text of a record, and what of the record had to be changed for it, in words."""
+
+    text: str
+    changes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """The token ids of a record, and what of the record had to be changed for them, in words."""
+
+    ids: list[int]
+    changes: tuple[str, ...] = ()
+
+
 def render(
     record: Record,
     tokenizer: PreTrainedTokenizerBase,
@@ -87,10 +123,25 @@ def render(
     awaits_answer: bool = False,
     image_mark: str = IMAGE,
 ) -> str:
+    """The text of a record; see :func:`rendered`."""
+    found = rendered(record, tokenizer, chat_template, index=index, awaits_answer=awaits_answer, image_mark=image_mark)
+    return found.text
+
+
+def rendered(
+    record: Record,
+    tokenizer: PreTrainedTokenizerBase,
+    chat_template: str | None = AUTO,
+    *,
+    index: int | None = None,
+    awaits_answer: bool = False,
+    image_mark: str = IMAGE,
+) -> Rendered:
     """The text of a record: a plain text as it is, a conversation through the template.
 
-    Without a template the messages' contents are joined with a blank line between them. Templates of models that see
-    may want contents as lists of parts, and write nothing for a text: contents are given so where they are missing.
+    Without a template the messages' contents are joined with a blank line between them. A conversation that the
+    template refuses is given as :mod:`quantkit.records.adapting` changes it, and in the forms that templates differ in,
+    see :mod:`quantkit.records.template_forms`.
 
     Args:
         record: what to render.
@@ -101,64 +152,61 @@ def render(
         image_mark: what the model's processor takes for an image of the record, where no template writes it.
 
     Raises:
-        CalibrationError: the template cannot be read, is broken, or refuses the record.
+        RefusedRecordError: the template refuses the record in every form, or is broken.
+        CalibrationError: the template cannot be read.
     """
     if record.text is not None:
-        return _marked(record.text, record, image_mark)
+        return Rendered(_marked(record.text, record, image_mark))
     template = template_text(chat_template, tokenizer)
-    contents = [_marked(message.content, record, image_mark) for message in record.messages]
     if template is None:
-        return "\n\n".join([*contents, *([""] if awaits_answer else [])])
+        messages, changes = STEPS[AS_TEXT](record.messages), record.changes
+        contents = [_marked(message.content, record, image_mark) for message in messages]
+        told = (AS_TEXT,) if list(record.messages) != messages else ()
+        return Rendered("\n\n".join([*contents, *([""] if awaits_answer else [])]), (*changes, *told))
     variables = {**tokenizer.special_tokens_map, "add_generation_prompt": awaits_answer}
     try:
-        return _through(_with_fixed_clock(template), record, contents, variables, image_mark)
+        found = _through(_with_fixed_clock(template), record, variables, image_mark)
     except TemplateFailure as error:
         where = "" if index is None else f" on record {index}"
         remedy = "mend the template, remove the record, or set 'chat_template: none'"
-        raise CalibrationError(f"the chat template fails{where}: {error}", remedy) from error
+        reason, ended = f"the chat template refuses it: {error}", isinstance(error, TemplateEnded)
+        raise RefusedRecordError(f"the chat template fails{where}: {error}", remedy, reason, ended=ended) from error
+    return Rendered(found.text, tuple(dict.fromkeys((*record.changes, *found.changes))))
 
 
-def _through(
-    template: str, record: Record, contents: Sequence[str], variables: Mapping[str, Any], image_mark: str
-) -> str:
-    """What a template makes of a conversation: of parts where there are images, or where it writes no texts.
+def _through(template: str, record: Record, variables: Mapping[str, Any], image_mark: str) -> Rendered:
+    """What a template makes of a conversation: of the least change and in the first form that lose nothing of it.
+
+    Where every form loses something, as a template may that leaves out what was thought, it is the first that is not
+    refused.
 
     Raises:
-        TemplateFailure: it fails on texts, and on parts if it knows them.
+        TemplateFailure: it refuses all of them; what it says of the conversation as it is.
     """
-    roles = [message.role for message in record.messages]
-    texts = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
-    parts = [{"role": message.role, "content": _parts(message.content, record)} for message in record.messages]
-    forms: list[Sequence[Mapping[str, Any]]] = [parts, texts] if record.images else [texts, parts]
-    failure, found = None, list[str]()
-    for messages in forms if "type" in template else [texts]:
-        try:
-            found.append(render_chat(template, messages, variables))
-        except TemplateFailure as error:
-            failure = failure or error
-            continue
-        if _shows(found[-1], record, image_mark):
-            return found[-1]
-    if failure is not None and not found:
-        raise failure
-    return found[0] if not record.images else found[-1]
+    failure: TemplateFailure | None = None
+    fallback: Rendered | None = None
+    for messages, changes in adapted(record.messages):
+        if fallback is not None and not _has_tools(record):
+            break
+        for form in forms(template, messages, record, partial(_marked, record=record, image_mark=image_mark)):
+            try:
+                text = render_chat(template, form.messages, {**variables, **form.variables})
+            except TemplateEnded:
+                raise
+            except TemplateFailure as error:
+                failure = failure or error
+                continue
+            found = Rendered(text, (*changes, *form.losses(text)))
+            if form.shows(text, image_mark):
+                return found
+            fallback = found if fallback is None or record.images else fallback
+    if fallback is None:
+        raise failure or TemplateFailure("it writes nothing")
+    return fallback
 
 
-def _parts(content: str, record: Record) -> list[dict[str, str]]:
-    """A content as the parts that templates of models that see know."""
-    texts = content.split(IMAGE) if record.images else [content]
-    parts: list[dict[str, str]] = []
-    for place, text in enumerate(texts):
-        parts += [{"type": "image"}] if place else []
-        parts += [{"type": "text", "text": text}] if text.strip() else []
-    return parts
-
-
-def _shows(text: str, record: Record, image_mark: str) -> bool:
-    """Whether a rendered text has every content of its record, and a mark for every image."""
-    contents = (message.content for message in record.messages)
-    pieces = (piece.strip() for content in contents for piece in (content.split(IMAGE) if record.images else [content]))
-    return all(piece in text for piece in pieces) and text.count(image_mark) >= len(record.images)
+def _has_tools(record: Record) -> bool:
+    return any(message.calls or message.role == "tool" for message in record.messages)
 
 
 def _marked(text: str, record: Record, image_mark: str) -> str:
@@ -173,14 +221,30 @@ def encode(
     index: int | None = None,
     awaits_answer: bool = False,
 ) -> list[int]:
-    """The token ids of a record; see :func:`render` for arguments and errors.
+    """The token ids of a record; see :func:`encoded`."""
+    return encoded(record, tokenizer, chat_template, index=index, awaits_answer=awaits_answer).ids
 
-    A template writes its special tokens itself, so the tokenizer adds none; it adds its usual ones to a plain text.
+
+def encoded(
+    record: Record,
+    tokenizer: PreTrainedTokenizerBase,
+    chat_template: str | None = AUTO,
+    *,
+    index: int | None = None,
+    awaits_answer: bool = False,
+) -> Encoded:
+    """The token ids of a record, and what was changed for them; see :func:`rendered` for arguments and errors.
+
+    A template writes its special tokens itself, so the tokenizer adds none; it adds its usual ones to a plain text that
+    does not begin with them already.
     """
     templated = is_templated(record, tokenizer, chat_template)
-    text = render(record, tokenizer, chat_template, index=index, awaits_answer=awaits_answer)
-    encoded = tokenizer(text, add_special_tokens=not templated, return_attention_mask=False, verbose=False)
-    return [int(token) for token in encoded["input_ids"]]
+    found = rendered(record, tokenizer, chat_template, index=index, awaits_answer=awaits_answer)
+    begun = bool(tokenizer.bos_token) and found.text.startswith(str(tokenizer.bos_token))
+    ids = tokenizer(
+        found.text, add_special_tokens=not (templated or begun), return_attention_mask=False, verbose=False
+    )["input_ids"]
+    return Encoded([int(token) for token in ids], found.changes)
 
 
 def is_templated(record: Record, tokenizer: PreTrainedTokenizerBase, chat_template: str | None = AUTO) -> bool:

@@ -95,8 +95,13 @@ def _rendered(request: dict[str, Any], seconds: float | None) -> str:
 def _asked(request: dict[str, Any], wanted: str, seconds: float | None = None) -> Any:
     answer = _RENDERER.ask(request, seconds or SECONDS)
     if wanted not in answer:
-        raise TemplateFailure(str(answer["error"]))
+        failure = TemplateEnded if answer.get("ended") else TemplateFailure
+        raise failure(str(answer["error"]))
     return answer[wanted]
+
+
+class TemplateEnded(TemplateFailure):
+    """A template or pattern had to be ended, as it took more time or memory than there is."""
 
 
 class _Renderer:
@@ -124,12 +129,12 @@ class _Renderer:
             answer = self._answers.get(timeout=seconds)
         except queue.Empty:
             self.close()
-            return {"error": f"it takes more than {seconds:g} seconds"}
+            return {"error": f"it takes more than {seconds:g} seconds", "ended": True}
         except OSError:
             answer = b""
         if not answer:
             self.close()
-            return {"error": "it takes more memory or time than a text needs"}
+            return {"error": "it takes more memory or time than a text needs", "ended": True}
         found: dict[str, Any] = json.loads(answer)
         return found
 

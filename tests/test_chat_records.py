@@ -1,0 +1,273 @@
+"""Chat records as people have them: whatever a column, a role or a turn is called, its conversation is read."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from quantkit import records
+from quantkit.errors import CalibrationError, RecipeError
+from quantkit.recipe import CalibrationSpec
+from quantkit.recipe.evaluation import AnswerSpec, TextSpec
+from quantkit.records import Call, Message, Record
+from quantkit.records.formats import parse
+from quantkit.records.record import UnusableError
+from quantkit.system.validation import parse_section
+
+Q, A, S = Message("user", "Q"), Message("assistant", "A"), Message("system", "S")
+ASKED, ANSWERED = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
+TURNS = [ASKED, ANSWERED]
+CALL = {"id": "c1", "type": "function", "function": {"name": "look", "arguments": '{"x": 1}'}}
+TOOL = {"type": "function", "function": {"name": "look", "parameters": {}}}
+CALLED = Message("assistant", "", calls=(Call("look", '{"x": 1}', "c1"),))
+RETURNED = Message("tool", "42", call_id="c1")
+
+
+def asked(row: Any, **options: Any) -> tuple[Message, ...]:
+    return parse(row, **options).messages
+
+
+@pytest.mark.parametrize("nothing", [None, "", []])
+@pytest.mark.parametrize("calls", [[CALL], json.dumps([CALL])])
+def test_calls_of_tools_stand_beside_no_content(nothing: Any, calls: Any) -> None:
+    called = {"role": "assistant", "content": nothing, "tool_calls": calls}
+    turns = [ASKED, called, {"role": "tool", "tool_call_id": "c1", "content": "42"}, ANSWERED]
+    record = parse({"messages": turns, "tools": [TOOL]})
+    assert record.messages == (Q, CALLED, RETURNED, A)
+    assert [json.loads(tool) for tool in record.tools] == [TOOL]
+
+
+def test_other_ways_to_call_a_tool_are_the_same_calls() -> None:
+    """OpenAI's functions, ShareGPT's, and Anthropic's parts."""
+    bare = Message("assistant", "", calls=(Call("look", '{"x": 1}'),))
+    openai = [
+        ASKED,
+        {"role": "assistant", "content": None, "function_call": {"name": "look", "arguments": {"x": 1}}},
+        {"role": "function", "name": "look", "content": {"r": 42}},
+        {**ANSWERED, "weight": 1},
+    ]
+    assert asked({"messages": openai}) == (Q, bare, Message("tool", '{"r": 42}', name="look"), A)
+    sharegpt = [
+        {"from": "human", "value": "Q"},
+        {"from": "function_call", "value": '{"name": "look", "arguments": {"x": 1}}'},
+        {"from": "observation", "value": "42"},
+        {"from": "gpt", "value": "A"},
+    ]
+    record = parse({"conversations": sharegpt, "tools": '[{"name": "look", "parameters": {}}]', "system": "S"})
+    assert record.messages == (S, Q, bare, Message("tool", "42"), A)
+    assert [json.loads(tool) for tool in record.tools] == [TOOL]
+    anthropic = [
+        ASKED,
+        {"role": "assistant", "content": [{"type": "tool_use", "id": "c1", "name": "look", "input": {"x": 1}}]},
+        {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "c1", "content": [{"text": "42"}]}]},
+        ANSWERED,
+    ]
+    assert asked({"messages": anthropic}) == (Q, CALLED, RETURNED, A)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": json.dumps(TURNS)},
+        {"Messages": TURNS, "prompt": "Q", "prompt_id": "7"},
+        {"messages": [TURNS]},
+        {"messages": [ASKED, {"role": "robot", "content": "A"}]},
+        {"messages": [{"role": "human", "content": "Q"}, {"role": "model", "content": "A"}]},
+        {"messages": [{"role": "User", "content": "Q"}, {"role": "ChatGPT", "content": "A"}]},
+        {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt-4", "value": "A"}]},
+        {"conversations": [{"from": "user", "value": "Q"}, {"from": "bot", "value": "A"}]},
+        {"conversation": [{"human": "Q", "assistant": "A"}]},
+        {"conversation": [{"input": "Q", "output": "A"}]},
+        {"dialogue": [{"speaker": "Ann", "text": "Q"}, {"speaker": "Ben", "text": "A"}]},
+        {"dialog": ["Q", "A"]},
+        {"chat": "USER: Q\n\nASSISTANT: A"},
+        {"contents": [{"role": "user", "parts": [{"text": "Q"}]}, {"role": "model", "parts": [{"text": "A"}]}]},
+        {"anything": [{"type": "human", "content": "Q"}, {"type": "ai", "content": "A"}]},
+        {"custom_id": "1", "body": {"model": "m", "messages": TURNS}},
+        {"prompt": "Q", "completion": "A"},
+        {"prompt": [ASKED], "completion": [ANSWERED]},
+        {"question": "Q", "answer": "A"},
+        {"query": "Q", "response": "A"},
+        {"INSTRUCTION": "Q", "RESPONSE": "A", "SOURCE": "x"},
+        {"problem": "Q", "solution": "A", "answer": "4"},
+        {"question": "Q", "answers": {"text": ["A", "B"], "answer_start": [0, 1]}},
+        {"instruction": "Q", "completions": [{"response": "A", "score": 2}, {"response": "B", "score": 1}]},
+        {"prompt": "Q", "chosen": "A", "rejected": "B"},
+        {"prompt": "Q", "chosen": TURNS, "rejected": TURNS},
+        {"prompt": [ASKED], "chosen": [ANSWERED], "rejected": [ANSWERED]},
+        {"conversations": [{"from": "human", "value": "Q"}], "chosen": {"from": "gpt", "value": "A"}},
+        {"chosen": "\n\nHuman: Q\n\nAssistant: A", "rejected": "\n\nHuman: Q\n\nAssistant: B"},
+        {"prompt": "\n\nHuman: Q\n\nAssistant:", "chosen": "A", "rejected": "B"},
+        {"input": {"messages": [ASKED]}, "preferred_output": [ANSWERED], "non_preferred_output": [ANSWERED]},
+        {"prompt": "Q", "completion": "A", "label": True},
+    ],
+)  # fmt: skip
+def test_one_question_with_its_answer(row: dict[str, Any]) -> None:
+    assert asked(row) == (Q, A)
+
+
+@pytest.mark.parametrize(
+    ("row", "messages"),
+    [
+        ({"instruction": "Q", "context": "C", "response": "A"}, (Message("user", "Q\nC"), A)),
+        ({"question": "Q", "answer": 4}, (Q, Message("assistant", "4"))),
+        ({"prompt": "Q"}, (Q,)),
+        ({"instruction": "Q", "output": "A", "history": [["Q", "A"]], "system": "S"}, (S, Q, A, Q, A)),
+        ({"instruction": "Q", "output": "A", "history": TURNS}, (Q, A, Q, A)),
+        ({"contents": TURNS, "systemInstruction": {"parts": [{"text": "S"}]}}, (S, Q, A)),
+        ({"Question": "Q", "Complex_CoT": "T", "Response": "A"}, (Q, Message("assistant", "A", reasoning="T"))),
+        (
+            {"messages": [ASKED, {**ANSWERED, "reasoning_content": "T"}]},
+            (Q, Message("assistant", "A", reasoning="T")),
+        ),
+        (
+            {"messages": [ASKED, {"role": "assistant", "content": [{"type": "thinking", "thinking": "T"}, "A"]}]},
+            (Q, Message("assistant", "A", reasoning="T")),
+        ),
+        ({"messages": [ASKED, {"role": "assistant", "content": "", "thinking": "T"}]},
+         (Q, Message("assistant", "", reasoning="T"))),
+    ],
+)  # fmt: skip
+def test_what_stands_beside_a_question(row: dict[str, Any], messages: tuple[Message, ...]) -> None:
+    assert asked(row) == messages
+
+
+@pytest.mark.parametrize("nothing", ["", None, " \n"])
+def test_an_empty_turn_at_the_end_is_left_out_and_told(nothing: Any) -> None:
+    record = parse({"messages": [*TURNS, {"role": "user", "content": nothing}]})
+    assert record.messages == (Q, A)
+    assert record.changes == ("an empty turn at its end left out",)
+    with pytest.raises(UnusableError, match="has an empty message"):
+        parse({"messages": [{"role": "user", "content": nothing}, ANSWERED]})
+
+
+def test_parts_that_are_no_text_are_left_out_and_told() -> None:
+    parts = [{"type": "input_text", "text": "Q"}, {"type": "input_audio", "input_audio": {"data": "x"}}]
+    record = parse({"messages": [{"role": "user", "content": parts}, ANSWERED]})
+    assert record.messages == (Q, A)
+    assert record.changes == ("a part of type 'input_audio' left out",)
+
+
+def test_text_is_text_whatever_stands_beside_it() -> None:
+    for row in ({"content": "x"}, {"user": "ann", "text": "x"}, {"text": "x", "label": False}, {"Text": "x", "id": 1}):
+        assert parse(row) == Record(text="x")
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"prompt": "Q", "completion": "A", "label": False}, "marked as not wanted ('label' is false)"),
+        ({"q": "Q", "a": "A"}, "no known format (keys: q, a)"),
+        ({"response": "A"}, "'response' has no question beside it (keys: response)"),
+        ({"chosen": "A", "rejected": "B"}, "'chosen' has no question beside it"),
+        ({"messages": [{"role": "assistant", "content": None, "tool_calls": [{"x": 1}]}]}, "a tool without a name"),
+    ],
+)
+def test_what_cannot_be_read_says_why(row: dict[str, Any], reason: str) -> None:
+    with pytest.raises(UnusableError) as caught:
+        parse(row)
+    assert reason in caught.value.reason
+
+
+def test_a_recipe_says_what_columns_and_roles_are() -> None:
+    assert asked({"q": "Q", "a": "A", "system": "S"}, columns={"prompt": "q", "response": "a"}) == (S, Q, A)
+    assert asked({"messages": TURNS, "q": "Q", "a": "A"}, columns={"question": "q", "answer": "a"}) == (Q, A)
+    turns = [{"who": "7", "what": "Q"}, {"who": "8", "what": "A"}]
+    tags = {"role_tag": "who", "content_tag": "what", "user_tag": "7", "assistant_tag": "8"}
+    assert asked({"log": turns}, columns={"messages": "log"}, tags=tags) == (Q, A)
+    with pytest.raises(UnusableError, match=r"has no 'a' \(keys: q\)"):
+        parse({"q": "Q"}, columns={"prompt": "q", "response": "a"})
+
+
+def test_the_key_columns_calibrates_and_scores(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"q": "Q", "a": "A"}\n')
+    spec = parse_section(CalibrationSpec, {"dataset": str(file), "columns": {"prompt": "q", "response": "a"}}, "x")
+    assert records.load(spec.dataset, spec.columns, spec.tags).records == [Record(messages=(Q, A))]
+    with pytest.raises(CalibrationError, match="none of its 1 records can be used"):
+        records.load(spec.dataset)
+    given = {"file": str(file), "columns": {"prompt": "q", "response": "a"}}
+    sections: list[AnswerSpec | TextSpec] = [
+        parse_section(AnswerSpec, given, "x"),
+        parse_section(TextSpec, {"name": "x", **given}, "x"),
+    ]
+    for found in sections:
+        read = records.read_reference(str(found.file), found.columns, found.tags)
+        assert read.records == [Record(messages=(Q, A))]
+
+
+def test_an_entry_of_dataset_info_stands_for_a_data_set() -> None:
+    entry = {
+        "file_name": "a.json",
+        "formatting": "sharegpt",
+        "columns": {"messages": "log"},
+        "tags": {"role_tag": "by"},
+    }
+    spec = parse_section(CalibrationSpec, {"dataset": entry}, "calibration")
+    assert (spec.dataset, spec.columns, spec.tags) == ("a.json", {"messages": "log"}, {"role_tag": "by"})
+    assert parse_section(CalibrationSpec, {"dataset": {"hf_hub_url": "org/name"}}, "x").dataset == "hub:org/name"
+    assert parse_section(AnswerSpec, {"file": {"hf_hub_url": "org/name"}}, "x").dataset == "org/name"
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"columns": {"promt": "q"}}, r"calibration: columns: unknown column name 'promt' \(did you mean 'prompt'"),
+        ({"columns": {"prompt": "q", "question": "r"}}, "column name 'prompt' is given twice"),
+        ({"tags": {"user": "u"}}, r"calibration: tags: unknown tag 'user' \(did you mean 'user_tag'"),
+        ({"dataset": {"file_name": "a", "num_samples": 3}}, "dataset.num_samples is not read in a recipe"),
+        ({"dataset": {"columns": {}}}, "lies neither in a file nor on the hub"),
+    ],
+)
+def test_mistakes_in_columns_are_one_line(keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        parse_section(CalibrationSpec, keys, "calibration")
+
+
+LINE = json.dumps({"prompt": "Q", "completion": "A"})
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.json", f"{LINE}\n{LINE}\n".encode()),
+        ("a.json", json.dumps({"version": 1, "rows": [{"row": json.loads(LINE)}, {"row": json.loads(LINE)}]}).encode()),
+        ("a.json", json.dumps({"prompt": ["Q", "Q"], "completion": ["A", "A"]}).encode()),
+        ("a.json", json.dumps({"prompt": {"0": "Q", "1": "Q"}, "completion": {"0": "A", "1": "A"}}).encode()),
+        ("a.jsonl", f"[{LINE}, {LINE}]".encode()),
+        ("a.jsonl", "\n".join(json.dumps(json.loads(LINE), indent=1) for _ in range(2)).encode()),
+        ("a.jsonl", f"\ufeff{LINE}\r\n\r\n{LINE}".encode()),
+        ("a.jsonl", f"{LINE}\n{LINE}".encode("utf-16")),
+        ("a.jsonl.gz", gzip.compress(f"{LINE}\n{LINE}\n".encode())),
+        ("a.csv", b"\xef\xbb\xbfprompt,completion\nQ,A\n\nQ,A\n"),
+        ("a.csv", b"prompt;completion\nQ;A\nQ;A\n"),
+        ("a.tsv", b"prompt\tcompletion\nQ\tA\nQ\tA\n"),
+    ],
+)
+def test_files_hold_rows_in_many_ways(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    found = records.read_file(tmp_path / name)
+    assert found.records == [Record(messages=(Q, A))] * 2
+    assert found.name == "a"
+
+
+def test_a_single_object_is_a_record(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps({"messages": TURNS}))
+    assert records.read_file(tmp_path / "a.json").records == [Record(messages=(Q, A))]
+
+
+def test_a_broken_line_loses_itself_alone(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(f'{LINE}\n{{"prompt": \n{LINE}\n')
+    found = records.read_file(tmp_path / "a.jsonl")
+    assert len(found.records) == 2
+    assert [(row.index, row.reason) for row in found.skipped] == [(1, "not valid JSON")]
+
+
+def test_a_list_of_data_sets_is_none(tmp_path: Path) -> None:
+    (tmp_path / "dataset_info.json").write_text("{}")
+    with pytest.raises(CalibrationError, match=r"lists data sets and is none \(write llamafactory:.*/NAME"):
+        records.load(str(tmp_path / "dataset_info.json"))
