@@ -21,6 +21,7 @@ from quantkit.exports.gguf import GgufExport
 from quantkit.exports.gguf_writer import check_source, source_remarks, write_gguf
 from quantkit.gguf.imatrix import Importance, write_imatrix
 from quantkit.gguf.splitting import SPLITTINGS
+from quantkit.gguf.tokenizer_writer import ENDLESS, remarks_on, turn_end
 from quantkit.recipe import ModelSpec
 from quantkit.runtimes.base import LoadOptions
 from quantkit.schemes import PER_CHANNEL, IntScheme, Mxfp4Scheme, Scheme, make_scheme
@@ -35,7 +36,7 @@ from tests.gguf_models import (
     model_with,
     sentencepiece_tokenizer,
 )
-from tests.tiny import CHAT_TEMPLATE, make_model
+from tests.tiny import CHAT_TEMPLATE, make_model, tiny_tokenizer
 
 Q = gguf.GGMLQuantizationType
 LLAMA3 = {
@@ -386,6 +387,24 @@ def test_ollama_is_told_where_a_turn_ends(tmp_path: Path) -> None:
     assert fields["tokenizer.ggml.eos_token_id"].contents() == 2
     assert fields["tokenizer.ggml.eot_token_id"].contents() == 4
     assert fields["tokenizer.chat_template"].contents() == CHAT_TEMPLATE
+
+
+def test_the_mark_with_which_the_template_ends_an_answer_is_a_stop(tmp_path: Path) -> None:
+    path = written(tmp_path, make_model(tmp_path / "float"), IntScheme(4, 32))  # EOS is </s>, the template has another
+    assert 'PARAMETER stop "<|im_end|>"' in (tmp_path / "Modelfile").read_text()
+    assert gguf.GGUFReader(path).fields["tokenizer.ggml.eot_token_id"].contents() == 4
+
+
+@pytest.mark.parametrize(
+    ("ending", "mark", "remarked"),
+    [("<|stop|>\n", "<|stop|>", False), ("</s>", "</s>", False), ("\n### Human: ", None, True), ("", None, False)],
+)
+def test_how_a_template_ends_an_answer(ending: str, mark: str | None, remarked: bool) -> None:
+    tokenizer = tiny_tokenizer("{% for m in messages %}{{ m.role }}: {{ m.content }}" + ending + "{% endfor %}")
+    assert turn_end(tokenizer) == mark
+    assert (ENDLESS in remarks_on(tokenizer)) == remarked
+    refusing = tiny_tokenizer("{{ raise_exception('no') }}")
+    assert (turn_end(refusing), ENDLESS in remarks_on(refusing)) == (None, False)
 
 
 def test_only_one_tensor_is_held_at_a_time(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import torch
 
 from quantkit.checkpoint import CheckpointReader, ShardWriter
 from quantkit.checkpoint.companions import copy_companions
+from quantkit.checkpoint.older_keys import add_older_tokenizer_keys, with_older_keys
 from quantkit.errors import CheckpointError
 from quantkit.exports.content import Content, Stored, digest
 from quantkit.formats.base import Format
@@ -25,6 +26,7 @@ def write_folder(content: Content, store: Format, folder: Path) -> None:
         CheckpointError: what was read back is not what was written.
     """
     copy_companions(content.origin, folder, code=content.runs_code)
+    add_older_tokenizer_keys(folder)
     with ShardWriter(folder) as writer:
         for name, tensor in _tensors(content):
             writer.declare(name, tensor.dtype, tensor.shape)
@@ -56,7 +58,7 @@ def _write_config(content: Content, store: Format, folder: Path) -> None:
         config["quantization_config"] = quantization
     if "dtype" in content.changes:
         config.pop("torch_dtype", None)
-    write_json(folder / "config.json", {**config, **content.changes})
+    write_json(folder / "config.json", with_older_keys({**config, **content.changes}))
 
 
 def _compare(content: Content, store: Format, folder: Path) -> None:

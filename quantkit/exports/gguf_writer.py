@@ -30,7 +30,7 @@ from quantkit.gguf.head import read_head
 from quantkit.gguf.names import TOWER, Naming, Place
 from quantkit.gguf.rope import rope_tensors
 from quantkit.gguf.tensors import FLOATS, MATRICES, dequantized, float_kind
-from quantkit.gguf.tokenizer_writer import end_ids, read_tokenizer, remarks_on, tokenizer_metadata
+from quantkit.gguf.tokenizer_writer import end_ids, read_tokenizer, remarks_on, tokenizer_metadata, turn_end
 from quantkit.gguf.types import FILE_TYPES, type_of
 from quantkit.gguf.writer import Entry, write_file
 from quantkit.system.artifacts import write_text
@@ -116,6 +116,8 @@ def write_gguf(content: Content, folder: Path) -> Path:
     path = folder / f"model-{kind}.gguf"
     write_file(path, metadata, tensors)
     stops = [str(tokenizer.convert_ids_to_tokens(number)) for number in end_ids(tokenizer, content.origin)]
+    mark = turn_end(tokenizer)  # of a model without that token it is text, at which Ollama stops as well
+    stops += [mark] if mark is not None and mark not in stops else []
     write_text(folder / "Modelfile", modelfile(path.name, stops))
     copy_companions(content.origin, folder, licences_only=True)
     _compare(content, path, written_names(content.floats, config, naming), naming)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -26,9 +27,17 @@ from quantkit.gguf.splitting import (
 )
 from quantkit.gguf.vocabulary import SPECIAL, TokenType
 
+ANSWER = "quantkit-answer"
+"""Stands for an answer where a chat template is asked how it ends one."""
+MARK = re.compile(r"<[^<>\s]{1,40}>")
 BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
 COMPOSED = "gguf: llama.cpp does not bring Unicode to its composed form (NFC), as the model's tokenizer does"
 SPACED = "gguf: llama.cpp puts a space before every text after a special token, the model's tokenizer before the first"
+
+ENDLESS = (
+    "gguf: the chat template ends an answer in plain words, so a model may write on; give Ollama a PARAMETER stop and"
+    ' llama-server a "stop" with these words'
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +96,7 @@ def remarks_on(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
     """Where llama.cpp gives other tokens than transformers, on one line each."""
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     remarks = {COMPOSED: backend.get("normalizer") == {"type": "NFC"}}
+    remarks[ENDLESS] = _after_an_answer(tokenizer) != "" and turn_end(tokenizer) is None
     remarks[SPACED] = bool(backend["model"].get("byte_fallback")) and puts_space_before_first_text(backend)
     return tuple(remark for remark, holds in remarks.items() if holds)
 
@@ -191,7 +201,7 @@ def _special(tokenizer: PreTrainedTokenizerBase, folder: Path, rows: int) -> dic
 
 
 def end_ids(tokenizer: PreTrainedTokenizerBase, folder: Path) -> list[int]:
-    """Every token that ends a turn or a text: the tokenizer's own, then those of ``generation_config.json``."""
+    """Every token that ends a turn or a text: the tokenizer's, those of ``generation_config.json``, the template's."""
     found = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     try:
         stated = json.loads((folder / "generation_config.json").read_text(encoding="utf-8")).get("eos_token_id")
@@ -202,7 +212,38 @@ def end_ids(tokenizer: PreTrainedTokenizerBase, folder: Path) -> list[int]:
             f"{folder / 'generation_config.json'} cannot be read: {error}", "get the file again"
         ) from error
     found += stated if isinstance(stated, list) else [] if stated is None else [stated]
+    mark = turn_end(tokenizer)
+    found += [number for token, number in _added(tokenizer) if token == mark]
     return list(dict.fromkeys(number for number in found if isinstance(number, int)))
+
+
+def turn_end(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The mark with which the chat template ends an answer, a token or not; None where it has no such mark.
+
+    Models that were trained on another template than their base often have the base's end of text as their EOS alone.
+    """
+    following = _after_an_answer(tokenizer)
+    names = sorted((token for token, _ in _added(tokenizer)), key=len, reverse=True)
+    marked = MARK.match(following)
+    return next((name for name in names if following.startswith(name)), marked and marked[0])
+
+
+def _added(tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, int]]:
+    """The added tokens that are more than space, with their numbers."""
+    return [(str(token), number) for number, token in tokenizer.added_tokens_decoder.items() if str(token).strip()]
+
+
+def _after_an_answer(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What the chat template writes after an answer, without spaces; empty where it has none or refuses one."""
+    template = chat_template(tokenizer)
+    if not template:
+        return ""
+    turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": ANSWER}]
+    try:
+        text = str(tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False))
+    except (TemplateError, TypeError, ValueError, KeyError, AttributeError):
+        return ""  # a template may refuse any record, and no stop follows from it then
+    return text.rpartition(ANSWER)[2].lstrip()
 
 
 def _end_of_turn(tokenizer: PreTrainedTokenizerBase, folder: Path) -> int | None:

@@ -15,9 +15,19 @@ from quantkit.exports.manifest import read_manifest
 from quantkit.formats import FORMATS
 from quantkit.inspection.layers import layer_facts
 from quantkit.inspection.loading import loads, loads_float
-from quantkit.inspection.problems import architecture_problems, fused_problems, layer_problems, leftover_problems
+from quantkit.inspection.parallel import tensor_parallel
+from quantkit.inspection.problems import (
+    architecture_problems,
+    fused_problems,
+    ignored_scales,
+    layer_problems,
+    leftover_problems,
+    scale_problems,
+)
 
 SCHEMA = 1
+SERVER = "vllm"
+"""The runtime that splits layers over devices, as SGLang does."""
 
 
 def inspect(path: Path, *, deep: bool = True) -> dict[str, Any]:
@@ -35,8 +45,9 @@ def inspect(path: Path, *, deep: bool = True) -> dict[str, Any]:
         disk; ``parameters``; ``quantized_weights``; ``bits_per_weight`` over these, None where there are none;
         ``layers``, see :func:`quantkit.inspection.layers.layer_facts`; ``schemes``, ``layers``, ``weights``,
         ``bytes`` and ``bits_per_weight`` of each; ``floats``, name, shape, dtype and bytes of each other tensor;
-        ``float_dtypes``, tensors, parameters and bytes of each; ``activation_scales``, names; ``loads``, lines on
-        what loads it; ``remarks`` of its format; ``problems``, a line each.
+        ``float_dtypes``, tensors, parameters and bytes of each; ``activation_scales``, names;
+        ``tensor_parallel``, None or ``sizes`` over which servers can split it and ``limits``, by size what stands in
+        the way of others; ``loads``, lines on what loads it; ``remarks`` of its format; ``problems``, a line each.
 
     Raises:
         CheckpointError: there is no checkpoint, it is broken, or of a format that quantkit does not read.
@@ -52,7 +63,9 @@ def inspect(path: Path, *, deep: bool = True) -> dict[str, Any]:
     store = FORMATS.get(export.format)
     schemes = set(export.schemes.values())
     found["activation_scales"] = export.activation_scales() if isinstance(export, FolderExport) else []
-    found["loads"] = loads(store, schemes, export.config())
+    found["loads"] = loads(store, schemes, export.config(), whole=not ignored_scales(export))
+    if known and SERVER in store.runtimes:
+        found["tensor_parallel"] = tensor_parallel(export).to_json()
     found["remarks"] = list(export.remarks() if isinstance(export, FolderExport) else store().remarks(schemes))
     found["problems"] = _problems(export, layers, deep=deep, folder=known)
     return found
@@ -61,7 +74,7 @@ def inspect(path: Path, *, deep: bool = True) -> dict[str, Any]:
 def _problems(export: Export, layers: list[dict[str, Any]], *, deep: bool, folder: bool) -> list[str]:
     found = [*fused_problems(export), *layer_problems(layers)]
     if folder:
-        found += leftover_problems(export)
+        found += [*leftover_problems(export), *scale_problems(export)]
     if deep:
         found += architecture_problems(export.config(), set(export.float_names()), set(export.schemes))
     return found
@@ -121,6 +134,7 @@ def _facts(
         "floats": floats,
         "float_dtypes": _by_dtype(floats),
         "activation_scales": [],
+        "tensor_parallel": None,
         "loads": [],
         "remarks": [],
         "problems": [],

@@ -12,10 +12,21 @@ SERVERS = {"vllm": "vLLM", "ollama": "Ollama"}
 REFERENCE = "quantkit's reference decoder"
 
 
-def loads(store: type[Format], schemes: Collection[Scheme], config: Mapping[str, Any]) -> list[str]:
-    """Who loads a quantized checkpoint: the runtimes of its format, and the reference decoder always."""
+def loads(
+    store: type[Format], schemes: Collection[Scheme], config: Mapping[str, Any], *, whole: bool = True
+) -> list[str]:
+    """Who loads a quantized checkpoint: the runtimes of its format, and the reference decoder always.
+
+    Args:
+        store: its format.
+        schemes: of its layers.
+        config: ``config.json``.
+        whole: transformers has a place for all of its tensors.
+    """
     dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
     lines = [_runtime(name, store, schemes, dtype) for name in store.runtimes]
+    if not whole:
+        lines = [f"{line}, not whole: see the problems" if line.startswith("transformers") else line for line in lines]
     return [*lines, f"{REFERENCE}: as a float model"]
 
 

@@ -6,7 +6,9 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from quantkit.checkpoint.older_keys import numbers_of
 from quantkit.exports import Export
+from quantkit.exports.folder import FolderExport, read_config
 from quantkit.formats import FORMATS
 
 if TYPE_CHECKING:
@@ -57,6 +59,41 @@ def leftover_problems(export: Export) -> Iterator[str]:
         yield f"{_listed(twice)}: stored as float beside the packed layer"
 
 
+def ignored_scales(export: Export) -> list[str]:
+    """Names of scales of activations and caches that a file of another tool holds and its config does not ask for."""
+    if not isinstance(export, FolderExport):
+        return []
+    asked = tuple(_asked_scales(read_config(export.path).get("quantization_config")))
+    return [name for name in export.activation_scales() if not name.endswith(asked)]
+
+
+def scale_problems(export: Export) -> Iterator[str]:
+    """The same in words: transformers has no place for such tensors, which is what ``quantkit verify`` finds."""
+    names = ignored_scales(export)
+    if names:
+        yield (
+            f"{_listed(names)}: scales that the config does not ask for; transformers does not know them, so the file"
+            " does not load whole there, as quantkit verify says; its weights do not depend on them"
+        )
+
+
+def _asked_scales(quantization: Any) -> Iterator[str]:
+    """Ends of the names of scales that a config asks for: of inputs that are not rounded anew each time, and caches."""
+    if not isinstance(quantization, Mapping):
+        return
+    for key, value in quantization.items():
+        if key == "activation_scheme" and value == "static":
+            yield from (".input_scale", ".output_scale")
+        elif key in ("input_activations", "output_activations") and isinstance(value, Mapping):
+            if value.get("dynamic") is not True:
+                kind = key.partition("_")[0]
+                yield from (f".{kind}_scale", f".{kind}_zero_point", f".{kind}_global_scale")
+        elif key.startswith("kv_cache") and value:
+            yield from (f".{each}_{part}" for each in "qkv" for part in ("scale", "zero_point"))
+        else:
+            yield from _asked_scales(value)
+
+
 def architecture_problems(config: Mapping[str, Any], floats: set[str], layers: set[str]) -> list[str]:
     """How the tensors differ from those of the model class that the config names.
 
@@ -101,21 +138,12 @@ def _built(config: Mapping[str, Any]) -> PreTrainedModel | str:
         return f"transformers {transformers.__version__} has no model class {names[0] if names else '(none is named)'}"
     try:
         with torch.device("meta"):
-            model: PreTrainedModel = cls._from_config(cls.config_class.from_dict(_with_floats(dict(config))))
+            model: PreTrainedModel = cls._from_config(cls.config_class.from_dict(numbers_of(dict(config))))
     except (
         ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError, StrictDataclassError,
     ) as error:  # fmt: skip  # of values that nobody foresaw
         return f"transformers cannot build {names[0]} from the config: {str(error).splitlines()[0]}"
     return model
-
-
-def _with_floats(value: Any) -> Any:
-    """A config with the numbers that JSON has no word for; transformers writes ``{"__float__": "Infinity"}``."""
-    if isinstance(value, Mapping):
-        if set(value) == {"__float__"}:
-            return float(value["__float__"])
-        return {key: _with_floats(each) for key, each in value.items()}
-    return [_with_floats(each) for each in value] if isinstance(value, list) else value
 
 
 def _listed(names: list[str]) -> str:

@@ -62,6 +62,10 @@ def _summary(found: dict[str, Any]) -> Table:
         "quantized": f"{found['quantized_weights']:,} weights in {len(found['layers'])} layers",
         "bits per weight": ABSENT if bits is None else f"{bits:.3f}",
     }
+    if found["tensor_parallel"] is not None:
+        limits = found["tensor_parallel"]["limits"].items()
+        sizes = ", ".join(map(str, found["tensor_parallel"]["sizes"]))
+        facts["tensor parallel over"] = sizes + "".join(f" ({size}: {limit})" for size, limit in list(limits)[:1])
     if found["activation_scales"]:
         facts["scales of activations"] = f"{len(found['activation_scales'])} tensors"
     for name, text in facts.items():

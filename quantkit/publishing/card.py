@@ -10,14 +10,17 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from quantkit.checkpoint.model_class import class_name_in
+from quantkit.checkpoint.older_keys import TOKENIZER_CONFIG, newer_than
 from quantkit.errors import CheckpointError
+from quantkit.exports import open_export
 from quantkit.exports.manifest import EXPORT_AGAIN, MANIFEST, read_manifest, read_verdicts
 from quantkit.formats import FORMATS
+from quantkit.inspection.parallel import tensor_parallel
 from quantkit.publishing.front_matter import front_matter
 from quantkit.publishing.markdown import code, fenced, plain, table
 from quantkit.publishing.usage import Subject, usage
 from quantkit.schemes import Scheme, scheme_from_json
-from quantkit.system.artifacts import write_text
+from quantkit.system.artifacts import read_json, write_text
 from quantkit.system.units import finite, percentage
 
 if TYPE_CHECKING:
@@ -117,8 +120,16 @@ def _subject(name: str, folder: Path, manifest: Mapping[str, Any], schemes: Mapp
         embedding=manifest.get("embedding") is not None,
         gguf=files[0] if files else None,
         loads=class_name_in(folder),
+        split=tensor_parallel(open_export(folder)).words() if schemes and (folder / "config.json").is_file() else None,
+        newer=tuple(newer_than(_json(folder / "config.json"), _json(folder / TOKENIZER_CONFIG))),
         remote_code=manifest.get("remote_code") is True,
     )
+
+
+def _json(file: Path) -> dict[str, Any]:
+    """A file of the checkpoint; empty where there is none."""
+    found = read_json(file) if file.is_file() else {}
+    return found if isinstance(found, dict) else {}
 
 
 def _recipe(folder: Path) -> dict[str, Any]:

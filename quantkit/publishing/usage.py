@@ -26,6 +26,8 @@ class Subject:
         embedding: whether its input embedding is quantized.
         gguf: name of the file, if it is one.
         loads: the class of transformers that loads it.
+        split: the tensor-parallel sizes at which its groups divide, in words; None where nobody splits it.
+        newer: what releases before transformers 5 misread of its files.
         remote_code: whether it was made with Python code of its own, which loaders must be told to trust.
     """
 
@@ -36,6 +38,8 @@ class Subject:
     embedding: bool
     gguf: str | None
     loads: str = "AutoModelForCausalLM"
+    split: str | None = None
+    newer: tuple[str, ...] = ()
     remote_code: bool = False
 
 
@@ -51,7 +55,8 @@ def _transformers(subject: Subject) -> str:
         return f"transformers does not compute from {subject.store.name} files."
     if not subject.store.computes_in(subject.schemes):
         return f"transformers does not load {subject.store.name} files with these schemes."
-    packages = [f"transformers<{int(old) + 1}" if (old := runtime.partition(" ")[2]) else "transformers"]
+    newest = "transformers>=5" if subject.newer else "transformers"
+    packages = [f"transformers<{int(old) + 1}" if (old := runtime.partition(" ")[2]) else newest]
     packages += subject.store.packages("transformers", subject.schemes)
     install = f"pip install {' '.join(shlex.quote(name) for name in packages)}"
     dtype = _dtype(subject)
@@ -66,7 +71,15 @@ def _transformers(subject: Subject) -> str:
         'ids = tokenizer("The capital of France is", return_tensors="pt").to(model.device)',
         "print(tokenizer.decode(model.generate(**ids, max_new_tokens=20)[0]))",
     ]
-    return f"{fenced(install, 'sh')}\n\n{fenced(chr(10).join(lines), 'python')}"
+    return f"{fenced(install, 'sh')}\n\n{fenced(chr(10).join(lines), 'python')}{_newer(subject)}"
+
+
+def _newer(subject: Subject) -> str:
+    """What older releases misread, where older keys do not say it as well."""
+    if not subject.newer:
+        return ""
+    what = "; ".join(subject.newer)
+    return f"\n\nTransformers 5 is needed, here and in servers: releases before it misread {what}."
 
 
 def _dtype(subject: Subject) -> str:
@@ -83,7 +96,8 @@ def _vllm(subject: Subject) -> str:
     commands = f"pip install {packages}\nvllm serve {shlex.quote(subject.name)}"
     commands += " --trust-remote-code" if subject.remote_code else ""
     untested = subject.store.untested.get(Vllm.name)
-    return fenced(commands, "sh") + (f"\n\n{untested}" if untested else "")
+    split = f"Groups of weights divide at these tensor-parallel sizes: {subject.split}." if subject.split else ""
+    return "\n\n".join([fenced(commands, "sh"), *(text for text in (untested, split, _newer(subject).strip()) if text)])
 
 
 def _llama_cpp(subject: Subject) -> str:
