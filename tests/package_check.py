@@ -20,6 +20,7 @@ from pathlib import Path, PurePosixPath
 from tests.large_files import LIMIT, ROOT, tracked
 
 SDIST_TOP = {
+    "hatch_build.py",
     "CHANGELOG.md",
     "LICENSE",
     "PKG-INFO",
@@ -58,6 +59,7 @@ def main(out: Path) -> None:
         (metadata,) = (packed.read(name).decode() for name in in_wheel if name.endswith(".dist-info/METADATA"))
     version = message_from_string(metadata)["Version"]
     refuse(sdist_faults(in_sdist) + wheel_faults(in_wheel, [path.relative_to(ROOT) for path in tracked(ROOT)]))
+    refuse(readme_faults())
     say(f"{sdist.name} of {len(in_sdist)} files and {wheel.name} of {len(in_wheel)} files hold what they should")
     with tempfile.TemporaryDirectory() as folder:
         refuse(version_faults(Path(folder)))
@@ -106,6 +108,16 @@ def version_faults(folder: Path) -> list[str]:
     return [f"the version of {what} is {told}" for what, form, told in found if not re.fullmatch(form, told)]
 
 
+def readme_faults() -> list[str]:
+    """Links of the README on PyPI that lead nowhere, where the repository is named as it is in a release."""
+    address = "https://example.org/owner/name"
+    told = json.loads(run([sys.executable, "-m", "hatchling", "metadata"], REPOSITORY_URL=address))
+    links = re.findall(r"\]\(([^)\s]+)", told["readme"]["text"])
+    if told["urls"]["Source"] != address or not any(link.startswith(f"{address}/raw/") for link in links):
+        return ["the metadata does not name the repository"]
+    return [f"the README on PyPI links to '{link}'" for link in links if not link.startswith(("https://", "#"))]
+
+
 def told_version(folder: Path) -> str:
     """The version that hatchling gives a folder."""
     return run([sys.executable, "-W", "ignore", "-m", "hatchling", "version"], folder).strip()
@@ -135,14 +147,14 @@ def try_out(wheel: Path, version: str, folder: Path) -> None:
         raise RefusedError(f"a checkpoint says that '{manifest['created_by']}' made it")
 
 
-def run(command: Sequence[str], folder: Path = ROOT) -> str:
+def run(command: Sequence[str], folder: Path = ROOT, **variables: str) -> str:
     """What a command prints; it sees neither this checkout's packages nor its environment's.
 
     Raises:
         RefusedError: it fails.
     """
     left_out = {"PYTHONPATH", "VIRTUAL_ENV", "PYTHONHOME"}
-    environment = {name: value for name, value in os.environ.items() if name not in left_out}
+    environment = {name: value for name, value in os.environ.items() if name not in left_out} | variables
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RefusedError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout}{done.stderr}")

@@ -32,7 +32,7 @@ def test_a_wheel_holds_the_package_and_the_calibration_data_alone() -> None:
 
 
 def test_the_version_comes_from_tags() -> None:
-    assert PROJECT["project"]["dynamic"] == ["version"]
+    assert PROJECT["project"]["dynamic"] == ["readme", "urls", "version"]
     assert PROJECT["tool"]["hatch"]["version"] == {"source": "vcs", "fallback-version": package_check.FALLBACK}
     assert "export-subst" in (ROOT / ".gitattributes").read_text(encoding="utf-8")
     assert "$Format:%(describe" in (ROOT / ".git_archival.txt").read_text(encoding="utf-8")
