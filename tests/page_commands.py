@@ -23,11 +23,17 @@ SHAPE: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "head_dim
 BLOCK = re.compile(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```$', re.MULTILINE | re.DOTALL)
 
 
-def make_place(folder: Path) -> Path:
-    """``my-model``, ``my-base`` with ``my-adapter``, ``my-data.jsonl`` and ``held-out.jsonl``."""
-    make_model(folder / "my-model", dtype=torch.bfloat16, **SHAPE)
+def make_place(folder: Path, **shape: Any) -> Path:
+    """``my-model``, ``my-base`` with ``my-adapter``, ``my-data.jsonl`` and ``held-out.jsonl``.
+
+    Args:
+        folder: where they are made.
+        shape: of the models, where it is not that of :data:`SHAPE`.
+    """
+    shape = {**SHAPE, **shape}
+    make_model(folder / "my-model", dtype=torch.bfloat16, **shape)
     edit_json(folder / "my-model" / "tokenizer_config.json", of_transformers_4)
-    make_model(folder / "my-base", dtype=torch.bfloat16, seed=1, **SHAPE)
+    make_model(folder / "my-base", dtype=torch.bfloat16, seed=1, **shape)
     make_adapter(folder / "my-adapter", folder / "my-base", named="./my-base")
     for name, count in {"my-data.jsonl": 80, "held-out.jsonl": 8}.items():
         rows = [
