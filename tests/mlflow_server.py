@@ -33,6 +33,7 @@ class Server:
 
     uri: str = ""
     refuse: str | None = None
+    made: int = 0
     experiments: dict[str, str] = field(default_factory=dict)
     runs: dict[str, Run] = field(default_factory=dict)
     artifacts: dict[str, bytes] = field(default_factory=dict)
@@ -47,7 +48,8 @@ class Server:
             self.experiments[given["name"]] = str(len(self.experiments) + 1)
             return {"experiment_id": self.experiments[given["name"]]}
         if name == "runs/create":
-            run_id = f"{len(self.runs):032x}"
+            self.made += 1
+            run_id = f"{self.made:032x}"
             tags = {tag["key"]: tag["value"] for tag in given.get("tags", [])}
             self.runs[run_id] = Run(given["run_name"], given["experiment_id"], tags)
             return {"run": self._run(run_id)}
@@ -58,6 +60,12 @@ class Server:
             for kind, kept in (("tags", run.tags), ("params", run.params), ("metrics", run.metrics)):
                 assert len(given.get(kind, [])) <= 100
                 kept.update({each["key"]: each["value"] for each in given.get(kind, [])})
+            return {}
+        if name == "runs/search":
+            mark = given["filter"].split("'")[1]
+            return {"runs": [self._run(run_id) for run_id, run in self.runs.items() if mark in run.tags.values()]}
+        if name == "runs/delete":
+            del self.runs[given["run_id"]]
             return {}
         if name == "runs/update":
             self.runs[given["run_id"]].status = given["status"]

@@ -207,6 +207,25 @@ def test_a_server_that_refuses_says_why(server: Server, tmp_path: Path) -> None:
     server.refuse = "runs/log-batch"
     with pytest.raises(OutputError, match=r"refused: /api/2\.0/mlflow/runs/log-batch"):
         track(MlflowSpec(uri=server.uri), written(tmp_path))
+    assert server.runs == {}, "a run is left as if it were running"
+
+
+def test_patterns_are_values_and_a_report_that_is_told_again_stands_there_once(server: Server, tmp_path: Path) -> None:
+    recipe = content()["recipe"]
+    patterns = {r"mlp\.down_proj$": {"bits": 8}, "(q|k|v)_proj": {"scheme": "fp8"}}
+    recipe["variants"][0]["overrides"] = patterns
+    recipe["odd"] = {"a(b)|c/../d": 1}
+    folder = written(tmp_path, recipe=recipe)
+    for _ in range(2):
+        told = track(MlflowSpec(uri=server.uri), folder)
+    assert len(server.runs) == 4
+    assert next(iter(server.runs)) == told["run_id"]
+    parent, first, *_ = server.runs.values()
+    assert parent.params["odd.a_b__c_.._d"] == "1"
+    assert first.params["overrides.0.pattern"] == r"mlp\.down_proj$"
+    assert first.params["overrides.0.bits"] == "8"
+    assert first.params["overrides.1.pattern"] == "(q|k|v)_proj"
+    assert {run.status for run in server.runs.values()} == {"FINISHED", "FAILED"}
 
 
 def test_a_token_goes_to_the_server_and_nowhere_else(

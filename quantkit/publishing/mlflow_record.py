@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +16,10 @@ _FACTS = ("method", "format", "scheme", "loaded_by", "checkpoint")
 _LEFT_OUT = ("prompts_checksum", "seconds_per_token")
 LONGEST_KEY, LONGEST_VALUE = 250, 6000
 """Characters that MLflow takes of a parameter's or metric's name, and of a parameter's value."""
+_NOT_IN_KEYS = re.compile(r"[^\w.\- ]")
+"""What is put out of names: MLflow takes letters, digits, ``_``, ``-``, ``.``, spaces, and slashes as in a path."""
+REPORT = "quantkit.report"
+"""The tag by which the runs of one report are found again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +50,7 @@ def tracked(report: Mapping[str, Any]) -> Tracked:
         report: the content of ``report.json``.
     """
     recipe = dict(report.get("recipe") or {})
+    mark = {REPORT: hashlib.sha256(json.dumps(report, sort_keys=True).encode()).hexdigest()}
     asked = {str(each.get("name")): each for each in recipe.pop("variants", [])}
     gates = report.get("gates") or []
     return Tracked(
@@ -50,8 +58,8 @@ def tracked(report: Mapping[str, Any]) -> Tracked:
         failed=report.get("status") != "ok",
         params=_params(recipe),
         metrics={f"baseline.{name}": value for name, value in figures(report.get("baseline") or {}).items()},
-        tags=_tags(report),
-        nested=tuple(_variant(row, asked.get(str(row["name"]), {}), gates) for row in report["variants"]),
+        tags=_tags(report) | mark,
+        nested=tuple(_variant(row, asked.get(str(row["name"]), {}), gates, mark) for row in report["variants"]),
     )
 
 
@@ -63,11 +71,13 @@ def figures(row: Mapping[str, Any]) -> dict[str, float]:
             continue
         if isinstance(value, int | float) and math.isfinite(value):
             short = name.removeprefix("metrics.").removesuffix(".value")
-            found[short[:LONGEST_KEY]] = float(value)
+            found[_key(short)] = float(value)
     return found
 
 
-def _variant(row: Mapping[str, Any], asked: Mapping[str, Any], gates: Sequence[Mapping[str, Any]]) -> Tracked:
+def _variant(
+    row: Mapping[str, Any], asked: Mapping[str, Any], gates: Sequence[Mapping[str, Any]], mark: Mapping[str, str]
+) -> Tracked:
     verdicts = {str(gate["gate"]): bool(gate["passed"]) for gate in gates if gate.get("variant") == row["name"]}
     tags = {f"quantkit.{key}": str(row[key]) for key in _FACTS if row.get(key)}
     tags |= {"quantkit.error": str(row["error"])[:LONGEST_VALUE]} if row.get("error") else {}
@@ -76,9 +86,9 @@ def _variant(row: Mapping[str, Any], asked: Mapping[str, Any], gates: Sequence[M
     return Tracked(
         name=str(row["name"]),
         failed=row.get("status") != "ok" or bool(missed),
-        params=_params(asked),
+        params=_params({**asked, "overrides": _listed(asked.get("overrides"))}),
         metrics=figures(row),
-        tags=tags,
+        tags={**tags, **mark},
     )
 
 
@@ -99,10 +109,19 @@ def _tags(report: Mapping[str, Any]) -> dict[str, str]:
     return {key: str(value)[:LONGEST_VALUE] for key, value in given.items() if value is not None}
 
 
+def _listed(overrides: object) -> list[dict[str, Any]]:
+    """Overrides as a list, as a regular expression can be no part of a parameter's name."""
+    patches = overrides if isinstance(overrides, Mapping) else {}
+    return [{"pattern": pattern, **patch} for pattern, patch in patches.items()]
+
+
+def _key(name: str) -> str:
+    """A name as MLflow takes it."""
+    return _NOT_IN_KEYS.sub("_", name)[:LONGEST_KEY]
+
+
 def _params(given: Mapping[str, Any]) -> dict[str, str]:
-    return {
-        name[:LONGEST_KEY]: str(value)[:LONGEST_VALUE] for name, value in _leaves(given) if value not in (None, [], {})
-    }
+    return {_key(name): str(value)[:LONGEST_VALUE] for name, value in _leaves(given) if value not in (None, [], {})}
 
 
 def _leaves(given: Any, path: str = "") -> Iterator[tuple[str, Any]]:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from quantkit.publishing.mlflow_record import Tracked, tracked
+from quantkit.publishing.mlflow_record import REPORT, Tracked, tracked
 from quantkit.system.artifacts import read_json
 from quantkit.system.worker import Report, serve
 
@@ -21,7 +21,7 @@ BATCH = 100
 
 
 def log(record: Tracked, uri: str, experiment: str, files: list[Path]) -> dict[str, str]:
-    """Log a run.
+    """Log a run; runs of the same report that were logged before give way to it.
 
     Args:
         record: what is logged.
@@ -39,22 +39,47 @@ def log(record: Tracked, uri: str, experiment: str, files: list[Path]) -> dict[s
 
     client = MlflowClient(tracking_uri=uri)
     there = client.get_experiment_by_name(experiment)
-    place = client.create_experiment(experiment) if there is None else there.experiment_id
-    run_id = _log_one(client, place, record, {})
-    for variant in record.nested:
-        _end(client, _log_one(client, place, variant, {PARENT: run_id}), variant)
-    for file in files:
-        client.log_artifact(run_id, str(file))
-    _end(client, run_id, record)
-    return {"run_id": run_id, "experiment_id": str(place)}
+    place = str(client.create_experiment(experiment) if there is None else there.experiment_id)
+    earlier = [] if there is None else _runs_of(client, place, record)
+    begun: list[str] = []
+    try:
+        run_id = _log_one(client, place, record, {}, begun)
+        for variant in record.nested:
+            _end(client, _log_one(client, place, variant, {PARENT: run_id}, begun), variant)
+        for file in files:
+            client.log_artifact(run_id, str(file))
+        _end(client, run_id, record)
+    except BaseException:
+        _remove(client, begun)
+        raise
+    _remove(client, earlier)
+    return {"run_id": run_id, "experiment_id": place}
 
 
-def _log_one(client: Any, experiment: str, record: Tracked, tags: Mapping[str, str]) -> str:
-    """Begin a run with all that is known of it; returns its id."""
+def _runs_of(client: Any, experiment: str, record: Tracked) -> list[str]:
+    """The runs that an earlier telling of the same report left, whole or half."""
+    wanted = f"tags.`{REPORT}` = '{record.tags[REPORT]}'"
+    return [str(run.info.run_id) for run in client.search_runs([experiment], filter_string=wanted)]
+
+
+def _remove(client: Any, runs: list[str]) -> None:
+    """Take runs off the server's list, so that none is left as if it were running."""
+    for run_id in runs:
+        try:
+            client.set_terminated(run_id, status="KILLED")
+            client.delete_run(run_id)
+        except Exception as error:  # the server may be gone, and what went wrong before is what is told
+            print(f"run {run_id} is left on the server: {error}", file=sys.stderr)  # noqa: T201 - to the worker's log
+
+
+def _log_one(client: Any, experiment: str, record: Tracked, tags: Mapping[str, str], begun: list[str]) -> str:
+    """Begin a run with all that is known of it; returns its id, which is also put beside those that were begun."""
     from mlflow.entities import Metric, Param, RunTag
     from mlflow.utils.time import get_current_time_millis
 
-    run_id = str(client.create_run(experiment, run_name=record.name, tags=dict(tags)).info.run_id)
+    marked = {**tags, REPORT: record.tags[REPORT]}
+    run_id = str(client.create_run(experiment, run_name=record.name, tags=marked).info.run_id)
+    begun.append(run_id)
     now = get_current_time_millis()
     for params in _batches([Param(key, value) for key, value in record.params.items()]):
         client.log_batch(run_id, params=params)
