@@ -19,6 +19,7 @@ from quantkit.report.comparison import build_comparison, failure
 from quantkit.report.definitions import definitions, text_definitions
 from quantkit.report.divergence_table import divergence_tables
 from quantkit.report.facts import calibration_facts, environment_facts, source_facts, variant_facts
+from quantkit.report.layer_map import LEGEND, layer_maps
 from quantkit.report.losses import frontier
 from quantkit.report.numbers import figure, fixed, pick
 from quantkit.report.plot import Plot, build_plot
@@ -70,6 +71,8 @@ def context(report: Record, plot: Plot | None) -> dict[str, Any]:
         "plot": plot,
         "divergences": divergence_tables(report),
         "samples": build_samples(report),
+        "maps": layer_maps(report),
+        "map_legend": LEGEND,
         "further": further_rows(report),
         "further_models": further_models(report),
         "gates": gate_table(report),
