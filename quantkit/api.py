@@ -20,6 +20,7 @@ from quantkit.recipe import (
     Recipe,
     VariantSpec,
 )
+from quantkit.schemes import PlainScheme
 from quantkit.system.progress import Observer, Silent
 from quantkit.system.units import parse_seconds
 from quantkit.system.validation import parse_section
@@ -70,6 +71,7 @@ def quantize(
     format: str | None = None,  # noqa: A002 - the recipe's word
     calibration: str | Path | Mapping[str, Any] | CalibrationSpec | None = None,
     device: str = "auto",
+    dtype: str = "auto",
     decode: bool = False,
     trust_remote_code: bool = False,
     observer: Observer | None = None,
@@ -85,6 +87,7 @@ def quantize(
         format: name of a format; by default what goes with the others, or ``compressed-tensors``.
         calibration: a data set, or the keys of a recipe's ``calibration`` section.
         device: ``auto`` (CUDA where there is one), ``cpu``, ``cuda`` or ``cuda:N``.
+        dtype: of scales and of all that stays float; ``auto`` is one of 16 bits, ``own`` the model's own.
         decode: decode a model that a tool has quantized; see :class:`quantkit.recipe.ModelSpec`.
         trust_remote_code: run Python code that comes with the model.
         observer: is told what happens.
@@ -104,7 +107,10 @@ def quantize(
     variant = parse_section(VariantSpec, {**given, **options}, "quantize")
     for line in (*variant.implied_by(given), *(f"warning: {warning}" for warning in variant.warnings())):
         watching.note(line)
-    told = {"source": str(model), "decode": decode, "trust_remote_code": trust_remote_code}
+    plain = variant.base_scheme()
+    if dtype == "auto" and isinstance(plain, PlainScheme) and plain.dtype:
+        dtype = "own"  # every value is rounded once, to the scheme's dtype
+    told = {"source": str(model), "dtype": dtype, "decode": decode, "trust_remote_code": trust_remote_code}
     found = parse_section(ModelSpec, told, "model")
     place = parse_section(QuantizationSpec, {"device": device}, "quantize").device
     return quantize_one(found, variant, _calibration(calibration), Path(out), watching, place)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.runs import write_records
 from tests.slow_files import SlowFiles
@@ -18,8 +19,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Llama."""
-    return make_model(tmp_path_factory.mktemp("models") / "llama")
+    """A tiny Llama, in bfloat16 as models are published."""
+    return make_model(tmp_path_factory.mktemp("models") / "llama", dtype=torch.bfloat16)
 
 
 @pytest.fixture(scope="module")

@@ -92,7 +92,7 @@ def test_a_plan_is_a_table_or_json(run: subprocess.CompletedProcess[str], model:
     assert "12 records, 48 tokens each at most" in table.stdout
     found = json.loads(invoke("plan", path, "--json").stdout)
     assert [variant["state"] for variant in found["variants"]] == ["finished", "to do"]
-    assert found["source"]["dtype"] == "float32"
+    assert found["source"]["dtype"] == "bfloat16"
 
 
 def test_validate_says_what_the_recipe_is(recipe: Path) -> None:

@@ -524,7 +524,7 @@ def test_names_that_differ_and_those_that_say_more(tmp_path: Path) -> None:
 
 def tuned_recipe(base: Path, adapter: Path, records: Path, out: Path, **changes: Any) -> Recipe:
     data = recipe_data(base, records, out, VARIANTS, **changes)
-    data["model"]["adapter"] = str(adapter)
+    data["model"] |= {"adapter": str(adapter), "dtype": "own"}
     return Recipe.parse(yaml.safe_dump(data))
 
 

@@ -129,7 +129,7 @@ def tokenizer_of(folder: Path) -> PreTrainedTokenizerBase:
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_float32_file_gives_the_model_back_that_it_was_made_from(tmp_path: Path, family: str, tied: bool) -> None:
-    source = converted(write_gguf(tmp_path / "m.gguf", family, Q.F32, tie_word_embeddings=tied))
+    source = converted(write_gguf(tmp_path / "m.gguf", family, Q.F32, tie_word_embeddings=tied), dtype="own")
     assert (source.kind, source.dtype, source.relative_to) == ("gguf", "float32", "the float model")
     ours, original = CheckpointReader(source.folder), CheckpointReader(tmp_path / "float")
     assert set(ours.names()) == set(original.names())
@@ -142,7 +142,7 @@ def test_a_float32_file_gives_the_model_back_that_it_was_made_from(tmp_path: Pat
 
 
 def test_biases_of_a_llama_are_read_and_put_in_order(tmp_path: Path) -> None:
-    source = converted(write_gguf(tmp_path / "m.gguf", kind=Q.F32, attention_bias=True, mlp_bias=True))
+    source = converted(write_gguf(tmp_path / "m.gguf", kind=Q.F32, attention_bias=True, mlp_bias=True), dtype="own")
     ours, original = CheckpointReader(source.folder), CheckpointReader(tmp_path / "float")
     assert "model.layers.0.self_attn.q_proj.bias" in ours
     assert set(ours.names()) == set(original.names())

@@ -125,7 +125,7 @@ def merge(
     further: Annotated[
         list[str] | None, typer.Option("--with", metavar="ADAPTER[=WEIGHT]", help="One more adapter; repeatable.")
     ] = None,
-    dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto (the base's own), float32, float16 or bfloat16.")] = "auto",
     base_weights: Annotated[str, typer.Option(help="original, or nf4 for a QLoRA adapter.")] = "original",
     any_base: Annotated[bool, typer.Option("--any-base", help="Though an adapter names another base.")] = False,
     decode: Annotated[bool, typer.Option("--decode", help="Decode a base that a tool has quantized.")] = False,
@@ -188,6 +188,7 @@ def quantize(
     max_length: Annotated[int, typer.Option(help="Tokens per calibration row.")] = 512,
     experts: Annotated[str, typer.Option(help="Tokens that an expert is calibrated on: routed or all.")] = "routed",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="Of scales and float tensors: auto (16 bits), own, or a dtype.")] = "auto",
     decode: Annotated[bool, typer.Option("--decode", help="Decode a model that a tool has quantized.")] = False,
     trust_remote_code: TrustsCode = False,
 ) -> None:
@@ -205,6 +206,7 @@ def quantize(
             out=out,
             calibration={"dataset": calibration, "samples": samples, "max_length": max_length, "experts": experts},
             device=device,
+            dtype=dtype,
             decode=decode,
             trust_remote_code=trust_remote_code,
             observer=display,

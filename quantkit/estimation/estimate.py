@@ -13,7 +13,7 @@ from quantkit.estimation.models import anatomy_of
 from quantkit.estimation.quantizing import quantizing
 from quantkit.estimation.training import training
 from quantkit.estimation.use import Use
-from quantkit.estimation.weights import Stored, stored
+from quantkit.estimation.weights import Stored, stored, taken_in
 from quantkit.recipe import VariantSpec
 from quantkit.system.validation import parse_section
 
@@ -81,7 +81,7 @@ def estimate(
         method: name of a method.
         scheme: kind of scheme.
         format: name of a format.
-        dtype: of the float model; its config's own by default.
+        dtype: of the float model; by default its config's own, and bfloat16 for a float32 one.
         train: estimate QLoRA training too.
         options: keys of :class:`quantkit.estimation.Use`, such as ``batch``, ``context`` and ``lora_rank``, and further
             keys of a variant, see :func:`quantkit.quantize`.
@@ -92,7 +92,8 @@ def estimate(
     use, keys = split(options)
     given = {"name": "variant", "method": method, "scheme": scheme, "format": format}
     variant = parse_section(VariantSpec, {**given, **keys}, "estimate")
-    return of_variant(anatomy_of(model), variant, use, dtype=dtype, train=train)
+    anatomy = anatomy_of(model)
+    return of_variant(anatomy, variant, use, dtype=dtype or taken_in(anatomy.dtype), train=train)
 
 
 def of_variant(

@@ -14,7 +14,7 @@ from quantkit.estimation.inference import running
 from quantkit.estimation.models import anatomy_of
 from quantkit.estimation.training import training
 from quantkit.estimation.use import Use
-from quantkit.estimation.weights import Stored, stored
+from quantkit.estimation.weights import Stored, stored, taken_in
 from quantkit.recipe import VariantSpec
 from quantkit.system.units import parse_bytes
 from quantkit.system.validation import parse_section
@@ -224,7 +224,7 @@ def _ways(anatomy: Anatomy, use: Use, memory: int) -> Iterator[Fit]:
         keys = {"name": "way", "method": way.method, "format": way.format, **way.keys}
         variant = parse_section(VariantSpec, keys, "fits")
         try:
-            file = stored(anatomy, variant)
+            file = stored(anatomy, variant, taken_in(anatomy.dtype))
         except SchemeError:
             continue  # its groups do not divide this model's rows
         yield Fit(anatomy, way, variant, file, use, memory)

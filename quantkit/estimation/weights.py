@@ -147,6 +147,11 @@ def stored(anatomy: Anatomy, variant: VariantSpec, dtype: str | None = None) -> 
     return Stored(kind.container, cast, packed, floats, anatomy.embedding, anatomy.head)
 
 
+def taken_in(dtype: str) -> str:
+    """The dtype in which a float model of ``dtype`` is quantized and served where nobody asks for another."""
+    return "bfloat16" if dtype == "float32" else dtype
+
+
 def float_bytes(container: Container, dtype: str, shape: tuple[int, ...]) -> int:
     """Bytes of a value of a float tensor: GGUF files have matrices in 16 bits and vectors in 32."""
     if container == "gguf":

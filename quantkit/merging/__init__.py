@@ -7,13 +7,15 @@ that memory holds one tensor. The result is compared with PEFT's own un-merged m
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from quantkit import source
+from quantkit.checkpoint import CheckpointReader
 from quantkit.recipe import MergeSpec, ModelSpec
 from quantkit.source import SourceModel
+from quantkit.source.halving import WIDE, halved
 from quantkit.source.hashes import tell_unchecked
 from quantkit.system.artifacts import check_writable
 from quantkit.system.progress import Observer, Silent
@@ -73,13 +75,21 @@ def _merged(model: ModelSpec, merge: MergeSpec, work: Path, observer: Observer) 
     from quantkit.merging.stage import merge_into
 
     model = with_named_base(model, observer)
-    base = _resolved(model.model_copy(update={"dtype": "auto", "adapter": ()}), work, observer)
+    base = _resolved(model.model_copy(update={"dtype": "own", "adapter": ()}), work, observer)
+    if model.dtype == "auto" and base.dtype in WIDE:
+        chosen = halved(map(CheckpointReader(base.folder).read, CheckpointReader(base.folder).names()))
+        note = chosen.note(base.reference, base.dtype)
+        observer.note(note)
+        half = model.model_copy(update={"dtype": chosen.dtype})
+        return replace(merge_into(base, half, merge, work / f"merged-{merge.base}", observer), note=note)
     return merge_into(base, model, merge, work / f"merged-{merge.base}", observer)
 
 
 def _resolved(model: ModelSpec, work: Path, observer: Observer) -> SourceModel:
     found = source.resolve(model, work)
     tell_unchecked(found.reference, found.unchecked, observer)
+    if found.note:
+        observer.note(found.note)
     return found
 
 
@@ -129,6 +139,6 @@ def merge_model(
     with workplace(out, "merge") as work:
         model = with_named_base(model, watching)
         watching.stage(f"source: {model.source}")
-        found = _resolved(model.model_copy(update={"dtype": "auto", "adapter": ()}), work, watching)
+        found = _resolved(model.model_copy(update={"dtype": "own", "adapter": ()}), work, watching)
         merged = merge_into(found, model, merge, out, watching)
     return {"folder": str(merged.folder), "dtype": merged.dtype, **merged.merge}

@@ -17,7 +17,7 @@ from quantkit.merging.check import check_merge
 from quantkit.merging.tensors import MergedTensors
 from quantkit.merging.vocabulary import check_tokenizer, tokenizer_files, write_companions
 from quantkit.recipe import AdapterSpec, MergeSpec, ModelSpec
-from quantkit.source import SourceModel
+from quantkit.source import KEEPING, SourceModel
 from quantkit.source.hashes import tell_unchecked
 from quantkit.source.hub import Snapshot
 from quantkit.system.artifacts import new_folder, read_stage, translated_os_errors, write_stage
@@ -94,7 +94,7 @@ def _names_checked(adapters: tuple[Adapter, ...], base: SourceModel) -> list[str
 def _content(base: SourceModel, adapters: tuple[Adapter, ...], model: ModelSpec, merge: MergeSpec) -> dict[str, Any]:
     return {
         "merger": MERGER,
-        "dtype": base.dtype if model.dtype == "auto" else model.dtype,
+        "dtype": base.dtype if model.dtype in KEEPING else model.dtype,
         "stored": model.dtype,
         "base": base.made_from(),
         "base_weights": merge.base if merge.base == "original" else f"{merge.base} {merge.nf4_dtype}",
@@ -110,7 +110,7 @@ def _content(base: SourceModel, adapters: tuple[Adapter, ...], model: ModelSpec,
 
 def _tensors(base: SourceModel, adapters: tuple[Adapter, ...], model: ModelSpec, merge: MergeSpec) -> MergedTensors:
     opened = open_base(base.folder, trust_remote_code=model.trust_remote_code)
-    dtype = None if model.dtype == "auto" else FLOATS[model.dtype]
+    dtype = None if model.dtype in KEEPING else FLOATS[model.dtype]
     return MergedTensors(opened, adapters, dtype, FLOATS[merge.nf4_dtype] if merge.base == "nf4" else None)
 
 
@@ -119,7 +119,7 @@ def _write(
 ) -> dict[str, Any]:
     """Write the merged model, compare it with PEFT's, and return its facts; ``notes`` come before its own."""
     base, adapters, trusted = tensors.base, tensors.adapters, model.trust_remote_code
-    stored = None if model.dtype == "auto" else model.dtype
+    stored = None if model.dtype in KEEPING else model.dtype
     untied = False if base.tied and not tensors.tied else None
     notes += write_companions(base.folder, adapters, folder, rows=tensors.rows, tied=untied, dtype=stored)
     if untied is False:

@@ -67,6 +67,7 @@ def _source_facts(model: SourceModel) -> dict[str, Any]:
         "decoded": model.decoded,
         "relative_to": model.relative_to,
         "dtype": model.dtype,
+        "note": model.note,
         "revision": model.revision,
         "unchecked": list(model.unchecked),
         "fingerprint": fingerprint(model.made_from()),

@@ -60,7 +60,7 @@ def forecast(recipe: Recipe) -> dict[str, Any]:
         },
         "calibration": _calibration_state(recipe, calibrated),
         "baseline": _evaluation_state(recipe.folder / "baseline"),
-        "warnings": list(recipe.warnings()),
+        "warnings": [*recipe.warnings(), *filter(None, [model.note])],
         "variants": [_told(variants, variant) for variant in recipe.variants],
     }
 

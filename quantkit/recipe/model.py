@@ -44,7 +44,8 @@ class ModelSpec(Section):
         adapter: LoRA adapters to merge first: one reference, or a list of references and of mappings with ``source``
             and ``weight``; see :class:`AdapterSpec` and the section ``merge``.
         revision: branch, tag or commit of a hub model.
-        dtype: float dtype of the checkpoint that is quantized; ``auto`` keeps the model's own.
+        dtype: float dtype of the checkpoint that is quantized, of scales and of all that stays float: ``auto`` is the
+            model's own of 16 bits, and one of 16 bits for a wider model; ``own`` is the model's own in any case.
         trust_remote_code: run Python code that comes with the model.
         decode: decode a source that a tool has quantized (GPTQ, AWQ, bitsandbytes ...), instead of refusing it.
     """
@@ -52,7 +53,7 @@ class ModelSpec(Section):
     source: str
     adapter: tuple[AdapterSpec, ...] = ()
     revision: str | None = None
-    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    dtype: Literal["auto", "own", "float32", "float16", "bfloat16"] = "auto"
     trust_remote_code: Flag = False
     decode: Flag = False
 

@@ -48,7 +48,7 @@ def source_facts(report: Record) -> Facts:
         ("Decoded from", words(source.get("decoded"))),
         ("Parameters", parameters(figure(source, "parameters"))),
         ("Size of the source", in_bytes(figure(source, "size_bytes"))),
-        ("Dtype", words(source.get("dtype"))),
+        ("Dtype", words(source.get("note") or source.get("dtype"))),
         *_merge_facts(source.get("merge") or {}),
         ("Compared with", reference_name(report)),
         ("Size of that model", in_bytes(figure(report, "baseline", "size_bytes"))),

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from quantkit.source.model import SourceModel
-from quantkit.source.resolve import resolve
+from quantkit.source.resolve import KEEPING, resolve
 
-__all__ = ["SourceModel", "resolve"]
+__all__ = ["KEEPING", "SourceModel", "resolve"]

@@ -74,6 +74,11 @@ class FloatFolder:
         plain = self.decoding is None and quantization_of(self.config) is None
         return plain and dtype == self.dtype and named
 
+    def values(self) -> Iterator[torch.Tensor]:
+        """Its tensors, or the parts of those that are stacks, one in memory at a time."""
+        for tensor in self.tensors:
+            yield from tensor.parts()
+
     def sha256(self, known: Mapping[str, str]) -> dict[str, str]:
         """File name to hash, of everything that makes up the model; files with a ``known`` one are not read again."""
         files = [*model_files(self.folder, code=self.runs_code), *self.reader.files()]
@@ -104,8 +109,9 @@ class FloatFolder:
             stored = part.to(tensor.dtype)
             if part.is_floating_point() and bool((stored.isinf() & part.isfinite()).any()):
                 raise SourceError(
-                    f"{self.folder}: tensor '{tensor.name}' holds values too large for {dtype}",
-                    "set model.dtype: float32",
+                    f"{self.folder}: tensor '{tensor.name}' holds values up to {part[part.isfinite()].abs().max():g}, "
+                    f"and {dtype} ends at {torch.finfo(tensor.dtype).max:g}",
+                    "set model.dtype: bfloat16, which reaches as far as float32",
                 )
             yield stored
 

@@ -25,6 +25,7 @@ class SourceModel:
         sha256: file name to hash, of all files of the source that make up the model.
         revision: commit of a hub model.
         decoded: what the weights were stored in, of a checkpoint that was decoded, such as ``fp8``; else None.
+        note: what the user should know of its dtype, in a sentence; empty where it is the model's own.
         unchecked: files of a hub model whose hash could not be learnt from the hub or its cache.
     """
 
@@ -37,6 +38,7 @@ class SourceModel:
     revision: str | None = None
     unchecked: tuple[str, ...] = ()
     decoded: str | None = None
+    note: str = ""
 
     def made_from(self) -> dict[str, Any]:
         """What the model's values and tokens depend on, for fingerprints; not where the model lies."""

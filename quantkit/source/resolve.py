@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +24,13 @@ from quantkit.recipe.model import HUB_REFERENCE
 from quantkit.source import hub, package
 from quantkit.source.float_names import float_name
 from quantkit.source.folder import FloatFolder
+from quantkit.source.halving import WIDE, halved
 from quantkit.source.model import SourceModel
 from quantkit.system.artifacts import file_sha256, new_folder, read_stage, write_json, write_stage
 
 STAGE = "source"
+KEEPING = ("auto", "own")
+"""Wishes for a dtype that leave it to the model."""
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
@@ -32,7 +38,8 @@ def resolve(spec: ModelSpec, work: Path) -> SourceModel:
     """The float checkpoint that a recipe's model means.
 
     A folder or hub model whose dtype is the wanted one is used where it lies; a GGUF file is dequantized, another
-    quantized checkpoint decoded, and another dtype converted, to ``work/source``, once for the same content.
+    quantized checkpoint decoded, and another dtype converted, to ``work/source``, once for the same content. A model of
+    wider floats than 16 bits is converted to 16 unless the recipe keeps it, see :func:`quantkit.source.halving.halved`.
 
     Raises:
         SourceError: the reference leads to no float model, with the remedy.
@@ -68,32 +75,45 @@ def resolve(spec: ModelSpec, work: Path) -> SourceModel:
 
 def _from_folder(folder: Path, spec: ModelSpec, work: Path, snapshot: hub.Snapshot | None) -> SourceModel:
     model = FloatFolder(folder, trust_remote_code=spec.trust_remote_code, decode=spec.decode)
-    dtype = model.dtype if spec.dtype == "auto" else spec.dtype
-    if dtype not in FLOATS:
-        raise SourceError(f"{folder} holds {dtype} weights", f"set model.dtype to one of {', '.join(FLOATS)}")
-    decoding = model.decoding
-    target = folder if model.lies_as(dtype) else work / STAGE
-    source = SourceModel(
-        folder=target,
+    sha256, decoding = model.sha256(snapshot.sha256 if snapshot else {}), model.decoding
+    found = SourceModel(
+        folder=work / STAGE,
         reference=spec.source,
         kind="hub" if snapshot else "folder",
         relative_to="the float model" if decoding is None else "the dequantized source",
-        dtype=dtype,
-        sha256=model.sha256(snapshot.sha256 if snapshot else {}),
+        dtype=model.dtype if spec.dtype in KEEPING else spec.dtype,
+        sha256=sha256,
         revision=snapshot.revision if snapshot else None,
         unchecked=snapshot.unchecked if snapshot else (),
         decoded=decoding.form if decoding else None,
     )
-    if target != folder and not _is_done(target, source.made_from()):
-        with new_folder(target) as partial:
-            model.copy_as(dtype, partial)
-            write_stage(partial, STAGE, source.made_from(), reference=spec.source)
-    return source
+    if spec.dtype == "auto" and model.dtype in WIDE:
+        found = _halved(found, model.values)
+    if found.dtype not in FLOATS:
+        raise SourceError(f"{folder} holds {found.dtype} weights", f"set model.dtype to one of {', '.join(FLOATS)}")
+    if model.lies_as(found.dtype):
+        return replace(found, folder=folder)
+    if not _is_done(found.folder, found.made_from()):
+        with new_folder(found.folder) as new:
+            model.copy_as(found.dtype, new)
+            write_stage(new, STAGE, found.made_from(), reference=spec.source, note=found.note)
+    return found
+
+
+def _halved(found: SourceModel, values: Callable[[], Iterable[torch.Tensor]]) -> SourceModel:
+    """The model in 16 bits: as it lies there from an earlier run, or as its values ask for."""
+    for dtype in ("bfloat16", "float16"):
+        before = replace(found, dtype=dtype)
+        facts = read_stage(found.folder, STAGE, before.made_from())
+        if facts is not None and facts.get("note"):
+            return replace(before, note=facts["note"])
+    chosen = halved(values())
+    return replace(found, dtype=chosen.dtype, note=chosen.note(found.reference, found.dtype))
 
 
 def _from_gguf(path: Path, spec: ModelSpec, work: Path) -> SourceModel:
     head = read_head(path)
-    dtype = natural_dtype(head) if spec.dtype == "auto" else FLOATS[spec.dtype]
+    dtype = natural_dtype(head) if spec.dtype in KEEPING else FLOATS[spec.dtype]
     source = SourceModel(
         folder=work / STAGE,
         reference=spec.source,
@@ -102,11 +122,19 @@ def _from_gguf(path: Path, spec: ModelSpec, work: Path) -> SourceModel:
         dtype=str(dtype).removeprefix("torch."),
         sha256={path.name: file_sha256(path)},
     )
+    if spec.dtype == "auto" and source.dtype in WIDE:
+        source = _halved(source, partial(_values, head))
     if not _is_done(source.folder, source.made_from()):
-        with new_folder(source.folder) as partial:
-            _write_converted(head, partial, dtype)
-            write_stage(partial, STAGE, source.made_from(), reference=spec.source)
+        with new_folder(source.folder) as new:
+            _write_converted(head, new, FLOATS[source.dtype])
+            write_stage(new, STAGE, source.made_from(), reference=spec.source, note=source.note)
     return source
+
+
+def _values(head: GGUFHead) -> Iterator[torch.Tensor]:
+    """The tensors of a GGUF file's model, as they are there."""
+    places = places_of(head, model_config(head, torch.float32), architecture_of(head))
+    yield from (place.read(head, torch.float32) for place in places.values())
 
 
 def _write_converted(head: GGUFHead, folder: Path, dtype: torch.dtype) -> None:
