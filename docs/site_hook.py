@@ -21,6 +21,7 @@ OUTSIDE = {
     "CHANGELOG.md": "changelog.md",
     "SECURITY.md": "security.md",
     "LICENSE": "LICENSE",
+    "notebooks/first_report.ipynb": "first_report.ipynb",
     **{f"calib_data/{path.name}": f"data/{path.name}" for path in sorted((ROOT / "calib_data").iterdir())},
     "calib_data/README.md": "data.md",
     "reports/sample/report.html": "sample/report.html",
