@@ -11,11 +11,13 @@ from quantkit.calibration.model import ModelLimits
 from quantkit.calibration.rows import Drawn, Dropped, Packed
 from quantkit.recipe import CalibrationSpec
 from quantkit.records import RecordSet
+from quantkit.records.formats import UNKNOWN_FORMAT
 
 HISTOGRAM_BINS = 10
 MUCH = 0.1
 """The share of records or tokens of which a loss is worth a warning."""
 REASONS_SHOWN = 3
+COLUMNS_HELP = "say what other columns are: 'columns: {prompt: COLUMN, response: COLUMN}', or {messages: COLUMN}"
 _INDICES_SHOWN = 20
 
 
@@ -155,6 +157,8 @@ def audit_lines(audit: dict[str, Any]) -> list[str]:
         "changed": records.get("changed", {}),
     }.items():
         lines += [f"calibration: {kind} {line}" for line in _reason_lines(groups)]
+        if any(reason.startswith(UNKNOWN_FORMAT) for reason in groups):
+            lines.append(f"calibration: {COLUMNS_HELP}")
     if records["truncated"]:
         tokens = f"{audit['truncated_tokens']:,} of {audit['encoded_tokens']:,} tokens"
         lines.append(f"calibration: cut {records['truncated']} records to {audit['max_length']} tokens, {tokens}")

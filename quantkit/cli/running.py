@@ -184,13 +184,19 @@ def quantize(
         str | None, typer.Option(help="See 'quantkit formats'; what goes with the others, or compressed-tensors.")
     ] = None,
     calibration: Annotated[str, typer.Option(help="Data set or file of records.")] = "alpaca_gpt4",
+    columns: Annotated[
+        list[str] | None,
+        typer.Option("--column", metavar="NAME=COLUMN", help="Column of the records, as prompt=ask; repeatable."),
+    ] = None,
     samples: Annotated[int, typer.Option(help="Calibration records.")] = 128,
     max_length: Annotated[int, typer.Option(help="Tokens per calibration row.")] = 512,
+    packing: Annotated[str, typer.Option(help="none is one record a row; full fills every row.")] = "none",
     experts: Annotated[str, typer.Option(help="Tokens that an expert is calibrated on: routed or all.")] = "routed",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str, typer.Option(help="Of scales and float tensors: auto (16 bits), own, or a dtype.")] = "auto",
     decode: Annotated[bool, typer.Option("--decode", help="Decode a model that a tool has quantized.")] = False,
     trust_remote_code: TrustsCode = False,
+    as_json: AsJson = False,
 ) -> None:
     """Quantize a model into one checkpoint."""
     import quantkit
@@ -204,7 +210,14 @@ def quantize(
         folder = quantkit.quantize(
             model,
             out=out,
-            calibration={"dataset": calibration, "samples": samples, "max_length": max_length, "experts": experts},
+            calibration={
+                "dataset": calibration,
+                "samples": samples,
+                "max_length": max_length,
+                "packing": packing,
+                "experts": experts,
+                "columns": _columns(columns or []),
+            },
             device=device,
             dtype=dtype,
             decode=decode,
@@ -213,6 +226,9 @@ def quantize(
             **{"method": method, "scheme": scheme, "format": format, **options},
         )
     facts = read_manifest(folder) or {}
+    if as_json:
+        say(json.dumps(_told(folder, facts), indent=2))
+        return
     if facts.get("share") is not None:
         told = f"{facts['bits_per_weight_file']:.4g} bits per weight of the file"
         say(f"{percentage(facts['share'])} of the block weights quantized, {told}", stderr=True)
@@ -265,6 +281,35 @@ def report(
     folder = out or (path if path.is_dir() else path.parent)
     for written in reports.render_again(path, folder, ("html", "md")):
         say(str(written))
+
+
+def _told(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
+    """What ``quantize --json`` prints of a checkpoint: its folder, its sizes, its notes and the calibration audit."""
+    from quantkit.exports.manifest import CALIBRATION
+    from quantkit.system.artifacts import STAGE_FILE, read_json
+
+    stage = read_json(folder / STAGE_FILE)["facts"]
+    audit = folder / CALIBRATION
+    return {
+        "checkpoint": str(folder),
+        **{key: facts.get(key) for key in ("format", "share", "bits_per_weight", "bits_per_weight_file")},
+        "notes": stage["notes"],
+        "calibration": read_json(audit) if audit.is_file() else None,
+    }
+
+
+def _columns(given: list[str]) -> dict[str, str]:
+    """The columns of ``--column``.
+
+    Raises:
+        RecipeError: one is not of the form NAME=COLUMN.
+    """
+    from quantkit.errors import RecipeError
+
+    wrong = next((text for text in given if not text.partition("=")[2]), None)
+    if wrong is not None:
+        raise RecipeError(f"--column {wrong} is not NAME=COLUMN", "write --column prompt=question, for one")
+    return {name: column for name, _, column in (text.partition("=") for text in given)}
 
 
 def _weighted(given: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import glob
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -17,20 +17,23 @@ import yaml
 from quantkit.checkpoint import CheckpointReader
 from quantkit.checkpoint.companions import licence_files, model_files
 from quantkit.errors import QuantizationError
-from quantkit.exports.manifest import FOREIGN, public_reference, write_manifest
+from quantkit.exports.manifest import CALIBRATION, FOREIGN, public_reference, write_manifest
 from quantkit.exports.writing import bits_of_file
 from quantkit.isolation.attempt import Attempt, device_for, made_from, place_for
 from quantkit.isolation.checking import RESCALED, WEIGHTS_ALONE, Findings, as_bad_output, checked_export
 from quantkit.isolation.codes import chosen_format, read_schemes, write_in_format
 from quantkit.isolation.launch import Place, ending_facts, failure, fixed_variables, launch
 from quantkit.libraries.base import CODES
+from quantkit.methods.base import MEANS_TOKENS
 from quantkit.quantization import Job, Quantized, finished_variant
+from quantkit.quantization.calibration_need import gram_note, means_note
 from quantkit.quantization.job import STAGE
 from quantkit.system.artifacts import (
     STAGE_FILE,
     check_writable,
     new_folder,
     translated_os_errors,
+    write_json,
     write_stage,
     write_text,
 )
@@ -183,6 +186,7 @@ def _facts(
             *_image_notes(attempt),
             *used["notes"],
             WEIGHTS_ALONE if has_errors else RESCALED,
+            *_few_tokens(attempt, [layer["name"] for layer in findings.layers]),
         ],
         "seconds": seconds,
         "strategy": "library",
@@ -214,6 +218,8 @@ def _write_records(
     """
     job, variant = attempt.job, attempt.variant
     write_text(folder / "recipe.yaml", yaml.safe_dump(variant.resolved(), sort_keys=False))
+    if variant.calibrated and job.audit is not None:
+        write_json(folder / CALIBRATION, job.audit)
     library = facts["library"]
     made_by = f"{variant.library} {library['versions'].get(variant.plugin.distribution, '')}".strip()
     write_manifest(
@@ -234,6 +240,20 @@ def _write_records(
             "stage_file": STAGE_FILE,
         },
     )
+
+
+def _few_tokens(attempt: Attempt, layers: Iterable[str]) -> list[str]:
+    """What is to be said where the calibration set is small for the library's method."""
+    offer, tokens = attempt.variant.offer, sum(map(len, attempt.job.rows))
+    if not offer.calibrated:
+        return []
+    reader = CheckpointReader(attempt.job.source)
+    names = set(reader.names())
+    widths = {name: reader.shape(f"{name}.weight")[-1] for name in layers if f"{name}.weight" in names}
+    widest = max(widths, key=lambda name: widths[name], default=None)
+    if offer.factorizes and widest is not None and tokens <= widths[widest]:
+        return [gram_note(attempt.variant.label, tokens, widest, widths[widest])]
+    return [means_note(attempt.variant.label, tokens)] if tokens < MEANS_TOKENS else []
 
 
 def _image_notes(attempt: Attempt) -> list[str]:

@@ -30,6 +30,7 @@ class Offer:
         bits: widths that a recipe may ask for; the first is the default.
         writes: name of the quantkit format in which the library writes its checkpoint, or :data:`CODES`.
         calibrated: it needs calibration tokens.
+        factorizes: it factorizes the Gram matrix of each layer's inputs, which wants more tokens than it has columns.
         grouped: it takes ``group_size``; otherwise one scale a channel, or the grid's own blocks.
         symmetric: what ``symmetric`` may be; the first is the default.
         devices: where it quantizes.
@@ -46,6 +47,7 @@ class Offer:
     devices: tuple[str, ...] = ("cpu", "cuda")
     options: Mapping[str, Any] = field(default_factory=dict)
     scores_only: str = ""
+    factorizes: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,8 +47,16 @@ class Gptqmodel(Library):
     distribution = "gptqmodel"
     requirements = ("gptqmodel==7.7.0", "torch==2.14.1", "transformers==5.23.0")
     offers = (
-        Offer("gptq", BITS, "gptq", calibrated=True, symmetric=BOTH, options={**SOLVER, **STORE}),
-        Offer("gptaq", BITS, "gptq", calibrated=True, symmetric=BOTH, options={**SOLVER, **STORE, "alpha": 0.25}),
+        Offer("gptq", BITS, "gptq", calibrated=True, symmetric=BOTH, options={**SOLVER, **STORE}, factorizes=True),
+        Offer(
+            "gptaq",
+            BITS,
+            "gptq",
+            calibrated=True,
+            symmetric=BOTH,
+            options={**SOLVER, **STORE, "alpha": 0.25},
+            factorizes=True,
+        ),
         Offer("awq", (4,), "awq", calibrated=True, symmetric=(False, True), options=STORE),
         Offer("rtn", BITS, "gptq", symmetric=BOTH, options=STORE),
         Offer("gguf", (4, 8), CODES, grouped=False),

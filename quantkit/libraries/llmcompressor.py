@@ -38,7 +38,7 @@ class Llmcompressor(Library):
     distribution = "llmcompressor"
     requirements = ("llmcompressor==0.14.0.1", "torch==2.14.0", "transformers==5.17.0")
     offers = (
-        Offer("gptq", BITS, WRITES, calibrated=True, symmetric=BOTH, options={**GPTQ, **OBSERVER}),
+        Offer("gptq", BITS, WRITES, calibrated=True, symmetric=BOTH, options={**GPTQ, **OBSERVER}, factorizes=True),
         Offer(
             "awq",
             BITS,

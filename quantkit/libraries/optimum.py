@@ -29,7 +29,7 @@ class Optimum(Library):
     summary = "GPTQ as transformers' GPTQConfig runs it: optimum's GPTQQuantizer with gptqmodel's solver"
     distribution = "optimum"
     requirements = ("optimum==2.3.0", "gptqmodel==7.7.0", "torch==2.14.1", "transformers==5.23.0")
-    offers = (Offer("gptq", BITS, "gptq", calibrated=True, symmetric=(True, False), options=OPTIONS),)
+    offers = (Offer("gptq", BITS, "gptq", calibrated=True, symmetric=(True, False), options=OPTIONS, factorizes=True),)
 
     @classmethod
     def variables(cls, cores: int, device: str) -> dict[str, str]:

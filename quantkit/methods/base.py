@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from quantkit.numerics.factor import Curvature
 
 
+MEANS_TOKENS = 512
+"""Calibration tokens from which means over tokens are within a few percent of what more would give."""
+
+
 class Statistic(Enum):
     """What a method may ask to know of a layer's inputs ``x``, over all calibration tokens."""
 
@@ -169,6 +173,16 @@ class Method(ABC):
     def warnings(cls, scheme: Scheme) -> tuple[str, ...]:
         """What the user should know before using this method with a scheme that it can do."""
         return ()
+
+    def tokens_wanted(self, width: int) -> int:
+        """Calibration tokens without which its statistics say too little; 0 where it asks for none.
+
+        A Gram matrix of ``width`` columns that is factorized wants more tokens than columns, as with fewer it has no
+        full rank and damping decides; means want :data:`MEANS_TOKENS`.
+        """
+        if not self.needs:
+            return 0
+        return max(MEANS_TOKENS, width + 1 if self.factorizes else 0)
 
     def working_copies(self, scheme: Scheme) -> float | None:
         """Weights' worth of float32 that lie beside a weight while its codes are chosen; None for what rounding takes.

@@ -22,8 +22,9 @@ from quantkit.isolation.forecast import library_forecast
 from quantkit.merging import merged_source
 from quantkit.pipeline import needs_calibration, quantize_job
 from quantkit.pipeline.preflight import preflight
+from quantkit.quantization.calibration_need import few_tokens
 from quantkit.quantization.job import Job, finished_variant, made_from
-from quantkit.quantization.plan import choose_strategy, plan_layers
+from quantkit.quantization.plan import Layers, choose_strategy, plan_layers
 from quantkit.recipe import LibrarySpec, Recipe, VariantSpec
 from quantkit.system.artifacts import STAGE_FILE
 from quantkit.system.devices import resolve_device
@@ -123,10 +124,15 @@ class _Variants:
             "schemes": dict(Counter(scheme.describe() for scheme in layers.quantized.values()).most_common()),
             "layers": (len(layers.quantized), len(layers.schemes)),
             "share": layers.share,
-            "notes": list(layers.notes),
+            "notes": [*layers.notes, *self._few_tokens(variant, layers)],
             "size_bytes": floats + layers.quantized_bytes(store(self.job.dtype)),
             "strategy": self._strategy(variant),
         }
+
+    def _few_tokens(self, variant: VariantSpec, layers: Layers) -> list[str]:
+        """What is to be said where even the whole calibration set is small for a variant."""
+        shapes = {name: layers.shapes[name] for name in layers.quantized if name != layers.embedding}
+        return few_tokens(variant.build_method(), variant.build_transforms(), shapes, self.tokens)
 
     def _strategy(self, variant: VariantSpec) -> str:
         if not variant.calibrated:

@@ -20,15 +20,16 @@ from quantkit.engine.tasks import MODEL, VariantTask
 from quantkit.errors import QuantizationError
 from quantkit.exports import IMATRIX
 from quantkit.exports.content import Content, Stored
-from quantkit.exports.manifest import public_reference, write_manifest
+from quantkit.exports.manifest import CALIBRATION, public_reference, write_manifest
 from quantkit.exports.writing import bits_of_file, check_origin, origin_remarks, write_export
 from quantkit.formats import FORMATS
+from quantkit.quantization.calibration_need import few_tokens
 from quantkit.quantization.expert_tokens import expert_notes, expert_tokens
 from quantkit.quantization.job import STAGE, Job, Quantized, Wanted, made_from
 from quantkit.quantization.plan import plan_layers
 from quantkit.quantization.resume import TakenUp, drop_layers, is_worth_keeping, layers_folder, resume_identity, take_up
 from quantkit.quantization.solved_layers import SolvedLayers
-from quantkit.system.artifacts import STAGE_FILE, check_writable, new_folder, write_stage
+from quantkit.system.artifacts import STAGE_FILE, check_writable, new_folder, write_json, write_stage
 from quantkit.system.distribution import version_of
 from quantkit.system.locks import alone
 from quantkit.system.os_errors import may_pass
@@ -105,7 +106,12 @@ class VariantRun:
 
     def told(self) -> list[str]:
         """What its user should know before anything is solved."""
-        return [*self.layers.share_told(), *self.layers.notes]
+        return [*self.layers.share_told(), *self.layers.notes, *self._few_tokens()]
+
+    def _few_tokens(self) -> list[str]:
+        """What is to be said where the calibration set is small for the variant."""
+        shapes = {name: self.layers.shapes[name] for name in self.layers.quantized if name != self.layers.embedding}
+        return few_tokens(self._method, self._transforms, shapes, sum(map(len, self._job.rows)))
 
     def begin(self, locks: ExitStack) -> None:
         """Open the folder in which solved layers wait, with what an earlier run left there.
@@ -268,6 +274,7 @@ class VariantRun:
             *origin_remarks(self._store, self._job.source, self._job.dtype),
             *self._remarks(),
             *self.layers.notes,
+            *self._few_tokens(),
             *filter(None, [self.resumed.note]),
             *walk.notes,
             *expert_notes(experts, self._job.experts),
@@ -324,6 +331,8 @@ class VariantRun:
         job, variant = self._job, self._variant
         text = yaml.safe_dump(variant.resolved(), sort_keys=False)
         (folder / "recipe.yaml").write_text(text, encoding="utf-8")
+        if variant.calibrated and job.audit is not None:
+            write_json(folder / CALIBRATION, job.audit)
         versions = {name: version_of(name) for name in ("quantkit", "torch", "transformers", "safetensors", "numpy")}
         write_manifest(
             folder,

@@ -68,7 +68,7 @@ def model_files(spec: ModelSpec) -> Iterator[LocalFile]:
 def calibration_files(spec: CalibrationSpec) -> Iterator[LocalFile]:
     """Records and chat template."""
     if spec.dataset.startswith(LLAMAFACTORY):
-        yield LocalFile(("calibration", "dataset"), str(Path(spec.dataset.removeprefix(LLAMAFACTORY)).parent))
+        yield LocalFile(("calibration", "dataset"), _folder_of(spec.dataset))
     elif is_file_of_records(spec.dataset):
         yield LocalFile(("calibration", "dataset"), spec.dataset)
     if spec.chat_template not in ("auto", "none"):
@@ -81,9 +81,9 @@ def scoring_files(spec: EvaluationSpec) -> Iterator[LocalFile]:
     for kind, files in named:
         for index, file in enumerate(files):
             if file is not None:
-                yield LocalFile(("evaluation", kind, index), file)
+                yield LocalFile(("evaluation", kind, index), _folder_of(file))
     if spec.answers is not None and spec.answers.file is not None:
-        yield LocalFile(("evaluation", "answers"), spec.answers.file)
+        yield LocalFile(("evaluation", "answers"), _folder_of(spec.answers.file))
 
 
 def missing(files: Iterable[LocalFile], recipe: Path | None = None) -> list[RecipeError]:
@@ -138,11 +138,8 @@ def _moved(recipe: Recipe, place: Callable[[str], str]) -> Recipe:
     model, calibration, scoring = recipe.model, recipe.calibration, recipe.evaluation
     adapters = tuple(each.model_copy(update={"source": place(each.source)}) for each in model.adapter)
     model = model.model_copy(update={"source": place(model.source), "adapter": adapters})
-    data, template = calibration.dataset, calibration.chat_template
-    if data.startswith(LLAMAFACTORY):
-        whole = Path(data.removeprefix(LLAMAFACTORY))
-        data = f"{LLAMAFACTORY}{place(str(whole.parent))}/{whole.name}"
-    calibration = calibration.model_copy(update={"dataset": place(data), "chat_template": place(template)})
+    data, template = _place_of(calibration.dataset, place), calibration.chat_template
+    calibration = calibration.model_copy(update={"dataset": data, "chat_template": place(template)})
     texts = tuple(_with_file(each, place) for each in scoring.texts)
     tasks = tuple(_with_file(each, place) for each in scoring.tasks)
     answers = None if scoring.answers is None else _with_file(scoring.answers, place)
@@ -151,7 +148,22 @@ def _moved(recipe: Recipe, place: Callable[[str], str]) -> Recipe:
 
 
 def _with_file(section: S, place: Callable[[str], str]) -> S:
-    return section if section.file is None else section.model_copy(update={"file": place(section.file)})
+    return section if section.file is None else section.model_copy(update={"file": _place_of(section.file, place)})
+
+
+def _folder_of(reference: str) -> str:
+    """The file that a reference names, of ``llamafactory:DIR/NAME`` the folder, which is ``data`` where it has none."""
+    if not reference.startswith(LLAMAFACTORY):
+        return reference
+    folder, _, _ = reference.removeprefix(LLAMAFACTORY).rpartition("/")
+    return folder or "data"
+
+
+def _place_of(reference: str, place: Callable[[str], str]) -> str:
+    """The same reference with its path at its place."""
+    if not reference.startswith(LLAMAFACTORY):
+        return place(reference)
+    return f"{LLAMAFACTORY}{place(_folder_of(reference))}/{reference.rpartition('/')[2].removeprefix(LLAMAFACTORY)}"
 
 
 def _remedy(path: Path) -> str:

@@ -61,6 +61,7 @@ BESIDE = {
 """With each column that a recipe names, those that count without being named."""
 HOLDERS = ("body", "request", "input", "prompt", "data", "row", "record", "example", "messages", "conversation")
 """Columns that may hold a whole row."""
+UNKNOWN_FORMAT = "no known format"
 NOT_WANTED = "its answer is marked as not wanted"
 _KEYS_SHOWN = 12
 
@@ -129,7 +130,7 @@ class Fields:
         answers = ("response", "prompt") if "prompt" in self else ("prompt", "response")
         order = ("messages", "chosen", *answers, "text", "query")
         blank = next((meaning for meaning in order if self.is_blank(meaning)), None)
-        return self.blank_reason(blank) if blank else f"no known format (keys: {listed(self._row)})"
+        return self.blank_reason(blank) if blank else f"{UNKNOWN_FORMAT} (keys: {listed(self._row)})"
 
     def blank_reason(self, meaning: str) -> str:
         """Why one that is blank makes the row unusable."""
