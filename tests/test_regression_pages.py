@@ -23,6 +23,7 @@ from quantkit.regression import notify
 from quantkit.regression.document import (
     Change,
     Check,
+    Drift,
     LayerShift,
     Metric,
     Reference,
@@ -41,7 +42,7 @@ from quantkit.regression.pages.render import (
     render_junit,
     render_markdown,
 )
-from quantkit.regression.pages.trend import BLOCKS, blocks, build_trend
+from quantkit.regression.pages.trend import BLOCKS, KINDS, blocks, build_trend
 from quantkit.regression.pages.view import gate_row
 from quantkit.report.numbers import ABSENT
 from tests.browser import browser, needs_browser
@@ -167,7 +168,7 @@ def test_a_failed_variant_is_on_every_page() -> None:
 
 
 def test_a_trend_marks_accepted_regressed_and_incomparable_runs() -> None:
-    panel = build_trend(trend())
+    panel = build_trend(trend(), outcome="regressed")
     assert panel is not None
     kinds = [mark.kind for mark in panel.marks]
     assert (kinds[4], kinds[11], kinds[-1]) == ("other", "accepted", "bad")
@@ -178,6 +179,44 @@ def test_a_trend_marks_accepted_regressed_and_incomparable_runs() -> None:
     assert all(panel.frame.top <= mark.y <= panel.frame.bottom for mark in panel.marks)
     assert panel.x_ticks[0][1] == str(RUNS)
     assert len(panel.x_ticks) <= 8
+
+
+def test_a_mark_says_what_the_figure_itself_did() -> None:
+    points = tuple(
+        replace(point, verdict="regressed" if point.run in (7, RUNS) else "passed") for point in trend().points
+    )
+    fine = build_trend(trend(points=points), outcome="passed")
+    assert fine is not None
+    kinds = [mark.kind for mark in fine.marks]
+    assert (kinds[6], kinds[-1]) == ("regressed", "now")  # the runs did, on whichever figure; this one has not
+    assert set(kinds) <= KINDS.keys()
+    page = render_html(check(trends=(trend(), trend(metric="size_bytes", unit="bytes", text=None))))
+    panels = re.findall(r"<figcaption>.*?</figcaption>.*?</svg>", page, re.DOTALL)
+    assert ["chip regressed" in each for each in panels] == [True, False]
+    assert [each.count('class="bad"') for each in panels] == [1, 0]
+    assert all(words in page for words in KINDS.values())
+
+
+def test_the_float_models_drift_is_a_line_from_the_accepted_run_on() -> None:
+    model = tuple(40.0 + (0.4 if number > 12 else 0.0) for number in range(1, RUNS + 1))
+    panel = build_trend(trend(model=model))
+    assert panel is not None
+    assert len(panel.model) == RUNS - 1  # not in the run that does not compare
+    assert panel.model[0][1] == panel.level == panel.model[10][1]
+    assert panel.level is not None
+    assert panel.model[-1][1] < panel.level  # up by a hundredth, as the float model
+    moved = build_trend(trend(model=(40.0,) * RUNS))
+    assert moved is not None
+    assert moved.model == []
+
+
+def test_drift_stands_beside_what_quantization_adds() -> None:
+    drift = Drift("int4", "perplexity", "prose", 0.03, 0.02, 0.04, 0.05, 1.05 / 1.03 - 1)
+    for page in (render_html(check(drifts=(drift,))), render_markdown(check(drifts=(drift,)))):
+        assert "The float model's own drift" in page.replace("&#39;", "'")
+        assert "+3 % (+2 % to +4 %)" in page
+        assert "+1.94 %" in page
+    assert "own drift</h2>" not in render_html(check())
 
 
 def test_a_line_of_blocks_rises_with_the_figures() -> None:
@@ -236,9 +275,13 @@ def test_the_summary_of_a_job_is_appended_to(tmp_path: Path, monkeypatch: pytest
 
 
 @needs_browser
-@pytest.mark.parametrize(("width", "dark"), [(1280, False), (420, True)])
+@pytest.mark.parametrize(("width", "dark"), [(1280, False), (400, True)])
 def test_the_page_in_a_browser(tmp_path: Path, width: int, dark: bool) -> None:
-    (page,) = (path for path in write_pages(check(), tmp_path) if path.name == HTML)
+    longest = trend(
+        variant="a-name-that-somebody-chose", metric="answers.value", text="mmlu_high_school_history.acc_norm"
+    )
+    told = check(trends=(*check().trends, longest), gates=(*check().gates, gate("passed", variant=longest.variant)))
+    (page,) = (path for path in write_pages(told, tmp_path) if path.name == HTML)
     with browser(tmp_path / "profile", width=width, dark=dark) as driver:
         driver.get(page.as_uri())
         run = driver.execute_script
@@ -249,7 +292,7 @@ def test_the_page_in_a_browser(tmp_path: Path, width: int, dark: bool) -> None:
         paper = run("return getComputedStyle(document.body).backgroundColor")
         assert banner != paper  # the style sheet is allowed by the page's own policy
         assert dark == (sum(map(int, paper[4:-1].split(","))) < 3 * 128)
-        marks = run("return document.querySelectorAll('#trends figure:first-of-type .trend g').length")
+        marks = run("return document.querySelector('#trends figure .trend').querySelectorAll('g').length")
         assert marks == RUNS
         overlaps = run(
             "const labels = [...document.querySelector('#trends figure svg').querySelectorAll('text.k.c')]"
@@ -257,6 +300,13 @@ def test_the_page_in_a_browser(tmp_path: Path, width: int, dark: bool) -> None:
             "return labels.some((box, i) => i && labels[i - 1].right > box.left)"
         )
         assert overlaps is False
+        run("document.querySelectorAll('details').forEach(each => { each.open = true })")
+        clipped = "e => e.scrollWidth > e.clientWidth + 1 || e.getBoundingClientRect().right > innerWidth"
+        assert run(f"return [...document.querySelectorAll('figcaption')].some({clipped})") is False
+        if width < 640:  # a row is a list of its figures, each with its name
+            assert run(f"return [...document.querySelectorAll('.stack tbody tr')].some({clipped})") is False
+            label = "return getComputedStyle(document.querySelector('#gates td'), '::before').content"
+            assert run(label) == '"Variant"'
         first = run("return document.querySelector('.verdict').getBoundingClientRect().top")
         assert 0 <= first < 200
         assert len(driver.get_screenshot_as_png()) > 20_000

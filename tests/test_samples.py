@@ -103,9 +103,10 @@ def test_a_file_holds_prompts_in_any_form(name: str, content: str, tmp_path: Pat
 
 
 def test_without_prompts_five_of_the_evaluations_records_are_asked() -> None:
-    questions = [Question(str(n), f"q{n}", "a", [7] * (300 if n == 0 else 9)) for n in range(8)]
+    lengths = (300, 200, 9, 9, 9, 9)
+    questions = [Question(str(n), f"q{n}", "a", [7] * length) for n, length in enumerate(lengths)]
     asked = prompts_of(SampleSpec(), questions=questions, conversations={"chat": [conversation("c")]})
-    assert (asked.origin, asked.texts) == ("answers", ["q1", "q2", "q3", "q4", "q5"])  # the long one is passed over
+    assert (asked.origin, asked.texts) == ("answers", ["q2", "q3", "q4", "q5", "q1"])  # short ones first, none too long
     talk = {"prose": (), "chat": [conversation("x" * 400), *(conversation(f"c{n}") for n in range(9))]}
     assert prompts_of(SampleSpec(), conversations=talk).texts == ["c0", "c1", "c2", "c3", "c4"]
     plain = prompts_of(SampleSpec(count=3))
@@ -114,7 +115,7 @@ def test_without_prompts_five_of_the_evaluations_records_are_asked() -> None:
 
 
 def test_what_is_too_long_is_told_for_a_given_prompt() -> None:
-    with pytest.raises(EvaluationError, match=r"prompt 2 has \d+ tokens, and the model reads 48 before"):
+    with pytest.raises(EvaluationError, match=r"prompt 2 has \d+ tokens, and the model reads 52 before"):
         prompts_of(SampleSpec(prompts=("a", "b" * 90)), longest=64)
 
 

@@ -1,7 +1,7 @@
 """Continuations to read side by side: a few prompts, what the float model writes after them, and where a file parts.
 
-Every continuation is greedy, by the model as its scorer has loaded it. A file reads the float model's continuation
-first, at once: as far as its own likeliest tokens are the same there is nothing to write anew.
+Every continuation is greedy, by the model as its scorer has loaded it. A file that goes with the float model reads its
+continuation first, at once: as far as its own likeliest tokens are the same there is nothing to write anew.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ from quantkit.runtimes.base import LoadedModel
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-LONGEST_DRAWN = 256
-"""Tokens of a prompt that is drawn and not given; longer ones take time and nobody reads them."""
+SHORT, LONGEST_DRAWN = 64, 256
+"""Tokens of a prompt that is drawn and not given: longer ones than the first are taken where there are not enough of
+them, and longer ones than the second not at all. They take time, and nobody reads them."""
 PLAIN_TOKENS = 24
 """Tokens of a plain text that are a prompt."""
 LONGEST_SHOWN = 600
@@ -85,13 +86,13 @@ def sample_prompts(
         _check_length(found, longest - spec.max_new_tokens)
         return _prompts(Path(spec.file).name if spec.file else "recipe", found, spec)
     count, longest = spec.count or SampleSpec.DRAWN, min(LONGEST_DRAWN, longest - spec.max_new_tokens)
-    short = [question for question in questions if len(question.prompt) <= longest]
-    if short:
-        return _prompts("answers", short[:count], spec)
+    drawn = _shortest(questions, longest)
+    if drawn:
+        return _prompts("answers", drawn[:count], spec)
     for name, held in conversations.items():
-        drawn = _drawn(held, tokenizer, count, longest)
+        drawn = _shortest(_asked(held, tokenizer), longest)
         if drawn:
-            return _prompts(name, drawn, spec)
+            return _prompts(name, drawn[:count], spec)
     first = next(iter(windows.values()))
     places = range(0, len(first.ids), max(1, len(first.ids) // count))
     ids = [first.ids[place, : min(PLAIN_TOKENS, longest)].tolist() for place in places][:count]
@@ -126,12 +127,13 @@ def samples(
     """
     if beside is not None and [each["prompt"] for each in beside] != [_shown(text) for text in prompts.texts]:
         raise EvaluationError("the float model was given other prompts than this file", "score the float model again")
-    items = []
+    items, guesses = [], True
     for place, (text, ids) in enumerate(zip(prompts.texts, prompts.ids, strict=True)):
         other = None if beside is None else _with_end(beside[place])
-        written = _continued(model, ids, prompts.new_tokens, ends, other or ())
+        written = _continued(model, ids, prompts.new_tokens, ends, other if other and guesses else ())
         tokens, end = (written[:-1], written[-1]) if written and written[-1] in ends else (written, None)
         parts = None if other is None else _parting(written, other)
+        guesses = parts is None or 2 * parts >= prompts.new_tokens
         items.append(
             {
                 "prompt": _shown(text),
@@ -212,19 +214,21 @@ def _prompts(origin: str, questions: Sequence[Question], spec: SampleSpec) -> Pr
     return Prompts(origin, [each.text for each in questions], [each.prompt for each in questions], spec.max_new_tokens)
 
 
-def _drawn(held: Sequence[Record], tokenizer: PreTrainedTokenizerBase, count: int, longest: int) -> list[Question]:
-    """Questions of conversations, in their order; what the template refuses or is long is passed over."""
+def _asked(held: Sequence[Record], tokenizer: PreTrainedTokenizerBase) -> list[Question]:
+    """Questions of conversations, in their order; what the template refuses is passed over."""
     found: list[Question] = []
     for record in held:
         try:
-            question = question_of(record, tokenizer)
+            found.append(question_of(record, tokenizer))
         except CalibrationError:
             continue  # the text itself was read; which of its records can be asked is not what people wait for
-        if len(question.prompt) <= longest:
-            found.append(question)
-        if len(found) == count:
-            break
     return found
+
+
+def _shortest(questions: Sequence[Question], longest: int) -> list[Question]:
+    """Those of at most ``longest`` tokens in their order, short ones before the others."""
+    fitting = [question for question in questions if len(question.prompt) <= longest]
+    return sorted(fitting, key=lambda question: len(question.prompt) > SHORT)
 
 
 def _check_length(questions: Sequence[Question], longest: int) -> None:

@@ -137,7 +137,7 @@ class SampleSpec(Section):
     prompts: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     file: str | None = None
     count: Annotated[Whole, Field(ge=1)] | None = None
-    max_new_tokens: Annotated[Whole, Field(ge=1)] = 16
+    max_new_tokens: Annotated[Whole, Field(ge=1)] = 12
 
     @model_validator(mode="before")
     @classmethod

@@ -14,7 +14,7 @@ from quantkit.gates.results import GateResult, Outcome
 from quantkit.pipeline.recorded import append
 from quantkit.recipe import Recipe
 from quantkit.regression.changes import changes
-from quantkit.regression.differences import RUNS_SHOWN, layer_shifts, metrics, text_shifts, trends
+from quantkit.regression.differences import RUNS_SHOWN, drifts, layer_shifts, metrics, text_shifts, trends
 from quantkit.regression.document import (
     SCHEMA,
     Check,
@@ -124,6 +124,7 @@ def _document(
         layers=tuple(layer_shifts(record, beside)),
         texts=tuple(text_shifts(record, beside)),
         trends=tuple(trends(record, beside)),
+        drifts=tuple(drifts(record, beside)),
         notes=tuple(notes(results, record, beside, recipe)),
     )
 

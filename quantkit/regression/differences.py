@@ -17,7 +17,16 @@ from quantkit.gates.record import (
     TokenRecord,
     VariantRecord,
 )
-from quantkit.regression.document import LayerShift, Metric, TextShift, TokenExample, Trend, TrendPoint, WindowShift
+from quantkit.regression.document import (
+    Drift,
+    LayerShift,
+    Metric,
+    TextShift,
+    TokenExample,
+    Trend,
+    TrendPoint,
+    WindowShift,
+)
 from quantkit.regression.judging import Beside, speed_spreads
 from quantkit.run_history.record import RunRecord
 
@@ -33,6 +42,9 @@ TRENDS = (
     *((name, about.implied) for name, about in METRICS.items() if about.implied),
 )
 """The figures that are shown over time, as metric and figure, in this order."""
+DRIFTING = ("perplexity", "tasks", "task_losses", "answers", "speed")
+"""Metrics of which the float model has figures of its own that move from run to run."""
+Pair = tuple[VariantRecord, VariantRecord]
 _PLAIN = About()
 LAYERS_SHOWN = 20
 TEXTS_SHOWN = 10
@@ -91,7 +103,55 @@ def _trends(now: VariantRecord, runs: list[RunRecord]) -> Iterator[Trend]:
         for key in sorted(key for key in now.figures if (key[0], key[2]) == (metric, figure)):
             about = METRICS[metric]
             points = tuple(point for run in runs if (point := _point(key, now, run)) is not None)
-            yield Trend(now.name, _path(metric, figure), key[1] or None, about.unit, about.lower_is_better, points)
+            yield Trend(
+                now.name,
+                _path(metric, figure),
+                key[1] or None,
+                about.unit,
+                about.lower_is_better,
+                points,
+                _model(key, now, runs),
+            )
+
+
+def _model(key: Key, now: VariantRecord, runs: list[RunRecord]) -> tuple[float | None, ...]:
+    """The float model's own figure in the runs that a trend has points of."""
+    if METRICS[key[0]].versus_float:
+        return ()
+    there = [run for run in runs if _point(key, now, run) is not None]
+    found = tuple(run.baseline.figures.get(key) if run.baseline is not None else None for run in there)
+    return found if any(value is not None for value in found) else ()
+
+
+def drifts(run: RunRecord, beside: Beside) -> list[Drift]:
+    """The figures of variants that moved since the accepted run, beside the float model's own, the worst first."""
+    found = [
+        drift
+        for now in run.variants
+        if now.status == "ok" and (then := beside.variant(now.name)) is not None
+        for key in now.figures
+        if key[0] in DRIFTING
+        and _is_figure(key)
+        and (drift := _drift(key, (now, then), (run.baseline, beside.references[now.name].baseline))) is not None
+    ]
+    return sorted(found, key=lambda drift: -drift.file)
+
+
+def _drift(key: Key, file: Pair, model: tuple[VariantRecord | None, VariantRecord | None]) -> Drift | None:
+    """Of two files, now and then, beside two float models; None where it cannot be told, or nothing moved."""
+    (metric, text, figure), (now, then) = key, model
+    if now is None or then is None or not all(each.figures.get(key) for each in (*file, now, then)):
+        return None
+    of_file, of_model = (compare(metric, figure or None, text or None, *pair) for pair in (file, (now, then)))
+    if isinstance(of_file, str) or isinstance(of_model, str):
+        return None
+    whole, own = (each[0].figures[key] / each[1].figures[key] for each in (file, (now, then)))
+    sign = 1.0 if METRICS[metric].lower_is_better else -1.0
+    moved, drifted, left = (sign * (ratio - 1) for ratio in (whole, own, whole / own))
+    if moved == drifted == 0:
+        return None
+    path = _path(metric, figure)
+    return Drift(file[0].name, path, text or None, drifted, of_model.low, of_model.high, moved, left)
 
 
 def _point(key: Key, now: VariantRecord, run: RunRecord) -> TrendPoint | None:

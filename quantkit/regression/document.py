@@ -84,6 +84,25 @@ class Metric:
 
 
 @dataclass(frozen=True, slots=True)
+class Drift:
+    """How far a figure of a variant moved since the accepted run, and how far the float model's own did.
+
+    All are shares, positive is worse. ``model`` is the float model's, with its 95 % interval where one is known;
+    ``file`` the file's; ``quantization`` what is left of it: the file's figure over the float model's, now beside
+    then.
+    """
+
+    variant: str
+    metric: str
+    text: str | None
+    model: float
+    low: float | None
+    high: float | None
+    file: float
+    quantization: float
+
+
+@dataclass(frozen=True, slots=True)
 class LayerShift:
     """A layer whose error is not what it was: squared error of its output over that of the output itself.
 
@@ -174,7 +193,11 @@ class TrendPoint:
 
 @dataclass(frozen=True, slots=True)
 class Trend:
-    """A figure over the last runs, oldest first; the last point is the run that is judged."""
+    """A figure over the last runs, oldest first; the last point is the run that is judged.
+
+    ``model`` has the float model's own figure in each of these runs, None where it has none; it is empty where it can
+    have none, as of a divergence from it.
+    """
 
     variant: str
     metric: str
@@ -182,6 +205,7 @@ class Trend:
     unit: str
     lower_is_better: bool
     points: tuple[TrendPoint, ...]
+    model: tuple[float | None, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,6 +245,7 @@ class Check:
         notes: what the reader should know beside the verdict: a gate that this much text is too little for, a history
             that could not be written.
         removed: folders of earlier runs that retention has removed.
+        drifts: figures that moved, beside the float model's own.
     """
 
     schema: int
@@ -243,6 +268,7 @@ class Check:
     trends: tuple[Trend, ...]
     notes: tuple[str, ...] = ()
     removed: tuple[str, ...] = ()
+    drifts: tuple[Drift, ...] = ()
 
 
 def to_json(check: Check) -> dict[str, Any]:

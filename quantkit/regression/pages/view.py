@@ -6,16 +6,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from quantkit.gates.results import GateResult
+from quantkit.gates.results import GateResult, Outcome
 from quantkit.regression.document import (
     Change,
     Check,
+    Drift,
     LayerShift,
     Metric,
     TextShift,
+    Trend,
     WindowShift,
 )
-from quantkit.regression.pages.trend import TrendPanel, build_trend
+from quantkit.regression.pages.trend import KINDS, TrendPanel, build_trend
 from quantkit.regression.pages.words import (
     VERDICTS,
     detectable,
@@ -89,12 +91,16 @@ def context(check: Check) -> dict[str, Any]:
     return {
         "check": check,
         "verdict": VERDICTS[check.verdict],
+        "verdicts": VERDICTS,
         "run": run_name(check.run),
         "facts": _facts(check),
         "gates": [gate_row(gate) for gate in check.gates],
         "counts": _counts(check.gates),
         "changes": [change_row(change) for change in check.changes],
         "metrics": _by_variant(check.metrics),
+        "drifts": [drift_row(drift) for drift in check.drifts],
+        "kinds": KINDS,
+        "drawn": any(panel.model for _, panel in panels),
         "layers": [layer_row(layer) for layer in check.layers],
         "texts": [text_rows(text) for text in check.texts],
         "trends": [panel for key, panel in panels if key in gated],
@@ -189,8 +195,29 @@ def _by_variant(metrics: Sequence[Metric]) -> list[tuple[str, list[list[str]]]]:
 def _panels(check: Check) -> list[tuple[tuple[str, str], TrendPanel]]:
     """The plots, each with the variant and metric that gates know it by; the variant is named where there are some."""
     several = len({trend.variant for trend in check.trends}) > 1
-    found = [(trend, build_trend(trend, named=several)) for trend in check.trends]
+    found = [(trend, build_trend(trend, named=several, outcome=_outcome(check, trend))) for trend in check.trends]
     return [((trend.variant, trend.metric), panel) for trend, panel in found if panel is not None]
+
+
+def _outcome(check: Check, trend: Trend) -> Outcome | None:
+    """What the gates about a figure found in this run, the worst; on its own text where it has one."""
+    gates = [gate for gate in check.gates if (gate.variant, gate.metric) == (trend.variant, trend.metric)]
+    outcomes = [
+        outcome
+        for gate in gates
+        for text, outcome in ([(each.text, each.outcome) for each in gate.comparisons] or [(None, gate.outcome)])
+        if text in (None, trend.text)
+    ]
+    order: tuple[Outcome, ...] = ("regressed", "unknown", "passed")
+    return next((outcome for outcome in order if outcome in outcomes), None)
+
+
+def drift_row(drift: Drift) -> list[str]:
+    """Variant, figure, what it moved by, the float model's part with its interval, and quantization's."""
+    name = drift.metric + (f" on {drift.text}" if drift.text else "")
+    known = drift.low is not None and drift.high is not None
+    own = share(drift.model) + (f" ({interval(drift.low, drift.high)})" if known else "")
+    return [drift.variant, name, share(drift.file), own, share(drift.quantization)]
 
 
 def _whisker(gate: GateResult) -> Whisker | None:
