@@ -6,7 +6,6 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -174,30 +173,32 @@ def convert(
     to: str,
     *,
     out: str | Path,
+    dtype: str = "auto",
     trust_remote_code: bool = False,
     observer: Observer | None = None,
 ) -> dict[str, Any]:
-    """Write a quantized checkpoint in another format, with the same codes.
+    """Write a model in another format: a quantized checkpoint with the same codes or decoded, or a float model.
 
     Args:
-        checkpoint: folder or GGUF file, quantkit's or another tool's.
-        to: name of a format.
+        checkpoint: folder or GGUF file, quantkit's or another tool's; of a float model also a hub id.
+        to: name of a format, or ``float16`` or ``bfloat16``; with ``float`` or these codes are decoded.
         out: folder of the new checkpoint; it appears when it is whole.
+        dtype: of a float checkpoint or file, see :class:`quantkit.recipe.ModelSpec`.
         trust_remote_code: run Python code that comes with the checkpoint.
         observer: is told what happens.
 
     Returns:
-        ``from``, ``format``, ``layers``, ``bits_per_weight``, ``largest_shift`` in steps of the grid, and ``notes``.
+        ``from``, ``format``, ``layers``, ``bits_per_weight``, ``largest_shift`` in steps of the grid, and ``notes``;
+        of floats ``float``, ``dtype``, and ``decoded``, what they were decoded from, or None.
 
     Raises:
         QuantkitError: the format cannot tell a layer's grid, with the reason; the checkpoint is broken.
     """
-    from quantkit.exports.convert import convert as convert_checkpoint
+    from quantkit.pipeline.converting import convert_any
 
     watching = observer or Silent()
     watching.stage(f"convert: {checkpoint} to {to}")
-    on_layer = partial(watching.progress, "layer")
-    return convert_checkpoint(Path(checkpoint), to, Path(out), trust_remote_code=trust_remote_code, on_layer=on_layer)
+    return convert_any(str(checkpoint), to, Path(out), watching, dtype=dtype, trust_remote_code=trust_remote_code)
 
 
 def inspect(checkpoint: str | Path, *, deep: bool = True) -> dict[str, Any]:

@@ -29,7 +29,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def exported(model: Path, out: Path, **keys: Any) -> Path:
-    return quantkit.quantize(model, out=out, **keys)
+    return quantkit.quantize(model, out=out, **{"dtype": "own", **keys})
 
 
 def same_values(one: Export, other: Export) -> None:

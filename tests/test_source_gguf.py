@@ -215,7 +215,7 @@ def test_a_value_beyond_float16_names_the_tensor_and_the_remedy(tmp_path: Path) 
         tensors["blk.1.ffn_norm.weight"][3] = 70000.0
 
     path = write_gguf(tmp_path / "m.gguf", edit=edit)
-    with pytest.raises(SourceError, match=r"blk\.1\.ffn_norm\.weight.*too large for float16.*model\.dtype: float32"):
+    with pytest.raises(SourceError, match=r"blk\.1\.ffn_norm\.weight.*too large for float16.*model\.dtype: bfloat16"):
         converted(path)
     assert not list((tmp_path / "work").iterdir())
     assert converted(path, dtype="float32").dtype == "float32"
@@ -355,7 +355,7 @@ def set_key(key: str, value: Any) -> Callable[[dict[str, Any], dict[str, torch.T
     ("edit", "message"),
     [
         (set_key("general.architecture", "lama"), "architecture 'lama'.*did you mean 'llama'.*qwen2, .*qwen3"),
-        (set_key("split.count", 3), "one of 3 parts.*llama-gguf-split"),
+        (set_key("split.count", 3), "one of 3 parts.*name it as NAME-00001-of-00003.gguf"),
         (set_key("llama.expert_count", 8), "'expert_used_count' is None"),
         (set_key("llama.rope.scaling.type", "dynamic"), "'dynamic'"),
         (set_key("llama.rope.scaling.type", "yarn"), "rope.scaling.factor"),

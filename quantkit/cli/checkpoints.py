@@ -21,19 +21,28 @@ Folder = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Folder of a 
 
 @app.command(rich_help_panel=PANEL)
 def convert(
-    checkpoint: Checkpoint,
-    to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="See 'quantkit formats'.")],
+    checkpoint: Annotated[
+        str, typer.Argument(metavar="CHECKPOINT", help="Folder or GGUF file; of a float model also a hub id.")
+    ],
+    to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="See 'quantkit formats'; or float16, bfloat16.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the new checkpoint.")],
+    dtype: Annotated[str, typer.Option(help="Of floats: auto (16 bits), own, or a dtype.")] = "auto",
     trust_remote_code: TrustsCode = False,
 ) -> None:
-    """Write a quantized checkpoint in another format, with the same codes."""
+    """Write a model in another format: codes as they are or decoded to float, or a float model as a float file."""
     import quantkit
     from quantkit.cli.display import Display
 
     with Display(console(stderr=True)) as display:
-        found = quantkit.convert(checkpoint, to, out=out, trust_remote_code=trust_remote_code, observer=display)
+        found = quantkit.convert(
+            checkpoint, to, out=out, dtype=dtype, trust_remote_code=trust_remote_code, observer=display
+        )
     for note in found["notes"]:
         say(f"note: {note}", stderr=True)
+    if found.get("float"):
+        decoded = f", decoded from {found['decoded']}" if found["decoded"] else ""
+        say(f"checkpoint: {out} (float, {found['dtype']}{decoded})")
+        return
     moved = found["largest_shift"]
     exact = "every weight as it was" if moved == 0 else f"no weight moved by more than {moved:.2g} steps of its grid"
     say(f"checkpoint: {out} ({found['bits_per_weight']:.4g} bits per weight, {exact})")

@@ -18,6 +18,7 @@ import torch
 from quantkit.errors import EvaluationError
 from quantkit.evaluation.speed import NEW_TOKENS, PROMPT_TOKENS
 from quantkit.exports import IMATRIX
+from quantkit.gguf.parts import parts_of
 from quantkit.runtimes.base import LoadedModel
 from quantkit.system.devices import device_name
 
@@ -157,9 +158,9 @@ def process_bytes(device: torch.device) -> int | None:
 
 
 def checkpoint_bytes(path: Path) -> int:
-    """Bytes of a file, or of all files with weights directly in a folder."""
+    """Bytes of a file with all parts of it, or of all files with weights directly in a folder."""
     if path.is_file():
-        return path.stat().st_size
+        return sum(part.stat().st_size for part in parts_of(path) if part.is_file())
     files = (file for pattern in WEIGHTS for file in path.glob(pattern) if file.name != IMATRIX)
     return sum(file.stat().st_size for file in files)
 

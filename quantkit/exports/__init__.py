@@ -6,6 +6,7 @@ from pathlib import Path
 
 from quantkit.errors import CheckpointError
 from quantkit.exports.base import Export
+from quantkit.gguf.parts import parts_of, whole_files
 
 __all__ = ["IMATRIX", "Export", "find_gguf", "open_export"]
 
@@ -33,16 +34,17 @@ def open_export(path: Path) -> Export:
 
 
 def find_gguf(path: Path) -> Path | None:
-    """The GGUF file that a checkpoint is; None where it is a folder with a ``config.json``.
+    """The GGUF file that a checkpoint is, of one in parts the first; None where it is a folder with ``config.json``.
 
     Raises:
         CheckpointError: a folder holds several and no other checkpoint.
     """
     if path.is_file():
-        return path
+        first = parts_of(path)[0]
+        return first if first.exists() else path
     if (path / "config.json").exists():
         return None
-    files = sorted(file for file in path.glob("*.gguf") if file.name != IMATRIX)
+    files = whole_files(file for file in path.glob("*.gguf") if file.name != IMATRIX)
     if len(files) > 1:
         raise CheckpointError(f"{path} holds {len(files)} GGUF files", f"name one of them, such as {files[0]}")
     return files[0] if files else None

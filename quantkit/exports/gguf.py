@@ -121,8 +121,8 @@ class GgufExport(Export):
         return sum(self._bytes(place) for place in self._pieces(layer))
 
     def files(self) -> list[Path]:
-        """The file."""
-        return [self.path]
+        """The file, or its parts."""
+        return list(self._head.files)
 
     def _tensor(self, name: str) -> GGUFTensor:
         return self._head.tensors[self._places[name].name]
@@ -140,9 +140,9 @@ class GgufExport(Export):
         """The packed rows that lie in a place."""
         tensor, nbytes = self._head.tensors[place.name], self._bytes(place)
         start = tensor.start + (place.index or 0) * nbytes
-        packed = numpy.fromfile(self.path, dtype=numpy.uint8, count=nbytes, offset=start)
+        packed = numpy.fromfile(tensor.file, dtype=numpy.uint8, count=nbytes, offset=start)
         if packed.size < nbytes:
-            raise CheckpointError(f"{self.path} ends inside tensor '{tensor.name}'", "download the file again")
+            raise CheckpointError(f"{tensor.file} ends inside tensor '{tensor.name}'", "download the file again")
         return place.rows_from_file(torch.from_numpy(packed).view(tensor.shape[-2], -1))
 
     def _float_dtype(self) -> torch.dtype:

@@ -260,9 +260,6 @@ def _pattern(length: int, blocks: int) -> list[str]:
 
 
 def _refuse_what_a_config_cannot_say(head: GGUFHead, architecture: Architecture) -> None:
-    parts = head.metadata.get("split.count", 0)
-    if parts not in (0, 1):
-        raise SourceError(f"{head.path} is one of {parts} parts", "join them first: llama-gguf-split --merge")
     known = {*architecture.keys, *architecture.inferred, *SAYS_NOTHING, *((PATTERN,) if architecture.pattern else ())}
     for key, value in head.metadata.items():
         name, _, rest = key.partition(".")

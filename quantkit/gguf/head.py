@@ -17,6 +17,7 @@ import gguf
 import numpy
 
 from quantkit.errors import SourceError
+from quantkit.gguf.parts import parts_of
 
 GIVE_FLOAT = "give the float model that the file was made from"
 """The remedy where a file cannot be read."""
@@ -37,13 +38,14 @@ SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", UINT32: "I", INT32: "i", FLOAT32: "f"
 
 @dataclass(frozen=True, slots=True)
 class GGUFTensor:
-    """A tensor of a GGUF file: ``nbytes`` bytes from byte ``start``; ``shape`` is in torch's order."""
+    """A tensor of a GGUF file: ``nbytes`` bytes from byte ``start`` of ``file``; ``shape`` is in torch's order."""
 
     name: str
     kind: gguf.GGMLQuantizationType
     shape: tuple[int, ...]
     start: int
     nbytes: int
+    file: Path = Path()
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,14 +53,16 @@ class GGUFHead:
     """What a GGUF file says of itself.
 
     Attributes:
-        path: the file.
+        path: the file; of one in parts the first.
         metadata: keys and values; a float32 is the shortest decimal that rounds to it.
         tensors: by name, in the order of the file.
+        files: all parts of the file.
     """
 
     path: Path
     metadata: dict[str, Any]
     tensors: dict[str, GGUFTensor]
+    files: tuple[Path, ...] = ()
 
     @property
     def architecture(self) -> str:
@@ -101,18 +105,52 @@ class GGUFHead:
 
 
 def read_head(path: Path) -> GGUFHead:
-    """Read and check the head of a GGUF file.
+    """Read and check the head of a GGUF file, or those of all parts of one where ``path`` is any of them.
 
     Raises:
-        SourceError: the file cannot be read, is not GGUF, or is broken or truncated.
+        SourceError: the file cannot be read, is not GGUF, or is broken or truncated; parts of it are missing.
     """
+    head = _read_one(path)
+    count = head.metadata.get("split.count", 0)
+    if count in (0, 1):
+        return head
+    files = parts_of(path)
+    if count != len(files):
+        name = f"NAME-00001-of-{count:05d}.gguf" if isinstance(count, int) else "NAME-00001-of-00002.gguf"
+        raise SourceError(
+            f"{path} is one of {count} parts, and its name does not tell the others", f"name it as {name}"
+        )
+    missing = [file.name for file in files if not file.exists()]
+    if missing:
+        raise SourceError(
+            f"{path} is one of {count} parts, and {', '.join(missing[:5])}{' ...' if missing[5:] else ''} "
+            f"{'is' if len(missing) == 1 else 'are'} not beside it",
+            "download the missing parts into the same folder",
+        )
+    heads = [head if file == path else _read_one(file) for file in files]
+    tensors: dict[str, GGUFTensor] = {}
+    for file, part in zip(files, heads, strict=True):
+        twice = tensors.keys() & part.tensors.keys()
+        if twice or part.metadata.get("split.count") != count:
+            what = f"holds tensor '{min(twice)}' again" if twice else f"is not one of {count} parts"
+            raise SourceError(f"{file} {what}", "download all parts again, of the same file")
+        tensors |= part.tensors
+    promised = heads[0].metadata.get("split.tensors.count", len(tensors))
+    if promised != len(tensors):
+        raise SourceError(
+            f"{files[0]} promises {promised} tensors, and its parts hold {len(tensors)}", "download all parts again"
+        )
+    return GGUFHead(files[0], heads[0].metadata, tensors, tuple(files))
+
+
+def _read_one(path: Path) -> GGUFHead:
     try:
         if not path.is_file():
             raise SourceError(f"cannot read {path}: it is not a plain file", "check the path")
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             cursor = _Cursor(data)
             metadata, tensor_count = _read_metadata(cursor)
-            return GGUFHead(path, metadata, _read_tensors(cursor, tensor_count, metadata))
+            return GGUFHead(path, metadata, _read_tensors(cursor, tensor_count, metadata, path), (path,))
     except OSError as error:
         raise SourceError(f"cannot read {path}: {error.strerror}", "check the path") from error
     except ValueError as error:
@@ -189,7 +227,7 @@ def _read_metadata(cursor: _Cursor) -> tuple[dict[str, Any], int]:
     return metadata, tensor_count
 
 
-def _read_tensors(cursor: _Cursor, count: int, metadata: dict[str, Any]) -> dict[str, GGUFTensor]:
+def _read_tensors(cursor: _Cursor, count: int, metadata: dict[str, Any], path: Path) -> dict[str, GGUFTensor]:
     rows = [_read_row(cursor) for _ in range(count)]
     alignment = metadata.get("general.alignment", ALIGNMENT)
     if type(alignment) is not int or not 1 <= alignment <= MAX_ALIGNMENT:
@@ -199,7 +237,7 @@ def _read_tensors(cursor: _Cursor, count: int, metadata: dict[str, Any]) -> dict
     for name, kind, shape, offset in rows:
         if name in tensors:
             raise ValueError(f"it has the tensor '{name}' twice")
-        tensor = GGUFTensor(name, kind, shape, data_start + offset, _bytes_of(name, kind, shape))
+        tensor = GGUFTensor(name, kind, shape, data_start + offset, _bytes_of(name, kind, shape), path)
         if tensor.start + tensor.nbytes > cursor.size:
             raise ValueError(
                 f"its tensor '{name}' ends at byte {tensor.start + tensor.nbytes}, and it has {cursor.size} bytes"

@@ -93,19 +93,19 @@ def dequantized(
     rows = out.view(-1, tensor.shape[-1])
     row_bytes = tensor.nbytes * tensor.shape[-1] // math.prod(tensor.shape)
     step = max(1, CHUNK_VALUES // tensor.shape[-1])
-    with head.path.open("rb") as file:
+    with tensor.file.open("rb") as file:
         file.seek(tensor.start + (index or 0) * len(rows) * row_bytes)
         for first in range(0, len(rows), step):
             part = rows[first : first + step]
             packed = numpy.fromfile(file, dtype=numpy.uint8, count=len(part) * row_bytes)
             if packed.size < len(part) * row_bytes:
-                raise SourceError(f"{head.path} ends inside tensor '{name}'", "download the file again")
+                raise SourceError(f"{tensor.file} ends inside tensor '{name}'", "download the file again")
             found = _dequantize(head, tensor, packed.reshape(len(part), row_bytes))
             part.copy_(found if values is None else values.from_file(found))
             if bool((part.isinf() & found.isfinite()).any()):
                 raise SourceError(
                     f"{head.path}: tensor '{name}' holds values too large for {str(dtype).removeprefix('torch.')}",
-                    "set model.dtype: float32",
+                    "set model.dtype: bfloat16, which reaches as far as float32",
                 )
     return out
 

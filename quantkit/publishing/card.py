@@ -20,6 +20,7 @@ from quantkit.publishing.front_matter import front_matter
 from quantkit.publishing.markdown import code, fenced, plain, table
 from quantkit.publishing.usage import Subject, usage
 from quantkit.schemes import Scheme, scheme_from_json
+from quantkit.source.model import decoded_from
 from quantkit.system.artifacts import read_json, write_text
 from quantkit.system.units import finite, percentage
 
@@ -220,6 +221,9 @@ def _origins(manifest: Mapping[str, Any], facts: CardFacts) -> Iterator[str]:
         named = f" {code(audit['dataset']['name'])}," if audit else ""
         counted = f" {audit['rows']} rows, {audit['tokens']} tokens," if audit else ""
         yield f"calibration set:{named}{counted} SHA-256 of its token ids {code(hashed)}"
+    decoded = decoded_from(manifest.get("source") or {})
+    if decoded is not None:
+        yield f"the float model was decoded from {code(decoded)}: its weights are what that holds, not those before it"
     if manifest.get("remote_code") is True:
         yield "made with Python code that came with the model, and loaded by it: read it before you trust it"
     versions = manifest.get("versions") or {}

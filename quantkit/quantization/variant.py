@@ -29,6 +29,7 @@ from quantkit.quantization.job import STAGE, Job, Quantized, Wanted, made_from
 from quantkit.quantization.plan import plan_layers
 from quantkit.quantization.resume import TakenUp, drop_layers, is_worth_keeping, layers_folder, resume_identity, take_up
 from quantkit.quantization.solved_layers import SolvedLayers
+from quantkit.source.model import DECODED_FROM, decoded_from
 from quantkit.system.artifacts import STAGE_FILE, check_writable, new_folder, write_json, write_stage
 from quantkit.system.distribution import version_of
 from quantkit.system.locks import alone
@@ -206,6 +207,9 @@ class VariantRun:
         head = self._skeleton.head
         if layers.unties or (head is not None and head.linears[0] in layers.quantized):
             changes["tie_word_embeddings"] = False
+        decoded = decoded_from(job.source_facts)
+        if decoded is not None and not layers.quantized:
+            changes[DECODED_FROM] = decoded
         if layers.cast is not None:
             changes["dtype"] = layers.cast
             floats = {name: tensor.cast(FLOATS[layers.cast], name) for name, tensor in floats.items()}

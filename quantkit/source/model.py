@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,6 +11,17 @@ DECODER = 1
 """Raised when quantized checkpoints would be decoded to other values than before."""
 GGUF_CONVERTER = 2
 """Raised when the conversion of GGUF files would write other values or tokens than before."""
+
+DEQUANTIZED = "the dequantized source"
+"""What the variants of a model that lay quantized are compared with."""
+DECODED_FROM = "decoded_from"
+"""The key of a ``config.json`` that says what its weights were decoded from."""
+
+
+def decoded_from(source_facts: Mapping[str, Any]) -> str | None:
+    """What a float model was decoded from, such as ``gptq (int)``; None where it lay as floats."""
+    told = source_facts.get("decoded") or ("GGUF" if source_facts.get("relative_to") == DEQUANTIZED else None)
+    return None if told is None else str(told)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import torch
 
 from quantkit.checkpoint import FLOATS, CheckpointReader, ShardWriter
 from quantkit.errors import CheckpointError, SourceError
+from quantkit.exports import find_gguf
 from quantkit.gguf.architecture import architecture_of
 from quantkit.gguf.config import generation_config, model_config
 from quantkit.gguf.head import GGUFHead, read_head
@@ -25,7 +26,7 @@ from quantkit.source import hub, package
 from quantkit.source.float_names import float_name
 from quantkit.source.folder import FloatFolder
 from quantkit.source.halving import WIDE, halved
-from quantkit.source.model import SourceModel
+from quantkit.source.model import DECODED_FROM, DEQUANTIZED, SourceModel
 from quantkit.system.artifacts import file_sha256, new_folder, read_stage, write_json, write_stage
 
 STAGE = "source"
@@ -61,6 +62,9 @@ def resolve(spec: ModelSpec, work: Path) -> SourceModel:
         raise SourceError(f"there is no file or folder {path}", _near(path))
     if spec.revision:
         raise SourceError(f"model.revision '{spec.revision}' has no meaning for {path}", "remove it")
+    file = find_gguf(path) if path.is_dir() else None
+    if file is not None:
+        return _from_gguf(file, spec, work)
     if path.is_dir():
         return _from_folder(path, spec, work, None)
     if path.suffix.lower() in PICKLE_SUFFIXES:
@@ -80,7 +84,7 @@ def _from_folder(folder: Path, spec: ModelSpec, work: Path, snapshot: hub.Snapsh
         folder=work / STAGE,
         reference=spec.source,
         kind="hub" if snapshot else "folder",
-        relative_to="the float model" if decoding is None else "the dequantized source",
+        relative_to="the float model" if decoding is None and not model.config.get(DECODED_FROM) else DEQUANTIZED,
         dtype=model.dtype if spec.dtype in KEEPING else spec.dtype,
         sha256=sha256,
         revision=snapshot.revision if snapshot else None,
@@ -118,9 +122,9 @@ def _from_gguf(path: Path, spec: ModelSpec, work: Path) -> SourceModel:
         folder=work / STAGE,
         reference=spec.source,
         kind="gguf",
-        relative_to="the dequantized source" if is_quantized(head) else "the float model",
+        relative_to=DEQUANTIZED if is_quantized(head) else "the float model",
         dtype=str(dtype).removeprefix("torch."),
-        sha256={path.name: file_sha256(path)},
+        sha256={file.name: file_sha256(file) for file in head.files},
     )
     if spec.dtype == "auto" and source.dtype in WIDE:
         source = _halved(source, partial(_values, head))
