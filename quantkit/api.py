@@ -140,6 +140,7 @@ def evaluate(
     Raises:
         QuantkitError: with what is wrong and the remedy.
     """
+    from quantkit.checkpoint.adapter_folder import adapter_in
     from quantkit.evaluation import EvaluationJob, run_job
     from quantkit.exports import find_gguf
 
@@ -147,6 +148,9 @@ def evaluate(
     given = dict(settings) if texts is None else {**settings, "texts": list(texts)}
     spec = parse_section(EvaluationSpec, given, "evaluation")
     folder = Path(checkpoint)
+    adapter = adapter_in(folder)
+    if adapter is not None:
+        raise EvaluationError(*adapter)
     if not (folder / "config.json").is_file() and not (folder.exists() and find_gguf(folder)):
         raise EvaluationError(
             f"{folder} is not a checkpoint: it has no config.json", "name the folder of a checkpoint, or a GGUF file"

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 
 from quantkit.checkpoint import CheckpointReader
+from quantkit.checkpoint.adapter_folder import adapter_in
 from quantkit.checkpoint.sizes import check_sizes
 from quantkit.errors import CheckpointError
 from quantkit.exports.base import Export
@@ -166,6 +167,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: there is none, or it is no mapping.
     """
+    adapter = adapter_in(folder)
+    if adapter is not None:
+        raise CheckpointError(*adapter)
     try:
         config = read_json(folder / "config.json")
     except (OSError, ValueError) as error:

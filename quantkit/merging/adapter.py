@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 
 from quantkit.checkpoint import CheckpointReader
+from quantkit.checkpoint.adapter_folder import CONFIG
 from quantkit.checkpoint.header import read_header
 from quantkit.errors import SourceError
 from quantkit.merging.archives import SUFFIXES, is_archive, unpack
-from quantkit.merging.config import CONFIG, WITH_PEFT, AdapterConfig
+from quantkit.merging.config import WITH_PEFT, AdapterConfig
 from quantkit.merging.stacks import Stack
 from quantkit.recipe.model import HUB_REFERENCE
 from quantkit.source import hub
@@ -33,7 +34,8 @@ _NAMED = re.compile(r"(?<=\.lora_[AB])\.default(?=\.)")
 """The adapter's name, which a state dict has that PEFT did not save itself."""
 _TOKENS = re.compile(r"(?P<module>.+)\.token_adapter\.trainable_tokens_delta")
 WRAPPED_BASE = re.compile(r"\.(token_adapter\.base_layer|base_layer|original_module)\.")
-_WRAPPED_COPY = ".modules_to_save."
+_WRAPPED_COPY = re.compile(r"\.modules_to_save(?:\.default)?(?=\.)")
+"""What PEFT adds to a module that is trained whole; PEFT itself takes it off when it saves, and a trainer may not."""
 
 
 def adapter_folder(reference: str, scratch: Path) -> Path | hub.Snapshot:
@@ -135,6 +137,7 @@ class Adapter:
         if not (folder / WEIGHTS).is_file():
             raise _no_weights(folder, origin)
         self.reader = AdapterReader(folder / WEIGHTS)
+        self._check_gathered()
         self.contents = self._sorted()
         for module, parts in self.contents.lora.items():
             self._check_parts(module, parts)
@@ -166,10 +169,24 @@ class Adapter:
             raise SourceError(f"{CONFIG} of adapter {self.origin} does not name the trained tokens of {module}", AGAIN)
         return list(given)
 
+    def _check_gathered(self) -> None:
+        """Refuse tensors of no values, which DeepSpeed leaves of parameters that it has divided among processes."""
+        names = self.reader.names()
+        empty = [name for name in names if 0 in self.reader.shape(name)]
+        if empty:
+            raise SourceError(
+                f"adapter {self.origin}: {len(empty)} of its {len(names)} tensors hold nothing, such as '{empty[0]}': "
+                "it was saved under DeepSpeed ZeRO-3 without gathering its weights",
+                "run zero_to_fp32.py of the training's checkpoint, or train on with "
+                "stage3_gather_16bit_weights_on_model_save: true and save it again",
+            )
+
     def _sorted(self) -> Contents:
         found = Contents()
         for key in self.reader.names():
-            plain = _NAMED.sub("", key.replace(COMPILED, ""))
+            plain = _WRAPPED_COPY.sub("", _NAMED.sub("", key.replace(COMPILED, "")))
+            if not plain.startswith(PREFIX) and self._is_raw(plain):
+                plain = f"{PREFIX}{plain}"
             found.renamed |= plain != key
             if not plain.startswith(PREFIX):
                 raise SourceError(
@@ -184,9 +201,14 @@ class Adapter:
                 found.tokens[tokens["module"]] = key
             elif "lora_" in name:
                 raise SourceError(f"adapter {self.origin}: tensor '{key}' is of an unknown kind", WITH_PEFT)
-            elif _WRAPPED_COPY not in name:
+            else:
                 self._place_whole(found, key, name)
         return found
+
+    def _is_raw(self, name: str) -> bool:
+        """Whether a name is one of the base's own, as trainers write them that do not go through PEFT."""
+        part = _LORA_PART.fullmatch(name)
+        return "." in part["module"] if part else self.config.saves(name.rpartition(".")[0])
 
     def _place_whole(self, found: Contents, key: str, name: str) -> None:
         """A parameter's trained value comes before its frozen one."""

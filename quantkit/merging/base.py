@@ -15,7 +15,10 @@ from quantkit.errors import SourceError
 from quantkit.source.float_names import float_name
 from quantkit.system.artifacts import read_json
 
-_CACHE = re.compile(r"(?:^|/)models--[^/]+?--([^/]+)(?:/snapshots/[^/]+)?$")
+_CACHE = re.compile(r"(?:^|/)(?:models--)?(?:[^/]+?--)?(?P<name>[^/]+?)(?:/snapshots/[^/]+)?$")
+"""The end of a path; of a folder of the hub's cache, or of ModelScope's, the model's own name."""
+_DOT = "___"
+"""What ModelScope writes for a dot in the folders of its cache."""
 _QUANTIZED = re.compile(r"(gptq|awq|bnb|[48]-?bit|int[48]|fp8|hqq|gguf)", re.IGNORECASE)
 
 
@@ -135,10 +138,10 @@ def check_base(origin: str, trained_on: str, reference: str, folder: Path) -> tu
 
 
 def tail(name: str) -> str:
-    """The last part of a model's name or path in lower case; of a folder of the hub's cache the model's own name."""
+    """The last part of a model's name or path in lower case; of a folder of a hub's cache the model's own name."""
     plain = name.replace("\\", "/").rstrip("/").partition("@")[0]
-    cached = _CACHE.search(plain)
-    return (cached[1] if cached else plain.rpartition("/")[2]).casefold()
+    found = _CACHE.search(plain)
+    return (found["name"] if found else plain).replace(_DOT, ".").casefold()
 
 
 def _names(reference: str, folder: Path) -> Iterator[str]:

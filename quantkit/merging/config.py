@@ -10,11 +10,12 @@ from typing import Any
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 
+from quantkit.checkpoint.adapter_folder import CONFIG, latest_within
 from quantkit.errors import SourceError
 from quantkit.system.artifacts import read_json
 from quantkit.system.patterns import why_refused
 
-CONFIG = "adapter_config.json"
+SAVED_BY_PEFT = "give the folder that PEFT's save_pretrained wrote"
 WITH_PEFT = "merge it with PEFT's merge_and_unload and give the folder that this saves"
 NOT_MERGED = {
     "layer_replication": "repeats layers of its base (layer_replication)",
@@ -116,7 +117,7 @@ class AdapterConfig:
 def _read(folder: Path, origin: str) -> dict[str, Any]:
     file = folder / CONFIG
     if not file.is_file():
-        raise SourceError(f"adapter {origin} holds no {CONFIG}", "give the folder that PEFT's save_pretrained wrote")
+        raise _no_adapter(folder, origin)
     try:
         content = read_json(file)
     except (OSError, ValueError, RecursionError) as error:
@@ -124,6 +125,17 @@ def _read(folder: Path, origin: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise SourceError(f"{CONFIG} of adapter {origin} is not a JSON object", "get it again")
     return content
+
+
+def _no_adapter(folder: Path, origin: str) -> SourceError:
+    if (folder / "config.json").is_file():
+        return SourceError(
+            f"{origin} is a whole model and no adapter: it holds config.json and no {CONFIG}",
+            "give it as the model, without an adapter; nothing is left to merge",
+        )
+    last = latest_within(folder)
+    within = f"it is the folder of a training: give one of its checkpoints, such as {last}"
+    return SourceError(f"adapter {origin} holds no {CONFIG}", within if last else SAVED_BY_PEFT)
 
 
 def _check_types(given: dict[str, Any], origin: str) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+from quantkit.checkpoint.adapter_folder import CONFIG
 from quantkit.errors import SourceError
 from quantkit.merging.adapter import adapter_folder
-from quantkit.merging.config import CONFIG, AdapterConfig
+from quantkit.merging.config import AdapterConfig
 from quantkit.recipe import ModelSpec
 from quantkit.recipe.model import NAMED_BY_ADAPTER
 from quantkit.source.float_names import float_name

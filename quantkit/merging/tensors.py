@@ -203,11 +203,25 @@ class MergedTensors:
             if module not in contents.lora and bool(check_target_module_exists(config, module))
         ]
         missing += self._missing_parameters(adapter)
+        self._check_saved(adapter)
         for name in missing:
             if tower(name) in towers or tower(name) == without_wrappers(name):
                 raise SourceError(
                     f"adapter {adapter.origin} targets the layer '{name}' and holds no tensor for it",
                     f"the adapter is not whole, or the base is another model: save it again, or {RIGHT_BASE}",
+                )
+
+    def _check_saved(self, adapter: Adapter) -> None:
+        """Every module that was trained whole has its tensors; of a tied pair one is enough."""
+        whole = adapter.contents.whole
+        for name in self.base.names.shapes():
+            if adapter.config.saves(name.rpartition(".")[0]) and not {name, self.base.twin(name)} & whole.keys():
+                wanted = ", ".join(adapter.config.lora.modules_to_save or ())
+                raise SourceError(
+                    f"adapter {adapter.origin}: its modules_to_save ({wanted}) were trained whole, and it holds no "
+                    f"tensor for '{name}'",
+                    "save it again with PEFT's save_pretrained; if that was not trained, take it out of "
+                    "modules_to_save in adapter_config.json",
                 )
 
     def _missing_parameters(self, adapter: Adapter) -> list[str]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from quantkit.checkpoint.adapter_folder import adapter_in
 from quantkit.checkpoint.chat_template import with_processor_template
 from quantkit.checkpoint.reader import PICKLES, CheckpointReader
 from quantkit.checkpoint.sizes import check_sizes
@@ -38,6 +39,9 @@ def check_checkpoint(path: Path) -> None:
     """
     if path.is_file() and not _begins_as_gguf(path):
         raise EvaluationError(f"{path} is neither a folder nor a GGUF file", "name the folder of the checkpoint")
+    adapter = adapter_in(path)
+    if adapter is not None:
+        raise EvaluationError(*adapter)
     if not is_gguf(path) and not (path / "config.json").is_file():
         raise EvaluationError(f"{path} is not a checkpoint: it has no config.json", "check the path")
     if not any(path.glob("*.safetensors")) and any(file for pattern in PICKLES for file in path.glob(pattern)):

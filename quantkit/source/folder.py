@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from quantkit.checkpoint import FLOATS, CheckpointReader, ShardWriter
+from quantkit.checkpoint.adapter_folder import adapter_in
 from quantkit.checkpoint.companions import copy_companions, model_files
 from quantkit.checkpoint.foreign_errors import said_by_transformers
 from quantkit.checkpoint.sizes import check_sizes
@@ -47,6 +48,9 @@ class FloatFolder:
 
     def __init__(self, folder: Path, *, trust_remote_code: bool, decode: bool = False) -> None:
         self.folder = folder
+        adapter = adapter_in(folder)
+        if adapter is not None:
+            raise SourceError(*adapter)
         if (folder / OWN_OF_MISTRAL).exists() and not (folder / "config.json").exists():
             raise SourceError(f"{folder} {IN_OWN_LAYOUT}", OTHER_LAYOUT)
         self.config = _json_object(folder / "config.json", "a model's folder has one; is this the folder?")

@@ -1,0 +1,52 @@
+"""A folder of a LoRA training where a model is wanted: what it is, and what to do with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+from quantkit.system.artifacts import read_json
+
+CONFIG = "adapter_config.json"
+
+
+class Found(NamedTuple):
+    """What a folder is, and the way out."""
+
+    problem: str
+    remedy: str
+
+
+def adapter_in(folder: Path) -> Found | None:
+    """That a folder holds adapters and no model; None where it holds a model, or neither."""
+    if not folder.is_dir() or (folder / "config.json").exists():
+        return None
+    if (folder / CONFIG).is_file():
+        return Found(f"{folder} holds a LoRA adapter and no model", _way_out(folder))
+    within = latest_within(folder)
+    if within is None:
+        return None
+    return Found(f"{folder} holds the checkpoints of a LoRA training and no model", _way_out(within))
+
+
+def latest_within(folder: Path) -> Path | None:
+    """The last of the folders in a folder that hold adapters, as the checkpoints of a training do."""
+    found = [file.parent for file in folder.glob(f"*/{CONFIG}")]
+    return max(found, key=lambda each: (len(each.name), each.name), default=None)
+
+
+def _way_out(adapter: Path) -> str:
+    base = _base(adapter) or "BASE"
+    return (
+        f"merge it into its base first: quantkit merge {base} {adapter} OUT; "
+        f"or quantize {base} with it: model.adapter: {adapter} (--adapter)"
+    )
+
+
+def _base(adapter: Path) -> str:
+    try:
+        found = read_json(adapter / CONFIG)
+    except (OSError, ValueError):
+        return ""
+    named = found.get("base_model_name_or_path") if isinstance(found, dict) else None
+    return named if isinstance(named, str) else ""
