@@ -255,9 +255,15 @@ def test_files_hold_rows_in_many_ways(tmp_path: Path, name: str, content: bytes)
     assert found.name == "a"
 
 
-def test_a_single_object_is_a_record(tmp_path: Path) -> None:
-    (tmp_path / "a.json").write_text(json.dumps({"messages": TURNS}))
+@pytest.mark.parametrize("content", [{"messages": TURNS}, TURNS, [TURNS]])
+def test_a_file_may_hold_one_conversation(tmp_path: Path, content: Any) -> None:
+    (tmp_path / "a.json").write_text(json.dumps(content))
     assert records.read_file(tmp_path / "a.json").records == [Record(messages=(Q, A))]
+
+
+def test_a_list_of_texts_is_texts(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps(["One.", "Two."]))
+    assert records.read_file(tmp_path / "a.json").records == [Record(text="One."), Record(text="Two.")]
 
 
 def test_a_broken_line_loses_itself_alone(tmp_path: Path) -> None:

@@ -276,6 +276,15 @@ def test_hub_split_slices_and_data_files(hub: Path) -> None:
     assert found.origin["columns"] == {"text": "output"}
 
 
+def test_hub_images_are_what_their_files_hold(hub: Path) -> None:
+    """They are not opened, which takes Pillow, before anyone wants to see them."""
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    rows = datasets.Dataset.from_dict({"image": [{"bytes": b"x", "path": None}], "text": ["What?"]}, features=features)
+    rows.to_parquet(str(hub / "seen.parquet"))
+    found = records.read_hub("org/name", data_files="seen.parquet")
+    assert found.records == [Record(text="<image>\nWhat?", images=(b"x",))]
+
+
 def test_hub_mistakes_are_one_line(hub: Path) -> None:
     with pytest.raises(CalibrationError, match=r"cannot read the hub data set .org/name.: .*validation"):
         records.read_hub("org/name", split="validation")

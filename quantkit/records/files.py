@@ -117,7 +117,7 @@ def _json(path: Path) -> list[Any]:
 def _rows_of(content: Any) -> list[Any] | None:
     """The rows in a JSON value: itself, or in an object its columns, the object where it is a row, or its only list."""
     if isinstance(content, list):
-        return content
+        return [content] if content and all(_is_bare_turn(row) for row in content) else content
     if not isinstance(content, dict):
         return None
     columns = _columns_of(content)
@@ -135,6 +135,11 @@ def _rows_of(content: Any) -> list[Any] | None:
     if len(lists) == 1 and lists[0] and all(isinstance(row, dict) for row in lists[0]):
         return [row["row"] if isinstance(row.get("row"), dict) else row for row in lists[0]]
     return None
+
+
+def _is_bare_turn(row: Any) -> bool:
+    """Whether a row is a turn of a conversation and nothing else, so that the whole file is one."""
+    return isinstance(row, dict) and set(row) in ({"role", "content"}, {"from", "value"})
 
 
 def _columns_of(content: dict[str, Any]) -> dict[str, list[Any]] | None:

@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 from quantkit.errors import CalibrationError, did_you_mean
@@ -162,7 +163,7 @@ def parse(
     """The record that a row holds.
 
     Args:
-        row: a JSON object, or a plain text.
+        row: a JSON object, a list of turns, or a plain text.
         columns: what a record has to columns of the data set, see :data:`quantkit.recipe.columns.MEANINGS`.
         tags: keys and roles of its turns, see :data:`quantkit.recipe.columns.TAGS`.
         others: beside ``columns`` the usual ones of the same format are read.
@@ -173,6 +174,8 @@ def parse(
     """
     if isinstance(row, str) and row.strip():
         return Record(text=checked_text(row, "text"))
+    if isinstance(row, list) and row and all(is_turn(turn) for turn in row):
+        row = {"messages": row}
     if not isinstance(row, Mapping):
         raise UnusableError(f"not an object but {kind_of(row)}")
     lifted = _lifted({str(key): value for key, value in row.items()}, columns or {})
@@ -373,5 +376,6 @@ def _holds(value: Any) -> bool:
     return bool(value.strip()) if isinstance(value, str) else not (isinstance(value, list | dict) and not value)
 
 
+@lru_cache(maxsize=4096)
 def _plain(key: str) -> str:
     return re.sub(r"[\s-]+", "_", key.strip().lower())

@@ -14,6 +14,8 @@ from quantkit.errors import CalibrationError, SourceError
 from quantkit.records.dataset import Layout, RecordSet, collect, records_sha256
 
 HUB_PREFIX = "hub:"
+ROWS = 1000
+"""Rows that are read at a time."""
 _REMEDY = "check the id and the network, or use a local file, or 'dataset: instructions_mini', which needs no network"
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -52,8 +54,12 @@ def read_hub(
     with _translated(dataset):
         builder.download_and_prepare(verification_mode=checks)
         unchecked = _compared(dataset, builder)
-        rows = builder.as_dataset(split=split)
-    records, skipped = collect(f"{HUB_PREFIX}{dataset}", rows, Layout(columns, tags, others))
+        rows = builder.as_dataset(split=split).with_format("arrow")  # images and sounds stay what the files hold
+        tables = rows.iter(batch_size=ROWS)
+        layout = Layout(columns, tags, others)
+        records, skipped = collect(
+            f"{HUB_PREFIX}{dataset}", (row for table in tables for row in table.to_pylist()), layout
+        )
     origin = _origin(dataset, config, split, builder.hash, columns, data_files)
     return RecordSet(dataset.split("/")[1], origin, records_sha256(records), records, skipped, unchecked)
 

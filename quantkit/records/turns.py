@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 from quantkit.records.parts import Said, call_of, calls_of, read_content, reasoning_of
@@ -254,6 +255,7 @@ def _key(turn: Mapping[Any, Any], tag: str | None, usual: Sequence[str]) -> str 
     return next((key for key in there if turn[key] is not None), there[0] if there else None)
 
 
+@lru_cache(maxsize=4096)
 def _plain_name(name: str) -> str:
     return re.sub(r"[\s-]+", "_", name.strip().lower())
 

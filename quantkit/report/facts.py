@@ -85,7 +85,9 @@ def calibration_facts(report: Record) -> Facts:
     return present(
         *((f"Origin: {words(key)}", words(value)) for key, value in origin.items()),
         ("Records", ", ".join(f"{count(n)} {key}" for key, n in records.items() if finite(n) is not None)),
-        *((f"Dropped: {reason}", count(n)) for reason, n in (records.get("dropped") or {}).items()),
+        *_by_reason("Skipped", records.get("skipped_indices")),
+        *_by_reason("Dropped", records.get("dropped_indices")),
+        *_by_reason("Changed", records.get("changed")),
         ("Rows", count(audit.get("rows"))),
         ("Tokens", count(audit.get("tokens"))),
         ("Tokens cut off by max_length", count(audit.get("truncated_tokens"))),
@@ -94,6 +96,11 @@ def calibration_facts(report: Record) -> Facts:
         *((name, words(audit.get(name))) for name in ("seed", "packing", "max_length", "chat_template")),
         ("SHA-256 of the token ids", words(audit.get("token_ids_sha256"))),
     )
+
+
+def _by_reason(label: str, groups: Record | None) -> Iterator[tuple[str, str]]:
+    """How many records were lost or changed for each reason."""
+    return ((f"{label}: {reason}", count(figure(group, "count"))) for reason, group in (groups or {}).items())
 
 
 def variant_facts(variant: Record) -> Facts:
