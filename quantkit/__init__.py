@@ -6,6 +6,7 @@ them, scores each exported file against the float model and writes a report to c
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 from quantkit.errors import QuantkitError
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from quantkit.recipe import Recipe
     from quantkit.regression.api import accept, check, history
 
+    __version__: str
+
 __all__ = [
     "QuantkitError",
     "Recipe",
@@ -46,12 +49,18 @@ __all__ = [
     "verify",
 ]
 
+logging.getLogger("quantkit").addHandler(logging.NullHandler())
+
 _HOMES = {"Recipe": "quantkit.recipe"} | {name: "quantkit.api" for name in __all__ if name.islower()}
 _HOMES |= dict.fromkeys(("accept", "check", "history"), "quantkit.regression.api")
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used, so that ``import quantkit`` stays light."""
+    if name == "__version__":
+        from quantkit.system.distribution import own_version
+
+        return own_version()
     if name not in _HOMES:
         raise AttributeError(f"module 'quantkit' has no attribute '{name}'")
     from importlib import import_module
@@ -60,4 +69,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, "__version__"})

@@ -10,17 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantkit.errors import EvaluationError, RecipeError
-from quantkit.recipe import (
-    COMPARING_METRICS,
-    CalibrationSpec,
-    EvaluationSpec,
-    ModelSpec,
-    QuantizationSpec,
-    Recipe,
-    VariantSpec,
-)
-from quantkit.schemes import PlainScheme
-from quantkit.system.progress import Observer, Silent
+from quantkit.recipe import COMPARING_METRICS, CalibrationSpec, EvaluationSpec, ModelSpec, Recipe
+from quantkit.system.progress import Logged, Observer
 from quantkit.system.units import parse_seconds
 from quantkit.system.validation import parse_section
 
@@ -28,12 +19,14 @@ if TYPE_CHECKING:
     from quantkit.estimation import Estimate
 
 
-def run(recipe: Recipe | str | Path, observer: Observer | None = None, *, install: bool = True) -> dict[str, Any]:
+def run(
+    recipe: Recipe | Mapping[str, Any] | str | Path, observer: Observer | None = None, *, install: bool = True
+) -> dict[str, Any]:
     """Run a recipe: quantize every variant, score each exported file, write the report.
 
     Args:
-        recipe: a recipe, or the path of one.
-        observer: is told what happens; nobody by default.
+        recipe: a recipe, its keys and values, or the path of its file.
+        observer: is told what happens; the logger ``quantkit`` by default.
         install: make the environments of libraries that are not there.
 
     Returns:
@@ -45,10 +38,10 @@ def run(recipe: Recipe | str | Path, observer: Observer | None = None, *, instal
     """
     from quantkit.pipeline.recorded import recorded_run
 
-    return recorded_run(_loaded(recipe), observer or Silent(), installs=install)
+    return recorded_run(Recipe.of(recipe), observer or Logged(), installs=install)
 
 
-def plan(recipe: Recipe | str | Path) -> dict[str, Any]:
+def plan(recipe: Recipe | Mapping[str, Any] | str | Path) -> dict[str, Any]:
     """What a run would do: stages with their state, and for each variant its layers and estimated bytes.
 
     The model is fetched or converted if it is not here yet; nothing else is written.
@@ -58,7 +51,7 @@ def plan(recipe: Recipe | str | Path) -> dict[str, Any]:
     """
     from quantkit.pipeline.plan import forecast
 
-    return forecast(_loaded(recipe))
+    return forecast(Recipe.of(recipe))
 
 
 def quantize(
@@ -68,6 +61,8 @@ def quantize(
     method: str | None = None,
     scheme: str | None = None,
     format: str | None = None,  # noqa: A002 - the recipe's word
+    target: str | None = None,
+    adapter: str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]] = (),
     calibration: str | Path | Mapping[str, Any] | CalibrationSpec | None = None,
     device: str = "auto",
     dtype: str = "auto",
@@ -84,6 +79,8 @@ def quantize(
         method: name of a method; by default what goes with the others, or ``gptq``.
         scheme: kind of scheme, such as ``int``, ``nf4`` or ``q4_k_m``; by default what goes with the rest, or ``int``.
         format: name of a format; by default what goes with the others, or ``compressed-tensors``.
+        target: who will load the checkpoint, instead of a format: ``ollama``, ``vllm``, ``transformers`` ...
+        adapter: LoRA adapters to merge first; see :class:`quantkit.recipe.AdapterSpec`.
         calibration: a data set, or the keys of a recipe's ``calibration`` section.
         device: ``auto`` (CUDA where there is one), ``cpu``, ``cuda`` or ``cuda:N``.
         dtype: of scales and of all that stays float; ``auto`` is one of 16 bits, ``own`` the model's own.
@@ -99,26 +96,30 @@ def quantize(
     Raises:
         QuantkitError: with what is wrong and the remedy.
     """
+    from quantkit.pipeline.preflight import check_inputs
     from quantkit.pipeline.single import quantize_one
+    from quantkit.recipe.single import single_recipe
 
-    watching = observer or Silent()
-    given = {"name": "variant", "method": method, "scheme": scheme, "format": format}
-    variant = parse_section(VariantSpec, {**given, **options}, "quantize")
-    for line in (*variant.implied_by(given), *(f"warning: {warning}" for warning in variant.warnings())):
+    watching = observer or Logged()
+    told = {
+        "source": str(model),
+        "adapter": adapter,
+        "dtype": dtype,
+        "decode": decode,
+        "trust_remote_code": trust_remote_code,
+    }
+    keys = {"method": method, "scheme": scheme, "format": format, **options}
+    recipe, lines = single_recipe(told, keys, calibration=calibration, device=device, target=target)
+    for line in lines:
         watching.note(line)
-    plain = variant.base_scheme()
-    if dtype == "auto" and isinstance(plain, PlainScheme) and plain.dtype:
-        dtype = "own"  # every value is rounded once, to the scheme's dtype
-    told = {"source": str(model), "dtype": dtype, "decode": decode, "trust_remote_code": trust_remote_code}
-    found = parse_section(ModelSpec, told, "model")
-    place = parse_section(QuantizationSpec, {"device": device}, "quantize").device
-    return quantize_one(found, variant, _calibration(calibration), Path(out), watching, place)
+    check_inputs(recipe)
+    return quantize_one(recipe, Path(out), watching)
 
 
 def evaluate(
     checkpoint: str | Path,
     *,
-    texts: Sequence[str | Mapping[str, Any]] | None = None,
+    texts: str | Sequence[str | Mapping[str, Any]] | None = None,
     reference: str | Path | None = None,
     trust_remote_code: bool = False,
     observer: Observer | None = None,
@@ -127,12 +128,12 @@ def evaluate(
     """Score a checkpoint in a fresh process.
 
     Args:
-        checkpoint: folder of a float or quantized checkpoint, or a GGUF file.
-        texts: names of bundled texts, files, or mappings as in a recipe; the bundled ones by default.
+        checkpoint: folder of a float or quantized checkpoint, a GGUF file, or the name of a hub model.
+        texts: names of bundled texts, files, or mappings as in a recipe, or one of these; the bundled ones by default.
         reference: the float model to compare with; without it there is no divergence.
         trust_remote_code: run Python code that comes with the checkpoint or the reference.
         observer: is told what happens.
-        settings: further keys of a recipe's ``evaluation`` section, such as ``context_length``.
+        settings: further keys of a recipe's ``evaluation`` section: ``context_length``, ``tasks``, ``device`` ...
 
     Returns:
         ``metrics``, ``texts``, ``size_bytes``, ``loaded_by``, ``memory``, ``speed``, ``seconds`` and ``environment``.
@@ -140,21 +141,14 @@ def evaluate(
     Raises:
         QuantkitError: with what is wrong and the remedy.
     """
-    from quantkit.checkpoint.adapter_folder import adapter_in
     from quantkit.evaluation import EvaluationJob, run_job
-    from quantkit.exports import find_gguf
+    from quantkit.pipeline.preflight import check_scoring
 
-    watching = observer or Silent()
-    given = dict(settings) if texts is None else {**settings, "texts": list(texts)}
+    watching = observer or Logged()
+    given = settings if texts is None else {**settings, "texts": texts if isinstance(texts, str) else list(texts)}
     spec = parse_section(EvaluationSpec, given, "evaluation")
-    folder = Path(checkpoint)
-    adapter = adapter_in(folder)
-    if adapter is not None:
-        raise EvaluationError(*adapter)
-    if not (folder / "config.json").is_file() and not (folder.exists() and find_gguf(folder)):
-        raise EvaluationError(
-            f"{folder} is not a checkpoint: it has no config.json", "name the folder of a checkpoint, or a GGUF file"
-        )
+    check_scoring(spec, [checkpoint] if reference is None else [checkpoint, reference])
+    folder = _checkpoint_folder(checkpoint, trusted=trust_remote_code)
     with tempfile.TemporaryDirectory(prefix="quantkit-") as scratch, _logs() as logs:
         logprobs = samples = None
         if reference is not None and spec.compares:
@@ -166,7 +160,7 @@ def evaluate(
             )
             found = run_job(job, log=logs / "baseline.log", on_progress=watching.progress)
             samples = found["samples"]["items"] if "samples" in found else None
-        watching.stage(f"evaluate: {folder}")
+        watching.stage(f"evaluate: {checkpoint}")
         alone = spec if reference is not None else _alone(spec)
         job = EvaluationJob(folder, alone, logprobs, trust_remote_code=trust_remote_code, float_samples=samples)
         return run_job(job, log=logs / "evaluate.log", on_progress=watching.progress)
@@ -200,7 +194,7 @@ def convert(
     """
     from quantkit.pipeline.converting import convert_any
 
-    watching = observer or Silent()
+    watching = observer or Logged()
     watching.stage(f"convert: {checkpoint} to {to}")
     return convert_any(str(checkpoint), to, Path(out), watching, dtype=dtype, trust_remote_code=trust_remote_code)
 
@@ -264,7 +258,7 @@ def verify(
         dtype=dtype,
         seconds=parse_seconds(time_limit),
         trust_remote_code=trust_remote_code,
-        observer=observer or Silent(),
+        observer=observer or Logged(),
     )
 
 
@@ -381,17 +375,29 @@ def _logs() -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-def _loaded(recipe: Recipe | str | Path) -> Recipe:
-    return recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
+def _checkpoint_folder(checkpoint: str | Path, *, trusted: bool) -> Path:
+    """The folder or file of a checkpoint; one of the hub is fetched.
 
+    Raises:
+        EvaluationError: there is no checkpoint.
+    """
+    from quantkit.checkpoint.adapter_folder import adapter_in
+    from quantkit.exports import find_gguf
+    from quantkit.recipe.model import HUB_REFERENCE
+    from quantkit.source import hub
 
-def _calibration(given: str | Path | Mapping[str, Any] | CalibrationSpec | None) -> CalibrationSpec:
-    if isinstance(given, CalibrationSpec):
-        return given
-    if given is None:
-        return CalibrationSpec()
-    keys = given if isinstance(given, Mapping) else {"dataset": str(given)}
-    return parse_section(CalibrationSpec, keys, "calibration")
+    folder = Path(checkpoint).expanduser()
+    if not folder.exists() and HUB_REFERENCE.fullmatch(str(checkpoint)) and folder.suffix != ".gguf":
+        return hub.download(str(checkpoint), None, trust_remote_code=trusted).folder
+    adapter = adapter_in(folder)
+    if adapter is not None:
+        raise EvaluationError(*adapter)
+    if not (folder / "config.json").is_file() and not (folder.exists() and find_gguf(folder)):
+        raise EvaluationError(
+            f"{folder} is not a checkpoint: it has no config.json",
+            "name the folder of a checkpoint, a GGUF file, or org/name of the hub",
+        )
+    return folder
 
 
 def _float_folder(reference: str | Path, work: Path, *, trusted: bool) -> Path:

@@ -160,7 +160,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "a type": ({"bits": "4"}, r"^quantize: bits: must be a valid integer, not '4'"),
     "a method": ({"method": "gtpq"}, r"^quantize: method: unknown method 'gtpq' \(did you mean 'gptq'"),
     "a calibration key": ({"calibration": {"sampels": 4}}, r"^calibration: unknown key 'sampels' \(did you mean 'samp"),
-    "a model": ({"model": "/no/such/model"}, r"^there is no file or folder /no/such/model"),
+    "a model": ({"model": "/no/such/model"}, r"^model.source: there is no /no/such/model"),
     "a data set": ({"calibration": "no/such.jsonl"}, r"no/such\.jsonl"),
 }
 
@@ -185,6 +185,6 @@ def test_mistakes_of_evaluate(checkpoint: Path, tmp_path: Path) -> None:
 
 def test_a_folder_of_the_users_is_not_overwritten(model: Path) -> None:
     before = sorted(path.name for path in model.iterdir())
-    with pytest.raises(OutputError, match="exists and was not written by quantkit"):
+    with pytest.raises(OutputError, match="is the model that is read, which would be replaced"):
         quantkit.quantize(model, out=model, method="rtn", group_size=32)
     assert sorted(path.name for path in model.iterdir()) == before

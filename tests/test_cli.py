@@ -86,7 +86,7 @@ def test_a_plan_is_a_table_or_json(run: subprocess.CompletedProcess[str], model:
     folder = Path(run.args[-1]).parent
     data = recipe_data(model, records, folder / "run", [{"name": "rtn", "method": "rtn"}, {"name": "new"}])
     path = write_recipe(folder / "plan.yaml", data)
-    table = invoke("plan", path)
+    table = CliRunner().invoke(app, ["plan", str(path)], env={"COLUMNS": "240"})
     assert table.exit_code == 0, table.output
     assert "14 of 15 linear layers" in table.stdout
     assert "12 records, 48 tokens each at most" in table.stdout
@@ -126,7 +126,7 @@ def test_quantize_goes_to_the_device_that_is_named(model: Path, tmp_path: Path) 
 
 def test_evaluate_prints_json(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluation, "run_job", score_here)
-    done = invoke("evaluate", model, "--text", "prose", "--context-length", 32, "--max-tokens", 64)
+    done = invoke("evaluate", model, "--text", "prose", "--context-length", 32, "--max-tokens", 64, "--json")
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["metrics"]["perplexity"]["prose"] > 1
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Iterable
+import traceback
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,15 +22,42 @@ if TYPE_CHECKING:
 
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
+ANYWHERE = ("-q", "--quiet", "-v", "--verbose")
+"""Options of all commands, which may stand before and behind a command's name."""
+
+
+@dataclass(slots=True)
+class Voice:
+    """How much a command says.
+
+    Attributes:
+        quiet: results, warnings and errors alone.
+        verbose: what libraries log too, and tracebacks.
+    """
+
+    quiet: bool = False
+    verbose: bool = False
+
+
+VOICE = Voice()
+"""Of the command that is running."""
 
 
 class _Commands(TyperGroup):
     """The commands: a mistake of the user prints one line and exits with code 2."""
 
+    def parse_args(self, ctx: Any, args: list[str]) -> Any:
+        """Options of all commands are read wherever they stand, up to ``--``."""
+        end = args.index("--") if "--" in args else len(args)
+        shared = [arg for arg in args[:end] if arg in ANYWHERE]
+        return super().parse_args(ctx, [*shared, *(arg for arg in args[:end] if arg not in ANYWHERE), *args[end:]])
+
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except QuantkitError as error:
+            if VOICE.verbose:
+                say("".join(traceback.format_exception(error)), stderr=True)
             for each in (error, *error.others):
                 say(f"error: {each}", stderr=True)
             raise typer.Exit(EXIT_USER_ERROR) from error
@@ -50,8 +80,10 @@ app = typer.Typer(
     name="quantkit",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file (YAML).")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and do nothing.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 TrustsCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model: read it first.")
@@ -69,13 +101,44 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
+class _Told(logging.Handler):
+    """Prints what is logged on standard error."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        say(f"{record.name}: {record.getMessage()}", stderr=True)
+
+
+def _tell_logs() -> Callable[[], None]:
+    """Print what libraries log, until what is returned is called."""
+    root, handler = logging.getLogger(), _Told(logging.INFO)
+    level = root.level
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
+
+    def end() -> None:
+        root.removeHandler(handler)
+        root.setLevel(level)
+
+    return end
+
+
 @app.callback()
 def _options(
+    ctx: typer.Context,
     _version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Print results, warnings and errors alone; also behind a command.")
+    ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Print what libraries log, and tracebacks; also behind a command.")
+    ] = False,
 ) -> None:
     """Quantize, export and compare large language models: one recipe, one calibration set, one report."""
+    VOICE.quiet, VOICE.verbose = quiet, verbose
+    if verbose:
+        ctx.call_on_close(_tell_logs())
 
 
 def warn(warnings: Iterable[str]) -> None:
@@ -88,10 +151,10 @@ def console(stderr: bool = False) -> Console:
     """A console for tables, as wide as the terminal; where there is none, as ``COLUMNS`` says, or 160 columns wide."""
     from rich.console import Console
 
-    found = Console(stderr=stderr)
+    found = Console(stderr=stderr, quiet=stderr and VOICE.quiet)
     columns = os.environ.get("COLUMNS", "")
     wide = int(columns) if columns.isdigit() and int(columns) > 0 else 160
-    return found if found.is_terminal else Console(stderr=stderr, width=wide)
+    return found if found.is_terminal else Console(stderr=stderr, width=wide, quiet=found.quiet)
 
 
 def say(text: str, stderr: bool = False) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from quantkit.cli.base import EXIT_FAILED, AsJson, TrustsCode, app, console, say
+from quantkit.cli.base import EXIT_FAILED, AsJson, DryRun, TrustsCode, app, console, say
 
 PANEL = "Checkpoints"
 SIGNATURES = "Signatures"
@@ -107,10 +107,18 @@ def push(
     repository: Annotated[str, typer.Argument(metavar="NAME", help="org/name of the repository on the hub.")],
     public: Annotated[bool, typer.Option("--public", help="Anyone may read it; private by default.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch to push to.")] = None,
+    dry_run: DryRun = False,
 ) -> None:
     """Upload a checkpoint with its model card to the Hugging Face hub, with the token of HF_TOKEN."""
     import quantkit
 
+    if dry_run:
+        from quantkit.publishing.push import files_to_push
+        from quantkit.system.units import in_units
+
+        for name, file in files_to_push(checkpoint).items():
+            say(f"{name} ({in_units(file.stat().st_size)}) to {repository}")
+        return
     say(quantkit.push(checkpoint, repository, private=not public, revision=revision))
 
 

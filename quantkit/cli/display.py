@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from types import TracebackType
 
@@ -68,7 +69,9 @@ class Display:
             self._print(f"{self._stage}: {step} {done}/{total}, {elapsed:.0f} s{left}")
 
     def note(self, text: str) -> None:
-        """Print a line."""
+        """Print a line; a warning also where the console is quiet."""
+        if self._console.quiet and text.startswith("warning"):
+            print(text, file=sys.stderr)  # noqa: T201 - the console prints nothing
         self._print(f"  {text}")
 
     def _close_stage(self) -> None:

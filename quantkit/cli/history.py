@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from quantkit.cli.base import AllColumns, AsJson, RecipePath, app, console, say
+from quantkit.cli.base import AllColumns, AsJson, DryRun, RecipePath, app, console, say
+from quantkit.cli.running import show_plan
 
 PANEL = "Runs over time"
 SHOW = "show"
@@ -25,6 +26,7 @@ def check(
     install: Annotated[
         bool, typer.Option("--install/--no-install", help="Install environments of libraries that are not there.")
     ] = True,
+    dry_run: DryRun = False,
 ) -> None:
     """Run a recipe and judge it beside the accepted run: 0 passed, 1 regressed, 2 cannot be told or could not run."""
     import quantkit
@@ -34,6 +36,9 @@ def check(
     from quantkit.regression.terminal import rendered
 
     loaded = quantkit.Recipe.load(recipe)
+    if dry_run:
+        show_plan(loaded, as_json)
+        return
     with Display(console(stderr=True)) as display:
         found = check_recipe(loaded, display, install=install)
     if as_json:

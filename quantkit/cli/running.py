@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from quantkit.cli.base import EXIT_FAILED, AllColumns, AsJson, RecipePath, TrustsCode, app, console, say, warn
+from quantkit.cli.base import EXIT_FAILED, AllColumns, AsJson, DryRun, RecipePath, TrustsCode, app, console, say, warn
 
 if TYPE_CHECKING:
     from quantkit.recipe import Recipe
@@ -26,12 +26,16 @@ def run(
     install: Annotated[
         bool, typer.Option("--install/--no-install", help="Install environments of libraries that are not there.")
     ] = True,
+    dry_run: DryRun = False,
     all_columns: AllColumns = False,
 ) -> None:
     """Run a recipe: quantize every variant, score it, write the report."""
     import quantkit
 
     loaded = quantkit.Recipe.load(recipe)
+    if dry_run:
+        show_plan(loaded, as_json)
+        return
     result = _run_as_json(loaded, install) if as_json else _run_shown(loaded, install, all_columns)
     if result["status"] == "failed":
         raise typer.Exit(EXIT_FAILED)
@@ -101,10 +105,18 @@ def plan(recipe: RecipePath, as_json: AsJson = False) -> None:
 
     The model is fetched or converted if it is not here yet.
     """
+    from quantkit.recipe import Recipe
+
+    show_plan(Recipe.load(recipe), as_json)
+
+
+def show_plan(recipe: Recipe, as_json: bool = False, out: Path | None = None) -> None:
+    """Print the plan of a recipe, whose results go to ``out``; a variant that cannot run makes the exit code 1."""
     import quantkit
     from quantkit.cli.tables import cannot_run, plan_notes, plan_table
 
     found = quantkit.plan(recipe)
+    found["folder"] = found["folder"] if out is None else str(out)
     warn(found["warnings"])
     if as_json:
         say(json.dumps(found, indent=2))
@@ -135,7 +147,7 @@ def merge(
     import quantkit
     from quantkit.cli.display import Display
 
-    adapters = [{"source": adapter, "weight": weight}, *map(_weighted, further or [])]
+    adapters = [{"source": adapter, "weight": weight}, *(_weighted(each, "--with") for each in further or [])]
     with Display(console(stderr=True)) as display:
         found = quantkit.merge(
             base,
@@ -183,6 +195,14 @@ def quantize(
     format: Annotated[  # noqa: A002 - a recipe key
         str | None, typer.Option(help="See 'quantkit formats'; what goes with the others, or compressed-tensors.")
     ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option("--for", metavar="WHO", help="Instead: who will load it: ollama, vllm, transformers ..."),
+    ] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option("--adapter", metavar="ADAPTER[=WEIGHT]", help="A LoRA adapter to merge first; repeatable."),
+    ] = None,
     calibration: Annotated[str, typer.Option(help="Data set or file of records.")] = "alpaca_gpt4",
     columns: Annotated[
         list[str] | None,
@@ -197,6 +217,7 @@ def quantize(
     decode: Annotated[bool, typer.Option("--decode", help="Decode a model that a tool has quantized.")] = False,
     trust_remote_code: TrustsCode = False,
     as_json: AsJson = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Quantize a model into one checkpoint."""
     import quantkit
@@ -206,24 +227,34 @@ def quantize(
 
     given = {"bits": bits, "group_size": group_size, "symmetric": False if asymmetric else None}
     options = {key: value for key, value in given.items() if value is not None} | _settings(further or [])
+    keys = {"method": method, "scheme": scheme, "format": format, **options}
+    records = {
+        "dataset": calibration,
+        "samples": samples,
+        "max_length": max_length,
+        "packing": packing,
+        "experts": experts,
+        "columns": _columns(columns or []),
+    }
+    merged = [_weighted(each, "--adapter") for each in adapter or []]
+    if dry_run:
+        source = {"source": model, "adapter": merged, "dtype": dtype, "decode": decode}
+        source["trust_remote_code"] = trust_remote_code
+        _plan_one(source, keys, records, device, target, out)
+        return
     with Display(console(stderr=True)) as display:
         folder = quantkit.quantize(
             model,
             out=out,
-            calibration={
-                "dataset": calibration,
-                "samples": samples,
-                "max_length": max_length,
-                "packing": packing,
-                "experts": experts,
-                "columns": _columns(columns or []),
-            },
+            target=target,
+            adapter=merged,
+            calibration=records,
             device=device,
             dtype=dtype,
             decode=decode,
             trust_remote_code=trust_remote_code,
             observer=display,
-            **{"method": method, "scheme": scheme, "format": format, **options},
+            **keys,
         )
     facts = read_manifest(folder) or {}
     if as_json:
@@ -235,20 +266,44 @@ def quantize(
     say(f"checkpoint: {folder}")
 
 
+def _plan_one(
+    model: dict[str, Any], variant: dict[str, Any], records: dict[str, Any], device: str, target: str | None, out: Path
+) -> None:
+    """Print what quantizing one checkpoint would do; what has to be converted for that is put away again."""
+    import tempfile
+
+    from quantkit.recipe.single import single_recipe
+
+    with tempfile.TemporaryDirectory(prefix="quantkit-") as scratch:
+        recipe, lines = single_recipe(
+            model, variant, calibration=records, device=device, target=target, folder=Path(scratch) / "plan"
+        )
+        for line in lines:
+            say(line, stderr=True)
+        show_plan(recipe, out=out)
+
+
 @app.command(rich_help_panel=PANEL)
 def evaluate(
-    checkpoint: Annotated[Path, typer.Argument(help="Folder of a checkpoint.")],
+    checkpoint: Annotated[str, typer.Argument(help="Folder of a checkpoint, a GGUF file, or a hub id.")],
     texts: Annotated[list[str] | None, typer.Option("--text", help="prose, answers, or a file; repeatable.")] = None,
     reference: Annotated[str | None, typer.Option(help="The float model to compare with.")] = None,
     context_length: Annotated[int, typer.Option(help="Tokens per window.")] = 512,
     max_tokens: Annotated[int, typer.Option(help="Tokens scored per text at most.")] = 8192,
     bos: Annotated[str, typer.Option(help="Where a BOS token stands: before each window, stream or none.")] = "window",
-    loader: Annotated[str, typer.Option(help="auto, transformers, or reference (quantkit's own decoder).")] = "auto",
+    loader: Annotated[str, typer.Option(help="auto, or a name of 'quantkit runtimes'.")] = "auto",
+    tasks: Annotated[
+        list[str] | None, typer.Option("--task", help="Of lm-evaluation-harness: a name or a file; repeatable.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto",
     trust_remote_code: TrustsCode = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Score a checkpoint in a fresh process and print the figures as JSON."""
+    """Score a checkpoint in a fresh process and print the figures."""
     import quantkit
     from quantkit.cli.display import Display
+    from quantkit.cli.figures import figure_table
 
     with Display(console(stderr=True)) as display:
         result = quantkit.evaluate(
@@ -260,9 +315,15 @@ def evaluate(
             max_tokens=max_tokens,
             bos=bos,
             loader=loader,
+            tasks=tasks or [],
+            device=device,
+            dtype=dtype,
             trust_remote_code=trust_remote_code,
         )
-    say(json.dumps(result, indent=2))
+    if as_json:
+        say(json.dumps(result, indent=2))
+    else:
+        console().print(figure_table(result, checkpoint))
 
 
 @app.command(rich_help_panel=PANEL)
@@ -312,7 +373,7 @@ def _columns(given: list[str]) -> dict[str, str]:
     return {name: column for name, _, column in (text.partition("=") for text in given)}
 
 
-def _weighted(given: str) -> dict[str, Any]:
+def _weighted(given: str, option: str) -> dict[str, Any]:
     """An adapter and its weight from ``SOURCE`` or ``SOURCE=WEIGHT``.
 
     Raises:
@@ -324,7 +385,7 @@ def _weighted(given: str) -> dict[str, Any]:
     try:
         return {"source": source, "weight": float(weight)} if equals else {"source": given}
     except ValueError as error:
-        raise RecipeError(f"--with {given}: '{weight}' is no weight", "write --with ./adapter=0.5") from error
+        raise RecipeError(f"{option} {given}: '{weight}' is no weight", f"write {option} ./adapter=0.5") from error
 
 
 def _settings(given: list[str]) -> dict[str, Any]:
@@ -341,7 +402,7 @@ def _settings(given: list[str]) -> dict[str, Any]:
         key, equals, value = text.partition("=")
         if not equals or not key.isidentifier():
             raise RecipeError(f"--set {text} is not KEY=VALUE", "write --set double_quant=false, for one")
-        if key in ("model", "out", "calibration", "observer"):
+        if key in ("model", "out", "calibration", "observer", "target", "adapter"):
             raise RecipeError(f"--set {text}: '{key}' is not a key of a variant", "docs/recipe.md lists them")
         found |= parse_mapping(f"{key}: {value}", f"--set {text}")
     return found

@@ -15,10 +15,11 @@ from quantkit.estimation.training import training
 from quantkit.estimation.use import Use
 from quantkit.estimation.weights import Stored, stored, taken_in
 from quantkit.recipe import VariantSpec
+from quantkit.system.units import in_units
 from quantkit.system.validation import parse_section
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Estimate:
     """What a variant of a model takes.
 
@@ -36,6 +37,10 @@ class Estimate:
     use: Use
     stored: Stored
     parts: tuple[Part, ...]
+
+    def __repr__(self) -> str:
+        parts = ", ".join(f"{part.name} {in_units(part.nbytes)}" for part in self.parts)
+        return f"Estimate({self.anatomy.name}, {self.variant.base_scheme().describe()}: {parts})"
 
     def part(self, name: str) -> Part:
         """The part of a name."""

@@ -12,13 +12,12 @@ from quantkit.exports.convert import convert
 from quantkit.exports.manifest import read_manifest
 from quantkit.formats import FORMATS
 from quantkit.pipeline.single import quantize_one
-from quantkit.recipe import CalibrationSpec, ModelSpec, VariantSpec
+from quantkit.recipe.single import single_recipe
 from quantkit.source.decoding import quantization_of
 from quantkit.source.model import decoded_from
 from quantkit.system.artifacts import read_json
 from quantkit.system.names import chosen
 from quantkit.system.progress import Observer
-from quantkit.system.validation import parse_section
 
 FLOAT = "float"
 HALVES = ("float16", "bfloat16")
@@ -64,8 +63,8 @@ def convert_any(
         )
     told = {"source": checkpoint, "dtype": half or dtype, "decode": True, "trust_remote_code": trust_remote_code}
     variant = {"name": "converted", "method": "none", "format": target, "scheme": "float"}
-    model = parse_section(ModelSpec, told, "convert")
-    quantize_one(model, parse_section(VariantSpec, variant, "convert"), CalibrationSpec(), out, observer)
+    recipe, _ = single_recipe(told, variant)
+    quantize_one(recipe, out, observer)
     return _facts(out, target)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,14 @@ from quantkit.gguf.config import model_config
 from quantkit.gguf.head import read_head
 from quantkit.publishing.mlflow import check_tracking
 from quantkit.recipe import CalibrationSpec, EvaluationSpec, ModelSpec, Recipe
-from quantkit.recipe.local_files import LLAMAFACTORY, is_file_of_records, local_files, missing
+from quantkit.recipe.local_files import (
+    LLAMAFACTORY,
+    calibration_files,
+    is_file_of_records,
+    missing,
+    model_files,
+    scoring_files,
+)
 from quantkit.records.hub import HUB_PREFIX
 from quantkit.runtimes import RUNTIMES
 from quantkit.source import package
@@ -28,23 +35,67 @@ def preflight(recipe: Recipe) -> None:
     Raises:
         QuantkitError: the first that is wrong, with all else that is beside it.
     """
-    found: list[QuantkitError] = [*missing(local_files(recipe))]
     scoring = recipe.evaluation
-    checks: list[Callable[[], None]] = [
+    _raise_all(
+        _input_mistakes(recipe),
+        missing(scoring_files(scoring)),
+        _failures(
+            lambda: check_device("evaluation", scoring.device),
+            lambda: check_tracking(recipe.tracking),
+            lambda: check_loader(scoring),
+        ),
+        scoring_mistakes(scoring, longest_input(recipe.model.source)),
+    )
+
+
+def check_inputs(recipe: Recipe) -> None:
+    """Check all that quantizing alone needs.
+
+    Raises:
+        QuantkitError: the first that is wrong, with all else that is beside it.
+    """
+    _raise_all(_input_mistakes(recipe))
+
+
+def check_scoring(spec: EvaluationSpec, models: Sequence[str | Path]) -> None:
+    """Check all that scoring a checkpoint needs.
+
+    Args:
+        spec: how it is scored.
+        models: the checkpoint, and the float model that it is compared with.
+
+    Raises:
+        QuantkitError: the first that is wrong, with all else that is beside it.
+    """
+    known = [longest for model in models if (longest := longest_input(str(model))) is not None]
+    _raise_all(
+        missing(scoring_files(spec)),
+        _failures(lambda: check_device("evaluation", spec.device), lambda: check_loader(spec)),
+        scoring_mistakes(spec, min(known, default=None)),
+    )
+
+
+def _input_mistakes(recipe: Recipe) -> Iterator[QuantkitError]:
+    calibrated = any(variant.calibrated for variant in recipe.variants)
+    yield from missing(model_files(recipe.model))
+    yield from missing(calibration_files(recipe.calibration)) if calibrated else ()
+    yield from _failures(
         lambda: check_package_source(recipe.model),
         lambda: check_device("quantization", recipe.quantization.device),
-        lambda: check_device("evaluation", scoring.device),
-        lambda: check_tracking(recipe.tracking),
-        lambda: check_loader(scoring),
-    ]
-    if any(variant.calibrated for variant in recipe.variants):
-        checks.append(lambda: check_data_set(recipe.calibration))
+        *([lambda: check_data_set(recipe.calibration)] if calibrated else []),
+    )
+
+
+def _failures(*checks: Callable[[], None]) -> Iterator[QuantkitError]:
     for check in checks:
         try:
             check()
         except QuantkitError as error:
-            found.append(error)
-    found += scoring_mistakes(scoring, longest_input(recipe.model))
+            yield error
+
+
+def _raise_all(*mistakes: Iterable[QuantkitError]) -> None:
+    found = [error for several in mistakes for error in several]
     if found:
         raise QuantkitError.together(found)
 
@@ -68,10 +119,9 @@ def scoring_mistakes(spec: EvaluationSpec, longest: int | None) -> Iterator[Quan
         yield MissingDependencyError("rouge-score", "the metric 'rouge'", requirement("tasks"))
 
 
-def longest_input(spec: ModelSpec) -> int | None:
+def longest_input(reference: str) -> int | None:
     """Tokens that a model on this disk reads at most, as its config says; None where it is not here or does not say."""
     try:
-        reference = spec.source
         path = package.locate(reference) if reference.startswith(package.PREFIX) else Path(reference).expanduser()
         config = _config(path)
     except (QuantkitError, OSError, ValueError):

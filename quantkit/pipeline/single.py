@@ -12,29 +12,24 @@ from quantkit.publishing import describe
 from quantkit.quantization import quantize
 from quantkit.quantization.expert_tokens import expert_line
 from quantkit.quantization.job import STAGE
-from quantkit.recipe import CalibrationSpec, MergeSpec, ModelSpec, VariantSpec
+from quantkit.recipe import Recipe
 from quantkit.system.artifacts import check_writable
 from quantkit.system.progress import Observer
 from quantkit.system.scratch import workplace
 
 
-def quantize_one(
-    model: ModelSpec,
-    variant: VariantSpec,
-    spec: CalibrationSpec,
-    out: Path,
-    observer: Observer,
-    device: str = "auto",
-) -> Path:
-    """Quantize ``model`` into ``out``; source and calibration lie in a folder beside it meanwhile.
+def quantize_one(recipe: Recipe, out: Path, observer: Observer) -> Path:
+    """Quantize the only variant of a recipe into ``out``; source and calibration lie in a folder beside it meanwhile.
 
     Raises:
         QuantkitError: with what is wrong and the remedy.
     """
+    model, spec, device = recipe.model, recipe.calibration, recipe.quantization.device
+    (variant,) = recipe.own_variants
     check_writable(out, stage=STAGE, source=model.source)
     with workplace(out, "quantize") as scratch:
         observer.stage(f"source: {model.source}")
-        found = merged_source(model, MergeSpec(), scratch, observer)
+        found = merged_source(model, recipe.merge, scratch, observer)
         calibrated = None
         if variant.calibrated:
             observer.stage(f"calibration: {spec.dataset}")

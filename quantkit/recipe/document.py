@@ -117,6 +117,10 @@ class Recipe(Section):
                 raise RecipeError.together(mistakes)
         return gates
 
+    def __repr__(self) -> str:
+        variants = ", ".join(variant.name for variant in self.variants)
+        return f"Recipe({self.name!r}, model={self.model.source!r}, variants: {variants})"
+
     @property
     def own_variants(self) -> tuple[VariantSpec, ...]:
         """The variants that quantkit quantizes itself."""
@@ -160,6 +164,19 @@ class Recipe(Section):
             RecipeError: the text is not YAML or not a valid recipe; further mistakes are beside the first.
         """
         return parse_section(cls, parse_mapping(text, origin, os.environ), origin, text)
+
+    @classmethod
+    def of(cls, given: Recipe | Mapping[str, Any] | str | Path) -> Recipe:
+        """A recipe from what people have of one: itself, its keys and values, or the path of its file.
+
+        Raises:
+            RecipeError: it is not a valid recipe.
+        """
+        if isinstance(given, Recipe):
+            return given
+        if isinstance(given, Mapping):
+            return parse_section(cls, given, "recipe")
+        return cls.load(given)
 
     def warnings(self) -> tuple[str, ...]:
         """Warnings of what can be run and is known to go badly, each with the name of its variant."""

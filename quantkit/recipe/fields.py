@@ -46,8 +46,11 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _as_choices_are_written(cls, given: Any, info: ValidationInfo) -> Any:
-        """A choice of a few words in any case, or in another word of the field: ``BF16``, ``ppl``."""
-        words = _words_of(cls, str(info.field_name))
+        """A choice of few words in any case, or in another word: ``BF16``, ``ppl``; one text where a list is meant."""
+        field = str(info.field_name)
+        if isinstance(given, str) and get_origin(cls.model_fields[field].annotation) is tuple:
+            given = [given]
+        words = _words_of(cls, field)
         if not words:
             return given
         if isinstance(given, list | tuple):

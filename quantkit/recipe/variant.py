@@ -133,6 +133,9 @@ class VariantSpec(SchemeKeys, Choice):
                 "leave out desc_act, or use a method that is calibrated, such as gptq",
             )
 
+    def __repr__(self) -> str:
+        return f"VariantSpec({self.name!r}: {self.chain}, {self.base_scheme().describe()}, {self.format})"
+
     def method_options(self) -> MethodOptions:
         """The options of the method and of the transforms that it brings, validated, with defaults filled in."""
         options: MethodOptions = self._steps.Options.model_validate(self.options)

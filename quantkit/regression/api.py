@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantkit.errors import QuantkitError
 from quantkit.recipe import Recipe
-from quantkit.system.progress import Observer, Silent
+from quantkit.system.progress import Logged, Observer
 
 if TYPE_CHECKING:
     from quantkit.regression.document import Check
@@ -18,12 +18,14 @@ if TYPE_CHECKING:
 LATEST = "latest"
 
 
-def check(recipe: Recipe | str | Path, observer: Observer | None = None, *, install: bool = True) -> Check:
+def check(
+    recipe: Recipe | Mapping[str, Any] | str | Path, observer: Observer | None = None, *, install: bool = True
+) -> Check:
     """Run a recipe and judge it beside the accepted run.
 
     Args:
-        recipe: a recipe with gates, or the path of one.
-        observer: is told what happens; nobody by default.
+        recipe: a recipe with gates, its keys and values, or the path of one.
+        observer: is told what happens; the logger ``quantkit`` by default.
         install: make the environments of libraries that are not there.
 
     Returns:
@@ -35,16 +37,16 @@ def check(recipe: Recipe | str | Path, observer: Observer | None = None, *, inst
     """
     from quantkit.regression.check import check as check_recipe
 
-    return check_recipe(_loaded(recipe), observer or Silent(), installs=install)
+    return check_recipe(Recipe.of(recipe), observer or Logged(), installs=install)
 
 
 def accept(
     run: int | str,
     *,
-    recipe: Recipe | str | Path | None = None,
+    recipe: Recipe | Mapping[str, Any] | str | Path | None = None,
     file: str | Path | None = None,
     name: str | None = None,
-    variants: Sequence[str] = (),
+    variants: str | Sequence[str] = (),
 ) -> dict[str, Any]:
     """Make a run the reference that later checks of its recipe are compared with.
 
@@ -63,15 +65,15 @@ def accept(
     """
     from quantkit.run_history.terminal import to_json
 
-    loaded = None if recipe is None else _loaded(recipe)
+    loaded = None if recipe is None else Recipe.of(recipe)
     found = _history(loaded, file)
     named = name if loaded is None else loaded.name
     number = found.latest(named) if run == LATEST else _number(run)
-    return to_json(found.accept(number, variants))
+    return to_json(found.accept(number, [variants] if isinstance(variants, str) else variants))
 
 
 def history(
-    recipe: Recipe | str | Path | None = None,
+    recipe: Recipe | Mapping[str, Any] | str | Path | None = None,
     *,
     file: str | Path | None = None,
     name: str | None = None,
@@ -102,7 +104,7 @@ def history(
 
 
 def recorded(
-    recipe: Recipe | str | Path | None,
+    recipe: Recipe | Mapping[str, Any] | str | Path | None,
     *,
     file: str | Path | None,
     name: str | None,
@@ -114,7 +116,7 @@ def recorded(
     """The same as :func:`history`, as records."""
     from quantkit.run_history import Wanted
 
-    loaded = None if recipe is None else _loaded(recipe)
+    loaded = None if recipe is None else Recipe.of(recipe)
     named = name if loaded is None else loaded.name
     wanted = Wanted(named, variant, status, None if since is None else _moment(since), last)
     return _history(loaded, file).runs(wanted)
@@ -137,10 +139,6 @@ def _history(recipe: Recipe | None, file: str | Path | None) -> History:
     if file is not None:
         return History(Path(file))
     return History(DEFAULT_FILE if recipe is None else recipe.history_file)
-
-
-def _loaded(recipe: Recipe | str | Path) -> Recipe:
-    return recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
 
 
 def _number(run: int | str) -> int:

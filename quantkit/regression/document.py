@@ -219,7 +219,7 @@ class VariantState:
     checkpoint: str | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Check:
     """A run, judged.
 
@@ -269,6 +269,9 @@ class Check:
     notes: tuple[str, ...] = ()
     removed: tuple[str, ...] = ()
     drifts: tuple[Drift, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"Check({self.name!r}, run {self.run}: {self.verdict}; {self.summary})"
 
 
 def to_json(check: Check) -> dict[str, Any]:

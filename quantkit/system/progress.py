@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Protocol
+
+LOGGER = logging.getLogger("quantkit")
 
 
 class Observer(Protocol):
@@ -29,6 +32,23 @@ class Silent:
 
     def note(self, text: str) -> None:
         """Ignore it."""
+
+
+class Logged:
+    """An observer that tells the logger ``quantkit``: stages and notes at INFO, warnings at WARNING, steps at DEBUG."""
+
+    def stage(self, title: str) -> None:
+        """Log it."""
+        LOGGER.info("%s", title)
+
+    def progress(self, step: str, done: int, total: int) -> None:
+        """Log it."""
+        LOGGER.debug("%s %d/%d", step, done, total)
+
+    def note(self, text: str) -> None:
+        """Log it."""
+        level = logging.WARNING if text.lstrip().startswith("warning") else logging.INFO
+        LOGGER.log(level, "%s", text)
 
 
 class Several:
