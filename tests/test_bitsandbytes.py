@@ -47,7 +47,7 @@ def keys(scheme: CodebookScheme) -> dict[str, Any]:
 
 
 def exported(model: Path, out: Path, scheme: CodebookScheme, **options: Any) -> Path:
-    return quantkit.quantize(model, out=out, **{**keys(scheme), **options})
+    return quantkit.quantize(model, out=out, **{"dtype": "own", **keys(scheme), **options})
 
 
 def loaded(folder: Path, **options: Any) -> Any:
@@ -155,7 +155,7 @@ def test_other_schemes_are_refused_with_those_that_fit(scheme: Scheme) -> None:
         BitsAndBytes.check(scheme)
     for fits in (*SCHEMES, INT8):
         BitsAndBytes.check(fits)
-    given = {"name": "v", "method": "rtn", "scheme": "int", "format": "bitsandbytes"}
+    given = {"name": "v", "method": "rtn", "scheme": "int", "bits": 4, "format": "bitsandbytes"}
     with pytest.raises(RecipeError, match="does not store int4"):
         parse_section(VariantSpec, given, "test")
 
@@ -179,7 +179,7 @@ def test_a_float_layer_whose_name_would_hide_a_quantized_one_is_refused() -> Non
 
 def int8_export(model: Path, out: Path, **options: Any) -> Path:
     keys: dict[str, Any] = {"bits": 8, "group_size": -1, "activations": "dynamic", "format": "bitsandbytes"}
-    return quantkit.quantize(model, out=out, **{"method": "rtn", "range": "minmax", **keys, **options})
+    return quantkit.quantize(model, out=out, **{"method": "rtn", "range": "minmax", "dtype": "own", **keys, **options})
 
 
 def test_int8_tensors_are_named_and_typed_as_transformers_saves_them(model: Path, tmp_path: Path) -> None:

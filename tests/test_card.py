@@ -177,7 +177,7 @@ def test_the_snippet_for_transformers_runs(folder: Path, capsys: pytest.CaptureF
 
 def test_a_dtype_that_the_format_needs_is_asked_for(tmp_path: Path) -> None:
     source = make_model(tmp_path / "source")
-    folder = exported(source, tmp_path / "out", scheme="mxfp4", bits=None, group_size=None)
+    folder = exported(source, tmp_path / "out", scheme="mxfp4", bits=None, group_size=None, dtype="own")
     found = section(card(folder), "transformers")
     assert "import torch\n" in found
     assert "dtype=torch.bfloat16)" in found

@@ -86,7 +86,7 @@ def test_other_schemes_are_decoded_too(model: Path, tmp_path: Path, keys: dict[s
 
 def test_a_tied_head_that_was_quantized_is_decoded_apart_from_the_embedding(tmp_path: Path) -> None:
     source = make_model(tmp_path / "tied", tie_word_embeddings=True)
-    folder = quantkit.quantize(source, out=tmp_path / "out", method="rtn", group_size=32, ignore=[])
+    folder = quantkit.quantize(source, out=tmp_path / "out", method="rtn", group_size=32, ignore=[], dtype="own")
     found = load(folder)
     embedding = found.get_input_embeddings().weight
     assert torch.equal(embedding, load_file(source / "model.safetensors")["model.embed_tokens.weight"])

@@ -225,7 +225,9 @@ def test_what_loads_it_is_said(model: Path, tmp_path: Path) -> None:
     asymmetric = inspect(exported(model, tmp_path / "a", symmetric=False), deep=False)
     assert asymmetric["loads"][:2] == ["transformers with compressed-tensors", "vLLM"]
     assert any(remark.startswith("asymmetric: ") for remark in asymmetric["remarks"])
-    wide = quantkit.quantize(make_model(tmp_path / "wide"), out=tmp_path / "m", method="rtn", scheme="mxfp4")
+    wide = quantkit.quantize(
+        make_model(tmp_path / "wide"), out=tmp_path / "m", method="rtn", scheme="mxfp4", dtype="own"
+    )
     assert inspect(wide, deep=False)["loads"][0].endswith("in bfloat16 (the checkpoint is float32)")
     text = printed(asymmetric)
     assert "Loads it" in text

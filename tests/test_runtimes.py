@@ -52,9 +52,9 @@ def test_auto_is_transformers_where_it_can_and_the_reference_decoder_elsewhere(
     monkeypatch.setattr(store, "runtimes", ("transformers 4", "vllm"))
     assert chosen(exported) == "reference"
     monkeypatch.undo()
-    monkeypatch.setattr(store, "computes_in", lambda schemes: ("bfloat16",))
+    monkeypatch.setattr(store, "computes_in", lambda schemes: ("float32",))
     assert chosen(exported) == "reference"
-    assert choose_runtime(exported, "auto", "bfloat16").name == "transformers"
+    assert choose_runtime(exported, "auto", "float32").name == "transformers"
 
 
 @pytest.mark.parametrize("wanted", ["auto", "transformers", "reference"])

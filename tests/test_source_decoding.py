@@ -17,6 +17,7 @@ import quantkit
 from quantkit.checkpoint import CheckpointReader
 from quantkit.errors import CheckpointError, OutputError, SourceError
 from quantkit.exports import open_export
+from quantkit.inspection import inspect_tables
 from quantkit.pipeline import run
 from quantkit.recipe import ModelSpec
 from quantkit.source import SourceModel, resolve
@@ -165,6 +166,26 @@ def test_stacks_of_experts_are_decoded_expert_by_expert(tmp_path: Path) -> None:
     assert torch.equal(found["experts.down_proj"], (codes.float() * by_expert).bfloat16())
     own = Fp8Dequantize(None)._dequantize_one(packed, exponents.view(torch.float8_e8m0fnu), torch.bfloat16)
     assert torch.equal(found["experts.0.w1.weight"], own)
+
+
+def test_what_is_published_in_fewer_bits_is_inspected(tmp_path: Path) -> None:
+    blocks = make_model(tmp_path / "blocks", hidden_size=128, intermediate_size=288)
+    as_deepseek(blocks, 32, exponents=False)
+    found = quantkit.inspect(blocks)
+    layer = next(each for each in found["layers"] if each["name"] == "model.layers.1.mlp.down_proj")
+    assert (found["kind"], found["format"]) == ("quantized", "fp8, as published")
+    assert (layer["scheme"], layer["shape"]) == ("fp8 (e4m3fn) block 32x32", [128, 288])
+    assert 8 < found["bits_per_weight"] < 8.1
+    assert any("convert --to float" in line for line in found["remarks"])
+    assert list(inspect_tables(found))
+    experts = tmp_path / "experts"
+    make(experts, "gpt_oss")
+    as_mxfp4(experts)
+    assert {each["scheme"] for each in quantkit.inspect(experts)["layers"]} == {"mxfp4"}
+    assert quantkit.inspect(experts)["bits_per_weight"] == 4.25
+    tiny_tokenizer().save_pretrained(experts)
+    converted = quantkit.convert(experts, "float", out=tmp_path / "out")
+    assert (converted["decoded"], converted["dtype"]) == ("mxfp4", "bfloat16")
 
 
 def test_scales_that_do_not_fit_name_the_tensor(tmp_path: Path) -> None:

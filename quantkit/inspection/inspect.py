@@ -24,6 +24,7 @@ from quantkit.inspection.problems import (
     leftover_problems,
     scale_problems,
 )
+from quantkit.inspection.published import DECODED, published_layers
 
 SCHEMA = 1
 SERVER = "vllm"
@@ -55,7 +56,13 @@ def inspect(path: Path, *, deep: bool = True) -> dict[str, Any]:
     """
     if _is_float(path):
         return _float_facts(path, deep=deep)
-    export = open_export(path)
+    try:
+        export = open_export(path)
+    except CheckpointError:
+        published = _published_facts(path)
+        if published is None:
+            raise
+        return published
     layers = [layer_facts(export, name, deep=deep) for name in export.schemes]
     floats = [_float_fact(name, export.float_shape(name), export.float_dtype(name)) for name in export.float_names()]
     found = _facts(path, "quantized", export.format, export.made_by, export.size_bytes(), layers, floats, deep=deep)
@@ -103,6 +110,26 @@ def _float_facts(folder: Path, *, deep: bool) -> dict[str, Any]:
     found["loads"] = loads_float()
     if deep:
         found["problems"] = architecture_problems(config, set(reader.names()), set())
+    return found
+
+
+def _published_facts(folder: Path) -> dict[str, Any] | None:
+    """A model that its authors publish in fewer bits than 16, by its headers alone; None where it is none."""
+    if not (folder / "config.json").is_file():
+        return None
+    config, reader = read_config(folder), CheckpointReader(folder)
+    layers = published_layers(reader)
+    if not layers:
+        return None
+    packed = {name for layer in layers for name in layer.pop("tensors")}
+    rest = [name for name in reader.names() if name not in packed]
+    floats = [_float_fact(name, reader.shape(name), reader.dtype(name)) for name in rest]
+    said = config.get("quantization_config")
+    method = said.get("quant_method", "unknown") if isinstance(said, dict) else "unknown"
+    size = sum(file.stat().st_size for file in reader.files())
+    found = _facts(folder, "quantized", f"{method}, as published", "its authors", size, layers, floats, deep=False)
+    found["loads"] = loads_float()
+    found["remarks"] = [DECODED]
     return found
 
 
