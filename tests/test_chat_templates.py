@@ -60,15 +60,23 @@ ONE_AT_A_TIME = """
 """Refuses what Llama 3's does."""
 NULL_CALLS = """
 {%- for message in messages %}
-{%- if message.role == 'assistant' and message.content is none %}
-{%- for call in message.tool_calls %}{{ '<call>' + call.function.name + '\\n' + call.function.arguments }}{% endfor %}
-{%- else %}{{ '<' + message.role + '>' + message.content }}{% endif %}
+{%- if message['role'] == 'assistant' and message['tool_calls'] %}
+{%- for call in message['tool_calls'] %}{% set asked = call['function'] %}
+{{- '<call>' + asked['name'] + '\\n' + asked['arguments'] }}{% endfor %}
+{%- endif %}
+{%- if message['role'] != 'assistant' or message['content'] is not none %}
+{{- '<' + message['role'] + '>' + message['content'] }}{% endif %}
 {%- endfor %}"""
 """Wants a content of null beside calls, and their arguments as JSON, as DeepSeek's do."""
 THINKS = """
 {%- for message in messages %}{{ '<' + message.role + '>' }}
 {%- if message.reasoning_content %}{{ '<think>' + message.reasoning_content + '</think>' }}{% endif %}
 {{- message.content }}{% endfor %}"""
+NOT_BOTH = """
+{%- for message in messages %}
+{%- if message.content and message.thinking %}{{ raise_exception('Cannot pass both content and thinking') }}{% endif %}
+{{- '<' + message.role + '>' + message.content }}{% endfor %}"""
+"""Refuses what gpt-oss' does."""
 KNOWS_TAGS = "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}{# <think> #}"
 BARE = "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}"
 NO_DEVELOPER = """
@@ -158,6 +166,7 @@ def test_a_conversation_is_given_as_its_template_takes_it(
         (THINKS, "<user>Ask<assistant><think>Hm.</think>Tell", ()),
         (KNOWS_TAGS, "<user>Ask<assistant><think>\nHm.\n</think>\n\nTell", ()),
         (BARE, "<user>Ask<assistant>Tell", (REASONING_LOST,)),
+        (NOT_BOTH, "<user>Ask<assistant>Tell", (REASONING_LOST,)),
     ],
 )
 def test_reasoning_goes_where_the_template_has_it(
@@ -179,6 +188,14 @@ def test_tools_are_given_to_the_template_and_told_where_it_has_none(
     )
     assert records.rendered(record, tokenizer, str(own)).text == "look: Looks. <user>Ask<assistant>Tell"
     assert records.rendered(record, tokenizer).changes == (TOOLS_LOST,)
+
+
+def test_of_several_templates_that_for_tools_is_taken() -> None:
+    several: Any = tiny_tokenizer()
+    several.chat_template = {"default": BARE, "tool_use": "{{ tools[0].function.name }}!" + BARE}
+    tools = [{"name": "look"}]
+    assert records.render(parse({"messages": [USER], "tools": tools}), several) == "look!<user>Ask"
+    assert records.render(parse({"messages": [USER]}), several) == "<user>Ask"
 
 
 def test_without_a_template_calls_are_text(tokenizer: PreTrainedTokenizerFast) -> None:

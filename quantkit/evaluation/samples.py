@@ -81,7 +81,7 @@ def sample_prompts(
         CalibrationError: the file cannot be read, or the chat template refuses a prompt of the recipe's.
     """
     if spec.prompts or spec.file:
-        given = [_turn(prompt, tokenizer) for prompt in spec.prompts] or _of_file(Path(str(spec.file)), tokenizer)
+        given = [_turn(prompt, tokenizer) for prompt in spec.prompts] or _of_file(spec, tokenizer)
         found = [question_of(record, tokenizer) for record in given[: spec.count or None]]
         _check_length(found, longest - spec.max_new_tokens)
         return _prompts(Path(spec.file).name if spec.file else "recipe", found, spec)
@@ -248,13 +248,15 @@ def _turn(prompt: str, tokenizer: PreTrainedTokenizerBase) -> Record:
     return Record(messages=(Message("user", prompt),))
 
 
-def _of_file(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[Record]:
+def _of_file(spec: SampleSpec, tokenizer: PreTrainedTokenizerBase) -> list[Record]:
     """The prompts of a file: each line of a text, each record of a data set, of which answers are left out.
 
     Raises:
         CalibrationError: it cannot be read, or holds none.
     """
-    found = records.read_file(path, layout=records.Layout(prompts=True)).records
+    path = Path(str(spec.file))
+    layout = records.Layout(spec.columns or None, spec.tags, prompts=True)
+    found = records.read_file(path, layout=layout).records
     if path.suffix.lower() == ".txt":
         lines = [line.strip() for record in found for line in str(record.text).splitlines()]
         return [_turn(line, tokenizer) for line in lines if line]

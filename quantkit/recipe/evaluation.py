@@ -129,6 +129,7 @@ class SampleSpec(Section):
     Attributes:
         prompts: what to give, each as a turn of the user's where the model has a chat template, else as it stands.
         file: the same, a line each of a ``.txt`` file, or records as JSON, JSONL or Parquet, up to their last answers.
+        columns, tags: of records, as of the calibration set; see :class:`quantkit.recipe.CalibrationSpec`.
         count: how many at most; without one, all of ``prompts`` or ``file``, or :attr:`DRAWN` of the evaluation's own.
         max_new_tokens: tokens that are written after each at most.
     """
@@ -136,6 +137,8 @@ class SampleSpec(Section):
     DRAWN: ClassVar[int] = 5
     prompts: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     file: str | None = None
+    columns: Columns = Field(default_factory=dict)
+    tags: Tags = Field(default_factory=dict)
     count: Annotated[Whole, Field(ge=1)] | None = None
     max_new_tokens: Annotated[Whole, Field(ge=1)] = 12
 

@@ -45,12 +45,13 @@ _CLOCK = {
 """26 July 2024, the date that the Llama 3 templates use where they have no clock."""
 
 
-def template_text(chat_template: str | None, tokenizer: PreTrainedTokenizerBase) -> str | None:
+def template_text(chat_template: str | None, tokenizer: PreTrainedTokenizerBase, *, tools: bool = False) -> str | None:
     """The Jinja source that a recipe's choice stands for, or None where messages are joined plainly.
 
     Args:
         chat_template: ``auto`` for the tokenizer's where it has one, ``none`` or None for none, else a file.
         tokenizer: the model's.
+        tools: of several templates that of conversations with tools, where there is one.
 
     Raises:
         CalibrationError: the file cannot be read, or the tokenizer has several templates and no default.
@@ -62,7 +63,7 @@ def template_text(chat_template: str | None, tokenizer: PreTrainedTokenizerBase)
     if not tokenizer.chat_template:
         return None
     try:
-        return str(tokenizer.get_chat_template())
+        return str(tokenizer.get_chat_template(tools=[{}] if tools else None))
     except ValueError as error:
         remedy = "give one as a file: 'chat_template: path/to/template.jinja'"
         raise CalibrationError(f"the model has several chat templates and no default: {error}", remedy) from error
@@ -157,7 +158,7 @@ def rendered(
     """
     if record.text is not None:
         return Rendered(_marked(record.text, record, image_mark))
-    template = template_text(chat_template, tokenizer)
+    template = template_text(chat_template, tokenizer, tools=bool(record.tools))
     if template is None:
         messages, changes = STEPS[AS_TEXT](record.messages), record.changes
         contents = [_marked(message.content, record, image_mark) for message in messages]

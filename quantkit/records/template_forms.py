@@ -70,12 +70,14 @@ def forms(template: str, messages: Sequence[Message], record: Record, mark: Mark
     calls = any(message.calls for message in messages)
     blank = any(not message.content for message in messages)
     arguments = (False, True) if calls else (False,)
-    nothing: tuple[str | None, ...] = ("", None) if blank else ("",)
+    none_first = re.search(r"content['\"]?\]?\s+is\s+(not\s+)?none", template) is not None
+    nothing: tuple[str | None, ...] = ((None, "") if none_first else ("", None)) if blank else ("",)
+    thinks = (True, False) if any(message.reasoning for message in messages) else (True,)
     short = (False, True) if calls else (False,)
     tools = [json.loads(tool) for tool in record.tools]
     names = [name for tool in tools if isinstance(name := _tool_name(tool), str)]
-    for short_ids, none, as_text, parts in product(short, nothing, arguments, contents):
-        write = _Writer(template, record, mark, parts, as_text, none, short_ids)
+    for thought, short_ids, none, as_text, part in product(thinks, short, nothing, arguments, contents):
+        write = _Writer(template, record, mark, part, as_text, none, short_ids, thought)
         yield Form(
             write.messages(messages),
             {"tools": tools} if tools else {},
@@ -98,6 +100,7 @@ class _Writer:
         as_text: arguments of calls are JSON in a text, not objects.
         nothing: the content of a turn that has none.
         short_ids: ids of calls are numbered, in nine characters.
+        thinks: reasoning is given.
     """
 
     template: str
@@ -107,6 +110,7 @@ class _Writer:
     as_text: bool
     nothing: str | None
     short_ids: bool
+    thinks: bool
 
     def messages(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
         ids = self._ids(messages)
@@ -132,7 +136,7 @@ class _Writer:
         if message.role == "tool":
             call_id = ids.get(message.call_id, next(iter(ids.values()), message.call_id))
             found |= {key: held for key, held in (("name", message.name), ("tool_call_id", call_id)) if held}
-        if message.reasoning:
+        if message.reasoning and self.thinks:
             found |= dict.fromkeys(self._reasoning_fields(), message.reasoning)
         return found
 
@@ -141,7 +145,7 @@ class _Writer:
 
     def _content(self, message: Message) -> Any:
         content = message.content
-        if message.reasoning and not self._reasoning_fields() and "<think>" in self.template:
+        if message.reasoning and self.thinks and not self._reasoning_fields() and "<think>" in self.template:
             content = THOUGHT.format(reasoning=message.reasoning.strip()) + content
         if not content:
             return self.nothing
