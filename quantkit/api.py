@@ -143,6 +143,7 @@ def evaluate(
     """
     from quantkit.evaluation import EvaluationJob, run_job
     from quantkit.pipeline.preflight import check_scoring
+    from quantkit.source.view import loadable
 
     watching = observer or Logged()
     given = settings if texts is None else {**settings, "texts": texts if isinstance(texts, str) else list(texts)}
@@ -154,7 +155,7 @@ def evaluate(
         if reference is not None and spec.compares:
             watching.stage(f"baseline: {reference}")
             logprobs = Path(scratch) / "logprobs"
-            baseline = _float_folder(reference, Path(scratch), trusted=trust_remote_code)
+            baseline = _float_folder(reference, Path(scratch), watching, trusted=trust_remote_code)
             job = EvaluationJob(
                 baseline, _without_costs(spec), logprobs, writes_reference=True, trust_remote_code=trust_remote_code
             )
@@ -162,8 +163,9 @@ def evaluate(
             samples = found["samples"]["items"] if "samples" in found else None
         watching.stage(f"evaluate: {checkpoint}")
         alone = spec if reference is not None else _alone(spec)
-        job = EvaluationJob(folder, alone, logprobs, trust_remote_code=trust_remote_code, float_samples=samples)
-        return run_job(job, log=logs / "evaluate.log", on_progress=watching.progress)
+        with loadable(folder, trust_remote_code=trust_remote_code, tell=watching.note) as seen:
+            job = EvaluationJob(seen, alone, logprobs, trust_remote_code=trust_remote_code, float_samples=samples)
+            return run_job(job, log=logs / "evaluate.log", on_progress=watching.progress)
 
 
 def convert(
@@ -400,10 +402,13 @@ def _checkpoint_folder(checkpoint: str | Path, *, trusted: bool) -> Path:
     return folder
 
 
-def _float_folder(reference: str | Path, work: Path, *, trusted: bool) -> Path:
+def _float_folder(reference: str | Path, work: Path, observer: Observer, *, trusted: bool) -> Path:
     from quantkit.source import resolve
 
-    return resolve(ModelSpec(source=str(reference), trust_remote_code=trusted), work).folder
+    found = resolve(ModelSpec(source=str(reference), trust_remote_code=trusted), work)
+    for note in found.notes:
+        observer.note(f"baseline: {note}")
+    return found.folder
 
 
 def _without_costs(spec: EvaluationSpec) -> EvaluationSpec:

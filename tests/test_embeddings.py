@@ -392,9 +392,13 @@ def test_the_refusal_of_a_format_names_those_that_can() -> None:
 
 
 def test_a_group_size_that_does_not_divide_the_embedding(models: dict[str, Path]) -> None:
-    spec = variant(embeddings={"bits": 8, "group_size": 48})
+    keys = {"bits": 8, "group_size": 48}
     with pytest.raises(SchemeError, match=f"v: {EMBEDDING}: group_size 48 does not divide the 64 input columns"):
-        plan_layers(Skeleton(models["untied"]), spec)
+        plan_layers(Skeleton(models["untied"]), variant(embeddings=keys, strict=True))
+    layers = plan_layers(Skeleton(models["untied"]), variant(embeddings=keys))
+    assert layers.embedding is None
+    assert any(f"float: {EMBEDDING}: group_size 48 does not divide" in note for note in layers.notes)
+    assert [EMBEDDING] in layers.left_by_reason().values()
 
 
 def test_a_recipe_keeps_the_key_and_spells_it_out() -> None:

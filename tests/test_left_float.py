@@ -147,7 +147,7 @@ def test_a_width_that_the_groups_do_not_divide_is_refused_with_those_that_do(tmp
     with pytest.raises(SchemeError) as caught:
         plan_layers(skeleton, variant(group_size=64))
     assert "group_size 64 does not divide the 96 input columns (sizes that do: 32" in str(caught.value)
-    assert "or add allow_float: true, and" in str(caught.value)
+    assert "add allow_float: true" in str(caught.value)
     layers = plan_layers(skeleton, variant(group_size=64, allow_float=True))
     assert {name.rpartition(".")[2] for name in layers.quantized} == {"down_proj", "o_proj"}
 
@@ -249,13 +249,40 @@ def test_layers_around_the_blocks_are_told(tmp_path: Path) -> None:
     assert "vision" not in note
 
 
-def test_a_misfit_among_experts_is_refused_however_few(tmp_path: Path) -> None:
-    """Servers load all experts of a block in one scheme."""
+def test_experts_that_servers_load_as_one_stay_float_with_one_that_does_not_suit(tmp_path: Path) -> None:
     make(tmp_path, "qwen2_moe", moe_intermediate_size=24, shared_expert_intermediate_size=2048)
-    with pytest.raises(SchemeError) as caught:
-        plan_layers(Skeleton(tmp_path), variant())
-    assert "down_proj: group_size 32 does not divide the 24 input columns (sizes that do: " in str(caught.value)
-    assert "or add allow_float: true, and" in str(caught.value)
+    skeleton = Skeleton(tmp_path)
+    found = reasons(plan_layers(skeleton, variant()))
+    assert "does not divide the 24 input columns (sizes that do: " in found["model.layers.0.mlp.experts.0.down_proj"]
+    together = "runtimes load them as one with model.layers.0.mlp.experts.0.down_proj"
+    assert found["model.layers.0.mlp.experts.3.up_proj"] == together
+    with pytest.raises(SchemeError, match=r"does not divide the 24 .*or leave out strict: true, and weights like"):
+        plan_layers(skeleton, variant(strict=True))
+
+
+@pytest.mark.parametrize(
+    ("store", "keys", "reason"),
+    [
+        ("compressed-tensors", {}, "group_size 32 does not divide the 136 input columns"),
+        ("gptq", {}, "group_size 32 does not divide the 136 input columns"),
+        ("awq", {"symmetric": False}, "group_size 32 does not divide the 136 input columns"),
+        ("hqq", {"symmetric": False}, "136"),
+        ("gguf", {}, "136"),
+        ("bitsandbytes", {"scheme": "nf4", "group_size": 64}, "136"),
+    ],
+)
+def test_a_layer_that_a_format_cannot_hold_stays_float_and_is_listed(
+    tmp_path: Path, store: str, keys: dict[str, Any], reason: str
+) -> None:
+    """A fifth of the weights of the blocks; the head has an odd number of rows."""
+    skeleton = Skeleton(make_model(tmp_path, intermediate_size=136))
+    given = {"group_size": 32, "format": store, "ignore": [], **keys}
+    layers = plan_layers(skeleton, variant(**given))
+    found = reasons(layers)
+    assert all(reason in found[f"model.layers.{block}.mlp.down_proj"] for block in (0, 1))
+    assert any("2 model.layers.N.mlp.down_proj (" in note and reason in note for note in layers.notes)
+    with pytest.raises(SchemeError, match="or leave out strict: true"):
+        plan_layers(skeleton, variant(**given, strict=True))
 
 
 def test_the_report_has_a_column_where_not_all_is_quantized() -> None:

@@ -123,9 +123,9 @@ class EvenRows(Mxfp4Scheme):
 
 def test_a_scheme_sees_rows_and_columns_of_each_layer(skeleton: Skeleton, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(VariantSpec, "scheme_of", lambda *_: EvenRows())
-    message = refusal(skeleton)
+    message = refusal(skeleton, strict=True)
     place = f"v: {ATTENTION}.k_proj: 32 rows and 64 columns do not suit"
-    assert message.startswith(f"{place} (take another; or add allow_float: true, and 11.1% of the block weights")
+    assert message.startswith(f"{place} (take another; or leave out strict: true, and weights like 11.1% of the")
 
 
 @pytest.mark.parametrize(

@@ -240,7 +240,7 @@ def test_a_device_that_is_not_there_fails_the_variant(models: dict[str, Path], t
 def test_a_group_size_that_divides_one_layer_only_names_the_other(tmp_path: Path) -> None:
     source = make_model(tmp_path / "source", intermediate_size=96)
     with pytest.raises(SchemeError) as caught:
-        quantize(job(source), variant(group_size=64), tmp_path / "out")
+        quantize(job(source), variant(group_size=64, strict=True), tmp_path / "out")
     message = str(caught.value)
     assert "v: model.layers.0.mlp.down_proj: group_size 64 does not divide the 96 input columns" in message
     assert "sizes that do: 32, 16" in message

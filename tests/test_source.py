@@ -135,7 +135,7 @@ def test_a_name_with_and_without_a_prefix_is_one_line(tmp_path: Path) -> None:
     folder = make_model(tmp_path / "model")
     rewrite(folder, lambda _, tensor: tensor)
     renamed(folder, lambda name: "_orig_mod.lm_head.weight" if name == "model.embed_tokens.weight" else name)
-    with pytest.raises(SourceError, match=r"holds tensor 'lm_head\.weight' with and without '_orig_mod\.'"):
+    with pytest.raises(QuantkitError, match=r"'_orig_mod\.lm_head\.weight', which are both 'lm_head\.weight'"):
         resolved(folder, tmp_path / "work")
 
 
@@ -186,6 +186,16 @@ def set_json(name: str, **changes: Any) -> Callable[[Path], None]:
     return lambda folder: edit_json(folder / name, **changes)
 
 
+def packed(**changes: Any) -> Callable[[Path], None]:
+    """A config that speaks of quantization, and weights that are no floats."""
+
+    def damage(folder: Path) -> None:
+        edit_json(folder / "config.json", **changes)
+        rewrite(folder, lambda _, tensor: tensor.to(torch.int8))
+
+    return damage
+
+
 def write_text(name: str, text: str) -> Callable[[Path], object]:
     return lambda folder: (folder / name).write_text(text)
 
@@ -203,8 +213,8 @@ def mistral_layout(folder: Path) -> None:
         (delete("model.safetensors"), "holds no safetensors checkpoint"),
         (write_text("config.json", "{"), r"config\.json cannot be read as JSON"),
         (write_text("config.json", "[]"), r"config\.json is not a JSON object"),
-        (set_json("config.json", quantization_config={"bits": 4}), "quantized already.*give the float model"),
-        (set_json("config.json", text_config={"quantization_config": {"bits": 4}}), "quantized already"),
+        (packed(quantization_config={"bits": 4}), "quantized already.*give the float model"),
+        (packed(text_config={"quantization_config": {"bits": 4}}), "quantized already"),
         (set_json("config.json", quantization_config={"quant_method": "bitnet"}), "quantized already.*bitnet"),
         (mistral_layout, r"holds a model in Mistral's own layout alone \(params\.json"),
         (set_json("config.json", model_type="own", auto_map={"AutoModel": "x.Y"}), r"model\.trust_remote_code: true"),
@@ -234,7 +244,7 @@ def test_float64_can_be_converted(tmp_path: Path) -> None:
 def test_remote_code_is_part_of_the_model_once_it_is_trusted(tmp_path: Path) -> None:
     folder = make_model(tmp_path / "model")
     edit_json(folder / "config.json", auto_map={"AutoModel": "modeling.Model"})
-    (folder / "modeling.py").write_text("raise SystemExit('this must not run')\n")
+    (folder / "modeling.py").write_text("raise ImportError('a package that is not here')\n")
     source = resolved(folder, tmp_path / "work", trust_remote_code=True)
     assert "modeling.py" in source.sha256
     copied = resolved(folder, tmp_path / "work", trust_remote_code=True, dtype="float16")
@@ -601,7 +611,7 @@ def test_only_what_a_model_needs_is_downloaded(tmp_path: Path, hub: Hub) -> None
 
 def test_python_files_come_with_trust_only(tmp_path: Path, hub: Hub) -> None:
     edit_json(hub.folder / "config.json", auto_map={"AutoModel": "modeling.Model"})
-    (hub.folder / "modeling.py").write_text("raise SystemExit('this must not run')\n")
+    (hub.folder / "modeling.py").write_text("raise ImportError('a package that is not here')\n")
     assert "modeling.py" not in resolved("org/tiny", tmp_path / "work").sha256
     assert "modeling.py" not in hub.downloaded
     assert "modeling.py" in resolved("org/tiny", tmp_path / "work", trust_remote_code=True).sha256

@@ -19,7 +19,7 @@ class Found(NamedTuple):
 
 def adapter_in(folder: Path) -> Found | None:
     """That a folder holds adapters and no model; None where it holds a model, or neither."""
-    if not folder.is_dir() or (folder / "config.json").exists():
+    if not folder.is_dir() or _holds_model(folder):
         return None
     if (folder / CONFIG).is_file():
         return Found(f"{folder} holds a LoRA adapter and no model", _way_out(folder))
@@ -33,6 +33,14 @@ def latest_within(folder: Path) -> Path | None:
     """The last of the folders in a folder that hold adapters, as the checkpoints of a training do."""
     found = [file.parent for file in folder.glob(f"*/{CONFIG}")]
     return max(found, key=lambda each: (len(each.name), each.name), default=None)
+
+
+def _holds_model(folder: Path) -> bool:
+    """Whether there is a model's config, and beside that of an adapter weights that are not the adapter's."""
+    if not (folder / "config.json").exists() or not (folder / CONFIG).is_file():
+        return (folder / "config.json").exists()
+    weights = (file.name for pattern in ("*.safetensors", "*.bin") for file in folder.glob(pattern))
+    return any(not name.startswith(("adapter_", "training_args")) for name in weights)
 
 
 def _way_out(adapter: Path) -> str:

@@ -106,13 +106,17 @@ class Names:
         used = {source for name in known for source in self.sources(name)}
         return sorted(set(lacking) - alone), sorted(self._stored - used - alone)
 
-    def unknown_parts(self) -> dict[str, int]:
-        """The parts of the checkpoint of which the model knows nothing, each with its number of tensors."""
-        unknown = self.unmatched()[1]
-        known = {prefix for name in self._stored.difference(unknown) for prefix in _prefixes(name)}
+    def unknown_parts(self, known: Collection[str] = ()) -> dict[str, int]:
+        """The parts of the checkpoint of which the model knows nothing, each with its number of tensors.
+
+        Args:
+            known: tensors that are spoken of elsewhere.
+        """
+        unknown = [name for name in self.unmatched()[1] if name not in known]
+        others = {prefix for name in self._stored.difference(unknown, known) for prefix in _prefixes(name)}
         found: dict[str, int] = {}
         for name in unknown:
-            part = next((prefix for prefix in _prefixes(name) if prefix not in known), name)
+            part = next((prefix for prefix in _prefixes(name) if prefix not in others), name)
             found[part] = found.get(part, 0) + 1
         return found
 

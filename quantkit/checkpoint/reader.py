@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,10 @@ import torch
 
 from quantkit.checkpoint.header import COPY_AGAIN, INDEX_FILE, SINGLE_FILE, TensorEntry, read_header, read_index
 from quantkit.errors import CheckpointError
+from quantkit.system.artifacts import translated_os_errors, write_json
 
+AT_ONCE = 60
+"""Seconds within which two checkpoints in a folder were written at the same time."""
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -18,16 +22,21 @@ class CheckpointReader:
 
     All headers are read and checked against the files' sizes at once; a tensor is read when it is asked for.
 
+    Where both are there, they are compared: a single file that holds the same, or more, is read, as transformers does;
+    one that holds a part of what the shards do is a leftover, and so are shards of which some are gone. Of two that
+    differ that is a leftover which was written more than a minute before the other.
+
     Args:
         folder: the checkpoint's folder.
+        file: the index or the single file in it, where that is known.
 
     Raises:
-        CheckpointError: there is no checkpoint, only a pickled one, or a broken or incomplete one.
+        CheckpointError: there is no checkpoint, only a pickled one, a broken or incomplete one, or two that differ.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, file: Path | None = None) -> None:
         self.folder = folder
-        self.index = _find_index(folder)
+        self.index = _find_index(folder) if file is None else file if file.suffix == ".json" else None
         if self.index is None:
             self._entries = read_header(folder / SINGLE_FILE)
             return
@@ -142,7 +151,7 @@ class CheckpointReader:
 def _find_index(folder: Path) -> Path | None:
     """The index to read; None where the checkpoint is a single file."""
     if (folder / SINGLE_FILE).exists():
-        return None
+        return _one_of_two(folder) if (folder / INDEX_FILE).is_file() else None
     if (folder / INDEX_FILE).exists():
         return folder / INDEX_FILE
     indices = sorted(folder.glob("*.safetensors.index.json"))
@@ -160,3 +169,72 @@ def _find_index(folder: Path) -> Path | None:
     raise CheckpointError(
         f"{folder} holds no safetensors checkpoint", f"it needs {SINGLE_FILE}, or {INDEX_FILE} and its shards"
     )
+
+
+def _one_of_two(folder: Path) -> Path | None:
+    """Which of a single file and an index with its shards is the checkpoint, see :class:`CheckpointReader`."""
+    single, index = folder / SINGLE_FILE, folder / INDEX_FILE
+    shards = _shards_there(index)
+    if not shards:
+        return None
+    one, other = CheckpointReader(folder, file=single), CheckpointReader(folder, file=index)
+    shapes, others = ({name: (each.dtype(name), each.shape(name)) for name in each.names()} for each in (one, other))
+    if shapes.keys() < others.keys():
+        return index
+    if others.keys() < shapes.keys() or (shapes == others and _equal(one, other)):
+        return None
+    apart = single.stat().st_mtime - index.stat().st_mtime
+    if abs(apart) > AT_ONCE:
+        return index if apart < 0 else None
+    raise CheckpointError(
+        f"{folder} holds two checkpoints that differ: {SINGLE_FILE}, and {len(shards)} shards with {INDEX_FILE}",
+        "both are equally old, and loaders do not agree which they read: remove the one that is a leftover",
+    )
+
+
+def _shards_there(index: Path) -> list[str]:
+    """The shards that an index names, if all of them are there."""
+    try:
+        shards = sorted(set(read_index(index).values()))
+    except CheckpointError:
+        return []
+    return shards if all((index.parent / shard).is_file() for shard in shards) else []
+
+
+def _equal(one: CheckpointReader, other: CheckpointReader) -> bool:
+    """Whether two checkpoints of the same names, dtypes and shapes hold the same bytes."""
+
+    def read(reader: CheckpointReader, name: str) -> torch.Tensor:
+        return reader.read(name).reshape(-1).view(torch.uint8)
+
+    return all(torch.equal(read(one, name), read(other, name)) for name in one.names())
+
+
+def link_checkpoint(reader: CheckpointReader, folder: Path) -> None:
+    """Give a folder the files of a checkpoint under the names that loaders look for, without taking room for them.
+
+    Where the system has no links they are copied.
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
+    for file in reader.files():
+        if file != reader.index:
+            link_file(file, folder / file.name)
+    if reader.index is not None:
+        total = sum(map(reader.nbytes, reader.names()))
+        placed = {name: reader.file_of(name).name for name in reader.names()}
+        write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": placed})
+
+
+def link_file(file: Path, place: Path) -> None:
+    """A link to a file, or a copy where the system has none.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    with translated_os_errors(place):
+        try:
+            place.symlink_to(file.resolve())
+        except (NotImplementedError, PermissionError):
+            shutil.copyfile(file, place)

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from quantkit.checkpoint import CheckpointReader
 from quantkit.checkpoint.conversions import Read
+from quantkit.checkpoint.extra_tensors import left_out
 from quantkit.checkpoint.model_class import text_part
 from quantkit.checkpoint.names import DAMAGED, Names, shared_parameters
 from quantkit.engine.empty_model import empty_model, find_blocks, outermost_lists
@@ -193,6 +194,15 @@ class Skeleton:
         tied = {self.names.written(name) for name, twin in self._twins.items() if self.names.has(twin)}
         return [name for name in self.names.unmatched()[0] if name not in tied]
 
+    def left_out(self, *, all_unknown: bool = False) -> list[str]:
+        """The tensors that the model does not know and that exports leave out.
+
+        Args:
+            all_unknown: those of an export that has no place for any that the model does not know, such as a GGUF file.
+        """
+        unknown = self.names.unmatched()[1]
+        return unknown if all_unknown else left_out(unknown, self.model)
+
     def check_blocks(self) -> None:
         """Refuse a checkpoint that lacks a parameter of a block, before any is read.
 
@@ -209,7 +219,8 @@ class Skeleton:
 
         Each by its name in the checkpoint, and by that in the model where it is another.
         """
-        found = self.names.unknown_matrices()
+        dropped = {name.removesuffix(".weight") for name in self.left_out()}
+        found = [name for name in self.names.unknown_matrices() if name not in dropped]
         for segment in self.segments:
             for path, module in segment.module.named_modules():
                 weight = module._parameters.get("weight")

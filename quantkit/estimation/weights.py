@@ -10,7 +10,8 @@ from quantkit.estimation.anatomy import Anatomy
 from quantkit.estimation.lines import Line, written
 from quantkit.formats import FORMATS
 from quantkit.formats.base import BYTES, Container, Format
-from quantkit.quantization.choosing import Candidate, choose, shares_tensor
+from quantkit.quantization.choosing import Candidate, choose, choose_embedding, shares_tensor
+from quantkit.quantization.left_float import Left, check_left
 from quantkit.recipe import VariantSpec
 from quantkit.schemes import PlainScheme, Scheme
 
@@ -104,10 +105,10 @@ def schemes_of(anatomy: Anatomy, variant: VariantSpec) -> dict[str, Scheme | Non
     if isinstance(variant.base_scheme(), PlainScheme):
         return dict.fromkeys(linears)
     found: dict[str, Scheme | None] = {}
-    embedding = variant.embedding_scheme()
+    called = anatomy.head if anatomy.tied else anatomy.embedding
+    embedding, _ = choose_embedding(variant, anatomy.embedding, called, anatomy.head_shape, anatomy.blocks)
     if embedding is not None:
-        name = anatomy.head if anatomy.tied else anatomy.embedding
-        found[anatomy.embedding] = embedding.for_layer(name, None, anatomy.blocks, anatomy.head_shape)
+        found[anatomy.embedding] = embedding
     kept = anatomy.keeps_float()
     candidates = {
         name: Candidate(name, shape, block, kept.get(name), is_head=name == anatomy.head)
@@ -115,7 +116,11 @@ def schemes_of(anatomy: Anatomy, variant: VariantSpec) -> dict[str, Scheme | Non
     }
     if anatomy.tied and shares_tensor(variant):
         candidates.pop(anatomy.head, None)
-    return found | dict(choose(variant, candidates, anatomy.blocks, anatomy.in_blocks()).schemes)
+    total = anatomy.in_blocks()
+    chosen = choose(variant, candidates, anatomy.blocks, total)
+    inside = [name for name in chosen.float_for if candidates[name].block is not None]
+    check_left(variant, [Left(each, _numel(candidates[each].shape), chosen.float_for[each]) for each in inside], total)
+    return found | dict(chosen.schemes)
 
 
 def stored(anatomy: Anatomy, variant: VariantSpec, dtype: str | None = None) -> Stored:

@@ -59,6 +59,7 @@ class Content:
         floats: every other tensor.
         digests: of each quantized layer, see :func:`digest`.
         embedding: name and scheme of the input embedding where that is quantized.
+        unties: head and embedding no longer share one weight, whatever the origin's config says.
         changes: keys of ``config.json`` that differ from the origin's.
         runs_code: the model comes with Python code, which goes along.
         paths: layers that the model of transformers calls otherwise than the checkpoint, to its own names.
@@ -80,6 +81,7 @@ class Content:
     alone: Mapping[str, str] = field(default_factory=dict)
     preset: str | None = None
     others: Collection[str] = ()
+    unties: bool = False
 
     @property
     def spelled(self) -> dict[str, Scheme | None]:

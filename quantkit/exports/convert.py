@@ -6,7 +6,7 @@ Where the schemes of two formats have the same grid, only the way of telling it 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +16,7 @@ import torch
 
 from quantkit.checkpoint import FLOATS
 from quantkit.checkpoint.companions import asks_for_code, copy_companions
+from quantkit.checkpoint.tied import TIED, UNTIED, set_tied, tied_by_tensors
 from quantkit.engine.skeleton import Skeleton
 from quantkit.errors import SchemeError
 from quantkit.exports import Export, open_export
@@ -68,19 +69,20 @@ def convert(
     schemes = {layer: _placed(layer, target, export) for layer in export.schemes}
     with workplace(out, "convert") as work, _scratch(work) as scratch, new_folder(out, guests=True) as folder:
         origin = _origin(export, scratch / "origin")
-        skeleton = _skeleton(export, origin, trust_remote_code)
+        skeleton, mended = _skeleton(export, origin, trust_remote_code)
         linears = {name: schemes.get(name) for name in skeleton.all_linears()}
         _check_together(export, target, linears, schemes)
         dtype = _dtype(export)
-        check_origin(target, origin, [*export.float_names(), *(f"{layer}.weight" for layer in schemes)])
+        floats = _floats(export, skeleton, target)
+        check_origin(target, origin, [*floats, *(f"{layer}.weight" for layer in schemes)])
         layers = LayerStore(scratch / "layers", target(dtype), export.embedding)
         largest = 0.0
         for done, layer in enumerate(schemes, start=1):
             largest = max(largest, _move(export, layer, schemes[layer], FLOATS[target.scale_dtype(dtype)], layers))
             on_layer(done, len(schemes))
         store = target(dtype)
-        write_export(_content(export, origin, skeleton, schemes, layers), store, folder)
-        facts = _facts(export, store, origin, schemes, layers, largest)
+        write_export(_content(export, origin, skeleton, schemes, layers, floats), store, folder)
+        facts = _facts(export, store, origin, schemes, layers, largest, mended)
         trusted = trust_remote_code and asks_for_code(origin)
         _write_records(folder, checkpoint, export, schemes, facts, remote_code=trusted)
     return facts
@@ -130,10 +132,27 @@ def _origin(export: Export, folder: Path) -> Path:
     return folder
 
 
-def _skeleton(export: Export, origin: Path, trust_remote_code: bool) -> Skeleton:
-    """The model whose layers an export holds."""
+def _skeleton(export: Export, origin: Path, trust_remote_code: bool) -> tuple[Skeleton, list[str]]:
+    """The model whose layers an export holds, and what its config said of the head and its tensors do not."""
     stored = [*export.float_names(), *(f"{layer}.weight" for layer in export.schemes)]
-    return Skeleton(origin, trust_remote_code, stored)
+    skeleton = Skeleton(origin, trust_remote_code, stored)
+
+    def parts(name: str) -> list[torch.Tensor]:
+        layer = name.removesuffix(".weight")
+        packed = layer in export.schemes
+        return [export.decodable(layer).dequantize(torch.float32) if packed else export.float_tensor(name)]
+
+    tied = tied_by_tensors(skeleton.model, skeleton.names, parts)
+    if tied is None:
+        return skeleton, []
+    write_json(origin / "config.json", set_tied(export.config(), tied))
+    return Skeleton(origin, trust_remote_code, stored), [TIED if tied else UNTIED]
+
+
+def _floats(export: Export, skeleton: Skeleton, target: type[Format]) -> list[str]:
+    """The float tensors that go along."""
+    dropped = set(skeleton.left_out(all_unknown=target.container == "gguf"))
+    return [name for name in export.float_names() if name not in dropped]
 
 
 def _check_together(
@@ -154,6 +173,7 @@ def _content(
     skeleton: Skeleton,
     schemes: Mapping[str, Scheme],
     layers: LayerStore,
+    floats: Sequence[str],
 ) -> Content:
     def plain(name: str) -> Stored:
         return Stored(export.float_dtype(name), export.float_shape(name), lambda: export.float_tensor(name))
@@ -163,7 +183,7 @@ def _content(
         dtype=_dtype(export),
         linears={layer.name: schemes.get(layer.name) for layer in skeleton.layers()},
         packed={layer: layers.packed(layer) for layer in schemes},
-        floats={name: plain(name) for name in export.float_names()},
+        floats={name: plain(name) for name in floats},
         digests=layers.digests(),
         embedding=None if export.embedding is None else (export.embedding, schemes[export.embedding]),
         paths={layer.name: layer.path for layer in skeleton.layers() if layer.name != layer.path},
@@ -172,7 +192,13 @@ def _content(
 
 
 def _facts(
-    export: Export, store: Format, origin: Path, schemes: Mapping[str, Scheme], layers: LayerStore, largest: float
+    export: Export,
+    store: Format,
+    origin: Path,
+    schemes: Mapping[str, Scheme],
+    layers: LayerStore,
+    largest: float,
+    mended: Sequence[str],
 ) -> dict[str, Any]:
     weights = sum(rows * columns for rows, columns in map(export.shape, schemes))
     return {
@@ -182,6 +208,7 @@ def _facts(
         "bits_per_weight": layers.stored_bytes * 8 / weights,
         "largest_shift": largest,
         "notes": [
+            *mended,
             *origin_remarks(store, origin, store.dtype, export.float_names()),
             *store.remarks(set(schemes.values())),
         ],

@@ -11,6 +11,7 @@ import torch
 
 from quantkit.checkpoint import CheckpointReader
 from quantkit.checkpoint.adapter_folder import adapter_in
+from quantkit.checkpoint.extra_tensors import SCALES_OF_ACTIVATIONS
 from quantkit.checkpoint.sizes import check_sizes
 from quantkit.errors import CheckpointError
 from quantkit.exports.base import Export
@@ -21,11 +22,6 @@ from quantkit.schemes import Decodable, QuantizedWeight, Scheme, scheme_from_jso
 from quantkit.system.artifacts import read_json
 
 W = TypeVar("W")
-SCALES_OF_ACTIVATIONS = (
-    ".input_scale", ".input_zero_point", ".input_global_scale", ".output_scale", ".output_zero_point",
-    ".q_scale", ".k_scale", ".v_scale", ".q_zero_point", ".k_zero_point", ".v_zero_point",
-)  # fmt: skip
-"""Ends of the names of tensors by which runtimes round activations and KV caches; no weight follows from them."""
 
 
 class FolderExport(Export):

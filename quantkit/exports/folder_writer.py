@@ -10,6 +10,7 @@ import torch
 from quantkit.checkpoint import CheckpointReader, ShardWriter
 from quantkit.checkpoint.companions import copy_companions
 from quantkit.checkpoint.older_keys import add_older_tokenizer_keys, with_older_keys
+from quantkit.checkpoint.tied import set_tied
 from quantkit.errors import CheckpointError
 from quantkit.exports.content import Content, Stored, digest
 from quantkit.formats.base import Format
@@ -51,6 +52,8 @@ def _write_config(content: Content, store: Format, folder: Path) -> None:
     config.pop("quantization_config", None)
     if not content.runs_code:
         config.pop("auto_map", None)  # it names Python files that do not go along
+    if content.unties:
+        config = set_tied(config, tied=False)
     if content.schemes:
         quantization = store.quantization_config(content.spelled)
         if content.embedding is not None:

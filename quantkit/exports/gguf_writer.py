@@ -21,6 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from quantkit.checkpoint import CheckpointReader
 from quantkit.checkpoint.companions import copy_companions
+from quantkit.checkpoint.extra_tensors import DERIVED, OF_TRAINING
 from quantkit.errors import CheckpointError, SourceError
 from quantkit.exports.content import Content, Stored, digest
 from quantkit.exports.gguf import BLOCKS, SCHEMES_KEY, VERSION_KEY, GgufExport
@@ -39,8 +40,6 @@ from quantkit.system.distribution import own_version
 PHI3_TOKENS = ("</s>", "<unk>", "<s>", "<|endoftext|>")
 FAULTY = "the disk or its memory is faulty, or another process writes here: quantize again"
 BLOCK = re.compile(r"^(model\.)?layers\.\d")
-DERIVED = re.compile(r"rotary_emb\.inv_freq$|\.(attn|attention)\.(masked_)?bias$")
-"""Tensors of old checkpoints that follow from the config."""
 
 
 HALVED = "gguf: matrices that stay float are stored in float16, as llama.cpp expects; vectors in float32"
@@ -101,7 +100,7 @@ def write_gguf(content: Content, folder: Path) -> Path:
     """
     config, tokenizer = read_model_config(content.origin), read_tokenizer(content.origin)
     kind = content.preset or _commonest(content)
-    config.tie_word_embeddings = content.changes.get("tie_word_embeddings", config.tie_word_embeddings)
+    config.tie_word_embeddings = config.tie_word_embeddings and not content.unties
     naming = Naming.of(config)
     tensors = sorted(_entries(content, config, naming), key=_place)
     metadata = {
@@ -145,7 +144,7 @@ def written_names(names: Collection[str], config: PreTrainedConfig, naming: Nami
         head = place is not None and place.name == OUTPUT
         own = TOWER.search(name) if prefixed else place is not None or BLOCK.search(name)
         beside = (is_part(config) and not own and not head) or guesses_further(name, config)
-        if not ((head and config.tie_word_embeddings) or beside or DERIVED.search(name)):
+        if not ((head and config.tie_word_embeddings) or beside or DERIVED.search(name) or OF_TRAINING.match(name)):
             found.append(name)
     return found
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.checkpoint import CheckpointReader
+from quantkit.checkpoint.leftovers import is_quantized, leftovers
 from quantkit.errors import CheckpointError
 from quantkit.exports import Export, find_gguf, open_export
 from quantkit.exports.folder import FolderExport, read_config
@@ -18,6 +19,7 @@ from quantkit.inspection.loading import loads, loads_float
 from quantkit.inspection.parallel import tensor_parallel
 from quantkit.inspection.problems import (
     architecture_problems,
+    float_problems,
     fused_problems,
     ignored_scales,
     layer_problems,
@@ -82,6 +84,7 @@ def _problems(export: Export, layers: list[dict[str, Any]], *, deep: bool, folde
     found = [*fused_problems(export), *layer_problems(layers)]
     if folder:
         found += [*leftover_problems(export), *scale_problems(export)]
+        found += leftovers(export.path, read_config(export.path), CheckpointReader(export.path))
     if deep:
         found += architecture_problems(export.config(), set(export.float_names()), set(export.schemes))
     return found
@@ -95,7 +98,7 @@ def _is_float(path: Path) -> bool:
         return False
     config = read_config(path)
     manifest = read_manifest(path)
-    return "quantization_config" not in config and not (manifest and manifest["layers"])
+    return not is_quantized(path, config) and not (manifest and manifest["layers"])
 
 
 def _float_facts(folder: Path, *, deep: bool) -> dict[str, Any]:
@@ -108,8 +111,7 @@ def _float_facts(folder: Path, *, deep: bool) -> dict[str, Any]:
     size = sum(file.stat().st_size for file in reader.files())
     found = _facts(folder, "float", "float", made_by, size, [], floats, deep=deep)
     found["loads"] = loads_float()
-    if deep:
-        found["problems"] = architecture_problems(config, set(reader.names()), set())
+    found["problems"] = [*leftovers(folder, config, reader), *(float_problems(config, reader) if deep else [])]
     return found
 
 

@@ -6,7 +6,13 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from quantkit.checkpoint.extra_tensors import left_out, parts_of_packed
+from quantkit.checkpoint.names import Names
 from quantkit.checkpoint.older_keys import numbers_of
+from quantkit.checkpoint.reader import CheckpointReader
+from quantkit.checkpoint.tied import TIED, UNTIED, set_tied, tied_by_tensors
+from quantkit.checkpoint.wrapped_names import own_names
+from quantkit.errors import CheckpointError
 from quantkit.exports import Export
 from quantkit.exports.folder import FolderExport, read_config
 from quantkit.formats import FORMATS
@@ -15,11 +21,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 SHOWN = 3
-PACKED_SUFFIXES = (
-    ".weight_packed", ".weight_scale", ".weight_zero_point", ".weight_g_idx", ".weight_global_scale", ".qweight",
-    ".qzeros", ".scales", ".g_idx", ".W_q", ".SCB", ".weight_format", ".absmax", ".quant_map",
-)  # fmt: skip
-"""Ends of names that only parts of packed layers have."""
 
 
 def fused_problems(export: Export) -> Iterator[str]:
@@ -51,7 +52,7 @@ def layer_problems(layers: Iterable[Mapping[str, Any]]) -> Iterator[str]:
 def leftover_problems(export: Export) -> Iterator[str]:
     """Tensors that belong to no packed layer and to no float one either."""
     names = export.float_names()
-    parts = [name for name in names if name.endswith(PACKED_SUFFIXES)]
+    parts = parts_of_packed(names)
     if parts:
         yield f"{_listed(parts)}: parts of a packed layer that is not whole or not in the config"
     twice = [name for name in names if name.endswith(".weight") and name.removesuffix(".weight") in export.schemes]
@@ -94,6 +95,25 @@ def _asked_scales(quantization: Any) -> Iterator[str]:
             yield from _asked_scales(value)
 
 
+def float_problems(config: Mapping[str, Any], reader: CheckpointReader) -> list[str]:
+    """How the tensors of a float model differ from those of the class that the config names, in names and number."""
+    model = _built(config)
+    if isinstance(model, str):
+        return [model]
+    shapes = {name: reader.shape(name) for name in reader.names()}
+    try:
+        called = own_names(model, shapes)
+    except CheckpointError as error:
+        return [error.problem]
+    stored = {called.get(name, name): name for name in shapes}
+    own = {name: shapes[each] for name, each in stored.items()}
+    tied = tied_by_tensors(model, Names(model, own, own), lambda name: [reader.read(stored[name])])
+    found = [f"{_listed(list(called))}: wrapped names, which quantkit takes apart"] if called else []
+    if tied is not None:
+        found.append(TIED if tied else UNTIED)
+    return found + architecture_problems(config if tied is None else set_tied(config, tied), set(own), set())
+
+
 def architecture_problems(config: Mapping[str, Any], floats: set[str], layers: set[str]) -> list[str]:
     """How the tensors differ from those of the model class that the config names.
 
@@ -104,7 +124,6 @@ def architecture_problems(config: Mapping[str, Any], floats: set[str], layers: s
         floats: names of the float tensors.
         layers: names of the packed layers.
     """
-    from quantkit.checkpoint.names import Names
     from quantkit.engine.layers import give_way
 
     model = _built(config)
@@ -120,9 +139,12 @@ def architecture_problems(config: Mapping[str, Any], floats: set[str], layers: s
     lacking, foreign = names.unmatched()
     missing = [name for name in lacking if name not in optional]
     unknown = [name for name in foreign if not any(re.search(each, name) for each in ignored)]
+    dropped = left_out(unknown, model)
+    unknown = [name for name in unknown if name not in dropped]
     return [
         *([f"{_listed(missing)}: tensors that the model needs and the checkpoint lacks"] if missing else []),
         *([f"{_listed(unknown)}: tensors that the model does not know"] if unknown else []),
+        *([f"{_listed(dropped)}: follow from the config or served training alone; not needed"] if dropped else []),
     ]
 
 

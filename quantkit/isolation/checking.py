@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,13 +65,16 @@ def as_bad_output(what: str, output: Path, ending: Ending) -> Iterator[None]:
         ) from error
 
 
-def checked_export(folder: Path, writes: str, source: CheckpointReader) -> tuple[Export, Findings]:
+def checked_export(
+    folder: Path, writes: str, source: CheckpointReader, unknown: Collection[str] = ()
+) -> tuple[Export, Findings]:
     """Open a checkpoint that a library wrote and decode every layer.
 
     Args:
         folder: where it was written.
         writes: the format that the library says it writes.
         source: the float model.
+        unknown: its tensors that the model's class does not know, which libraries leave out.
 
     Raises:
         QuantkitError: there is nothing, it does not load, is of another format, quantizes nothing, lacks tensors of
@@ -87,7 +90,7 @@ def checked_export(folder: Path, writes: str, source: CheckpointReader) -> tuple
         raise QuantizationError(f"it wrote a checkpoint of the format {export.format} in place of {writes}")
     if not export.schemes:
         raise QuantizationError("no layer of its checkpoint is quantized")
-    rescaled = _check_floats(export, source)
+    rescaled = _check_floats(export, source, unknown)
     findings = Findings()
     for layer in export.schemes:
         check_layer(layer, export.decodable(layer), source, findings, errors=not rescaled)
@@ -133,7 +136,7 @@ def _check_differs(findings: Findings) -> None:
         raise QuantizationError("every weight of its checkpoint is that of the float model")
 
 
-def _check_floats(export: Export, source: CheckpointReader) -> bool:
+def _check_floats(export: Export, source: CheckpointReader, unknown: Collection[str]) -> bool:
     """Check the tensors that stay float; returns whether any of a norm is not the source's, as factors were moved.
 
     Raises:
@@ -147,7 +150,7 @@ def _check_floats(export: Export, source: CheckpointReader) -> bool:
         if layer in packed:
             continue
         if name not in there:
-            if tied and HEAD.search(layer):
+            if (tied and HEAD.search(layer)) or name in unknown:
                 continue
             raise QuantizationError(f"its checkpoint lacks the tensor {name}")
         found, wanted = export.float_tensor(name), source.read(name)

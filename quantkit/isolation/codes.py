@@ -14,7 +14,7 @@ from quantkit.exports.content import Content, Stored
 from quantkit.exports.layer_store import LayerStore
 from quantkit.exports.writing import check_origin, write_export
 from quantkit.formats import FORMATS
-from quantkit.formats.base import Format
+from quantkit.formats.base import Container, Format
 from quantkit.isolation.checking import HEAD, Findings, check_layer
 from quantkit.libraries._codes import CODES_FILE, SCHEMES_FILE
 from quantkit.schemes import QuantizedWeight, Scheme, make_scheme
@@ -94,7 +94,7 @@ def write_in_format(
         layers.keep(layer, weight)
         layers.flush(str(number))
     findings.packed_bytes = layers.stored_bytes
-    write_export(_content(job, schemes, layers, source), store, folder)
+    write_export(_content(job, schemes, layers, source, store.container), store, folder)
     return findings
 
 
@@ -143,7 +143,9 @@ def _weight(layer: str, scheme: Scheme, reader: CheckpointReader, dtype: torch.d
     )
 
 
-def _content(job: Job, schemes: Mapping[str, Scheme], layers: LayerStore, source: CheckpointReader) -> Content:
+def _content(
+    job: Job, schemes: Mapping[str, Scheme], layers: LayerStore, source: CheckpointReader, container: Container
+) -> Content:
     from quantkit.engine.skeleton import Skeleton
 
     skeleton = Skeleton(job.source, job.trust_remote_code)
@@ -151,6 +153,7 @@ def _content(job: Job, schemes: Mapping[str, Scheme], layers: LayerStore, source
     lost = [name for name in schemes if name not in linears]
     if lost:
         raise QuantizationError(f"it quantized {lost[0]}, which is no linear layer of the model")
+    dropped = set(skeleton.left_out(all_unknown=container == "gguf"))
     unties = any(HEAD.search(name) for name in schemes)
     return Content(
         origin=job.source,
@@ -160,10 +163,10 @@ def _content(job: Job, schemes: Mapping[str, Scheme], layers: LayerStore, source
         floats={
             name: Stored.of(source, name, finite=True)
             for name in source.names()
-            if name.removesuffix(".weight") not in schemes
+            if name not in dropped and name.removesuffix(".weight") not in schemes
         },
         digests=layers.digests(),
-        changes={"tie_word_embeddings": False} if unties else {},
+        unties=unties,
         runs_code=job.trust_remote_code,
         others=skeleton.others(),
     )

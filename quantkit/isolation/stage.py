@@ -16,6 +16,7 @@ import yaml
 
 from quantkit.checkpoint import CheckpointReader
 from quantkit.checkpoint.companions import licence_files, model_files
+from quantkit.engine.skeleton import Skeleton
 from quantkit.errors import QuantizationError
 from quantkit.exports.manifest import CALIBRATION, FOREIGN, public_reference, write_manifest
 from quantkit.exports.writing import bits_of_file
@@ -160,7 +161,8 @@ def _written(attempt: Attempt, ending: Ending, scratch: Path, folder: Path) -> t
         with checked():
             return store.name, schemes, write_in_format(job, output, schemes, store, scratch, folder)
     with checked():
-        export, findings = checked_export(output, offer.writes, CheckpointReader(job.source))
+        unknown = Skeleton(job.source, job.trust_remote_code).names.unmatched()[1]
+        export, findings = checked_export(output, offer.writes, CheckpointReader(job.source), unknown)
     schemes = dict(export.schemes)
     kept = {file.name for file in (*export.files(), *model_files(job.source, code=True), *licence_files(job.source))}
     del export  # it holds the files open

@@ -90,6 +90,8 @@ def _resolved(model: ModelSpec, work: Path, observer: Observer) -> SourceModel:
     tell_unchecked(found.reference, found.unchecked, observer)
     if found.note:
         observer.note(found.note)
+    for note in found.notes:
+        observer.note(f"source: {note}")
     return found
 
 

@@ -12,6 +12,7 @@ import torch
 from quantkit.checkpoint import CheckpointReader
 from quantkit.checkpoint.adapter_folder import CONFIG
 from quantkit.checkpoint.header import read_header
+from quantkit.checkpoint.wrapped_names import without_wrappers
 from quantkit.errors import SourceError
 from quantkit.merging.archives import SUFFIXES, is_archive, unpack
 from quantkit.merging.config import WITH_PEFT, AdapterConfig
@@ -23,14 +24,15 @@ from quantkit.system.artifacts import file_sha256
 WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 PREFIX = "base_model.model."
-COMPILED = "_orig_mod."
-"""What ``torch.compile`` puts into the names of a module that was saved compiled."""
 AGAIN = "the adapter is broken: save or download it again"
 _LORA_PART = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_[AB]|lora_magnitude_vector)"
     r"(?P<tail>\.weight)?"
 )
-_NAMED = re.compile(r"(?<=\.lora_[AB])\.default(?=\.)")
+_NAMED = re.compile(
+    r"(?<=\.lora_[AB])\.\w+(?=\.(weight|bias)$)|(?<=\.lora_embedding_[AB])\.\w+$"
+    r"|(?<=\.lora_magnitude_vector)\.(?!weight$)\w+"
+)
 """The adapter's name, which a state dict has that PEFT did not save itself."""
 _TOKENS = re.compile(r"(?P<module>.+)\.token_adapter\.trainable_tokens_delta")
 WRAPPED_BASE = re.compile(r"\.(token_adapter\.base_layer|base_layer|original_module)\.")
@@ -184,7 +186,7 @@ class Adapter:
     def _sorted(self) -> Contents:
         found = Contents()
         for key in self.reader.names():
-            plain = _WRAPPED_COPY.sub("", _NAMED.sub("", key.replace(COMPILED, "")))
+            plain = _WRAPPED_COPY.sub("", _NAMED.sub("", without_wrappers(key)))
             if not plain.startswith(PREFIX) and self._is_raw(plain):
                 plain = f"{PREFIX}{plain}"
             found.renamed |= plain != key
@@ -196,7 +198,12 @@ class Adapter:
             name = plain.removeprefix(PREFIX)
             part, tokens = _LORA_PART.fullmatch(name), _TOKENS.fullmatch(name)
             if part:
-                found.lora.setdefault(part["module"], {})[part["part"]] = key
+                other = found.lora.setdefault(part["module"], {}).setdefault(part["part"], key)
+                if other != key:
+                    raise SourceError(
+                        f"adapter {self.origin} holds '{other}' and '{key}', which are two adapters of one layer",
+                        "save each of them in a folder of its own, with PEFT's save_pretrained",
+                    )
             elif tokens:
                 found.tokens[tokens["module"]] = key
             elif "lora_" in name:

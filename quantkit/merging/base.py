@@ -36,6 +36,7 @@ class Base:
         embedding: name of the input embedding; None if there is none.
         head: name of the output head; None if there is none.
         tied: whether the two share one weight.
+        left_out: tensors that follow from the config or served training alone.
     """
 
     folder: Path
@@ -47,12 +48,13 @@ class Base:
     embedding: str | None
     head: str | None
     tied: bool
+    left_out: frozenset[str] = frozenset()
 
     def parameters(self) -> list[str]:
         """The names of all parameters, in the order of the checkpoint; of tied weights the embedding's."""
         head, embedding = f"{self.head}.weight", f"{self.embedding}.weight"
         known = self.names.parameters()
-        names = [known.get(name, name) for name in self.reader.names()]
+        names = [known.get(name, name) for name in self.reader.names() if name not in self.left_out]
         if not self.tied:
             return names
         return list(dict.fromkeys(embedding if name == head else name for name in names))
@@ -95,6 +97,7 @@ def open_base(folder: Path, *, trust_remote_code: bool) -> Base:
         embedding=skeleton.embedding.prefix if skeleton.embedding else None,
         head=head,
         tied=bool(skeleton.tied),
+        left_out=frozenset(skeleton.left_out()),
     )
 
 

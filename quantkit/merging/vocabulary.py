@@ -6,6 +6,7 @@ from pathlib import Path
 
 from quantkit.checkpoint.companions import TOKENIZERS, copy_companions, copy_files, matching
 from quantkit.checkpoint.sizes import TEXT_PARTS
+from quantkit.checkpoint.tied import set_tied
 from quantkit.checkpoint.tokenizer_files import ONE_OF
 from quantkit.errors import SourceError
 from quantkit.merging.adapter import Adapter
@@ -43,12 +44,10 @@ def write_companions(
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         if rows is not None and "vocab_size" in part and any(part is each for each in texts):
             part["vocab_size"] = rows
-        if tied is not None and (part is config or "tie_word_embeddings" in part):
-            part["tie_word_embeddings"] = tied
         if dtype is not None and ("torch_dtype" in part or "dtype" in part or part is config):
             part.pop("torch_dtype", None)
             part["dtype"] = dtype
-    write_json(target / "config.json", config)
+    write_json(target / "config.json", config if tied is None else set_tied(config, tied))
     return notes
 
 

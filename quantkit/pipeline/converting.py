@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from quantkit.checkpoint.leftovers import quantization_of
 from quantkit.errors import CheckpointError, SchemeError
 from quantkit.exports import Export, open_export
 from quantkit.exports.convert import convert
@@ -13,7 +14,6 @@ from quantkit.exports.manifest import read_manifest
 from quantkit.formats import FORMATS
 from quantkit.pipeline.single import quantize_one
 from quantkit.recipe.single import single_recipe
-from quantkit.source.decoding import quantization_of
 from quantkit.source.model import decoded_from
 from quantkit.system.artifacts import read_json
 from quantkit.system.names import chosen

@@ -61,7 +61,7 @@ def forecast(recipe: Recipe) -> dict[str, Any]:
         },
         "calibration": _calibration_state(recipe, calibrated),
         "baseline": _evaluation_state(recipe.folder / "baseline"),
-        "warnings": [*recipe.warnings(), *filter(None, [model.note])],
+        "warnings": [*recipe.warnings(), *filter(None, [model.note]), *model.notes],
         "variants": [_told(variants, variant) for variant in recipe.variants],
     }
 
@@ -113,7 +113,8 @@ class _Variants:
             return library_forecast(self.job, variant, self.skeleton, self.folder / variant.name)
         layers, store = plan_layers(self.skeleton, variant), FORMATS.get(variant.format)
         stored = finished_variant(self.folder / variant.name, made_from(self.job, variant))
-        kept = layers.kept(self.reader.names()).values()
+        dropped = set(self.skeleton.left_out(all_unknown=store.container == "gguf"))
+        kept = layers.kept([name for name in self.reader.names() if name not in dropped]).values()
         floats = sum(_float_bytes(self.reader, name, store, layers.cast) for name in kept)
         return {
             "name": variant.name,

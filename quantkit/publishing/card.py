@@ -19,6 +19,7 @@ from quantkit.inspection.parallel import tensor_parallel
 from quantkit.publishing.front_matter import front_matter
 from quantkit.publishing.markdown import code, fenced, plain, table
 from quantkit.publishing.usage import Subject, usage
+from quantkit.quantization.left_float import few
 from quantkit.schemes import Scheme, scheme_from_json
 from quantkit.source.model import decoded_from
 from quantkit.system.artifacts import read_json, write_text
@@ -200,6 +201,9 @@ def _remarks(manifest: Mapping[str, Any], schemes: Mapping[str, Scheme]) -> str:
     found = list(store.remarks({scheme for name, scheme in schemes.items() if name != embedding}))
     if embedding is not None and embedding in schemes:
         found += store.for_embeddings().remarks({schemes[embedding]})
+    left = manifest.get("float")
+    for reason, names in left.items() if isinstance(left, dict) else ():
+        found.append(f"float: {few(names)}: {reason}" if isinstance(names, list) else f"float: {reason}")
     return "\n".join(f"- {plain(remark)}" for remark in dict.fromkeys(found))
 
 

@@ -16,9 +16,6 @@ from quantkit.recipe.variant import HEAD
 from quantkit.schemes import GgmlMixture, Scheme
 from quantkit.system.units import percentage
 
-MISFITS_ALLOWED = 0.1
-"""Share of the weights of the blocks in layers that stay float because their shape does not suit the scheme."""
-
 NONE_LEFT = "'ignore' matches every Linear layer, or the others are such as stay float; see quantkit plan"
 
 
@@ -59,8 +56,8 @@ class Choice:
 def choose(variant: VariantSpec, layers: Mapping[str, Candidate], blocks: int, total: int) -> Choice:
     """Give each layer its scheme, or the reason for which it stays float.
 
-    A layer whose shape suits neither scheme nor format stays float as well, if no override names it and such layers are
-    few.
+    A layer whose shape suits neither scheme nor format stays float as well, unless the variant is strict, together with
+    what runtimes load as one with it.
 
     Args:
         variant: whose schemes are given.
@@ -69,7 +66,8 @@ def choose(variant: VariantSpec, layers: Mapping[str, Candidate], blocks: int, t
         total: number of weights in all matrices of the blocks.
 
     Raises:
-        SchemeError: layers do not suit and may not stay float, layers that a runtime fuses differ, or none is left.
+        SchemeError: a layer does not suit and the variant is strict, none of those that an override names suits,
+            layers that a runtime fuses differ, or none is left.
     """
     asked = _asked_for(variant, layers)
     schemes: dict[str, Scheme | None] = dict.fromkeys(layers)
@@ -85,16 +83,21 @@ def choose(variant: VariantSpec, layers: Mapping[str, Candidate], blocks: int, t
             try:
                 schemes[name] = _suited(variant, name, layer, scheme, blocks)
             except SchemeError as error:
-                if layer.is_head or variant.override_of(name, layer.path) is not None:
-                    raise
                 misfits[name] = error
-    _check_misfits(variant, misfits, layers, total)
-    if not any(schemes.values()):
-        raise SchemeError(f"{variant.name}: no layer is left to quantize", NONE_LEFT)
-    float_for |= {name: error.problem.removeprefix(_place(variant, name)) for name, error in misfits.items()}
+    _check_misfits(variant, misfits, layers, total, none_left=not any(schemes.values()))
+    float_for |= {name: why_float(error, _place(variant, name)) for name, error in misfits.items()}
+    _experts_alike(variant, schemes, float_for)
     fused = _fused_alike(variant, schemes, float_for)
     _check_experts(variant, schemes)
+    if not any(schemes.values()):
+        raise SchemeError(f"{variant.name}: no layer is left to quantize", NONE_LEFT)
     return Choice(schemes, float_for, fused)
+
+
+def why_float(error: SchemeError, place: str) -> str:
+    """What a refusal says, as the reason why a layer stays float; ``place`` is what its line begins with."""
+    problem = error.problem.removeprefix(place)
+    return f"{problem} ({error.remedy})" if error.remedy else problem
 
 
 def _place(variant: VariantSpec, name: str) -> str:
@@ -122,23 +125,67 @@ def _suited(variant: VariantSpec, name: str, layer: Candidate, scheme: Scheme, b
 
 
 def _check_misfits(
-    variant: VariantSpec, misfits: Mapping[str, SchemeError], layers: Mapping[str, Candidate], total: int
+    variant: VariantSpec,
+    misfits: Mapping[str, SchemeError],
+    layers: Mapping[str, Candidate],
+    total: int,
+    *,
+    none_left: bool,
 ) -> None:
-    """Refuse to leave layers float for their shape where they are more than a few."""
+    """Refuse misfits where the variant is strict, or where a pattern of it, or all of it, would come to nothing."""
+    if not misfits:
+        return
+    if variant.strict or none_left:
+        raise _commonest(variant, misfits, layers, total)
+    for pattern in variant.overrides:
+        named = [
+            name
+            for name, each in layers.items()
+            if variant.override_of(name, each.path) == pattern
+            and not (variant.ignores(name) or variant.ignores(each.path))
+        ]
+        if named and all(name in misfits for name in named):
+            raise misfits[named[0]]
+
+
+def _commonest(
+    variant: VariantSpec, misfits: Mapping[str, SchemeError], layers: Mapping[str, Candidate], total: int
+) -> SchemeError:
+    """The refusal of most weights, with what becomes of them where the variant is not strict."""
     weights: dict[str, int] = {}
     for name, each in misfits.items():
         reason = each.problem.removeprefix(_place(variant, name))
         weights[reason] = weights.get(reason, 0) + math.prod(layers[name].shape)
-    share = sum(weights.values()) / max(1, total)
-    experts = FORMATS.get(variant.format).experts == "all" and any(EXPERT.match(name) for name in misfits)
-    if variant.allow_float or (share <= MISFITS_ALLOWED and not experts):
-        return
     commonest = max(weights, key=lambda reason: weights[reason])
     error = next(each for each in misfits.values() if each.problem.endswith(commonest))
-    raise SchemeError(
-        error.problem,
-        f"{error.remedy}; or add allow_float: true, and {percentage(share)} of the block weights stay float",
-    ) from error
+    if not variant.strict:
+        return error
+    share = percentage(sum(weights.values()) / max(1, total))
+    way_out = f"or leave out strict: true, and weights like {share} of the blocks' stay float"
+    return SchemeError(error.problem, f"{error.remedy}; {way_out}" if error.remedy else way_out)
+
+
+def _experts_alike(
+    variant: VariantSpec, schemes: MutableMapping[str, Scheme | None], float_for: MutableMapping[str, str]
+) -> None:
+    """Experts that runtimes load as one tensor stay float together, where the shape of one does not suit."""
+    for members in _stacks(variant, schemes).values():
+        alone = next((name for name in members if float_for.get(name, IGNORED) != IGNORED), None)
+        taken = [] if alone is None else [name for name in members if schemes[name] is not None]
+        schemes.update(dict.fromkeys(taken))
+        float_for.update(dict.fromkeys(taken, f"runtimes load them as one with {alone}" if alone else ""))
+
+
+def _stacks(variant: VariantSpec, names: Collection[str]) -> dict[str, list[str]]:
+    """The experts that runtimes of the variant's format load as one tensor, by what they are called together."""
+    alike = FORMATS.get(variant.format).experts
+    found: dict[str, list[str]] = {}
+    for name in names:
+        match = EXPERT.match(name)
+        if match and alike != "none":
+            stack = match["stack"] if alike == "all" else f"{match['stack']}.N.{match['leaf']}"
+            found.setdefault(stack, []).append(name)
+    return found
 
 
 def _fused_alike(
@@ -189,21 +236,13 @@ def _check_fused(variant: VariantSpec, schemes: Mapping[str, Scheme | None]) -> 
 def _check_experts(variant: VariantSpec, schemes: Mapping[str, Scheme | None]) -> None:
     """Refuse different schemes for experts that runtimes load as one tensor."""
     alike = FORMATS.get(variant.format).experts
-    stacks: dict[str, dict[str, Scheme | None]] = {}
-    for name, scheme in schemes.items():
-        match = EXPERT.match(name)
-        if match and alike != "none":
-            stack = match["stack"] if alike == "all" else f"{match['stack']}.N.{match['leaf']}"
-            stacks.setdefault(stack, {})[f"{match['index']}.{match['leaf']}"] = scheme
-    for stack, members in stacks.items():
-        first, scheme = next(iter(members.items()))
-        other = next((name for name, each in members.items() if each != scheme), None)
+    for stack, names in _stacks(variant, schemes).items():
+        first = names[0]
+        other = next((name for name in names if schemes[name] != schemes[first]), None)
         if other is not None:
-            words = [
-                f"{name} is {each.describe() if each else 'float'}"
-                for name, each in members.items()
-                if name in (first, other)
-            ]
+            own = len(stack.partition(".N.")[0]) + 1
+            both = {name[own:]: schemes[name] for name in (first, other)}
+            words = [f"{name} is {each.describe() if each else 'float'}" for name, each in both.items()]
             raise SchemeError(
                 f"{variant.name}: in {stack}, {' and '.join(words)}, and runtimes of the format {variant.format} load "
                 f"{'all experts of a block' if alike == 'all' else 'a projection of all experts'} in one scheme",
@@ -214,6 +253,34 @@ def _check_experts(variant: VariantSpec, schemes: Mapping[str, Scheme | None]) -
 def shares_tensor(variant: VariantSpec) -> bool:
     """Whether a head and an embedding of one weight stay one quantized tensor, as in what llama.cpp mixes."""
     return variant.embeddings is not None and isinstance(variant.base_scheme(), GgmlMixture)
+
+
+def choose_embedding(
+    variant: VariantSpec, name: str, called: str, shape: tuple[int, int], blocks: int
+) -> tuple[Scheme | None, str]:
+    """The scheme of the input embedding, or None with the reason why it stays float.
+
+    Args:
+        variant: whose scheme is given.
+        name: of the embedding.
+        called: by which its scheme knows it: of one that is tied to the head, the name of the head.
+        shape: tokens and width.
+        blocks: number of decoder blocks.
+
+    Raises:
+        SchemeError: the shape does not suit, and the variant is strict.
+    """
+    scheme, place = variant.embedding_scheme(), f"{variant.name}: {name}"
+    if scheme is None:
+        return None, ""
+    try:
+        scheme = scheme.for_layer(called, None, blocks, shape)
+        check_layer(place, FORMATS.get(variant.format), scheme, shape)
+    except SchemeError as error:
+        if variant.strict:
+            raise
+        return None, why_float(error, f"{place}: ")
+    return scheme, ""
 
 
 def check_layer(place: str, store: type[Format], scheme: Scheme, shape: tuple[int, int]) -> None:

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     import torch
 
 STAGE = "quantize"
-CODE_VERSION = 4
+CODE_VERSION = 5
 """Part of the fingerprint: raised when the same inputs would give other bytes."""
-NOT_IN_BYTES = ("name", "title", "allow_float")
+NOT_IN_BYTES = ("name", "title", "allow_float", "strict")
 """Keys of a variant that change no byte of it."""
 
 

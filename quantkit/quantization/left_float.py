@@ -101,14 +101,22 @@ def notes_of_rest(skeleton: Skeleton) -> tuple[str, ...]:
     return (f"float: {told_names(layer.name for layer in rest)} ({share} of all weights): {OUTSIDE}",)
 
 
-def notes_of_names(skeleton: Skeleton) -> tuple[str, ...]:
-    """What the checkpoint has and the class of the model does not know, and the reverse."""
+def notes_of_names(skeleton: Skeleton, *, all_left_out: bool = False) -> tuple[str, ...]:
+    """What the checkpoint has and the class of the model does not know, and the reverse.
+
+    Args:
+        skeleton: of the model.
+        all_left_out: the export has no place for what the class does not know.
+    """
     kind = type(skeleton.model).__name__
-    lacking, unknown = skeleton.lacking(), skeleton.names.unknown_parts()
+    dropped = skeleton.left_out()
+    lacking, unknown = skeleton.lacking(), skeleton.names.unknown_parts(dropped)
+    away = f"left out, as they follow from the config or served training alone: {told_names(dropped)}"
     parts = [f"{part} ({count} tensors)" if count > 1 else part for part, count in unknown.items()]
-    copied = f"unknown to {kind}, copied as they are: {few(parts)}"
+    fate = "left out" if all_left_out else "copied as they are"
+    copied = f"unknown to {kind}, {fate}: {few(parts)}"
     missing = f"missing in the checkpoint, though {kind} has them: {told_names(lacking)}"
-    return (*([copied] if unknown else []), *([missing] if lacking else []))
+    return (*([away] if dropped else []), *([copied] if unknown else []), *([missing] if lacking else []))
 
 
 def share_words(share: float, schemes: Collection[str]) -> str:

@@ -16,8 +16,9 @@ from quantkit.engine.walk import Strategy
 from quantkit.errors import SchemeError
 from quantkit.formats import FORMATS
 from quantkit.formats.base import Format
-from quantkit.quantization.choosing import Candidate, Choice, check_layer, check_names, choose, shares_tensor
+from quantkit.quantization.choosing import Candidate, Choice, check_names, choose, choose_embedding, shares_tensor
 from quantkit.quantization.left_float import (
+    IGNORED,
     TOWER,
     Left,
     by_reason,
@@ -56,6 +57,7 @@ class Layers:
         faults: why transformers does not load the file, as it packs layers.
         cast: the dtype in which every float tensor is stored; None leaves each as it is.
         left: the matrices of the decoder blocks that stay float.
+        apart: what was to be quantized outside the blocks, the head or the embedding, and stays float: name to reason.
         in_blocks: number of weights in all matrices of the blocks, each once.
     """
 
@@ -71,6 +73,7 @@ class Layers:
     notes: tuple[str, ...] = ()
     faults: tuple[str, ...] = ()
     left: tuple[Left, ...] = ()
+    apart: Mapping[str, str] = field(default_factory=dict)
     in_blocks: int = 0
 
     @property
@@ -87,10 +90,13 @@ class Layers:
 
     def left_by_reason(self) -> dict[str, list[str]]:
         """The names of the matrices that stay float as patterns, by the reason."""
-        return {
+        found = {
             reason: list(dict.fromkeys(pattern_of(each.name) for each in group))
             for reason, group in by_reason(self.left).items()
         }
+        for name, reason in self.apart.items():
+            found.setdefault(reason, []).append(name)
+        return found
 
     @property
     def linears(self) -> dict[str, Scheme | None]:
@@ -161,7 +167,8 @@ def plan_layers(skeleton: Skeleton, variant: VariantSpec) -> Layers:
     found = _plan(skeleton, variant)
     faults = loading_faults(skeleton, FORMATS.get(variant.format), found.quantized)
     outside = (*notes_of_towers(skeleton, found.quantized), *notes_of_rest(skeleton))
-    notes = (*found.notes, *outside, *notes_of_names(skeleton), *faults)
+    unknown = notes_of_names(skeleton, all_left_out=FORMATS.get(variant.format).container == "gguf")
+    notes = (*found.notes, *outside, *unknown, *faults)
     stacks, alone = skeleton.stacks(), names_alone(skeleton)
     return replace(found, notes=notes, faults=faults, paths=paths, stacks=stacks, alone=alone)
 
@@ -191,7 +198,13 @@ def _plan(skeleton: Skeleton, variant: VariantSpec) -> Layers:
         left=left,
         in_blocks=total,
     )
-    embedding = _plan_embedding(skeleton, variant)
+    embedding, left_for = _plan_embedding(skeleton, variant)
+    apart = {
+        name: reason for name, reason in chosen.float_for.items() if skeleton.head and name in skeleton.head.linears
+    }
+    apart = {name: reason for name, reason in apart.items() if reason != IGNORED} | left_for
+    notes = (*layers.notes, *(f"float: {name}: {reason}" for name, reason in apart.items()))
+    layers = replace(layers, apart=apart, notes=notes)
     if embedding is None:
         return layers
     name, scheme, shape = embedding
@@ -235,11 +248,13 @@ def _left(skeleton: Skeleton, chosen: Choice, parts: Mapping[str, FloatPart]) ->
     return (*layers, *(Left(each.name, each.weights, each.reason) for each in parts.values() if not each.is_layer))
 
 
-def _plan_embedding(skeleton: Skeleton, variant: VariantSpec) -> tuple[str, Scheme, tuple[int, int]] | None:
-    """Name, scheme and shape of the input embedding; None where it stays float."""
-    scheme, segment = variant.embedding_scheme(), skeleton.embedding
-    if scheme is None:
-        return None
+def _plan_embedding(
+    skeleton: Skeleton, variant: VariantSpec
+) -> tuple[tuple[str, Scheme, tuple[int, int]] | None, dict[str, str]]:
+    """Name, scheme and shape of the input embedding; None where it stays float, with the reason if it was asked for."""
+    segment = skeleton.embedding
+    if variant.embeddings is None:
+        return None, {}
     if segment is None:
         raise SchemeError(
             f"{variant.name}: the input embedding of {type(skeleton.model).__name__} is no torch.nn.Embedding",
@@ -247,10 +262,11 @@ def _plan_embedding(skeleton: Skeleton, variant: VariantSpec) -> tuple[str, Sche
         )
     (layer,) = segment.layers
     rows, columns = layer.shape
-    name = skeleton.head.linears[0] if skeleton.tied and skeleton.head else layer.name
-    scheme = scheme.for_layer(name, None, len(skeleton.segments), (rows, columns))
-    check_layer(f"{variant.name}: {layer.name}", FORMATS.get(variant.format), scheme, (rows, columns))
-    return layer.name, scheme, (rows, columns)
+    called = skeleton.head.linears[0] if skeleton.tied and skeleton.head else layer.name
+    scheme, reason = choose_embedding(variant, layer.name, called, (rows, columns), len(skeleton.segments))
+    if scheme is None:
+        return None, {layer.name: reason}
+    return (layer.name, scheme, (rows, columns)), {}
 
 
 def paused_bytes(skeleton: Skeleton, tokens: int, dtype: torch.dtype) -> int:

@@ -98,7 +98,12 @@ class VariantRun:
             text = f"{self.name}: method {wanted.variant.chain} needs calibration rows"
             raise QuantizationError(text, "give a data set")
         check_writable(self._out)
-        check_origin(type(self._store), job.source)
+        check_origin(type(self._store), job.source, self._names(CheckpointReader(job.source)))
+
+    def _names(self, reader: CheckpointReader) -> list[str]:
+        """The tensors of the source that go into the checkpoint, packed or not."""
+        dropped = set(self._skeleton.left_out(all_unknown=self._store.container == "gguf"))
+        return [name for name in reader.names() if name not in dropped]
 
     @property
     def name(self) -> str:
@@ -191,13 +196,15 @@ class VariantRun:
     def _content(self) -> Content:
         """What the checkpoint is made of.
 
-        Tensors of the source that were not quantized are taken as they are, but for those that the variant replaces.
+        Tensors of the source that were not quantized are taken as they are, but for those that the variant replaces,
+        and those that follow from the config.
         A weight that the head and the embedding shared is there for each of them once one is quantized.
         """
         job, layers, solved = self._job, self.layers, self.solved
         reader = CheckpointReader(job.source)
         changed = [name for held in layers.stacks.values() for name in held if solved.replaces(f"{name}.weight")]
-        kept, apart = layers.kept(reader.names(), changed), layers.cut_out(changed)
+        names = self._names(reader)
+        kept, apart = layers.kept(names, changed), layers.cut_out(changed)
         floats = {name: Stored.of(reader, source, finite=True) for name, source in kept.items()}
         parts = [layer for layer in self._skeleton.layers() if layer.name in apart]
         floats |= {f"{layer.name}.weight": self._part(reader, layer) for layer in parts}
@@ -205,8 +212,6 @@ class VariantRun:
         floats |= {name: solved.stored(name) for name in floats if solved.replaces(name)}
         changes: dict[str, Any] = {}
         head = self._skeleton.head
-        if layers.unties or (head is not None and head.linears[0] in layers.quantized):
-            changes["tie_word_embeddings"] = False
         decoded = decoded_from(job.source_facts)
         if decoded is not None and not layers.quantized:
             changes[DECODED_FROM] = decoded
@@ -221,6 +226,7 @@ class VariantRun:
             floats=floats,
             digests=solved.digests(),
             embedding=None if layers.embedding is None else (layers.embedding, layers.quantized[layers.embedding]),
+            unties=layers.unties or (head is not None and head.linears[0] in layers.quantized),
             changes=changes,
             runs_code=job.trust_remote_code,
             paths=layers.paths,

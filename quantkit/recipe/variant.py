@@ -71,6 +71,7 @@ class VariantSpec(SchemeKeys, Choice):
         overrides: regular expression to a patch of the scheme, first match wins.
         first_blocks, last_blocks: a patch of the scheme for so many decoder blocks, where no override matches.
         embeddings: a patch of the scheme for the input embedding; None keeps it float.
+        strict: whether a layer whose shape suits neither scheme nor format stops the variant, and does not stay float.
         allow_float: whether more than half of the weights of the blocks may be in no layer that can be quantized.
         options: the method's own options; in YAML they stand beside the other keys.
     """
@@ -81,6 +82,7 @@ class VariantSpec(SchemeKeys, Choice):
     first_blocks: BlocksPatch | None = None
     last_blocks: BlocksPatch | None = None
     embeddings: SchemePatch | None = None
+    strict: Flag = False
     allow_float: Flag = False
     options: dict[str, Any] = Field(default_factory=dict)
 

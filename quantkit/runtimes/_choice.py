@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.checkpoint import CheckpointReader
+from quantkit.checkpoint.leftovers import is_quantized
 from quantkit.errors import CheckpointError, EvaluationError
 from quantkit.exports.manifest import read_manifest
 from quantkit.formats import FORMATS
@@ -54,13 +55,13 @@ def choose_runtime(path: Path, wanted: str = AUTO, dtype: str | None = None) -> 
 
 
 def is_float(path: Path) -> bool:
-    """Whether a checkpoint is a folder whose config speaks of no quantization.
+    """Whether a checkpoint is a folder of float weights, whatever its config says.
 
     Raises:
         EvaluationError: there is no checkpoint, or its config cannot be read.
     """
     check_checkpoint(path)
-    return not is_gguf(path) and "quantization_config" not in _config(path)
+    return not is_gguf(path) and not is_quantized(path, _config(path))
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from quantkit.checkpoint.extra_tensors import of_quantization
 from quantkit.checkpoint.model_class import text_part
 from quantkit.errors import EvaluationError
 from quantkit.runtimes.base import LoadedModel
@@ -148,12 +149,11 @@ def whole(path: Path, model: PreTrainedModel, found: Mapping[str, Any], device: 
         device: where it shall run.
 
     Raises:
-        EvaluationError: a tensor is missing, unknown to the model, or of the wrong shape.
+        EvaluationError: a tensor is missing or of the wrong shape, or a part of a packed layer finds no place. What
+            else the class does not know was never part of the float model.
     """
-    there = {name for name, _ in model.named_modules()}
     missing = sorted(found["missing_keys"])
-    # what the class lacks altogether, such as layers that predict further tokens, was never part of the float model
-    unknown = sorted(name for name in found["unexpected_keys"] if name.rpartition(".")[0] in there)
+    unknown = sorted(of_quantization(found["unexpected_keys"]))
     kind = (getattr(model.config, "architectures", None) or [type(model).__name__])[0]
     if missing and kind != type(model).__name__ and all(_is_head(model, name) for name in missing):
         raise EvaluationError(

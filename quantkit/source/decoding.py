@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from quantkit.checkpoint import FLOATS, CheckpointReader
+from quantkit.checkpoint.leftovers import is_stale, quantization_of
 from quantkit.engine.empty_model import empty_model
 from quantkit.errors import CheckpointError, SchemeError, SourceError
 from quantkit.exports import Export, open_export
@@ -19,12 +20,7 @@ from quantkit.source import native
 from quantkit.source.decoded import DecodedTensor
 from quantkit.source.float_names import float_name
 
-QUANTIZED = ("quantization_config", "compression_config")
-"""Keys of a config that say that its weights are quantized."""
 USUAL_DTYPE = "bfloat16"
-PACKING = ("bitsandbytes", "gptq", "awq", "hqq", "quanto", "torchao", *native.METHODS)
-"""Ways of quantizing whose weights are never floats; a config may name one that its weights have left behind."""
-SCALES = ("scale", "scales", "scale_inv", ".absmax", ".qzeros")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,26 +34,6 @@ class Decoding:
 
     form: str
     tensors: list[DecodedTensor]
-
-
-def quantization_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What a ``config.json`` says of quantization, of the whole or of one of its models; None if it says nothing."""
-    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
-        found = next((part[key] for key in QUANTIZED if part.get(key)), None)
-        if found:
-            return found if isinstance(found, dict) else {}
-    return None
-
-
-def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config of the float model."""
-    plain = {key: value for key, value in config.items() if key not in QUANTIZED}
-    return {
-        key: {inner: each for inner, each in value.items() if inner not in QUANTIZED}
-        if isinstance(value, dict)
-        else value
-        for key, value in plain.items()
-    }
 
 
 def float_dtype(config: Mapping[str, Any]) -> str:
@@ -94,7 +70,7 @@ def decoding_of(
             return None
         if found is not None:
             return Decoding(method or "fp8", found)
-    if method in PACKING and _are_floats(reader):
+    if is_stale(said, reader):
         return None
     export = _readable(folder)
     if export is None:
@@ -102,13 +78,6 @@ def decoding_of(
     if not asked and {scheme.kind for scheme in export.schemes.values()} != {"fp8"}:
         raise _refusal(folder, config, method, readable=True)
     return Decoding(_form(export), _packed_tensors(folder, export, dtype, trust_remote_code))
-
-
-def _are_floats(reader: CheckpointReader) -> bool:
-    """Whether all matrices are floats of 16 bits and more, and none has scales beside it."""
-    matrices = [name for name in reader.names() if len(reader.shape(name)) > 1]
-    wide = all(reader.dtype(name).is_floating_point and reader.dtype(name).itemsize > 1 for name in matrices)
-    return wide and not any(name.endswith(SCALES) for name in reader.names())
 
 
 def _readable(folder: Path) -> Export | None:

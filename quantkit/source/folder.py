@@ -14,19 +14,25 @@ import torch
 
 from quantkit.checkpoint import FLOATS, CheckpointReader, ShardWriter
 from quantkit.checkpoint.adapter_folder import adapter_in
-from quantkit.checkpoint.companions import copy_companions, model_files
+from quantkit.checkpoint.companions import copy_companions, copy_files, matching, model_files
 from quantkit.checkpoint.foreign_errors import said_by_transformers
+from quantkit.checkpoint.leftovers import leftovers, misleads_loaders, quantization_of, without_quantization
+from quantkit.checkpoint.names import Names
+from quantkit.checkpoint.reader import link_checkpoint
 from quantkit.checkpoint.sizes import check_sizes
+from quantkit.checkpoint.tied import TIED, UNTIED, set_tied, tied_by_tensors
 from quantkit.checkpoint.tokenizer_files import ONE_OF, has_tokenizer
+from quantkit.checkpoint.wrapped_names import own_names
+from quantkit.engine.empty_model import empty_model
 from quantkit.errors import OutputError, SourceError
 from quantkit.source.decoded import DecodedTensor
-from quantkit.source.decoding import decoding_of, float_dtype, quantization_of, without_quantization
+from quantkit.source.decoding import decoding_of, float_dtype
 from quantkit.source.hub import IN_OWN_LAYOUT, OTHER_LAYOUT, OWN_OF_MISTRAL
 from quantkit.system.artifacts import file_sha256, read_json, translated_os_errors, write_json
 from quantkit.system.units import in_units
 
-COMPILED, PARALLEL = "_orig_mod.", "module."
-"""What ``torch.compile`` and parallel training put into the names of a model's tensors."""
+CARD = "README.md"
+"""The model's own card, which tells its licence."""
 
 
 class FloatFolder:
@@ -39,7 +45,8 @@ class FloatFolder:
         decoding: how its tensors are decoded; None where they are floats as they lie.
         dtype: of most of its weights: ``float32``, ``float16``, ``bfloat16`` or ``float64``; of a decoded one what its
             config says.
-        tensors: of the float model, none of them read yet, each in the dtype that it has.
+        tensors: of the float model by the names that its class has, none of them read yet, each in its own dtype.
+        notes: what the folder or its config says and its weights do not, and what became of it; a line each.
 
     Raises:
         SourceError: the folder lacks a part, is quantized already, or needs code that may not run.
@@ -70,13 +77,48 @@ class FloatFolder:
             folder, self.config, self.reader, FLOATS[told], asked=decode, trust_remote_code=trust_remote_code
         )
         self.dtype = _float_dtype(folder, self.reader) if self.decoding is None else told
-        self.tensors = _unwrapped(self.decoding.tensors if self.decoding else _as_stored(self.reader), folder)
+        self.tensors = self.decoding.tensors if self.decoding else _as_stored(self.reader)
+        self.notes = leftovers(folder, self.config, self.reader)
+        self._renames = self._reties = False
+        self._mend(trust_remote_code)
+
+    def _mend(self, trust_remote_code: bool) -> None:
+        """Call the tensors as the model's class does, and have the config say of the head what the weights say."""
+        try:
+            model = empty_model(self.folder, trust_remote_code)
+        except SourceError:
+            return  # nothing goes on with such a model, and whoever builds it next says why
+        shapes = {tensor.name: tensor.shape for tensor in self.tensors}
+        called = own_names(model, shapes)
+        if called:
+            self._renames = True
+            self.tensors = [replace(each, name=called.get(each.name, each.name)) for each in self.tensors]
+            shapes = {tensor.name: tensor.shape for tensor in self.tensors}
+            stored, own = next(iter(called.items()))
+            self.notes.append(
+                f"{len(called)} tensors have other names than {type(model).__name__}'s: {stored} is {own}"
+            )
+        named = {tensor.name: tensor for tensor in self.tensors}
+        tied = tied_by_tensors(model, Names(model, shapes, shapes), lambda name: named[name].parts())
+        if tied is not None:
+            self._reties = True
+            self.config = set_tied(self.config, tied)
+            self.notes.append(TIED if tied else UNTIED)
+
+    @property
+    def mended(self) -> list[str]:
+        """What was changed of the model as it lies, for fingerprints."""
+        changed = {"names": self._renames, "tie_word_embeddings": self._reties}
+        return [what for what, holds in changed.items() if holds]
 
     def lies_as(self, dtype: str) -> bool:
-        """Whether the folder itself is the float model in a dtype, and no copy has to be made."""
-        named = {tensor.name for tensor in self.tensors} == set(self.reader.names())
-        plain = self.decoding is None and quantization_of(self.config) is None
-        return plain and dtype == self.dtype and named
+        """Whether the folder itself is the float model in a dtype, and no other has to be made."""
+        plain = not self.mended and not misleads_loaders(self.folder, self.reader)
+        return plain and self._lies_stored_as(dtype) and quantization_of(self.config) is None
+
+    def _lies_stored_as(self, dtype: str) -> bool:
+        """Whether the files of weights are those of the float model in a dtype."""
+        return self.decoding is None and not self._renames and dtype == self.dtype
 
     def values(self) -> Iterator[torch.Tensor]:
         """Its tensors, or the parts of those that are stacks, one in memory at a time."""
@@ -92,12 +134,18 @@ class FloatFolder:
     def copy_as(self, dtype: str, target: Path) -> None:
         """Write the model to ``target``; in another dtype than its own all floating-point tensors have that.
 
+        Weights that lie as they are wanted are linked, so that what is beside them and misleads loaders stays away.
+
         Raises:
             SourceError: a value is too large for ``dtype``.
             OutputError: ``target`` cannot be written, or the disk has no room for it.
         """
         copy_companions(self.folder, target, code=self.runs_code)
+        copy_files(matching(self.folder, [CARD]), self.folder, target)
         write_json(target / "config.json", _config_as(self.config, dtype))
+        if self._lies_stored_as(dtype):
+            link_checkpoint(self.reader, target)
+            return
         same = dtype == self.dtype
         tensors = self.tensors if same else [tensor.cast(FLOATS[dtype]) for tensor in self.tensors]
         _check_room(target, sum(prod(tensor.shape) * tensor.dtype.itemsize for tensor in tensors))
@@ -132,18 +180,6 @@ def _check_room(folder: Path, needed: int) -> None:
 
 def _as_stored(reader: CheckpointReader) -> list[DecodedTensor]:
     return [DecodedTensor.plain(reader, name, reader.dtype(name)) for name in reader.names()]
-
-
-def _unwrapped(tensors: list[DecodedTensor], folder: Path) -> list[DecodedTensor]:
-    """The tensors by the names of the model itself, not of what it was compiled or trained in parallel as."""
-    inside = all(tensor.name.startswith(PARALLEL) for tensor in tensors)
-    found = {}
-    for tensor in tensors:
-        name = tensor.name.replace(COMPILED, "").removeprefix(PARALLEL if inside else "")
-        if name in found:
-            raise SourceError(f"{folder} holds tensor '{name}' with and without '{COMPILED}'", "keep one of them")
-        found[name] = replace(tensor, name=name)
-    return list(found.values())
 
 
 def _config_as(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:

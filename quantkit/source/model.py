@@ -38,6 +38,8 @@ class SourceModel:
         revision: commit of a hub model.
         decoded: what the weights were stored in, of a checkpoint that was decoded, such as ``fp8``; else None.
         note: what the user should know of its dtype, in a sentence; empty where it is the model's own.
+        notes: what the folder or its config says and its weights do not, a line each.
+        mended: what was changed therefore, beside the dtype.
         unchecked: files of a hub model whose hash could not be learnt from the hub or its cache.
     """
 
@@ -51,10 +53,14 @@ class SourceModel:
     unchecked: tuple[str, ...] = ()
     decoded: str | None = None
     note: str = ""
+    notes: tuple[str, ...] = ()
+    mended: tuple[str, ...] = ()
 
     def made_from(self) -> dict[str, Any]:
         """What the model's values and tokens depend on, for fingerprints; not where the model lies."""
         content: dict[str, Any] = {"dtype": self.dtype, "sha256": dict(sorted(self.sha256.items()))}
         if self.decoded is not None:
             content |= {"decoder": DECODER, "decoded": self.decoded}
+        if self.mended:
+            content["mended"] = sorted(self.mended)
         return content | ({"gguf_converter": GGUF_CONVERTER} if self.kind == "gguf" else {})

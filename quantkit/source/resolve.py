@@ -90,6 +90,8 @@ def _from_folder(folder: Path, spec: ModelSpec, work: Path, snapshot: hub.Snapsh
         revision=snapshot.revision if snapshot else None,
         unchecked=snapshot.unchecked if snapshot else (),
         decoded=decoding.form if decoding else None,
+        notes=tuple(model.notes),
+        mended=tuple(model.mended),
     )
     if spec.dtype == "auto" and model.dtype in WIDE:
         found = _halved(found, model.values)

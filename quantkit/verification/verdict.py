@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,6 +16,7 @@ from quantkit.formats import FORMATS
 from quantkit.runtimes import RUNTIMES
 from quantkit.runtimes._choice import is_installed
 from quantkit.runtimes.base import Runtime
+from quantkit.source.view import loadable
 from quantkit.system.devices import resolve_device
 from quantkit.system.progress import Observer, Silent
 from quantkit.verification.comparison import Figures, Tolerance, compare, tolerance
@@ -71,11 +73,13 @@ def verify(
     chosen = RUNTIMES.get(runtime)
     command = _command(chosen, python)
     place = str(resolve_device(device))
-    subject = read_subject(path, trust_remote_code=trust_remote_code)
-    _check_packages(chosen, subject)
-    computed = _dtype(chosen, subject, place, dtype)
-    texts = tokenize(path, PROMPTS if prompts is None else prompts, trust_remote_code=trust_remote_code)
-    with tempfile.TemporaryDirectory(prefix="quantkit-verify-") as scratch:
+    with ExitStack() as stack:
+        seen = stack.enter_context(loadable(path, trust_remote_code=trust_remote_code, tell=watching.note))
+        subject = read_subject(seen, trust_remote_code=trust_remote_code)
+        _check_packages(chosen, subject)
+        computed = _dtype(chosen, subject, place, dtype)
+        texts = tokenize(seen, PROMPTS if prompts is None else prompts, trust_remote_code=trust_remote_code)
+        scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="quantkit-verify-"))
         job = _job(subject, chosen.name, place, computed, texts, _new(Path(scratch) / "runtime"), trust_remote_code)
         job = replace(job, seconds=seconds)
         expected = _reference_job(job, _new(Path(scratch) / "reference"))
