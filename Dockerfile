@@ -36,6 +36,9 @@ COPY --from=wheel /wheels /wheels
 RUN pip install "$(echo /wheels/*.whl)[cuda,${EXTRAS}]"
 
 FROM ${BASE} AS runtime
+# libgomp is what llama.cpp is linked with and Python's slim images do not have
+# hadolint ignore=DL3008
+RUN apt-get update && apt-get install --yes --no-install-recommends libgomp1 && rm -rf /var/lib/apt/lists/*
 RUN useradd --uid 1000 --create-home quantkit && install --directory --owner quantkit /work
 ENV PATH=/opt/quantkit/bin:${PATH} PYTHONUNBUFFERED=1
 USER 1000

@@ -53,6 +53,7 @@ def test_images_run_the_command_as_a_user_and_the_last_is_the_one_without_a_gpu(
         assert not any(line.startswith(("USER", "RUN", "ENTRYPOINT")) for line in rest)
         assert f"COPY --from={target}-packages /opt/quantkit /opt/quantkit" in rest
     assert "USER 1000" in named["runtime"]
+    assert any("libgomp1" in line for line in named["runtime"]), "llama.cpp does not load without it"
     assert 'ENTRYPOINT ["quantkit"]' in named["runtime"]
 
 

@@ -297,6 +297,16 @@ def test_a_library_that_does_not_work_gives_way_to_one_that_does(
         library()
 
 
+def test_a_library_of_the_system_that_is_not_there_is_named_in_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError("libgomp.so.1: cannot open shared object file: No such file or directory")
+
+    monkeypatch.setattr("quantkit.llama_cpp.library.ctypes.CDLL", refuse)
+    with pytest.raises(QuantkitError, match="cannot be used here") as caught:
+        Library(Found(Path("xllamacpp.so"), "xllamacpp 1.0"))
+    assert caught.value.remedy == "install the system's package that has libgomp.so.1, on Debian and Ubuntu libgomp1"
+
+
 def test_a_library_without_the_functions_is_refused_by_the_first_of_them() -> None:
     other = Path(str(torch._C.__file__))
     with pytest.raises(QuantkitError, match=r"other 2\.0 cannot be used here: it has no function llama_log_set"):

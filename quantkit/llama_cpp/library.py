@@ -192,7 +192,12 @@ def _unusable(found: Found, reason: str) -> QuantkitError:
     newer = re.search(r"version `GLIBC_([\d.]+)' not found", reason)
     if newer is not None:
         reason = f"it was built for a newer Linux, with glibc {newer[1]}, and this one has {platform.libc_ver()[1]}"
-    return QuantkitError(f"llama.cpp of {found.package} cannot be used here: {reason}", f"pip install -U {EXTRA}")
+    remedy = f"pip install -U {EXTRA}"
+    absent = re.search(r"(lib\S+\.so\S*): cannot open shared object file", reason)
+    if absent is not None:
+        named = ", on Debian and Ubuntu libgomp1" if absent[1].startswith("libgomp.") else ""
+        remedy = f"install the system's package that has {absent[1]}{named}"
+    return QuantkitError(f"llama.cpp of {found.package} cannot be used here: {reason}", remedy)
 
 
 def failure(lines: deque[str], what: str, remedy: str = "") -> EvaluationError:
