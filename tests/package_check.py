@@ -83,6 +83,7 @@ def wheel_faults(files: dict[str, int], tracked_files: Iterable[Path]) -> list[s
     """What is wrong with the files of a wheel, beside those that git tracks."""
     wanted = {str(path) for path in tracked_files if path.parts[0] == "quantkit"}
     wanted |= {str(Path("quantkit") / path) for path in tracked_files if path.parts[0] == "calib_data"}
+    wanted |= {"quantkit/py.typed"}
     held = {name for name in files if ".dist-info/" not in name}
     return [f"the wheel {what}: {', '.join(sorted(names))}"
             for what, names in (("also holds", held - wanted), ("lacks", wanted - held))
@@ -134,12 +135,14 @@ def try_out(wheel: Path, version: str, folder: Path) -> None:
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "--python", str(binaries / "python")]
     run([*pip, "install", "--no-compile", *constraints, str(wheel)])
     run([*pip, "check"])
-    place = run([str(binaries / "python"), "-c", "import quantkit; print(quantkit.__file__)"], folder).strip()
-    if not Path(place).resolve().is_relative_to(binaries.parent.resolve()):
-        raise RefusedError(f"the package is read from {place}")
-    told = run([str(binaries / "quantkit"), "--version"], folder).strip()
-    if told != f"quantkit {version}":
-        raise RefusedError(f"'quantkit --version' says '{told}', and the wheel is {version}")
+    asked = "import quantkit; print(quantkit.__version__, quantkit.__file__)"
+    told, place = run([str(binaries / "python"), "-c", asked], folder).strip().split(" ", 1)
+    if told != version or not Path(place).resolve().is_relative_to(binaries.parent.resolve()):
+        raise RefusedError(f"the package is {told}, read from {place}, and the wheel is {version}")
+    for command in ([str(binaries / "quantkit")], [str(binaries / "python"), "-m", "quantkit"]):
+        told = run([*command, "--version"], folder).strip()
+        if told != f"quantkit {version}":
+            raise RefusedError(f"{command} says '{told}', and the wheel is {version}")
     for arguments in COMMANDS:
         run([str(binaries / "quantkit"), *arguments], folder)
     manifest = json.loads((folder / "out" / "manifest.json").read_text(encoding="utf-8"))

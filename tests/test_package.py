@@ -29,6 +29,7 @@ def test_a_wheel_holds_the_package_and_the_calibration_data_alone() -> None:
     assert wheel_faults(good, tracked) == []
     assert wheel_faults({**good, "tests/tiny.py": 1}, tracked) == ["the wheel also holds: tests/tiny.py"]
     assert wheel_faults(dict.fromkeys(list(good)[1:], 1), tracked) == ["the wheel lacks: quantkit/py.typed"]
+    assert wheel_faults({}, []) == ["the wheel lacks: quantkit/py.typed"]
 
 
 def test_the_version_comes_from_tags() -> None:
