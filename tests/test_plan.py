@@ -156,7 +156,7 @@ def bytes_of(folder: Path, layers: Mapping[str, Scheme]) -> int:
 def test_the_plan_foretells_what_is_written(model: Path, tmp_path: Path, keys: dict[str, Any]) -> None:
     layers = plan_layers(Skeleton(model), variant(**keys))
     written = quantkit.quantize(model, out=tmp_path / "out", method="rtn", **keys)
-    assert layers.quantized_bytes(CompressedTensors("float32")) == bytes_of(written, layers.quantized)
+    assert layers.quantized_bytes(CompressedTensors("bfloat16")) == bytes_of(written, layers.quantized)
 
 
 def test_a_plan_names_every_scheme_with_its_layers_and_the_warnings(
@@ -172,4 +172,4 @@ def test_a_plan_names_every_scheme_with_its_layers_and_the_warnings(
     (row,) = found["variants"]
     assert row["scheme"] == "int3 g32 sym"
     assert row["schemes"] == {"int3 g32 sym": 6 * BLOCKS, "int8 g32 sym": BLOCKS}
-    assert found["warnings"] == ["variant a: so few bits"]
+    assert "variant a: so few bits" in found["warnings"]

@@ -1,13 +1,17 @@
-"""Progress on the command line: a live bar on a terminal, plain lines anywhere else."""
+"""Progress on the command line: a live bar on a terminal, plain lines anywhere else; both tell the time left."""
 
 from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+from quantkit.system.pace import Ahead, Pace, about
 
 LINE_EVERY = 5.0
 """Seconds between plain progress lines."""
@@ -19,6 +23,7 @@ class Display:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._live = console.is_terminal
+        self._pace = Pace()
         self._stage = ""
         self._started = time.monotonic()
         self._last_line = 0.0
@@ -28,8 +33,7 @@ class Display:
             BarColumn(bar_width=24),
             TextColumn("{task.fields[step]}"),
             TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
+            _Left(self._pace),
             console=console,
             transient=True,
         )
@@ -47,9 +51,17 @@ class Display:
         if self._live:
             self._bars.stop()
 
+    def expect(self, ahead: Sequence[Ahead]) -> None:
+        """Keep what is to come, and say how long it will take; see :class:`quantkit.system.pace.Expectant`."""
+        self._pace.expect(ahead)
+        left = self._pace.run_left()
+        if left is not None:
+            self._print(f"  {run_words(self._pace, left)}")
+
     def stage(self, title: str) -> None:
         """Close the stage before with its time, and open the next."""
         self._close_stage()
+        self._pace.stage(title)
         self._stage, self._started, self._last_line = title, time.monotonic(), 0.0
         if self._live:
             self._task = self._bars.add_task(title, total=None, step="")
@@ -58,15 +70,15 @@ class Display:
 
     def progress(self, step: str, done: int, total: int) -> None:
         """Move the bar, or print a line now and then."""
+        self._pace.progress(step, done, total)
         if self._task is not None:
             self._bars.update(self._task, completed=done, total=total, step=f"{step} {done}/{total}")
             return
         now = time.monotonic()
         if now - self._last_line >= LINE_EVERY:
             self._last_line = now
-            elapsed = now - self._started
-            left = f", about {elapsed / done * (total - done):.0f} s left" if done else ""
-            self._print(f"{self._stage}: {step} {done}/{total}, {elapsed:.0f} s{left}")
+            told = [f"{self._stage}: {step} {done}/{total}", f"{now - self._started:.0f} s", *left_words(self._pace)]
+            self._print(", ".join(told))
 
     def note(self, text: str) -> None:
         """Print a line; a warning also where the console is quiet."""
@@ -84,3 +96,27 @@ class Display:
 
     def _print(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False)
+
+
+class _Left(ProgressColumn):
+    """What is left, of the step and of the run."""
+
+    def __init__(self, pace: Pace) -> None:
+        super().__init__()
+        self._pace = pace
+
+    def render(self, task: Task) -> Text:
+        """In words; of the moment, not of the last progress."""
+        return Text(", ".join(left_words(self._pace)), style="progress.remaining")
+
+
+def left_words(pace: Pace) -> list[str]:
+    """What is left of the step and of the run, as far as it is known."""
+    step, run = pace.step_left(), pace.run_left()
+    told = [] if step is None else [f"about {about(step)} left of this step"]
+    return told if run is None else [*told, run_words(pace, run)]
+
+
+def run_words(pace: Pace, left: float) -> str:
+    """What is left of the run; that it is rough where little of it was measured yet."""
+    return f"{'very roughly' if pace.is_rough() else 'about'} {about(left)} left of the run"

@@ -25,6 +25,7 @@ from quantkit.report.fitted import FittedTable, Shown
 from quantkit.runtimes import RUNTIMES
 from quantkit.schemes import SCHEMES, GgmlMixture
 from quantkit.schemes.kinds import all_kinds
+from quantkit.system.pace import about
 from quantkit.system.units import percentage
 from quantkit.transforms import TRANSFORMS
 
@@ -179,7 +180,9 @@ def cannot_run(variant: Mapping[str, Any]) -> bool:
 
 
 def plan_notes(found: Mapping[str, Any]) -> Iterator[str]:
-    """Why variants cannot run; what stays float and the like, with the variants that it is said of, if not of all."""
+    """How long it will take; why variants cannot run; what stays float and the like, and of whom that is said."""
+    if found["time"] is not None:
+        yield time_words(found["time"])
     variants = [variant for variant in found["variants"] if not cannot_run(variant)]
     for variant in found["variants"]:
         if cannot_run(variant):
@@ -187,6 +190,16 @@ def plan_notes(found: Mapping[str, Any]) -> Iterator[str]:
     for note in dict.fromkeys(note for variant in variants for note in variant["notes"]):
         names = [variant["name"] for variant in variants if note in variant["notes"]]
         yield note if len(names) == len(variants) else f"{', '.join(names)}: {note}"
+
+
+def time_words(found: Mapping[str, Any]) -> str:
+    """How long a run will take, within what, and how that is known."""
+    if not found["stages"]:
+        return "nothing is left to do but the report"
+    between = f"between {about(found['low'])} and {about(found['high'])}"
+    longest = sorted(found["stages"], key=lambda stage: -float(stage["seconds"]))[:3]
+    most = "; ".join(f"{stage['stage']}, {about(stage['seconds'])}" for stage in longest)
+    return f"about {about(found['seconds'])} in all, {between}, by {found['by']}; most of it: {most}"
 
 
 def _what(variant: Mapping[str, Any]) -> str:

@@ -122,7 +122,7 @@ def beside_measured(
     memory = figures.get("memory")
     if not memory:
         return figures
-    anatomy = _known_anatomy(folder)
+    anatomy = known_anatomy(folder)
     found = None if anatomy is None else estimates(anatomy, variant or _float(anatomy), memory, result)
     weights = found["weights"]["estimated_bytes"] if found else None
     return {**figures, "memory": {**memory, ESTIMATED: weights, ESTIMATES: found}}
@@ -140,7 +140,7 @@ def beside_server(figures: dict[str, Any], folder: Path, context: int) -> dict[s
         The figures; ``server`` has ``bytes``, ``bytes_with_device`` (with what a GPU's runtime takes for itself),
         ``context`` (in tokens) and ``lines``, or is None for a model that transformers does not build.
     """
-    anatomy = _known_anatomy(folder)
+    anatomy = known_anatomy(folder)
     if anatomy is None or not figures.get("size_bytes"):
         return {**figures, "server": None}
     use = Use(context=min(context, anatomy.context or context))
@@ -208,7 +208,8 @@ def _beside(lines: list[Line], measured: int | None) -> dict[str, Any] | None:
     }
 
 
-def _known_anatomy(folder: Path) -> Anatomy | None:
+def known_anatomy(folder: Path) -> Anatomy | None:
+    """The anatomy of a checkpoint; None for a model that transformers does not build."""
     try:
         return _anatomy(folder)
     except SourceError:

@@ -176,6 +176,7 @@ def answer(
 ) -> list[Answer]:
     """The model's answers, greedily, up to the end of its turn or ``spec.max_new_tokens``."""
     answers = []
+    on_answer(0, len(questions))
     for done, question in enumerate(questions, start=1):
         text = continuation(model, tokenizer, question.prompt, spec.max_new_tokens, ends=ends)
         answers.append(

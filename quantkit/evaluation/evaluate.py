@@ -166,6 +166,7 @@ def _score_text(job: EvaluationJob, model: LoadedModel, text: Windows, progress:
     def on_window(done: int, total: int) -> None:
         progress(text.name, done, total)
 
+    progress(text.name, 0, len(text.ids))
     with ExitStack() as stack:
         writer = reader = None
         if job.writes_reference and job.reference is not None:

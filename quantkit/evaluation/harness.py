@@ -104,6 +104,7 @@ class HarnessModel:
             EvaluationError: a task wants its texts drawn at random, or longer than ``max_length``.
         """
         texts = []
+        self.on_progress(0, len(requests))
         for done, request in enumerate(requests, start=1):
             context, options = request.args
             count, stops = self._limits(options)
@@ -155,6 +156,7 @@ class HarnessModel:
             tokens = (context + text)[-(self.max_length + 1) : -1]
             places.setdefault(tuple(tokens), []).append(place)
         scores: dict[int, tuple[float, bool]] = {}
+        self.on_progress(0, len(pairs))
         for read, logits in self._read(sorted(places, key=len, reverse=True)):
             for place in places[read]:
                 scores[place] = _score(logits, pairs[place][1][-self.max_length :])

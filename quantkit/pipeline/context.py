@@ -10,6 +10,7 @@ from typing import Any
 
 from quantkit.errors import QuantkitError
 from quantkit.evaluation.stage import LOGPROBS, Scoring, score
+from quantkit.pipeline.titles import evaluation_title
 from quantkit.recipe import Recipe
 from quantkit.system.artifacts import write_text
 from quantkit.system.progress import Observer
@@ -69,7 +70,7 @@ def attempted(current: Run, row: dict[str, Any], work: Callable[[], dict[str, An
 
 def score_beside(current: Run, name: str, folder: Path, content: Any, baseline: dict[str, Any]) -> dict[str, Any]:
     """Score a checkpoint, known by its ``content``, beside the baseline."""
-    current.observer.stage(f"evaluate: {name}")
+    current.observer.stage(evaluation_title(name))
     scoring = Scoring(
         name,
         folder,

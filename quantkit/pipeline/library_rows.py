@@ -16,6 +16,7 @@ from quantkit.isolation.install import announcement
 from quantkit.isolation.launch import WorkerFailedError
 from quantkit.isolation.stage import quantize_by_library
 from quantkit.pipeline.context import Run, attempted, score_beside
+from quantkit.pipeline.titles import library_title
 from quantkit.publishing import CARD, describe
 from quantkit.quantization import Job, Quantized
 from quantkit.recipe import LibrarySpec, VariantSpec
@@ -74,7 +75,7 @@ def library_row(
     log = current.log(LOG, variant.name)
 
     def work() -> dict[str, Any]:
-        current.observer.stage(f"quantize: {variant.name} ({variant.label})")
+        current.observer.stage(library_title(variant))
         out = current.variant_folder(variant.name)
         attempt = Attempt(job, variant, out, log, current.observer, current.installs)
         try:

@@ -21,6 +21,7 @@ from quantkit.formats.base import Format
 from quantkit.isolation.forecast import library_forecast
 from quantkit.merging import merged_source
 from quantkit.pipeline import needs_calibration, quantize_job
+from quantkit.pipeline.duration import foreseen
 from quantkit.pipeline.preflight import preflight
 from quantkit.quantization.calibration_need import few_tokens
 from quantkit.quantization.job import Job, finished_variant, made_from
@@ -35,7 +36,9 @@ def forecast(recipe: Recipe) -> dict[str, Any]:
     """The stages of a run and the estimated bytes of its variants.
 
     Returns:
-        ``folder``, ``source``, ``calibration`` (or None), ``baseline``, ``warnings``, and ``variants``, each with
+        ``folder``, ``source``, ``calibration`` (or None), ``baseline``, ``warnings``, ``time`` (None, or the
+        ``seconds`` that the run takes from its baseline on, between ``low`` and ``high``, ``by`` what that is known,
+        and its ``stages``), and ``variants``, each with
         ``name``, ``state`` (beginning with ``finished``, ``to do`` or ``cannot run``), ``method``, ``format``,
         ``scheme``, ``schemes`` (each that occurs to its number of layers), ``layers`` (quantized, all), ``share`` (of
         the weights in the blocks' matrices that is quantized, or None), ``notes`` (what stays float and why),
@@ -51,6 +54,7 @@ def forecast(recipe: Recipe) -> dict[str, Any]:
     tokens = recipe.calibration.samples * recipe.calibration.max_length if found is None else found.tokens
     job = quantize_job(recipe, model, found)
     variants = _Variants(recipe.folder / "variants", job, resolve_device(job.device), skeleton, reader, tokens)
+    ahead = foreseen(recipe, model, job, tokens)
     return {
         "folder": str(recipe.folder),
         "source": {
@@ -62,6 +66,7 @@ def forecast(recipe: Recipe) -> dict[str, Any]:
         "calibration": _calibration_state(recipe, calibrated),
         "baseline": _evaluation_state(recipe.folder / "baseline"),
         "warnings": [*recipe.warnings(), *filter(None, [model.note]), *model.notes],
+        "time": None if ahead is None else ahead.to_json(),
         "variants": [_told(variants, variant) for variant in recipe.variants],
     }
 

@@ -16,14 +16,12 @@ from quantkit.exports.manifest import identity
 from quantkit.merging import other_merge
 from quantkit.pipeline.context import Run, attempted, score_beside
 from quantkit.pipeline.library_rows import library_row
+from quantkit.pipeline.titles import walk_title
 from quantkit.publishing import CARD, CardFacts, card, describe
 from quantkit.quantization import Job, Quantized, Wanted, quantize_together, walks
 from quantkit.recipe import VariantSpec
 from quantkit.schemes.base import PER_CHANNEL
 from quantkit.system.artifacts import write_text
-
-NAMES_SHOWN = 3
-"""Variants of a walk that its progress names."""
 
 
 def variant_rows(
@@ -53,9 +51,7 @@ def _write_card(job: Job, before: dict[str, Any], audit: dict[str, Any] | None, 
 
 def _quantized(current: Run, job: Job, variants: list[VariantSpec]) -> list[Quantized | Exception]:
     """The outcome of each variant of a walk; what stops the whole walk is that of all."""
-    names = ", ".join(variant.name for variant in variants[:NAMES_SHOWN])
-    rest = len(variants) - NAMES_SHOWN
-    current.observer.stage(f"quantize: {names} and {rest} more" if rest > 0 else f"quantize: {names}")
+    current.observer.stage(walk_title(variants))
     wanted = [Wanted(variant, current.variant_folder(variant.name)) for variant in variants]
     try:
         on_segment = partial(current.observer.progress, "block")

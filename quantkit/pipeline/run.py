@@ -15,16 +15,20 @@ from quantkit.merging import merged_source
 from quantkit.pipeline.cleanup import clear_leftovers
 from quantkit.pipeline.content import report_content
 from quantkit.pipeline.context import Run
+from quantkit.pipeline.duration import foreseen
 from quantkit.pipeline.jobs import needs_calibration, quantize_job
 from quantkit.pipeline.library_rows import check_environments
 from quantkit.pipeline.preflight import preflight
 from quantkit.pipeline.rows import other_merge_rows, variant_rows
+from quantkit.pipeline.titles import BASELINE_TITLE
 from quantkit.publishing.mlflow import track_after
+from quantkit.quantization import Job
 from quantkit.recipe import Recipe
 from quantkit.system.artifacts import check_writable, translated_os_errors
 from quantkit.system.distribution import own_version
 from quantkit.system.events import event_log
 from quantkit.system.locks import held
+from quantkit.system.pace import tell_ahead
 from quantkit.system.progress import Observer, Several
 
 if TYPE_CHECKING:
@@ -86,14 +90,22 @@ def _run(current: Run) -> dict[str, Any]:
     model = merged_source(recipe.model, recipe.merge, current.folder, observer)
     calibrated = _calibrate(current, model)
     current = replace(current, seen=seen_questions(recipe, calibrated))
-    baseline = _baseline(current, model)
     job = quantize_job(recipe, model, calibrated)
+    _foresee(current, model, job, calibrated.tokens if calibrated else 0)
+    baseline = _baseline(current, model)
     rows = other_merge_rows(current, baseline)
     rows += variant_rows(current, job, baseline, calibrated.audit if calibrated else None)
     content = report_content(current, model, calibrated, baseline, rows)
     report.write(content, current.folder, recipe.report.formats)
     track_after(recipe.tracking, current.folder, observer)
     return content
+
+
+def _foresee(current: Run, model: SourceModel, job: Job, tokens: int) -> None:
+    """Tell how long the run will take, as far as that is known."""
+    found = foreseen(current.recipe, model, job, tokens, anew=current.anew)
+    if found is not None:
+        tell_ahead(current.observer, found.ahead)
 
 
 def check_folders(current: Run) -> None:
@@ -138,7 +150,7 @@ def seen_questions(recipe: Recipe, calibrated: CalibrationSet | None) -> tuple[s
 
 def _baseline(current: Run, model: SourceModel) -> dict[str, Any]:
     """The figures of the float model; its weights are checked before they are run for the first time."""
-    current.observer.stage("baseline: the float model")
+    current.observer.stage(BASELINE_TITLE)
     scoring = Scoring(
         "baseline",
         model.folder,

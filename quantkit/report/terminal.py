@@ -99,7 +99,7 @@ def _gated(report: Record, texts: list[str]) -> list[str]:
             continue  # a report may come from elsewhere
         column = _OF_METRIC.get(gate.path)
         if column is None:
-            found.append(f"further:{gate.on}")
+            found += [f"further:{gate.on}", f"further:{gate.metric}.{gate.on}"]  # answers bear the metric's name
         elif gate.about.per_text:
             found += [f"{column}:{text}" for text in ([gate.on] if gate.on else texts)]
         else:

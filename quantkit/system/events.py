@@ -1,21 +1,23 @@
 """What happens in a run as JSON lines, for pipelines and for whoever asks later how it went.
 
 Each line is an object with ``time`` (UTC, ISO 8601), ``elapsed`` (seconds since the log began, from a clock that never
-jumps) and ``event``: ``start``, ``stage`` (``title``), ``progress`` (``step``, ``done``, ``total``), ``note``
-(``text``), ``error`` (``text``) and ``end`` (``status``). Others may be added; readers skip what they do not know.
+jumps) and ``event``: ``start``, ``stage`` (``title``), ``progress`` (``step``, ``done``, ``total``, and as far as they
+are known ``step_left`` and ``run_left``, seconds), ``note`` (``text``), ``error`` (``text``) and ``end`` (``status``).
+Others may be added; readers skip what they do not know.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
 from quantkit.system.artifacts import translated_os_errors
+from quantkit.system.pace import Ahead, Pace
 
 PROGRESS_EVERY = 1.0
 """Seconds between progress lines of one step; its last one is always written."""
@@ -30,6 +32,7 @@ class EventLog:
 
     def __init__(self, stream: IO[str]) -> None:
         self._stream = stream
+        self._pace = Pace()
         self._started = time.monotonic()
         self._step = ""
         self._last = 0.0
@@ -48,15 +51,23 @@ class EventLog:
     def stage(self, title: str) -> None:
         """A stage begins."""
         self._step = ""
+        self._pace.stage(title)
         self.write("stage", title=title)
 
     def progress(self, step: str, done: int, total: int) -> None:
         """Write the first of a step, the last, and one a second between them."""
         now = time.monotonic()
+        self._pace.progress(step, done, total)
         if step == self._step and done < total and now - self._last < PROGRESS_EVERY:
             return
         self._step, self._last = step, now
-        self.write("progress", step=step, done=done, total=total)
+        left = {"step_left": self._pace.step_left(), "run_left": self._pace.run_left()}
+        told = {name: round(seconds, 1) for name, seconds in left.items() if seconds is not None}
+        self.write("progress", step=step, done=done, total=total, **told)
+
+    def expect(self, ahead: Sequence[Ahead]) -> None:
+        """What is to come, see :class:`quantkit.system.pace.Expectant`."""
+        self._pace.expect(ahead)
 
     def note(self, text: str) -> None:
         """Something that the user should read."""

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Protocol
+
+from quantkit.system.pace import Ahead, tell_ahead
 
 LOGGER = logging.getLogger("quantkit")
 
@@ -75,3 +78,8 @@ class Several:
         """Tell all."""
         for each in self._observers:
             each.note(text)
+
+    def expect(self, ahead: Sequence[Ahead]) -> None:
+        """Tell those that want to know."""
+        for each in self._observers:
+            tell_ahead(each, ahead)

@@ -1,0 +1,264 @@
+"""How long a run will take: its steps with the seconds that each is expected to take, and from what that is known.
+
+What an earlier run in the history took, of the same model on the same machine by the same settings, counts where there
+is one. All else is told from :mod:`quantkit.pipeline.machine_rates`, which is right to a factor of about three.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from quantkit.checkpoint import FLOATS
+from quantkit.engine.precision import pass_dtype
+from quantkit.errors import QuantkitError
+from quantkit.estimation.anatomy import Anatomy
+from quantkit.estimation.measured import known_anatomy
+from quantkit.pipeline.machine_rates import Rates, rates, solving_seconds
+from quantkit.pipeline.titles import BASELINE_TITLE, evaluation_title, library_title, walk_title
+from quantkit.quantization import Job, walks
+from quantkit.quantization.job import finished_variant, made_from
+from quantkit.recipe import EvaluationSpec, LibrarySpec, Recipe, VariantSpec
+from quantkit.run_history.record import RunRecord, private
+from quantkit.run_history.store import History
+from quantkit.run_history.store import Wanted as WantedRuns
+from quantkit.system.artifacts import STAGE_FILE, fingerprint
+from quantkit.system.devices import resolve_device
+from quantkit.system.environment import describe
+from quantkit.system.pace import Ahead
+
+if TYPE_CHECKING:
+    from quantkit.source import SourceModel
+
+ROUGH, KNOWN = 3.0, 1.3
+"""Factors by which a measured stage may take more or less, and one that an earlier run tells."""
+ATTENTION = 1.5
+"""What a pass takes beside the products of its weights."""
+START = 6.0
+"""Seconds in which a process that scores is there."""
+DISK = 5e8
+"""Bytes that a disk gives in a second."""
+CALL = 5e-4
+"""Seconds that a block takes for a single token beside reading its weights."""
+TASK_DOCUMENTS, TASK_TOKENS = 1000, 200
+"""Of a task that has no limit; tokens of all that is read for a document."""
+TRANSFORMED = 3.0
+"""How much longer solving takes with a transform that searches its factors."""
+
+
+@dataclass(frozen=True, slots=True)
+class Foreseen:
+    """What a run will take.
+
+    Attributes:
+        ahead: its steps.
+        past: by stage the number of the run in the history that it is known from.
+        rates: that the others are told from.
+    """
+
+    ahead: tuple[Ahead, ...]
+    past: Mapping[str, int]
+    rates: Rates
+
+    def to_json(self) -> dict[str, Any]:
+        """``seconds``, ``low``, ``high``, ``by``, and ``stages`` with ``stage``, ``seconds`` and ``by`` of each."""
+        stages: dict[str, float] = {}
+        for step in self.ahead:
+            stages[step.stage] = stages.get(step.stage, 0.0) + step.seconds
+        factors = {stage: KNOWN if stage in self.past else ROUGH for stage in stages}
+        return {
+            "seconds": sum(stages.values()),
+            "low": sum(seconds / factors[stage] for stage, seconds in stages.items()),
+            "high": sum(seconds * factors[stage] for stage, seconds in stages.items()),
+            "by": self._by(stages),
+            "stages": [
+                {"stage": stage, "seconds": seconds, "by": self._by([stage])} for stage, seconds in stages.items()
+            ],
+        }
+
+    def _by(self, stages: Mapping[str, float] | Sequence[str]) -> str:
+        runs = sorted({self.past[stage] for stage in stages if stage in self.past})
+        told = [f"run {', '.join(map(str, runs))} of the history"] if runs else []
+        if any(stage not in self.past for stage in stages):
+            speed = f"{self.rates.products / 1e9:,.0f} GFLOP/s in {self.rates.dtype} on {self.rates.device}"
+            told.append(f"a short measurement on this machine ({speed})")
+        return " and ".join(told)
+
+
+def foreseen(recipe: Recipe, model: SourceModel, job: Job, tokens: int, *, anew: bool = False) -> Foreseen | None:
+    """What a run will take from its baseline on.
+
+    Args:
+        recipe: what is run.
+        model: its source.
+        job: of quantizing.
+        tokens: of the calibration set.
+        anew: files are scored although their results are there.
+
+    Returns:
+        None for a model that transformers does not build by itself, of which nothing is known.
+    """
+    anatomy = known_anatomy(model.folder)
+    if anatomy is None:
+        return None
+    work = _Work(recipe, anatomy, job, tokens)
+    steps = [step for step in work.steps() if not work.is_done(step.stage, anew)]
+    past = _past(recipe, model)
+    spent = {stage: sum(step.seconds for step in steps if step.stage == stage) for stage in past}
+    moved = [
+        replace(step, seconds=step.seconds * past[step.stage][1] / spent[step.stage]) if spent.get(step.stage) else step
+        for step in steps
+    ]
+    there = {stage: number for stage, (number, _) in past.items() if spent.get(stage)}
+    return Foreseen(tuple(moved), there, work.pass_rates)
+
+
+class _Work:
+    """The work of a run: how much of what there is, and how long that takes here."""
+
+    def __init__(self, recipe: Recipe, anatomy: Anatomy, job: Job, tokens: int) -> None:
+        self.recipe, self.anatomy, self.job, self.tokens = recipe, anatomy, job, tokens
+        device, scored_on = resolve_device(job.device), resolve_device(recipe.evaluation.device)
+        widths = (anatomy.hidden, max(anatomy.wide, anatomy.hidden))
+        self.device = str(device)
+        self.pass_rates = rates(self.device, pass_dtype(device, FLOATS[job.dtype]), *widths)
+        scored_in = torch.float32 if scored_on.type == "cpu" else torch.bfloat16
+        self.scoring_rates = rates(str(scored_on), scored_in, *widths)
+        self.scored_bytes = 4 if scored_on.type == "cpu" else 2
+        linear = [weight for weight in anatomy.weights if weight.kind == "linear" and weight.block is not None]
+        self.shapes = [weight.matrix for weight in linear]
+        self.active = sum(weight.numel * weight.share for weight in linear)
+
+    def steps(self) -> Iterator[Ahead]:
+        """All of them, in the order of a run."""
+        yield from self._evaluation(BASELINE_TITLE)
+        own = self.recipe.own_variants
+        for places in walks(self.job, own):
+            group = [own[place] for place in places]
+            like = "quantize " + ", ".join(variant.chain for variant in group)
+            yield Ahead(walk_title(group), "block", self._walk(group), like)
+            for variant in group:
+                yield from self._evaluation(evaluation_title(variant.name))
+        for library in self.recipe.library_variants:
+            yield Ahead(library_title(library), "", self._library(), "library")
+            yield from self._evaluation(evaluation_title(library.name))
+
+    def is_done(self, stage: str, anew: bool) -> bool:
+        """Whether a stage's result lies there, so that it will hardly take time."""
+        if stage == BASELINE_TITLE:
+            return not anew and (self.recipe.folder / "baseline" / STAGE_FILE).exists()
+        own = self.recipe.own_variants
+        for places in walks(self.job, own):
+            group = [own[place] for place in places]
+            if stage == walk_title(group):
+                return all(map(self._is_made, group))
+        scored = self.recipe.folder / "evaluations"
+        names = {evaluation_title(each.name): each for each in self.recipe.variants}
+        variant = names.get(stage)
+        made = isinstance(variant, VariantSpec) and self._is_made(variant)
+        return not anew and variant is not None and made and (scored / variant.name / STAGE_FILE).exists()
+
+    def _is_made(self, variant: VariantSpec) -> bool:
+        folder = self.recipe.folder / "variants" / variant.name
+        return finished_variant(folder, made_from(self.job, variant)) is not None
+
+    def _evaluation(self, title: str) -> Iterator[Ahead]:
+        spec, read, written = self.recipe.evaluation, self._reading, self._writing
+        size = self.anatomy.parameters * 2
+        yield Ahead(title, "load", START + size / DISK, "load")
+        if "speed" in spec.metrics or "memory" in spec.metrics:
+            yield Ahead(title, "", read(7 * spec.context_length) + written(160), "speed")
+        for text in spec.texts:
+            beside = spec.max_tokens * self.anatomy.vocabulary * 20 / self.scoring_rates.nbytes
+            yield Ahead(title, text.name, read(spec.max_tokens) + beside, f"text {text.name}")
+        for task in spec.tasks:
+            yield Ahead(title, task.label, read((task.limit or TASK_DOCUMENTS) * TASK_TOKENS), f"task {task.label}")
+        yield from self._written(title, spec)
+
+    def _written(self, title: str, spec: EvaluationSpec) -> Iterator[Ahead]:
+        if spec.answers is not None:
+            count = spec.answers.samples
+            seconds = self._reading(64 * count) + self._writing(count * spec.answers.max_new_tokens)
+            yield Ahead(title, "answers", seconds, "answers")
+        if spec.samples is not None:
+            count = spec.samples.count or len(spec.samples.prompts) or spec.samples.DRAWN
+            yield Ahead(title, "samples", self._writing(count * spec.samples.max_new_tokens), "samples")
+
+    def _reading(self, tokens: int) -> float:
+        """Seconds in which a model that is scored reads tokens."""
+        return tokens * 2 * self.anatomy.active * ATTENTION / self.scoring_rates.products
+
+    def _writing(self, tokens: int) -> float:
+        """Seconds in which it writes tokens one by one, each of which reads all weights."""
+        moved = 2 * self.anatomy.active * self.scored_bytes / self.scoring_rates.nbytes
+        return tokens * (moved + CALL * self.anatomy.blocks)
+
+    def _walk(self, variants: Sequence[VariantSpec]) -> float:
+        """Seconds of a walk: the passes, what is gathered of them, and what each variant's method takes."""
+        found = 0.0
+        if any(variant.calibrated for variant in variants):
+            found += self.tokens * 2 * self.active * ATTENTION / self.pass_rates.products
+            found += self._gathering()
+        weights = sum(height * width for height, width in self.shapes)
+        for variant in variants:
+            solved = solving_seconds(variant, self.shapes, self.device)
+            transforms = TRANSFORMED if variant.build_transforms() else 1.0
+            found += transforms * (weights * 100 / self.pass_rates.nbytes if solved is None else solved)
+            found += weights * 12 / self.pass_rates.nbytes + weights / DISK
+        return found
+
+    def _gathering(self) -> float:
+        """Seconds in which products of inputs with themselves are summed."""
+        shapes = {weight.layer: weight.matrix for weight in self.anatomy.weights if weight.kind == "linear"}
+        widths = [shapes[each.layers[0]][1] for each in self.anatomy.inputs if each.layers[0] in shapes]
+        one = sum(self.tokens * 2 * width**2 for width in widths)
+        return self.anatomy.blocks * one / self.pass_rates.products
+
+    def _library(self) -> float:
+        """Seconds of another library, of which nothing is known: twice what a pass with its statistics takes."""
+        passes = self.tokens * 2 * self.active * ATTENTION / self.pass_rates.products
+        return START + 2 * (passes + self._gathering()) + sum(height * width for height, width in self.shapes) / DISK
+
+
+def _past(recipe: Recipe, model: SourceModel) -> dict[str, tuple[int, float]]:
+    """By stage the number of the newest run like this one and the seconds that it took there."""
+    try:
+        runs = History(recipe.history_file).runs(WantedRuns()) if recipe.history_file.exists() else []
+    except QuantkitError:
+        return {}  # what cannot be read tells nothing here; who needs it is told
+    machine, given = describe(), private(recipe.resolved())
+    source = fingerprint(model.made_from())
+    here = (str(machine["cpu"] or ""), machine["cores"], machine["device"], source)
+    found: dict[str, tuple[int, float]] = {}
+    for run in runs:
+        if (run.cpu, run.cores, run.device, run.source_fingerprint) == here and run.id is not None:
+            found |= {stage: (run.id, seconds) for stage, seconds in _stages(recipe, run, given)}
+    return found
+
+
+def _stages(recipe: Recipe, run: RunRecord, given: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """The stages of a recipe that a run did by the same settings, with their seconds."""
+    alike = {key: run.recipe.get(key) == given[key] for key in ("evaluation", "calibration", "quantization")}
+    then = {each.get("name"): each for each in run.recipe.get("variants", ())}
+    now = {each["name"]: each for each in given["variants"]}
+    if alike["evaluation"] and run.baseline is not None:
+        yield from _seconds(BASELINE_TITLE, run.baseline.figures.get(("seconds", "", "evaluate")))
+    shared = recipe.calibration.inputs == "float"
+    for variant in recipe.variants:
+        record = run.variant(variant.name)
+        if record is None or then.get(variant.name) != now.get(variant.name):
+            continue
+        if alike["evaluation"]:
+            yield from _seconds(evaluation_title(variant.name), record.figures.get(("seconds", "", "evaluate")))
+        alone = isinstance(variant, LibrarySpec) or (variant.calibrated and not shared) or len(recipe.variants) == 1
+        if alone and alike["calibration"] and alike["quantization"]:
+            title = library_title(variant) if isinstance(variant, LibrarySpec) else walk_title([variant])
+            yield from _seconds(title, record.figures.get(("seconds", "", "quantize")))
+
+
+def _seconds(stage: str, seconds: float | None) -> Iterator[tuple[str, float]]:
+    if seconds:
+        yield stage, seconds
