@@ -57,6 +57,9 @@ def test_quantize_tells_what_became_of_the_records_and_the_export_has_the_audit(
     audit = json.loads((tmp_path / "out" / "calibration.json").read_text())
     assert audit["records"]["skipped"] == 95
     assert "calibration.json" in json.loads((tmp_path / "out" / "manifest.json").read_text())["files"]
+    card = " ".join((tmp_path / "out" / "README.md").read_text().split())
+    assert "calibration set: `rows`, 5 rows, 160 tokens" in card
+    assert "what became of its records is in `calibration.json`" in card
 
 
 def test_quantize_says_the_same_as_json_and_takes_columns(tmp_path: Path, model: Path) -> None:

@@ -17,6 +17,7 @@ HISTOGRAM_BINS = 10
 MUCH = 0.1
 """The share of records or tokens of which a loss is worth a warning."""
 REASONS_SHOWN = 3
+KEEP_TOKENS = "'packing: full' or a larger max_length uses them"
 COLUMNS_HELP = "say what other columns are: 'columns: {prompt: COLUMN, response: COLUMN}', or {messages: COLUMN}"
 _INDICES_SHOWN = 20
 
@@ -133,7 +134,7 @@ def _warnings(
         f"records dropped: {len(dropped)} of {used + len(dropped)}": len(dropped) > MUCH * (used + len(dropped)),
         f"records cut to {spec.max_length} tokens: {len(packed.truncated)} of {used}": len(packed.truncated)
         > MUCH * used,
-        f"tokens cut off: {packed.truncated_tokens} of {encoded}; 'packing: full' or a larger max_length uses them": (
+        f"tokens cut off: {packed.truncated_tokens:,} of {encoded:,}; {KEEP_TOKENS}": (
             packed.truncated_tokens > MUCH * encoded
         ),
         "the model has no chat template: messages are joined plainly": (
@@ -149,8 +150,8 @@ def _warnings(
 def audit_lines(audit: dict[str, Any]) -> list[str]:
     """An audit in lines: what was used, what was left out, changed and cut, and what deserves a warning."""
     records = audit["records"]
-    used = f"{records['used']} of {records['read']} records, {audit['tokens']:,} tokens in {audit['rows']} rows"
-    lines = [f"calibration: {used}"]
+    used = f"{records['used']} of {_counted(records['read'], 'record')}, {_counted(audit['tokens'], 'token')}"
+    lines = [f"calibration: {used} in {_counted(audit['rows'], 'row')}"]
     for kind, groups in {
         "skipped": records["skipped_indices"],
         "dropped": records["dropped_indices"],
@@ -161,8 +162,13 @@ def audit_lines(audit: dict[str, Any]) -> list[str]:
             lines.append(f"calibration: {COLUMNS_HELP}")
     if records["truncated"]:
         tokens = f"{audit['truncated_tokens']:,} of {audit['encoded_tokens']:,} tokens"
-        lines.append(f"calibration: cut {records['truncated']} records to {audit['max_length']} tokens, {tokens}")
+        cut = _counted(records["truncated"], "record")
+        lines.append(f"calibration: cut {cut} to {audit['max_length']} tokens, {tokens}")
     return [*lines, *(f"warning: calibration: {text}" for text in audit["warnings"])]
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def _reason_lines(groups: dict[str, dict[str, Any]]) -> list[str]:

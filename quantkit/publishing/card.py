@@ -13,7 +13,7 @@ from quantkit.checkpoint.model_class import class_name_in
 from quantkit.checkpoint.older_keys import TOKENIZER_CONFIG, newer_than
 from quantkit.errors import CheckpointError
 from quantkit.exports import open_export
-from quantkit.exports.manifest import EXPORT_AGAIN, MANIFEST, read_manifest, read_verdicts
+from quantkit.exports.manifest import CALIBRATION, EXPORT_AGAIN, MANIFEST, read_manifest, read_verdicts
 from quantkit.formats import FORMATS
 from quantkit.inspection.parallel import tensor_parallel
 from quantkit.publishing.front_matter import front_matter
@@ -59,7 +59,8 @@ class CardFacts:
     def of(cls, job: Job, repository: str | None = None) -> CardFacts:
         """What may be said of the model that a checkpoint was made of."""
         name, revision = job.hub or (None, None)
-        return cls(base_model=name, revision=revision, source=job.source, repository=repository)
+        audit = None if job.audit is None else dict(job.audit)
+        return cls(base_model=name, revision=revision, source=job.source, repository=repository, calibration=audit)
 
 
 def write_card(folder: Path, facts: CardFacts | None = None) -> None:
@@ -224,7 +225,8 @@ def _origins(manifest: Mapping[str, Any], facts: CardFacts) -> Iterator[str]:
         audit = facts.calibration or {}
         named = f" {code(audit['dataset']['name'])}," if audit else ""
         counted = f" {audit['rows']} rows, {audit['tokens']} tokens," if audit else ""
-        yield f"calibration set:{named}{counted} SHA-256 of its token ids {code(hashed)}"
+        more = f"; what became of its records is in {code(CALIBRATION)}" if audit else ""
+        yield f"calibration set:{named}{counted} SHA-256 of its token ids {code(hashed)}{more}"
     decoded = decoded_from(manifest.get("source") or {})
     if decoded is not None:
         yield f"the float model was decoded from {code(decoded)}: its weights are what that holds, not those before it"
