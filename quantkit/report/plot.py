@@ -15,12 +15,13 @@ from quantkit.report.columns import Record, reference_name, rows_of, texts_of
 from quantkit.report.losses import frontier
 from quantkit.report.numbers import byte_unit, figure, pick
 
-WIDTH, LINE = 640.0, 19.0
-FRAME = Frame(68.0, 44.0, WIDTH - 22.0, 348.0)
+WIDTH, LINE = 460.0, 19.0
+"""Narrow enough that a phone shows all of it with text that can be read."""
+FRAME = Frame(68.0, 44.0, WIDTH - 14.0, 320.0)
 STYLES = 6
 MARK, NUMBER = 5.5, 8.5
 """Radius of a mark, and of the circle that a number of two digits needs."""
-LONGEST_NAME = 34
+LONGEST_NAME = 42
 DISTANCES = (15.0, 24.0, 36.0, 50.0)
 DIRECTIONS = [math.radians(degrees) for degrees in (0, 180, -45, 45, -135, 135, -90, 90)]
 Place = tuple[float, float]
@@ -210,13 +211,13 @@ def _bar(datum: Datum, y: Axis) -> tuple[float, float] | None:
 
 
 def _legend(data: Sequence[Datum], methods: list[str]) -> list[Entry]:
-    """The methods, three to a line, where a shape tells them apart; then the variants, two to a line."""
+    """The methods, two to a line, where a shape tells them apart; then the variants, a line each."""
     shown = [method for method in methods if any(datum.method == method for datum in data)]
     kinds = [(methods.index(name) % STYLES, None, name) for name in shown] if 1 < len(shown) <= STYLES else []
     variants = [(methods.index(datum.method) % STYLES, datum.number, datum.name) for datum in data]
     top = FRAME.bottom + 68.0
-    entries = _lines(kinds, 3, top)
-    return entries + _lines(variants, 2, entries[-1].y + 1.4 * LINE if entries else top)
+    entries = _lines(kinds, 2, top)
+    return entries + _lines(variants, 1, entries[-1].y + 1.4 * LINE if entries else top)
 
 
 def _lines(entries: Sequence[tuple[int, int | None, str]], columns: int, top: float) -> list[Entry]:
