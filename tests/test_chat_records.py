@@ -14,6 +14,7 @@ from quantkit.errors import CalibrationError, RecipeError
 from quantkit.recipe import CalibrationSpec
 from quantkit.recipe.evaluation import AnswerSpec, TextSpec
 from quantkit.records import Call, Message, Record
+from quantkit.records.dataset import collect
 from quantkit.records.formats import parse
 from quantkit.records.record import UnusableError
 from quantkit.system.validation import parse_section
@@ -271,6 +272,28 @@ def test_a_broken_line_loses_itself_alone(tmp_path: Path) -> None:
     found = records.read_file(tmp_path / "a.jsonl")
     assert len(found.records) == 2
     assert [(row.index, row.reason) for row in found.skipped] == [(1, "not valid JSON")]
+
+
+def test_what_no_text_can_hold_loses_its_record_alone(tmp_path: Path) -> None:
+    deep: Any = "x"
+    for _ in range(600):
+        deep = {"content": [{"type": "tool_result", "content": deep}]}
+    broken = {"name": "look", "arguments": {"x": "\ud800"}}
+    rows = [
+        {"messages": [{"role": "user", "content": deep}]},
+        {"messages": [ASKED, {"role": "assistant", "tool_calls": [{"function": broken}]}]},
+        {"messages": TURNS, "tools": [{"name": "\ud800"}]},
+        {"messages": TURNS},
+    ]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[1:]))
+    found = records.read_file(tmp_path / "a.jsonl")
+    assert [row.reason for row in found.skipped] == [
+        "'tool_calls' holds text that is not valid Unicode",
+        "'tools' holds text that is not valid Unicode",
+    ]
+    kept, skipped = collect("rows", rows[::3])
+    assert len(kept) == 1
+    assert [row.reason for row in skipped] == ["nested too deeply"]
 
 
 def test_a_list_of_data_sets_is_none(tmp_path: Path) -> None:

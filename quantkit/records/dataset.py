@@ -18,6 +18,7 @@ FORMATS_HELP = (
     "a record has 'messages', or 'prompt' and 'response', or 'text'; say in the recipe what other columns are: "
     "'columns: {prompt: COLUMN, response: COLUMN}', and 'tags' for the roles of a conversation"
 )
+TOO_DEEP = "nested too deeply"
 HAS_IMAGES = "has images, and is scored as text alone"
 REASONS_SHOWN = 3
 _ADDRESS = re.compile(r"(data|https?|file):", re.IGNORECASE)
@@ -114,6 +115,8 @@ def collect(
                 raise UnusableError(row.reason)
             record = parse(row, layout.columns, layout.tags, others=layout.others, prompts=layout.prompts)
             records.append(_placed(record, base) if record.images and base else record)
+        except RecursionError:
+            skipped.append(Skipped(index, TOO_DEEP))
         except UnusableError as error:
             keys = listed(row) if isinstance(row, Mapping) else ""
             skipped.append(Skipped(index, error.reason, keys))

@@ -18,7 +18,7 @@ from typing import Any
 from quantkit.errors import CalibrationError, did_you_mean
 from quantkit.recipe.columns import MEANINGS
 from quantkit.records.parts import image_of, read_content
-from quantkit.records.record import IMAGE, Message, Record, UnusableError, kind_of
+from quantkit.records.record import IMAGE, Call, Message, Record, UnusableError, kind_of
 from quantkit.records.turns import Heard, checked_text, is_turn, json_of, read_turns, transcript
 
 NAMES = {
@@ -188,6 +188,8 @@ def parse(
     if record.text is not None:
         return record
     tools = _tools(fields["tools"], heard)
+    for text in (*tools, *(text for message in record.messages for call in message.calls for text in _texts(call))):
+        checked_text(text, fields.column("tools") if text in tools else "tool_calls")
     return replace(record, tools=tools, changes=tuple(dict.fromkeys((*record.changes, *heard.changes))))
 
 
@@ -322,6 +324,10 @@ def _tools(given: Any, heard: Heard) -> tuple[str, ...]:
         return ()
     wrapped = (each if "function" in each or "name" not in each else _as_function(each) for each in described)
     return tuple(json.dumps(each, ensure_ascii=False, default=str) for each in wrapped)
+
+
+def _texts(call: Call) -> tuple[str, str, str]:
+    return call.name, call.arguments, call.id
 
 
 def _as_function(tool: Mapping[str, Any]) -> dict[str, Any]:

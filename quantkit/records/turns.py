@@ -195,7 +195,7 @@ def _as_messages(column: str, role: str, turn: Mapping[str, Any], said: Said, ca
     content = checked_text(said.text, column)
     results = [Message("tool", checked_text(text, column), call_id=call_id) for call_id, text in said.results]
     if role == "tool":
-        name, call_id = (str(turn.get(key) or "") for key in ("name", "tool_call_id"))
+        name, call_id = (checked_text(str(turn.get(key) or ""), column) for key in ("name", "tool_call_id"))
         return results or [Message("tool", content, name=name, call_id=call_id)]
     reasoning = checked_text(said.reasoning or reasoning_of(turn), column) if role == "assistant" else ""
     own = Message(role, content, reasoning=reasoning, calls=calls if role == "assistant" else ())
