@@ -157,6 +157,27 @@ def test_evaluate_takes_a_model_of_the_hub(plain: Path, monkeypatch: pytest.Monk
     assert asked == ["some-org/some-model"]
 
 
+def test_a_context_is_held_against_the_config_of_a_hub_model_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from quantkit.pipeline import preflight
+    from quantkit.source import hub
+
+    (tmp_path / "config.json").write_text('{"text_config": {"max_position_embeddings": 64}}')
+    monkeypatch.setattr(preflight, "fetched_config", lambda _: tmp_path / "config.json")
+    monkeypatch.setattr(hub, "download", lambda *_, **__: pytest.fail("the model was fetched"))
+    done = invoke("evaluate", "some-org/some-model", "--context-length", 128)
+    assert "evaluation.context_length is 128, and the model reads 64 tokens at most" in done.stderr
+
+
+def test_names_of_dtypes_and_states_are_checked_at_once(model: Path, plain: Path) -> None:
+    assert quantkit.estimate(model, group_size=32, dtype="BF16").part("file").nbytes > 0
+    with pytest.raises(QuantkitError, match="'fp17' is no dtype"):
+        quantkit.estimate(model, group_size=32, dtype="fp17")
+    assert "did you mean 'passed'?" in invoke("history", "--status", "pased").stderr
+    assert "'bf17' is no compute dtype" in invoke("verify", plain, "--dtype", "bf17").stderr
+
+
 # Python
 
 

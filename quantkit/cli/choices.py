@@ -157,13 +157,17 @@ def remove_environments(
     """Remove all environments of a library. What uv keeps of them in its cache stays; see 'uv cache prune'."""
     from quantkit.errors import QuantkitError, did_you_mean
     from quantkit.isolation.environments import folders, remove
+    from quantkit.system.names import chosen
 
     there = {name for name, _ in folders()}
+    meant = []
     for name in names:
-        if name not in there:
+        found = chosen(name, there)
+        if found is None:
             remedy = did_you_mean(name, there) if there else "none is installed"
             raise QuantkitError(f"there is no environment of '{name}'", remedy)
-    for name in names:
+        meant.append(found)
+    for name in meant:
         for folder in remove(name):
             say(f"removed {folder}")
 

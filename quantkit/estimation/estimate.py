@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from quantkit.errors import RecipeError, did_you_mean
 from quantkit.estimation.anatomy import Anatomy
 from quantkit.estimation.inference import running, with_all_logits
 from quantkit.estimation.lines import Part
@@ -15,8 +16,11 @@ from quantkit.estimation.training import training
 from quantkit.estimation.use import Use
 from quantkit.estimation.weights import Stored, stored, taken_in
 from quantkit.recipe import VariantSpec
+from quantkit.system.names import chosen
 from quantkit.system.units import in_units
 from quantkit.system.validation import parse_section
+
+FLOATS = ("float32", "float16", "bfloat16")
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -98,6 +102,9 @@ def estimate(
     given = {"name": "variant", "method": method, "scheme": scheme, "format": format}
     variant = parse_section(VariantSpec, {**given, **keys}, "estimate")
     anatomy = anatomy_of(model)
+    dtype = None if dtype is None else chosen(dtype, FLOATS) or dtype
+    if dtype not in (None, *FLOATS):
+        raise RecipeError(f"estimate: '{dtype}' is no dtype of a float model", did_you_mean(str(dtype), FLOATS))
     return of_variant(anatomy, variant, use, dtype=dtype or taken_in(anatomy.dtype), train=train)
 
 

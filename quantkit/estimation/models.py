@@ -33,7 +33,7 @@ def anatomy_of(reference: str) -> Anatomy:
     found = known.get(reference.lower()) or known.get(_hub_names().get(reference.lower(), ""))
     if found is not None:
         return anatomy_by(found, reference)
-    return _from_file(_fetched(reference), reference)
+    return _from_file(fetched_config(reference), reference)
 
 
 @cache
@@ -92,8 +92,12 @@ def _built(config: str, name: str) -> Anatomy:
     return built(json.loads(config), name)
 
 
-def _fetched(reference: str) -> Path:
-    """``config.json`` of a hub model, from its cache or the hub."""
+def fetched_config(reference: str) -> Path:
+    """``config.json`` of a hub model, from its cache or the hub.
+
+    Raises:
+        SourceError: there is no such model, or the hub cannot be reached.
+    """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HFValidationError
 

@@ -10,8 +10,10 @@ from typing import Any
 
 from quantkit import records
 from quantkit.errors import CalibrationError, MissingDependencyError, QuantkitError, RecipeError, did_you_mean
+from quantkit.estimation.models import fetched_config
 from quantkit.gguf.config import model_config
 from quantkit.gguf.head import read_head
+from quantkit.llama_cpp.library import library
 from quantkit.publishing.mlflow import check_tracking
 from quantkit.recipe import CalibrationSpec, EvaluationSpec, ModelSpec, Recipe
 from quantkit.recipe.local_files import (
@@ -22,11 +24,15 @@ from quantkit.recipe.local_files import (
     model_files,
     scoring_files,
 )
+from quantkit.recipe.model import HUB_REFERENCE
 from quantkit.records.hub import HUB_PREFIX
 from quantkit.runtimes import RUNTIMES
 from quantkit.source import package
 from quantkit.system.devices import resolve_device
 from quantkit.system.distribution import requirement
+
+LLAMA_CPP = "llama.cpp"
+"""The method whose codes a library chooses that may not be installed."""
 
 
 def preflight(recipe: Recipe) -> None:
@@ -83,10 +89,11 @@ def _input_mistakes(recipe: Recipe) -> Iterator[QuantkitError]:
         lambda: check_package_source(recipe.model),
         lambda: check_device("quantization", recipe.quantization.device),
         *([lambda: check_data_set(recipe.calibration)] if calibrated else []),
+        *([library] if any(variant.method == LLAMA_CPP for variant in recipe.own_variants) else []),
     )
 
 
-def _failures(*checks: Callable[[], None]) -> Iterator[QuantkitError]:
+def _failures(*checks: Callable[[], object]) -> Iterator[QuantkitError]:
     for check in checks:
         try:
             check()
@@ -120,10 +127,11 @@ def scoring_mistakes(spec: EvaluationSpec, longest: int | None) -> Iterator[Quan
 
 
 def longest_input(reference: str) -> int | None:
-    """Tokens that a model on this disk reads at most, as its config says; None where it is not here or does not say."""
+    """Tokens that a model reads at most, as its config says, which is fetched; None where it is not there or silent."""
     try:
         path = package.locate(reference) if reference.startswith(package.PREFIX) else Path(reference).expanduser()
-        config = _config(path)
+        is_hub = not path.exists() and HUB_REFERENCE.fullmatch(reference) is not None
+        config = _config(fetched_config(reference).parent if is_hub else path)
     except (QuantkitError, OSError, ValueError):
         return None  # whoever loads the model says what is wrong with it
     parts: list[Any] = [config, config.get("text_config")]

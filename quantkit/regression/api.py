@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantkit.errors import QuantkitError
+from quantkit.errors import QuantkitError, did_you_mean
 from quantkit.recipe import Recipe
 from quantkit.system.progress import Logged, Observer
 
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from quantkit.regression.document import Check
     from quantkit.run_history import History, RunRecord
 
+STATES = ("ok", "failed", "error", "interrupted", "passed", "regressed", "unknown")
+"""How a run can have ended, or a check have judged it."""
 LATEST = "latest"
 
 
@@ -118,6 +120,8 @@ def recorded(
 
     loaded = None if recipe is None else Recipe.of(recipe)
     named = name if loaded is None else loaded.name
+    if status is not None and status not in STATES:
+        raise QuantkitError(f"no run has the state '{status}'", did_you_mean(status, STATES))
     wanted = Wanted(named, variant, status, None if since is None else _moment(since), last)
     return _history(loaded, file).runs(wanted)
 

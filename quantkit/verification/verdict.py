@@ -17,6 +17,7 @@ from quantkit.runtimes import RUNTIMES
 from quantkit.runtimes._choice import is_installed
 from quantkit.runtimes.base import Runtime
 from quantkit.source.view import loadable
+from quantkit.system import names
 from quantkit.system.devices import resolve_device
 from quantkit.system.progress import Observer, Silent
 from quantkit.verification.comparison import Figures, Tolerance, compare, tolerance
@@ -111,13 +112,14 @@ def _check_packages(chosen: type[Runtime], subject: Subject) -> None:
             raise MissingDependencyError(package, f"loading format {subject.format} in {chosen.name}")
 
 
-def _dtype(chosen: type[Runtime], subject: Subject, device: str, wanted: str | None) -> str:
+def _dtype(runtime: type[Runtime], subject: Subject, device: str, wanted: str | None) -> str:
     """The dtype to compute in: what is wanted, else the most exact on a CPU and the checkpoint's own on CUDA."""
     if wanted is not None:
-        if wanted not in DTYPES:
+        meant = names.chosen(wanted, DTYPES)
+        if meant is None:
             raise QuantkitError(f"'{wanted}' is no compute dtype", did_you_mean(wanted, DTYPES))
-        return wanted
-    able = chosen.computes_in(FORMATS.get(subject.format), set(subject.schemes.values()), device)
+        return meant
+    able = runtime.computes_in(FORMATS.get(subject.format), set(subject.schemes.values()), device)
     first = "float32" if device == "cpu" else subject.dtype
     return next(each for each in (first, "bfloat16", "float16", "float32") if each in able)
 
