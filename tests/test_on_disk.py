@@ -110,6 +110,7 @@ def test_a_head_of_its_own_is_kept_whatever_the_config_says(tmp_path: Path, keys
         assert read_json(out / "config.json")["tie_word_embeddings"] is False
     else:
         assert "output.weight" in read_head(file).tensors
+        assert read_head(file).metadata["general.name"] == "model"
 
 
 def test_a_head_that_is_the_embedding_twice_stays_tied(tmp_path: Path) -> None:

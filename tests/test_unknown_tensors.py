@@ -41,7 +41,7 @@ def variant(**keys: Any) -> VariantSpec:
 
 def with_next_layer(folder: Path) -> Path:
     """A model with a layer more in its file, experts in it, and a module of its own."""
-    make_model(folder, num_hidden_layers=2)
+    make_model(folder, num_hidden_layers=2, dtype=torch.bfloat16)
     file = folder / "model.safetensors"
     tensors = load_file(file)
     last = {name: each.clone() for name, each in tensors.items() if ".layers.1." in name}
@@ -122,10 +122,10 @@ def classifier(folder: Path) -> LlamaForSequenceClassification:
         vocab_size=VOCABULARY, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, num_labels=3, pad_token_id=0,
     )  # fmt: skip
-    model = LlamaForSequenceClassification(config).eval()
+    model = LlamaForSequenceClassification(config).eval().to(torch.bfloat16)
     model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
-    return model
+    return model.float()
 
 
 @pytest.mark.parametrize("keys", [{}, {"ignore": ["lm_head", "down_proj"]}])

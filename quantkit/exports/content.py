@@ -59,6 +59,7 @@ class Content:
         floats: every other tensor.
         digests: of each quantized layer, see :func:`digest`.
         embedding: name and scheme of the input embedding where that is quantized.
+        name: of the model; empty where it is that of the folder ``origin``.
         unties: head and embedding no longer share one weight, whatever the origin's config says.
         changes: keys of ``config.json`` that differ from the origin's.
         runs_code: the model comes with Python code, which goes along.
@@ -82,6 +83,7 @@ class Content:
     preset: str | None = None
     others: Collection[str] = ()
     unties: bool = False
+    name: str = ""
 
     @property
     def spelled(self) -> dict[str, Scheme | None]:

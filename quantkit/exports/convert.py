@@ -22,7 +22,7 @@ from quantkit.errors import SchemeError
 from quantkit.exports import Export, open_export
 from quantkit.exports.content import Content, Stored
 from quantkit.exports.layer_store import LayerStore
-from quantkit.exports.manifest import write_manifest
+from quantkit.exports.manifest import model_name, write_manifest
 from quantkit.exports.writing import check_origin, origin_remarks, write_export
 from quantkit.formats import FORMATS
 from quantkit.formats.base import Format
@@ -188,6 +188,7 @@ def _content(
         embedding=None if export.embedding is None else (export.embedding, schemes[export.embedding]),
         paths={layer.name: layer.path for layer in skeleton.layers() if layer.name != layer.path},
         others=skeleton.others(),
+        name=model_name(str(export.path)),
     )
 
 

@@ -105,7 +105,7 @@ def write_gguf(content: Content, folder: Path) -> Path:
     tensors = sorted(_entries(content, config, naming), key=_place)
     metadata = {
         "general.architecture": naming.architecture.name,
-        **_provenance(content.origin, tokenizer),
+        **_provenance(content.origin, tokenizer, content.name),
         **model_metadata(config, content.origin),
         "general.file_type": int(gguf.LlamaFileType[FILE_TYPES[kind]]),
         "general.quantization_version": gguf.GGML_QUANT_VERSION,
@@ -261,13 +261,14 @@ def _noted(content: Content) -> dict[str, Any]:
     return found | ({SCHEMES_KEY: json.dumps(schemes, separators=(",", ":"))} if schemes else {})
 
 
-def _provenance(folder: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """The name of a model, which is its folder's or in the hub's cache its own, and the licence of its card.
+def _provenance(folder: Path, tokenizer: PreTrainedTokenizerBase, told: str) -> dict[str, Any]:
+    """The name of a model, which if none is told is its folder's or in the hub's cache its own, and its card's licence.
 
     llama.cpp looks for tokens of Phi-3 where the name is like it, and does not load a file that lacks one.
     """
     place = folder.resolve()
-    name = place.parent.parent.name.rpartition("--")[2] if place.parent.name == "snapshots" else place.name
+    cached = place.parent.name == "snapshots"
+    name = told or (place.parent.parent.name.rpartition("--")[2] if cached else place.name)
     licence, tokens = _licence(folder), tokenizer.get_vocab()
     misleads = re.search("phi-?3", name, re.IGNORECASE) and not all(token in tokens for token in PHI3_TOKENS)
     return {

@@ -105,6 +105,17 @@ def is_whole(folder: Path) -> bool:
         return False
 
 
+def model_name(reference: Any) -> str:
+    """What a model is called by its reference: the last part of a path or hub id; empty where there is none."""
+    if not isinstance(reference, str) or not reference:
+        return ""
+    path = Path(reference).expanduser()
+    place = path.resolve() if path.exists() else path
+    if place.parent.name == "snapshots":
+        return place.parent.parent.name.rpartition("--")[2]
+    return place.name.partition("@")[0].removesuffix(".gguf")
+
+
 def public_reference(reference: Any) -> Any:
     """A model's reference for others: of one on this machine its name alone."""
     return Path(reference).name if isinstance(reference, str) and Path(reference).expanduser().exists() else reference

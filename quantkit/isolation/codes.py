@@ -12,6 +12,7 @@ from quantkit.checkpoint import FLOATS, CheckpointReader
 from quantkit.errors import CheckpointError, QuantizationError, SchemeError
 from quantkit.exports.content import Content, Stored
 from quantkit.exports.layer_store import LayerStore
+from quantkit.exports.manifest import model_name
 from quantkit.exports.writing import check_origin, write_export
 from quantkit.formats import FORMATS
 from quantkit.formats.base import Container, Format
@@ -169,4 +170,5 @@ def _content(
         unties=unties,
         runs_code=job.trust_remote_code,
         others=skeleton.others(),
+        name=model_name(job.source_facts.get("reference")),
     )

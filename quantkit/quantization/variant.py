@@ -20,7 +20,7 @@ from quantkit.engine.tasks import MODEL, VariantTask
 from quantkit.errors import QuantizationError
 from quantkit.exports import IMATRIX
 from quantkit.exports.content import Content, Stored
-from quantkit.exports.manifest import CALIBRATION, public_reference, write_manifest
+from quantkit.exports.manifest import CALIBRATION, model_name, public_reference, write_manifest
 from quantkit.exports.writing import bits_of_file, check_origin, origin_remarks, write_export
 from quantkit.formats import FORMATS
 from quantkit.quantization.calibration_need import few_tokens
@@ -233,6 +233,7 @@ class VariantRun:
             alone=layers.alone,
             preset=getattr(self._variant.base_scheme(), "preset", None),
             others=self._skeleton.others(),
+            name=model_name(job.source_facts.get("reference")),
         )
 
     def _check_parts(self, floats: Collection[str]) -> None:
