@@ -539,7 +539,7 @@ def test_a_runtime_computes_in_the_checkpoint_s_own_dtype_where_none_is_asked_fo
     assert loaded.dtype == str(expected).removeprefix("torch.")
 
 
-@pytest.mark.parametrize("name", ["gpu", "mps", "cuda:77"])
+@pytest.mark.parametrize("name", ["tpu", "mps", "cuda:77"])
 def test_a_device_that_is_not_there_is_refused(name: str) -> None:
     with pytest.raises(QuantkitError, match=name):
         resolve_device(name)

@@ -74,7 +74,7 @@ def test_what_the_class_does_not_know_is_told_and_copied(tmp_path: Path) -> None
     layers = plan_layers(Skeleton(source), variant())
     unknown = "unknown to LlamaForCausalLM, copied as they are: "
     assert layers.notes == (f"{unknown}{NEXT} (12 tensors), mtp (2 tensors)",)
-    out = quantkit.quantize(source, out=tmp_path / "out", method="rtn", group_size=32)
+    out = quantkit.quantize(source, out=tmp_path / "out", method="rtn", group_size=32, dtype="own")
     read, written = CheckpointReader(source), CheckpointReader(out)
     copied = [name for name in read.names() if name.startswith((f"{NEXT}.", "mtp."))]
     assert len(copied) == 14
@@ -134,7 +134,8 @@ def test_a_classifier_keeps_its_head_and_loads_again(tmp_path: Path, keys: dict[
     notes = plan_layers(Skeleton(tmp_path / "model"), variant(**keys)).notes
     assert "unknown to LlamaForCausalLM, copied as they are: score" in notes
     assert "missing in the checkpoint, though LlamaForCausalLM has them: lm_head.weight" in notes
-    out = quantkit.quantize(tmp_path / "model", out=tmp_path / "out", method="rtn", group_size=32, bits=8, **keys)
+    keys |= {"method": "rtn", "group_size": 32, "bits": 8}
+    out = quantkit.quantize(tmp_path / "model", out=tmp_path / "out", dtype="own", **keys)
     assert "score" in settings(out)["ignore"]
     packed, info = AutoModelForSequenceClassification.from_pretrained(
         out, dtype=torch.float32, output_loading_info=True

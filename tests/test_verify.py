@@ -218,8 +218,8 @@ def test_the_whole_is_refused_before_any_work(checkpoint: Path, monkeypatch: pyt
         verify(checkpoint, "transfomers")
     with pytest.raises(QuantkitError, match="'float8' is no compute dtype"):
         verify(checkpoint, "transformers", dtype="float8", device="cpu")
-    with pytest.raises(QuantkitError, match="'gpu' is not a device"):
-        verify(checkpoint, "transformers", device="gpu")
+    with pytest.raises(QuantkitError, match="'tpu' is not a device"):
+        verify(checkpoint, "transformers", device="tpu")
     with pytest.raises(EvaluationError, match=r"no config\.json"):
         verify(checkpoint / "nowhere", "transformers")
     with pytest.raises(EvaluationError, match="prompt 'a' has 1 tokens"):

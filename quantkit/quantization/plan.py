@@ -253,7 +253,7 @@ def _plan_embedding(
 ) -> tuple[tuple[str, Scheme, tuple[int, int]] | None, dict[str, str]]:
     """Name, scheme and shape of the input embedding; None where it stays float, with the reason if it was asked for."""
     segment = skeleton.embedding
-    if variant.embeddings is None:
+    if variant.embeddings is None or (segment is None and shares_tensor(variant)):  # a mixture takes what there is
         return None, {}
     if segment is None:
         raise SchemeError(
