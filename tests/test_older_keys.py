@@ -81,7 +81,7 @@ def test_what_older_releases_cannot_say_is_named() -> None:
     rope = {**TURNS, "rope_type": "proportional"}
     given = {"model_type": "llama", "vocab_size": 8, "rope_parameters": rope}
     assert "rope_theta" not in with_older_keys(given)
-    assert newer_than(with_older_keys(given)) == ["rope_parameters, which has no older form"]
+    assert newer_than(with_older_keys(given)) == ["rope_parameters, beside which no older keys stand"]
     assert newer_than({}, {"tokenizer_class": "MistralCommonBackend"}) == ["the tokenizer class MistralCommonBackend"]
     own_code = {**config_of("llama", LLAMA3), "auto_map": {"AutoModel": "modeling.Own"}}
     assert "rope_theta" not in with_older_keys(own_code)
@@ -131,6 +131,12 @@ def test_inspect_tells_sizes_and_the_scales_that_verify_finds(exported: Path, tm
     from safetensors.torch import load_file, save_file
 
     assert quantkit.inspect(exported)["tensor_parallel"]["sizes"] == [1, 2]
+    assert not any("misread" in line for line in quantkit.inspect(exported)["remarks"])
+    alone = quantkit.inspect(exported.parent / "model")["remarks"]
+    assert alone == [
+        "releases before transformers 5 misread rope_parameters, beside which no older keys stand",
+        "releases before transformers 5 misread the tokenizer class TokenizersBackend",
+    ]
     foreign = tmp_path / "foreign"
     shutil.copytree(exported, foreign)
     (foreign / "manifest.json").unlink()

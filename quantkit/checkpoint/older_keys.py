@@ -56,7 +56,7 @@ def with_older_keys(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def newer_than(config: Mapping[str, Any], tokenizer: Mapping[str, Any] | None = None) -> list[str]:
-    """What releases before transformers 5 misread of a model's files although older keys stand beside; empty for none.
+    """What releases before transformers 5 misread of a model's files, since no older keys say it too; empty for none.
 
     Args:
         config: ``config.json``.
@@ -65,7 +65,7 @@ def newer_than(config: Mapping[str, Any], tokenizer: Mapping[str, Any] | None = 
     parts = [("", config), *((f"{key}.", each) for key, each in config.items() if isinstance(each, dict))]
     parts = [(name, part) for name, part in parts if "vocab_size" in part]  # what sees or hears turned as its code said
     found = [
-        f"{name}{ROPE}, which has no older form"
+        f"{name}{ROPE}, beside which no older keys stand"
         for name, part in parts
         if _turns(part) and not any(key in part for key in (*THETAS, "rope_scaling"))
     ]

@@ -9,6 +9,7 @@ from typing import Any
 
 from quantkit.checkpoint import CheckpointReader
 from quantkit.checkpoint.leftovers import is_quantized, leftovers
+from quantkit.checkpoint.older_keys import TOKENIZER_CONFIG, newer_than
 from quantkit.errors import CheckpointError
 from quantkit.exports import Export, find_gguf, open_export
 from quantkit.exports.folder import FolderExport, read_config
@@ -27,6 +28,7 @@ from quantkit.inspection.problems import (
     scale_problems,
 )
 from quantkit.inspection.published import DECODED, published_layers
+from quantkit.system.artifacts import read_json
 
 SCHEMA = 1
 SERVER = "vllm"
@@ -76,6 +78,7 @@ def inspect(path: Path, *, deep: bool = True) -> dict[str, Any]:
     if known and SERVER in store.runtimes:
         found["tensor_parallel"] = tensor_parallel(export).to_json()
     found["remarks"] = list(export.remarks() if isinstance(export, FolderExport) else store().remarks(schemes))
+    found["remarks"] += _misread(path) if known else []
     found["problems"] = _problems(export, layers, deep=deep, folder=known)
     return found
 
@@ -88,6 +91,14 @@ def _problems(export: Export, layers: list[dict[str, Any]], *, deep: bool, folde
     if deep:
         found += architecture_problems(export.config(), set(export.float_names()), set(export.schemes))
     return found
+
+
+def _misread(folder: Path) -> list[str]:
+    """What older releases and servers that pin them read otherwise, a line each."""
+    tokenizer = folder / TOKENIZER_CONFIG
+    said = read_json(tokenizer) if tokenizer.is_file() else {}
+    found = newer_than(read_config(folder), said if isinstance(said, dict) else {})
+    return [f"releases before transformers 5 misread {what}" for what in found]
 
 
 def _is_float(path: Path) -> bool:
@@ -111,6 +122,7 @@ def _float_facts(folder: Path, *, deep: bool) -> dict[str, Any]:
     size = sum(file.stat().st_size for file in reader.files())
     found = _facts(folder, "float", "float", made_by, size, [], floats, deep=deep)
     found["loads"] = loads_float()
+    found["remarks"] = _misread(folder)
     found["problems"] = [*leftovers(folder, config, reader), *(float_problems(config, reader) if deep else [])]
     return found
 

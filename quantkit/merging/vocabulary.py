@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from quantkit.checkpoint.companions import TOKENIZERS, copy_companions, copy_files, matching
+from quantkit.checkpoint.older_keys import add_older_tokenizer_keys, with_older_keys
 from quantkit.checkpoint.sizes import TEXT_PARTS
 from quantkit.checkpoint.tied import set_tied
 from quantkit.checkpoint.tokenizer_files import ONE_OF
@@ -47,7 +48,8 @@ def write_companions(
         if dtype is not None and ("torch_dtype" in part or "dtype" in part or part is config):
             part.pop("torch_dtype", None)
             part["dtype"] = dtype
-    write_json(target / "config.json", config if tied is None else set_tied(config, tied))
+    write_json(target / "config.json", with_older_keys(config if tied is None else set_tied(config, tied)))
+    add_older_tokenizer_keys(target)
     return notes
 
 
