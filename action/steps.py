@@ -26,9 +26,10 @@ def history() -> int:
     found = ".artifacts[0] | select(.expired == false) | .workflow_run.id"
     asked = subprocess.run(["gh", "api", query, "--jq", found], stdout=subprocess.PIPE, text=True, check=True)
     run = asked.stdout.strip()
-    if run:
-        folder = Recipe.load(os.environ["INPUT_RECIPE"]).history_file.parent
-        command = ["gh", "run", "download", run, "--repo", repository, "--name", name, "--dir", str(folder)]
+    found_at = places().get("history")
+    if run and found_at is not None:
+        folder = str(Path(found_at).parent)
+        command = ["gh", "run", "download", run, "--repo", repository, "--name", name, "--dir", folder]
         subprocess.run(command, check=True)
     return 0
 
@@ -39,11 +40,10 @@ def check() -> int:
     if fail_on not in FAIL_ON:
         sys.stdout.write(f"::error::fail-on is '{fail_on}', and must be one of {', '.join(FAIL_ON)}\n")
         return EXIT_USER_ERROR
-    recipe = Recipe.load(os.environ["INPUT_RECIPE"])
     accepting = os.environ["INPUT_ACCEPT"] == "true"
     arguments = ["accept", "latest", "--recipe"] if accepting else ["check", "--json"]
     code, told, complaint = quantkit([*arguments, os.environ["INPUT_RECIPE"]])
-    outputs = {"exit-code": str(code), "folder": str(recipe.folder), "history": str(recipe.history_file)}
+    outputs = {"exit-code": str(code), **places()}
     try:
         judged = None if accepting else json.loads(told)
     except ValueError:
@@ -57,6 +57,15 @@ def check() -> int:
     sys.stdout.write(f"::{'error' if code else 'notice'} title=quantkit {arguments[0]}::{outputs['summary']}\n")
     could_not_run = code != 0 and judged is None and fail_on != "never"
     return code if code in FAIL_ON[fail_on] or could_not_run else 0
+
+
+def places() -> dict[str, str]:
+    """Where the recipe has its folder and its history; nothing where it cannot be read, of which quantkit tells."""
+    try:
+        recipe = Recipe.load(os.environ["INPUT_RECIPE"])
+    except QuantkitError:
+        return {}
+    return {"folder": str(recipe.folder), "history": str(recipe.history_file)}
 
 
 def quantkit(arguments: list[str]) -> tuple[int, str, str]:
@@ -78,8 +87,4 @@ def append(variable: str, text: str) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit({"history": history, "check": check}[sys.argv[1]]())
-    except QuantkitError as error:
-        sys.stdout.write(f"::error title=quantkit::{error}\n")
-        sys.exit(EXIT_USER_ERROR)
+    sys.exit({"history": history, "check": check}[sys.argv[1]]())

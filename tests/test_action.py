@@ -181,6 +181,10 @@ def test_a_check_that_cannot_run_fails_and_says_why(job: Job, capfd: pytest.Capt
     assert "::error title=quantkit check::error: no such model" in capfd.readouterr().out
     job.set(INPUT_FAIL_ON="never")
     assert program().check() == 0
+    job.set(INPUT_FAIL_ON="regressed", INPUT_RECIPE="none.yaml")
+    (job.folder / "output").unlink()
+    assert program().check() == 2
+    assert set(job.outputs()) == {"exit-code", "verdict", "summary"}, "a recipe that cannot be read has no folder"
     job.set(INPUT_FAIL_ON="sometimes")
     assert program().check() == 2
 
