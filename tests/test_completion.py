@@ -51,6 +51,10 @@ def test_bash_completes_commands_and_options(home: Path) -> None:
     assert told(home, f"COMP_WORDS=(quantkit quantiz); COMP_CWORD=1; {asked}").split() == ["quantize"]
     options = told(home, f"COMP_WORDS=(quantkit quantize --f); COMP_CWORD=2; {asked}").split()
     assert "--format" in options
+    named = told(home, f"COMP_WORDS=(quantkit quantize --format g); COMP_CWORD=3; {asked}").split()
+    assert {"gptq", "gguf"} <= set(named)
+    assert all(name.startswith("g") for name in named)
+    assert "llama.cpp" in told(home, f"COMP_WORDS=(quantkit verify --runtime ll); COMP_CWORD=3; {asked}")
 
 
 @pytest.mark.parametrize("shell", ["zsh", "fish"])

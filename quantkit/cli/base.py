@@ -93,6 +93,18 @@ AllColumns = Annotated[
 ]
 
 
+def names_in(package: str) -> Callable[[str], list[str]]:
+    """What a shell is told may follow an option: the names of the registry of ``quantkit.PACKAGE`` that so begin."""
+
+    def complete(incomplete: str) -> list[str]:
+        from importlib import import_module
+
+        registry = getattr(import_module(f"quantkit.{package}"), package.upper())
+        return [name for name in registry.names() if name.startswith(incomplete)]
+
+    return complete
+
+
 def _print_version(wanted: bool) -> None:
     if wanted:
         from quantkit.system.distribution import own_version

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from quantkit.cli.base import EXIT_FAILED, AsJson, DryRun, TrustsCode, app, console, say
+from quantkit.cli.base import EXIT_FAILED, AsJson, DryRun, TrustsCode, app, console, names_in, say
 
 PANEL = "Checkpoints"
 SIGNATURES = "Signatures"
@@ -24,7 +24,15 @@ def convert(
     checkpoint: Annotated[
         str, typer.Argument(metavar="CHECKPOINT", help="Folder or GGUF file; of a float model also a hub id.")
     ],
-    to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="See 'quantkit formats'; or float16, bfloat16.")],
+    to: Annotated[
+        str,
+        typer.Option(
+            "--to",
+            metavar="FORMAT",
+            help="See 'quantkit formats'; or float16, bfloat16.",
+            autocompletion=names_in("formats"),
+        ),
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the new checkpoint.")],
     dtype: Annotated[str, typer.Option(help="Of floats: auto (16 bits), own, or a dtype.")] = "auto",
     trust_remote_code: TrustsCode = False,
@@ -69,7 +77,9 @@ def inspect_(
 @app.command(rich_help_panel=PANEL)
 def verify(
     checkpoint: Checkpoint,
-    runtime: Annotated[str, typer.Option(help="See 'quantkit runtimes'.")] = "transformers",
+    runtime: Annotated[
+        str, typer.Option(help="See 'quantkit runtimes'.", autocompletion=names_in("runtimes"))
+    ] = "transformers",
     python: Annotated[
         str | None, typer.Option(metavar="PATH", help="Interpreter of the environment that vllm lives in.")
     ] = None,

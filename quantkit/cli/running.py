@@ -9,7 +9,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from quantkit.cli.base import EXIT_FAILED, AllColumns, AsJson, DryRun, RecipePath, TrustsCode, app, console, say, warn
+from quantkit.cli.base import (
+    EXIT_FAILED,
+    AllColumns,
+    AsJson,
+    DryRun,
+    RecipePath,
+    TrustsCode,
+    app,
+    console,
+    names_in,
+    say,
+    warn,
+)
 
 if TYPE_CHECKING:
     from quantkit.recipe import Recipe
@@ -180,10 +192,17 @@ def quantize(
     model: Annotated[str, typer.Argument(help="Hub id, folder, GGUF file or package: reference.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the checkpoint.")],
     method: Annotated[
-        str | None, typer.Option(help="See 'quantkit methods'; what goes with scheme and format, or gptq.")
+        str | None,
+        typer.Option(
+            help="See 'quantkit methods'; what goes with scheme and format, or gptq.",
+            autocompletion=names_in("methods"),
+        ),
     ] = None,
     scheme: Annotated[
-        str | None, typer.Option(help="See 'quantkit methods'; what goes with method and format, or int.")
+        str | None,
+        typer.Option(
+            help="See 'quantkit methods'; what goes with method and format, or int.", autocompletion=names_in("schemes")
+        ),
     ] = None,
     bits: Annotated[int | None, typer.Option(help="Width of an integer code: 1 to 8; 4 by default.")] = None,
     group_size: Annotated[int | None, typer.Option(help="Columns that share a scale; -1 is per channel.")] = None,
@@ -193,7 +212,11 @@ def quantize(
         typer.Option("--set", metavar="KEY=VALUE", help="Any further key of a variant or its method; repeatable."),
     ] = None,
     format: Annotated[  # noqa: A002 - a recipe key
-        str | None, typer.Option(help="See 'quantkit formats'; what goes with the others, or compressed-tensors.")
+        str | None,
+        typer.Option(
+            help="See 'quantkit formats'; what goes with the others, or compressed-tensors.",
+            autocompletion=names_in("formats"),
+        ),
     ] = None,
     target: Annotated[
         str | None,
