@@ -153,7 +153,7 @@ def test_files_are_looked_for_here_and_beside_the_recipe(tmp_path: Path, monkeyp
         "model": "./model",
         "calibration": {"dataset": "数据.jsonl"},
         "variants": [{"name": "a"}],
-        "evaluation": {"texts": ["prose", "./数据.jsonl"], "tasks": ["t.yaml"]},
+        "evaluation": {"texts": ["prose", "./数据.jsonl"], "tasks": ["t.yaml"], "samples": "数据.jsonl"},
     }
     file = write_recipe(tmp_path / "recipes" / "r.yaml", data)
     monkeypatch.chdir(tmp_path)
@@ -161,6 +161,8 @@ def test_files_are_looked_for_here_and_beside_the_recipe(tmp_path: Path, monkeyp
     assert found.model.source == "recipes/model"
     assert found.calibration.dataset == "recipes/数据.jsonl"
     assert found.evaluation.texts[1].file == "recipes/数据.jsonl"
+    assert found.evaluation.samples is not None
+    assert found.evaluation.samples.file == "recipes/数据.jsonl"
     done = invoke("validate", file)
     assert done.exit_code == 2
     line = 1 + file.read_text(encoding="utf-8").splitlines().index("  - t.yaml")
@@ -178,6 +180,7 @@ def test_what_is_missing_is_told_before_anything_is_loaded(
         monkeypatch.setattr(stage, "merged_source", lambda *_: pytest.fail("the model was loaded"))
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     scoring = {"texts": ["./gone.txt"], "context_length": 100_000, "tasks": ["arc_easy"], "device": "cuda:77"}
+    scoring["samples"] = "gone-prompts.txt"
     data = recipe_data(model, Path("gone.jsonl"), tmp_path / "run", [{"name": "a"}], evaluation=scoring)
     for function in (quantkit.run, quantkit.plan):
         with pytest.raises(QuantkitError) as caught:
@@ -186,6 +189,7 @@ def test_what_is_missing_is_told_before_anything_is_loaded(
         for words in (
             "calibration.dataset: there is no gone.jsonl",
             "evaluation.texts[0]: there is no ./gone.txt",
+            "evaluation.samples: there is no gone-prompts.txt",
             "evaluation.device: device cuda:77 is not available",
             "evaluation.context_length is 100000, and the model reads",
             "lm-eval",

@@ -76,7 +76,7 @@ def written(model: LoadedModel, beside: Any = None, new_tokens: int = 6, ends: S
 
 def test_prompts_of_the_recipe_are_turns_of_a_user(tmp_path: Path) -> None:
     found = prompts_of(SampleSpec(prompts=("Who are you?", "¿Quién eres?")))
-    assert (found.origin, found.texts) == ("recipe", ["Who are you?", "¿Quién eres?"])
+    assert (found.origin, found.texts) == ("evaluation.samples", ["Who are you?", "¿Quién eres?"])
     template = "<|im_start|>user\nWho are you?<|im_end|>\n<|im_start|>assistant\n"
     assert found.ids[0] == tiny_tokenizer()(template).input_ids
     bare = tiny_tokenizer()
@@ -106,7 +106,10 @@ def test_without_prompts_five_of_the_evaluations_records_are_asked() -> None:
     lengths = (300, 200, 9, 9, 9, 9)
     questions = [Question(str(n), f"q{n}", "a", [7] * length) for n, length in enumerate(lengths)]
     asked = prompts_of(SampleSpec(), questions=questions, conversations={"chat": [conversation("c")]})
-    assert (asked.origin, asked.texts) == ("answers", ["q2", "q3", "q4", "q5", "q1"])  # short ones first, none too long
+    assert (asked.origin, asked.texts) == (
+        "evaluation.answers",
+        ["q2", "q3", "q4", "q5", "q1"],
+    )  # short ones first, none too long
     talk = {"prose": (), "chat": [conversation("x" * 400), *(conversation(f"c{n}") for n in range(9))]}
     assert prompts_of(SampleSpec(), conversations=talk).texts == ["c0", "c1", "c2", "c3", "c4"]
     plain = prompts_of(SampleSpec(count=3))

@@ -38,7 +38,7 @@ class Prompts:
     """What the models are given.
 
     Attributes:
-        origin: ``recipe``, the name of a file, ``answers``, or the text that they are drawn from.
+        origin: ``evaluation.samples``, the name of its file, ``evaluation.answers``, or the text that they are from.
         texts: of each prompt what people read.
         ids: and what the model does, token ids.
         new_tokens: to write after each, at most.
@@ -84,11 +84,11 @@ def sample_prompts(
         given = [_turn(prompt, tokenizer) for prompt in spec.prompts] or _of_file(spec, tokenizer)
         found = [question_of(record, tokenizer) for record in given[: spec.count or None]]
         _check_length(found, longest - spec.max_new_tokens)
-        return _prompts(Path(spec.file).name if spec.file else "recipe", found, spec)
+        return _prompts(Path(spec.file).name if spec.file else "evaluation.samples", found, spec)
     count, longest = spec.count or SampleSpec.DRAWN, min(LONGEST_DRAWN, longest - spec.max_new_tokens)
     drawn = _shortest(questions, longest)
     if drawn:
-        return _prompts("answers", drawn[:count], spec)
+        return _prompts("evaluation.answers", drawn[:count], spec)
     for name, held in conversations.items():
         drawn = _shortest(_asked(held, tokenizer), longest)
         if drawn:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from quantkit.errors import RecipeError
-from quantkit.recipe.evaluation import AnswerSpec, EvaluationSpec, TaskSpec, TextSpec
+from quantkit.recipe.evaluation import AnswerSpec, EvaluationSpec, SampleSpec, TaskSpec, TextSpec
 from quantkit.recipe.model import HUB_REFERENCE, NAMED_BY_ADAPTER, ModelSpec
 from quantkit.recipe.quantization import CalibrationSpec
 from quantkit.system.strict_yaml import line_of
@@ -20,7 +20,7 @@ from quantkit.system.strict_yaml import line_of
 if TYPE_CHECKING:
     from quantkit.recipe.document import Recipe
 
-S = TypeVar("S", TextSpec, TaskSpec, AnswerSpec)
+S = TypeVar("S", TextSpec, TaskSpec, AnswerSpec, SampleSpec)
 PACKAGE, HUB, LLAMAFACTORY = "package:", "hub:", "llamafactory:"
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
 _LOOKED = "relative paths are from the folder in which quantkit is run, or from the recipe's"
@@ -76,7 +76,7 @@ def calibration_files(spec: CalibrationSpec) -> Iterator[LocalFile]:
 
 
 def scoring_files(spec: EvaluationSpec) -> Iterator[LocalFile]:
-    """Texts, files of tasks, and instructions to answer."""
+    """Texts, files of tasks, instructions to answer, and prompts to continue."""
     named = [("texts", [text.file for text in spec.texts]), ("tasks", [task.file for task in spec.tasks])]
     for kind, files in named:
         for index, file in enumerate(files):
@@ -84,6 +84,8 @@ def scoring_files(spec: EvaluationSpec) -> Iterator[LocalFile]:
                 yield LocalFile(("evaluation", kind, index), _folder_of(file))
     if spec.answers is not None and spec.answers.file is not None:
         yield LocalFile(("evaluation", "answers"), _folder_of(spec.answers.file))
+    if spec.samples is not None and spec.samples.file is not None:
+        yield LocalFile(("evaluation", "samples"), _folder_of(spec.samples.file))
 
 
 def missing(files: Iterable[LocalFile], recipe: Path | None = None) -> list[RecipeError]:
@@ -143,7 +145,8 @@ def _moved(recipe: Recipe, place: Callable[[str], str]) -> Recipe:
     texts = tuple(_with_file(each, place) for each in scoring.texts)
     tasks = tuple(_with_file(each, place) for each in scoring.tasks)
     answers = None if scoring.answers is None else _with_file(scoring.answers, place)
-    scoring = scoring.model_copy(update={"texts": texts, "tasks": tasks, "answers": answers})
+    samples = None if scoring.samples is None else _with_file(scoring.samples, place)
+    scoring = scoring.model_copy(update={"texts": texts, "tasks": tasks, "answers": answers, "samples": samples})
     return recipe.model_copy(update={"model": model, "calibration": calibration, "evaluation": scoring})
 
 

@@ -112,6 +112,5 @@ def _lead(report: Record) -> str:
     rows = [report.get("baseline") or {}, *report["variants"]]
     about: Any = next((found for row in rows if (found := pick(row, "samples"))), {})
     origin, limit = str(about.get("origin") or ""), count(figure(about, "max_new_tokens"))
-    given = {"recipe": "Prompts of the recipe", "answers": "Questions of evaluation.answers"}.get(origin)
-    whence = given or f"Prompts from {origin}"
+    whence = f"Prompts of {origin}" if origin.startswith("evaluation.") else f"Prompts from {origin}"
     return f"{whence}, continued by the likeliest tokens, {limit} at most. The first token that is another is marked."
