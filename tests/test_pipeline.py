@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import quantkit
 from quantkit import pipeline
 from quantkit.checkpoint import CheckpointReader
-from quantkit.errors import CalibrationError, CheckpointError, OutputError, RecipeError
+from quantkit.errors import CalibrationError, CheckpointError, OutputError, QuantkitError, RecipeError
 from quantkit.evaluation import stage as scores
 from quantkit.methods.rtn import Rtn
 from quantkit.pipeline.plan import forecast
@@ -95,16 +95,15 @@ GPTQ: dict[str, Any] = {"name": "gptq", "method": "gptq"}
 def test_variants_are_quantized_on_the_device_of_their_own_section(model: Path, records: Path, tmp_path: Path) -> None:
     keys: dict[str, Any] = {"quantization": {"device": "cuda:99"}}
     recipe = make_recipe(model, records, tmp_path / "out", [{"name": "rtn", "method": "rtn"}], **keys)
-    (row,) = pipeline.run(recipe, Notebook())["variants"]
-    assert row["status"] == "failed"
-    assert "device cuda:99 is not available" in row["error"]
+    with pytest.raises(QuantkitError, match=r"quantization\.device: device cuda:99 is not available"):
+        pipeline.run(recipe, Notebook())
 
 
 def test_the_report_says_all_that_was_asked_and_found(finished: tuple[Recipe, dict[str, Any]]) -> None:
     recipe, report = finished
     assert json.loads((recipe.folder / "report.json").read_text()) == json.loads(json.dumps(report))
     assert set(report) == {
-        *("schema", "name", "created", "status", "quantkit_version", "recipe", "recipe_text", "source"),
+        *("schema", "name", "title", "created", "status", "quantkit_version", "recipe", "recipe_text", "source"),
         *("calibration", "environment", "baseline", "variants", "gates"),
         "recommendation",
     }
