@@ -115,7 +115,7 @@ def _solved(variant: VariantSpec, rows: int, columns: int, device: torch.device)
         square_mean=inputs.square().mean(0),
         gram=inputs.T @ inputs,
     )
-    method, scheme = variant.build_method(), variant.base_scheme()
+    method, scheme = variant.build_method(), variant.base_scheme().for_layer("", None, 1, (rows, columns))
     needs: frozenset[Statistic] = method.needs
     with torch.no_grad():
         return _seconds(lambda: method.quantize(weight, known.only(needs), scheme, torch.float16), device)
