@@ -19,6 +19,7 @@ from quantkit.errors import QuantkitError
 from quantkit.methods.base import InputStatistics, Statistic
 from quantkit.recipe import VariantSpec
 from quantkit.schemes.base import PER_CHANNEL
+from quantkit.schemes.plain import PlainScheme
 
 MOMENT, LONGEST, MOST_CALLS = 0.1, 1.0, 20
 """Seconds that a rate is measured for, until a call was longer than the shortest; seconds and calls at most."""
@@ -82,6 +83,8 @@ def solving_seconds(variant: VariantSpec, shapes: list[tuple[int, int]], device:
         The seconds, or None where the method cannot be tried on a weight by itself.
     """
     scheme, method = variant.base_scheme(), variant.build_method()
+    if isinstance(scheme, PlainScheme):
+        return 0.0  # its layers stay as they are
     group = 1 if scheme.group_size == PER_CHANNEL else scheme.group_size
     rows, columns = min(SOLVED[0], shapes[0][0]), max(group, min(SOLVED[1], shapes[0][1]) // group * group)
     found = _tried(variant.model_dump_json(exclude={"name", "title"}), variant, rows, columns, device)
