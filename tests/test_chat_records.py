@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -243,11 +244,12 @@ LINE = json.dumps({"prompt": "Q", "completion": "A"})
         ("a.jsonl", "\n".join(json.dumps(json.loads(LINE), indent=1) for _ in range(2)).encode()),
         ("a.jsonl", f"\ufeff{LINE}\r\n\r\n{LINE}".encode()),
         ("a.jsonl", f"{LINE}\n{LINE}".encode("utf-16")),
-        ("a.jsonl.gz", gzip.compress(f"{LINE}\n{LINE}\n".encode())),
+        ("a.jsonl.gz", gzip.compress(f"{LINE}\n{LINE}\n".encode(), mtime=0)),
         ("a.csv", b"\xef\xbb\xbfprompt,completion\nQ,A\n\nQ,A\n"),
         ("a.csv", b"prompt;completion\nQ;A\nQ;A\n"),
         ("a.tsv", b"prompt\tcompletion\nQ\tA\nQ\tA\n"),
     ],
+    ids=itertools.count(),
 )
 def test_files_hold_rows_in_many_ways(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)

@@ -43,7 +43,8 @@ def test_the_table_has_a_row_for_each_variant_of_each_run(file: Path) -> None:
     assert result.exit_code == 0
     rows = [line for line in result.stdout.splitlines() if "2026-11" in line]
     assert len(rows) == 5
-    assert "no such model" in rows[2]
+    assert "error" in rows[2]
+    assert result.stdout.rstrip().endswith("run 2: no such model")
     assert "failed" in rows[1]
     assert "regressed" in rows[4]
 

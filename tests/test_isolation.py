@@ -41,6 +41,12 @@ def faulty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LIBRARIES, "_entries", {**LIBRARIES._entries, "faulty": Faulty})
 
 
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """In float32, which NumPy reads: the library of these tests goes without torch, whose import takes seconds."""
+    return make_model(tmp_path_factory.mktemp("models") / "llama")
+
+
 @pytest.fixture
 def job(model: Path) -> Job:
     rows = tiny_rows()

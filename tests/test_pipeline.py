@@ -126,7 +126,7 @@ def test_a_row_holds_settings_errors_of_layers_and_figures(finished: tuple[Recip
         *("name", "status", "error", "method", "format", "scheme", "bits", "group_size", "symmetric", "options"),
         *("checkpoint", "bits_per_weight", "layers", "notes", "metrics", "texts", "size_bytes", "memory", "speed"),
         *("seconds", "loaded_by", "scored_on", "bits_per_weight_file", "share", "experts"),
-        "server",
+        *("server", "samples"),
     }
     assert row["server"]["bytes"] > row["size_bytes"]
     assert row["server"]["bytes"] < report["baseline"]["server"]["bytes"]
@@ -146,7 +146,10 @@ def test_a_variant_that_fails_is_a_row_with_the_reason_and_the_others_succeed(
     assert [row["status"] for row in report["variants"]] == ["ok", "ok", "ok", "failed"]
     assert report["status"] == "failed"
     error = report["variants"][3]["error"]
-    assert "misfit: model.layers.0.self_attn.q_proj: group_size 128 does not divide the 64 input columns" in error
+    assert (
+        "misfit: 77.8% of the block weights would stay float, such as model.layers.0.mlp.gate_proj: group_size 128"
+        in error
+    )
     assert "sizes that do: 64, 32" in error
     assert not (recipe.folder / "variants" / "misfit").exists()
     verdicts = {verdict["variant"]: verdict["passed"] for verdict in report["gates"]}
