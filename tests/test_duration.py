@@ -113,6 +113,15 @@ def test_solving_grows_with_rows_and_with_what_a_method_factorizes(monkeypatch: 
     assert [solving_seconds(factorized, shapes, "cpu") for shapes in (one, wide)] == [1.0, 16.0]
 
 
+def test_a_method_that_breaks_on_a_trial_has_no_time_and_ends_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*given: object) -> float:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(machine_rates, "_solved", broken)
+    variant = VariantSpec.model_validate({"name": "a", "method": "rtn", "group_size": 16})
+    assert solving_seconds(variant, [(48, 16)], "cpu") is None
+
+
 def test_rates_are_of_the_device_and_the_dtype() -> None:
     found = rates("cpu", torch.float32, 64, 128)
     assert (found.device, found.dtype) == ("cpu", "float32")

@@ -15,7 +15,6 @@ from functools import lru_cache
 
 import torch
 
-from quantkit.errors import QuantkitError
 from quantkit.methods.base import InputStatistics, Statistic
 from quantkit.recipe import VariantSpec
 from quantkit.schemes.base import PER_CHANNEL
@@ -103,8 +102,8 @@ def _tried(key: str, variant: VariantSpec, rows: int, columns: int, device: str)
     if place not in _TRIED:
         try:
             _TRIED[place] = _solved(variant, rows, columns, torch.device(device))
-        except QuantkitError:
-            _TRIED[place] = None  # of a method that is a program of its own, or a shape that it does not take
+        except Exception:  # methods are plugins, which may raise anything; the run tells of it where it matters
+            _TRIED[place] = None  # such as a program of its own, or a shape that the method does not take
     return _TRIED[place]
 
 
