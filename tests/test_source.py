@@ -428,6 +428,18 @@ def test_a_hub_model_is_downloaded_with_its_commit(tmp_path: Path, hub: Hub, ref
     assert hub.tokens == {f"Bearer {TOKEN}"}
 
 
+def test_of_the_folders_of_a_hub_model_those_that_belong_to_it_are_downloaded(tmp_path: Path, hub: Hub) -> None:
+    wanted = ["additional_chat_templates/tool_use.jinja", "1_Pooling/config.json", "tokenizer.model.v3", "COPYING"]
+    others = ["onnx/config.json", "checkpoint-1/adapter_config.json", "a/additional_chat_templates/x.jinja", "x.bin"]
+    for name in [*wanted, *others]:
+        (hub.folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (hub.folder / name).write_text("{}")
+    source = resolved("org/tiny", tmp_path / "work")
+    assert all((source.folder / name).is_file() for name in wanted)
+    assert not [name for name in others if (source.folder / name).exists()]
+    assert {"additional_chat_templates/tool_use.jinja", "1_Pooling/config.json"} <= set(source.sha256)
+
+
 def test_an_adapter_of_the_hub_is_merged_as_its_folder_is(tmp_path: Path, hub: Hub) -> None:
     base = make_model(tmp_path / "base")
     hub.folder = make_adapter(tmp_path / "adapter", base)

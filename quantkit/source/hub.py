@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 
 from huggingface_hub import constants, snapshot_download
@@ -19,6 +20,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from quantkit.checkpoint.companions import MODEL, TOKENIZERS
 from quantkit.errors import SourceError
 from quantkit.recipe.model import HUB_REFERENCE
 from quantkit.source.hashes import check_files
@@ -27,16 +29,15 @@ from quantkit.system.artifacts import translated_os_errors
 WANTED = [
     "*.json",
     "*.safetensors",
-    "*.model",
-    "*.tiktoken",
-    "*.jinja",
     "*.txt",
     "README.md",
-    "LICEN[SC]E*",
-    "NOTICE*",
-    "USE_POLICY*",
+    *(pattern for pattern in TOKENIZERS if "/" not in pattern),
+    *("LICEN[SC]E*", "licen[sc]e*", "NOTICE*", "COPYING*", "COPYRIGHT*", "USE_POLICY*", "ACCEPTABLE_USE*"),
 ]
 UNWANTED = ["*/*", "consolidated*"]
+BELOW = [pattern for pattern in MODEL if "/" in pattern]
+"""What of a model lies in folders of its repository: further chat templates, and how embeddings are pooled."""
+UNWANTED_BELOW = ["*/*/*"]
 OWN_OF_MISTRAL = "params.json"
 IN_OWN_LAYOUT = f"holds a model in Mistral's own layout alone ({OWN_OF_MISTRAL}, consolidated.safetensors)"
 OTHER_LAYOUT = "give it in the layout of transformers, with config.json"
@@ -83,15 +84,9 @@ def download(reference: str, revision: str | None, *, trust_remote_code: bool) -
     endpoint, wanted = os.environ.get("HF_ENDPOINT"), [*WANTED, "*.py"] if trust_remote_code else WANTED
     try:
         with translated_os_errors(Path(constants.HF_HUB_CACHE)):
-            folder = Path(
-                snapshot_download(
-                    name,
-                    revision=revision,
-                    endpoint=endpoint,
-                    allow_patterns=wanted,
-                    ignore_patterns=UNWANTED,
-                )
-            )
+            fetch = partial(snapshot_download, name, endpoint=endpoint)
+            folder = Path(fetch(revision=revision, allow_patterns=wanted, ignore_patterns=UNWANTED))
+            fetch(revision=folder.name, allow_patterns=BELOW, ignore_patterns=UNWANTED_BELOW)
     except (HFValidationError, OSError, TRANSPORT_ERROR) as error:
         raise translated_error(name, revision, error) from error
     if not any(folder.glob("*.safetensors")):
@@ -102,16 +97,17 @@ def download(reference: str, revision: str | None, *, trust_remote_code: bool) -
             "choose a model or revision that has, or convert the weights where you trust them",
         )
     with translated_os_errors(folder):
-        files = sorted(file for file in folder.iterdir() if file.is_file() and _is_wanted(file.name, wanted))
-        named = {file.name: file for file in files}
+        there = {file.relative_to(folder).as_posix(): file for file in folder.rglob("*") if file.is_file()}
+        named = {each: there[each] for each in sorted(there) if _is_wanted(each, wanted)}
         checked = check_files(name, named, folder.name, errors=(OSError, TRANSPORT_ERROR), endpoint=endpoint)
     return Snapshot(folder, folder.name, checked.sha256, checked.unchecked)
 
 
 def _is_wanted(file: str, wanted: Sequence[str]) -> bool:
     """Whether it was to be downloaded: the cache may hold what other programs have read."""
-    is_unwanted = any(fnmatchcase(file, pattern) for pattern in UNWANTED)
-    return not is_unwanted and any(fnmatchcase(file, pattern) for pattern in wanted)
+    patterns, unwanted = (BELOW, UNWANTED_BELOW) if "/" in file else (wanted, UNWANTED)
+    is_unwanted = any(fnmatchcase(file, pattern) for pattern in unwanted)
+    return not is_unwanted and any(fnmatchcase(file, pattern) for pattern in patterns)
 
 
 def translated_error(name: str, revision: str | None, error: BaseException) -> SourceError:
