@@ -302,3 +302,57 @@ def test_a_list_of_data_sets_is_none(tmp_path: Path) -> None:
     (tmp_path / "dataset_info.json").write_text("{}")
     with pytest.raises(CalibrationError, match=r"lists data sets and is none \(write llamafactory:.*/NAME"):
         records.load(str(tmp_path / "dataset_info.json"))
+
+
+def saved(folder: Path, rows: list[dict[str, str]]) -> Path:
+    """A split as ``datasets`` saves it, in a shard a row."""
+    import pyarrow
+
+    folder.mkdir(parents=True)
+    names = [f"data-{place:05d}-of-{len(rows):05d}.arrow" for place in range(len(rows))]
+    for name, row in zip(names, rows, strict=True):
+        table = pyarrow.Table.from_pylist([row])
+        with pyarrow.OSFile(str(folder / name), "wb") as file, pyarrow.ipc.new_stream(file, table.schema) as stream:
+            stream.write_table(table)
+    (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": name} for name in names]}))
+    (folder / "dataset_info.json").write_text("{}")
+    return folder
+
+
+def texts_of(folder: Path) -> list[str | None]:
+    found = records.load(str(folder))
+    assert records.identify(str(folder)) == found.origin
+    return [record.text for record in found.records]
+
+
+def test_a_folder_that_datasets_saved_is_a_data_set(tmp_path: Path) -> None:
+    saved(tmp_path / "both" / "train", [{"text": "a"}, {"text": "b"}])
+    saved(tmp_path / "both" / "test", [{"text": "c"}])
+    (tmp_path / "both" / "dataset_dict.json").write_text('{"splits": ["test", "train"]}')
+    before = records.identify(str(tmp_path / "both"))["sha256"]
+    assert texts_of(tmp_path / "both" / "test") == ["c"]
+    assert texts_of(tmp_path / "both") == ["a", "b"]
+    shard = tmp_path / "both" / "train" / "data-00000-of-00002.arrow"
+    assert texts_of(shard) == ["a"]
+    (tmp_path / "both" / "train" / "data-00001-of-00002.arrow").write_bytes(shard.read_bytes())
+    assert texts_of(tmp_path / "both") == ["a", "a"]
+    assert records.identify(str(tmp_path / "both"))["sha256"] != before
+    shard.write_bytes(b"no table")
+    with pytest.raises(CalibrationError, match="not a readable Arrow file"):
+        records.load(str(tmp_path / "both"))
+
+
+def test_a_folder_of_parts_is_a_data_set_and_one_of_several_is_refused(tmp_path: Path) -> None:
+    parts = tmp_path / "cloned" / "data"
+    parts.mkdir(parents=True)
+    for place in (1, 0):
+        (parts / f"train-0000{place}-of-00002.jsonl").write_text(json.dumps({"text": f"part {place}"}))
+    (parts / "test-00000-of-00001.jsonl").write_text('{"text": "other"}')
+    (tmp_path / "cloned" / "README.md").write_text("about")
+    assert texts_of(tmp_path / "cloned") == ["part 0", "part 1"]
+    (parts / "training.jsonl").write_text("{}")
+    assert texts_of(tmp_path / "cloned" / "data") == ["part 0", "part 1"]
+    for name in ("alpaca.json", "chats.json", "dataset_info.json"):
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(CalibrationError, match=r"several data sets: alpaca\.json, chats\.json \(give a file"):
+        records.load(str(tmp_path))

@@ -190,6 +190,39 @@ def test_tools_are_given_to_the_template_and_told_where_it_has_none(
     assert records.rendered(record, tokenizer).changes == (TOOLS_LOST,)
 
 
+def test_a_system_turn_of_which_a_template_writes_nothing_is_put_before_the_question(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    silent = "{% for m in messages if m.role != 'system' %}[{{ m.role }}:{{ m.content }}]{% endfor %}"
+    tokenizer.chat_template = silent
+    turns = [
+        {"role": "system", "content": "S"},
+        {"role": "user", "content": "Q"},
+        {"role": "assistant", "content": "A"},
+    ]
+    found = records.rendered(parse({"messages": turns}), tokenizer)
+    assert (found.text, found.changes) == ("[user:S\n\nQ][assistant:A]", (FOLDED,))
+
+
+@pytest.mark.parametrize("calls", [False, True])
+def test_a_template_that_refuses_tools_is_given_the_conversation_without_them(
+    tokenizer: PreTrainedTokenizerFast, calls: bool
+) -> None:
+    tokenizer.chat_template = (
+        "{% if tools %}{{ raise_exception('no tools') }}{% endif %}"
+        "{% for m in messages %}[{{ m.role }}:{{ m.content }}]{% endfor %}"
+    )
+    called = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "look", "arguments": "{}"}}]}
+    middle = [called, {"role": "tool", "content": {"r": 42}}] if calls else []
+    turns = [{"role": "user", "content": "Q"}, *middle, {"role": "assistant", "content": "A"}]
+    tools = [{"type": "function", "function": {"name": "peek"}}]
+    found = records.rendered(parse({"messages": turns, "tools": tools}), tokenizer)
+    assert found.text.startswith("[user:Q]")
+    assert found.text.endswith("[assistant:A]")
+    assert ('"look"' in found.text) == calls
+    assert found.changes == ((AS_TEXT, TOOLS_LOST) if calls else (TOOLS_LOST,))
+
+
 def test_of_several_templates_that_for_tools_is_taken() -> None:
     several: Any = tiny_tokenizer()
     several.chat_template = {"default": BARE, "tool_use": "{{ tools[0].function.name }}!" + BARE}

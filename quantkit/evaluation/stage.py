@@ -162,6 +162,8 @@ def _content(file: str) -> Any:
     """What tells the content of a file of records; None where there is none, which reading it will say."""
     if file.startswith(LLAMAFACTORY_PREFIX):
         return records.identify(file)
+    if Path(file).is_dir():
+        return records.identify(str(Path(file).absolute()))
     return file_sha256(Path(file)) if Path(file).is_file() else None
 
 

@@ -59,7 +59,7 @@ __all__ = [
 
 
 def load(reference: str, columns: Mapping[str, str] | None = None, tags: Mapping[str, str] | None = None) -> RecordSet:
-    """Read a data set: a name of the registry, ``hub:org/name`` (split ``train``), or a file's path.
+    """Read a data set: a name of the registry, ``hub:org/name`` (split ``train``), or the path of a file or folder.
 
     ``llamafactory:DIR/NAME`` is the entry NAME of ``DIR/dataset_info.json``.
 
@@ -109,8 +109,6 @@ def identify(reference: str, columns: Mapping[str, str] | None = None) -> dict[s
 
 def _path(reference: str) -> Path:
     path = Path(reference)
-    if path.is_dir():
-        raise CalibrationError(f"data set {path} is a folder", "give a file of it")
     if path.name == INFO:
         remedy = f"write {LLAMAFACTORY_PREFIX}{path.parent}/NAME for one of them"
         raise CalibrationError(f"{path} lists data sets and is none", remedy)

@@ -1,9 +1,10 @@
-"""Data sets from files: JSON, JSON lines, tables and plain text."""
+"""Data sets from files: JSON, JSON lines, tables and plain text; and from folders of them."""
 
 from __future__ import annotations
 
 import csv
 import gzip
+import hashlib
 import io
 import json
 import re
@@ -14,6 +15,7 @@ from typing import Any
 
 from quantkit.errors import CalibrationError
 from quantkit.records.dataset import Broken, Layout, RecordSet, collect
+from quantkit.records.folders import files_of
 from quantkit.records.formats import parse
 from quantkit.records.record import UnusableError
 from quantkit.system.artifacts import file_sha256
@@ -32,14 +34,14 @@ def read_file(
     layout: Layout | None = None,
     base: Path | None = None,
 ) -> RecordSet:
-    """Read a data set from a file, by its suffix.
+    """Read a data set from a file, by its suffix, or from a folder that holds one.
 
     ``.json`` is a list of objects, an object that holds one, or objects one after another; ``.jsonl`` an object a line,
-    blank lines aside; ``.parquet``, ``.csv`` and ``.tsv`` a row a record; ``.txt`` one plain text, whole. Text files
-    may be compressed (``.jsonl.gz``).
+    blank lines aside; ``.parquet``, ``.arrow``, ``.csv`` and ``.tsv`` a row a record; ``.txt`` one plain text, whole.
+    Text files may be compressed (``.jsonl.gz``). Of a folder see :func:`quantkit.records.folders.files_of`.
 
     Args:
-        path: the file.
+        path: the file or folder.
         columns: of a layout with nothing else.
         layout: see :func:`quantkit.records.dataset.collect`.
         base: the folder in which paths of images start; by default that of the file.
@@ -49,10 +51,12 @@ def read_file(
     """
     path = Path(path)
     layout = layout or Layout(columns)
-    rows = _reader(path)
+    files = _files(path)
+    readers = [_reader(file) for file in files]
     origin = identify_file(path, columns=layout.columns)
     try:
-        records, skipped = collect(str(path), rows(path), layout, base or path.parent)
+        rows = (row for file, reader in zip(files, readers, strict=True) for row in reader(file))
+        records, skipped = collect(str(path), rows, layout, base or files[0].parent)
     except OSError as error:
         raise _unreadable(path, error) from error
     if identify_file(path, columns=layout.columns) != origin:
@@ -63,17 +67,31 @@ def read_file(
 def identify_file(path: Path, *, columns: Mapping[str, str] | None = None) -> dict[str, Any]:
     """The origin of a data set in a file: its name without folders, and its content's SHA-256.
 
+    Of a folder it is the SHA-256 of a line for each file, ``SHA-256  NAME``, as ``sha256sum`` writes them.
+
     Raises:
         CalibrationError: the file cannot be read.
     """
-    if path.exists() and not path.is_file():
+    if path.exists() and not path.is_file() and not path.is_dir():
         raise CalibrationError(f"{path} is not a plain file", "give a file of records")
     try:
-        sha256 = file_sha256(path)
+        if path.is_dir():
+            lines = "".join(f"{file_sha256(file)}  {file.name}\n" for file in _files(path))
+            sha256 = hashlib.sha256(lines.encode()).hexdigest()
+        else:
+            sha256 = file_sha256(path)
     except OSError as error:
         raise _unreadable(path, error) from error
     renamed = {"columns": dict(columns)} if columns else {}
     return {"kind": "file", "file": path.name, "sha256": sha256, **renamed}
+
+
+def _files(path: Path) -> list[Path]:
+    """The file, or those of the data set that a folder holds."""
+    try:
+        return files_of(path, READERS) if path.is_dir() else [path]
+    except OSError as error:
+        raise _unreadable(path, error) from error
 
 
 def _stem(path: Path) -> str:
@@ -81,21 +99,11 @@ def _stem(path: Path) -> str:
 
 
 def _reader(path: Path) -> Callable[[Path], list[Any]]:
-    readers = {
-        ".json": _json,
-        ".jsonl": _json_lines,
-        ".ndjson": _json_lines,
-        ".parquet": _parquet,
-        ".csv": _table,
-        ".tsv": _table,
-        ".txt": _text,
-        ".md": _text,
-    }
     suffix = Path(path.stem).suffix if path.suffix.lower() == COMPRESSED else path.suffix
-    reader = readers.get(suffix.lower())
+    reader = READERS.get(suffix.lower())
     if reader is None:
         raise CalibrationError(
-            f"{path} has the suffix '{path.suffix}', which is no data set's", f"known: {', '.join(sorted(readers))}"
+            f"{path} has the suffix '{path.suffix}', which is no data set's", f"known: {', '.join(sorted(READERS))}"
         )
     return reader
 
@@ -228,6 +236,21 @@ def _parquet(path: Path) -> list[Any]:
     return rows
 
 
+def _arrow(path: Path) -> list[Any]:
+    """Rows of a file of Arrow's, as ``datasets`` writes a stream of them and others a file with its index."""
+    import pyarrow
+
+    try:
+        with pyarrow.memory_map(str(path)) as content:
+            begins = content.read(6)
+            content.seek(0)
+            opened = pyarrow.ipc.open_file if begins == b"ARROW1" else pyarrow.ipc.open_stream
+            rows: list[Any] = opened(content).read_all().to_pylist()
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+        raise CalibrationError(f"{path} is not a readable Arrow file: {error}", "write it again") from error
+    return rows
+
+
 def _text(path: Path) -> list[Any]:
     return [{"text": _decoded(path)}]
 
@@ -249,3 +272,17 @@ def _decoded(path: Path) -> str:
 def _unreadable(path: Path, error: OSError) -> CalibrationError:
     remedy = "check the path; a hub data set is written hub:org/name"
     return CalibrationError(f"cannot read {path}: {error.strerror or error}", remedy)
+
+
+READERS: dict[str, Callable[[Path], list[Any]]] = {
+    ".json": _json,
+    ".jsonl": _json_lines,
+    ".ndjson": _json_lines,
+    ".parquet": _parquet,
+    ".arrow": _arrow,
+    ".csv": _table,
+    ".tsv": _table,
+    ".txt": _text,
+    ".md": _text,
+}
+"""By the suffix of a file."""

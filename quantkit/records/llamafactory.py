@@ -143,10 +143,7 @@ def _check(entry: DatasetEntry, what: str) -> None:
 
 
 def _file(folder: Path, entry: DatasetEntry) -> Path:
-    file = folder / str(entry.file_name)
-    if file.is_dir():
-        raise CalibrationError(f"data set {file} is a folder", "name one of its files in dataset_info.json")
-    return file
+    return folder / str(entry.file_name)
 
 
 def _hub_arguments(entry: DatasetEntry) -> dict[str, Any]:

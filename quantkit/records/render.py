@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 AUTO = "auto"
+SYSTEMS = ("system", "developer")
 NONE = "none"
 _CLOCK = {
     "%Y": "2024",
@@ -179,7 +180,7 @@ def _through(template: str, record: Record, variables: Mapping[str, Any], image_
     """What a template makes of a conversation: of the least change and in the first form that lose nothing of it.
 
     Where every form loses something, as a template may that leaves out what was thought, it is the first that is not
-    refused.
+    refused. Changes are tried in vain for that alone, unless tools or a system turn are what it loses.
 
     Raises:
         TemplateFailure: it refuses all of them; what it says of the conversation as it is.
@@ -187,7 +188,7 @@ def _through(template: str, record: Record, variables: Mapping[str, Any], image_
     failure: TemplateFailure | None = None
     fallback: Rendered | None = None
     for messages, changes in adapted(record.messages):
-        if fallback is not None and not _has_tools(record):
+        if fallback is not None and not _may_be_mended(record, fallback.text):
             break
         for form in forms(template, messages, record, partial(_marked, record=record, image_mark=image_mark)):
             try:
@@ -206,8 +207,12 @@ def _through(template: str, record: Record, variables: Mapping[str, Any], image_
     return fallback
 
 
-def _has_tools(record: Record) -> bool:
-    return any(message.calls or message.role == "tool" for message in record.messages)
+def _may_be_mended(record: Record, text: str) -> bool:
+    """Whether what a rendered text loses may be in it after a change: calls of tools, results, or a system turn."""
+    return any(
+        message.calls or message.role == "tool" or (message.role in SYSTEMS and message.content.strip() not in text)
+        for message in record.messages
+    )
 
 
 def _marked(text: str, record: Record, image_mark: str) -> str:

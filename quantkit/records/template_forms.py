@@ -57,7 +57,7 @@ class Form:
 
 
 def forms(template: str, messages: Sequence[Message], record: Record, mark: Mark) -> Iterator[Form]:
-    """The forms of a conversation, the usual one first; only those in which it differs.
+    """The forms of a conversation, the usual one first; only those in which it differs. Last are those without tools.
 
     Args:
         template: Jinja source.
@@ -75,12 +75,14 @@ def forms(template: str, messages: Sequence[Message], record: Record, mark: Mark
     thinks = (True, False) if any(message.reasoning for message in messages) else (True,)
     short = (False, True) if calls else (False,)
     tools = [json.loads(tool) for tool in record.tools]
+    described: tuple[bool, ...] = (True, False) if tools else (False,)
     names = [name for tool in tools if isinstance(name := _tool_name(tool), str)]
-    for thought, short_ids, none, as_text, part in product(thinks, short, nothing, arguments, contents):
+    kinds = product(described, thinks, short, nothing, arguments, contents)
+    for with_tools, thought, short_ids, none, as_text, part in kinds:
         write = _Writer(template, record, mark, part, as_text, none, short_ids, thought)
         yield Form(
             write.messages(messages),
-            {"tools": tools} if tools else {},
+            {"tools": tools} if with_tools else {},
             _pieces(messages, record),
             len(record.images),
             names,
