@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from quantkit.system.artifacts import read_json
+from quantkit.system.artifacts import mapping_or_nothing
 
 CONFIG = "adapter_config.json"
 
@@ -52,9 +52,5 @@ def _way_out(adapter: Path) -> str:
 
 
 def _base(adapter: Path) -> str:
-    try:
-        found = read_json(adapter / CONFIG)
-    except (OSError, ValueError):
-        return ""
-    named = found.get("base_model_name_or_path") if isinstance(found, dict) else None
+    named = mapping_or_nothing(adapter / CONFIG).get("base_model_name_or_path")
     return named if isinstance(named, str) else ""

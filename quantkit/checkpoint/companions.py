@@ -10,9 +10,8 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
-from quantkit.system.artifacts import read_json, translated_os_errors
+from quantkit.system.artifacts import mapping_or_nothing, translated_os_errors
 
 CONFIGS = ("config.json", "generation_config.json")
 PROCESSORS = ("*processor_config.json",)
@@ -79,7 +78,7 @@ def matching(folder: Path, patterns: Iterable[str]) -> list[Path]:
 
 def asks_for_code(folder: Path) -> bool:
     """Whether a config beside the weights names Python code of its own (``auto_map``)."""
-    return any(_mapping(file).get("auto_map") for file in _configs(folder))
+    return any(mapping_or_nothing(file).get("auto_map") for file in _configs(folder))
 
 
 def code_files(folder: Path) -> list[Path]:
@@ -97,7 +96,7 @@ def code_files(folder: Path) -> list[Path]:
 def _auto_maps(folder: Path) -> Iterator[list[str]]:
     """The modules that each config names; those of other repositories (``org/name--module.Class``) are not here."""
     for file in _configs(folder):
-        named = _mapping(file).get("auto_map")
+        named = mapping_or_nothing(file).get("auto_map")
         values = named.values() if isinstance(named, dict) else [named]
         flat = [each for value in values for each in (value if isinstance(value, list) else [value])]
         names = [each.rpartition(".")[0] for each in flat if isinstance(each, str) and "--" not in each]
@@ -127,15 +126,6 @@ def _imports(file: Path, folder: Path) -> list[str]:
 
 def _named_vocabularies(folder: Path) -> list[Path]:
     """Files beside the tokenizer that its config names as ``vocab_file`` and the like."""
-    config = _mapping(folder / "tokenizer_config.json")
+    config = mapping_or_nothing(folder / "tokenizer_config.json")
     names = [value for key, value in config.items() if key.endswith("_file") and isinstance(value, str)]
     return [folder / name for name in names if name and Path(name).name == name and (folder / name).is_file()]
-
-
-def _mapping(file: Path) -> dict[str, Any]:
-    """A JSON file that is a mapping; anything else is empty here, and refused by who needs it."""
-    try:
-        found = read_json(file)
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}

@@ -8,7 +8,7 @@ from typing import Any
 
 from quantkit.checkpoint.header import INDEX_FILE, SINGLE_FILE
 from quantkit.checkpoint.reader import PICKLES, CheckpointReader
-from quantkit.system.artifacts import read_json
+from quantkit.system.artifacts import mapping_or_nothing
 
 ADAPTER = "adapter_config.json"
 SHOWN = 4
@@ -76,7 +76,7 @@ def leftovers(folder: Path, config: Mapping[str, Any], reader: CheckpointReader)
             f"config.json says that the weights are quantized ({method}), and they are floats: so they are taken"
         )
     if (folder / ADAPTER).is_file():
-        named = _mapping(folder / ADAPTER).get("base_model_name_or_path")
+        named = mapping_or_nothing(folder / ADAPTER).get("base_model_name_or_path")
         of = f" (for {named})" if isinstance(named, str) and named else ""
         found.append(
             f"{ADAPTER}{of} lies beside a whole model: the model is taken as it is, without the adapter, which "
@@ -99,11 +99,3 @@ def misleads_loaders(folder: Path, reader: CheckpointReader) -> bool:
     """Whether loaders would read something else than the model, an adapter or one of two checkpoints, or ask which."""
     two = (folder / SINGLE_FILE).exists() and (folder / INDEX_FILE).exists()
     return two or (folder / ADAPTER).is_file()
-
-
-def _mapping(file: Path) -> dict[str, Any]:
-    try:
-        found = read_json(file)
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}

@@ -15,7 +15,7 @@ from quantkit.formats import FORMATS
 from quantkit.pipeline.single import quantize_one
 from quantkit.recipe.single import single_recipe
 from quantkit.source.model import decoded_from
-from quantkit.system.artifacts import read_json
+from quantkit.system.artifacts import mapping_or_nothing
 from quantkit.system.names import chosen
 from quantkit.system.progress import Observer
 
@@ -71,7 +71,7 @@ def convert_any(
 def _quantized(path: Path, target: str) -> Export | None:
     """The checkpoint with its codes; None for a float model, and for one that only the source stage can decode."""
     config = path / "config.json"
-    if not path.exists() or (config.is_file() and quantization_of(_mapping(config)) is None):
+    if not path.exists() or (config.is_file() and quantization_of(mapping_or_nothing(config)) is None):
         return None
     try:
         export = open_export(path)
@@ -80,14 +80,6 @@ def _quantized(path: Path, target: str) -> Export | None:
             return None
         raise
     return export if export.schemes else None
-
-
-def _mapping(file: Path) -> dict[str, Any]:
-    try:
-        found = read_json(file)
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _facts(out: Path, target: str) -> dict[str, Any]:

@@ -71,6 +71,15 @@ def read_json(path: Path) -> Any:
         raise ValueError("it is nested too deeply") from error
 
 
+def mapping_or_nothing(path: Path) -> dict[str, Any]:
+    """A JSON file that is a mapping; anything else is empty here, and refused by who cannot go without."""
+    try:
+        found = read_json(path)
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write JSON so that a reader sees the old file or the new one, never a half.
 
