@@ -22,14 +22,14 @@ ENV PATH=/opt/quantkit/bin:${PATH}
 FROM builder AS cpu-packages
 # a local version such as 2.13.0+cpu comes before PyPI's 2.13.0, which brings CUDA
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
-ARG EXTRAS=llama-cpp,mlflow,sentencepiece,signing,vision
+ARG EXTRAS=llama-cpp,mistral-common,mlflow,sentencepiece,signing,vision
 # hadolint ignore=DL3013 # pinned by PIP_CONSTRAINT
 RUN pip install torch --extra-index-url "${TORCH_INDEX}"
 COPY --from=wheel /wheels /wheels
 RUN pip install "$(echo /wheels/*.whl)[${EXTRAS}]"
 
 FROM builder AS cuda-packages
-ARG EXTRAS=llama-cpp,mlflow,sentencepiece,signing,vision
+ARG EXTRAS=llama-cpp,mistral-common,mlflow,sentencepiece,signing,vision
 # hadolint ignore=DL3013 # pinned by PIP_CONSTRAINT
 RUN pip install torch
 COPY --from=wheel /wheels /wheels

@@ -137,7 +137,7 @@ def _warnings(
         f"tokens cut off: {packed.truncated_tokens:,} of {encoded:,}; {KEEP_TOKENS}": (
             packed.truncated_tokens > MUCH * encoded
         ),
-        "the model has no chat template: messages are joined plainly": (
+        f"the model has no chat template{_written_by(limits)}: messages are joined plainly": (
             chats and spec.chat_template == "auto" and template == "none"
         ),
         f"rows of {longest} tokens exceed the model's {limits.positions} positions": (
@@ -145,6 +145,12 @@ def _warnings(
         ),
     }
     return [text for text, holds in checks.items() if holds]
+
+
+def _written_by(limits: ModelLimits) -> str:
+    """The package that would write the chat template, where one would."""
+    package = limits.template_package
+    return f" of its own, and {package} would write it (pip install {package})" if package else ""
 
 
 def audit_lines(audit: dict[str, Any]) -> list[str]:

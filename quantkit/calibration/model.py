@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantkit.checkpoint.chat_template import with_processor_template
 from quantkit.checkpoint.companions import PROCESSORS, TOKENIZERS, code_files, matching
-from quantkit.checkpoint.tokenizer_files import missing_package
+from quantkit.checkpoint.tokenizer_files import lacks_chat_template_for, missing_package, read_tokenizer
 from quantkit.errors import CalibrationError
 from quantkit.system.artifacts import file_sha256, read_json
 
@@ -25,10 +24,12 @@ class ModelLimits:
     Attributes:
         vocabulary: rows of its embedding; every token id is below.
         positions: the longest row that it was made for, where its config says so.
+        template_package: the package, not installed, that would write its chat template, if it is one that must.
     """
 
     vocabulary: int
     positions: int | None
+    template_package: str | None = None
 
 
 def model_limits(folder: Path, trust_remote_code: bool = False) -> ModelLimits:
@@ -48,7 +49,8 @@ def model_limits(folder: Path, trust_remote_code: bool = False) -> ModelLimits:
     if not isinstance(vocabulary, int) or vocabulary < 1:
         raise CalibrationError(f"{folder / 'config.json'} has no vocab_size", "use a causal language model")
     positions: Any = getattr(text, "max_position_embeddings", None)
-    return ModelLimits(vocabulary, positions if isinstance(positions, int) else None)
+    longest = positions if isinstance(positions, int) else None
+    return ModelLimits(vocabulary, longest, lacks_chat_template_for(folder))
 
 
 def processor_files(folder: Path) -> dict[str, str]:
@@ -75,15 +77,12 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
     Raises:
         CalibrationError: it is missing, broken or of an unknown kind.
     """
-    from transformers import AutoTokenizer
-
     missing = missing_package(folder)
     if missing is not None:
         raise CalibrationError(f"{folder} has its tokenizer in {missing[0]} alone", f"pip install {missing[1]}")
     try:
         if (folder / "tokenizer.json").exists():
             read_json(folder / "tokenizer.json")
-        found = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
-        return with_processor_template(found, folder)
+        return read_tokenizer(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:  # what the tokenizers package raises for a broken file is Exception itself
         raise CalibrationError(f"cannot load the tokenizer in {folder}: {error}", _REMEDY) from error

@@ -193,6 +193,7 @@ def _settings(spec: CalibrationSpec, model_folder: Path, limits: ModelLimits) ->
         "processor": processor_files(model_folder),
         "vocabulary": limits.vocabulary,
         "positions": limits.positions,
+        **({} if limits.template_package is None else {"without": limits.template_package}),
     }
 
 

@@ -15,8 +15,9 @@ from typing import Any
 
 from jinja2 import TemplateError
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
+from quantkit.checkpoint import tokenizer_files
 from quantkit.errors import SourceError
 from quantkit.gguf.head import OTHER_FORMAT
 from quantkit.gguf.splitting import (
@@ -60,7 +61,7 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         SourceError: it cannot be read, or is none of the package tokenizers.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer = tokenizer_files.read_tokenizer(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise SourceError(f"{folder}: the tokenizer cannot be read: {error}", OTHER_FORMAT) from error
     if getattr(tokenizer, "backend_tokenizer", None) is None:

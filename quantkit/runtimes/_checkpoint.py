@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from quantkit.checkpoint.adapter_folder import adapter_in
-from quantkit.checkpoint.chat_template import with_processor_template
 from quantkit.checkpoint.reader import PICKLES, CheckpointReader
 from quantkit.checkpoint.sizes import check_sizes
-from quantkit.checkpoint.tokenizer_files import missing_package
+from quantkit.checkpoint.tokenizer_files import missing_package, read_tokenizer
 from quantkit.errors import EvaluationError, QuantkitError
 from quantkit.exports import find_gguf, open_export
 from quantkit.system.artifacts import read_json
@@ -59,8 +58,6 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool) -> PreTrainedTokenize
     Raises:
         EvaluationError: the checkpoint is missing or has no usable tokenizer.
     """
-    from transformers import AutoTokenizer
-
     check_checkpoint(path)
     with translated(path, "the tokenizer"):
         export = open_export(path) if is_gguf(path) else None  # its tokenizer's folder goes when it goes
@@ -68,8 +65,7 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool) -> PreTrainedTokenize
         missing = missing_package(folder)
         if missing is not None:
             raise EvaluationError(f"{path} has its tokenizer in {missing[0]} alone", f"pip install {missing[1]}")
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        return with_processor_template(tokenizer, folder)
+        return read_tokenizer(folder, trust_remote_code=trust_remote_code)
 
 
 def load_config(path: Path, *, trust_remote_code: bool) -> PreTrainedConfig:
