@@ -22,6 +22,8 @@ LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }  # fmt: skip
+FACTORS_BY_LENGTH = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+LONG = {"rope_type": "longrope", **FACTORS_BY_LENGTH}
 LINEAR = {"rope_type": "linear", "factor": 2.0, "rope_theta": 70000.0}
 TURNS = {"rope_type": "default", "rope_theta": 70000.0}
 WANTED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
@@ -37,6 +39,20 @@ WANTED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {**TURNS, "partial_rotary_factor": 0.125},
         {"rotary_emb_base": 70000.0, "rotary_pct": 0.125, "rope_scaling": None},
     ),
+    "a factor for each frequency": (
+        "phi3",
+        {**LONG, "rope_theta": 70000.0, "partial_rotary_factor": 0.5, "original_max_position_embeddings": 64},
+        {
+            "rope_theta": 70000.0,
+            "partial_rotary_factor": 0.5,
+            "rope_scaling": {"type": "longrope", **FACTORS_BY_LENGTH},
+        },
+    ),
+    "a base frequency of each kind of layer": (
+        "modernbert-decoder",
+        {"full_attention": TURNS, "sliding_attention": {"rope_type": "default", "rope_theta": 5000.0}},
+        {"global_rope_theta": 70000.0, "local_rope_theta": 5000.0, "rope_scaling": None},
+    ),
     "by layer": (
         "gemma3_text",
         {"full_attention": LINEAR, "sliding_attention": {"rope_type": "default", "rope_theta": 5000.0}},
@@ -47,7 +63,8 @@ WANTED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 
 def config_of(kind: str, rope: dict[str, Any]) -> dict[str, Any]:
     """A config as transformers 5 saves it."""
-    config = CONFIG_MAPPING[kind](**{**BASE, "rope_parameters": rope, "dtype": torch.bfloat16})
+    original = {key: rope[key] for key in ("original_max_position_embeddings",) if kind == "phi3"}
+    config = CONFIG_MAPPING[kind](**{**BASE, **original, "rope_parameters": rope, "dtype": torch.bfloat16})
     return json.loads(config.to_json_string(use_diff=False))  # type: ignore[no-any-return]
 
 
@@ -64,10 +81,12 @@ def test_older_keys_say_what_the_new_ones_do(case: str) -> None:
     assert found["torch_dtype"] == found["dtype"] == "bfloat16"
     assert {key: found[key] for key in given} == given
     mapping = CONFIG_MAPPING[kind]
-    before, after = (mapping.from_dict(dict(each)).to_dict() for each in (given, found))
-    assert {key: after[key] for key in before} == before
     without = {key: value for key, value in found.items() if key != "rope_parameters"}
-    assert mapping.from_dict(without).to_dict()["rope_parameters"] == before["rope_parameters"]
+    before, after, older = (mapping.from_dict(dict(each)).to_dict() for each in (given, found, without))
+    for read in (before, after, older):
+        read["rope_parameters"].pop("type", None)  # the older name of rope_type
+    assert {key: after[key] for key in before} == before
+    assert older["rope_parameters"] == before["rope_parameters"]
     assert newer_than(found) == []
 
 

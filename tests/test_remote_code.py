@@ -88,6 +88,17 @@ def test_every_command_that_loads_a_model_runs_its_code_only_where_it_is_trusted
     assert trusted.exit_code == 0, trusted.output
 
 
+def test_the_code_goes_along_with_a_converted_checkpoint(export: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    converted = invoke("convert", export, "--to", "gptq", "--out", out, "--trust-remote-code")
+    assert converted.exit_code == 0, converted.output
+    assert (out / "own_model.py").read_text() == CODE
+    assert json.loads((out / "config.json").read_text())["auto_map"]["AutoConfig"] == "own_model.OwnConfig"
+    manifest = read_manifest(out)
+    assert manifest is not None
+    assert manifest["remote_code"] is True
+
+
 def answer_here(command: list[str], job: VerificationJob) -> dict[str, Any]:
     """What the process of a verification does, in this one."""
     return perform(job)

@@ -23,8 +23,8 @@ from typing import Any
 from quantkit.system.artifacts import read_json, write_json
 
 ROPE = "rope_parameters"
-THETAS = ("rope_theta", "rotary_emb_base")
-"""What the base frequency was called; of GPT-NeoX the latter."""
+THETAS = ("rope_theta", "rotary_emb_base", "global_rope_theta")
+"""What the base frequency was called; of GPT-NeoX the second, of ModernBERT the last."""
 FACTORS = ("partial_rotary_factor", "rotary_pct")
 LOCAL_THETAS = ("rope_local_base_freq", "local_rope_theta")
 """What the base frequency of layers with a window was called; of ModernBERT the latter."""
@@ -132,8 +132,8 @@ def _older_rope(part: Mapping[str, Any]) -> dict[str, Any]:
     rest = {key: each for key, each in part.items() if key != ROPE}
     scaling = _scaling(whole, kind, part)
     found: dict[str, Any] = {"rope_scaling": scaling}
-    found |= _read_as(rest | found, THETAS, "rope_theta", whole["rope_theta"])
     found |= _read_as(rest | found, FACTORS, "partial_rotary_factor", whole.get("partial_rotary_factor"))
+    found |= _read_as(rest | found, THETAS, "rope_theta", whole["rope_theta"])
     local = rope.get(LOCAL_LAYERS)
     if isinstance(local, dict) and whole is not rope:
         found |= _read_as(rest | found, LOCAL_THETAS, "rope_theta", local.get("rope_theta"))
@@ -156,7 +156,20 @@ def _read_as(rest: Mapping[str, Any], names: tuple[str, ...], meaning: str, valu
     if value is None:
         return {}
     probe = PROBE if meaning == "rope_theta" else PROBE / 1e6
-    return {name: value for name in names if _holds(_understood({**rest, name: probe}), meaning, probe)}
+    return {
+        name: value for name in names if _reads(rest, name, meaning, probe) or _reads_alone(rest, name, meaning, value)
+    }
+
+
+def _reads(rest: Mapping[str, Any], name: str, meaning: str, value: Any) -> bool:
+    """Whether a config's class takes ``meaning`` from a key."""
+    return _holds(_understood({**rest, name: value}), meaning, value)
+
+
+def _reads_alone(rest: Mapping[str, Any], name: str, meaning: str, value: Any) -> bool:
+    """The same of a class that refuses other values, since factors for each frequency stand beside it (LongRoPE)."""
+    refuses = _understood({**rest, name: PROBE / 1e6}) is None
+    return refuses and _reads(rest, name, meaning, value)
 
 
 def _holds(understood: Any, meaning: str, value: float) -> bool:
@@ -174,9 +187,16 @@ def _understood(part: Mapping[str, Any]) -> Any:
     if kind not in CONFIG_MAPPING:
         return None
     try:
-        return CONFIG_MAPPING[kind].from_dict(numbers_of(copy.deepcopy(dict(part)))).to_dict().get(ROPE)
+        return _one_name(CONFIG_MAPPING[kind].from_dict(numbers_of(copy.deepcopy(dict(part)))).to_dict().get(ROPE))
     except (ValueError, TypeError, KeyError, AttributeError, ImportError, StrictDataclassError):
         return None  # of values that nobody foresaw: the class reads nothing, so nothing is written
+
+
+def _one_name(rope: Any) -> Any:
+    """A rotary embedding without ``type``, the older name of ``rope_type``, where both are there."""
+    if not isinstance(rope, dict):
+        return rope
+    return {key: _one_name(each) for key, each in rope.items() if key != "type" or "rope_type" not in rope}
 
 
 def numbers_of(value: Any) -> Any:

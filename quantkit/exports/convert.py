@@ -81,9 +81,9 @@ def convert(
             largest = max(largest, _move(export, layer, schemes[layer], FLOATS[target.scale_dtype(dtype)], layers))
             on_layer(done, len(schemes))
         store = target(dtype)
-        write_export(_content(export, origin, skeleton, schemes, layers, floats), store, folder)
-        facts = _facts(export, store, origin, schemes, layers, largest, mended)
         trusted = trust_remote_code and asks_for_code(origin)
+        write_export(_content(export, origin, skeleton, schemes, layers, floats, code=trusted), store, folder)
+        facts = _facts(export, store, origin, schemes, layers, largest, mended)
         _write_records(folder, checkpoint, export, schemes, facts, remote_code=trusted)
     return facts
 
@@ -174,6 +174,8 @@ def _content(
     schemes: Mapping[str, Scheme],
     layers: LayerStore,
     floats: Sequence[str],
+    *,
+    code: bool,
 ) -> Content:
     def plain(name: str) -> Stored:
         return Stored(export.float_dtype(name), export.float_shape(name), lambda: export.float_tensor(name))
@@ -189,6 +191,7 @@ def _content(
         paths={layer.name: layer.path for layer in skeleton.layers() if layer.name != layer.path},
         others=skeleton.others(),
         name=model_name(str(export.path)),
+        runs_code=code,
     )
 
 
