@@ -304,6 +304,120 @@ def test_a_list_of_data_sets_is_none(tmp_path: Path) -> None:
         records.load(str(tmp_path / "dataset_info.json"))
 
 
+def called_and_returned(call_id: str = "") -> tuple[Message, ...]:
+    return (
+        Q,
+        Message("assistant", "", calls=(Call("look", '{"x": 1}', call_id),)),
+        Message("tool", "42", "", (), "", call_id),
+        A,
+    )
+
+
+@pytest.mark.parametrize(
+    ("turns", "call_id"),
+    [
+        (
+            [
+                {"role": "user", "content": [{"text": "Q"}]},
+                {"role": "assistant", "content": [{"toolUse": {"toolUseId": "c", "name": "look", "input": {"x": 1}}}]},
+                {"role": "user", "content": [{"toolResult": {"toolUseId": "c", "content": [{"text": "42"}]}}]},
+                {"role": "assistant", "content": [{"text": "A"}]},
+            ],
+            "c",
+        ),
+        (
+            [
+                {"role": "user", "parts": [{"text": "Q"}]},
+                {"role": "model", "parts": [{"functionCall": {"name": "look", "args": {"x": 1}}}]},
+                {"role": "user", "parts": [{"functionResponse": {"name": "look", "response": "42"}}]},
+                {"role": "model", "parts": [{"text": "A"}]},
+            ],
+            "",
+        ),
+        (
+            [
+                ASKED,
+                {"type": "function_call", "call_id": "c", "name": "look", "arguments": '{"x": 1}'},
+                {"type": "function_call_output", "call_id": "c", "output": "42"},
+                {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "A"}]},
+            ],
+            "c",
+        ),
+    ],
+)
+def test_calls_are_read_as_each_server_writes_them(turns: list[Any], call_id: str) -> None:
+    """Bedrock's parts, Gemini's, and OpenAI's items."""
+    read = asked({"messages": turns})
+    assert [(each.role, each.content, each.call_id) for each in read] == [
+        (each.role, each.content, each.call_id) for each in called_and_returned(call_id)
+    ]
+    assert [(call.name, call.arguments) for call in read[1].calls] == [("look", '{"x": 1}')]
+
+
+@pytest.mark.parametrize(
+    "thinks",
+    [
+        [{"role": "assistant", "channel": "analysis", "content": "T"}, {**ANSWERED, "channel": "final"}],
+        [{"type": "reasoning", "summary": [{"type": "summary_text", "text": "T"}]}, ANSWERED],
+        [{"role": "assistant", "content": [{"type": "thinking", "thinking": [{"text": "T"}]}, {"text": "A"}]}],
+        [{**ANSWERED, "reasoning_details": [{"type": "reasoning.text", "text": "T"}]}],
+        [{"role": "assistant", "content": [{"reasoningContent": {"text": "T"}}, {"text": "A"}]}],
+    ],
+)
+def test_what_was_thought_is_the_reasoning_of_what_is_said_next(thinks: list[Any]) -> None:
+    assert asked({"messages": [ASKED, *thinks]}) == (Q, Message("assistant", "A", reasoning="T"))
+    if len(thinks) == 2:
+        assert asked({"messages": [ASKED, thinks[0]]}) == (Q, Message("assistant", "", reasoning="T"))
+        assert asked({"messages": [ASKED, thinks[0], ASKED, ANSWERED]})[1].reasoning == "T"
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ('{"a": 1}', '{"a": 1}'),
+        ("[1, 2]", "[1, 2]"),
+        ({"a": "é"}, '{"a": "é"}'),
+        ([{"a": 1}, {"a": 2}], '[{"a": 1}, {"a": 2}]'),
+        (["A", "B"], "A"),
+        ({"choices": [{"message": ANSWERED}]}, "A"),
+        ({"content": "A", "score": 1}, "A"),
+        (json.dumps([ANSWERED]), "A"),
+    ],
+)
+def test_an_answer_that_is_json_stays_it(answer: Any, said: str) -> None:
+    assert asked({"instruction": "Q", "output": answer}) == (Q, Message("assistant", said))
+
+
+def test_a_question_that_is_json_stays_it_and_what_is_beside_it_is_asked_too() -> None:
+    assert asked({"prompt": '{"a": 1}', "completion": "A"})[0].content == '{"a": 1}'
+    assert asked({"prompt": json.dumps([ASKED]), "completion": "A"}) == (Q, A)
+    assert asked({"instruction": "Q", "input": {"a": 1}, "output": "A"})[0].content == 'Q\n{"a": 1}'
+    assert asked({"instruction": "Q", "input": ["b", "c"], "output": "A"})[0].content == "Q\nb\nc"
+
+
+def test_calls_that_are_the_answer_are_calls() -> None:
+    row = {"query": "Q", "tools": json.dumps([TOOL]), "answers": '[{"name": "look", "arguments": {"x": 1}}]'}
+    assert asked(row) == (Q, Message("assistant", "", calls=(Call("look", '{"x": 1}'),)))
+
+
+def test_threads_lists_and_further_names_are_read() -> None:
+    """OpenAssistant's trees, UltraChat's lists of texts, Cohere's requests, and marks of a table."""
+    best = {"role": "assistant", "text": "A", "replies": []}
+    tree = {"role": "prompter", "text": "Q", "replies": [best, {"role": "assistant", "text": "worse", "replies": []}]}
+    assert asked({"message_tree_id": "1", "prompt": tree}) == (Q, A)
+    assert asked({"id": "1", "data": ["Q", "A"]}) == (Q, A)
+    before = [{"role": "USER", "message": "q"}, {"role": "CHATBOT", "message": "a"}]
+    assert [each.content for each in asked({"message": "Q", "chat_history": before, "response": "A"})] == [
+        "q",
+        "a",
+        "Q",
+        "A",
+    ]
+    assert asked({"prompt": "Q", "full_chosen": "A", "full_rejected": "B"}) == (Q, A)
+    with pytest.raises(UnusableError, match="not wanted"):
+        parse({"prompt": "Q", "completion": "A", "label": "False"})
+
+
 def saved(folder: Path, rows: list[dict[str, str]]) -> Path:
     """A split as ``datasets`` saves it, in a shard a row."""
     import pyarrow

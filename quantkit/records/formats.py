@@ -17,7 +17,7 @@ from typing import Any
 
 from quantkit.errors import CalibrationError, did_you_mean
 from quantkit.recipe.columns import MEANINGS
-from quantkit.records.parts import image_of, read_content
+from quantkit.records.parts import call_of, image_of, read_content
 from quantkit.records.record import IMAGE, Call, Message, Record, UnusableError, kind_of
 from quantkit.records.turns import Heard, checked_text, is_turn, json_of, read_turns, transcript
 
@@ -28,7 +28,7 @@ NAMES = {
     ),
     "prompt": (
         "instruction", "prompt", "question", "problem", "query", "request", "user", "human", "user_prompt",
-        "input_text", "instructions", "task",
+        "input_text", "instructions", "task", "message",
     ),
     "query": ("input", "query", "context", "inputs", "passage", "question", "problem"),
     "response": (
@@ -38,7 +38,7 @@ NAMES = {
     ),
     "chosen": (
         "chosen", "accepted", "preferred", "preferred_output", "chosen_response", "response_chosen",
-        "preferred_response",
+        "preferred_response", "full_chosen",
     ),
     "system": ("system", "system_prompt", "system_message", "systeminstruction", "system_instruction"),
     "history": ("history", "chat_history"),
@@ -181,7 +181,7 @@ def parse(
     lifted = _lifted({str(key): value for key, value in row.items()}, columns or {})
     fields, heard = Fields(lifted, columns or {}, others, prompts), Heard()
     record = _record(lifted, fields, heard, tags or {}, by_form=not columns)
-    if fields["wanted"] is False and record.text is None:
+    if _is_refused(fields["wanted"]) and record.text is None:
         raise UnusableError(f"{NOT_WANTED} ('{fields.column('wanted')}' is false)")
     images = heard.images or [image_of(each) for each in _as_list(fields["images"])]
     record = _with_images(record, images)
@@ -242,14 +242,16 @@ def _asked_and_answered(fields: Fields, heard: Heard, tags: Mapping[str, str]) -
 def _asked(fields: Fields, heard: Heard, tags: Mapping[str, str]) -> list[Message]:
     """The turns of a prompt, which may be a text, a conversation, or one in a text."""
     first, further = ("prompt", "query") if "prompt" in fields else ("query", None)
-    given = json_of(fields[first])
-    if isinstance(given, list | Mapping):
+    if isinstance(_turns_or_text(fields[first]), list | Mapping):
         return _turns(fields, first, heard, tags)
     text = _text(fields, first)
     turns = [turn for turn in transcript(text) if not turn.is_empty()]
     if turns:
         return turns
     more = fields[further] if further else None
+    if isinstance(more, list | Mapping):
+        is_prose = isinstance(more, list) and _are_texts(more)
+        more = "\n".join(more) if is_prose else json.dumps(more, ensure_ascii=False, default=str)
     if isinstance(more, str):
         text = f"{text}\n{checked_text(more, fields.column('query'))}"
     return [Message("user", text)]
@@ -257,20 +259,43 @@ def _asked(fields: Fields, heard: Heard, tags: Mapping[str, str]) -> list[Messag
 
 def _answer(fields: Fields, heard: Heard, tags: Mapping[str, str], meaning: str = "response") -> list[Message]:
     """The turns of an answer: of several that are alternatives, the first."""
-    column, given = fields.column(meaning), json_of(fields[meaning])
+    column, given = fields.column(meaning), _turns_or_text(fields[meaning])
+    if "tools" in fields and (calls := call_of(given if isinstance(given, str) else json.dumps(given, default=str))):
+        return [Message("assistant", "", calls=calls)]
     if isinstance(given, Mapping) and not is_turn(given):
-        given = next((given[key] for key in ("content", "text", "value", "response", "answer") if key in given), given)
+        given = _said_in(given)
     if isinstance(given, list) and given and not is_turn(given[0]):
-        given = given[0]
-        if isinstance(given, Mapping):  # an alternative with its score
-            given = next((given[key] for key in ("response", "text", "content", "answer") if key in given), given)
+        first = _said_in(given[0]) if isinstance(given[0], Mapping) else given[0]  # an alternative with its score
+        given = (
+            first
+            if not isinstance(first, Mapping) or is_turn(first)
+            else json.dumps(given, ensure_ascii=False, default=str)
+        )
     if is_turn(given) or isinstance(given, list):
         return read_turns(column, given, heard, tags)
     if isinstance(given, bool | int | float):
         given = json.dumps(given)
+    if isinstance(given, Mapping) and given:  # what is wanted is JSON
+        given = json.dumps(given, ensure_ascii=False, default=str)
     if not isinstance(given, str):
         raise UnusableError(f"'{column}' holds {kind_of(given)} where text should be")
     return [Message("assistant", checked_text(given, column))]
+
+
+def _said_in(given: Mapping[str, Any]) -> Any:
+    """What an object around an answer says, such as what a server sends; the object where it is the answer."""
+    choices = given.get("choices")
+    if isinstance(choices, list) and choices and isinstance(choices[0], Mapping):
+        return choices[0].get("message", choices[0].get("text"))
+    return next((given[key] for key in ("content", "text", "value", "response", "answer") if key in given), given)
+
+
+def _turns_or_text(given: Any) -> Any:
+    """A value; a text that is JSON is that where it holds turns or a server's answer, and else a text as any other."""
+    found = json_of(given)
+    if found is given or is_turn(found) or (isinstance(found, Mapping) and "choices" in found):
+        return found
+    return found if isinstance(found, list) and found and all(is_turn(each) for each in found) else given
 
 
 def _preferred(fields: Fields, turns: Sequence[Message], heard: Heard, tags: Mapping[str, str]) -> list[Message]:
@@ -300,17 +325,42 @@ def _turns_by_their_form(row: Mapping[str, Any]) -> str | None:
         given = json_of(value)
         if isinstance(given, list) and given and all(is_turn(turn) for turn in given):
             return column
+        if _plain(column) == "data" and isinstance(given, list) and len(given) > 1 and _are_texts(given):
+            return column
     return None
 
 
 def _lifted(row: Mapping[str, Any], columns: Mapping[str, str]) -> Mapping[str, Any]:
     """The row, or with the columns of one that it holds in one of its own, as requests to a server do."""
+    tree = row.get("prompt")
+    if isinstance(tree, Mapping) and isinstance(tree.get("replies"), list):
+        return {"messages": _first_thread(tree)}
     for key, value in row.items():
         inner = json_of(value) if _plain(key) in HOLDERS and key not in columns.values() else None
         if isinstance(inner, Mapping) and any(_plain(str(name)) in NAMES["messages"] for name in inner):
             rest = {name: held for name, held in row.items() if name != key}
             return {**rest, **{str(name): held for name, held in inner.items()}}
     return row
+
+
+def _are_texts(values: Sequence[Any]) -> bool:
+    return all(isinstance(value, str) for value in values)
+
+
+def _first_thread(tree: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The turns of a tree of replies, as OpenAssistant has them, always the first reply, which is ranked best."""
+    turns: list[Mapping[str, Any]] = []
+    turn: Any = tree
+    while isinstance(turn, Mapping):
+        turns.append({"role": turn.get("role"), "content": turn.get("text")})
+        replies = turn.get("replies")
+        turn = replies[0] if isinstance(replies, list) and replies else None
+    return turns
+
+
+def _is_refused(given: Any) -> bool:
+    """Whether a column that says if an answer is wanted says no; of a table the word."""
+    return given is False or (isinstance(given, str) and given.strip().lower() == "false")
 
 
 def _tools(given: Any, heard: Heard) -> tuple[str, ...]:

@@ -9,11 +9,17 @@ from typing import Any
 
 from quantkit.records.record import IMAGE, Call, UnusableError, kind_of
 
-REASONING_KEYS = ("reasoning_content", "reasoning", "thinking", "thoughts", "thought")
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking", "thoughts", "thought", "reasoning_details")
 THOUGHT = ("thinking", "reasoning", "reasoning_content", "redacted_thinking")
 CALLED = ("tool_use", "tool_call", "function_call", "functioncall")
 RETURNED = ("tool_result", "tool_response", "function_response", "function_call_output")
 """Types of parts that are no text of the turn."""
+WRAPPED = {
+    "toolUse": "tool_use", "functionCall": "tool_use", "function_call": "tool_use", "toolResult": "tool_result",
+    "functionResponse": "tool_result", "function_response": "tool_result", "reasoningText": "thinking",
+    "reasoningContent": "thinking",
+}  # fmt: skip
+"""Keys of parts that hold what others name by their type, as Bedrock and Gemini write them."""
 IMAGE_KEYS = ("image", "image_url", "url", "path", "source", "inline_data")
 
 
@@ -62,6 +68,7 @@ def read_content(column: str, content: Any, images: list[str | bytes], role: str
         if (
             not found.text.strip()
             and found.left_out
+            and role not in ("tool", "call")
             and not (found.reasoning or found.calls or found.results or others)
         ):
             raise UnusableError(found.left_out[0].removesuffix(" left out") + ", which is no text")
@@ -83,15 +90,20 @@ def _of_parts(parts: Sequence[Any], images: list[str | bytes]) -> Said:
 
 
 def _add_part(said: Said, part: Mapping[str, Any], images: list[str | bytes]) -> None:
+    for key, kind in WRAPPED.items():
+        if isinstance(part.get(key), Mapping):
+            _add_part(said, {**part[key], "type": kind}, images)
+            return
     kind = str(part.get("type", "")).lower()
     if kind in THOUGHT:
-        said.reasoning += next((part[key] for key in ("text", *THOUGHT) if isinstance(part.get(key), str)), "")
-    elif kind in CALLED or "functionCall" in part:
-        said.calls = (*said.calls, *calls_of(part.get("functionCall", part), "content"))
+        said.reasoning += reasoning_of(part, ("text", *THOUGHT, "summary", "content"))
+    elif kind in CALLED:
+        said.calls = (*said.calls, *calls_of(part, "content"))
     elif kind in RETURNED:
-        inner = part.get("content", part.get("output", ""))
+        inner = next((part[key] for key in ("content", "output", "response", "result") if key in part), "")
         found = read_content("content", inner, images, "tool")
-        said.results = (*said.results, (str(part.get("tool_use_id") or part.get("call_id") or ""), found.text))
+        call_id = next((part[key] for key in ("tool_use_id", "call_id", "toolUseId", "id") if part.get(key)), "")
+        said.results = (*said.results, (str(call_id), found.text))
     elif isinstance(part.get("text"), str) or isinstance(part.get("refusal"), str):
         said.text += part.get("text") or part["refusal"]
     elif "image" in kind or (not kind and any(key in part for key in ("image", "image_url"))):
@@ -119,11 +131,11 @@ def image_of(value: Any) -> str | bytes:
     return value
 
 
-def reasoning_of(turn: Mapping[str, Any]) -> str:
-    """What an assistant thought, where a turn or a row has it in a key of its own."""
-    found = next((turn[key] for key in REASONING_KEYS if turn.get(key)), "")
+def reasoning_of(turn: Mapping[str, Any], keys: Sequence[str] = REASONING_KEYS) -> str:
+    """What an assistant thought, where a turn, a row or a part has it in one of ``keys``, as a text or as parts."""
+    found = next((turn[key] for key in keys if turn.get(key)), "")
     if isinstance(found, list):
-        found = "".join(part.get("text", "") if isinstance(part, Mapping) else str(part) for part in found)
+        found = "".join(str(part.get("text") or "") if isinstance(part, Mapping) else str(part) for part in found)
     return found if isinstance(found, str) else ""
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
-from quantkit.records.parts import Said, call_of, calls_of, read_content, reasoning_of
+from quantkit.records.parts import CALLED, RETURNED, THOUGHT, Said, call_of, calls_of, read_content, reasoning_of
 from quantkit.records.record import Message, UnusableError, kind_of
 
 SPOKEN_BY = {
@@ -157,11 +157,46 @@ def _said(column: str, given: object, role: str) -> Message:
 def _of_mappings(column: str, turns: Sequence[Any], heard: Heard, tags: Mapping[str, str]) -> list[Message]:
     roles = _roles_of(turns, tags)
     messages: list[Message] = []
+    thought = ""
     for turn in turns:
         if not isinstance(turn, Mapping):
             raise UnusableError(f"'{column}' holds {kind_of(turn)} where a message should be")
-        messages += _read_turn(column, {str(key).strip(): value for key, value in turn.items()}, heard, tags, roles)
-    return messages
+        plain = {str(key).strip(): value for key, value in turn.items()}
+        found = _item(plain, heard) or _read_turn(column, plain, heard, tags, roles)
+        if _only_thinks(plain, found):
+            thought = "\n\n".join(filter(None, [thought, found[0].reasoning or found[0].content]))
+            continue
+        messages += _with_thought(found, checked_text(thought, column))
+        thought = ""
+    return [*messages, *_with_thought([], checked_text(thought, column))]
+
+
+def _with_thought(messages: list[Message], thought: str) -> list[Message]:
+    """Messages before which something was thought: by the first, if an assistant says it, else in a turn of its own."""
+    if not thought:
+        return messages
+    if not messages or messages[0].role != "assistant":
+        return [Message("assistant", "", reasoning=thought), *messages]
+    reasoning = "\n\n".join(filter(None, [thought, messages[0].reasoning]))
+    return [replace(messages[0], reasoning=reasoning), *messages[1:]]
+
+
+def _item(turn: Mapping[str, Any], heard: Heard) -> list[Message]:
+    """The message of a turn that is a part of another, told by its type and without a role; none for other turns."""
+    kind = str(turn.get("type", "")).lower()
+    if kind not in (*THOUGHT, *CALLED, *RETURNED) or any(key in turn for key in ("role", "from", "value")):
+        return []
+    said = read_content("content", [turn], heard.images, "assistant")
+    if said.results:
+        return [Message("tool", checked_text(text, "content"), call_id=call_id) for call_id, text in said.results]
+    return [Message("assistant", "", reasoning=said.reasoning, calls=said.calls)]
+
+
+def _only_thinks(turn: Mapping[str, Any], found: Sequence[Message]) -> bool:
+    """Whether a turn has what was thought before the next one: an item of reasoning, or Harmony's channel for it."""
+    if len(found) != 1 or found[0].role != "assistant" or found[0].calls:
+        return False
+    return turn.get("channel") == "analysis" or ("role" not in turn and str(turn.get("type", "")).lower() in THOUGHT)
 
 
 def _read_turn(
