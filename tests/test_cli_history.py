@@ -45,6 +45,11 @@ def test_the_table_has_a_row_for_each_variant_of_each_run(file: Path) -> None:
     assert len(rows) == 5
     assert "error" in rows[2]
     assert result.stdout.rstrip().endswith("run 2: no such model")
+    assert "accepted" not in result.stdout
+    assert quantkit("accept", "3", "--variant", "int8").exit_code == 0
+    table = quantkit("history").stdout
+    assert "int8 *" in table
+    assert "* accepted: checks compare with it" in table
     assert "failed" in rows[1]
     assert "regressed" in rows[4]
 

@@ -132,6 +132,9 @@ def test_evaluate_prints_a_table_or_json(model: Path, plain: Path, monkeypatch: 
     for name in ("perplexity", "top1_agreement"):
         assert f"{found['metrics'][name]['prose']:.4g}" in table.stdout
     assert f"{found['metrics']['kl_divergence']['prose']['mean']:.4g} ± " in table.stdout
+    (beside,) = (line for line in table.stdout.splitlines() if "perplexity of the float model" in line)
+    alone = quantkit.evaluate(model, texts="prose", context_length=32, max_tokens=96)
+    assert f"{alone['metrics']['perplexity']['prose']:.4g}" in beside
 
 
 def test_evaluate_tells_what_is_wrong_before_it_begins(plain: Path) -> None:

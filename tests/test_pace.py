@@ -92,6 +92,28 @@ def test_the_run_is_told_from_the_start_and_moves_with_what_is_measured(pace: Pa
     assert pace.run_left() == pytest.approx(40.0 + 20.0)
 
 
+def test_a_process_counts_from_its_start_to_its_end(pace: Pace, clock: Clock) -> None:
+    ahead = [
+        Ahead(f"evaluate: {name}", step, seconds, step or "close")
+        for name in "abc"
+        for step, seconds in (("load", 6.0), ("prose", 1.0), ("", 1.0))
+    ]
+    pace.expect(ahead)
+    for name in "ab":
+        pace.stage(f"evaluate: {name}")
+        clock.now += 5.0  # the process starts
+        pace.progress("texts", 1, 1)
+        steps(pace, clock, "load", 1, 1.0)
+        steps(pace, clock, "prose", 2, 0.5)
+        clock.now += 3.0  # it ends, and what it found is written
+    pace.stage("evaluate: c")
+    assert pace.run_left() == pytest.approx(6.0 + 1.0 + 3.0)
+    clock.now += 4.0
+    assert pace.run_left() == pytest.approx(6.0)  # also before anything is heard of it
+    pace.progress("load", 0, 1)
+    assert pace.step_left() == pytest.approx(2.0)
+
+
 def test_what_is_left_shrinks_between_two_words_of_progress(pace: Pace, clock: Clock) -> None:
     pace.stage("x")
     steps(pace, clock, "block", 10, 10.0, upto=2)

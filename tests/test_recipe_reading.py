@@ -214,7 +214,11 @@ def test_one_bad_variant_does_not_end_a_plan(model: Path, records: Path, tmp_pat
     assert done.exit_code == 1
     assert "bad cannot run: " in done.stdout
     assert "group_size 128" in done.stdout
-    good, bad = json.loads(invoke("plan", file, "--json").stdout)["variants"]
+    plan = json.loads(invoke("plan", file, "--json").stdout)
+    stages = {each["stage"] for each in plan["time"]["stages"]}
+    assert "evaluate: good" in stages
+    assert "evaluate: bad" not in stages
+    good, bad = plan["variants"]
     assert good["state"] == "to do"
     assert bad["state"].startswith("cannot run: ")
 

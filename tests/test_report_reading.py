@@ -190,6 +190,15 @@ def test_hints_are_overrides_that_the_variant_takes(others: dict[str, float], en
     assert found.mending in render_markdown(report)["report.md"]
 
 
+def test_a_run_that_missed_a_gate_is_complete_and_one_without_a_variant_is_not() -> None:
+    report = with_layers(errors_of()) | {"status": "failed"}
+    assert ">run complete<" in render_html(report)
+    assert "Run: complete." in render_markdown(report)["report.md"]
+    report["variants"][0] |= {"status": "failed", "error": "no room"}
+    assert f">1 of {len(report['variants'])} variants failed<" in render_html(report)
+    assert f"Run: 1 of {len(report['variants'])} variants failed." in render_markdown(report)["report.md"]
+
+
 def test_what_stands_out_without_a_remedy_is_still_told() -> None:
     report = with_layers(errors_of(model__layers__3__mlp__down_proj=0.05))
     report["recipe"] = {"name": "older"}

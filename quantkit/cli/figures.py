@@ -26,7 +26,7 @@ def figure_table(found: Mapping[str, Any], title: str) -> FittedTable:
 
     from quantkit.report.fitted import FittedTable, Shown
 
-    rows = [*_of_texts(found.get("metrics") or {}), *_of_the_whole(found)]
+    rows = [*_of_texts(found.get("metrics") or {}), *_of_the_reference(found), *_of_the_whole(found)]
     heads = (("figure", 0, False), ("text", 1, False), ("value", 0, True))
     shown = [
         Shown(head, [Text(cell) for cell in column], rank, number)
@@ -48,6 +48,13 @@ def _of_texts(metrics: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
                     yield (metric, text, f"{_number(value)}{spread}") if name in MAIN else (
                         f"{metric}, {name}", text, _number(value)
                     )  # fmt: skip
+
+
+def _of_the_reference(found: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """The float model's perplexity, where there is one to compare with."""
+    for text, facts in (found.get("texts") or {}).items():
+        if (divergence := facts.get("divergence")) is not None:
+            yield "perplexity of the float model", text, _number(divergence["perplexity_reference"]["value"])
 
 
 def _of_the_whole(found: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:

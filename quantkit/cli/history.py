@@ -33,6 +33,7 @@ def check(
     from quantkit.cli.display import Display
     from quantkit.regression.api import check as check_recipe
     from quantkit.regression.document import to_json
+    from quantkit.regression.pages.render import HTML
     from quantkit.regression.terminal import rendered
 
     loaded = quantkit.Recipe.load(recipe)
@@ -45,6 +46,7 @@ def check(
         say(json.dumps(to_json(found), indent=2, ensure_ascii=False))
     else:
         console().print(rendered(found))
+        say(f"page: {loaded.folder / HTML}")
     if found.exit_code:
         raise typer.Exit(found.exit_code)
 

@@ -105,6 +105,7 @@ def _cut_texts(
     """The windows of each text, and the conversations at its beginning."""
     spec, total = job.spec, len(job.spec.texts)
     windows, conversations = {}, {}
+    progress("texts", 0, total)
     for done, text in enumerate(spec.texts, start=1):
         tokens = load_text(text, tokenizer, spec.max_tokens)
         windows[text.name] = cut(tokens, spec.context_length, spec.max_tokens, spec.bos)

@@ -37,8 +37,8 @@ ROUGH, KNOWN = 3.0, 1.3
 """Factors by which a measured stage may take more or less, and one that an earlier run tells."""
 ATTENTION = 1.5
 """What a pass takes beside the products of its weights."""
-START = 6.0
-"""Seconds in which a process that scores is there."""
+START, END = 6.0, 1.5
+"""Seconds in which a process that scores is there, and is gone."""
 DISK = 5e8
 """Bytes that a disk gives in a second."""
 CALL = 5e-4
@@ -186,6 +186,7 @@ class _Work:
         if spec.samples is not None:
             count = spec.samples.count or len(spec.samples.prompts) or spec.samples.DRAWN
             yield Ahead(title, "samples", self._writing(count * spec.samples.max_new_tokens), "samples")
+        yield Ahead(title, "", END, "close")
 
     def _reading(self, tokens: int) -> float:
         """Seconds in which a model that is scored reads tokens."""
@@ -245,20 +246,22 @@ def _stages(recipe: Recipe, run: RunRecord, given: Mapping[str, Any]) -> Iterato
     then = {each.get("name"): each for each in run.recipe.get("variants", ())}
     now = {each["name"]: each for each in given["variants"]}
     if alike["evaluation"] and run.baseline is not None:
-        yield from _seconds(BASELINE_TITLE, run.baseline.figures.get(("seconds", "", "evaluate")))
+        yield from _seconds(BASELINE_TITLE, run.baseline.figures.get(("seconds", "", "evaluate")), START + END)
     shared = recipe.calibration.inputs == "float"
     for variant in recipe.variants:
         record = run.variant(variant.name)
         if record is None or then.get(variant.name) != now.get(variant.name):
             continue
         if alike["evaluation"]:
-            yield from _seconds(evaluation_title(variant.name), record.figures.get(("seconds", "", "evaluate")))
+            seconds = record.figures.get(("seconds", "", "evaluate"))
+            yield from _seconds(evaluation_title(variant.name), seconds, START + END)
         alone = isinstance(variant, LibrarySpec) or (variant.calibrated and not shared) or len(recipe.variants) == 1
         if alone and alike["calibration"] and alike["quantization"]:
             title = library_title(variant) if isinstance(variant, LibrarySpec) else walk_title([variant])
             yield from _seconds(title, record.figures.get(("seconds", "", "quantize")))
 
 
-def _seconds(stage: str, seconds: float | None) -> Iterator[tuple[str, float]]:
+def _seconds(stage: str, seconds: float | None, around: float = 0.0) -> Iterator[tuple[str, float]]:
+    """A stage and its seconds, those of the process around what was timed with them."""
     if seconds:
-        yield stage, seconds
+        yield stage, seconds + around

@@ -31,6 +31,9 @@ from quantkit.system.artifacts import STAGE_FILE
 from quantkit.system.devices import resolve_device
 from quantkit.system.progress import Silent
 
+BARRED = "cannot run"
+"""How the state of a variant begins that cannot."""
+
 
 def forecast(recipe: Recipe) -> dict[str, Any]:
     """The stages of a run and the estimated bytes of its variants.
@@ -54,7 +57,9 @@ def forecast(recipe: Recipe) -> dict[str, Any]:
     tokens = recipe.calibration.samples * recipe.calibration.max_length if found is None else found.tokens
     job = quantize_job(recipe, model, found)
     variants = _Variants(recipe.folder / "variants", job, resolve_device(job.device), skeleton, reader, tokens)
-    ahead = foreseen(recipe, model, job, tokens)
+    told = [_told(variants, variant) for variant in recipe.variants]
+    able = [spec for spec, each in zip(recipe.variants, told, strict=True) if not each["state"].startswith(BARRED)]
+    ahead = foreseen(recipe.model_copy(update={"variants": tuple(able)}), model, job, tokens)
     return {
         "folder": str(recipe.folder),
         "source": {
@@ -67,7 +72,7 @@ def forecast(recipe: Recipe) -> dict[str, Any]:
         "baseline": _evaluation_state(recipe.folder / "baseline"),
         "warnings": [*recipe.warnings(), *filter(None, [model.note]), *model.notes],
         "time": None if ahead is None else ahead.to_json(),
-        "variants": [_told(variants, variant) for variant in recipe.variants],
+        "variants": told,
     }
 
 
@@ -79,7 +84,7 @@ def _told(variants: _Variants, variant: VariantSpec | LibrarySpec) -> dict[str, 
         scheme = variant.base_scheme().describe() if isinstance(variant, VariantSpec) else ""
         return {
             "name": variant.name,
-            "state": f"cannot run: {error}",
+            "state": f"{BARRED}: {error}",
             "method": variant.chain if isinstance(variant, VariantSpec) else variant.label,
             "format": variant.format if isinstance(variant, VariantSpec) else variant.stores(),
             "scheme": scheme,

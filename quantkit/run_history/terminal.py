@@ -60,8 +60,10 @@ def runs_table(records: Sequence[RunRecord], variant: str | None = None, *, ever
         Shown(title, [Text(cell) for cell in column], rank, number)
         for (title, rank, number), column in zip(_COLUMNS, cells, strict=True)
     ]
-    errors = [Text(f"run {record.id}: {record.error}", style="red") for record in records if record.error]
-    return FittedTable(shown, notes=errors, everything=everything, remedy="--all-columns shows every column")
+    notes = [Text(f"run {record.id}: {record.error}", style="red") for record in records if record.error]
+    if any(row[5].endswith(" *") for row in rows):
+        notes.append(Text("* accepted: checks compare with it"))
+    return FittedTable(shown, notes=notes, everything=everything, remedy="--all-columns shows every column")
 
 
 def run_lines(record: RunRecord) -> list[str]:

@@ -10,7 +10,7 @@ import torch
 WIDE = ("float32", "float64")
 """Dtypes of checkpoints that nobody serves."""
 EXACT = "which holds every value of it exactly"
-ROUNDED = "which reaches as far as float32 does and rounds its values to 8 bits; float16 keeps 11 and ends at 65504"
+ROUNDED = "whose range is that of float32, with 8 significant bits of each value (float16 has 11, and ends at 65504)"
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,16 +62,20 @@ class Pace:
         self._place = 0
         self._stage, self._step, self._fresh = "", "", True
         self._done = self._total = self._first = 0
-        self._begun = self._last = clock()
+        self._begun = self._last = self._opened = clock()
 
     def expect(self, ahead: Sequence[Ahead]) -> None:
         """What is to come from here on."""
         self._ahead, self._place = list(ahead), 0
 
     def stage(self, title: str) -> None:
-        """A stage begins, and all before it is done with."""
+        """A stage begins, and all before it is done with; how the one before closed is measured by the time since."""
+        now = self._clock()
+        closing = [item for item in self._ahead[self._place :] if item.stage == self._stage]
+        if len(closing) == 1 and not closing[0].step:
+            self._measure(closing[0], now - self._last)
         self._stage, self._step, self._fresh = title, "", True
-        self._last = self._clock()
+        self._last = self._opened = now
         self._place = next(
             (place for place in range(self._place, len(self._ahead)) if self._ahead[place].stage == title), self._place
         )
@@ -104,10 +108,11 @@ class Pace:
         rest = self._ahead[self._place :]
         if not rest:
             return None
-        current = self._current()
-        if current is None:
-            return sum(map(self._expected, rest))
-        return (self.step_left() or 0.0) + sum(map(self._expected, rest[1:]))
+        later = sum(map(self._expected, rest[1:]))
+        if self._current() is not None:
+            return (self.step_left() or 0.0) + later
+        waited = self._clock() - self._last if rest[0].stage == self._stage else 0.0
+        return max(0.0, self._expected(rest[0]) - waited) + later
 
     def is_rough(self) -> bool:
         """Whether less than half of what is left is like something that was measured in this run."""
@@ -119,7 +124,8 @@ class Pace:
         """A step begins; the one before it that told nothing is measured by the time that went by.
 
         One that is heard of at its end alone began when the one before ended; the first of a stage that is heard of
-        after one unit began with the stage; others began when they are heard of.
+        after one unit, or that is expected first and has nothing done yet, began with the stage; others began when
+        they are heard of.
         """
         whole = done == total or (done == 1 and self._fresh)
         self._step, self._first = step, 0 if whole else done
@@ -129,9 +135,16 @@ class Pace:
         if place is None:
             return
         silent = [item for item in self._ahead[self._place : place] if not item.step]
-        if len(silent) == 1 and silent[0].seconds and done == 0:
-            self._measured[silent[0].like] = (now - self._last) / silent[0].seconds
+        if len(silent) == 1 and done == 0:
+            self._measure(silent[0], now - self._last)
+        if done == 0 and (place == 0 or self._ahead[place - 1].stage != self._stage):
+            self._begun = self._opened
         self._place = place
+
+    def _measure(self, silent: Ahead, seconds: float) -> None:
+        """What told nothing took so long."""
+        if silent.seconds:
+            self._measured[silent.like] = seconds / silent.seconds
 
     def _is(self, place: int, step: str) -> bool:
         return self._ahead[place].stage == self._stage and self._ahead[place].step == step
