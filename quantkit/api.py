@@ -113,7 +113,7 @@ def quantize(
     for line in lines:
         watching.note(line)
     check_inputs(recipe)
-    return quantize_one(recipe, Path(out), watching)
+    return quantize_one(recipe, Path(out).expanduser(), watching)
 
 
 def evaluate(
@@ -198,7 +198,9 @@ def convert(
 
     watching = observer or Logged()
     watching.stage(f"convert: {checkpoint} to {to}")
-    return convert_any(str(checkpoint), to, Path(out), watching, dtype=dtype, trust_remote_code=trust_remote_code)
+    return convert_any(
+        str(checkpoint), to, Path(out).expanduser(), watching, dtype=dtype, trust_remote_code=trust_remote_code
+    )
 
 
 def inspect(checkpoint: str | Path, *, deep: bool = True) -> dict[str, Any]:
@@ -216,7 +218,7 @@ def inspect(checkpoint: str | Path, *, deep: bool = True) -> dict[str, Any]:
     """
     from quantkit.inspection import inspect as inspect_checkpoint
 
-    return inspect_checkpoint(Path(checkpoint), deep=deep)
+    return inspect_checkpoint(Path(checkpoint).expanduser(), deep=deep)
 
 
 def verify(
@@ -253,7 +255,7 @@ def verify(
     from quantkit.verification import verify as verify_checkpoint
 
     return verify_checkpoint(
-        Path(checkpoint),
+        Path(checkpoint).expanduser(),
         runtime,
         python=python,
         device=device,
@@ -283,7 +285,7 @@ def push(checkpoint: str | Path, repository: str, *, private: bool = True, revis
     """
     from quantkit.publishing import push as push_checkpoint
 
-    return push_checkpoint(Path(checkpoint), repository, private=private, revision=revision)
+    return push_checkpoint(Path(checkpoint).expanduser(), repository, private=private, revision=revision)
 
 
 def merge(
@@ -314,7 +316,7 @@ def merge(
     from quantkit.merging import merge_model
 
     given = str(adapters) if isinstance(adapters, str | Path) else adapters
-    return merge_model(str(base), given, Path(out), observer=observer, **settings)
+    return merge_model(str(base), given, Path(out).expanduser(), observer=observer, **settings)
 
 
 def import_recipe(path: str | Path) -> str:

@@ -26,7 +26,7 @@ from tests.layers import random_weight
 from tests.tiny import Collected, tiny_method
 
 KINDS = ["q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl"]
-MIXTURES = ["q2_k_mix", "q3_k_m", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m", "q6_k_mix"]
+MIXTURES = ["q2_k_mix", "q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m", "q6_k_mix"]
 BITS = {"q2_k": 2.625, "q3_k": 3.4375, "q4_k": 4.5, "q5_k": 5.5, "q6_k": 6.5625, "iq4_nl": 4.5}
 COLUMNS = 512
 LLAMA = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -316,7 +316,11 @@ def test_small_and_other_mixtures_as_llama_cpp_makes_them() -> None:
         assert len(marked(found["v_proj"], kind)) == 16
         assert len(marked(found["o_proj"], "q3_k")) == 16 == len(marked(found["down_proj"], "q3_k"))
         assert len(marked(found["gate_proj"], "q2_k")) == 16
-    for kind in ("q5_k_s", "q6_k_mix"):
+    found = types_of("q3_k_l", 16, hidden=512, wide=768, values=256)
+    raised = {leaf for leaf, schemes in found.items() if len(marked(schemes, "q5_k")) == 16}
+    assert raised == {"v_proj", "o_proj", "down_proj"}
+    assert len(marked(found["q_proj"], "q3_k")) == 16
+    for kind in ("q3_k_s", "q5_k_s", "q6_k_mix"):
         for schemes in types_of(kind, 16, hidden=512, wide=768, values=256).values():
             assert len(marked(schemes, kind[:4])) == 16
 

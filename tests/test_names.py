@@ -23,7 +23,11 @@ SCHEME_NAMES = {
     "W8A8": ROUNDED, "w8a8_int8": ROUNDED, "INT8_DYNAMIC": ROUNDED, "int8": INT8, "INT4": INT4, "4bit": INT4,
     "8-bit": INT8, "int4wo": INT4, "uint4": IntScheme(4, symmetric=False), "int8-channel": IntScheme(8, -1),
     "FP8": Fp8Scheme(), "FP8_DYNAMIC": Fp8Scheme(activations="dynamic"), "float8": Fp8Scheme(),
-    "fp8-block": Fp8Scheme("block"), "NVFP4": make_scheme("nvfp4", {}), "MXFP4A16": make_scheme("mxfp4", {}),
+    "fp8-block": Fp8Scheme("block"), "blockwise_fp8": Fp8Scheme("block"), "fp8_e4m3fn": Fp8Scheme(), "i8": INT8,
+    "int4-128g": IntScheme(4, 128), "W4A16-128g": IntScheme(4, 128), "int8_g64_wo": INT8,
+    "u4": IntScheme(4, symmetric=False), "Int4WeightOnlyConfig": INT4, "nf4_double_quant": Nf4Scheme(),
+    "Q3_K_L": make_scheme("q3_k_l", {}), "8": INT8, "mostly_q4_k_m": make_scheme("q4_k_m", {}),
+    "Q5_K_S.gguf": make_scheme("q5_k_s", {}), "NVFP4": make_scheme("nvfp4", {}), "MXFP4A16": make_scheme("mxfp4", {}),
     "Q4_K_M": make_scheme("q4_k_m", {}), "q4-k-m": make_scheme("q4_k_m", {}), "IQ4_NL": make_scheme("iq4_nl", {}),
     "BF16": make_scheme("bfloat16", {}), "fp16": make_scheme("float16", {}), "NF4": Nf4Scheme(),
 }  # fmt: skip
@@ -47,6 +51,31 @@ def test_a_name_of_the_field_is_the_scheme_that_it_means(name: str) -> None:
         make_scheme(kind, {key: value for key, value in keys.items() if key not in ("format", "method")})
         == (SCHEME_NAMES[name])
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "scheme"),
+    [
+        ("INT4_AWQ", "awq", INT4),
+        ("awq-4bit-128g", "awq", IntScheme(4, 128)),
+        ("gptq-4bit-128g", "gptq", IntScheme(4, 128)),
+        ("w8a16-hqq", "hqq", INT8),
+        ("Q6_K", "llama.cpp", make_scheme("q6_k_mix", {})),
+        ("q2-k", "llama.cpp", make_scheme("q2_k_mix", {})),
+        ("gguf:Q6_K", "llama.cpp", make_scheme("q6_k_mix", {})),
+    ],
+)
+def test_a_name_before_or_behind_is_the_method_and_a_preset_of_llama_cpp_is_that(
+    name: str, method: str, scheme: Any
+) -> None:
+    found = variant(scheme=name)
+    assert (found.method, found.base_scheme()) == (method, scheme)
+
+
+def test_a_preset_quantizes_head_and_embedding_and_a_patch_of_its_name_is_the_type() -> None:
+    found = variant(scheme="Q6_K", overrides={"down_proj$": "Q2_K"})
+    assert (found.ignore, found.embeddings is not None) == ((), True)
+    assert found.scheme_of("x.down_proj") == make_scheme("q2_k", {})
 
 
 def test_what_reports_call_a_scheme_is_a_name_of_it() -> None:
@@ -76,7 +105,13 @@ def test_a_name_of_one_format_brings_it(name: str, format_: str, method: str) ->
         ("W4A8", "no 8-bit activations beside such 4-bit weights"),
         ("W8A8_ASYM", "no 8-bit activations beside such 8-bit weights"),
         ("IQ3_XXS", "llama.cpp has such a type"),
-        ("Q3_K_L", "did you mean 'q3_k_m'?"),
+        ("Q3_K_XL", "did you mean 'q3_k_l'?"),
+        ("W8A8-128g", "8-bit activations need weights per channel"),
+        ("int4:128", "unknown scheme 'int4:128'"),
+        ("AWQ_MARLIN", "it is a kernel of vLLM"),
+        ("marlin", "it is a kernel of vLLM"),
+        ("FP8_STATIC", "FP8_DYNAMIC needs none"),
+        ("gptq-5.5bpw", "unknown scheme 'gptq-5.5bpw'"),
         ("mxfp8", "quantkit has no such numbers"),
         ("fp8_e5m2", "E4M3"),
         ("int9", "quantkit has no integers of 9 bits"),
@@ -112,6 +147,20 @@ def test_methods_formats_runtimes_and_other_choices_are_read_in_any_case() -> No
     assert scoring.metrics == ("perplexity", "kl_divergence", "top1_agreement", "speed")
     assert (scoring.loader, scoring.device, scoring.texts[0].bundled) == ("transformers", "cuda:0", "prose")
     assert RUNTIMES.get("vLLM").name == "vllm"
+
+
+def test_gates_are_read_as_people_write_them() -> None:
+    for written, plain in {
+        "ppl ≤ 10": "perplexity <= 10",
+        "top1 ≥ 95 %": "top1_agreement >= 95%",
+        "ppl =< 10": "perplexity <= 10",
+        "PPL <= float + 5%": "perplexity <= baseline +5%",
+        "ppl<=reference+5%": "perplexity <= baseline +5%",
+        "top1 − 1%": "top1_agreement - 1%",  # noqa: RUF001 - a minus sign is meant
+    }.items():
+        found, wanted = parse_gate(written), parse_gate(plain)
+        told = [(each.path, each.comparison, each.bound, each.kind) for each in (found, wanted)]
+        assert told[0] == told[1], written
 
 
 def test_patches_and_defaults_take_the_same_names() -> None:

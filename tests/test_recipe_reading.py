@@ -18,6 +18,7 @@ from quantkit.errors import QuantkitError, RecipeError
 from quantkit.recipe import Recipe, TextSpec
 from quantkit.recipe.fields import named_after
 from quantkit.run_history.store import History, Wanted
+from quantkit.schemes import IntScheme
 from tests.runs import recipe_data, write_recipe
 
 MISTAKEN = """\
@@ -87,7 +88,10 @@ def test_variables_stand_for_what_the_environment_holds(monkeypatch: pytest.Monk
     assert found.model.source == "./von-außen/v1"
     assert found.own_variants[0].base_scheme().bits == 8
     quoted = mistakes(SMALL.format(model="x", bits="'${BITS}'"))
-    assert "bits: must be a valid integer, not '8'" in quoted[0]
+    assert "bits: must be a valid integer, not '8' (write it without quotes)" in quoted[0]
+    flow = "name: demo\nmodel: x\nvariants: [{name: a, bits: ${BITS}, overrides: {'up$': {bits: ${ELSE:-4}}}}]\n"
+    inside = Recipe.parse(flow).own_variants[0]
+    assert (inside.base_scheme().bits, inside.scheme_of("x.up")) == (8, IntScheme(4))
     plain = Recipe.parse(SMALL.format(model="$${MODEL}-$HOME", bits=4))
     assert plain.model.source == "${MODEL}-$HOME"
     assert Recipe.parse(plain.to_yaml()).model.source == plain.model.source
@@ -244,3 +248,47 @@ def test_names_and_titles_of_any_script_work_from_end_to_end(model: Path, record
     (record,) = History(here / "历史.sqlite").runs(Wanted(name="每周"))
     assert record.variants[0].name == "四位-ü"
     assert "每周" in invoke("history", "--file", here / "历史.sqlite").stdout
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("name: demo\nmodel:\n\tsource: x\n", "demo.yaml:3 is not valid YAML: found character '\\t' that cannot start"),
+        ("name: demo\nmodel:\n\tsource: x\n", "(indent with spaces"),
+        ("name: demo\nmodel: x\nname: again\n", "demo.yaml:3 is not valid YAML: key 'name' is given twice"),
+        (
+            "a: &a {bits: 4}\nb:\n  c: *a\n",
+            "demo.yaml:3 is not valid YAML: aliases (*name) are not allowed (write it",
+        ),
+        ("name: demo\nvariants:\n  - {name: a, <<: {bits: 4}}\n", "goes into 'defaults'"),
+        ("name: demo\nmodel: {source: ${A}\nvariants: [", "demo.yaml:3 is not valid YAML: "),
+    ],
+)
+def test_what_is_no_yaml_is_told_with_its_line_and_the_way_out(text: str, said: str) -> None:
+    assert said in mistakes(text)[0]
+
+
+def test_a_tilde_is_home_in_every_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    text = """\
+name: demo
+model: {source: ~/m, adapter: ~/a}
+calibration: {dataset: ~/c.jsonl, chat_template: ~/t.jinja}
+variants: [{name: a}]
+evaluation: {texts: [~/t.txt], tasks: [~/t.yaml], answers: ~/q.jsonl, samples: ~/p.txt}
+report: {folder: ~/out}
+history: {file: ~/h.sqlite}
+"""
+    found = Recipe.parse(text)
+    scoring = found.evaluation
+    assert scoring.answers is not None
+    assert scoring.samples is not None
+    told = [
+        found.model.source, found.model.adapter[0].source, found.calibration.dataset, found.calibration.chat_template,
+        scoring.texts[0].file, scoring.tasks[0].file, scoring.answers.file, scoring.samples.file, str(found.folder),
+        str(found.history_file),
+    ]  # fmt: skip
+    assert [path for path in told if path is None or not path.startswith(str(tmp_path))] == []
+    assert (
+        "there is no home folder '~nobody-of-this-name'" in mistakes(text.replace("~/m", "~nobody-of-this-name/m"))[0]
+    )

@@ -7,9 +7,9 @@ from quantkit.system.registry import Registry
 
 ALSO = {
     **dict.fromkeys(("ct", "llm-compressor"), "compressed-tensors"),
-    **dict.fromkeys(("auto-gptq", "gptqmodel"), "gptq"),
+    **dict.fromkeys(("auto-gptq", "gptqmodel", "gptq-marlin"), "gptq"),
     **dict.fromkeys(("llama.cpp", "ggml"), "gguf"),
-    "autoawq": "awq",
+    **dict.fromkeys(("autoawq", "awq-marlin"), "awq"),
     "bnb": "bitsandbytes",
 }
 """What the field also calls a format, mostly by who writes it."""

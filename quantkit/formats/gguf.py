@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 IMPORTANCE = "importance"
 """The part of a weight, and the suffix beside its blocks, with the mean square of each input column."""
-KINDS = ("mxfp4", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl", "q4_k_m", "q5_k_m", "q3_k_m")
+KINDS = ("mxfp4", "q2_k_mix", "q3_k", "q4_k", "q5_k", "q6_k_mix", "iq4_nl", "q4_k_m", "q5_k_m", "q3_k_m")
 MIXED = ("q4_k_m", "q5_k_m", "q3_k_m", "q6_k_mix", "q2_k_mix")
 """Mixtures, one for every width; they fit rows of any length that 32 divides."""
 TURNED = "llama.cpp computes with the keys' part of it transposed, head by head"

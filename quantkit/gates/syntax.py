@@ -16,6 +16,7 @@ from quantkit.gates.metrics import BYTE_UNITS, METRICS, Metric, full_path
 from quantkit.system.names import chosen
 
 Kind = Literal["absolute", "baseline", "accepted"]
+_AGAINST = dict.fromkeys(("baseline", "float", "reference"), "baseline")
 OPERATORS: dict[str, Callable[[float, float], bool]] = {
     "<=": operator.le,
     "<": operator.lt,
@@ -31,9 +32,11 @@ _PATH = r"\s*(?P<path>\w[^\s<>=+%]*)"
 _NUMBER = r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?"
 _ABSOLUTE = re.compile(rf"{_PATH}\s*(?P<operator><=|>=|<|>)\s*(?P<number>[+-]?{_NUMBER})\s*(?P<unit>%|[A-Za-z]*)\s*")
 _RELATIVE = re.compile(
-    rf"{_PATH}\s*(?P<operator><=|>=|<|>)\s*(?P<against>baseline|accepted)\s*"
+    rf"{_PATH}\s*(?P<operator><=|>=|<|>)\s*(?P<against>baseline|float|reference|accepted)\s*"
     rf"(?:(?P<sign>[+-])\s*(?P<number>{_NUMBER})\s*%)?\s*"
 )
+_SIGNS = {"≤": "<=", "≥": ">=", "=<": "<=", "=>": ">=", "−": "-"}  # noqa: RUF001 - a minus sign is meant
+"""Other ways to write what a gate has."""
 _SHORT = re.compile(rf"{_PATH}\s*(?P<sign>[+]|(?<=\s)-)\s*(?P<number>{_NUMBER})\s*%\s*")
 
 
@@ -94,7 +97,8 @@ def parse_gate(gate: str) -> Gate:
     Raises:
         RecipeError: it is not a gate; the remedy says what is allowed.
     """
-    match = _ABSOLUTE.fullmatch(gate) or _RELATIVE.fullmatch(gate) or _SHORT.fullmatch(gate)
+    plain = re.sub("|".join(_SIGNS), lambda sign: _SIGNS[sign[0]], gate)
+    match = _ABSOLUTE.fullmatch(plain) or _RELATIVE.fullmatch(plain) or _SHORT.fullmatch(plain)
     if match is None:
         raise RecipeError(f"gate '{gate}' is not a condition", f"write {SHAPE}")
     metric, _, rest = full_path(match["path"]).partition(".")
@@ -105,7 +109,7 @@ def parse_gate(gate: str) -> Gate:
     if "unit" in parts:
         factor, kind = _factor(gate, metric, parts["unit"]), "absolute"
     else:
-        factor, kind = Decimal(f"{parts['sign'] or '+'}0.01"), parts.get("against") or "accepted"
+        factor, kind = Decimal(f"{parts['sign'] or '+'}0.01"), _AGAINST.get(str(parts.get("against")), "accepted")
     bound = float(Decimal(parts["number"] or 0) * factor)
     if not math.isfinite(bound):
         raise RecipeError(f"gate '{gate}': the number is too large")

@@ -20,7 +20,7 @@ FILE_TYPES = {
         for kind in ("F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "Q2_K", "Q6_K")
     },
     **{kind: f"MOSTLY_{kind}_S" for kind in ("Q3_K", "Q4_K", "Q5_K")},
-    **{preset: f"MOSTLY_{preset}" for preset in ("Q3_K_M", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M")},
+    **{preset: f"MOSTLY_{preset}" for preset in ("Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M")},
     MXFP4: "MOSTLY_MXFP4_MOE",
 }
 """By the preset or the commonest type of a file, llama.cpp's name for the whole."""

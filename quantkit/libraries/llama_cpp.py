@@ -26,7 +26,10 @@ if TYPE_CHECKING:
 
 LEGACY = {"q8_0": 8, "q4_0": 4, "q4_1": 4, "q5_0": 5, "q5_1": 5}
 KQUANTS = {"q4_k": 4, "q2_k": 2, "q3_k": 3, "q5_k": 5, "q6_k": 6, "iq4_nl": 4}
-MIXTURES = {"q4_k_m": 4, "q4_k_s": 4, "q2_k_mix": 2, "q3_k_m": 3, "q5_k_m": 5, "q5_k_s": 5, "q6_k_mix": 6}
+MIXTURES = {
+    "q4_k_m": 4, "q4_k_s": 4, "q2_k_mix": 2, "q3_k_s": 3, "q3_k_m": 3, "q3_k_l": 3,
+    "q5_k_m": 5, "q5_k_s": 5, "q6_k_mix": 6,
+}  # fmt: skip
 """By method, its bits: block types from before the K-quants, the others, and presets that mix these by layer."""
 PARTS = {
     "attn_q": "self_attn.q_proj",

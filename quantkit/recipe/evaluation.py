@@ -12,7 +12,7 @@ from pydantic import Field, field_validator, model_validator
 from quantkit.errors import RecipeError, did_you_mean
 from quantkit.gates import Gate
 from quantkit.recipe.columns import Columns, Tags, with_entry
-from quantkit.recipe.fields import Device, Flag, Name, Section, Whole, named_after, require_distinct
+from quantkit.recipe.fields import Device, Flag, Name, Place, Section, Whole, named_after, require_distinct
 from quantkit.runtimes import RUNTIMES
 from quantkit.system.names import chosen
 from quantkit.system.validation import located
@@ -42,7 +42,7 @@ class TaskSpec(Section):
     """
 
     name: Annotated[str, Field(min_length=1)] | None = None
-    file: str | None = None
+    file: Place | None = None
     limit: Annotated[Whole, Field(ge=1)] | None = None
     fewshot: Annotated[Whole, Field(ge=0)] | None = None
     max_length: Annotated[Whole, Field(ge=16)] = 2048
@@ -81,7 +81,7 @@ class AnswerSpec(Section):
             code and runs only with ``model.trust_remote_code``.
     """
 
-    file: str | None = None
+    file: Place | None = None
     dataset: str | None = None
     config: str | None = None
     split: str = "test"
@@ -136,7 +136,7 @@ class SampleSpec(Section):
 
     DRAWN: ClassVar[int] = 5
     prompts: tuple[Annotated[str, Field(min_length=1)], ...] = ()
-    file: str | None = None
+    file: Place | None = None
     columns: Columns = Field(default_factory=dict)
     tags: Tags = Field(default_factory=dict)
     count: Annotated[Whole, Field(ge=1)] | None = None
@@ -188,7 +188,7 @@ class TextSpec(Section):
 
     name: Name
     bundled: Literal["prose", "answers"] | None = None
-    file: str | None = None
+    file: Place | None = None
     dataset: str | None = None
     config: str | None = None
     split: str = "test"

@@ -6,6 +6,7 @@ import re
 import unicodedata
 from collections.abc import Collection, Mapping
 from functools import cache
+from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
@@ -32,6 +33,19 @@ Name = Annotated[
     AfterValidator(_as_file_name),
 ]
 """A name of any script, which files and folders have too."""
+
+
+def _at_home(path: str) -> str:
+    if not path.startswith("~"):
+        return path
+    try:
+        return str(Path(path).expanduser())
+    except RuntimeError as error:
+        raise ValueError(f"there is no home folder '{path.partition('/')[0]}'") from error
+
+
+Place = Annotated[str, AfterValidator(_at_home)]
+"""A path, or another name of what is meant; ``~`` is one's home."""
 Title = Annotated[str, Field(min_length=1, max_length=200)]
 """What people read beside a name; any text on one line."""
 Whole = Annotated[int, Field(strict=True)]

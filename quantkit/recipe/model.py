@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from quantkit.recipe.fields import Flag, Section, require_distinct
+from quantkit.recipe.fields import Flag, Place, Section, require_distinct
 
 HUB_REFERENCE = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(?P<revision>[\w./-]+))?", re.ASCII)
 """``org/name`` or ``org/name@revision`` of the hub."""
@@ -24,7 +24,7 @@ class AdapterSpec(Section):
         weight: what its change of the weights is multiplied with.
     """
 
-    source: Annotated[str, Field(min_length=1)]
+    source: Annotated[Place, Field(min_length=1)]
     weight: Annotated[float, Field(allow_inf_nan=False)] = 1.0
 
     @field_validator("weight")
@@ -50,7 +50,7 @@ class ModelSpec(Section):
         decode: decode a source that a tool has quantized (GPTQ, AWQ, bitsandbytes ...), instead of refusing it.
     """
 
-    source: str
+    source: Place
     adapter: tuple[AdapterSpec, ...] = ()
     revision: str | None = None
     dtype: Literal["auto", "own", "float32", "float16", "bfloat16"] = "auto"

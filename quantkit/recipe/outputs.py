@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, field_validator
 
-from quantkit.recipe.fields import Flag, Section, Whole
+from quantkit.recipe.fields import Flag, Place, Section, Whole
 from quantkit.system.units import parse_bytes
 from quantkit.system.validation import located
 
@@ -20,7 +20,7 @@ class ReportSpec(Section):
         formats: which files are written; the JSON always is.
     """
 
-    folder: str | None = None
+    folder: Place | None = None
     formats: tuple[Literal["html", "md", "json"], ...] = ("html", "md", "json")
 
 
@@ -58,7 +58,7 @@ class HistorySpec(Section):
     """
 
     enabled: Flag = True
-    file: Annotated[str, Field(min_length=1)] | None = None
+    file: Annotated[Place, Field(min_length=1)] | None = None
 
 
 class RetentionSpec(Section):

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from quantkit.recipe.columns import Columns, Tags, with_entry
-from quantkit.recipe.fields import Device, Section, Whole
+from quantkit.recipe.fields import Device, Place, Section, Whole
 
 
 class CalibrationSpec(Section):
@@ -33,14 +33,14 @@ class CalibrationSpec(Section):
             times the width of its input; 0 leaves each its own alone.
     """
 
-    dataset: str = "alpaca_gpt4"
+    dataset: Place = "alpaca_gpt4"
     columns: Columns = Field(default_factory=dict)
     tags: Tags = Field(default_factory=dict)
     samples: Annotated[Whole, Field(ge=1)] = 128
     max_length: Annotated[Whole, Field(ge=8)] = 512
     seed: Whole = 0
     packing: Literal["none", "full"] = "none"
-    chat_template: str = "auto"
+    chat_template: Place = "auto"
     max_lost: Annotated[float, Field(ge=0, le=1)] = 0.5
     inputs: Literal["quantized", "float"] = "quantized"
     experts: Literal["routed", "all"] = "routed"

@@ -25,10 +25,15 @@ _FP8_ROUNDED = {"scheme": "fp8", "activations": "dynamic"}
 _BNB: dict[str, Any] = {"format": "bitsandbytes", "method": "rtn"}
 _FP8 = {"scheme": "fp8"}
 _MEANINGS: tuple[tuple[dict[str, Any], tuple[str, ...]], ...] = (
-    (_FP8, ("float8", "fp8 e4m3", "e4m3", "float8 e4m3fn", "fp8 a16", "w8a16 fp8", "float8 weight only", "float8wo")),
+    (_FP8, ("float8", "fp8 e4m3", "fp8 e4m3fn", "e4m3", "e4m3fn", "float8 e4m3", "float8 e4m3fn", "fp8 a16")),
+    (_FP8, ("fp8 w8a16", "w8a16 fp8", "float8 weight only", "float8wo")),
     (_FP8_ROUNDED, ("fp8 dynamic", "fp8 w8a8", "w8a8 fp8", "float8 dynamic", "float8dq", "fp8 a8")),
     (_FP8_ROUNDED, ("float8 dynamic activation float8 weight",)),
-    *(({**_FP8, "granularity": shape}, (f"fp8 {shape}",)) for shape in ("tensor", "channel", "block")),
+    *(
+        ({**_FP8, "granularity": shape}, (f"fp8 {shape}", f"fp8 per {shape}", f"fp8 {shape}wise", f"{shape}wise fp8"))
+        for shape in ("tensor", "channel", "block")
+    ),
+    ({**_FP8, "granularity": "block"}, ("fp8 128x128", "deepseek fp8")),
     *(
         ({**_FP8_ROUNDED, "granularity": shape}, (f"fp8 {shape} a8", f"fp8 {shape} dynamic"))
         for shape in ("tensor", "channel", "block")
@@ -36,7 +41,11 @@ _MEANINGS: tuple[tuple[dict[str, Any], tuple[str, ...]], ...] = (
     (_ROUNDED, ("int8 dynamic", "int8dq", "int8 dynamic activation int8 weight")),
     ({"scheme": "nvfp4"}, ("nvfp4 a16", "w4a16 nvfp4")),
     ({"scheme": "mxfp4"}, ("mxfp4 a16", "w4a16 mxfp4")),
-    ({"scheme": "nf4"}, ("normal float 4", "4bit nf4")),
+    ({"scheme": "nf4"}, ("normal float 4", "4bit nf4", "nf4 4bit")),
+    *(
+        ({"scheme": kind, "double_quant": True}, (f"{kind} dq", f"{kind} double quant", f"{kind} nested"))
+        for kind in ("nf4", "fp4")
+    ),
     ({"scheme": "nf4", **_BNB}, ("bnb 4bit", "bitsandbytes 4bit", "bnb nf4", "load in 4bit", "qlora")),
     ({"scheme": "fp4", **_BNB}, ("bnb fp4",)),
     ({**_ROUNDED, **_BNB}, ("bnb 8bit", "bitsandbytes 8bit", "bnb int8", "llm int8", "load in 8bit")),
@@ -49,18 +58,32 @@ _MEANINGS: tuple[tuple[dict[str, Any], tuple[str, ...]], ...] = (
          (f"q{bits} 1",))
         for bits in (4, 5)
     ),
+    *(({"scheme": "int", "bits": bits}, (f"i{bits}", f"s{bits}")) for bits in (4, 8)),
+    *(({"scheme": "int", "bits": bits, "symmetric": False}, (f"u{bits}",)) for bits in (4, 8)),
 )  # fmt: skip
 NAMED = {folded(name): keys for keys, names in _MEANINGS for name in names}
 """The keys of a variant by a name of the field."""
 _INTEGER = re.compile(
-    r"(?:w(?P<weights>\d+)a(?P<inputs>\d+)|a(?P<inputs2>\d+)w(?P<weights2>\d+)|(?P<sign>u?)int(?P<int>\d+)|(?P<bits>\d+)bits?)"
-    r"(?P<rest>(?:g\d+|group(?:size)?\d+|perchannel|channelwise|channel|sym|asym|wo|weightonly|int\d+|a8|descact|floatzeros|axis0)*)"
+    r"(?:w(?P<weights>{width})a(?P<inputs>{width})|a(?P<inputs2>{width})w(?P<weights2>{width})"
+    r"|(?P<sign>u?)int(?P<int>{width})|(?P<bits>{width})(?:bits?)?)"
+    r"(?P<rest>(?:g\d+|group(?:size)?\d+|perchannel|channelwise|channel|sym|asym|wo|weightonly|int\d|\d+g|a8|descact"
+    r"|floatzeros|axis0)*)".replace("{width}", r"32|16|\d")
 )
 _TAIL = re.compile(
-    r"g(?:roup(?:size)?)?(\d+)|(perchannel|channelwise|channel)|(asym)|(sym)|(a8)|(descact)|(floatzeros)|(axis0)"
+    r"int\d|(?:g(?:roup(?:size)?)?(?=\d)|(?=\d+g))(\d+)g?|(perchannel|channelwise|channel)|(asym)|(sym)|(a8)|(descact)"
+    r"|(floatzeros)|(axis0)"
 )
-_METHOD = re.compile(r"(gptq|awq|hqq|rtn|gguf)(?=.)")
+_OWNERS = "gptq|awq|hqq|rtn|gguf"
+_OWNED = re.compile(
+    rf"(?:mostly)?(?:(?P<before>{_OWNERS})(?=.))?(?P<rest>.+?)(?:config)?(?:(?<=.)(?P<behind>{_OWNERS}))?"
+)
+"""A method or format before or behind a scheme (``gptq-int4``, ``INT4_AWQ``); what GGUF heads and torchao add."""
+PRESETS = {"q2k": "q2_k_mix", "q6k": "q6_k_mix"}
+"""llama.cpp's presets of which one type of block has the name too."""
 _OTHERS = {
+    r"(gptq|awq)?marlin.*": "it is a kernel of vLLM, which it takes for files of the formats gptq and awq by itself",
+    r"fp8(tensor|channel)?(a8)?static.*": "quantkit has no static scales of activations; FP8_DYNAMIC needs none",
+    r".*kv(cache)?\d*(fp8|int8)?": "in how many bits the KV cache is kept is said to the server",
     r"(i?q\d[a-z0-9]*|tq\d[a-z0-9]*|ud.*)": "llama.cpp has such a type or mixture, and quantkit does not make it",
     r"(mxfp[68].*|mxint.*|fp6.*|float6.*|int16|uint16)": "quantkit has no such numbers",
     r".*e5m2.*": "quantkit's 8-bit floats are E4M3",
@@ -81,24 +104,35 @@ def scheme_named(name: str) -> dict[str, Any]:
     Raises:
         SchemeError: quantkit does not know it, or knows it and cannot do it.
     """
-    wanted = folded(name)
-    owner = _METHOD.match(wanted)
-    if name not in SCHEMES and owner and wanted not in NAMED:
-        key = "format" if owner[1] == "gguf" else "method"
-        return {**scheme_named(wanted[owner.end() :]), key: owner[1]}
-    if name in SCHEMES:
-        return {"scheme": SCHEMES.name_of(name)}
-    if (plain := chosen(name, _PLAIN)) is not None:
-        return {"scheme": plain}
+    elsewhere = _elsewhere(name)
+    found = _meaning(name, folded(name))
+    owned = _OWNED.fullmatch(folded(name))
+    if found is None and owned and not elsewhere:
+        owner = owned["before"] or owned["behind"]
+        found = _meaning(name, owned["rest"])
+        if found is not None and owner:
+            found |= {"format" if owner == "gguf" else "method": owner}
+    if found is not None:
+        return found
+    for pattern, why in _OTHERS.items():
+        if re.fullmatch(pattern, folded(name)):
+            raise SchemeError(f"scheme '{name}': {why}", elsewhere or _near(name))
+    raise SchemeError(f"unknown scheme '{name}'", elsewhere or _near(name))
+
+
+def preset_named(name: str) -> str:
+    """What a variant as a whole means by a name that a type of block and a preset of llama.cpp share: the preset."""
+    return PRESETS.get(folded(name).removeprefix("gguf").removesuffix("gguf"), name)
+
+
+def _meaning(name: str, wanted: str) -> dict[str, Any] | None:
+    """What a folded name says by itself; None where it says nothing that quantkit knows."""
+    if (kind := chosen(wanted, SCHEMES.names())) is not None or (kind := chosen(wanted, _PLAIN)) is not None:
+        return {"scheme": kind}
     if wanted in NAMED:
         return dict(NAMED[wanted])
     found = _INTEGER.fullmatch(wanted)
-    if found is not None:
-        return _integers(name, found)
-    for pattern, why in _OTHERS.items():
-        if re.fullmatch(pattern, wanted):
-            raise SchemeError(f"scheme '{name}': {why}", _near(name))
-    raise SchemeError(f"unknown scheme '{name}'", _elsewhere(name) or _near(name))
+    return None if found is None else _integers(name, found)
 
 
 def _integers(name: str, found: re.Match[str]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from quantkit.errors import RecipeError, SchemeError
 from quantkit.formats import FORMATS
 from quantkit.libraries import LIBRARIES
 from quantkit.methods import METHODS
-from quantkit.recipe.scheme_names import scheme_named
+from quantkit.recipe.scheme_names import preset_named, scheme_named
 from quantkit.schemes import SCHEMES, scheme_keys
 from quantkit.system.registry import Registry
 from quantkit.transforms import TRANSFORMS
@@ -36,7 +36,9 @@ def spelled(given: Mapping[Any, Any]) -> Mapping[Any, Any]:
     for key in PATCHES:
         if key in found:
             found[key] = patch_spelled(found[key])
-    return _with_scheme(found) if isinstance(found.get("scheme"), str) else found
+    if not isinstance(found.get("scheme"), str):
+        return found
+    return _with_scheme({**found, "scheme": preset_named(found["scheme"])})
 
 
 def patch_spelled(patch: Any) -> Any:

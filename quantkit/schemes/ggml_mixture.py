@@ -194,6 +194,21 @@ class Q3KMMixture(GgmlMixture):
 
 @SCHEMES.register
 @dataclass(frozen=True, slots=True)
+class Q3KLMixture(GgmlMixture):
+    """Q3_K, with Q5_K for values, the attention's output and ``down``."""
+
+    kind: ClassVar[str] = "q3_k_l"
+    summary: ClassVar[str] = "llama.cpp's preset Q3_K_L: q3_k, with q5_k for v, o and down"
+    source: ClassVar[str] = KQUANT_SOURCE
+    preset: ClassVar[str] = "Q3_K_L"
+    base: ClassVar[GgmlScheme] = Q3KScheme()
+
+    def _chosen(self, place: Place) -> GgmlScheme:
+        return Q5KScheme() if place.part in (VALUE, OUTPUT, DOWN) else self.base
+
+
+@SCHEMES.register
+@dataclass(frozen=True, slots=True)
 class Q4KSMixture(GgmlMixture):
     """Q4_K, with Q5_K for values and ``down`` of the first blocks."""
 
@@ -240,6 +255,18 @@ class Q5KMMixture(_MediumMixture):
 class _EvenMixture(GgmlMixture):
     def _chosen(self, place: Place) -> GgmlScheme:
         return self.base
+
+
+@SCHEMES.register
+@dataclass(frozen=True, slots=True)
+class Q3KSMixture(_EvenMixture):
+    """Q3_K throughout, but for the head."""
+
+    kind: ClassVar[str] = "q3_k_s"
+    summary: ClassVar[str] = "llama.cpp's preset Q3_K_S: q3_k, with q6_k for the head"
+    source: ClassVar[str] = KQUANT_SOURCE
+    preset: ClassVar[str] = "Q3_K_S"
+    base: ClassVar[GgmlScheme] = Q3KScheme()
 
 
 @SCHEMES.register

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,17 @@ from quantkit.errors import RecipeError
 from quantkit.system.variables import expanded
 
 MAX_DIGITS = 64
+_VARIABLE = re.compile(r"\$\{([^{}\n]*)\}")
+_BRACES = "\ue000\ue001"
+"""Stand for the braces of a variable while YAML is read, which in ``{bits: ${BITS}}`` would take them for a mapping."""
+_BACK = str.maketrans(_BRACES, "{}")
+_SHARED = "write it out; what variants share goes into 'defaults'"
+_WAYS_OUT = {
+    "'\\t'": "indent with spaces: YAML takes no tabs there",
+    "yaml.org,2002:merge": _SHARED,
+    "aliases": _SHARED,
+}
+"""By what PyYAML says."""
 
 
 def parse_mapping(text: str, origin: str, variables: Mapping[str, str] | None = None) -> dict[str, Any]:
@@ -33,14 +45,23 @@ def parse_mapping(text: str, origin: str, variables: Mapping[str, str] | None = 
             f"{origin} is not valid YAML: it is nested too deeply", "a recipe has at most a dozen levels"
         ) from error
     except (yaml.YAMLError, ValueError) as error:
-        remedy = "write plain YAML: names, texts, numbers, lists and mappings, each key once"
-        raise RecipeError(f"{origin} is not valid YAML: {error}", remedy) from error
+        raise _not_yaml(error, origin, text) from error
     if mistakes:
         found = [RecipeError(f"{origin}:{line}: {error.problem}", error.remedy) for line, error in mistakes]
         raise RecipeError.together(found)
     if not isinstance(content, dict):
         raise RecipeError(f"{origin} is not a mapping of keys to values", "start with 'name:' and 'model:'")
     return content
+
+
+def _not_yaml(error: ValueError | yaml.YAMLError, origin: str, text: str) -> RecipeError:
+    """What is wrong with a text, and of one of several lines where."""
+    mark = error.problem_mark if isinstance(error, yaml.MarkedYAMLError) else None
+    said = error.problem if isinstance(error, yaml.MarkedYAMLError) and error.problem else str(error)
+    where = f"{origin}:{mark.line + 1}" if mark is not None and "\n" in text.strip() else origin
+    usual = "write plain YAML: names, texts, numbers, lists and mappings, each key once"
+    remedy = next((way for sign, way in _WAYS_OUT.items() if sign in said), usual)
+    return RecipeError(f"{where} is not valid YAML: {said.translate(_BACK)}", remedy)
 
 
 def _content(text: str, variables: Mapping[str, str] | None, mistakes: list[tuple[int, RecipeError]]) -> Any:
@@ -83,15 +104,20 @@ class StrictLoader(yaml.SafeLoader):
     """
 
     def __init__(self, stream: Any) -> None:
-        super().__init__(stream)
+        protected = isinstance(stream, str) and not any(brace in stream for brace in _BRACES)
+        super().__init__(_VARIABLE.sub(rf"${_BRACES[0]}\1{_BRACES[1]}", stream) if protected else stream)
         self.variables: Mapping[str, str] | None = None
         self.mistakes: list[tuple[int, RecipeError]] = []
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         """A node, unless it stands for another; variables in a value give way to what they stand for."""
         if self.check_event(yaml.events.AliasEvent):
-            raise yaml.YAMLError("aliases (*name) are not allowed")
+            peek_event: Any = self.peek_event
+            mark = peek_event().start_mark
+            raise yaml.MarkedYAMLError(problem="aliases (*name) are not allowed", problem_mark=mark)
         node = super().compose_node(parent, index)
+        if isinstance(node, yaml.ScalarNode):
+            node.value = node.value.translate(_BACK)
         is_key = isinstance(parent, yaml.MappingNode) and index is None
         if self.variables is None or is_key or not isinstance(node, yaml.ScalarNode) or "$" not in node.value:
             return node
@@ -112,7 +138,8 @@ class StrictLoader(yaml.SafeLoader):
             if isinstance(key, list | dict | set):
                 raise yaml.YAMLError("a key must be a plain name")
             if key in seen:
-                raise yaml.YAMLError(f"key '{key}' is given twice")
+                said = f"key '{key}' is given twice"
+                raise yaml.MarkedYAMLError(problem=said, problem_mark=key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
 

@@ -118,6 +118,8 @@ def _as_recipe_error(first: ErrorDetails, section: type[BaseModel], origin: str)
     message = _PLAIN.get(kind, first["msg"].replace("Input should ", "must "))
     is_name = kind == "string_pattern_mismatch" and location[-1] == "name"
     remedy = "letters may be of any script; a 'title' beside the name takes any text" if is_name else _SEE
+    if kind.startswith(("int_", "float_", "bool_")) and str(first["input"]).strip().lstrip("+-").isdigit():
+        remedy = "write it without quotes"
     return RecipeError(f"{where}{message}, not {_shown(first['input'])}", remedy)
 
 
