@@ -96,13 +96,19 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(
         ("vLLM", {"method": "rtn"}, "compressed-tensors"),
         ("vllm", {"scheme": "nf4", "method": "rtn"}, "bitsandbytes"),
         ("SGLang", {"method": "rtn"}, "compressed-tensors"),
+        ("text-generation-inference", {}, "compressed-tensors"),
+        ("GPT4All", {}, "gguf"),
+        ("gptqmodel", {}, "gptq"),
+        ("gptqmodel", {"method": "awq"}, "awq"),
         ("transformers", {"method": "none"}, "float"),
     ],
 )
 def test_who_loads_it_decides_the_format(target: str, keys: dict[str, Any], wanted: str) -> None:
     variant, remark = variant_for(target, {"name": "v", **keys})
     assert variant.format == wanted
-    assert bool(remark) == (target in ("LM-Studio", "SGLang") or wanted == "bitsandbytes")
+    assert bool(remark) == (
+        target in ("LM-Studio", "SGLang", "text-generation-inference", "GPT4All") or wanted == "bitsandbytes"
+    )
 
 
 def test_a_target_that_cannot_be_is_told_why() -> None:

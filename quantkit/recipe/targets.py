@@ -8,14 +8,17 @@ from typing import Any
 from quantkit.errors import QuantkitError, RecipeError, did_you_mean
 from quantkit.formats import FORMATS
 from quantkit.recipe.implied import FIRST_FORMATS
+from quantkit.recipe.steps import DEFAULT_METHOD
 from quantkit.recipe.variant import VariantSpec
 from quantkit.runtimes import RUNTIMES
 from quantkit.system.names import chosen
 from quantkit.system.validation import parse_section
 
 LIKE = {
-    **dict.fromkeys(("sglang", "tgi", "aphrodite"), "vllm"),
-    **dict.fromkeys(("lm-studio", "koboldcpp", "jan", "llama-cpp-python", "llama-server"), "llama.cpp"),
+    **dict.fromkeys(("sglang", "tgi", "text-generation-inference", "aphrodite"), "vllm"),
+    **dict.fromkeys(
+        ("lm-studio", "koboldcpp", "jan", "llama-cpp-python", "llama-server", "llamafile", "gpt4all"), "llama.cpp"
+    ),
 }
 """Programs that load what a runtime that quantkit knows loads, as their authors say; no test has tried them."""
 
@@ -33,7 +36,9 @@ def variant_for(target: str, given: Mapping[str, Any]) -> tuple[VariantSpec, str
     runtime = runtime_of(target)
     keys = {key: value for key, value in given.items() if value is not None}
     able = [
-        store for store in _formats() if runtime in FORMATS.get(store).runtimes and not FORMATS.get(store).read_only
+        store
+        for store in _formats(keys.get("method"))
+        if runtime in FORMATS.get(store).runtimes and not FORMATS.get(store).read_only
     ]
     if keys.get("format") is not None and FORMATS.name_of(keys["format"]) not in able:
         raise RecipeError(f"{target} does not load format {keys['format']}", f"it loads {', '.join(able)}")
@@ -66,9 +71,10 @@ def runtime_of(target: str) -> str:
     return LIKE.get(found, found)
 
 
-def _formats() -> list[str]:
-    """All formats, the likeliest first."""
-    return [*FIRST_FORMATS, *(name for name in FORMATS.names() if name not in FIRST_FORMATS)]
+def _formats(method: str | None) -> list[str]:
+    """All formats, the likeliest first: of those that few load, the one that is called as the method."""
+    others = sorted(FORMATS.names(), key=lambda name: name != (method or DEFAULT_METHOD))
+    return [*FIRST_FORMATS, *(name for name in others if name not in FIRST_FORMATS)]
 
 
 def _remark(target: str, runtime: str, store: str) -> str:
