@@ -11,7 +11,7 @@ from quantkit.calibration.model import ModelLimits
 from quantkit.calibration.rows import Drawn, Dropped, Packed
 from quantkit.recipe import CalibrationSpec
 from quantkit.records import RecordSet
-from quantkit.records.formats import UNKNOWN_FORMAT
+from quantkit.records.fields import UNKNOWN_FORMAT
 
 HISTOGRAM_BINS = 10
 MUCH = 0.1

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.errors import CalibrationError
-from quantkit.records.formats import check_columns, listed, parse
+from quantkit.records.fields import check_columns, listed
+from quantkit.records.formats import parse
 from quantkit.records.record import Message, Record, UnusableError
 
 FORMATS_HELP = (

@@ -2,154 +2,25 @@
 
 The format is recognized row by row, from the columns that are there and hold something, whatever their case: a
 conversation first, then a question with its answer, then a text. Columns are told by what people call them, see
-``NAMES``, unless a recipe says which is which. The alpaca and ShareGPT layouts are those of LLaMA-Factory's
-``data/README.md``.
+:mod:`quantkit.records.fields`, unless a recipe says which is which. The alpaca and ShareGPT layouts are those of
+LLaMA-Factory's ``data/README.md``.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import lru_cache
 from typing import Any
 
-from quantkit.errors import CalibrationError, did_you_mean
-from quantkit.recipe.columns import MEANINGS
+from quantkit.records.fields import NAMES, Fields, listed, plain
 from quantkit.records.parts import call_of, image_of, read_content
 from quantkit.records.record import IMAGE, Call, Message, Record, UnusableError, kind_of
 from quantkit.records.turns import Heard, checked_text, is_turn, json_of, read_turns, transcript
 
-NAMES = {
-    "messages": (
-        "messages", "conversations", "conversation", "chat", "dialog", "dialogue", "turns", "contents", "message_list",
-        "trajectory",
-    ),
-    "prompt": (
-        "instruction", "prompt", "question", "problem", "query", "request", "user", "human", "user_prompt",
-        "input_text", "instructions", "task", "message",
-    ),
-    "query": ("input", "query", "context", "inputs", "passage", "question", "problem"),
-    "response": (
-        "output", "response", "completion", "solution", "answer", "reply", "target", "target_text", "output_text",
-        "assistant", "outputs", "responses", "completions", "solutions", "answers", "final_answer", "ground_truth",
-        "generation", "generations", "ideal", "model_answer", "expected_output", "gpt", "bot",
-    ),
-    "chosen": (
-        "chosen", "accepted", "preferred", "preferred_output", "chosen_response", "response_chosen",
-        "preferred_response", "full_chosen",
-    ),
-    "system": ("system", "system_prompt", "system_message", "systeminstruction", "system_instruction"),
-    "history": ("history", "chat_history"),
-    "tools": ("tools", "functions", "available_tools"),
-    "reasoning": ("reasoning_content", "reasoning", "thinking", "complex_cot", "chain_of_thought", "cot", "rationale"),
-    "wanted": ("kto_tag", "label"),
-    "text": ("text", "content", "raw_content", "document", "page_content", "sentence", "article", "code", "markdown"),
-    "images": ("images", "image"),
-}  # fmt: skip
-"""What columns are called, without regard to case, blanks and hyphens; the first that holds something is it."""
-ASKS_ALONE = ("prompt", "question", "problem", "query")
-"""Columns that ask something even where no answer stands beside them."""
-FORMATS = ("messages", "chosen", "prompt", "query", "response", "text")
-"""Columns of which one makes a row a record."""
-BESIDE = {
-    "messages": {"messages", "chosen"},
-    "text": {"text"},
-    **{key: {"prompt", "query", "response", "chosen"} for key in ("prompt", "query", "response", "history")},
-    "chosen": {"messages", "prompt", "query", "chosen"},
-}
-"""With each column that a recipe names, those that count without being named."""
 HOLDERS = ("body", "request", "input", "prompt", "data", "row", "record", "example", "messages", "conversation")
 """Columns that may hold a whole row."""
-UNKNOWN_FORMAT = "no known format"
 NOT_WANTED = "its answer is marked as not wanted"
-_KEYS_SHOWN = 12
-
-
-class Fields:
-    """The columns of a row that mean something, by what they mean.
-
-    Args:
-        row: with its columns.
-        columns: of a recipe, see :data:`quantkit.recipe.columns.MEANINGS`.
-        others: columns that are not among these are looked for as usual.
-        prompts: any question needs no answer.
-    """
-
-    def __init__(
-        self, row: Mapping[str, Any], columns: Mapping[str, str], others: bool = True, prompts: bool = False
-    ) -> None:
-        self._row = row
-        self._prompts = prompts
-        self._named = {MEANINGS[name]: column for name, column in columns.items()}
-        keys = {_plain(key): key for key in reversed(list(row))}
-        allowed = set(NAMES)
-        for meaning in set(self._named) & set(BESIDE):
-            allowed -= set(FORMATS) - BESIDE[meaning]
-        usual = allowed - set(self._named) if others or not columns else set()
-        self._columns: dict[str, str] = {}
-        for meaning in NAMES:
-            if meaning in self._named:
-                there = [self._named[meaning]] if self._named[meaning] in row else []
-            else:
-                there = [keys[name] for name in NAMES[meaning] if name in keys] if meaning in usual else []
-            free = [key for key in there if key not in self._columns.values()]
-            chosen = next((key for key in free if _holds(row[key])), free[0] if free else None)
-            if chosen is not None:
-                self._columns[meaning] = chosen
-
-    def __contains__(self, meaning: str) -> bool:
-        """Whether it is there and holds something."""
-        return meaning in self._columns and _holds(self._row[self._columns[meaning]])
-
-    def __getitem__(self, meaning: str) -> Any:
-        """What it holds; None where it holds nothing."""
-        return self._row[self._columns[meaning]] if meaning in self else None
-
-    def column(self, meaning: str) -> str:
-        """Its name in the data set."""
-        return self._columns.get(meaning, self._named.get(meaning, meaning))
-
-    def is_blank(self, meaning: str) -> bool:
-        """Whether it is there and holds nothing, or was promised and is not there."""
-        return meaning not in self and (
-            (meaning in self._columns and self._row[self._columns[meaning]] is not None) or meaning in self._named
-        )
-
-    def asks(self) -> bool:
-        """Whether it is a question, with an answer or without one."""
-        if not ("prompt" in self or "query" in self):
-            return False
-        if self._prompts or "response" in self or "chosen" in self or {"prompt", "query"} & set(self._named):
-            return True
-        asked = _plain(self.column("prompt" if "prompt" in self else "query"))
-        return asked in ASKS_ALONE and not ("text" in self and self.column("text").lower() == "text")
-
-    def why_not(self) -> str:
-        """Why it is no record."""
-        answers = ("response", "prompt") if "prompt" in self else ("prompt", "response")
-        order = ("messages", "chosen", *answers, "text", "query")
-        blank = next((meaning for meaning in order if self.is_blank(meaning)), None)
-        return self.blank_reason(blank) if blank else f"{UNKNOWN_FORMAT} (keys: {listed(self._row)})"
-
-    def blank_reason(self, meaning: str) -> str:
-        """Why one that is blank makes the row unusable."""
-        column = self.column(meaning)
-        if self._row.get(column) is None:
-            return f"has no '{column}' (keys: {listed(self._row)})"
-        return f"'{column}' is empty" if isinstance(self._row[column], str) else f"'{column}' holds no message"
-
-
-def check_columns(columns: Mapping[str, str] | None) -> None:
-    """Check a renaming: each key is a name that a format knows, each value a column of the data set.
-
-    Raises:
-        CalibrationError: a key is unknown.
-    """
-    for name in columns or {}:
-        if name not in MEANINGS:
-            raise CalibrationError(f"unknown column name '{name}'", did_you_mean(name, MEANINGS))
 
 
 def parse(
@@ -191,13 +62,6 @@ def parse(
     for text in (*tools, *(text for message in record.messages for call in message.calls for text in _texts(call))):
         checked_text(text, fields.column("tools") if text in tools else "tool_calls")
     return replace(record, tools=tools, changes=tuple(dict.fromkeys((*record.changes, *heard.changes))))
-
-
-def listed(row: object) -> str:
-    """The keys of a row, for messages."""
-    keys = [str(key) for key in row] if isinstance(row, Mapping) else []
-    more = f" and {len(keys) - _KEYS_SHOWN} more" if len(keys) > _KEYS_SHOWN else ""
-    return ", ".join(keys[:_KEYS_SHOWN]) + more if keys else "none"
 
 
 def _record(row: Mapping[str, Any], fields: Fields, heard: Heard, tags: Mapping[str, str], *, by_form: bool) -> Record:
@@ -325,7 +189,7 @@ def _turns_by_their_form(row: Mapping[str, Any]) -> str | None:
         given = json_of(value)
         if isinstance(given, list) and given and all(is_turn(turn) for turn in given):
             return column
-        if _plain(column) == "data" and isinstance(given, list) and len(given) > 1 and _are_texts(given):
+        if plain(column) == "data" and isinstance(given, list) and len(given) > 1 and _are_texts(given):
             return column
     return None
 
@@ -336,8 +200,8 @@ def _lifted(row: Mapping[str, Any], columns: Mapping[str, str]) -> Mapping[str, 
     if isinstance(tree, Mapping) and isinstance(tree.get("replies"), list):
         return {"messages": _first_thread(tree)}
     for key, value in row.items():
-        inner = json_of(value) if _plain(key) in HOLDERS and key not in columns.values() else None
-        if isinstance(inner, Mapping) and any(_plain(str(name)) in NAMES["messages"] for name in inner):
+        inner = json_of(value) if plain(key) in HOLDERS and key not in columns.values() else None
+        if isinstance(inner, Mapping) and any(plain(str(name)) in NAMES["messages"] for name in inner):
             rest = {name: held for name, held in row.items() if name != key}
             return {**rest, **{str(name): held for name, held in inner.items()}}
     return row
@@ -423,15 +287,3 @@ def _plain_text(fields: Fields, meaning: str) -> str:
 
 def _as_list(value: Any) -> list[Any]:
     return [] if value is None else value if isinstance(value, list) else [value]
-
-
-def _holds(value: Any) -> bool:
-    """Whether a column holds anything: null, a missing number of a table, blanks and empty lists are nothing."""
-    if value is None or value != value:
-        return False
-    return bool(value.strip()) if isinstance(value, str) else not (isinstance(value, list | dict) and not value)
-
-
-@lru_cache(maxsize=4096)
-def _plain(key: str) -> str:
-    return re.sub(r"[\s-]+", "_", key.strip().lower())
