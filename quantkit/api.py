@@ -341,6 +341,7 @@ def estimate(
     format: str | None = None,  # noqa: A002 - the recipe's word
     dtype: str | None = None,
     train: bool = False,
+    trust_remote_code: bool = False,
     **options: Any,
 ) -> Estimate:
     """What a quantized model takes on disk, while it runs, while it is quantized, and on request while it is trained.
@@ -352,6 +353,7 @@ def estimate(
         method, scheme, format: names, see :func:`quantize`.
         dtype: of the float model; its config's own by default.
         train: estimate QLoRA training too.
+        trust_remote_code: run Python code that comes with the model in a folder.
         options: ``batch``, ``context``, ``kv_dtype``, ``lora_rank`` and other keys of
             :class:`quantkit.estimation.Use`, and further keys of a variant.
 
@@ -360,7 +362,8 @@ def estimate(
     """
     from quantkit.estimation import estimate as estimated
 
-    return estimated(str(model), method=method, scheme=scheme, format=format, dtype=dtype, train=train, **options)
+    given: dict[str, Any] = {"method": method, "scheme": scheme, "format": format, "dtype": dtype, "train": train}
+    return estimated(str(model), trust_remote_code=trust_remote_code, **given, **options)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import quantkit
@@ -13,6 +14,7 @@ from quantkit.checkpoint import CheckpointReader
 from quantkit.exports.manifest import read_manifest
 from quantkit.merging import merged_source
 from quantkit.recipe import MergeSpec, ModelSpec
+from quantkit.source import resolve
 from quantkit.source.halving import halved
 from quantkit.system.artifacts import read_json
 from tests.adapters import make_adapter
@@ -25,10 +27,10 @@ from tests.tiny import make_model, tiny_tokenizer
     [
         ([torch.tensor([1.0, 2.0**100, 2.0**-15])], "bfloat16", "every value"),
         ([torch.tensor([1.0009765625])], "float16", "every value"),
-        ([torch.tensor([1.5]), torch.tensor([1.0009765625]), torch.tensor([70000.0])], "bfloat16", "rounds"),
-        ([torch.tensor([0.1])], "bfloat16", "rounds"),
+        ([torch.tensor([1.5]), torch.tensor([1.0009765625]), torch.tensor([70000.0])], "bfloat16", "significant bits"),
+        ([torch.tensor([0.1])], "bfloat16", "significant bits"),
         ([torch.tensor([1 << 40]), torch.tensor([2.0])], "bfloat16", "every value"),
-        ([torch.tensor([torch.nan])], "bfloat16", "rounds"),
+        ([torch.tensor([torch.nan])], "bfloat16", "significant bits"),
     ],
 )
 def test_the_dtype_is_the_one_that_holds_the_values(tensors: list[torch.Tensor], dtype: str, why: str) -> None:
@@ -89,3 +91,22 @@ def test_a_merge_into_a_wide_base_is_rounded_once(tmp_path: Path) -> None:
     for name in CheckpointReader(full.folder).names():
         whole = CheckpointReader(full.folder).read(name)
         assert torch.equal(CheckpointReader(half.folder).read(name), whole.bfloat16())
+
+
+def test_values_that_a_dtype_makes_zeros_are_told(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model", dtype=torch.bfloat16)
+    name, file = "model.layers.0.mlp.up_proj.weight", model / "model.safetensors"
+    tensors = load_file(file)
+    tensors[name][0] *= 1e-8
+    save_file(tensors, file, {"format": "pt"})
+    for work in ("first", "first"):  # told again where the copy lies there already
+        source = resolve(ModelSpec(source=str(model), dtype="float16"), tmp_path / work)
+        (line,) = source.notes
+        row = tensors[name].shape[1]
+        assert line.startswith(f"{row} values of 1 tensor are too small for float16 and became 0, 0.0078 of those of")
+        assert name in line
+    notebook = Notebook()
+    quantkit.quantize(model, out=tmp_path / "out", method="rtn", dtype="float16", observer=notebook)
+    assert any("too small for float16" in note for note in notebook.notes)
+    save_file({**tensors, name: tensors[name].clone()[:].fill_(0.5)}, file, {"format": "pt"})
+    assert resolve(ModelSpec(source=str(model), dtype="float16"), tmp_path / "second").notes == ()

@@ -67,6 +67,8 @@ LINES: dict[str, tuple[str, ...]] = {
     "convert": ("convert", "{export}", "--to", "gptq", "--out", "{out}"),
     "merge": ("merge", "{model}", "{adapter}", "{out}", "--any-base"),
     "verify": ("verify", "{export}"),
+    "estimate": ("estimate", "{model}"),
+    "estimate --cards": ("estimate", "{model}", "--cards"),
 }
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from quantkit.cli.base import AsJson, app, console, say
+from quantkit.cli.base import AsJson, TrustsCode, app, console, say
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -94,11 +94,13 @@ def estimate(
     calibration_tokens: Annotated[int | None, typer.Option(help="That the model is quantized with.")] = None,
     fits: Annotated[str | None, typer.Option(metavar="MEMORY", help="What fits so much memory, such as 8GiB.")] = None,
     cards: Annotated[bool, typer.Option("--cards", help="What fits the usual cards.")] = False,
+    trust_remote_code: TrustsCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Estimate the memory that a model takes, from its config alone."""
     use = {"batch": batch, "context": context, "kv_dtype": kv_dtype, "lora_rank": lora_rank}
     use |= {"device": device, "overhead": overhead, "calibration_tokens": calibration_tokens}
+    use["trust_remote_code"] = trust_remote_code
     if fits is not None or cards:
         _print_what_fits(model, use, fits, as_json)
         return

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers.integrations.heterogeneity import AmbiguousGlobalPerLayerAttributeError
 
+from quantkit.checkpoint.companions import code_files, copy_files
 from quantkit.engine.float_parts import float_parts
 from quantkit.engine.layers import Layer
 from quantkit.engine.skeleton import Skeleton
@@ -31,7 +32,7 @@ EXPERT = re.compile(r"\.\d+\.")
 """In a layer's path inside its block: it is one of a list, as experts are."""
 
 
-def built(data: Mapping[str, Any], name: str) -> Anatomy:
+def built(data: Mapping[str, Any], name: str, code: Path | None = None) -> Anatomy:
     """The anatomy of the model of a config.
 
     Of a model of several parts that transformers does not build as a whole, the text model alone is looked at.
@@ -39,6 +40,7 @@ def built(data: Mapping[str, Any], name: str) -> Anatomy:
     Args:
         data: as ``config.json`` of a float model has it.
         name: of the model, for messages.
+        code: folder of a model whose Python code may run; None for none.
 
     Raises:
         SourceError: transformers cannot build it, or its config lacks what the cache depends on.
@@ -46,7 +48,7 @@ def built(data: Mapping[str, Any], name: str) -> Anatomy:
     if not isinstance(data.get("model_type"), str):
         raise SourceError(f"the config of {name} has no model_type", f"give the {CONFIG} of a model")
     try:
-        return _counted(_skeleton(data, name), name, _dtype(data), ())
+        return _counted(_skeleton(data, name, code), name, _dtype(data), ())
     except SourceError:
         text = data.get("text_config")
         if not isinstance(text, Mapping):
@@ -56,11 +58,13 @@ def built(data: Mapping[str, Any], name: str) -> Anatomy:
     return _counted(_skeleton({"model_type": kind, **text}, name), name, _dtype({**data, **text}), notes)
 
 
-def _skeleton(data: Mapping[str, Any], name: str) -> Skeleton:
+def _skeleton(data: Mapping[str, Any], name: str, code: Path | None = None) -> Skeleton:
     with tempfile.TemporaryDirectory(prefix="quantkit-config-") as scratch:
         write_json(Path(scratch) / CONFIG, dict(data))
+        if code is not None:
+            copy_files(code_files(code), code, Path(scratch))
         try:
-            return Skeleton(Path(scratch))
+            return Skeleton(Path(scratch), trust_remote_code=code is not None)
         except SourceError as error:
             problem = error.problem.replace(str(Path(scratch) / CONFIG), name)
             raise SourceError(problem, error.remedy) from error

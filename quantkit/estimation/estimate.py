@@ -79,6 +79,7 @@ def estimate(
     format: str | None = None,  # noqa: A002 - the recipe's word
     dtype: str | None = None,
     train: bool = False,
+    trust_remote_code: bool = False,
     **options: Any,
 ) -> Estimate:
     """What a quantized model takes on disk, while it runs, while it is quantized, and on request while it is trained.
@@ -92,6 +93,7 @@ def estimate(
         format: name of a format.
         dtype: of the float model; by default its config's own, and bfloat16 for a float32 one.
         train: estimate QLoRA training too.
+        trust_remote_code: run Python code that comes with the model in a folder, to build it without weights.
         options: keys of :class:`quantkit.estimation.Use`, such as ``batch``, ``context`` and ``lora_rank``, and further
             keys of a variant, see :func:`quantkit.quantize`.
 
@@ -101,7 +103,7 @@ def estimate(
     use, keys = split(options)
     given = {"name": "variant", "method": method, "scheme": scheme, "format": format}
     variant = parse_section(VariantSpec, {**given, **keys}, "estimate")
-    anatomy = anatomy_of(model)
+    anatomy = anatomy_of(model, trust_remote_code=trust_remote_code)
     dtype = None if dtype is None else chosen(dtype, FLOATS) or dtype
     if dtype not in (None, *FLOATS):
         raise RecipeError(f"estimate: '{dtype}' is no dtype of a float model", did_you_mean(str(dtype), FLOATS))

@@ -176,24 +176,25 @@ class CardFit:
         return {"card": self.card.name, "bytes": self.card.nbytes, "best": best, "trains": self.trains}
 
 
-def fits(model: str, memory: str | int, **options: Any) -> list[Fit]:
+def fits(model: str, memory: str | int, *, trust_remote_code: bool = False, **options: Any) -> list[Fit]:
     """Ways of quantizing a model for so much memory, by expected quality, the best first; also those that do not fit.
 
     Args:
         model: see :func:`quantkit.estimation.estimate`.
         memory: such as ``8GiB``, or a number of bytes.
+        trust_remote_code: see there.
         options: keys of :class:`quantkit.estimation.Use`.
 
     Raises:
         QuantkitError: there is no such model, or the memory is no size.
     """
-    anatomy, use = anatomy_of(model), _use(options)
+    anatomy, use = anatomy_of(model, trust_remote_code=trust_remote_code), _use(options)
     return list(_ways(anatomy, use, parse_bytes(memory)))
 
 
-def cards(model: str, **options: Any) -> list[CardFit]:
+def cards(model: str, *, trust_remote_code: bool = False, **options: Any) -> list[CardFit]:
     """What fits on the usual cards, see :func:`fits`."""
-    anatomy, use = anatomy_of(model), _use(options)
+    anatomy, use = anatomy_of(model, trust_remote_code=trust_remote_code), _use(options)
     found = list(_ways(anatomy, use, 0))
     base = next((each for each in found if each.way.keys.get("scheme") == "nf4"), None)
     rows = []

@@ -16,19 +16,21 @@ from quantkit.estimation.anatomy import Anatomy
 CONFIG = "config.json"
 
 
-def anatomy_of(reference: str) -> Anatomy:
+def anatomy_of(reference: str, *, trust_remote_code: bool = False) -> Anatomy:
     """The anatomy of a model.
 
     Args:
         reference: a well-known name such as ``llama-2-7b``, a folder with ``config.json`` or that file, or the name of
             a hub model, of which ``config.json`` alone is fetched; those that are well known are not.
+        trust_remote_code: run Python code that comes with the model in the folder.
 
     Raises:
         SourceError: there is no such model, or its config cannot be read.
     """
     path = Path(reference).expanduser()
     if path.exists():
-        return _from_file(path / CONFIG if path.is_dir() else path, reference)
+        file = path / CONFIG if path.is_dir() else path
+        return _from_file(file, reference, file.parent if trust_remote_code else None)
     known = well_known()
     found = known.get(reference.lower()) or known.get(_hub_names().get(reference.lower(), ""))
     if found is not None:
@@ -58,18 +60,18 @@ def _hub_names() -> Mapping[str, str]:
     return {hub.lower(): name for name, entry in _entries().items() for hub in entry["hub"]}
 
 
-def _from_file(file: Path, name: str) -> Anatomy:
+def _from_file(file: Path, name: str, code: Path | None = None) -> Anatomy:
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise SourceError(f"{file} cannot be read: {error}", "name a folder with the config.json of a model") from error
     if not isinstance(data, Mapping):
         raise SourceError(f"{file} is no config: it holds no mapping", "name the config.json of a model")
-    return anatomy_by(data, name)
+    return anatomy_by(data, name, code)
 
 
-def anatomy_by(data: Mapping[str, Any], name: str) -> Anatomy:
-    """The anatomy of the model of a config, as ``config.json`` has it.
+def anatomy_by(data: Mapping[str, Any], name: str, code: Path | None = None) -> Anatomy:
+    """The anatomy of the model of a config, as ``config.json`` has it; ``code`` is a folder whose code may run.
 
     Raises:
         SourceError: it asks for sizes that no model has, or transformers cannot build it.
@@ -81,15 +83,15 @@ def anatomy_by(data: Mapping[str, Any], name: str) -> Anatomy:
     except CheckpointError as error:
         raise SourceError(error.problem, error.remedy) from error
     plain = {key: value for key, value in data.items() if key != "quantization_config"}
-    return _built(json.dumps(plain, sort_keys=True), name)
+    return _built(json.dumps(plain, sort_keys=True), name, code)
 
 
 @lru_cache(maxsize=8)
-def _built(config: str, name: str) -> Anatomy:
+def _built(config: str, name: str, code: Path | None) -> Anatomy:
     """The variants of a report have one config."""
     from quantkit.estimation.building import built
 
-    return built(json.loads(config), name)
+    return built(json.loads(config), name, code)
 
 
 def fetched_config(reference: str) -> Path:

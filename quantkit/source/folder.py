@@ -27,6 +27,7 @@ from quantkit.engine.empty_model import empty_model
 from quantkit.errors import OutputError, SourceError
 from quantkit.source.decoded import DecodedTensor
 from quantkit.source.decoding import decoding_of, float_dtype
+from quantkit.source.halving import Flushed
 from quantkit.source.hub import IN_OWN_LAYOUT, OTHER_LAYOUT, OWN_OF_MISTRAL
 from quantkit.system.artifacts import file_sha256, read_json, translated_os_errors, write_json
 from quantkit.system.units import in_units
@@ -131,10 +132,13 @@ class FloatFolder:
         names = {file.relative_to(self.folder).as_posix(): file for file in files}
         return {name: known.get(name) or file_sha256(file) for name, file in names.items()}
 
-    def copy_as(self, dtype: str, target: Path) -> None:
+    def copy_as(self, dtype: str, target: Path) -> str | None:
         """Write the model to ``target``; in another dtype than its own all floating-point tensors have that.
 
         Weights that lie as they are wanted are linked, so that what is beside them and misleads loaders stays away.
+
+        Returns:
+            What the user is told of values that are too small for ``dtype``; None where they are few.
 
         Raises:
             SourceError: a value is too large for ``dtype``.
@@ -145,20 +149,23 @@ class FloatFolder:
         write_json(target / "config.json", _config_as(self.config, dtype))
         if self._lies_stored_as(dtype):
             link_checkpoint(self.reader, target)
-            return
+            return None
         same = dtype == self.dtype
         tensors = self.tensors if same else [tensor.cast(FLOATS[dtype]) for tensor in self.tensors]
         _check_room(target, sum(prod(tensor.shape) * tensor.dtype.itemsize for tensor in tensors))
+        flushed = Flushed(dtype)
         with ShardWriter(target) as writer:
             for tensor in tensors:
                 writer.declare(tensor.name, tensor.dtype, tensor.shape)
             for tensor in tensors:
-                writer.write_parts(tensor.name, self._checked(tensor, dtype))
+                writer.write_parts(tensor.name, self._checked(tensor, dtype, flushed))
+        return flushed.note()
 
-    def _checked(self, tensor: DecodedTensor, dtype: str) -> Iterator[torch.Tensor]:
+    def _checked(self, tensor: DecodedTensor, dtype: str, flushed: Flushed) -> Iterator[torch.Tensor]:
         """The parts of a tensor, none of which became infinite."""
         for part in tensor.parts():
             stored = part.to(tensor.dtype)
+            flushed.count(tensor.name, part, stored)
             if part.is_floating_point() and bool((stored.isinf() & part.isfinite()).any()):
                 raise SourceError(
                     f"{self.folder}: tensor '{tensor.name}' holds values up to {part[part.isfinite()].abs().max():g}, "

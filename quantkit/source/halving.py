@@ -1,9 +1,9 @@
-"""Which 16-bit dtype a model of wider floats is taken in, and why."""
+"""Which 16-bit dtype a model of wider floats is taken in, and why; which values another dtype makes zeros."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -48,3 +48,40 @@ def halved(tensors: Iterable[torch.Tensor]) -> Halved:
         if not left:
             return Halved("bfloat16", ROUNDED)
     return Halved(left[0], EXACT)
+
+
+MUCH = 1e-3
+"""Share of the values of a tensor that is told where it became zeros."""
+
+
+@dataclass
+class Flushed:
+    """Values too small for a dtype, which became zeros: those below half of its smallest number, 3e-8 of float16.
+
+    Attributes:
+        dtype: that the model is taken in.
+        counts: of each tensor the values that became zeros, and those that were none.
+    """
+
+    dtype: str
+    counts: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    def count(self, name: str, before: torch.Tensor, after: torch.Tensor) -> None:
+        """Add a tensor, or a part of it, before and after it was cast."""
+        if not before.is_floating_point() or before.dtype == after.dtype:
+            return
+        lost, some = self.counts.get(name, (0, 0))
+        there = int(before.count_nonzero())
+        self.counts[name] = (lost + there - int(after.count_nonzero()), some + there)
+
+    def note(self) -> str | None:
+        """What the user is told; None where no tensor lost much."""
+        shares = {name: lost / some for name, (lost, some) in self.counts.items() if some and lost / some > MUCH}
+        if not shares:
+            return None
+        worst = max(shares, key=lambda name: shares[name])
+        lost = sum(self.counts[name][0] for name in shares)
+        return (
+            f"{lost:,} values of {len(shares)} tensor{'s' * (len(shares) > 1)} are too small for {self.dtype} "
+            f"and became 0, {shares[worst]:.2g} of those of {worst}; model.dtype: bfloat16 keeps them"
+        )

@@ -101,9 +101,10 @@ def _from_folder(folder: Path, spec: ModelSpec, work: Path, snapshot: hub.Snapsh
         return replace(found, folder=folder)
     if not _is_done(found.folder, found.made_from()):
         with new_folder(found.folder) as new:
-            model.copy_as(found.dtype, new)
-            write_stage(new, STAGE, found.made_from(), reference=spec.source, note=found.note)
-    return found
+            lost = model.copy_as(found.dtype, new)
+            write_stage(new, STAGE, found.made_from(), reference=spec.source, note=found.note, lost=lost)
+    lost = (read_stage(found.folder, STAGE, found.made_from()) or {}).get("lost")
+    return replace(found, notes=(*found.notes, lost)) if lost else found
 
 
 def _halved(found: SourceModel, values: Callable[[], Iterable[torch.Tensor]]) -> SourceModel:
