@@ -83,7 +83,7 @@ def test_a_verdict_that_fails_exits_with_1(checkpoint: Path, monkeypatch: pytest
     [
         (["inspect", "nowhere"], "nowhere"),
         (["verify", "nowhere", "--runtime", "transformers"], "nowhere"),
-        (["convert", "nowhere", "--to", "gguf", "--out", "out"], "there is no checkpoint nowhere"),
+        (["convert", "nowhere", "--to", "gguf", "--out", "out"], "there is no file or folder nowhere"),
         (["push", "nowhere", "org/name"], "nowhere"),
         (["merge", "nowhere", "adapter", "out"], "nowhere"),
         (["merge", "nowhere", "adapter", "out", "--with", "b=much"], "'much' is no weight"),
@@ -140,7 +140,7 @@ def test_import_recipe_prints_a_recipe(tmp_path: Path) -> None:
     assert recipe.own_variants[0].base_scheme().bits == 4
 
 
-def test_estimate_prints_lines_what_fits_and_cards() -> None:
+def test_estimate_prints_lines_what_fits_and_cards(monkeypatch: pytest.MonkeyPatch) -> None:
     told = invoke("estimate", "llama-2-7b", "--bits", "4", "--group-size", "128", "--train")
     assert told.exit_code == 0, told.output
     assert "int4 g128 sym" in told.stdout
@@ -150,7 +150,14 @@ def test_estimate_prints_lines_what_fits_and_cards() -> None:
         json.loads(invoke("estimate", "llama-2-7b", "--fits", size, "--json").stdout) for size in ("4GiB", "80GiB")
     )
     assert sum(way["fits"] for way in small) < sum(way["fits"] for way in large)
-    assert "H100 80 GB" in invoke("estimate", "llama-2-7b", "--cards").stdout
+    monkeypatch.setenv("COLUMNS", "80")
+    for asked in (("--fits", "8GiB"), ("--cards",)):
+        table = invoke("estimate", "llama-3-8b", *asked).stdout
+        assert max(map(len, table.splitlines())) <= 80
+        assert "…" not in table
+        assert "8,192" in table
+        assert "compressed-tensors" in table
+    assert "H100 80 GB" in table
     refused = invoke("estimate", "llama-2-7b", "--fits", "much")
     assert refused.exit_code == 2
     assert "much" in refused.stderr

@@ -45,14 +45,17 @@ def _parameters(anatomy: Anatomy) -> str:
 
 def fits_table(found: Sequence[Fit]) -> Table:
     """A row for each way, the best expected quality first."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table(title_justify="left", title=_fits_title(found))
+    table = Table(
+        title_justify="left", title=_fits_title(found), box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False
+    )
     for name in ("method", "scheme", "format"):
-        table.add_column(name, no_wrap=True)
-    for name in ("bits per weight", "takes", "longest context"):
-        table.add_column(name, justify="right")
-    table.add_column("fits")
+        table.add_column(name, no_wrap=name != "scheme", overflow="fold")
+    for name in ("bits per\nweight", "takes", "longest\ncontext"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("fits", no_wrap=True)
     for fit in found:
         data = fit.to_json()
         context = f"{data['longest_context']:,}" if data["longest_context"] else "none"
@@ -70,13 +73,14 @@ def fits_table(found: Sequence[Fit]) -> Table:
 
 def cards_table(found: Sequence[CardFit]) -> Table:
     """A row for each card."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table()
+    table = Table(box=SIMPLE_HEAD, padding=(0, 0), show_edge=False)
     for name in ("card", "best that fits", "format"):
-        table.add_column(name, no_wrap=True)
-    for name in ("takes", "longest context", "QLoRA on NF4"):
-        table.add_column(name, justify="right")
+        table.add_column(name, no_wrap=name != "best that fits", overflow="fold")
+    for name in ("takes", "longest\ncontext", "QLoRA on\nNF4"):
+        table.add_column(name, justify="right", no_wrap=True)
     for row in found:
         trains = "fits" if row.trains else "does not fit"
         if row.best is None:
