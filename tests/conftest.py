@@ -24,6 +24,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def float_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same in float32, of which ``dtype: own`` keeps every bit, and which NumPy and the standard library read."""
+    return make_model(tmp_path_factory.mktemp("models") / "float")
+
+
+@pytest.fixture(scope="module")
 def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small data set of instructions."""
     return write_records(tmp_path_factory.mktemp("data") / "instructions.jsonl")

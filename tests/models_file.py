@@ -69,7 +69,7 @@ def facts_of(architecture: str, folder: Path) -> dict[str, Any]:
 
 def _tried(model: Path, out: Path, store: str, keys: dict[str, Any]) -> str:
     try:
-        quantkit.quantize(model, out=out / store, method="rtn", format=store, device="cpu", **keys)
+        quantkit.quantize(model, out=out / store, method="rtn", format=store, device="cpu", dtype="own", **keys)
     except QuantkitError as error:
         return error.problem.replace(str(model), "it")
     return LOADS

@@ -127,8 +127,9 @@ def quantized(folder: Path, architecture: str, **options: Any) -> tuple[Path, Pa
     (folder / "records.json").write_text(json.dumps(RECORDS))
     calibration = {"dataset": str(folder / "records.json"), "max_length": 48, "samples": 6}
     out = quantkit.quantize(
-        folder / "model", out=folder / "out", calibration=calibration, bits=4, group_size=32, device="cpu", **options
-    )
+        folder / "model", out=folder / "out", calibration=calibration, bits=4, group_size=32, device="cpu",
+        dtype="own", **options,
+    )  # fmt: skip
     return folder / "model", out
 
 
@@ -289,7 +290,7 @@ def test_files_of_a_base_model_keep_its_names_and_are_read_again(tmp_path: Path,
     model.model.save_pretrained(tmp_path / "model")
     (tmp_path / "model/config.json").write_text(config)
     assert not any(name.startswith("model.") for name in CheckpointReader(tmp_path / "model").names())
-    out = quantkit.quantize(tmp_path / "model", out=tmp_path / "out", method="rtn", bits=8, group_size=32, device="cpu")
+    out = quantkit.quantize(tmp_path / "model", out=tmp_path / "out", method="rtn", bits=8, group_size=32, dtype="own")
     assert all(name.startswith("layers.") for name in open_export(out).schemes)
     assert quantkit.inspect(out)["problems"] == []
     decoded: Any = Reference().load(out, LoadOptions(device="cpu", dtype="float32"))

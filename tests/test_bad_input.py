@@ -126,7 +126,7 @@ BROKEN: dict[Breaker, str] = {
     missing_model: "did you mean",
     empty_data: "data.jsonl",
     binary_data: "data.jsonl is not UTF-8 text",
-    missing_data: "data.jsonl: No such file or directory",
+    missing_data: "calibration.dataset: there is no ",
     foreign_columns: "frage",
     output_below_a_file: "data.jsonl is not a folder",
     output_is_a_file: "data.jsonl",
@@ -163,7 +163,7 @@ def test_a_run_that_cannot_be_is_one_line(sound: Path, tmp_path: Path, breaker: 
         (["run", "none.yaml"], "cannot read recipe none.yaml: No such file or directory"),
         (["run", "."], "cannot read recipe .: Is a directory"),
         (["plan", "none.yaml"], "cannot read recipe none.yaml"),
-        (["quantize", "none", "-o", "out"], "there is no file or folder none"),
+        (["quantize", "none", "-o", "out"], "there is no none"),
         (["quantize", ".", "-o", "out", "--bits", "9"], "bits 9 is not a width that quantkit has"),
         (["quantize", ".", "-o", "/proc/quantkit/out"], "cannot write /proc/quantkit/out"),
         (["evaluate", "."], "is not a checkpoint: it has no config.json"),
@@ -187,7 +187,7 @@ def test_the_command_itself_prints_one_line_and_no_traceback(tmp_path: Path) -> 
     command = [sys.executable, "-c", "from quantkit.cli import main; main()", "run", str(recipe)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith(f"error: {recipe}: unknown key 'variants[0].nam' (did you mean 'name'?")
+    assert done.stderr.startswith(f"error: {recipe}:5: unknown key 'variants[0].nam' (did you mean 'name'?")
     assert len(done.stderr.splitlines()) == 1
 
 

@@ -174,10 +174,10 @@ def test_an_environment_is_made_listed_and_removed(bare: type[Library]) -> None:
     assert "there is no environment of 'bare'" in text
 
 
-def test_a_library_runs_in_its_environment_alone(bare: type[Library], model: Path, tmp_path: Path) -> None:
+def test_a_library_runs_in_its_environment_alone(bare: type[Library], float_model: Path, tmp_path: Path) -> None:
     """The worker has no package but the library's: what quantkit brings there needs the standard library alone."""
     variant = parse_section(LibrarySpec, {"name": "v", "library": "bare"}, "test")
-    job = Job(model, {"reference": "tiny"}, "float32", device="cpu")
+    job = Job(float_model, {"reference": "tiny"}, "float32", device="cpu")
     done = quantize_by_library(Attempt(job, variant, tmp_path / "out", tmp_path / "log", Notebook()))
     assert environment_of(bare).state == "ready"
     assert {scheme.describe() for scheme in open_export(done.folder).schemes.values()} == {"int8 channel sym"}

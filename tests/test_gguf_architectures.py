@@ -234,7 +234,7 @@ def test_files_of_other_tools_give_the_model_that_they_were_made_of(tmp_path: Pa
         "tokenizer.ggml.merges": MERGES, "tokenizer.ggml.token_type": [3] * 5 + [1] * (len(TOKENS) - 5),
     }  # fmt: skip
     save(tmp_path / "m.gguf", name, {f"{name}.{key}": value for key, value in keys.items()} | tokens, tensors, Q.F32)
-    back = resolve(ModelSpec(source=str(tmp_path / "m.gguf")), tmp_path / "work").folder
+    back = resolve(ModelSpec(source=str(tmp_path / "m.gguf"), dtype="own"), tmp_path / "work").folder
     again = CheckpointReader(back)
     assert set(again.names()) == set(reader.names())
     for tensor in again.names():

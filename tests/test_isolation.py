@@ -41,16 +41,10 @@ def faulty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LIBRARIES, "_entries", {**LIBRARIES._entries, "faulty": Faulty})
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """In float32, which NumPy reads: the library of these tests goes without torch, whose import takes seconds."""
-    return make_model(tmp_path_factory.mktemp("models") / "llama")
-
-
 @pytest.fixture
-def job(model: Path) -> Job:
+def job(float_model: Path) -> Job:
     rows = tiny_rows()
-    return Job(model, {"reference": "tiny"}, "float32", rows, "some rows", device="cpu")
+    return Job(float_model, {"reference": "tiny"}, "float32", rows, "some rows", device="cpu")
 
 
 def spec(method: str, **keys: Any) -> LibrarySpec:
@@ -125,10 +119,10 @@ def test_a_hang_ends_at_the_time_limit(job: Job, tmp_path: Path, method: str, mo
     assert time.monotonic() - started < 60
 
 
-def test_no_process_is_left(job: Job, tmp_path: Path, model: Path) -> None:
+def test_no_process_is_left(job: Job, tmp_path: Path, float_model: Path) -> None:
     failure(job, tmp_path, "leaves_a_child")
-    child = int((model / CHILD).read_text())
-    (model / CHILD).unlink()
+    child = int((float_model / CHILD).read_text())
+    (float_model / CHILD).unlink()
     assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
 
 

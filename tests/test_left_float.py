@@ -184,7 +184,7 @@ def test_what_stays_float_is_told_by_the_plan_the_command_the_manifest_and_the_r
     recipe = write_recipe(tmp_path / "r.yaml", recipe_data(tmp_path / "model", records, tmp_path / "run", wanted))
     share = share_of(plan_layers(Skeleton(tmp_path / "model"), variant()))
     told = f"{percentage(share)} of the block weights"
-    done = CliRunner().invoke(app, ["plan", str(recipe)])
+    done = CliRunner().invoke(app, ["plan", str(recipe)], env={"COLUMNS": "160"})
     assert told in " ".join(done.stdout.split())
     assert done.stdout.count("2 model.layers.N.mlp.gate (") == 1
     assert json.loads(CliRunner().invoke(app, ["plan", str(recipe), "--json"]).stdout)["variants"][0]["share"] == share

@@ -29,7 +29,7 @@ from quantkit.publishing import CARD, card
 from quantkit.recipe import LibrarySpec, Recipe, VariantSpec
 from quantkit.system.artifacts import read_json
 from tests.faulty_library import Faulty
-from tests.runs import Notebook, hidden_names, make_recipe, score_here
+from tests.runs import Notebook, hidden_names, make_recipe, recipe_data, score_here
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "plugins.md"
@@ -118,6 +118,13 @@ def test_limits_are_told_in_units() -> None:
     assert library_variant().limits.memory_bytes is None
 
 
+def in_float(model: Path, *args: Any) -> Recipe:
+    """A recipe that keeps the floats of its model, which the library of these tests reads without torch."""
+    data = recipe_data(model, *args)
+    data["model"]["dtype"] = "own"
+    return Recipe.parse(yaml.safe_dump(data))
+
+
 ROWS: list[dict[str, Any]] = [
     {"name": "broken", **WORKING, "method": "raises"},
     {"name": "ours", "method": "rtn", "range": "minmax"},
@@ -130,10 +137,10 @@ ROWS: list[dict[str, Any]] = [
 
 
 def test_a_sweep_goes_on_past_libraries_that_fail(
-    model: Path, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    float_model: Path, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("quantkit.evaluation.stage.run_job", score_here)
-    given = make_recipe(model, records, tmp_path / "run", json.loads(json.dumps(ROWS)))
+    given = in_float(float_model, records, tmp_path / "run", json.loads(json.dumps(ROWS)))
     result = quantkit.run(given, Notebook())
     rows = {row["name"]: row for row in result["variants"]}
     assert list(rows) == [variant["name"] for variant in ROWS]
@@ -184,7 +191,7 @@ def _assert_is_reused(given: Recipe) -> None:
 
 
 def test_a_checkpoint_of_a_library_that_cannot_be_scored_has_a_card(
-    model: Path, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    float_model: Path, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def score(job: EvaluationJob, **options: Any) -> dict[str, Any]:
         if job.checkpoint.name == "theirs":
@@ -192,7 +199,7 @@ def test_a_checkpoint_of_a_library_that_cannot_be_scored_has_a_card(
         return score_here(job, **options)
 
     monkeypatch.setattr("quantkit.evaluation.stage.run_job", score)
-    given = make_recipe(model, records, tmp_path / "run", [{"name": "theirs", **WORKING, "method": "works"}])
+    given = in_float(float_model, records, tmp_path / "run", [{"name": "theirs", **WORKING, "method": "works"}])
     (row,) = quantkit.run(given, Notebook())["variants"]
     assert row["error"] == "no runtime loads it"
     assert "Not measured." in (tmp_path / "run" / "variants" / "theirs" / CARD).read_text(encoding="utf-8")
@@ -298,7 +305,7 @@ main()
 """The command line, which scores in its own process, as that takes less time."""
 
 
-def test_a_plugin_of_another_package_is_listed_and_runs_with_no_edit_here(model: Path, tmp_path: Path) -> None:
+def test_a_plugin_of_another_package_is_listed_and_runs_with_no_edit_here(float_model: Path, tmp_path: Path) -> None:
     files = documented()
     installed = tmp_path / "site"
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-cache-dir"]
@@ -312,8 +319,9 @@ def test_a_plugin_of_another_package_is_listed_and_runs_with_no_edit_here(model:
         return done.stdout
 
     assert "rounding: round to nearest" in command("methods")
-    (tmp_path / "my-model").symlink_to(model)
+    (tmp_path / "my-model").symlink_to(float_model)
     data = yaml.safe_load(files["recipe.yaml"])
+    data["model"]["dtype"] = "own"
     data["evaluation"] |= {"metrics": ["perplexity", "kl_divergence"], "device": "cpu"}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(data), encoding="utf-8")
     command("run", "recipe.yaml")

@@ -132,7 +132,9 @@ def octets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture
 def exported(octets: None, tmp_path: Path) -> Path:
     model = make_model(tmp_path / "model")
-    return quantkit.quantize(model, out=tmp_path / "out", method="rtn", bits=8, group_size=32, format="octets")
+    return quantkit.quantize(
+        model, out=tmp_path / "out", method="rtn", bits=8, group_size=32, format="octets", dtype="own"
+    )
 
 
 def test_a_recipe_offers_it_and_tells_what_it_refuses(octets: None) -> None:

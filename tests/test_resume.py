@@ -222,7 +222,7 @@ def test_what_was_made_from_something_else_is_not_taken_up(
     changed = replace(job(model), **change)
     done = quantize(changed, variant("gptq"), tmp_path / "out", on_note=notes.append)
     assert done.facts["resumed"] == 0
-    assert notes == [f"gptq: starts afresh: an earlier run saved segments, and {reason}"]
+    assert notes[0] == f"gptq: starts afresh: an earlier run saved segments, and {reason}"
     quantize(changed, variant("gptq"), tmp_path / "whole" / "out")
     assert digests(done.folder) == digests(tmp_path / "whole" / "out")
     assert hidden_names(tmp_path) == []
@@ -237,14 +237,14 @@ def test_other_options_threads_and_versions_are_not_taken_up(
             quantize(
                 job(model), variant("gptq", **keys), tmp_path / "out", on_segment=cut_after(1), on_note=notes.append
             )
-        return [note.partition(" segments, and ")[2] for note in notes]
+        return [note.partition(" segments, and ")[2] for note in notes if "starts afresh" in note]
 
     assert noted() == []
     assert noted(bits=8) == ["the variant's options changed since"]
     threads = torch.get_num_threads()
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads + 1)
     assert noted(bits=8) == ["the processor, its threads or the precision changed since"]
-    monkeypatch.setattr(resuming, "version", lambda name: "0.0.1")
+    monkeypatch.setattr(resuming, "version_of", lambda name: "0.0.1")
     assert noted(bits=8) == ["versions of packages changed since"]
 
 
@@ -280,7 +280,7 @@ def test_a_layer_store_whose_identity_cannot_be_read_is_not_taken_up(model: Path
     (layers_folder(tmp_path / "out") / "identity.json").write_text("[")
     notes: list[str] = []
     assert quantize(job(model), variant("gptq"), tmp_path / "out", on_note=notes.append).facts["resumed"] == 0
-    assert notes == ["gptq: starts afresh: what an earlier run saved cannot be read"]
+    assert notes[0] == "gptq: starts afresh: what an earlier run saved cannot be read"
 
 
 # Written one behind

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from quantkit.checkpoint.companions import VOICES
 from quantkit.checkpoint.header import INDEX_FILE, SINGLE_FILE
 from quantkit.checkpoint.reader import PICKLES, CheckpointReader
 from quantkit.system.artifacts import mapping_or_nothing
@@ -87,7 +88,7 @@ def leftovers(folder: Path, config: Mapping[str, Any], reader: CheckpointReader)
         found.append(f"{stale} is a leftover beside {read}, which is read")
     own = {file.name for file in reader.files()}
     others = [file.name for file in sorted(folder.glob("*.safetensors")) if file.name not in own]
-    pickles = sorted(file.name for pattern in PICKLES for file in folder.glob(pattern))
+    pickles = sorted({file.name for pattern in PICKLES for file in folder.glob(pattern)} - set(VOICES))
     if others or pickles:
         names = [*others, *pickles]
         rest = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""

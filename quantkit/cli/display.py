@@ -95,7 +95,7 @@ class Display:
             self._stage = ""
 
     def _print(self, text: str) -> None:
-        self._console.print(text, markup=False, highlight=False)
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 class _Left(ProgressColumn):

@@ -198,23 +198,30 @@ def quantized_already(place: Place) -> list[str]:
     return place.quantize(place.sound("export"))
 
 
+def unmarked(place: Place) -> Path:
+    """Packed weights with nothing but the config to tell what they are."""
+    folder = place.copy("export")
+    (folder / "manifest.json").unlink()
+    return folder
+
+
 @case("quantization_config")
 def quantized_by_a_text(place: Place) -> list[str]:
-    folder = place.copy("single")
+    folder = unmarked(place)
     edit_json(folder / "config.json", quantization_config="int4")
     return ["inspect", str(folder)]
 
 
 @case("nonesuch")
 def quantized_by_nobody(place: Place) -> list[str]:
-    folder = place.copy("single")
+    folder = unmarked(place)
     edit_json(folder / "config.json", quantization_config={"quant_method": "nonesuch"})
     return ["inspect", str(folder)]
 
 
 @case("group_0")
 def groups_of_no_kind(place: Place) -> list[str]:
-    folder = place.copy("single")
+    folder = unmarked(place)
     quantization = {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": {"num_bits": "x"}}}}
     edit_json(folder / "config.json", quantization_config=quantization)
     return ["inspect", str(folder)]
@@ -222,7 +229,7 @@ def groups_of_no_kind(place: Place) -> list[str]:
 
 @case("bits")
 def gptq_of_no_width(place: Place) -> list[str]:
-    folder = place.copy("single")
+    folder = unmarked(place)
     edit_json(folder / "config.json", quantization_config={"quant_method": "gptq", "bits": "four", "group_size": 32})
     return ["inspect", str(folder)]
 

@@ -33,8 +33,8 @@ class Kit:
     @classmethod
     def make(cls, folder: Path) -> Kit:
         """Make them all, once."""
-        make_model(folder / "model", shards=3)
-        make_model(folder / "single")
+        make_model(folder / "model", shards=3, dtype=torch.bfloat16)
+        make_model(folder / "single", dtype=torch.bfloat16)
         make_adapter(folder / "adapter", folder / "single")
         write_records(folder / "data.jsonl")
         options: dict[str, Any] = {"method": "rtn", "bits": 4, "group_size": 32}

@@ -179,7 +179,7 @@ def a_package_that_leads_out(place: Place) -> list[str]:
     return keys(place, "model", source="package:jinja2/../../../etc/passwd")
 
 
-@case("there is no file or folder")
+@case("model.source: there is no a")
 def a_source_with_a_null(place: Place) -> list[str]:
     return keys(place, "model", source="a\0b")
 
