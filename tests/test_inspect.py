@@ -41,12 +41,23 @@ def layer(found: dict[str, Any], name: str = DOWN) -> dict[str, Any]:
     return next(each for each in found["layers"] if each["name"] == name)
 
 
-def printed(found: dict[str, Any]) -> str:
-    console = Console(file=StringIO(), width=200, color_system=None)
+def printed(found: dict[str, Any], width: int = 200) -> str:
+    console = Console(file=StringIO(), width=width, color_system=None)
     for each in inspect_tables(found):
         console.print(each)
     assert isinstance(console.file, StringIO)
     return console.file.getvalue()
+
+
+def test_no_figure_is_cut_in_a_narrow_terminal(model: Path, tmp_path: Path) -> None:
+    found = inspect(exported(model, tmp_path / "out"))
+    shown = printed(found, 80)
+    assert max(map(len, shown.splitlines())) <= 80
+    words = shown.split()
+    for layer in found["layers"]:
+        assert f"{layer['outliers']:.2e}" in words
+        assert f"{layer['bits_per_weight']:.3f}" in words
+        assert f"{layer['at_ends']:.2%}" in words
 
 
 def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:

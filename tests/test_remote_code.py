@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
+import quantkit
 from quantkit.cli import app
 from quantkit.exports.manifest import read_manifest
 from quantkit.publishing.card import card
@@ -59,6 +60,13 @@ def test_it_is_recorded_and_told(export: Path) -> None:
     assert "trust_remote_code=True" in text
     assert "--trust-remote-code" in text
     assert "made with Python code that came with the model" in text
+
+
+def test_inspect_says_what_its_class_is_and_takes_it_for_no_problem(model: Path, export: Path) -> None:
+    for folder in (model, export):
+        found = quantkit.inspect(folder)
+        assert found["problems"] == []
+        assert "its model class OwnModel is Python code that lies beside it" in "\n".join(found["remarks"])
 
 
 LINES: dict[str, tuple[str, ...]] = {

@@ -25,6 +25,7 @@ from quantkit.evaluation.evaluate import evaluate
 from quantkit.evaluation.harness import HarnessModel
 from quantkit.evaluation.task_sandbox import Patterns, Templates, sandboxed
 from quantkit.evaluation.tasks import loaded_tasks
+from quantkit.pipeline.preflight import check_scoring
 from quantkit.recipe import EvaluationSpec, TaskSpec
 from quantkit.runtimes import RUNTIMES, _model
 from quantkit.runtimes._model import TransformersModel
@@ -409,6 +410,12 @@ def test_nothing_is_left_of_the_data(checkpoint: Path, tmp_path: Path, monkeypat
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
     scored(checkpoint, {"file": str(file), "limit": 2})
     assert not [path for path in cache.rglob("*") if path.is_file()]
+
+
+def test_a_task_that_is_not_there_is_told_before_anything_is_scored(checkpoint: Path) -> None:
+    spec = EvaluationSpec.model_validate({"tasks": ["arc_eazy"]})
+    with pytest.raises(EvaluationError, match=r"has no task 'arc_eazy' \(did you mean arc_easy"):
+        check_scoring(spec, [checkpoint])
 
 
 def test_without_the_package_the_command_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.text import Text
 
 from quantkit.report import evaluate_gates, table
-from quantkit.report.fitted import FittedTable, Shown, shortened, wrapped
 from quantkit.report.terminal import gate_lines
+from quantkit.system.fitted_table import FittedTable, Shown, shortened, wrapped
 from tests.report_rows import report_of, row
 
 LONG = "gptq-int4-asym-with-a-long-name-of-somebody"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from quantkit.system.units import in_units
 
 if TYPE_CHECKING:
-    from quantkit.report.fitted import FittedTable
+    from quantkit.system.fitted_table import FittedTable
 
 MAIN = ("mean", "value")
 """The names under which a figure that has others beside it is told."""
@@ -24,7 +24,7 @@ def figure_table(found: Mapping[str, Any], title: str) -> FittedTable:
     """
     from rich.text import Text
 
-    from quantkit.report.fitted import FittedTable, Shown
+    from quantkit.system.fitted_table import FittedTable, Shown
 
     rows = [*_of_texts(found.get("metrics") or {}), *_of_the_reference(found), *_of_the_whole(found)]
     heads = (("figure", 0, False), ("text", 1, False), ("value", 0, True))

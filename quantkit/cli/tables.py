@@ -21,10 +21,10 @@ from quantkit.isolation.catalogue import library_facts, offer_facts
 from quantkit.libraries import LIBRARIES
 from quantkit.methods import METHODS
 from quantkit.recipe.steps import is_method, steps_of
-from quantkit.report.fitted import FittedTable, Shown
 from quantkit.runtimes import RUNTIMES
 from quantkit.schemes import SCHEMES, GgmlMixture
 from quantkit.schemes.kinds import all_kinds
+from quantkit.system.fitted_table import FittedTable, Shown
 from quantkit.system.pace import about
 from quantkit.system.units import percentage
 from quantkit.transforms import TRANSFORMS

@@ -83,6 +83,20 @@ def loaded_tasks(specs: Sequence[TaskSpec], *, trusted: bool) -> Iterator[list[L
         yield [_load(spec, manager, scratch, refused, trusted=trusted) for spec in specs]
 
 
+def check_task_names(specs: Sequence[TaskSpec]) -> None:
+    """Check, before a model is loaded, that lm-evaluation-harness has the tasks that are named; takes seconds.
+
+    Raises:
+        MissingDependencyError: it is not installed.
+        EvaluationError: it has no such task.
+    """
+    names = [spec.name for spec in specs if spec.file is None]
+    if names:
+        manager = _manager_class()()
+        for name in names:
+            _check_name(name, manager)
+
+
 def score_tasks(
     tasks: Sequence[LoadedTask],
     model: LoadedModel,
@@ -146,8 +160,8 @@ def _load(spec: TaskSpec, manager: Any, scratch: Path, refused: list[str], *, tr
     if spec.file is not None:
         file = read_task(Path(spec.file))
         wanted, is_local = _from_file(file, scratch, trusted=trusted), file.is_local
-    elif spec.name not in manager.task_index:
-        raise EvaluationError(f"lm-evaluation-harness has no task '{spec.name}'", _nearest(spec.name, manager))
+    else:
+        _check_name(spec.name, manager)
     with _translated(spec, _WRONG if is_local else _OFFLINE):
         content = manager.load([wanted])
         for task in content["tasks"].values():
@@ -162,6 +176,11 @@ def _load(spec: TaskSpec, manager: Any, scratch: Path, refused: list[str], *, tr
             "set model.trust_remote_code if you trust the code",
         )
     return LoadedTask(spec, content)
+
+
+def _check_name(name: str | None, manager: Any) -> None:
+    if name not in manager.task_index:
+        raise EvaluationError(f"lm-evaluation-harness has no task '{name}'", _nearest(name, manager))
 
 
 def _from_file(file: TaskFile, scratch: Path, *, trusted: bool) -> dict[str, Any]:

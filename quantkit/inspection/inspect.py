@@ -25,6 +25,7 @@ from quantkit.inspection.problems import (
     ignored_scales,
     layer_problems,
     leftover_problems,
+    own_code,
     scale_problems,
 )
 from quantkit.inspection.published import DECODED, published_layers
@@ -78,7 +79,7 @@ def inspect(path: Path, *, deep: bool = True) -> dict[str, Any]:
     if known and SERVER in store.runtimes:
         found["tensor_parallel"] = tensor_parallel(export).to_json()
     found["remarks"] = list(export.remarks() if isinstance(export, FolderExport) else store().remarks(schemes))
-    found["remarks"] += _misread(path) if known else []
+    found["remarks"] += _loading(path) if known else []
     found["problems"] = _problems(export, layers, deep=deep, folder=known)
     return found
 
@@ -93,12 +94,14 @@ def _problems(export: Export, layers: list[dict[str, Any]], *, deep: bool, folde
     return found
 
 
-def _misread(folder: Path) -> list[str]:
-    """What older releases and servers that pin them read otherwise, a line each."""
+def _loading(folder: Path) -> list[str]:
+    """What loaders need, and what older ones and servers that pin them read otherwise, a line each."""
     tokenizer = folder / TOKENIZER_CONFIG
     said = read_json(tokenizer) if tokenizer.is_file() else {}
     found = newer_than(read_config(folder), said if isinstance(said, dict) else {})
-    return [f"releases before transformers 5 misread {what}" for what in found]
+    code = own_code(read_config(folder))
+    needed = f"its model class {code} is Python code that lies beside it: it needs --trust-remote-code"
+    return [needed] * bool(code) + [f"releases before transformers 5 misread {what}" for what in found]
 
 
 def _is_float(path: Path) -> bool:
@@ -122,7 +125,7 @@ def _float_facts(folder: Path, *, deep: bool) -> dict[str, Any]:
     size = sum(file.stat().st_size for file in reader.files())
     found = _facts(folder, "float", "float", made_by, size, [], floats, deep=deep)
     found["loads"] = loads_float()
-    found["remarks"] = _misread(folder)
+    found["remarks"] = _loading(folder)
     found["problems"] = [*leftovers(folder, config, reader), *(float_problems(config, reader) if deep else [])]
     return found
 

@@ -99,7 +99,7 @@ def float_problems(config: Mapping[str, Any], reader: CheckpointReader) -> list[
     """How the tensors of a float model differ from those of the class that the config names, in names and number."""
     model = _built(config)
     if isinstance(model, str):
-        return [model]
+        return [] if own_code(config) else [model]
     shapes = {name: reader.shape(name) for name in reader.names()}
     try:
         called = own_names(model, shapes)
@@ -128,7 +128,7 @@ def architecture_problems(config: Mapping[str, Any], floats: set[str], layers: s
 
     model = _built(config)
     if isinstance(model, str):
-        return [model]
+        return [] if own_code(config) else [model]
     names = Names(model, floats | {f"{layer}.weight" for layer in layers})
     names.divide(give_way(model))
     text = model.config.get_text_config()  # a config of several parts may leave it to its text's
@@ -146,6 +146,16 @@ def architecture_problems(config: Mapping[str, Any], floats: set[str], layers: s
         *([f"{_listed(unknown)}: tensors that the model does not know"] if unknown else []),
         *([f"{_listed(dropped)}: follow from the config or served training alone; not needed"] if dropped else []),
     ]
+
+
+def own_code(config: Mapping[str, Any]) -> str:
+    """The model class that only the Python code beside a checkpoint has, which is not run to look at it; or nothing."""
+    if not config.get("auto_map"):
+        return ""
+    import transformers
+
+    names = config.get("architectures") or [""]
+    return "" if hasattr(transformers, str(names[0])) else str(names[0])
 
 
 def _built(config: Mapping[str, Any]) -> PreTrainedModel | str:

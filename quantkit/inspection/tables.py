@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
+
+from quantkit.system.fitted_table import FittedTable, Shown
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -32,26 +35,13 @@ def inspect_tables(found: dict[str, Any]) -> list[RenderableType]:
     return shown
 
 
-def _table(title: str, *columns: str, words: int = 1) -> Table:
-    """A table whose first ``words`` columns are texts and whose others are figures."""
+def _summary(found: dict[str, Any]) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=Text(title), title_justify="left")
-    for index, column in enumerate(columns):
-        table.add_column(Text(column), justify="left" if index < words else "right", overflow="fold")
-    return table
-
-
-def _row(table: Table, *cells: str) -> None:
-    from rich.text import Text
-
-    table.add_row(*map(Text, cells))
-
-
-def _summary(found: dict[str, Any]) -> Table:
-    table = _table("Checkpoint", "", "", words=2)
-    table.show_header = False
+    table = Table(title=Text("Checkpoint"), title_justify="left", show_header=False)
+    table.add_column(Text(""))
+    table.add_column(Text(""), overflow="fold")
     bits = found["bits_per_weight"]
     facts = {
         "path": found["path"],
@@ -69,29 +59,43 @@ def _summary(found: dict[str, Any]) -> Table:
     if found["activation_scales"]:
         facts["scales of activations"] = f"{len(found['activation_scales'])} tensors"
     for name, text in facts.items():
-        _row(table, name, text)
+        table.add_row(Text(name), Text(text))
     return table
 
 
-def _schemes(found: dict[str, Any]) -> Table:
-    table = _table("Schemes", "Scheme", "Layers", "Weights", "Size", "Bits per weight")
-    for name, total in found["schemes"].items():
-        bits = f"{total['bits_per_weight']:.3f}"
-        _row(table, name, str(total["layers"]), f"{total['weights']:,}", _size(total["bytes"]), bits)
-    return table
+def _fitted(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -> FittedTable:
+    """A table as wide as the terminal, with all its columns, the first ``words`` of which are texts."""
+    from rich.text import Text
+
+    shown = [
+        Shown(name, [Text(row[place]) for row in rows], 0 if place < words else place, place >= words)
+        for place, name in enumerate(columns)
+    ]
+    return FittedTable(shown, title=title, everything=True)
 
 
-def _layers(found: dict[str, Any]) -> Table:
+def _schemes(found: dict[str, Any]) -> FittedTable:
+    rows = [
+        (
+            name, str(total["layers"]), f"{total['weights']:,}", _size(total["bytes"]),
+            f"{total['bits_per_weight']:.3f}",
+        )
+        for name, total in found["schemes"].items()
+    ]  # fmt: skip
+    return _fitted("Schemes", ("Scheme", "Layers", "Weights", "Size", "Bits per weight"), rows)
+
+
+def _layers(found: dict[str, Any]) -> FittedTable:
     columns = ["Layer", "Scheme", "Shape", "Size", "Bits per weight"]
     if found["deep"]:
         columns += ["Beyond 6 std", "Largest", "At ends", "Bad scales"]
-    table = _table("Layers", *columns, words=2)
+    rows = []
     for layer in found["layers"]:
-        rows, width = layer["shape"]
+        height, width = layer["shape"]
         bits = f"{layer['bits_per_weight']:.3f}"
-        cells = [layer["name"], layer["scheme"], f"{rows} x {width}", _size(layer["bytes"]), bits]
-        _row(table, *cells, *(_decoded(layer) if found["deep"] else ()))
-    return table
+        cells = (layer["name"], layer["scheme"], f"{height} x {width}", _size(layer["bytes"]), bits)
+        rows.append((*cells, *(_decoded(layer) if found["deep"] else ())))
+    return _fitted("Layers", columns, rows, words=2)
 
 
 def _decoded(layer: dict[str, Any]) -> tuple[str, ...]:
@@ -106,11 +110,12 @@ def _decoded(layer: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
-def _floats(found: dict[str, Any]) -> Table:
-    table = _table("Float tensors", "Dtype", "Tensors", "Parameters", "Size")
-    for dtype, total in found["float_dtypes"].items():
-        _row(table, dtype, str(total["tensors"]), f"{total['parameters']:,}", _size(total["bytes"]))
-    return table
+def _floats(found: dict[str, Any]) -> FittedTable:
+    rows = [
+        (dtype, str(total["tensors"]), f"{total['parameters']:,}", _size(total["bytes"]))
+        for dtype, total in found["float_dtypes"].items()
+    ]
+    return _fitted("Float tensors", ("Dtype", "Tensors", "Parameters", "Size"), rows)
 
 
 def _size(count: int) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 from quantkit import records
 from quantkit.errors import CalibrationError, MissingDependencyError, QuantkitError, RecipeError, did_you_mean
 from quantkit.estimation.models import fetched_config
+from quantkit.evaluation.tasks import check_task_names
 from quantkit.gguf.config import model_config
 from quantkit.gguf.head import read_head
 from quantkit.llama_cpp.library import library
@@ -121,6 +122,8 @@ def scoring_mistakes(spec: EvaluationSpec, longest: int | None) -> Iterator[Quan
         )
     if spec.tasks and importlib.util.find_spec("lm_eval") is None:
         yield MissingDependencyError("lm-eval", "scoring tasks", requirement("tasks"))
+    else:
+        yield from _failures(lambda: check_task_names(spec.tasks))
     rouge = spec.answers is not None and "rouge" in spec.answers.metrics
     if rouge and importlib.util.find_spec("rouge_score") is None:
         yield MissingDependencyError("rouge-score", "the metric 'rouge'", requirement("tasks"))

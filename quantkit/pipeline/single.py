@@ -41,9 +41,11 @@ def quantize_one(recipe: Recipe, out: Path, observer: Observer) -> Path:
         trusted = model.trust_remote_code
         job = job_of(found, calibrated, spec, device=device, trust_remote_code=trusted)
         on_segment = partial(observer.progress, "block")
-        done = quantize(
-            job, variant, out, describe=partial(describe, job), on_segment=on_segment, on_note=observer.note
-        )
+
+        def note(text: str) -> None:
+            observer.note(text.removeprefix(f"{variant.name}: "))  # there is no other variant
+
+        done = quantize(job, variant, out, describe=partial(describe, job), on_segment=on_segment, on_note=note)
         for table in done.facts["experts"]:
             observer.note(expert_line(table))
         return done.folder

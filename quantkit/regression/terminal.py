@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from quantkit.gates.judge import percent
 from quantkit.gates.results import Comparison, GateResult
 from quantkit.regression.document import Check
-from quantkit.report.fitted import FittedTable, Shown
 from quantkit.report.numbers import in_bytes
+from quantkit.system.fitted_table import FittedTable, Shown
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

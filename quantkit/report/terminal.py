@@ -8,10 +8,10 @@ from quantkit.errors import RecipeError
 from quantkit.gates import parse_gate
 from quantkit.report.columns import Column, Record, build_columns, reference_name, scheme_name, texts_of
 from quantkit.report.comparison import failure
-from quantkit.report.fitted import FittedTable, Shown
 from quantkit.report.numbers import ABSENT
 from quantkit.report.recommendation import recommend
 from quantkit.report.tasks_and_answers import further_columns
+from quantkit.system.fitted_table import FittedTable, Shown
 
 if TYPE_CHECKING:
     from rich.text import Text

@@ -7,8 +7,8 @@ from dataclasses import asdict
 from typing import Any
 
 from quantkit.gates.record import VariantRecord
-from quantkit.report.fitted import FittedTable, Shown
 from quantkit.run_history.record import RunRecord
+from quantkit.system.fitted_table import FittedTable, Shown
 
 _COLUMNS = (
     ("Run", 0, True),
