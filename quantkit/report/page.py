@@ -62,6 +62,7 @@ def context(report: Record, plot: Plot | None) -> dict[str, Any]:
     return {
         "report": {"source": None, "recipe_text": "", "quantkit_version": "", "status": "", "title": None, **report},
         "created": written_date(report),
+        "failed": sum(variant.get("status") != "ok" for variant in report["variants"]),
         "reference": reference_name(report),
         "dequantized": reference_word(report) == "source",
         "findings": findings(report),
