@@ -135,6 +135,9 @@ def test_a_script_runs_only_when_it_is_trusted(tmp_path: Path, monkeypatch: pyte
     pytest.importorskip("evaluate", reason="metric scripts need quantkit-ptq[tasks]")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("evaluate.config.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    for name in [name for name in sys.modules if name.partition(".")[0] == "evaluate_modules"]:
+        monkeypatch.delitem(sys.modules, name)  # another test's, which lie in another folder
+    monkeypatch.setattr(sys, "path", [each for each in sys.path if not Path(each, "evaluate_modules").exists()])
     folder = tmp_path / "lengths"
     folder.mkdir()
     (folder / "lengths.py").write_text(
