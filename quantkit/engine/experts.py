@@ -242,11 +242,13 @@ def _expert(stack: Any, expert: Any, read: torch.Tensor) -> torch.Tensor:
 def _gated(stack: Any, expert: Any, read: torch.Tensor) -> torch.Tensor:
     """Gate and projection, put together as the class's own gating expects them."""
     gate, up = expert.gate_proj(read), expert.up_proj(read)
+    gated: torch.Tensor
     if not hasattr(stack, "_apply_gate"):
-        return stack.act_fn(gate) * up  # type: ignore[no-any-return]
+        gated = stack.act_fn(gate) * up
+        return gated
     concatenated = getattr(stack, "is_concatenated", True)
     together = torch.cat([gate, up], -1) if concatenated else torch.stack([gate, up], -1).flatten(-2)
-    gated: torch.Tensor = stack._apply_gate(together)
+    gated = stack._apply_gate(together)
     return gated
 
 
