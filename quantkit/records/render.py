@@ -123,11 +123,9 @@ def render(
     *,
     index: int | None = None,
     awaits_answer: bool = False,
-    image_mark: str = IMAGE,
 ) -> str:
     """The text of a record; see :func:`rendered`."""
-    found = rendered(record, tokenizer, chat_template, index=index, awaits_answer=awaits_answer, image_mark=image_mark)
-    return found.text
+    return rendered(record, tokenizer, chat_template, index=index, awaits_answer=awaits_answer).text
 
 
 def rendered(
