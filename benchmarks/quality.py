@@ -1,0 +1,279 @@
+"""What each way to quantize loses: models x cases x calibration samples, on text like the calibration and unlike it.
+
+    python benchmarks/quality.py --records alpaca.json --text wikitext.txt --models smollm2=FOLDER off=OTHER/FOLDER \
+        --cases gptq-int4-g64-sym,awq+gptq-int4-g64-asym,gptq-nvfp4 --samples 16 64 --results quality.jsonl
+
+A case is METHOD-SCHEME with options behind colons: ``gptq-int3-g64-asym``, ``gptq-int4-g64-sym:refinements=3``,
+``rtn-int4-g64-sym:range=weighted``, ``gptq-mxfp4``, ``llama.cpp-q4_k_m``; or LIBRARY/METHOD-SCHEME for another library
+in its own environment: ``autoround/autoround-int4-g64-sym:iters=50``, ``gptqmodel/gptq-int4-g64-sym``. All calibrate on
+the same token ids. The divergence from the float model is that of the reference decoder; with --llama-cpp GGUF files
+are scored in llama.cpp.
+
+Results are appended to a file as soon as they are there, and what is there is not run again, so that a matrix can be
+cut short; --label tells code from code. The table has the divergence with its standard error over rows, and beside it
+what it is of the baseline's, and the mean difference on the same rows with the standard error of that. The baseline is
+the first case, or that of --baseline, or with --before the same case under another label. The last line is JSON.
+
+``benchmarks/off_grid.py`` and ``benchmarks/narrow_model.py`` make models to try.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import itertools
+import json
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors import safe_open
+from safetensors.torch import save_file
+from scoring import machine, read_calibration
+from transformers import AutoTokenizer
+
+from quantkit import calibration
+from quantkit.errors import QuantkitError
+from quantkit.isolation.attempt import Attempt
+from quantkit.isolation.stage import quantize_by_library
+from quantkit.quantization import Job, quantize
+from quantkit.recipe import CalibrationSpec, LibrarySpec, VariantSpec
+from quantkit.runtimes import RUNTIMES
+from quantkit.runtimes.base import LoadOptions
+from quantkit.system.progress import Silent
+from quantkit.system.validation import parse_section
+
+HELD_OUT = 300
+"""The first of the records that are scored; those before calibrate."""
+TEXTS = ("like", "unlike")
+
+
+class Notes(Silent):
+    """An observer that tells notes alone."""
+
+    def note(self, text: str) -> None:
+        """Print it."""
+        print(f"  {text}", flush=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Ground:
+    """What the cases of a model and a number of samples share.
+
+    Attributes:
+        job: what is quantized, and the calibration rows.
+        texts: what is scored: token ids ``[rows, length]`` by name.
+        baseline: file of the float model's distributions.
+    """
+
+    job: Job
+    texts: dict[str, torch.Tensor]
+    baseline: Path
+
+
+def read_case(text: str) -> VariantSpec | LibrarySpec:
+    """What a case asks for.
+
+    Raises:
+        QuantkitError: no such method, scheme, library or option.
+    """
+    head, *given = text.split(":")
+    options = {key: yaml.safe_load(value) for key, _, value in (each.partition("=") for each in given)}
+    method, _, scheme = head.partition("-")
+    library, _, theirs = method.rpartition("/")
+    asked = {"name": "case", "scheme": scheme.replace("-", " ")}
+    if not library:
+        return parse_section(VariantSpec, {**asked, "method": method, **options}, text)
+    grid = parse_section(VariantSpec, asked, text)
+    keys = {"bits": grid.bits, "group_size": grid.group_size, "symmetric": grid.symmetric}
+    chosen = {key: value for key, value in keys.items() if value is not None}
+    return parse_section(LibrarySpec, {"name": "case", "library": library, "method": theirs, **chosen, **options}, text)
+
+
+def texts_of(given: argparse.Namespace, folder: Path, work: Path) -> dict[str, torch.Tensor]:
+    """What is scored: token ids ``[rows, length]`` of later records and of another text."""
+    records = json.loads(given.records.read_text(encoding="utf-8"))[HELD_OUT:]
+    (work / "later.json").write_text(json.dumps(records), encoding="utf-8")
+    spec = CalibrationSpec(
+        dataset=str(work / "later.json"), samples=len(records), max_length=given.length, packing="full"
+    )
+    like = [list(row) for row in calibration.build(spec, folder, work / "later").rows if len(row) == given.length]
+    some = given.text.read_text(encoding="utf-8")[: given.rows * given.length * 8]
+    ids = AutoTokenizer.from_pretrained(folder)(some).input_ids
+    unlike = [ids[start : start + given.length] for start in range(0, len(ids) - given.length + 1, given.length)]
+    return {name: torch.tensor(rows[: given.rows]) for name, rows in zip(TEXTS, (like, unlike), strict=True)}
+
+
+def log_probabilities(folder: Path, texts: dict[str, torch.Tensor], runtime: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """Of every next token, ``[length, vocabulary]`` for each row of each text, as the checkpoint says."""
+    length = next(iter(texts.values())).shape[1]
+    options = LoadOptions(device="cpu", dtype="float32", context_length=length)
+    model: Any = RUNTIMES.get(runtime).load(folder, options)
+    for name, rows in texts.items():
+        for row in rows:
+            with torch.inference_mode():
+                yield name, model.logits(row).float().log_softmax(-1)
+
+
+def float_baseline(folder: Path, texts: dict[str, torch.Tensor], cache: Path) -> Path:
+    """The file of the float model's distributions: made once for a model and texts."""
+    weights = sorted((each.name, each.stat().st_size, each.stat().st_mtime) for each in folder.glob("*.safetensors"))
+    asked = [str(folder.resolve()), weights, {name: rows.tolist() for name, rows in texts.items()}]
+    file = cache / f"{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]}.safetensors"
+    if not file.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        found: dict[str, list[torch.Tensor]] = {name: [] for name in texts}
+        for name, row in log_probabilities(folder, texts, "reference"):
+            found[name].append(row)
+        part = file.with_suffix(".part")
+        save_file({name: torch.stack(rows) for name, rows in found.items()}, part)
+        part.rename(file)
+    return file
+
+
+def divergences(folder: Path, texts: dict[str, torch.Tensor], baseline: Path, runtime: str) -> dict[str, list[float]]:
+    """The mean KL divergence of each row from the float model's distributions, by text."""
+    found: dict[str, list[float]] = {name: [] for name in texts}
+    with safe_open(baseline, "pt") as stored:
+        for name, ours in log_probabilities(folder, texts, runtime):
+            wanted = stored.get_slice(name)[len(found[name])]
+            found[name].append(float((wanted.exp() * (wanted - ours)).sum(-1).mean()))
+    return found
+
+
+def prepare(given: argparse.Namespace, model: Path, samples: int, work: Path) -> Ground:
+    """Read calibration and texts, and run the float model where nobody has."""
+    wanted = argparse.Namespace(model=model, records=given.records, samples=samples)
+    job = read_calibration(wanted, work, inputs=given.inputs)
+    texts = texts_of(given, job.source, work)
+    return Ground(job, texts, float_baseline(job.source, texts, given.results.parent / "quality-cache"))
+
+
+def measured(ground: Ground, variant: VariantSpec | LibrarySpec, llama_cpp: bool) -> dict[str, Any]:
+    """A case, quantized and scored: divergences by text and row, seconds and bits."""
+    with tempfile.TemporaryDirectory() as scratch:
+        work = Path(scratch)
+        if isinstance(variant, VariantSpec):
+            done = quantize(ground.job, variant, work / "case")
+        else:
+            done = quantize_by_library(Attempt(ground.job, variant, work / "case", work / "worker.log", Notes()))
+        runtime = "llama-cpp" if llama_cpp and any(done.folder.glob("*.gguf")) else "reference"
+        kl = divergences(done.folder, ground.texts, ground.baseline, runtime)
+    facts = {key: done.facts[key] for key in ("seconds", "bits_per_weight")}
+    return {"kl": kl, **facts, "calibration_tokens": sum(map(len, ground.job.rows))}
+
+
+def mean_and_error(values: torch.Tensor) -> tuple[float, float]:
+    """The mean over rows, and its standard error."""
+    return values.mean().item(), (values.std() / len(values) ** 0.5).item()
+
+
+def place_of(result: dict[str, Any]) -> tuple[Any, ...]:
+    """What tells a result from another."""
+    return tuple(result[key] for key in ("label", "model", "case", "samples", "rows", "length", "inputs", "llama_cpp"))
+
+
+def compared(result: dict[str, Any], base: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """A line of the table for each text."""
+    lines = []
+    for text, rows in result["kl"].items():
+        ours = torch.tensor(rows, dtype=torch.float64)
+        mean, error = mean_and_error(ours)
+        line = {key: result[key] for key in ("model", "samples", "case", "seconds", "bits_per_weight")}
+        line |= {"text": text, "kl": mean, "stderr": error}
+        if base is not None:
+            theirs = torch.tensor(base["kl"][text], dtype=torch.float64)
+            shift, shift_error = mean_and_error(ours - theirs)
+            line |= {"ratio": mean / float(theirs.mean()), "shift": shift, "shift_stderr": shift_error}
+        lines.append(line)
+    return lines
+
+
+def table(given: argparse.Namespace, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The lines of all results under this label that were asked for, printed."""
+    by_place = {place_of(each): each for each in results}
+    lines: list[dict[str, Any]] = []
+    for each in results:
+        if each["label"] == given.label and each["case"] in given.cases and each["model"] in given.models:
+            other = {"label": given.before} if given.before else {"case": given.baseline}
+            lines += compared(each, by_place.get(place_of({**each, **other})))
+    print(
+        "model    samples case                                 text         KL    error  ratio   shift    error   time"
+    )
+    for line in lines:
+        told = f"{line['model']:8} {line['samples']:7} {line['case']:36} {line['text']:7}"
+        told += f" {line['kl']:7.4f} {line['stderr']:8.4f}"
+        if "ratio" in line:
+            told += f" {line['ratio']:6.3f} {line['shift']:+7.4f} {line['shift_stderr']:8.4f}"
+        print(f"{told:99} {line['seconds']:6.1f}")
+    return lines
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--records", type=Path, required=True, help=f"alpaca records; {HELD_OUT} and later are scored")
+    parser.add_argument("--text", type=Path, required=True, help="text to score on, unlike the calibration")
+    parser.add_argument("--models", nargs="+", required=True, metavar="NAME=FOLDER", help="float checkpoints")
+    parser.add_argument("--cases", required=True, help="joined by commas")
+    parser.add_argument("--samples", type=int, nargs="+", default=[16], help="how many of the records calibrate")
+    parser.add_argument("--rows", type=int, default=12, help="of each text that are scored")
+    parser.add_argument("--length", type=int, default=256, help="of such a row, in tokens")
+    parser.add_argument("--inputs", choices=("quantized", "float"), default="quantized", help="of the calibration")
+    parser.add_argument("--llama-cpp", action="store_true", help="score GGUF files in llama.cpp")
+    parser.add_argument("--results", type=Path, default=Path("quality.jsonl"), help="file that results go to")
+    parser.add_argument("--label", default="now", help="of these results, where code changes")
+    parser.add_argument("--baseline", help="the case that others are compared with; the first if not given")
+    parser.add_argument("--before", metavar="LABEL", help="compare each case with itself under another label")
+    given = parser.parse_args()
+    given.cases = given.cases.split(",")
+    given.baseline = given.baseline or given.cases[0]
+    given.models = {name: Path(folder) for name, _, folder in (each.partition("=") for each in given.models)}
+    if max(given.samples) > HELD_OUT:
+        parser.error(f"at most {HELD_OUT} records calibrate; later ones are scored")
+    return given
+
+
+def run(given: argparse.Namespace, results: list[dict[str, Any]]) -> dict[str, str]:
+    """Add what is asked for and not there to the results, and to their file; returns the errors of those that fail."""
+    variants = {case: read_case(case) for case in given.cases}
+    failed = {}
+    there = {place_of(each) for each in results}
+    for samples, (name, folder) in itertools.product(given.samples, given.models.items()):
+        keys = {"label": given.label, "model": name, "samples": samples, "rows": given.rows, "length": given.length}
+        keys |= {"inputs": given.inputs, "llama_cpp": given.llama_cpp}
+        missing = [case for case in variants if place_of({**keys, "case": case}) not in there]
+        if not missing:
+            continue
+        with tempfile.TemporaryDirectory() as scratch:
+            ground = prepare(given, folder, samples, Path(scratch))
+            for case in missing:
+                try:
+                    found = {**keys, "case": case, **measured(ground, variants[case], given.llama_cpp)}
+                except QuantkitError as error:
+                    failed[f"{name} {samples} {case}"] = str(error)
+                    print(f"{name} {samples} {case}: {error}", flush=True)
+                    continue
+                with given.results.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(found) + "\n")
+                results.append(found)
+                told = [f"{text} {sum(rows) / len(rows):.4f}" for text, rows in found["kl"].items()]
+                print(f"{name} {samples} {case}: KL {', '.join(told)}; {found['seconds']:.1f} s", flush=True)
+    return failed
+
+
+def main() -> None:
+    given = parse()
+    given.results.parent.mkdir(parents=True, exist_ok=True)
+    lines = given.results.read_text(encoding="utf-8").splitlines() if given.results.exists() else []
+    results = [json.loads(line) for line in lines]
+    failed = run(given, results)
+    print(json.dumps({"benchmark": "quality", "scores": table(given, results), "failed": failed, **machine()}))
+
+
+if __name__ == "__main__":
+    main()

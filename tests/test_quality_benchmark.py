@@ -1,0 +1,77 @@
+"""The benchmarks that measure what methods lose: how cases are read and compared, and the models made for them."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from quantkit.errors import QuantkitError
+from quantkit.recipe import LibrarySpec, VariantSpec
+from quantkit.schemes import IntScheme
+from tests.tiny import tiny_config, tiny_rows
+
+
+@pytest.fixture
+def benchmark_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+
+
+@pytest.fixture
+def quality(benchmark_folder: None) -> ModuleType:
+    return importlib.import_module("quality")
+
+
+def test_a_case_says_method_scheme_and_options(quality: ModuleType) -> None:
+    ours = quality.read_case("awq+gptq-int3-g128-asym:damping=0.1:activation_order=false")
+    assert isinstance(ours, VariantSpec)
+    assert (ours.chain, ours.base_scheme()) == ("awq+gptq", IntScheme(3, 128, False))
+    assert ours.options == {"damping": 0.1, "activation_order": False}
+    theirs = quality.read_case("autoround/autoround-int4-g128-sym:iters=50")
+    assert isinstance(theirs, LibrarySpec)
+    assert (theirs.library, theirs.method, theirs.bits, theirs.group_size, theirs.symmetric) == (
+        "autoround", "autoround", 4, 128, True,
+    )  # fmt: skip
+    assert theirs.options == {"iters": 50}
+    assert quality.read_case("llama.cpp-q4_k_m").format == "gguf"
+    with pytest.raises(QuantkitError, match="nothing"):
+        quality.read_case("nothing-int4-g64-sym")
+
+
+def test_differences_are_paired_by_row(quality: ModuleType) -> None:
+    result = {"model": "m", "samples": 16, "case": "a", "seconds": 1.0, "bits_per_weight": 4.25}
+    base = {**result, "case": "b", "kl": {"like": [0.1, 0.5, 0.9]}}
+    (line,) = quality.compared({**result, "kl": {"like": [0.2, 0.6, 1.0]}}, base)
+    assert line["kl"] == pytest.approx(0.6)
+    assert line["ratio"] == pytest.approx(1.2)
+    assert line["shift"] == pytest.approx(0.1)
+    assert line["shift_stderr"] == pytest.approx(0, abs=1e-9)
+    assert line["stderr"] == pytest.approx(0.4 / 3**0.5)
+
+
+def test_a_model_of_its_own_width_and_heads_is_the_same_and_a_narrow_one_is_near(benchmark_folder: None) -> None:
+    narrowing = importlib.import_module("narrow_model").Narrowing
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(tiny_config("llama")).eval().requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        torch.nn.init.uniform_(parameter, 0.5, 1.5) if "norm" in name else torch.nn.init.normal_(parameter, std=0.15)
+    model.model.embed_tokens.weight[:, 56:] *= 0.02
+    for block in model.model.layers:
+        for layer in (block.self_attn.o_proj, block.mlp.down_proj):
+            layer.weight[56:] *= 0.02
+    rows = torch.tensor(tiny_rows(24, 48, 48))
+    wanted = model(rows).logits
+    with torch.no_grad():
+        same = narrowing(model, rows, 64, 4).make(rows)
+        narrow = narrowing(model, rows, 56, 4).make(rows)
+        fewer = narrowing(model, rows, 64, 3).make(rows)
+    errors = [float((each(rows).logits - wanted).norm() / wanted.norm()) for each in (same, narrow, fewer)]
+    assert narrow.config.hidden_size == 56
+    assert fewer.config.num_attention_heads == fewer.config.num_key_value_heads == 3
+    assert errors[0] < 1e-5
+    assert errors[1] < 0.05
+    assert errors[1] < errors[2] < 0.7
