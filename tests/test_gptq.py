@@ -72,7 +72,7 @@ class Case:
 
     def problem(self) -> Problem:
         columns = self.weight.T.contiguous()
-        return Problem(columns, self.gram, self.hessian, self.hessian @ columns, self.grids, self.rounder)
+        return Problem(columns, self.gram, self.hessian, self.hessian @ columns, self.grids)
 
     def rounded_steps(self) -> torch.Tensor:
         codes = encode(self.weight, self.grid, self.scheme).float()
@@ -200,10 +200,10 @@ def test_a_group_without_a_step_is_left_out_of_the_refit_and_keeps_its_scale() -
     assert bool((found[1] == 0).all())
     assert bool((found[:, 3] == 0).all())
     problem = given.problem()
-    start = problem.attempt(steps, given.grid.scales)
+    start = problem.attempt(steps, given.grid)
     refined = refine(problem, start, 1)
     assert bool((refined.error < start.error).all()), "the scales that were kept let the codes come back"
-    torch.testing.assert_close(refined.scales[:, 1], given.grid.scales[:, 1], rtol=0, atol=0)
+    torch.testing.assert_close(refined.grid.scales[:, 1], given.grid.scales[:, 1], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=names)
@@ -260,11 +260,11 @@ def _best_single_move(given: Case, steps: torch.Tensor) -> float:
 def test_refinement_never_raises_the_error_of_a_row(scheme: IntScheme, rounds: int) -> None:
     given = case(scheme)
     problem = given.problem()
-    start = problem.attempt(given.rounded_steps(), given.grid.scales)
+    start = problem.attempt(given.rounded_steps(), given.grid)
     refined = refine(problem, start, rounds)
     assert bool((refined.error <= start.error).all())
     assert float(refined.error.sum()) < float(start.error.sum())
-    checked = problem.attempt(refined.levels, refined.scales)
+    checked = problem.attempt(refined.levels, refined.grid)
     torch.testing.assert_close(refined.error, checked.error, rtol=1e-4, atol=1e-12)
 
 
@@ -272,11 +272,11 @@ def test_scales_that_cannot_be_refitted_stay_and_spoil_no_other_row() -> None:
     """The scales of row 0 are refitted to NaN; it keeps those that it had, and the other rows must not notice."""
     given = case(IntScheme(4, 32))
     problem = given.problem()
-    start = problem.attempt(given.rounded_steps(), given.grid.scales)
+    start = problem.attempt(given.rounded_steps(), given.grid)
     expected = refine(problem, start, 1)
     problem.response[:, 0] = float("nan")
     found = refine(problem, start, 1)
-    torch.testing.assert_close(found.scales[0], start.scales[0], rtol=0, atol=0)
+    torch.testing.assert_close(found.grid.scales[0], start.grid.scales[0], rtol=0, atol=0)
     assert float(found.error[0]) <= float(start.error[0])
     torch.testing.assert_close(found.levels[:, 1:], expected.levels[:, 1:], rtol=0, atol=0)
 

@@ -88,6 +88,8 @@ def pairs_of(store: str) -> list[str]:
         ({"method": "llama.cpp", "bits": 5, "scheme": "int"}, ("llama.cpp", "gguf", "int5 g32 sym")),
         ({"scheme": "nf4"}, ("gptq", "bitsandbytes", "nf4 g64 dq")),
         ({"scheme": "q5_k"}, ("llama.cpp", "gguf", "q5_k")),
+        ({"scheme": "q4_k_m", "method": "gptq"}, ("gptq", "gguf", "q4_k_m")),
+        ({"scheme": "q3_k_m", "method": "awq+gptq"}, ("awq+gptq", "gguf", "q3_k_m")),
         ({"scheme": "bfloat16"}, ("none", "float", "bfloat16")),
     ],
 )
@@ -96,8 +98,9 @@ def test_what_is_said_implies_the_rest(said: dict[str, Any], wanted: tuple[str, 
 
 
 def test_what_is_said_is_never_changed() -> None:
-    with pytest.raises(RecipeError, match=r"only llama\.cpp's own quantizer"):
-        variant(scheme="q4_k", method="gptq")
+    with pytest.raises(RecipeError, match="compressed-tensors cannot store q4_k"):
+        variant(scheme="q4_k", format="compressed-tensors")
+    assert chosen(scheme="q4_k", method="gptq") == ("gptq", "gguf", "q4_k")
     with pytest.raises(RecipeError, match="format float stores no codes"):
         variant(format="float", bits=8)
     assert variant(scheme="q4_k_m", embeddings=None, ignore=["lm_head"]).embeddings is None

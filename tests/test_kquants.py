@@ -16,11 +16,9 @@ from quantkit.llama_cpp.quantizer import quantize_rows
 from quantkit.methods import METHODS
 from quantkit.methods.base import InputStatistics, Solution
 from quantkit.methods.ggml import INTEGERS
-from quantkit.numerics.grid_search import search_grid
 from quantkit.recipe import VariantSpec
 from quantkit.recipe.steps import steps_of
 from quantkit.schemes import SCHEMES, GgmlMixture, GgmlScheme, IntScheme, Scheme, make_scheme
-from quantkit.schemes.grids import Grid
 from quantkit.system.validation import parse_section
 from tests.layers import random_weight
 from tests.tiny import Collected, tiny_method
@@ -225,26 +223,19 @@ def test_numbers_that_do_not_fit_are_refused(
 
 
 @pytest.mark.parametrize("kind", [*KINDS, *MIXTURES])
-@pytest.mark.parametrize("method", ["rtn", "gptq", "awq", "hqq", "awq+gptq", "awq+llama.cpp"])
-def test_no_other_method_chooses_their_codes(method: str, kind: str) -> None:
-    with pytest.raises(SchemeError) as caught:
-        steps_of(method).check(make_scheme(kind, {}))
-    assert caught.value.problem == f"only llama.cpp's own quantizer chooses codes of {kind}"
-    assert caught.value.remedy == "use method: llama.cpp"
+@pytest.mark.parametrize("method", ["rtn", "gptq", "awq", "awq+gptq", "awq+llama.cpp", "llama.cpp"])
+def test_methods_that_take_any_grid_choose_their_codes(method: str, kind: str) -> None:
+    steps_of(method).check(make_scheme(kind, {}))
+    found = parse_section(VariantSpec, {"name": "a", "method": method, "scheme": kind}, "demo.yaml")
+    assert (found.method, found.format) == (method, "gguf")
 
 
-def test_a_recipe_is_told_so_when_it_is_read() -> None:
-    with pytest.raises(RecipeError, match=r"chooses codes of q4_k_m .*use method: llama.cpp"):
-        parse_section(VariantSpec, {"name": "a", "method": "gptq", "scheme": "q4_k_m"}, "demo.yaml")
-
-
-def test_the_grids_refuse_to_choose_codes() -> None:
-    grids, groups = ggml("q4_k").grids(), torch.randn(1, 8, 32)
-    grid = Grid(torch.ones(1, 8), torch.zeros(1, 8))
-    with pytest.raises(SchemeError, match=r"only llama\.cpp's own quantizer"):
-        grids.encode(groups, grid)
-    with pytest.raises(SchemeError, match=r"only llama\.cpp's own quantizer"):
-        search_grid(torch.randn(1, 256), None, ggml("q4_k"), torch.float32, 4)
+@pytest.mark.parametrize("kind", [*KINDS, *MIXTURES])
+def test_what_is_for_integers_alone_refuses_them(kind: str) -> None:
+    with pytest.raises(SchemeError, match=f"hqq fits integer grids, and {kind} is not one"):
+        steps_of("hqq").check(make_scheme(kind, {}))
+    with pytest.raises(RecipeError, match="hqq fits integer grids"):
+        parse_section(VariantSpec, {"name": "a", "method": "hqq", "scheme": kind}, "demo.yaml")
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp8", "mxfp4", "int"], ids=str)

@@ -16,7 +16,7 @@ from dataclasses import replace
 import torch
 
 from quantkit.errors import CheckpointError, QuantizationError
-from quantkit.gguf.kquants import decoded
+from quantkit.gguf.kquants import decoded, encoded
 from quantkit.gguf.types import BLOCK, BLOCK_BYTES, MXFP4, type_of
 from quantkit.schemes import GgmlScheme, IntScheme, Mxfp4Scheme, QuantizedWeight, Scheme
 from quantkit.system.host import decide
@@ -203,19 +203,19 @@ class Mxfp4(Codec):
 
 
 class GgmlBlocks(Codec):
-    """Types whose blocks llama.cpp's own quantizer makes, which pass as they are: the part ``blocks`` of a weight."""
+    """Types of llama.cpp's own. Blocks that its quantizer made pass as they are: the part ``blocks`` of a weight."""
 
     def __init__(self, scheme: GgmlScheme) -> None:
         self.scheme = scheme
         self.kind = scheme.ggml_type
 
     def fitted(self, weight: QuantizedWeight) -> QuantizedWeight:
-        """The weight itself."""
-        return weight
+        """The weight itself, with its blocks."""
+        return weight if "blocks" in weight.parts else replace(weight, parts={"blocks": encoded(weight)})
 
     def pack(self, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
         """The blocks."""
-        return {"weight": weight.parts["blocks"]}
+        return {"weight": self.fitted(weight).parts["blocks"]}
 
     def unpack(self, tensors: Mapping[str, torch.Tensor]) -> QuantizedWeight:
         """The blocks taken apart."""

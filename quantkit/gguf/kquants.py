@@ -1,4 +1,4 @@
-"""Blocks of the K-quants and of IQ4_NL taken apart: codes, scales and zero points.
+"""Blocks of the K-quants and of IQ4_NL, both ways: taken apart to codes, scales and zero points, and put together.
 
 The layouts are those of ``ggml/src/ggml-common.h`` in llama.cpp. A type without minima decodes to exactly the float32
 numbers of llama.cpp. With minima ``scale * code - minimum`` becomes ``scale * (code - minimum / scale)``, which rounds
@@ -7,7 +7,7 @@ once more. Where the scale of such a group is zero, all its weights equal the mi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -55,6 +55,39 @@ def decoded(blocks: torch.Tensor, scheme: GgmlScheme) -> QuantizedWeight:
     return QuantizedWeight(scheme, codes, scales, zeros, {"blocks": blocks})
 
 
+def encoded(weight: QuantizedWeight) -> torch.Tensor:
+    """The blocks of a weight whose codes quantkit chose, uint8 ``[rows, bytes of a row]``.
+
+    Args:
+        weight: of a K-quant, with the parts of :class:`quantkit.schemes.grids.ggml.KQuantGrids`, or of IQ4_NL.
+    """
+    scheme = weight.scheme
+    if not isinstance(scheme, GgmlScheme):
+        raise TypeError(f"{scheme.describe()} is no type of llama.cpp's own")
+    rows, blocks = weight.codes.shape[0], weight.codes.numel() // scheme.block
+    fields = {name: part.reshape(blocks, -1) for name, part in weight.parts.items() if name in _FIELDS}
+    fields.setdefault("scale", weight.scales.half().reshape(-1, scheme.block // scheme.sub_block))
+    pieces = _ENCODERS[scheme.ggml_type](_Fields(weight.codes.reshape(blocks, -1), fields))
+    octets = [piece.contiguous().view(torch.uint8) for piece in pieces]
+    return torch.cat([piece.view(blocks, -1) for piece in octets], dim=1).view(rows, -1)
+
+
+class _Fields:
+    """What ``n`` blocks are made of: codes, uint8 ``[n, weights]``, and their scales and steps."""
+
+    def __init__(self, codes: torch.Tensor, fields: Mapping[str, torch.Tensor]) -> None:
+        self.codes = codes
+        self._fields = fields
+
+    def half(self, name: str) -> torch.Tensor:
+        """Float16 ``[n, 1]``."""
+        return self._fields[name].half()
+
+    def steps(self, name: str) -> torch.Tensor:
+        """Whole numbers, int8 ``[n, groups of a block]``."""
+        return self._fields[name]
+
+
 class _Cursor:
     """Reads the fields of all blocks, ``[n, bytes]``, in the order in which they lie."""
 
@@ -76,6 +109,17 @@ def _bits(octets: torch.Tensor, runs: int, shifts: tuple[int, ...], width: int) 
     """Codes that share bytes: of each of ``runs`` runs of bytes first those at the first shift, then the next."""
     split = octets.reshape(octets.shape[0], runs, 1, -1) >> torch.tensor(shifts, dtype=torch.uint8).view(1, 1, -1, 1)
     return (split & ((1 << width) - 1)).reshape(octets.shape[0], -1)
+
+
+def _packed(codes: torch.Tensor, runs: int, shifts: tuple[int, ...], width: int) -> torch.Tensor:
+    """The inverse of :func:`_bits`, of the lowest ``width`` bits of codes uint8 ``[n, codes]``."""
+    places = torch.tensor(shifts, dtype=torch.uint8, device=codes.device).view(1, 1, -1, 1)
+    split = (codes & ((1 << width) - 1)).view(codes.shape[0], runs, len(shifts), -1) << places
+    return split.sum(2, dtype=torch.uint8).flatten(1)  # no two have a bit in common
+
+
+def _packed_nibbles(codes: torch.Tensor, runs: int = 1) -> torch.Tensor:
+    return _packed(codes, runs, (0, 4), 4)
 
 
 def _nibbles(octets: torch.Tensor, runs: int = 1) -> torch.Tensor:
@@ -129,6 +173,61 @@ def _six_bit_scales(read: _Cursor) -> tuple[torch.Tensor, torch.Tensor]:
     return scale * scale_steps, minimum * minimum_steps
 
 
+def _to_iq4_nl(write: _Fields) -> list[torch.Tensor]:
+    return [write.half("scale"), _packed_nibbles(write.codes)]
+
+
+def _to_q2_k(write: _Fields) -> list[torch.Tensor]:
+    steps = write.steps("scale_steps").view(torch.uint8) | write.steps("minimum_steps").view(torch.uint8) << 4
+    codes = _packed(write.codes, 2, (0, 2, 4, 6), 2)
+    return [steps, codes, write.half("scale"), write.half("minimum")]
+
+
+def _to_q3_k(write: _Fields) -> list[torch.Tensor]:
+    steps = (write.steps("scale_steps") + 32).view(torch.uint8)
+    low, high = _packed_nibbles(steps), _packed(steps >> 4, 1, (0, 2, 4, 6), 2)
+    codes = write.codes
+    return [
+        _packed(codes >> 2, 1, tuple(range(8)), 1),
+        _packed(codes, 2, (0, 2, 4, 6), 2),
+        low,
+        high,
+        write.half("scale"),
+    ]
+
+
+def _to_q4_k(write: _Fields) -> list[torch.Tensor]:
+    return [*_to_six_bit_scales(write), _packed_nibbles(write.codes, 4)]
+
+
+def _to_q5_k(write: _Fields) -> list[torch.Tensor]:
+    high = _packed(write.codes >> 4, 1, tuple(range(8)), 1)
+    return [*_to_six_bit_scales(write), high, _packed_nibbles(write.codes, 4)]
+
+
+def _to_q6_k(write: _Fields) -> list[torch.Tensor]:
+    low, high = _packed_nibbles(write.codes, 2), _packed(write.codes >> 4, 2, (0, 2, 4, 6), 2)
+    return [low, high, write.steps("scale_steps"), write.half("scale")]
+
+
+def _to_six_bit_scales(write: _Fields) -> list[torch.Tensor]:
+    """The inverse of :func:`_six_bit_scales`."""
+    scales, minima = (write.steps(name).view(torch.uint8) for name in ("scale_steps", "minimum_steps"))
+    first = scales[:, :4] | scales[:, 4:] >> 4 << 6
+    second = minima[:, :4] | minima[:, 4:] >> 4 << 6
+    third = (scales[:, 4:] & 15) | (minima[:, 4:] & 15) << 4
+    return [write.half("scale"), write.half("minimum"), first, second, third]
+
+
+_FIELDS = ("scale", "minimum", "scale_steps", "minimum_steps")
+_ENCODERS: dict[str, Callable[[_Fields], list[torch.Tensor]]] = {
+    "IQ4_NL": _to_iq4_nl,
+    "Q2_K": _to_q2_k,
+    "Q3_K": _to_q3_k,
+    "Q4_K": _to_q4_k,
+    "Q5_K": _to_q5_k,
+    "Q6_K": _to_q6_k,
+}
 _DECODERS: dict[str, Callable[[_Cursor], _Pieces]] = {
     "IQ4_NL": _iq4_nl,
     "Q2_K": _q2_k,

@@ -7,7 +7,7 @@ input, and on request a refinement of scales and codes after the solve that lowe
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field
@@ -95,19 +95,18 @@ class Gptq(Method):
         grid = search_grid(
             weight, hessian.diagonal(), scheme, scale_dtype, options.search, negative_scales=options.negative_scales
         )
-        rounder = grids.rounder(grid, *weight.shape)
-        return _Posed(Problem(columns, curvature.gram, hessian, hessian @ columns, grids, rounder), curvature, grid)
+        return _Posed(Problem(columns, curvature.gram, hessian, hessian @ columns, grids), curvature, grid)
 
     def _finish(self, posed: _Posed, levels: torch.Tensor) -> Solution:
         """Refine what the column solver found, and judge it."""
         from quantkit.numerics.grid_search import codes_of, quantized
         from quantkit.numerics.refine import refine
 
-        problem, grid, scheme = posed.problem, posed.grid, posed.problem.grids.scheme
-        solved = problem.attempt(levels, grid.scales)
+        problem, scheme = posed.problem, posed.problem.grids.scheme
+        solved = problem.attempt(levels, posed.grid)
         refined = refine(problem, solved, self.options.refinements)
         return Solution(
-            quantized(codes_of(refined.levels, grid, scheme), replace(grid, scales=refined.scales), scheme),
+            quantized(codes_of(refined.levels, refined.grid, scheme), refined.grid, scheme),
             error=refined.error,
             energy=problem.energy(),
             error_before=solved.error,
@@ -130,8 +129,8 @@ class _Posed:
 
     def rounder(self) -> Rounder:
         """The nearest levels in the order of solving."""
-        order = self.curvature.order
-        return self.problem.rounder if order is None else self.problem.rounder.ordered(order)
+        order, rounder = self.curvature.order, self.problem.rounder(self.grid)
+        return rounder if order is None else rounder.ordered(order)
 
     def in_place(self, levels: torch.Tensor) -> torch.Tensor:
         """Levels ``[columns, rows]`` in the checkpoint's order of columns."""

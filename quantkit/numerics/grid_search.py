@@ -80,6 +80,9 @@ def search_grid(
     groups = grids.grouped(weight)
     grids = grids.fitted(groups)
     weigh = Weighing.of(grids, importance, weight.shape[1], weight.device)
+    own = grids.searched(groups, weigh, candidates)
+    if own is not None:
+        return own
     rows, per_row = groups.shape[0], groups.shape[1] * groups.shape[2]
     step = max(1, SEARCH_CHUNK // per_row) if weight.device.type == "cpu" else rows
     if not scheme.free_scales:

@@ -11,12 +11,11 @@ the checkpoint, so that groups are contiguous. Levels are what codes stand for i
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from quantkit.schemes.grids import Grids, Rounder
-from quantkit.schemes.grids.base import stored
+from quantkit.schemes.grids import Grid, Grids, Rounder
 
 BLOCK = 32
 SYSTEM = 1 << 26
@@ -35,7 +34,6 @@ class Problem:
         hessian: the same, damped, which is what the refinement lowers.
         response: ``hessian @ weight``, ``[columns, rows]``.
         grids: what the codes can stand for.
-        rounder: finds the nearest levels of this layer.
     """
 
     weight: torch.Tensor
@@ -43,7 +41,6 @@ class Problem:
     hessian: torch.Tensor
     response: torch.Tensor
     grids: Grids
-    rounder: Rounder
 
     def energy(self) -> torch.Tensor:
         """The error of leaving the layer out, ``[rows]``."""
@@ -55,43 +52,65 @@ class Problem:
         columns, rows = self.weight.shape
         return self.grids.spread(scales.float(), rows, columns)
 
-    def attempt(self, levels: torch.Tensor, scales: torch.Tensor) -> Attempt:
-        """Levels ``[columns, rows]`` and the scales of their groups with the error of each row."""
-        missing = torch.addcmul(self.weight, levels, self.spread(scales), value=-1)
-        return Attempt(levels, scales, row_errors(missing, self.gram))
+    def rounder(self, grid: Grid) -> Rounder:
+        """Finds the nearest levels of this layer on a grid."""
+        columns, rows = self.weight.shape
+        return self.grids.rounder(grid, rows, columns)
+
+    def attempt(self, levels: torch.Tensor, grid: Grid) -> Attempt:
+        """Levels ``[columns, rows]`` and their grid with the error of each row."""
+        missing = torch.addcmul(self.weight, levels, self.spread(grid.scales), value=-1)
+        return Attempt(levels, grid, row_errors(missing, self.gram))
 
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """Levels ``[columns, rows]``, the scales of their groups as stored, and the error of each row."""
+    """Levels ``[columns, rows]``, their grid as stored, and the error of each row."""
 
     levels: torch.Tensor
-    scales: torch.Tensor
+    grid: Grid
     error: torch.Tensor
+
+    def or_better(self, other: Attempt) -> Attempt:
+        """Of each row the attempt with less error."""
+        better = other.error < self.error
+
+        def chosen(found: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+            """Of what belongs to rows; what all rows share is the same in both."""
+            return torch.where(better.unsqueeze(1), found, kept) if len(kept) == len(better) else kept
+
+        one, two = self.grid, other.grid
+        parts = {name: chosen(two.parts[name], part) for name, part in one.parts.items()}
+        grid = Grid(chosen(two.scales, one.scales), chosen(two.zeros, one.zeros), parts)
+        return Attempt(
+            torch.where(better, other.levels, self.levels), grid, torch.where(better, other.error, self.error)
+        )
 
 
 def refine(problem: Problem, solved: Attempt, rounds: int) -> Attempt:
     """Refit scales and descend over codes, ``rounds`` times; a row that this does not improve is left alone.
 
-    Where scales are not free only the codes are refined.
+    Where scales are not free, and the scheme has no refit of its own, only the codes are refined.
     """
     if rounds == 0:
         return solved
-    free = problem.grids.scheme.free_scales
-    levels, scales = solved.levels.clone(), solved.scales
+    levels, grid = solved.levels.clone(), solved.grid
     for _ in range(rounds):
-        if free:
-            refitted = refit_scales(problem.response, levels, problem.hessian, scales.shape[1]).T
-            # A group of zeros leaves its scale undetermined, and no scale may turn its sign: then the old one stays.
-            scales = torch.where(refitted * scales > 0, stored(refitted, scales.dtype), scales)
-        descend(problem.weight, levels, problem.spread(scales), problem.rounder, problem.hessian)
-    found = problem.attempt(levels, scales)
-    better = found.error < solved.error
-    return Attempt(
-        torch.where(better, found.levels, solved.levels),
-        torch.where(better.unsqueeze(1), found.scales, solved.scales) if free else scales,
-        torch.where(better, found.error, solved.error),
-    )
+        levels, grid = _refitted(problem, levels, grid)
+        descend(problem.weight, levels, problem.spread(grid.scales), problem.rounder(grid), problem.hessian)
+    return solved.or_better(problem.attempt(levels, grid))
+
+
+def _refitted(problem: Problem, levels: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, Grid]:
+    """Levels of the same codes on the grid that suits them best."""
+    grids = problem.grids
+    own = grids.refitted(problem.weight, levels, grid, problem.hessian)
+    if own is not None or not grids.scheme.free_scales:
+        return own or (levels, grid)
+    scales = refit_scales(problem.response, levels, problem.hessian, grid.scales.shape[1]).T
+    # A group of zeros leaves its scale undetermined, and no scale may turn its sign: then the old one stays.
+    rounded = grids.rounded(scales, grid.zeros, grid.scales.dtype).scales
+    return levels, replace(grid, scales=torch.where(scales * grid.scales > 0, rounded, grid.scales))
 
 
 def refit_scales(response: torch.Tensor, levels: torch.Tensor, hessian: torch.Tensor, groups: int) -> torch.Tensor:

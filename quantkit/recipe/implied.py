@@ -115,7 +115,7 @@ def _completed(candidate: Mapping[str, Any], given: Mapping[str, Any]) -> dict[s
     """A candidate with the keys that were given, its method, and what goes with its scheme; None if it fails."""
     kind, store = candidate["scheme"], candidate["format"]
     scheme = SCHEMES.get(kind)
-    method = candidate.get("method", scheme.quantizer or DEFAULT_METHOD)
+    method = candidate.get("method", scheme.quantizer or scheme.usual_method or DEFAULT_METHOD)
     keys = {**_keys(candidate), **given}
     if not _go_together(method, store, kind, keys):
         return None

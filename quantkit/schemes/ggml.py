@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from quantkit.errors import SchemeError
-from quantkit.schemes.base import Scheme
+from quantkit.schemes.base import Scheme, TableScheme
 from quantkit.schemes.kinds import SCHEMES
 
 SUPER_BLOCK = 256
@@ -23,23 +23,29 @@ IQ4_NL_TABLE = (
 
 
 class GgmlScheme(Scheme):
-    """A block type of GGML. Weights of these types hold their blocks as the part ``blocks``, uint8 ``[rows, bytes]``.
+    """A block type of GGML.
+
+    Weights that llama.cpp's own quantizer made hold their blocks as the part ``blocks``, uint8 ``[rows, bytes]``;
+    others hold the pieces of which their scales are made, see :mod:`quantkit.schemes.grids.ggml`.
 
     Attributes:
         ggml_type: its name in GGML.
         width: of a code, in bits.
         sub_block: weights that share a scale.
         minima: whether a sub-block has a minimum.
+        steps: the lowest and the highest whole number of which a sub-block's scale is made, and its minimum up to the
+            highest.
         block: weights of a block.
         block_bytes: bytes of a block.
     """
 
-    quantizer: ClassVar[str | None] = "llama.cpp"
-    grid_class: ClassVar[str] = "quantkit.schemes.grids.ggml:GgmlGrids"
+    usual_method: ClassVar[str | None] = "llama.cpp"
+    grid_class: ClassVar[str] = "quantkit.schemes.grids.ggml:KQuantGrids"
     ggml_type: ClassVar[str]
     width: ClassVar[int]
     sub_block: ClassVar[int]
     minima: ClassVar[bool] = False
+    steps: ClassVar[tuple[int, int]]
     block: ClassVar[int] = SUPER_BLOCK
     block_bytes: ClassVar[int]
 
@@ -106,6 +112,7 @@ class Q2KScheme(GgmlScheme):
     width: ClassVar[int] = 2
     sub_block: ClassVar[int] = 16
     minima: ClassVar[bool] = True
+    steps: ClassVar[tuple[int, int]] = (1, 15)
     block_bytes: ClassVar[int] = 84
 
 
@@ -120,6 +127,7 @@ class Q3KScheme(GgmlScheme):
     ggml_type: ClassVar[str] = "Q3_K"
     width: ClassVar[int] = 3
     sub_block: ClassVar[int] = 16
+    steps: ClassVar[tuple[int, int]] = (-32, 31)
     block_bytes: ClassVar[int] = 110
 
 
@@ -135,6 +143,7 @@ class Q4KScheme(GgmlScheme):
     width: ClassVar[int] = 4
     sub_block: ClassVar[int] = 32
     minima: ClassVar[bool] = True
+    steps: ClassVar[tuple[int, int]] = (1, 63)
     block_bytes: ClassVar[int] = 144
 
 
@@ -150,6 +159,7 @@ class Q5KScheme(GgmlScheme):
     width: ClassVar[int] = 5
     sub_block: ClassVar[int] = 32
     minima: ClassVar[bool] = True
+    steps: ClassVar[tuple[int, int]] = (1, 63)
     block_bytes: ClassVar[int] = 176
 
 
@@ -164,18 +174,21 @@ class Q6KScheme(GgmlScheme):
     ggml_type: ClassVar[str] = "Q6_K"
     width: ClassVar[int] = 6
     sub_block: ClassVar[int] = 16
+    steps: ClassVar[tuple[int, int]] = (-128, 127)
     block_bytes: ClassVar[int] = 210
 
 
 @SCHEMES.register
 @dataclass(frozen=True, slots=True)
-class Iq4NlScheme(GgmlScheme):
+class Iq4NlScheme(GgmlScheme, TableScheme):
     """Blocks of 32 with a float16 scale, and levels that lie closer about zero."""
 
     kind: ClassVar[str] = "iq4_nl"
     summary: ClassVar[str] = "llama.cpp's IQ4_NL: 16 levels closer about zero, blocks of 32"
     source: ClassVar[str] = "llama.cpp pull request 5590 (IQ4_NL)"
+    grid_class: ClassVar[str] = "quantkit.schemes.grids.ggml:Iq4NlGrids"
     ggml_type: ClassVar[str] = "IQ4_NL"
+    table: ClassVar[tuple[float, ...]] = IQ4_NL_TABLE
     width: ClassVar[int] = 4
     sub_block: ClassVar[int] = 32
     block: ClassVar[int] = 32
@@ -185,3 +198,8 @@ class Iq4NlScheme(GgmlScheme):
     def zero(self) -> int:
         """Levels are not integers."""
         return 0
+
+    @property
+    def free_scales(self) -> bool:
+        """Each block has a scale of its own."""
+        return True

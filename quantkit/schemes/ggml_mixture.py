@@ -75,7 +75,7 @@ class GgmlMixture(Scheme):
         base: the type of most layers.
     """
 
-    quantizer: ClassVar[str | None] = "llama.cpp"
+    usual_method: ClassVar[str | None] = "llama.cpp"
     usual: ClassVar[Mapping[str, Any]] = {"ignore": [], "embeddings": {}}
     preset: ClassVar[str]
     base: ClassVar[GgmlScheme]

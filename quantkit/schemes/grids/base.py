@@ -8,7 +8,7 @@ The solvers work on the transposed layer, ``[columns, rows]``, so that a column 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import repeat
 from typing import Any, Protocol
@@ -133,6 +133,29 @@ class Grids(ABC):
     def pooled(self, gains: torch.Tensor) -> torch.Tensor:
         """What groups gain by a candidate, ``[A, G]``: for each the sum over all that share its scale."""
         return gains
+
+    def searched(self, groups: torch.Tensor, weigh: Callable[[torch.Tensor], torch.Tensor], count: int) -> Grid | None:
+        """The grid of least weighted error by a search of the scheme's own; None where groups are searched one by one.
+
+        Args:
+            groups: float32 ``[A, G, S]``.
+            weigh: gives ``groups @ H`` of any rows of them, a new tensor.
+            count: ranges tried per group.
+        """
+        return None
+
+    def refitted(
+        self, weight: torch.Tensor, levels: torch.Tensor, grid: Grid, hessian: torch.Tensor
+    ) -> tuple[torch.Tensor, Grid] | None:
+        """Levels of the same codes on a grid that suits them better; None where the scheme has no refit of its own.
+
+        Args:
+            weight: float32 ``[columns, rows]``.
+            levels: float32 ``[columns, rows]``.
+            grid: on which they lie.
+            hessian: float32 ``[columns, columns]``, by which the error of a row is told.
+        """
+        return None
 
     @abstractmethod
     def rounded(self, scales: torch.Tensor, zeros: torch.Tensor, scale_dtype: torch.dtype) -> Grid:
