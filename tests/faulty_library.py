@@ -48,16 +48,22 @@ def quantizes_the_head(request: Request) -> Used:
     return rounded(replace(request, ignore=()), {**projections(request.model), "lm_head": embedding})
 
 
-def rounded(request: Request, weights: dict[str, Any]) -> Used:
+def rounded(request: Request, weights: dict[str, Any], widened: float = 1) -> Used:
     layers, half = {}, 1 << (request.bits - 1)
     for done, (name, weight) in enumerate(weights.items(), start=1):
         groups = weight.reshape(weight.shape[0], -1, request.group_size)
-        scales = abs(groups).max(-1) / (half - 0.5)
+        scales = abs(groups).max(-1) / (half - 0.5) * widened
         codes = (groups / scales[..., None]).round().clip(-half, half - 1) + half
         layers[name] = {"codes": codes.reshape(weight.shape).astype("uint8"), "scales": scales}
         request.progress("layer", done, len(weights))
     save_codes(request, layers)
     return Used(len(request.tokens), sum(map(len, request.tokens)), ("a note of the library",))
+
+
+@fault()
+def rounds_badly(request: Request) -> Used:
+    """On steps four times too wide."""
+    return rounded(request, projections(request.model), widened=4)
 
 
 @fault()

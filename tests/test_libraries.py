@@ -27,6 +27,7 @@ from quantkit.libraries import LIBRARIES, Libraries, Library
 from quantkit.libraries.base import Offer, Request, Used
 from quantkit.publishing import CARD, card
 from quantkit.recipe import LibrarySpec, Recipe, VariantSpec
+from quantkit.report import rounding_lines
 from quantkit.system.artifacts import read_json
 from tests.faulty_library import Faulty
 from tests.runs import Notebook, hidden_names, make_recipe, recipe_data, score_here
@@ -133,6 +134,7 @@ ROWS: list[dict[str, Any]] = [
     {"name": "half", **WORKING, "method": "writes_half"},
     {"name": "cuda", **WORKING, "method": "needs_cuda"},
     {"name": "drops", **WORKING, "method": "drops_rows", "format": "gptq"},
+    {"name": "poor", **WORKING, "method": "rounds_badly"},
 ]
 
 
@@ -147,7 +149,7 @@ def test_a_sweep_goes_on_past_libraries_that_fail(
     failed = {name: row["worker"]["ending"] for name, row in rows.items() if "worker" in row}
     assert failed == {"broken": "error", "hangs": "time limit", "half": "bad output"}
     assert "quantizes on cuda alone" in rows["cuda"]["error"]
-    assert {name for name, row in rows.items() if row["status"] == "ok"} == {"ours", "theirs", "drops"}
+    assert {name for name, row in rows.items() if row["status"] == "ok"} == {"ours", "theirs", "drops", "poor"}
     # the same rounding on the same grid: the same figures to the last bit
     assert rows["theirs"]["metrics"] == rows["ours"]["metrics"]
     assert rows["theirs"]["bits_per_weight"] == rows["ours"]["bits_per_weight"]
@@ -160,6 +162,9 @@ def test_a_sweep_goes_on_past_libraries_that_fail(
     assert "of 12 calibration rows with 576 tokens the library ran 11" in page
     assert "11 of 12 rows" in page
     assert "quantize-hangs.log" in page
+    (told,) = (line for line in page.splitlines() if "worse than plain rounding" in line)
+    assert re.search(r"KL divergence \S+ ± \S+ on prose, where ours has", told)
+    assert [line.split(": ")[1] for line in rounding_lines(result)] == ["poor"]
     assert "quantkit's environment" in page
     _assert_is_like_any_other(tmp_path / "run" / "variants" / "theirs")
     _assert_is_reused(given)

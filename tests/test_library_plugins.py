@@ -10,17 +10,21 @@ from typing import Any, ClassVar
 import gguf
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from quantkit.checkpoint import CheckpointReader
 from quantkit.errors import SchemeError
 from quantkit.exports import open_export
 from quantkit.libraries import LIBRARIES, autoround, bitsandbytes, hqq, llama_cpp, quanto, torchao
+from quantkit.libraries._attention import own_arguments
+from quantkit.libraries._blocks import blocks_of
 from quantkit.libraries._models import copy_tokenizer, layers_of
 from quantkit.libraries.base import CODES, Library, Offer, Request
 from quantkit.quantization import Job, quantize
-from quantkit.recipe import VariantSpec
+from quantkit.recipe import LibrarySpec, VariantSpec
 from quantkit.schemes import QuantizedWeight, make_scheme
 from quantkit.system.validation import parse_section
+from tests.architectures import BASE
 from tests.tiny import make_model
 
 MINE = ("autoround", "bitsandbytes", "hqq", "llama.cpp", "quanto", "torchao")
@@ -155,28 +159,66 @@ class TestAutoRound:
     def rows(self, *lengths: int) -> list[list[int]]:
         return [list(range(length)) for length in lengths]
 
-    def test_rows_of_one_length_stay_in_batches(self) -> None:
-        request = request_for(autoround.AutoRoundLibrary, "autoround", tokens=self.rows(16, 16, 16))
-        settings = autoround.settings_for(request, ["lm_head"])
+    def request(self, *lengths: int, bits: int = 4, **options: Any) -> Request:
+        """As a recipe that gives these options asks for it."""
+        given = {"name": "v", "library": "autoround", "bits": bits, **options}
+        resolved = parse_section(LibrarySpec, given, "v").all_options()
+        library = autoround.AutoRoundLibrary
+        return request_for(library, "autoround", bits=bits, tokens=self.rows(*lengths), options=resolved)
+
+    def test_rows_of_one_length_need_no_padding(self) -> None:
+        request = self.request(16, 16, 16)
+        assert autoround.padding_token(request, 99, 0) is None
+        settings = autoround.settings_for(request, ["lm_head"], None)
         assert (settings["seqlen"], settings["nsamples"], settings["batch_size"]) == (16, 3, 8)
         assert (settings["bits"], settings["group_size"], settings["sym"]) == (4, 64, True)
         assert settings["ignore_layers"] == "lm_head"
-        assert "lr" not in settings, "0 leaves the rate to the library"
-        assert autoround.notes(request, settings) == [autoround.LAST_TOKEN]
+        assert settings["amp"]
+        assert autoround.LAST_TOKEN in autoround.notes(request, settings, None, 0)
 
-    def test_rows_of_many_lengths_go_one_by_one(self) -> None:
-        options = {**autoround.TUNING, "lr": 0.005, "gradient_accumulate_steps": 2}
-        request = request_for(autoround.AutoRoundLibrary, "autoround", tokens=self.rows(9, 16), options=options)
-        settings = autoround.settings_for(request, [])
+    def test_rows_of_many_lengths_are_padded_with_a_token_that_none_has(self) -> None:
+        request = self.request(3, 5)
+        assert autoround.padding_token(request, 9, 7) == 7
+        assert autoround.padding_token(request, 9, 2) == 8, "2 is a token of the rows"
+        first, second = autoround.rows_of(request, 7)
+        assert (first["input_ids"].tolist(), first["attention_mask"].tolist()) == ([[0, 1, 2, 7, 7]], [[1, 1, 1, 0, 0]])
+        assert second["attention_mask"].tolist() == [[1] * 5]
+        settings = autoround.settings_for(request, [], 7)
+        assert (settings["seqlen"], settings["batch_size"], settings["gradient_accumulate_steps"]) == (5, 8, 1)
+        assert autoround.PADDED.format(5) in autoround.notes(request, settings, 7, 0)
+
+    def test_where_every_token_is_used_rows_go_one_by_one(self) -> None:
+        request = self.request(9, 16, gradient_accumulate_steps=2)
+        assert autoround.padding_token(request, 16, 0) is None
+        settings = autoround.settings_for(request, [], None)
         assert (settings["seqlen"], settings["batch_size"], settings["gradient_accumulate_steps"]) == (9, 1, 16)
-        assert settings["lr"] == 0.005
-        assert "batches of 8 became" in autoround.notes(request, settings)[1]
+        assert "batches of 8 became" in autoround.notes(request, settings, None, 0)[2]
 
-    def test_rows_go_in_as_they_are(self) -> None:
+    @pytest.mark.parametrize(
+        ("bits", "options", "rate", "name"),
+        [
+            (4, {}, None, "auto-round's recipe auto-round: 200 iterations, lr 0.005, batches of 8"),
+            (4, {"iters": 50}, 0.005, "auto-round's recipe auto-round-light: 50 iterations, lr 0.005, batches of 8"),
+            (4, {"iters": 50, "lr": 0.02}, 0.02, "auto-round's recipe auto-round-light, but with lr 0.02"),
+            (4, {"iters": 1000}, None, "auto-round's recipe auto-round-best: 1000 iterations, lr 0.001, batches of 8"),
+            (2, {}, None, "auto-round's recipe auto-round-best: 1000 iterations, lr 0.002, batches of 8"),
+            (4, {"iters": 20}, None, "none of auto-round's recipes: 20 iterations"),
+        ],
+    )
+    def test_iterations_are_those_of_a_recipe_with_its_rate(
+        self, bits: int, options: dict[str, Any], rate: float | None, name: str
+    ) -> None:
+        request = self.request(16, bits=bits, **options)
+        assert autoround.settings_for(request, [], None).get("lr") == rate
+        assert autoround.recipe_note(request).endswith(name)
+        assert autoround.settings_for(request, [], None)["enable_alg_ext"] is (bits == 2)
+
+    def test_what_is_rounded_is_not_padded(self) -> None:
         request = request_for(autoround.AutoRoundLibrary, "rtn", tokens=self.rows(3, 5))
-        found = autoround.rows_of(request)
+        assert autoround.padding_token(request, 9, 7) is None
+        found = autoround.rows_of(request, None)
         assert [row["input_ids"].tolist() for row in found] == [[[0, 1, 2]], [[0, 1, 2, 3, 4]]]
-        assert autoround.settings_for(request, [])["iters"] == 0
+        assert autoround.settings_for(request, [], None)["iters"] == 0
 
     def test_what_it_saved_is_lifted(self, tmp_path: Path) -> None:
         inner = tmp_path / "model-w4g64"
@@ -184,6 +226,62 @@ class TestAutoRound:
         (inner / "config.json").write_text("{}")
         autoround.lift(tmp_path)
         assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+class TestOwnAttention:
+    """Blocks that libraries call with what they caught at the first one."""
+
+    ROWS: ClassVar[list[list[int]]] = [list(range(5, 45)), list(range(7, 20))]
+    KINDS: ClassVar[dict[str, list[str]]] = {
+        "gemma3_text": ["sliding_attention", "full_attention"] * 2,
+        "lfm2": ["conv", "full_attention"] * 2,
+        "llama": [],
+    }
+
+    def caught(self, model: Any, ids: torch.Tensor, mask: torch.Tensor) -> tuple[dict[str, Any], torch.Tensor]:
+        """The arguments of the first block, and what the last one gives."""
+        blocks, found = blocks_of(model), {}
+        hooks = [
+            blocks[0].register_forward_pre_hook(lambda _, __, given: found.update(given), with_kwargs=True),
+            blocks[-1].register_forward_hook(lambda _, __, out: found.update(last=out)),
+            blocks[0].register_forward_pre_hook(lambda _, given: found.update(hidden_states=given[0])),
+        ]
+        model(ids, mask, use_cache=False)
+        for hook in hooks:
+            hook.remove()
+        return found, found.pop("last")
+
+    @pytest.mark.filterwarnings("default")  # transformers on kernels that are not installed
+    @pytest.mark.parametrize("family", KINDS)
+    @torch.no_grad()
+    def test_each_block_gets_its_own_mask_and_angles(self, family: str) -> None:
+        torch.manual_seed(0)
+        kinds = self.KINDS[family]
+        config = AutoConfig.for_model(
+            family, **{**BASE, "num_hidden_layers": 4}, **({"layer_types": kinds} if kinds else {})
+        )
+        config.sliding_window = 8
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        for parameter in model.parameters():
+            parameter.mul_(3 if parameter.dim() > 1 else 1)  # so that attention matters
+        ids, mask = torch.zeros(2, 40, dtype=torch.long), torch.zeros(2, 40, dtype=torch.long)
+        for place, row in enumerate(self.ROWS):
+            ids[place, : len(row)], mask[place, : len(row)] = torch.tensor(row), 1
+        given, last = self.caught(model, ids, mask)
+        given_states = given.pop("hidden_states")
+        with own_arguments(model, self.ROWS) as others:
+            found = given_states
+            for block in blocks_of(model):
+                found = block(found, **given)
+        assert others == len(kinds) // 2
+        for place, row in enumerate(self.ROWS):
+            torch.testing.assert_close(found[place, : len(row)], last[place, : len(row)], rtol=1e-5, atol=1e-5)
+        assert not any(block._forward_pre_hooks for block in blocks_of(model))
+        if family == "gemma3_text":  # without, blocks do something else
+            plain = given_states
+            for block in blocks_of(model):
+                plain = block(plain, **given)
+            assert (plain - last)[1, :13].norm() > 0.01 * last[1, :13].norm()
 
 
 class TestTorchAo:

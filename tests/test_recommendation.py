@@ -11,7 +11,7 @@ from rich.console import Console
 
 from quantkit.errors import RecipeError
 from quantkit.recipe import Recipe
-from quantkit.report import evaluate_gates, recommend, table, write
+from quantkit.report import evaluate_gates, noted, recommend, rounding_lines, table, write
 from quantkit.report.choice import findings
 from tests.report_rows import report_of, row
 
@@ -32,6 +32,29 @@ def test_the_smallest_that_meets_every_gate_is_not_taken_where_it_is_broken() ->
     assert "0.058 nats per token less" in found.reason
     smallest = next(each for each in findings(report) if each.label == "Smallest that meets every gate")
     assert (smallest.name, "broken: perplexity +52%" in smallest.aside) == ("int3", True)
+
+
+def test_a_row_that_loses_more_than_plain_rounding_says_so() -> None:
+    def made(name: str, kl: float, **more: Any) -> dict[str, Any]:
+        return {**row(name, 0.42, kl, stderr=0.01), "notes": ["seen"], **more}
+
+    rows = [
+        made("searched", 0.24, method="rtn"),
+        made("plain", 0.30, method="gptqmodel rtn"),
+        made("tuned", 0.375, method="autoround"),
+        made("close", 0.26),  # within two standard errors of the difference
+        made("better", 0.1),
+        made("coarser", 0.9, scheme="int3 g64 sym"),
+        made("smoothed", 0.9, method="smoothing+rtn", scheme="int2 g64 sym"),
+    ]
+    report = report_of(*rows)
+    how = "KL divergence 0.38 ± 0.01 on prose, where searched has 0.24 ± 0.01"
+    assert rounding_lines(report) == [f"worse than plain rounding: tuned: {how}"]
+    told = {each["name"]: each["notes"] for each in noted(report)["variants"]}
+    assert told.pop("tuned") == [f"worse than plain rounding: {how}", "seen"]
+    assert set(map(tuple, told.values())) == {("seen",)}
+    unsure = report_of(*({**each, "metrics": {"perplexity": {"prose": 11.0}}} for each in rows))
+    assert noted(unsure) == unsure, "a perplexity has no standard error"
 
 
 def test_what_else_was_tried_moves_nothing() -> None:

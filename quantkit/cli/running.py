@@ -71,7 +71,7 @@ def _show(content: dict[str, Any], all_columns: bool) -> None:
     from quantkit.report.terminal import gate_lines
 
     console().print(report.table(content, everything=all_columns))
-    for line in [*gate_lines(content), *report.recommend(content).lines()]:
+    for line in [*gate_lines(content), *report.rounding_lines(content), *report.recommend(content).lines()]:
         say(line)
 
 

@@ -24,20 +24,29 @@ TUNING = {
     "enable_minmax_tuning": True,
     "enable_quanted_input": True,
     "enable_alg_ext": False,
+    "amp": True,
     "seed": 42,
 }
-"""Options of ``AutoRound`` and ``SignRoundConfig`` with their defaults; a rate of 0 is None there: its own choice."""
+"""Options of ``AutoRound`` and ``SignRoundConfig`` with their defaults; a rate of 0 is what its recipe has."""
+TWO_BITS = {"iters": 1000, "enable_alg_ext": True}
+"""Its README recommends ``auto-round-best`` with ``enable_alg_ext`` for 2 bits."""
 RATES = ("lr", "minmax_lr")
+RECIPES = {50: ("auto-round-light", 5e-3), 200: ("auto-round", None), 1000: ("auto-round-best", None)}
+"""By iterations, its recipe (``cli/main.py``, ``RECIPES``) and that one's rate; None is the library's own choice."""
 LAST_TOKEN = "auto-round leaves the last token of each row, and those before it that are the same, out of its loss"
-ONE_BY_ONE = "rows differ in length: batches of {} became as many accumulated steps of one row"
+PADDED = (
+    "rows were padded to {} tokens, as auto-round's batches need; padding counts neither in attention nor in its loss"
+)
+ONE_BY_ONE = "rows differ in length, and no token is free for padding: batches of {} became as many steps of one row"
 
 
 @LIBRARIES.register
 class AutoRoundLibrary(Library):
     """``AutoRound(...).quantize_and_save`` in its format ``llm_compressor``.
 
-    Rows shorter than ``seqlen`` would be dropped, so that it is told the length of the shortest; rows of tensors are
-    not cut. A batch joins rows of one length only.
+    Rows shorter than ``seqlen`` would be dropped, and a batch joins rows of one length only, so that rows are padded to
+    the longest; its loss leaves out the tokenizer's padding token wherever it stands, so that one is taken that no row
+    has.
     """
 
     name = "autoround"
@@ -45,7 +54,15 @@ class AutoRoundLibrary(Library):
     distribution = "auto-round"
     requirements = ("auto-round==0.16.1", "compressed-tensors==0.20.0", "torch==2.14.1", "transformers==5.23.0")
     offers = (
-        Offer("autoround", BITS, "compressed-tensors", calibrated=True, symmetric=(True, False), options=TUNING),
+        Offer(
+            "autoround",
+            BITS,
+            "compressed-tensors",
+            calibrated=True,
+            symmetric=(True, False),
+            options=TUNING,
+            by_bits={2: TWO_BITS},
+        ),
         Offer("rtn", BITS, "compressed-tensors", calibrated=True, symmetric=(True, False)),
     )
 
@@ -53,6 +70,7 @@ class AutoRoundLibrary(Library):
         """Quantize, and put what it saved where it is looked for."""
         from auto_round import AutoRound
 
+        from quantkit.libraries._attention import own_arguments
         from quantkit.libraries._blocks import telling
         from quantkit.libraries._counting import Counter
         from quantkit.libraries._layers import kept_float
@@ -60,32 +78,48 @@ class AutoRoundLibrary(Library):
 
         model = load(request)
         ignored = kept_float(linear_layers(model), request.ignore)
-        settings = settings_for(request, ignored)
+        tokenizer = _tokenizer(request.model)
+        padding = padding_token(request, len(tokenizer), tokenizer.pad_token_id)
+        tokenizer.pad_token = None if padding is None else tokenizer.convert_ids_to_tokens(padding)
+        settings = settings_for(request, ignored, padding)
         counter = Counter(request.tokens)
-        with counter.watching(model), telling(model, request.progress):
-            rounding = AutoRound(model, _tokenizer(request.model), dataset=rows_of(request), **settings)
+        with (
+            own_arguments(model, request.tokens) as others,
+            counter.watching(model, padding),
+            telling(model, request.progress),
+        ):
+            rounding = AutoRound(model, tokenizer, dataset=rows_of(request, padding), **settings)
             rounding.quantize_and_save(str(request.out), format=FORMAT)
         lift(request.out)
         copy_tokenizer(request.model, request.out)
-        return counter.used(*notes(request, settings))
+        return counter.used(*notes(request, settings, padding, others))
 
 
-def settings_for(request: Request, ignored: list[str]) -> dict[str, Any]:
-    """Arguments of ``AutoRound`` beside model, tokenizer and rows; ``ignored`` are names of layers that stay float."""
+def settings_for(request: Request, ignored: list[str], padding: int | None) -> dict[str, Any]:
+    """Arguments of ``AutoRound`` beside model, tokenizer and rows.
+
+    Args:
+        request: what to do.
+        ignored: names of layers that stay float.
+        padding: token with which rows are padded to the longest; None is none.
+    """
     lengths = {len(row) for row in request.tokens}
     options = {key: value for key, value in request.options.items() if key not in RATES or value}
     if request.method == "rtn":
         options = {"iters": 0, "batch_size": 1}
-    elif len(lengths) > 1:
-        options["gradient_accumulate_steps"] *= options["batch_size"]
-        options["batch_size"] = 1
+    else:
+        rate = RECIPES.get(options["iters"], ("", None))[1]
+        options = options if rate is None else {"lr": rate, **options}
+        if len(lengths) > 1 and padding is None:
+            options["gradient_accumulate_steps"] *= options["batch_size"]
+            options["batch_size"] = 1
     return {
         "format": FORMAT,
         "scheme": "W4A16",
         "bits": request.bits,
         "group_size": request.group_size,
         "sym": request.symmetric,
-        "seqlen": min(lengths),
+        "seqlen": min(lengths) if padding is None else max(lengths),
         "nsamples": len(request.tokens),
         "ignore_layers": ",".join(ignored),
         "quant_lm_head": "lm_head" not in ignored,
@@ -96,20 +130,54 @@ def settings_for(request: Request, ignored: list[str]) -> dict[str, Any]:
     }
 
 
-def rows_of(request: Request) -> list[dict[str, Any]]:
-    """Rows as the library takes them without a tokenizer."""
+def padding_token(request: Request, vocabulary: int, usual: int | None) -> int | None:
+    """The token to pad rows with, which none of them has: the ``usual`` one or another; None where no row needs any.
+
+    A method that does not tune takes rows one by one. None too where every token is used.
+    """
+    if request.method == "rtn" or len({len(row) for row in request.tokens}) == 1:
+        return None
+    used = set().union(*request.tokens)
+    free = [token for token in (usual, *reversed(range(vocabulary))) if token is not None and token not in used]
+    return next(iter(free), None)
+
+
+def rows_of(request: Request, padding: int | None) -> list[dict[str, Any]]:
+    """Rows as the library takes them without a tokenizer, padded to the longest where there is a ``padding``."""
     import torch
 
-    rows = [torch.tensor([list(row)]) for row in request.tokens]
-    return [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in rows]
+    longest = max(map(len, request.tokens)) if padding is not None else 0
+    rows = []
+    for row in request.tokens:
+        missing = max(longest - len(row), 0)
+        ids = torch.tensor([[*row, *[padding] * missing]])
+        rows.append({"input_ids": ids, "attention_mask": torch.tensor([[1] * len(row) + [0] * missing])})
+    return rows
 
 
-def notes(request: Request, settings: dict[str, Any]) -> list[str]:
-    """What someone who compares should know."""
+def notes(request: Request, settings: dict[str, Any], padding: int | None, others: int) -> list[str]:
+    """What someone who compares should know; ``others`` are blocks that are called in another way than the first."""
+    from quantkit.libraries._attention import OWN_ATTENTION
+
+    told = [OWN_ATTENTION.format(others)] if others else []
     if request.method == "rtn":
-        return []
-    asked = request.options["batch_size"]
-    return [LAST_TOKEN, *([ONE_BY_ONE.format(asked)] if settings["batch_size"] != asked else [])]
+        return told
+    rows = PADDED.format(settings["seqlen"]) if padding is not None else LAST_TOKEN
+    asked, ran = request.options["batch_size"], settings["batch_size"]
+    return [recipe_note(request), rows, *([ONE_BY_ONE.format(asked)] if ran != asked else []), *told]
+
+
+def recipe_note(request: Request) -> str:
+    """Which of the library's recipes was run, or which its iterations are those of, and what is not as there."""
+    iters = request.options["iters"]
+    usual = {**TUNING, **(TWO_BITS if request.bits == 2 else {}), "iters": iters}
+    changed = ", ".join(f"{key} {value}" for key, value in request.options.items() if usual.get(key) != value)
+    but = f", but with {changed}" if changed else ""
+    if iters not in RECIPES:
+        return f"none of auto-round's recipes: {iters} iterations{but}"
+    name, rate = RECIPES[iters]
+    usual_rate = (2 if request.bits <= 3 and iters >= 1000 else 1) / iters  # ``SignRoundConfig._lr_for_bits``
+    return f"auto-round's recipe {name}{but or f': {iters} iterations, lr {rate or usual_rate:g}, batches of 8'}"
 
 
 def lift(folder: Path) -> None:
@@ -123,9 +191,6 @@ def lift(folder: Path) -> None:
 
 
 def _tokenizer(folder: Path) -> Any:
-    """The tokenizer without a padding token, which auto-round would leave out of its loss wherever it stands."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.pad_token = None
-    return tokenizer
+    return AutoTokenizer.from_pretrained(folder)

@@ -35,6 +35,7 @@ class Offer:
         symmetric: what ``symmetric`` may be; the first is the default.
         devices: where it quantizes.
         options: further options with their defaults, whose types those given must have.
+        by_bits: of a width, the defaults of options that are others there.
         scores_only: why it cannot quantize here at all, for a library that is only loaded and scored; else empty.
     """
 
@@ -46,6 +47,7 @@ class Offer:
     symmetric: tuple[bool, ...] = (True,)
     devices: tuple[str, ...] = ("cpu", "cuda")
     options: Mapping[str, Any] = field(default_factory=dict)
+    by_bits: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
     scores_only: str = ""
     factorizes: bool = False
 

@@ -73,6 +73,7 @@ class Gptqmodel(Library):
         import torch
         from gptqmodel import GPTQModel
 
+        from quantkit.libraries._attention import OWN_ATTENTION, own_arguments
         from quantkit.libraries._counting import Counter
 
         loaded = GPTQModel.load(
@@ -86,15 +87,19 @@ class Gptqmodel(Library):
         blocks = int(loaded.model.config.get_text_config().num_hidden_layers)
         loaded.layer_callback = layers_done(request, blocks)
         counter = Counter(request.tokens)
-        with counter.watching(loaded.model):
+        with own_arguments(loaded.model, request.tokens) as others, counter.watching(loaded.model):
             loaded.quantize(calibration(request), calibration_sort=None, batch_size=1)
         request.progress("layer", blocks, blocks)  # methods that run no rows call nobody back
         if request.method in ("gguf", "fp8"):
             write_found(loaded.model, request)
             return counter.used()
         loaded.save(str(request.out))
-        awq = request.method == "awq"
-        return counter.used(*([CLIPS] if awq else []), *([CAST] if is_cast(request) else []))
+        notes = [
+            OWN_ATTENTION.format(others) if others else "",
+            CLIPS if request.method == "awq" else "",
+            CAST if is_cast(request) else "",
+        ]
+        return counter.used(*filter(None, notes))
 
 
 def is_cast(request: Request) -> bool:

@@ -42,6 +42,7 @@ class Optimum(Library):
         from optimum.gptq import GPTQQuantizer
         from transformers import AutoModelForCausalLM
 
+        from quantkit.libraries._attention import OWN_ATTENTION, own_arguments
         from quantkit.libraries._blocks import telling
         from quantkit.libraries._counting import Counter
         from quantkit.libraries._models import copy_tokenizer
@@ -58,14 +59,18 @@ class Optimum(Library):
             **solver_options(request),
         )
         counter = Counter(request.tokens)
-        with counter.watching(model), telling(model, request.progress):
+        with (
+            own_arguments(model, request.tokens) as others,
+            counter.watching(model),
+            telling(model, request.progress),
+        ):
             quantizer.quantize_model(model)
         quantizer.dataset = None  # it would be written into the config
         model.config.quantization_config = quantizer.to_dict()
         quantizer.save(model, str(request.out))
         settle_config(request)
         copy_tokenizer(request.model, request.out)
-        return counter.used()
+        return counter.used(*([OWN_ATTENTION.format(others)] if others else []))
 
 
 def solver_options(request: Request) -> dict[str, Any]:

@@ -56,7 +56,7 @@ def report_content(
         "variants": rows,
         "gates": gates,
     }
-    return {**content, "recommendation": report.recommend(content).to_json()}
+    return {**report.noted(content), "recommendation": report.recommend(content).to_json()}
 
 
 def _source_facts(model: SourceModel) -> dict[str, Any]:

@@ -166,7 +166,7 @@ class LibrarySpec(Section):
 
     def all_options(self) -> dict[str, Any]:
         """The method's options with its defaults filled in."""
-        return {**self.offer.options, **self.options}
+        return {**self.offer.options, **self.offer.by_bits.get(self.width, {}), **self.options}
 
     def asked_scheme(self) -> Scheme | None:
         """The grid as a scheme of quantkit, as far as it follows from what is asked; the library may choose another.
