@@ -37,6 +37,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "awq": {"method": "awq", **INT4, "ignore": []},
     "hqq": {"method": "hqq", "symmetric": False, **INT4},
     "order": {"method": "gptq", "desc_act": True, "format": "gptq", **INT4},
+    "correction": {"method": "gptq", "correction": True, **INT4},
     "middle": {"method": "gptq", "ignore": [r"layers\.1\."], **INT4},
     "gguf": {"method": "gptq", "format": "gguf", "embeddings": {"bits": 8}, **INT4},
     "gguf1": {"method": "gptq", "format": "gguf", "symmetric": False, "zeros": "float", **INT4},
@@ -131,7 +132,7 @@ def test_what_a_format_cannot_hold_exactly_lies_beside_what_it_stores(model: Pat
         assert (f".{EXACT}codes".encode() in header) == has_exact
 
 
-@pytest.mark.parametrize("name", ["gptq", "awq+gptq"])
+@pytest.mark.parametrize("name", ["gptq", "awq+gptq", "correction"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_either_strategy_goes_on_from_the_other(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype

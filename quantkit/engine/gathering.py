@@ -15,6 +15,7 @@ from quantkit.engine.batches import Batch
 from quantkit.engine.experts import showing_all
 from quantkit.engine.groups import Enough, PreHook, call_order, hooked, shared_inputs
 from quantkit.engine.layers import Layer
+from quantkit.engine.mismatch import MismatchGatherer, stream_hooks, take_streams
 from quantkit.engine.passes import CPU, AtEnd, AtGroup, AtSegment, Pass, move, pause, running_pass, states, told
 from quantkit.engine.routing import ROUTED, ExpertSettings, Kind, alike, common_name, completed, routed_kinds, steps
 from quantkit.engine.skeleton import Segment
@@ -34,6 +35,7 @@ class Group:
     layers: dict[str, Layer]
     gatherer: Gatherer
     solved: bool = False
+    mismatch: MismatchGatherer | None = None
 
     @classmethod
     def of(cls, layers: dict[str, Layer]) -> Group:
@@ -49,6 +51,19 @@ class Group:
     def leader(self) -> nn.Module:
         """The module of the layer that is called first."""
         return next(iter(self.layers.values())).module
+
+    def add(self, inputs: torch.Tensor, batch: Batch) -> None:
+        """Take in the inputs of one batch; see :meth:`Gatherer.add`."""
+        self.gatherer.add(inputs, batch)
+        if self.mismatch is not None:
+            self.mismatch.add(inputs, batch)
+
+    def result(self) -> InputStatistics:
+        """What was gathered, with what the inputs lost where that was, too; see :meth:`Gatherer.result`."""
+        found = self.gatherer.result()
+        if self.mismatch is not None and found.gram is not None:
+            found.mismatch = self.mismatch.result()
+        return found
 
     def weights(self) -> int:
         """Number of weights of its layers."""
@@ -120,12 +135,11 @@ class Streams:
     _states: set[tuple[nn.Module, str]] = field(default_factory=set)
     _index: dict[str, int] = field(default_factory=dict)
 
-    def start(self, segments: Sequence[Segment], head: nn.Module | None, cleanup: ExitStack) -> None:
+    def start(self, segments: Sequence[Segment], cleanup: ExitStack) -> None:
         """Run every pass up to its first segment.
 
         Args:
-            segments: in their order; a pass may leave some out, as text leaves out layers that look at images.
-            head: what no pass goes through, unless it is a segment.
+            segments: at which passes pause, see :func:`pause_at`.
             cleanup: ends the passes.
 
         Raises:
@@ -133,12 +147,6 @@ class Streams:
         """
         cleanup.callback(self.stop)
         self._index = {segment.prefix: index for index, segment in enumerate(segments)}
-        for index, segment in enumerate(segments):
-            hook = segment.module.register_forward_pre_hook(_pause_before(index), with_kwargs=True)
-            cleanup.callback(hook.remove)
-        cleanup.callback(segments[-1].module.register_forward_hook(lambda *_: pause(AtEnd())).remove)
-        if head is not None and all(head is not segment.module for segment in segments):
-            cleanup.callback(head.register_forward_pre_hook(lambda *_: pause(AtEnd())).remove)
         self._passes = [Pass(self.model, batch) for batch in self.batches]
         for each in self._passes:
             with told(self.model):
@@ -202,7 +210,7 @@ class Streams:
 
         def shown(each: Pass) -> list[list[str]]:
             positions: dict[str, int] = {}
-            found = shared_inputs(wanted, partial(self._try, segment, each), positions)
+            found = shared_inputs(wanted, partial(self.try_alone, segment, each), positions)
             routed.update(routed_kinds(numbered, found, positions, each.batch.token_ids.numel()))
             return completed(found, numbered, routed)
 
@@ -211,20 +219,23 @@ class Streams:
             order = call_order(list(wanted), map(shown, smallest_first)) if wanted else []
         found = []
         for members in steps(order, numbered, routed):
-            groups = tuple(self._group({name: wanted[name] for name in names}) for names in members)
+            groups = tuple(self.group({name: wanted[name] for name in names}) for names in members)
             is_routed = any(each in numbered and numbered[each].kind in routed for each in groups[0].layers)
             found.append(Step(groups, common_name([group.name for group in groups]) if is_routed else ""))
         return found
 
-    def _group(self, layers: dict[str, Layer]) -> Group:
+    def group(self, layers: dict[str, Layer]) -> Group:
+        """Layers that share an input, of which nothing is gathered yet."""
         return Group(layers, Gatherer(self.needs, next(iter(layers))))
 
     def trial(self, segment: Segment) -> Trial:
         """A segment to be run with the smallest batch."""
         smallest = min(self.at(segment), key=lambda each: each.batch.token_ids.numel())
-        inputs = shared_inputs({layer.path: layer for layer in segment.layers}, partial(self._try, segment, smallest))
+        inputs = shared_inputs(
+            {layer.path: layer for layer in segment.layers}, partial(self.try_alone, segment, smallest)
+        )
         self._fetch(smallest)
-        place, prefix = _standing(smallest, segment), f"{segment.prefix}."
+        place, prefix = standing(smallest, segment), f"{segment.prefix}."
         return Trial(
             segment.module,
             [[name.removeprefix(prefix) for name in names] for names in inputs],
@@ -235,7 +246,7 @@ class Streams:
 
     def observe(self, segment: Segment, found: Sequence[Step]) -> dict[str, InputStatistics]:
         """The statistics of all inputs of a segment as it is, from one more run of it."""
-        seen = [Step(tuple(self._group(group.layers) for group in step.groups), step.experts) for step in found]
+        seen = [Step(tuple(self.group(group.layers) for group in step.groups), step.experts) for step in found]
         self._gather(segment, [group for step in seen for group in step.groups])
         return self.results(seen)
 
@@ -247,7 +258,7 @@ class Streams:
                 group.gatherer.add(args[0], each.batch)
 
             with hooked([(group.leader, partial(gather, group=group)) for group in groups]), self._showing(segment):
-                self._try(segment, each)
+                self.try_alone(segment, each)
 
     def results(self, found: Sequence[Step]) -> dict[str, InputStatistics]:
         """The finished statistics of each step by the names of its layers."""
@@ -309,26 +320,36 @@ class Streams:
         with showing_all(segment.module):
             yield
 
-    def read_before(self, segment: Segment) -> InputStatistics:
+    def read_before(self, segment: Segment, group: Group) -> InputStatistics:
         """The statistics of what the passes stand before a segment with, for one that is a single layer."""
-        gatherer = Gatherer(self.needs, segment.prefix)
         for each in self.at(segment):
-            self._fetch(each)
-            gatherer.add(_standing(each, segment).args[0], each.batch)
-            self._park(each)
-        return gatherer.result()
+            with self.fetched(each):
+                group.add(standing(each, segment).args[0], each.batch)
+        return group.result()
 
-    def gather_alone(self, segment: Segment, group: Group) -> InputStatistics:
-        """Run a segment up to a group, one batch at a time; the passes stay where they are."""
+    def gather_alone(
+        self, segment: Segment, group: Group, before: Callable[[Batch], None] | None = None
+    ) -> InputStatistics:
+        """Run a segment up to a group, one batch at a time; the passes stay where they are.
+
+        Args:
+            segment: before which they stand.
+            group: of it.
+            before: called with each batch before it runs.
+        """
         for each in self.at(segment):
+            if before is not None:
+                before(each.batch)
 
             def gather(_: nn.Module, args: tuple[Any, ...], each: Pass = each) -> None:
-                group.gatherer.add(args[0], each.batch)
+                group.add(args[0], each.batch)
                 raise Enough
 
-            with hooked([(group.leader, gather)]):
-                self._try(segment, each)
-        return group.gatherer.result()
+            take = partial(MismatchGatherer.now_stream, batch=each.batch)
+            take_streams([group.mismatch], standing(each, segment), take)
+            with hooked([(group.leader, gather), *stream_hooks([group.mismatch], take)]):
+                self.try_alone(segment, each)
+        return group.result()
 
     @contextmanager
     def gathering(self, segment: Segment, groups: Sequence[Group], pausing: bool) -> Iterator[None]:
@@ -338,30 +359,55 @@ class Streams:
             def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
                 current = running_pass()
                 if not group.solved and not current.is_back:
-                    group.gatherer.add(args[0], current.batch)
+                    group.add(args[0], current.batch)
                     if pausing:
                         pause(AtGroup(index))
 
             return hook
 
+        mismatches = [group.mismatch for group in groups]
+        for each in self.at(segment):
+            take_streams(mismatches, standing(each, segment), partial(MismatchGatherer.now_stream, batch=each.batch))
         hooks = [(group.leader, gather(index, group)) for index, group in enumerate(groups)]
+        hooks += stream_hooks(mismatches, lambda each, stream: each.now_stream(stream, running_pass().batch))
         with hooked(hooks), self._showing(segment):
             yield
 
-    def _try(self, segment: Segment, each: Pass) -> None:
+    def try_alone(self, segment: Segment, each: Pass) -> None:
         """Run a segment with the arguments of a pass that stands before it, which stays where it is."""
-        self._fetch(each)
-        place = _standing(each, segment)
-        with suppress(Enough):
+        place = standing(each, segment)
+        with self.fetched(each), suppress(Enough):
             segment.module(*place.args, **place.kwargs)
+
+    @contextmanager
+    def fetched(self, each: Pass) -> Iterator[None]:
+        """Inside the block, what a pass that stands before a segment would give it is on the device of the walk."""
+        self._fetch(each)
+        yield
         self._park(each)
 
 
-def _standing(each: Pass, segment: Segment) -> AtSegment:
+def standing(each: Pass, segment: Segment) -> AtSegment:
     """Where a pass stands, with the arguments that it would call the segment with."""
     if not isinstance(each.place, AtSegment):
         raise RuntimeError(f"a pass stands at {each.place}, not before {segment.prefix}")
     return each.place
+
+
+def pause_at(segments: Sequence[Segment], head: nn.Module | None, cleanup: ExitStack) -> None:
+    """Let every pass pause before each segment and behind the last.
+
+    Args:
+        segments: in their order; a pass may leave some out, as text leaves out layers that look at images.
+        head: what no pass goes through, unless it is a segment.
+        cleanup: lets them no longer.
+    """
+    for index, segment in enumerate(segments):
+        hook = segment.module.register_forward_pre_hook(_pause_before(index), with_kwargs=True)
+        cleanup.callback(hook.remove)
+    cleanup.callback(segments[-1].module.register_forward_hook(lambda *_: pause(AtEnd())).remove)
+    if head is not None and all(head is not segment.module for segment in segments):
+        cleanup.callback(head.register_forward_pre_hook(lambda *_: pause(AtEnd())).remove)
 
 
 def _pause_before(index: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:

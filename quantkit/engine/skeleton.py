@@ -164,6 +164,11 @@ class Skeleton:
         return Segment(path, module, (layer_of(path, module, self.names),))
 
     @property
+    def runs_once(self) -> bool:
+        """Whether every block has parameters of its own, and the model goes through each once."""
+        return not self._stays and not any(segment.shared for segment in self.segments)
+
+    @property
     def tied(self) -> tuple[str, ...]:
         """Names of the head and the embedding where they share one weight; else empty."""
         return tuple(self.names.layer(parameter) for parameter in self._twins)

@@ -22,6 +22,7 @@ from quantkit.engine.tasks import LayerResult, VariantTask
 from quantkit.engine.transforming import Originals, Transforming
 from quantkit.errors import QuantizationError
 from quantkit.methods.base import InputStatistics, Method, Solution, Statistic
+from quantkit.numerics.mismatch import corrected
 from quantkit.schemes import IntScheme, QuantizedWeight, Scheme
 from quantkit.system.devices import synchronize
 
@@ -94,6 +95,10 @@ class Solver:
         """The statistics that some task asks for."""
         return frozenset[Statistic]().union(*(task.needs for task in self.tasks))
 
+    def corrects(self) -> bool:
+        """Whether some task corrects layers for what their inputs lost."""
+        return any(task.method.correction is not None for task in self.tasks)
+
     def wanted(self, segment: Segment) -> dict[str, Layer]:
         """The layers of a segment that a task still has to quantize."""
         tasks = self.at_work(segment)
@@ -157,10 +162,14 @@ class Solver:
                 task.memory.remember_seconds(own[task.name], shared)
             self.work(task, partial(task.sink.segment_done, segment.prefix))
 
+    def put_back_changes(self, segment: Segment) -> None:
+        """Put what its task's transforms made of a segment in an earlier walk, where inputs are quantized."""
+        for task in self.alive():
+            self.transforming.put_back(task, segment)
+
     def put_back(self, segment: Segment) -> None:
         """Put the weights into a segment that its task gave it in an earlier walk, where inputs are quantized."""
         for task in self.alive():
-            self.transforming.put_back(task, segment)
             for layer in segment.layers:
                 if task.memory is not None and layer.name in task.schemes:
                     weight = task.memory.weight(layer.name).to(self.originals.device)
@@ -270,16 +279,15 @@ def solve_groups(
     for group in groups:
         asked = group.statistics.only(method.needs)
         for names, scheme in _stacks(task, list(group.weights)):
-            weights = [group.weights[name] for name in names]
-            stacked = torch.cat(weights) if len(names) > 1 else weights[0]
-            alike.setdefault((scheme, stacked.shape), []).append(_Stack(names, stacked, asked, group))
+            stack = _corrected(_Stack(names, _stacked(group, names), asked, group), method)
+            alike.setdefault((scheme, stack.weight.shape), []).append(stack)
     solved: dict[str, QuantizedWeight] = {}
     for (scheme, _), stacks in alike.items():
         for stack, solution in zip(stacks, _solved(task, method, stacks, scheme), strict=True):
             start = 0
             for name in stack.names:
                 stop = start + stack.group.weights[name].shape[0]
-                result = _layer(name, solution, start, stop, stack.group, is_calibrated)
+                result = _layer(name, solution, start, stop, stack, is_calibrated)
                 task.sink.take(result)
                 solved[name] = result.weight
                 start = stop
@@ -288,12 +296,32 @@ def solve_groups(
 
 @dataclass(frozen=True, slots=True)
 class _Stack:
-    """Layers of a group that are solved as one matrix, with the statistics that the method asks for."""
+    """Layers of a group that are solved as one matrix, with the statistics that the method asks for.
+
+    ``shares`` has of each that was corrected for what its input lost, by how much; see
+    :mod:`quantkit.numerics.mismatch`.
+    """
 
     names: Sequence[str]
     weight: torch.Tensor
     statistics: InputStatistics
     group: InputGroup
+    shares: Mapping[str, float] = field(default_factory=dict)
+
+
+def _stacked(group: InputGroup, names: Sequence[str]) -> torch.Tensor:
+    weights = [group.weights[name] for name in names]
+    return torch.cat(weights) if len(names) > 1 else weights[0]
+
+
+def _corrected(stack: _Stack, method: Method) -> _Stack:
+    """The stack as it makes up for what its input lost, where that is known and the method asks for it."""
+    found = stack.group.statistics
+    if method.correction is None or found.mismatch is None or found.gram is None:
+        return stack
+    sizes = [len(stack.group.weights[name]) for name in stack.names]
+    weight, shares = corrected(stack.weight, sizes, found.gram, found.mismatch, method.correction)
+    return replace(stack, weight=weight, shares=dict(zip(stack.names, shares, strict=True)))
 
 
 def _solved(task: VariantTask, method: Method, stacks: Sequence[_Stack], scheme: Scheme) -> list[Solution]:
@@ -327,8 +355,9 @@ def _stacks(task: VariantTask, names: list[str]) -> list[tuple[list[str], Scheme
     return [*((members, scheme) for scheme, members in stacks.items()), *alone]
 
 
-def _layer(name: str, solution: Solution, start: int, stop: int, group: InputGroup, is_calibrated: bool) -> LayerResult:
+def _layer(name: str, solution: Solution, start: int, stop: int, stack: _Stack, is_calibrated: bool) -> LayerResult:
     """The part of a solution that is a layer's."""
+    group = stack.group
     energy = solution.energy[start:stop].sum().clamp_(min=torch.finfo(torch.float32).tiny)
     error = solution.error[start:stop].sum() / energy
     before = error if solution.error_before is None else solution.error_before[start:stop].sum() / energy
@@ -337,7 +366,8 @@ def _layer(name: str, solution: Solution, start: int, stop: int, group: InputGro
         notes = (*notes, "no calibration token reached this layer: its inputs were taken as uncorrelated")
     tokens = group.statistics.tokens if is_calibrated else 0
     weight = solution.weight.rows(start, stop)
-    return LayerResult(name, weight, error, before, tokens, notes, group.experts if is_calibrated else "")
+    experts = group.experts if is_calibrated else ""
+    return LayerResult(name, weight, error, before, tokens, notes, experts, stack.shares.get(name))
 
 
 # Columns in the order of their inputs' strength

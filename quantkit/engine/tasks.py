@@ -32,6 +32,8 @@ class LayerResult:
         tokens: calibration tokens that reached the layer; 0 for a variant that needs none.
         notes: what the user should know.
         experts: of a layer of an expert what the names of it and its like begin with; else empty.
+        correction: by how much the layer was corrected for what its input lost in the layers before it, from 0 to 1;
+            None where that was not looked at. The errors are then those of the corrected weight.
     """
 
     name: str
@@ -41,6 +43,7 @@ class LayerResult:
     tokens: int
     notes: tuple[str, ...]
     experts: str = ""
+    correction: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,12 +32,13 @@ from typing import Literal
 import torch
 
 from quantkit.engine.batches import Batch
-from quantkit.engine.gathering import Group, Solvable, Step, Streams, batch_of
+from quantkit.engine.gathering import Group, Solvable, Step, Streams, batch_of, pause_at
 from quantkit.engine.routing import ROUTED, ExpertSettings
 from quantkit.engine.skeleton import Segment, Skeleton, WeightReader
 from quantkit.engine.solve import Solver
 from quantkit.engine.tasks import VariantTask
 from quantkit.engine.transforming import Originals
+from quantkit.engine.twins import Twins
 from quantkit.methods.base import InputStatistics
 
 Inputs = Literal["quantized", "float"]
@@ -91,6 +92,7 @@ class Walk:
     on_segment: Callable[[int, int], None] = lambda _done, _total: None
     _solver: Solver = field(init=False)
     _streams: Streams = field(init=False)
+    _twins: Twins | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         originals = Originals(self.skeleton, self.reader, self.settings.device)
@@ -99,6 +101,8 @@ class Walk:
         self._streams = Streams(
             self.skeleton.text, self.batches, self._solver.needs(), settings.offload, settings.experts, settings.room
         )
+        if self._is_quantized and self._solver.corrects() and self.skeleton.runs_once:
+            self._twins = Twins(self.skeleton.text, self.batches, settings.offload)
 
     @property
     def failures(self) -> dict[str, Exception]:
@@ -132,9 +136,12 @@ class Walk:
             self._solver.begin()
             if calibrated:
                 self._load_frame()
+                pause_at(segments, self.skeleton.text.get_output_embeddings(), cleanup)
+                if self._twins is not None:
+                    self._twins.start(segments, cleanup)
             self._solve_embedding(live=calibrated)
             if calibrated:
-                self._streams.start(segments, self.skeleton.text.get_output_embeddings(), cleanup)
+                self._streams.start(segments, cleanup)
             for index, segment in enumerate(segments):
                 started = self._solver.clock()
                 if calibrated or self._solver.at_work(segment):
@@ -169,9 +176,15 @@ class Walk:
         if self._solver.smooths() and not segment.is_layer and self._streams.at(segment):
             self._solver.transforming.find(self._streams.trial(segment))
         if self._is_quantized:
+            self._solver.put_back_changes(segment)
+            self._advance_twins(segment, last)
             self._solver.put_back(segment)
         if not last:
             self._streams.advance(segment)
+
+    def _advance_twins(self, segment: Segment, last: bool) -> None:
+        if self._twins is not None and not last:
+            self._twins.advance(segment)
 
     def _wanted_segments(self) -> list[Segment]:
         head = self.skeleton.head
@@ -210,7 +223,11 @@ class Walk:
         """Solve a segment before which every pass stands, and bring them to the next."""
         if segment.is_layer:
             for name, layer in self._solver.wanted(segment).items():
-                self._solve(segment, [(Group.of({name: layer}), self._streams.read_before(segment))])
+                group = self._streams.group({name: layer})
+                if self._twins is not None:
+                    self._twins.prepare_layer(segment, group)
+                self._solve(segment, [(group, self._streams.read_before(segment, group))])
+            self._advance_twins(segment, last)
             if not last:
                 self._streams.advance(segment)
             return
@@ -248,7 +265,13 @@ class Walk:
             known = self._streams.observe(segment, found)
             self._solver.work(observing[0], partial(transforming.choose, observing[0], segment, known))
             transforming.apply(observing[0], segment)
-        if self.settings.strategy == "one-pass" and not any(step.experts for step in found):
+        one_pass = self.settings.strategy == "one-pass" and not any(step.experts for step in found)
+        if self._twins is not None:
+            groups = [step.group for step in found if not step.experts]
+            self._twins.prepare(segment, groups)
+            if one_pass:
+                self._twins.run(segment, groups)
+        if one_pass:
             groups = [step.group for step in found]
             with self._streams.gathering(segment, groups, pausing=True):
                 self._one_pass(segment, groups, last)
@@ -257,7 +280,9 @@ class Walk:
             if step.experts:
                 self._solve_experts(segment, step)
             else:
-                self._solve(segment, [(step.group, self._streams.gather_alone(segment, step.group))])
+                see = None if self._twins is None else partial(self._twins.see, segment, step.group)
+                self._solve(segment, [(step.group, self._streams.gather_alone(segment, step.group, see))])
+        self._advance_twins(segment, last)
         if not last:
             self._streams.advance(segment)
 
@@ -270,7 +295,7 @@ class Walk:
         """Solve the groups in their order, each when all passes stand at it or beyond."""
         self._streams.advance(segment)
         for index, group in enumerate(groups):
-            self._solve(segment, [(group, group.gatherer.result())])
+            self._solve(segment, [(group, group.result())])
             if last and index == len(groups) - 1:
                 self._streams.stop()
             self._streams.advance_from(index)
@@ -288,6 +313,8 @@ class Walk:
         size = batch_of(part[0][0], self.settings.device) if experts else len(part)
         for start in range(0, len(part), size):
             batch = [(group.layers, statistics) for group, statistics in part[start : start + size]]
+            if self._twins is not None:
+                self._twins.keep(layer for layers, _ in batch for layer in layers.values())
             self._solver.solve(segment, batch, experts, replace=self._is_quantized)
         for group, _ in part:
             group.solved = True

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import torch
 
     from quantkit.numerics.factor import Curvature
+    from quantkit.numerics.mismatch import Mismatch
 
 
 MEANS_TOKENS = 512
@@ -52,6 +53,7 @@ class InputStatistics:
         tokens: how many calibration tokens reached the layers; 0 for an expert that got none.
         abs_mean, square_mean, gram: see :class:`Statistic`; float32.
         derived: what was computed from them once for all variants.
+        mismatch: what the input lost in the layers before it, where that was gathered; methods do not see it.
     """
 
     tokens: int = 0
@@ -59,6 +61,7 @@ class InputStatistics:
     square_mean: torch.Tensor | None = None
     gram: torch.Tensor | None = None
     derived: dict[Any, Any] = field(default_factory=dict)
+    mismatch: Mismatch | None = None
 
     def is_empty(self) -> bool:
         """Whether nothing is known of the input, as no token reached any layer like this."""
@@ -173,6 +176,16 @@ class Method(ABC):
     def warnings(cls, scheme: Scheme) -> tuple[str, ...]:
         """What the user should know before using this method with a scheme that it can do."""
         return ()
+
+    @property
+    def correction(self) -> float | None:
+        """Where inputs are quantized, weights are corrected for what their inputs lost before the method sees them.
+
+        Returns:
+            The damping with which that is done at least, a fraction of the Gram matrix's mean diagonal; None for
+            weights as they are.
+        """
+        return None
 
     def tokens_wanted(self, width: int) -> int:
         """Calibration tokens without which its statistics say too little; 0 where it asks for none.

@@ -44,6 +44,7 @@ class _Facts:
     error_after: float
     notes: tuple[str, ...]
     experts: str = ""
+    correction: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +58,7 @@ class _Taken:
     after: torch.Tensor
     notes: tuple[str, ...]
     experts: str
+    correction: float | None
 
 
 class SolvedLayers(LayerStore):
@@ -126,7 +128,8 @@ class SolvedLayers(LayerStore):
             self._waiting |= {f"{result.name}.{EXACT}{part}": tensor.cpu() for part, tensor in parts.items()}
         scheme = kept.scheme.describe()
         errors = result.error_before, result.error
-        self._taken.append(_Taken(result.name, scheme, result.tokens, *errors, result.notes, result.experts))
+        taken = _Taken(result.name, scheme, result.tokens, *errors, result.notes, result.experts, result.correction)
+        self._taken.append(taken)
 
     def segment_done(self, prefix: str) -> None:
         """Have what was packed since the last segment written, while the walk goes on with the next.
@@ -233,9 +236,10 @@ class SolvedLayers(LayerStore):
         return {each.name: each.tokens for each in self._facts}
 
     def layers(self) -> list[dict[str, Any]]:
-        """Scheme, errors and notes of each layer, for the report."""
+        """Scheme, errors and notes of each layer, for the report, and where it was looked at its correction."""
         found = [{**asdict(each), "notes": list(each.notes)} for each in self._facts]
-        return [{key: value for key, value in each.items() if key != "experts"} for each in found]
+        left = [("experts",) if each["correction"] is not None else ("experts", "correction") for each in found]
+        return [{key: each[key] for key in each if key not in out} for each, out in zip(found, left, strict=True)]
 
     def experts(self) -> dict[str, dict[str, int]]:
         """By what the names of a layer's experts begin with, the calibration tokens of each of their layers."""
@@ -275,7 +279,7 @@ def _asked(taken: Sequence[_Taken]) -> list[_Facts]:
         return []
     numbers = torch.stack([error for each in taken for error in (each.before, each.after)]).tolist()
     return [
-        _Facts(each.name, each.scheme, each.tokens, before, after, each.notes, each.experts)
+        _Facts(each.name, each.scheme, each.tokens, before, after, each.notes, each.experts, each.correction)
         for each, before, after in zip(taken, numbers[::2], numbers[1::2], strict=True)
     ]
 

@@ -289,6 +289,7 @@ class VariantRun:
             *filter(None, [self.resumed.note]),
             *walk.notes,
             *expert_notes(experts, self._job.experts),
+            *_correction_notes(layers),
             *(note for each, done in self._transformed() for note in each.notes(list(done.values()))),
             *dict.fromkeys(f"{layer['name']}: {note}" for layer in layers for note in layer["notes"]),
         ]
@@ -380,3 +381,16 @@ class VariantRun:
         folder = layers_folder(self._out)
         if folder.exists() and (fails_again or not is_worth_keeping(folder)):
             drop_layers(self._out)
+
+
+def _correction_notes(layers: Sequence[Mapping[str, Any]]) -> list[str]:
+    """How far layers were corrected for what their inputs lost; none where that was not looked at."""
+    shares = [layer["correction"] for layer in layers if "correction" in layer]
+    if not shares:
+        return []
+    left = len(layers) - len(shares)
+    note = (
+        f"correction: {sum(map(bool, shares))} of {len(shares)} layers make up for what their inputs lost in the "
+        f"layers before them, by {sum(shares) / len(shares):.2f} of the whole on average"
+    )
+    return [f"{note}; {left} more, such as experts, were solved as they are" if left else note]

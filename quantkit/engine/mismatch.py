@@ -1,0 +1,304 @@
+"""What a layer's inputs lost in the layers before it, gathered as a batch passes it twice.
+
+The float model's pass of a batch comes first and leaves what a group of layers was given; then the pass through the
+quantized layers comes to the same group. A quarter of the tokens is held out, for :mod:`quantkit.numerics.mismatch`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from quantkit.engine.batches import Batch
+from quantkit.engine.groups import PreHook
+from quantkit.engine.passes import AtSegment
+from quantkit.engine.precision import bfloat16_products
+from quantkit.engine.statistics import CHUNK_TOKENS, FiniteCheck
+from quantkit.numerics.mismatch import Mismatch
+
+HELD_OUT = 4
+"""One in as many calibration rows is held out."""
+FEWEST_ROWS = 8
+"""With fewer calibration rows the end of each is held out in the place of whole rows."""
+MOST_HELD = 4096
+"""Tokens that are held out at most, as their inputs are kept; of more an even selection, and the others count."""
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """Which tokens are held out, by rows as far as there are enough: int64 places among the tokens of each batch."""
+
+    places: Mapping[int, torch.Tensor]
+
+    @classmethod
+    def of(cls, batches: Sequence[Batch]) -> HeldOut:
+        """Of the batches of a walk; it depends on the places of rows and their lengths alone."""
+        rows = sum(len(batch.token_ids) for batch in batches)
+        found = {id(batch): _held(batch, by_rows=rows >= FEWEST_ROWS) for batch in batches}
+        step = max(1, -(-sum(map(len, found.values())) // MOST_HELD))
+        return cls({key: places[::step] for key, places in found.items()})
+
+    def has(self, batch: Batch) -> bool:
+        """Whether it is one of the batches."""
+        return id(batch) in self.places
+
+    def __getitem__(self, batch: Batch) -> torch.Tensor:
+        return self.places[id(batch)]
+
+
+def _held(batch: Batch, *, by_rows: bool) -> torch.Tensor:
+    """The places of a batch's tokens that may be held out."""
+    rows, length = batch.token_ids.shape
+    positions = torch.arange(rows * length) if batch.valid is None else batch.valid.cpu()
+    row = positions // length
+    if by_rows:
+        chosen = torch.tensor(batch.rows)[row] % HELD_OUT == HELD_OUT - 1
+    else:
+        lengths = row.bincount(minlength=rows)[row]
+        chosen = positions % length >= lengths - lengths // HELD_OUT
+    return chosen.nonzero().squeeze(1).to(batch.token_ids.device)
+
+
+@dataclass(frozen=True, slots=True)
+class StreamPlace:
+    """Where the residual stream is read to which a layer adds.
+
+    Attributes:
+        argument: of the segment that is the stream, by its place or its name; where ``module`` is None.
+        module: a module inside it that is given the stream.
+    """
+
+    argument: int | str = 0
+    module: nn.Module | None = None
+
+    def read(self, place: AtSegment) -> torch.Tensor:
+        """What a pass that stands before the segment would give it."""
+        found = place.args[self.argument] if isinstance(self.argument, int) else place.kwargs[self.argument]
+        if not isinstance(found, torch.Tensor):
+            raise TypeError(f"argument {self.argument} is no tensor")
+        return found
+
+
+@dataclass(slots=True)
+class _Seen:
+    """What the float pass of a batch left at a group, and the residual streams of both passes."""
+
+    values: torch.Tensor | None = None
+    stream: torch.Tensor | None = None
+    versions: tuple[int, int] = (0, 0)
+    stream_now: torch.Tensor | None = None
+
+    def is_overwritten(self) -> bool:
+        """Whether the model's code has since computed in place of what was kept."""
+        kept = zip((self.values, self.stream), self.versions, strict=True)
+        return any(each is not None and each._version != version for each, version in kept)
+
+
+@dataclass(slots=True)
+class MismatchGatherer:
+    """Sums what a group of layers is to make up for.
+
+    Args:
+        name: of the group, for messages.
+        held: the tokens that are held out.
+        layer: the only one of the group, with its float weight, where outputs are compared, as where these are fewer
+            than inputs or go into the residual stream; None where inputs are.
+        stream: where the stream is read that it adds to; None if it adds to none.
+    """
+
+    name: str
+    held: HeldOut
+    layer: nn.Linear | None = None
+    stream: StreamPlace | None = None
+    _seen: dict[int, _Seen] = field(default_factory=dict)
+    _sum: torch.Tensor | None = None
+    _weight: torch.Tensor | float = 0.0
+    _kept: list[tuple[torch.Tensor, ...]] = field(default_factory=list)
+    _check: FiniteCheck = field(init=False)
+    _paired: bool = True
+
+    def __post_init__(self) -> None:
+        self._check = FiniteCheck(self.name)
+
+    # The float pass
+
+    def see(self, values: torch.Tensor, batch: Batch) -> None:
+        """Keep what the float model gives the group at its first call, or what its layer makes of it."""
+        seen = self._of(batch)
+        if seen.values is None:
+            seen.values = values
+            seen.versions = values._version, seen.versions[1]
+
+    def see_stream(self, stream: torch.Tensor, batch: Batch) -> None:
+        """Keep the residual stream of the float model."""
+        seen = self._of(batch)
+        seen.stream = stream
+        seen.versions = seen.versions[0], stream._version
+
+    # The pass through quantized layers
+
+    def now_stream(self, stream: torch.Tensor, batch: Batch) -> None:
+        """Keep the residual stream until the group is reached."""
+        self._of(batch).stream_now = stream
+
+    def add(self, inputs: torch.Tensor, batch: Batch) -> None:
+        """Take in the inputs ``[..., in_features]`` of a batch, if it has a float pass."""
+        seen = self._seen.pop(id(batch), None)
+        if not self.held.has(batch) or not self._paired:
+            return
+        lost = None if seen is None else self._lost(inputs.detach(), seen)
+        self._paired = lost is not None
+        if lost is None:
+            return
+        flat, _ = batch.tokens_of(inputs.detach().reshape(-1, inputs.shape[-1]))
+        lost, _ = batch.tokens_of(lost.reshape(-1, lost.shape[-1]))
+        self._check.add(lost, batch)
+        held, weights = self.held[batch], batch.weights_of(flat)
+        counts = torch.ones(len(flat), device=flat.device) if weights is None else weights
+        self._kept.append(tuple(each.index_select(0, held) for each in (flat, lost, counts)))
+        self._weight = self._weight + counts.sum()
+        if self._sum is None:
+            self._sum = torch.zeros(flat.shape[1], lost.shape[1], device=flat.device)
+        _add_products(self._sum, flat, lost.index_fill(0, held, 0.0), weights)
+
+    def result(self) -> Mismatch | None:
+        """What was summed; None where passes could not be paired or all that there is was held out.
+
+        Raises:
+            QuantizationError: something was not finite.
+        """
+        total, kept, self._sum, self._kept = self._sum, self._kept, None, []
+        if total is None or not self._paired:
+            return None
+        self._check.result()
+        inputs, targets, weights = (torch.cat(each) for each in zip(*kept, strict=True))
+        held, whole = torch.stack([weights.sum(), torch.as_tensor(self._weight, device=weights.device)]).tolist()
+        if not held < whole:
+            return None
+        return Mismatch(total.div_(whole - held), inputs, targets, weights, held / whole, self.layer is not None)
+
+    def _of(self, batch: Batch) -> _Seen:
+        return self._seen.setdefault(id(batch), _Seen())
+
+    def _lost(self, inputs: torch.Tensor, seen: _Seen) -> torch.Tensor | None:
+        """What was lost of a batch, ``[..., k]``; None where the two passes do not pair up."""
+        values = seen.values
+        if values is None or values.shape[:-1] != inputs.shape[:-1] or seen.is_overwritten():
+            return None
+        if self.layer is None:
+            return values - inputs
+        lost = values - nn.functional.linear(inputs, self.layer.weight, self.layer.bias)
+        if self.stream is None:
+            return lost
+        if seen.stream is None or seen.stream_now is None or seen.stream.shape != seen.stream_now.shape:
+            return None
+        return lost + (seen.stream - seen.stream_now)
+
+
+def stream_hooks(
+    gatherers: Iterable[MismatchGatherer | None], take: Callable[[MismatchGatherer, torch.Tensor], None]
+) -> list[tuple[nn.Module, PreHook]]:
+    """Hooks by which gatherers take the residual stream where modules inside the segment are given it."""
+
+    def hook(_: nn.Module, args: tuple[Any, ...], gatherer: MismatchGatherer) -> None:
+        take(gatherer, args[0])
+
+    return [
+        (each.stream.module, partial(hook, gatherer=each))
+        for each in gatherers
+        if each is not None and each.stream is not None and each.stream.module is not None
+    ]
+
+
+def take_streams(
+    gatherers: Iterable[MismatchGatherer | None],
+    place: AtSegment,
+    take: Callable[[MismatchGatherer, torch.Tensor], None],
+) -> None:
+    """Let gatherers take the residual stream where it is what the segment is given."""
+    for each in gatherers:
+        if each is not None and each.stream is not None and each.stream.module is None:
+            take(each, each.stream.read(place))
+
+
+def _add_products(
+    total: torch.Tensor, inputs: torch.Tensor, values: torch.Tensor, weights: torch.Tensor | None
+) -> None:
+    """Add ``XᵀZ``, with weights ``Xᵀ diag(w) Z``, in float32 as :func:`quantkit.engine.statistics.add_gram` does."""
+    chunk = CHUNK_TOKENS if total.device.type == "cpu" else max(1, len(inputs))
+    for start in range(0, len(inputs), chunk):
+        left, right = inputs[start : start + chunk].float(), values[start : start + chunk].float()
+        if weights is None:
+            with bfloat16_products(inputs):
+                total.addmm_(left.T, right)
+        else:
+            total.addmm_((left * weights[start : start + chunk, None]).T, right)
+
+
+# Which layers add to the residual stream
+
+
+def stream_places(segment: nn.Module, layers: Sequence[nn.Linear], place: AtSegment) -> dict[nn.Linear, StreamPlace]:
+    """The layers of a segment whose output is added to the residual stream as it is, and where that is read before.
+
+    Found by one run of the segment: ``q + output == p`` for what two places of it hold, element by element. Points that
+    count are what the segment is given, what modules inside it are, and what it returns.
+
+    Args:
+        segment: loaded.
+        layers: that are asked for.
+        place: what the segment is given.
+    """
+    points: list[tuple[StreamPlace | None, torch.Tensor]] = []
+    outputs: dict[nn.Linear, tuple[int, torch.Tensor]] = {}
+    known: set[int] = set()
+
+    def note(where: StreamPlace | None, value: Any) -> None:
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and id(value) not in known:
+            known.add(id(value))
+            points.append((where, value.clone()))
+            kept.append(value)
+
+    kept: list[torch.Tensor] = []  # a tensor that is let go could give its identity to another
+    given: list[tuple[int | str, Any]] = [*enumerate(place.args), *place.kwargs.items()]
+    for key, value in given:
+        note(StreamPlace(key), value)
+
+    def before(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if args:
+            note(StreamPlace(module=module), args[0])
+
+    def after(module: nn.Module, _: Any, output: torch.Tensor) -> None:
+        if isinstance(module, nn.Linear) and module not in outputs:
+            outputs[module] = len(points), output.clone()
+
+    asked = set(layers)
+    inside = [each for each in segment.modules() if each is not segment and each not in asked]
+    hooks = [each.register_forward_pre_hook(before) for each in inside if not isinstance(each, nn.Linear)]
+    hooks += [each.register_forward_hook(after) for each in layers]
+    try:
+        returned = segment(*place.args, **place.kwargs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    note(None, returned[0] if isinstance(returned, tuple | list) else returned)
+    found: dict[nn.Linear, StreamPlace] = {}
+    for layer, (first, output) in outputs.items():
+        start = next((where for where, q in points[:first] if where and _adds_up(q, output, points[first:])), None)
+        if start is not None:
+            found[layer] = start
+    return found
+
+
+def _adds_up(
+    before: torch.Tensor, output: torch.Tensor, after: Sequence[tuple[StreamPlace | None, torch.Tensor]]
+) -> bool:
+    if before.shape != output.shape:
+        return False
+    total = before + output
+    return any(point.shape == total.shape and torch.equal(total, point) for _, point in after)

@@ -1,0 +1,158 @@
+"""The float model's pass of every batch, beside the pass through the layers that are already quantized.
+
+A twin runs through each segment as it is before any of its layers is solved, with what the transforms make of it, which
+computes the same. So both passes of a batch have the same channels, and what they differ by is what was lost. With
+``one-pass`` the twins run through the whole segment first, and leave the inputs of its layers; with ``recompute`` one
+twin runs up to one group, with the float weights of what is solved in their places meanwhile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from quantkit.engine.batches import Batch
+from quantkit.engine.gathering import Group, Streams, standing
+from quantkit.engine.groups import Enough, hooked
+from quantkit.engine.layers import Layer
+from quantkit.engine.mismatch import HeldOut, MismatchGatherer, stream_hooks, stream_places, take_streams
+from quantkit.engine.passes import running_pass
+from quantkit.engine.skeleton import Segment
+
+EVERY = 2
+"""One batch in as many has a twin: what is lost is learned from fewer tokens than the curvature, at half the time."""
+FEWEST_BATCHES = 4
+"""With fewer batches each has one."""
+
+
+@dataclass(slots=True)
+class Twins:
+    """The float passes of a walk with quantized inputs.
+
+    Args:
+        model: what they run.
+        batches: the calibration tokens.
+        offload: see :class:`Streams`.
+    """
+
+    model: nn.Module
+    batches: Sequence[Batch]
+    offload: bool = False
+    _streams: Streams = field(init=False)
+    _held: HeldOut = field(init=False)
+    _floats: dict[nn.Module, torch.Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        paired = self.batches[::EVERY] if len(self.batches) >= FEWEST_BATCHES else self.batches
+        self._streams = Streams(self.model, paired, frozenset(), self.offload)
+        self._held = HeldOut.of(paired)
+
+    def start(self, segments: Sequence[Segment], cleanup: ExitStack) -> None:
+        """Run every twin up to its first segment, before anything is quantized."""
+        self._streams.start(segments, cleanup)
+
+    def prepare(self, segment: Segment, groups: Iterable[Group]) -> None:
+        """Let groups of a segment of which nothing is solved yet sum what their inputs lost."""
+        groups, twins = list(groups), self._streams.at(segment)
+        if not twins:
+            return
+        alone = {
+            group.name: group.leader
+            for group in groups
+            if len(group.layers) == 1 and isinstance(group.leader, nn.Linear)
+        }
+        smallest = min(twins, key=lambda each: each.batch.token_ids.numel())
+        with self._streams.fetched(smallest):
+            streams = stream_places(segment.module, list(alone.values()), standing(smallest, segment))
+        for group in groups:
+            layer = alone.get(group.name)
+            stream = None if layer is None else streams.get(layer)
+            narrows = layer is not None and layer.weight.shape[0] < layer.weight.shape[1]
+            known = layer if narrows or stream is not None else None
+            group.mismatch = MismatchGatherer(group.name, self._held, known, stream)
+
+    def run(self, segment: Segment, groups: Sequence[Group]) -> None:
+        """Bring every twin through a segment, and leave what each group was given."""
+        gatherers = [group.mismatch for group in groups]
+        for each in self._streams.at(segment):
+            take_streams(gatherers, standing(each, segment), partial(MismatchGatherer.see_stream, batch=each.batch))
+        hooks = stream_hooks(gatherers, lambda each, stream: each.see_stream(stream, running_pass().batch))
+        with ExitStack() as seeing:
+            seeing.enter_context(hooked(hooks))
+            for group in groups:
+                seeing.enter_context(_seeing(group, None))
+            self._streams.advance(segment)
+
+    def see(self, segment: Segment, group: Group, batch: Batch) -> None:
+        """Run the twin of a batch, if it has one, up to a group, and leave what that was given; it stays there."""
+        twin = next((each for each in self._streams.at(segment) if each.batch is batch), None)
+        if twin is None or group.mismatch is None:
+            return
+        take = partial(MismatchGatherer.see_stream, batch=batch)
+        with self._streams.fetched(twin):  # a view stays where it is when the pass is parked
+            take_streams([group.mismatch], standing(twin, segment), lambda each, stream: take(each, stream.detach()))
+        with self._float_weights(), hooked(stream_hooks([group.mismatch], take)), _seeing(group, batch):
+            self._streams.try_alone(segment, twin)
+
+    def prepare_layer(self, segment: Segment, group: Group) -> None:
+        """Leave what every twin stands with before a segment that is a single layer."""
+        group.mismatch = gatherer = MismatchGatherer(group.name, self._held)
+        for each in self._streams.at(segment):
+            with self._streams.fetched(each):
+                gatherer.see(standing(each, segment).args[0].detach(), each.batch)
+
+    def keep(self, layers: Iterable[Layer]) -> None:
+        """Keep the float weights of layers that are about to be solved, until :meth:`advance`."""
+        for layer in layers:
+            self._floats.setdefault(layer.module, layer.module.weight.data)
+
+    def advance(self, segment: Segment) -> None:
+        """Bring the twins through a segment, with the float weights of what is solved in their places."""
+        with self._float_weights():
+            self._streams.advance(segment)
+        self._floats.clear()
+
+    @contextmanager
+    def _float_weights(self) -> Iterator[None]:
+        """Inside the block, the float weights that were kept are in the places of what was made of them."""
+        solved = {module: module.get_parameter("weight").data for module in self._floats}
+        for module, weight in self._floats.items():
+            module.get_parameter("weight").data = weight
+        try:
+            yield
+        finally:
+            for module, weight in solved.items():
+                module.get_parameter("weight").data = weight
+
+
+@contextmanager
+def _seeing(group: Group, batch: Batch | None) -> Iterator[None]:
+    """Inside the block, a run of the group shows its gatherer what it needs; one of a single batch ends there."""
+    gatherer = group.mismatch
+    if gatherer is None:
+        yield
+        return
+
+    def see(values: torch.Tensor) -> None:
+        gatherer.see(values, running_pass().batch if batch is None else batch)
+        if batch is not None:
+            raise Enough
+
+    def before(_: nn.Module, args: tuple[Any, ...]) -> None:
+        see(args[0])
+
+    def after(_: nn.Module, __: Any, output: torch.Tensor) -> None:
+        see(output)
+
+    leader = group.leader
+    hook = leader.register_forward_pre_hook(before) if gatherer.layer is None else leader.register_forward_hook(after)
+    try:
+        yield
+    finally:
+        hook.remove()
