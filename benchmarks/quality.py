@@ -23,6 +23,7 @@ import argparse
 import hashlib
 import itertools
 import json
+import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -153,18 +154,24 @@ def prepare(given: argparse.Namespace, model: Path, samples: int, work: Path) ->
     return Ground(job, texts, float_baseline(job.source, texts, given.results.parent / "quality-cache"))
 
 
+def processor_seconds() -> float:
+    """Of this process and of those that it started and that have ended: what others do meanwhile adds nothing."""
+    return sum(os.times()[:4])
+
+
 def measured(ground: Ground, variant: VariantSpec | LibrarySpec, llama_cpp: bool) -> dict[str, Any]:
-    """A case, quantized and scored: divergences by text and row, seconds and bits."""
+    """A case, quantized and scored: divergences by text and row, seconds, and bits."""
     with tempfile.TemporaryDirectory() as scratch:
-        work = Path(scratch)
+        work, before = Path(scratch), processor_seconds()
         if isinstance(variant, VariantSpec):
             done = quantize(ground.job, variant, work / "case")
         else:
             done = quantize_by_library(Attempt(ground.job, variant, work / "case", work / "worker.log", Notes()))
+        busy = processor_seconds() - before
         runtime = "llama-cpp" if llama_cpp and any(done.folder.glob("*.gguf")) else "reference"
         kl = divergences(done.folder, ground.texts, ground.baseline, runtime)
     facts = {key: done.facts[key] for key in ("seconds", "bits_per_weight")}
-    return {"kl": kl, **facts, "calibration_tokens": sum(map(len, ground.job.rows))}
+    return {"kl": kl, **facts, "cpu_seconds": busy, "calibration_tokens": sum(map(len, ground.job.rows))}
 
 
 def mean_and_error(values: torch.Tensor) -> tuple[float, float]:
@@ -183,7 +190,7 @@ def compared(result: dict[str, Any], base: dict[str, Any] | None) -> list[dict[s
     for text, rows in result["kl"].items():
         ours = torch.tensor(rows, dtype=torch.float64)
         mean, error = mean_and_error(ours)
-        line = {key: result[key] for key in ("model", "samples", "case", "seconds", "bits_per_weight")}
+        line = {key: result[key] for key in ("model", "samples", "case", "seconds", "cpu_seconds", "bits_per_weight")}
         line |= {"text": text, "kl": mean, "stderr": error}
         if base is not None:
             theirs = torch.tensor(base["kl"][text], dtype=torch.float64)
@@ -201,15 +208,13 @@ def table(given: argparse.Namespace, results: list[dict[str, Any]]) -> list[dict
         if each["label"] == given.label and each["case"] in given.cases and each["model"] in given.models:
             other = {"label": given.before} if given.before else {"case": given.baseline}
             lines += compared(each, by_place.get(place_of({**each, **other})))
-    print(
-        "model    samples case                                 text         KL    error  ratio   shift    error   time"
-    )
+    print(f"{'model':8} samples {'case':36} {'text':7} {'KL':>7}    error  ratio   shift    error    time     cpu")
     for line in lines:
         told = f"{line['model']:8} {line['samples']:7} {line['case']:36} {line['text']:7}"
         told += f" {line['kl']:7.4f} {line['stderr']:8.4f}"
         if "ratio" in line:
             told += f" {line['ratio']:6.3f} {line['shift']:+7.4f} {line['shift_stderr']:8.4f}"
-        print(f"{told:99} {line['seconds']:6.1f}")
+        print(f"{told:102} {line['seconds']:7.1f} {line['cpu_seconds']:7.1f}")
     return lines
 
 
@@ -270,7 +275,7 @@ def main() -> None:
     given = parse()
     given.results.parent.mkdir(parents=True, exist_ok=True)
     lines = given.results.read_text(encoding="utf-8").splitlines() if given.results.exists() else []
-    results = [json.loads(line) for line in lines]
+    results = [{"cpu_seconds": 0.0, **json.loads(line)} for line in lines]
     failed = run(given, results)
     print(json.dumps({"benchmark": "quality", "scores": table(given, results), "failed": failed, **machine()}))
 

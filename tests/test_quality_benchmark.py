@@ -43,7 +43,7 @@ def test_a_case_says_method_scheme_and_options(quality: ModuleType) -> None:
 
 
 def test_differences_are_paired_by_row(quality: ModuleType) -> None:
-    result = {"model": "m", "samples": 16, "case": "a", "seconds": 1.0, "bits_per_weight": 4.25}
+    result = {"model": "m", "samples": 16, "case": "a", "seconds": 1.0, "cpu_seconds": 2.0, "bits_per_weight": 4.25}
     base = {**result, "case": "b", "kl": {"like": [0.1, 0.5, 0.9]}}
     (line,) = quality.compared({**result, "kl": {"like": [0.2, 0.6, 1.0]}}, base)
     assert line["kl"] == pytest.approx(0.6)
