@@ -30,7 +30,7 @@ from quantkit.formats import FORMATS
 from quantkit.formats.base import Format
 from quantkit.gguf import blocks
 from quantkit.methods.base import Method
-from quantkit.numerics import factor
+from quantkit.numerics import factor, in_turn
 from quantkit.numerics import smoothing as awq
 from quantkit.numerics.grid_search import encode, quantized, search_grid
 from quantkit.schemes import Fp8Scheme, IntScheme, Mxfp4Scheme, Nf4Scheme, Nvfp4Scheme, QuantizedWeight, Scheme
@@ -118,6 +118,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     factorized = cycle([False, True])  # "did it fail?", "is it finite?"
     monkeypatch.setattr(factor, "decide", lambda _: next(factorized))
     monkeypatch.setattr(grids_base, "decide", lambda _: True)
+    monkeypatch.setattr(in_turn, "whole_numbers", lambda values: list(range(len(values))))  # "which come first?"
     monkeypatch.setattr(solving, "synchronize", lambda _: None)
     monkeypatch.setattr(statistics_module, "decide", lambda _: True)  # "is every input finite?"
     monkeypatch.setattr(folds, "decide", lambda _: True)  # "is it close?": every first candidate folds
@@ -137,7 +138,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def _forget_grids() -> None:
     """Tables are kept for the process, and those of a test are fake."""
     grids_of.cache_clear()
-    blockfloat._tables.cache_clear()
+    blockfloat._table.cache_clear()
 
 
 def _faked(mode: FakeTensorMode, tables: Any) -> Any:

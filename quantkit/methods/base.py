@@ -74,6 +74,16 @@ class InputStatistics:
         asked = {each.value: getattr(self, each.value) for each in needs}
         return InputStatistics(self.tokens, **asked, derived=self.derived.setdefault(needs, {}))
 
+    def gram_for(self, weight: torch.Tensor) -> torch.Tensor:
+        """The Gram matrix, float32 ``[in_features, in_features]``; where no token came by, inputs are uncorrelated.
+
+        Args:
+            weight: float32 ``[out_features, in_features]``, for its width and device.
+        """
+        import torch
+
+        return torch.eye(weight.shape[1], device=weight.device) if self.gram is None else self.gram
+
     def curvature(self, damping: float, activation_order: bool, weight: torch.Tensor) -> Curvature:
         """The damped and factorized Gram matrix; where no token came by, inputs are taken as uncorrelated.
 
@@ -85,14 +95,13 @@ class InputStatistics:
         Raises:
             QuantizationError: the matrix cannot be factorized at any damping.
         """
-        import torch
-
-        from quantkit.numerics.factor import Curvature
+        from quantkit.numerics.factor import Curvature, strongest_first
 
         key = ("curvature", damping, activation_order)
         if key not in self.derived:
-            gram = torch.eye(weight.shape[1], device=weight.device) if self.gram is None else self.gram
-            self.derived[key] = Curvature.of(gram, damping, activation_order)
+            gram = self.gram_for(weight)
+            order = strongest_first(gram.diagonal()) if activation_order else None
+            self.derived[key] = Curvature.of(gram, damping, order)
         found: Curvature = self.derived[key]
         return found
 

@@ -1,14 +1,14 @@
 """GPTQ: columns are quantized one after another, and the free ones make up for what each loses.
 
-Over the paper's solver this adds a search for the scales that weighs each column by the mean square of its
-input, and on request a refinement of scales and codes after the solve that lowers the same layer error further.
+Over the paper's solver this adds a search for the scales, of each group when the solver comes to it, and on request a
+refinement of scales and codes after the solve that lowers the same layer error further.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -21,8 +21,12 @@ if TYPE_CHECKING:
     import torch
 
     from quantkit.numerics.factor import Curvature
-    from quantkit.numerics.refine import Problem
-    from quantkit.schemes.grids import Grid, Rounder
+    from quantkit.schemes.grids import Grid, Grids, Rounder
+
+
+CANDIDATES = 6
+CANDIDATES_IN_TURN = 9
+"""More than beforehand, where each is given the scale that suits its codes best."""
 
 
 class GptqOptions(MethodOptions):
@@ -32,7 +36,11 @@ class GptqOptions(MethodOptions):
         damping: fraction of the Gram matrix's mean diagonal that is added to its diagonal.
         activation_order: solve the columns with the strongest inputs first. Groups stay where they are,
             so the file needs no ``g_idx``.
-        search: ranges tried per group for its scale; 1 takes the full range.
+        search: ranges tried per group for its scale, by default 9 in turn and 6 before; 1 takes the full range.
+        scales: ``in_turn`` chooses the scale of a group when the solver comes to the first of its columns, among those
+            tried by solving the group for each; ``before`` chooses all beforehand, by rounding with each column's error
+            weighed by the mean square of its input. By default in turn where scales are not free. Groups of more than
+            128 columns, scales that groups share and ``search: 1`` take ``before`` in any case.
         refinements: rounds of refitting the scales and descending over the codes after the solve; the first takes
             about a fifth of the whole time and lowers the divergence by a few hundredths of it.
         negative_scales: let a symmetric grid, which reaches one step further on one side, turn that side to the
@@ -44,7 +52,8 @@ class GptqOptions(MethodOptions):
 
     damping: Annotated[float, Field(gt=0, le=10)] = 0.03
     activation_order: bool = True
-    search: Annotated[int, Field(ge=1, le=200)] = 6
+    search: Annotated[int, Field(ge=1, le=200)] | None = None
+    scales: Literal["in_turn", "before"] | None = None
     refinements: Annotated[int, Field(ge=0, le=20)] = 0
     negative_scales: bool = True
     correction: bool = False
@@ -74,7 +83,9 @@ class Gptq(Method):
 
     def for_embeddings(self) -> Method:
         """Without inputs no column can make up for another: round to nearest, unless scales are to be refined."""
-        searched = RtnOptions(range="search", search=self.options.search, negative_scales=self.options.negative_scales)
+        options = self.options
+        tried = options.search or CANDIDATES
+        searched = RtnOptions(range="search", search=tried, negative_scales=options.negative_scales)
         return self if self.options.refinements else Rtn(searched)
 
     def quantize(
@@ -87,58 +98,116 @@ class Gptq(Method):
         self, given: Sequence[tuple[torch.Tensor, InputStatistics]], scheme: Scheme, scale_dtype: torch.dtype
     ) -> list[Solution]:
         """Solve the columns of all together; see :meth:`Method.quantize_alike`."""
-        posed = [self._pose(weight, statistics, scheme, scale_dtype) for weight, statistics in given]
-        return [self._finish(each, levels) for each, levels in zip(posed, _solve(posed), strict=True)]
+        posed = [self._pose(weight, statistics, scheme) for weight, statistics in given]
+        in_turn = self._is_in_turn(scheme, given[0][0].shape[1])
+        solved = self._solve_in_turn(posed, scale_dtype) if in_turn else self._solve_before(posed, scale_dtype)
+        return [self._finish(each, *found) for each, found in zip(posed, solved, strict=True)]
 
-    def _pose(
-        self, weight: torch.Tensor, statistics: InputStatistics, scheme: Scheme, scale_dtype: torch.dtype
-    ) -> _Posed:
-        """Look for the scales of a weight."""
-        from quantkit.numerics.grid_search import search_grid
-        from quantkit.numerics.refine import Problem
+    def _is_in_turn(self, scheme: Scheme, columns: int) -> bool:
+        """Whether scales are chosen as the columns are solved."""
+        from quantkit.numerics.in_turn import is_in_turn
+
+        options = self.options
+        asked = options.scales or ("before" if scheme.free_scales else "in_turn")
+        return asked == "in_turn" and options.search != 1 and is_in_turn(scheme.grids(), columns)
+
+    def _pose(self, weight: torch.Tensor, statistics: InputStatistics, scheme: Scheme) -> _Posed:
+        """A weight with what is known of its inputs."""
+        from quantkit.numerics.factor import Curvature
+        from quantkit.numerics.in_turn import order_of_groups
 
         options, grids = self.options, scheme.grids()
-        curvature = statistics.curvature(options.damping, options.activation_order, weight)
-        hessian, columns = curvature.hessian, weight.T.contiguous()
-        grid = search_grid(
-            weight, hessian.diagonal(), scheme, scale_dtype, options.search, negative_scales=options.negative_scales
-        )
-        return _Posed(Problem(columns, curvature.gram, hessian, hessian @ columns, grids), curvature, grid)
+        if grids.whole and options.activation_order and self._is_in_turn(scheme, weight.shape[1]):
+            gram = statistics.gram_for(weight)
+            curvature = Curvature.of(gram, options.damping, order_of_groups(weight, gram.diagonal(), grids))
+        else:
+            curvature = statistics.curvature(options.damping, options.activation_order, weight)
+        return _Posed(weight, curvature, grids)
 
-    def _finish(self, posed: _Posed, levels: torch.Tensor) -> Solution:
+    def _solve_in_turn(self, posed: Sequence[_Posed], scale_dtype: torch.dtype) -> list[tuple[torch.Tensor, Grid]]:
+        """Levels ``[columns, rows]`` in the checkpoint's order of columns, and grids, chosen on the way."""
+        from quantkit.numerics.in_turn import OpenLayer, Search, solve_in_turn
+
+        options = self.options
+        search = Search(scale_dtype, options.search or CANDIDATES_IN_TURN, options.negative_scales)
+        layers = [
+            OpenLayer(each.in_order(each.weight.T), each.curvature.factor, each.curvature.order, each.fitted(), search)
+            for each in posed
+        ]
+        levels = solve_in_turn(layers)
+        return [(each.in_place(found), layer.grid()) for each, found, layer in zip(posed, levels, layers, strict=True)]
+
+    def _solve_before(self, posed: Sequence[_Posed], scale_dtype: torch.dtype) -> list[tuple[torch.Tensor, Grid]]:
+        """The same on grids that are chosen before."""
+        from quantkit.numerics.columns import solve_columns
+        from quantkit.numerics.grid_search import search_grid
+
+        options = self.options
+        grids = [
+            search_grid(
+                each.weight,
+                each.curvature.hessian.diagonal(),
+                each.grids.scheme,
+                scale_dtype,
+                options.search or CANDIDATES,
+                negative_scales=options.negative_scales,
+            )
+            for each in posed
+        ]
+        first, *others = (each.rounder(grid) for each, grid in zip(posed, grids, strict=True))
+        levels = solve_columns(
+            _together([each.in_order(each.weight.T) for each in posed]),
+            _together([each.curvature.factor for each in posed]),
+            _together([each.in_order(each.spread(grid)) for each, grid in zip(posed, grids, strict=True)]),
+            first.beside(others),
+        )
+        return [(each.in_place(found), grid) for each, found, grid in zip(posed, levels, grids, strict=True)]
+
+    def _finish(self, posed: _Posed, levels: torch.Tensor, grid: Grid) -> Solution:
         """Refine what the column solver found, and judge it."""
         from quantkit.numerics.grid_search import codes_of, quantized
-        from quantkit.numerics.refine import refine
+        from quantkit.numerics.refine import Problem, refine
 
-        problem, scheme = posed.problem, posed.problem.grids.scheme
-        solved = problem.attempt(levels, posed.grid)
+        grids, curvature, columns = posed.grids, posed.curvature, posed.weight.T.contiguous()
+        problem = Problem(columns, curvature.gram, curvature.hessian, curvature.hessian @ columns, grids)
+        solved = problem.attempt(levels, grid)
         refined = refine(problem, solved, self.options.refinements)
         return Solution(
-            quantized(codes_of(refined.levels, refined.grid, scheme), refined.grid, scheme),
+            quantized(codes_of(refined.levels, refined.grid, grids.scheme), refined.grid, grids.scheme),
             error=refined.error,
             energy=problem.energy(),
             error_before=solved.error,
-            notes=posed.curvature.notes(),
+            notes=curvature.notes(),
         )
 
 
 @dataclass(frozen=True, slots=True)
 class _Posed:
-    """A weight whose scales are found and whose codes are not."""
+    """A weight, float32 ``[rows, columns]``, whose scales and codes are to be found."""
 
-    problem: Problem
+    weight: torch.Tensor
     curvature: Curvature
-    grid: Grid
+    grids: Grids
 
     def in_order(self, values: torch.Tensor) -> torch.Tensor:
         """Values ``[columns, rows]`` in the order of solving, a new tensor."""
-        order = self.curvature.order
-        return values.clone() if order is None else values[order]
+        import torch
 
-    def rounder(self) -> Rounder:
+        order = self.curvature.order
+        return values.clone(memory_format=torch.contiguous_format) if order is None else values[order]
+
+    def fitted(self) -> Grids:
+        """The grids of this weight."""
+        return self.grids.fitted(self.grids.grouped(self.weight))
+
+    def rounder(self, grid: Grid) -> Rounder:
         """The nearest levels in the order of solving."""
-        order, rounder = self.curvature.order, self.problem.rounder(self.grid)
-        return rounder if order is None else rounder.ordered(order)
+        rounder = self.grids.rounder(grid, *self.weight.shape)
+        return rounder if self.curvature.order is None else rounder.ordered(self.curvature.order)
+
+    def spread(self, grid: Grid) -> torch.Tensor:
+        """The scale of each weight, float32 ``[columns, rows]``."""
+        return self.grids.spread(grid.scales.float(), *self.weight.shape)
 
     def in_place(self, levels: torch.Tensor) -> torch.Tensor:
         """Levels ``[columns, rows]`` in the checkpoint's order of columns."""
@@ -147,20 +216,6 @@ class _Posed:
         found = levels.new_empty(levels.shape)
         found[self.curvature.order] = levels
         return found
-
-
-def _solve(posed: Sequence[_Posed]) -> list[torch.Tensor]:
-    """The levels of the column solver for weights of one shape, in the checkpoint's order of columns."""
-    from quantkit.numerics.columns import solve_columns
-
-    first, *others = (each.rounder() for each in posed)
-    levels = solve_columns(
-        _together([each.in_order(each.problem.weight) for each in posed]),
-        _together([each.curvature.factor for each in posed]),
-        _together([each.in_order(each.problem.spread(each.grid.scales)) for each in posed]),
-        first.beside(others),
-    )
-    return [each.in_place(found) for each, found in zip(posed, levels, strict=True)]
 
 
 def _together(values: Sequence[torch.Tensor]) -> torch.Tensor:

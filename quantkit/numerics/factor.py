@@ -25,7 +25,7 @@ class Curvature:
     Attributes:
         gram: float32 ``[in_features, in_features]``.
         hessian: the same, damped.
-        order: columns with the strongest inputs first, or None for the order in which they lie.
+        order: of solving, or None for that in which columns lie.
         factor: see :func:`inverse_factor`, in this order.
         damping: as asked for.
         used: as was needed.
@@ -39,19 +39,36 @@ class Curvature:
     used: float
 
     @classmethod
-    def of(cls, gram: torch.Tensor, damping: float, activation_order: bool) -> Curvature:
+    def of(cls, gram: torch.Tensor, damping: float, order: torch.Tensor | None) -> Curvature:
         """The curvature of inputs with this Gram matrix.
+
+        Args:
+            gram: float32 ``[in_features, in_features]``.
+            damping: see :func:`damped`.
+            order: int64 ``[in_features]``, the columns in the order of solving; None for that in which they lie.
 
         Raises:
             QuantizationError: it cannot be factorized.
         """
-        order = gram.diagonal().argsort(descending=True, stable=True) if activation_order else None
         factor, used = inverse_factor(gram, damping, order)
         return cls(gram, damped(gram, used), order, factor, damping, used)
 
     def notes(self) -> tuple[str, ...]:
         """What the user should know."""
         return (f"damping raised from {self.damping:g} to {self.used:g}",) if self.used > self.damping else ()
+
+
+def strongest_first(strength: torch.Tensor, together: int = 1) -> torch.Tensor:
+    """The columns in which errors count most first, int64 ``[in_features]``.
+
+    Args:
+        strength: float32 ``[in_features]``, by how much they count.
+        together: so many neighbouring columns stay together, the strongest group first; 1 orders each by itself.
+    """
+    groups = strength.reshape(-1, together)
+    inside = groups.argsort(dim=1, descending=True, stable=True)
+    first = groups.sum(1).argsort(descending=True, stable=True)
+    return (first.unsqueeze(1) * together + inside[first]).view(-1)
 
 
 def damped(gram: torch.Tensor, damping: float) -> torch.Tensor:

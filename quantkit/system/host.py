@@ -17,3 +17,8 @@ def decide(answer: torch.Tensor) -> bool:
 def number(value: torch.Tensor) -> float:
     """The value of a tensor of one element."""
     return float(value.item())
+
+
+def whole_numbers(values: torch.Tensor) -> list[int]:
+    """The values of a vector of integers."""
+    return [int(value) for value in values.tolist()]

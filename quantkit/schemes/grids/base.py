@@ -56,7 +56,11 @@ class Grids(ABC):
 
     Attributes:
         scheme: the scheme.
+        whole: whether the column solver goes through the columns group by group. It chooses the scale of a group best
+            where it solves all of it at once, and orders columns best where it takes each by itself.
     """
+
+    whole: bool = False
 
     def __init__(self, scheme: Scheme) -> None:
         self.scheme = scheme
@@ -129,6 +133,11 @@ class Grids(ABC):
             QuantizationError: the weight is not finite.
         """
         return self
+
+    @property
+    def independent(self) -> bool:
+        """Whether each group of neighbouring columns of a row has a scale that does not depend on those of others."""
+        return True
 
     def pooled(self, gains: torch.Tensor) -> torch.Tensor:
         """What groups gain by a candidate, ``[A, G]``: for each the sum over all that share its scale."""

@@ -48,6 +48,11 @@ class CodebookGrids(TableGrids):
         zeros = [code for code, level in enumerate(scheme.table) if level == 0]
         self._second_zero = zeros[1] if len(zeros) > 1 else None
 
+    @property
+    def independent(self) -> bool:
+        """Scales that are quantized themselves are rounded with their neighbours."""
+        return not self.scheme.double_quant
+
     def encode(self, groups: torch.Tensor, grid: Grid) -> torch.Tensor:
         """The nearest codes; on a grid that spans the range relative to that range, as bitsandbytes does.
 

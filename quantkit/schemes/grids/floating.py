@@ -30,6 +30,11 @@ class Fp8Grids(FixedGrids):
     scheme: Fp8Scheme
     highest = HIGHEST
 
+    @property
+    def independent(self) -> bool:
+        """Rows share the scales of tensors and blocks."""
+        return self.scheme.granularity == "channel"
+
     def grouped(self, weight: torch.Tensor) -> torch.Tensor:
         """``[rows, groups, columns_per_group]``."""
         rows, columns = weight.shape

@@ -41,6 +41,11 @@ class KQuantGrids(Grids):
         self.scheme = scheme
         self.last = (1 << scheme.bits) - 1
 
+    @property
+    def independent(self) -> bool:
+        """Sub-blocks share what their scales are multiples of."""
+        return False
+
     def levels(self, codes: torch.Tensor, zeros: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """``code - zero``, computed in ``dtype``."""
         return codes.to(dtype) - zeros.to(dtype).unsqueeze(-1)

@@ -45,6 +45,11 @@ class IntGrids(Grids):
             return values.T.expand(self.scheme.group_size, -1).reshape(rows, columns).T.contiguous()
         return super().spread(values, rows, columns)
 
+    @property
+    def independent(self) -> bool:
+        """Along axis 0 groups are no neighbouring columns."""
+        return self.scheme.axis != 0
+
     def levels(self, codes: torch.Tensor, zeros: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """``code - zero``, computed in ``dtype``."""
         return codes.to(dtype) - zeros.to(dtype).unsqueeze(-1)
