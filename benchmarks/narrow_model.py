@@ -13,8 +13,8 @@ MODEL is a folder, hub id, GGUF file or ``package:`` reference. Perplexities of 
 takes minutes on two cores.
 
 SmolLM2-135M-Instruct cut from 576 to 512 and from nine heads to eight had a perplexity of 14.1 on alpaca records, where
-it has 7.6 itself, and answers in sentences. Cut to 512 by the rotation alone, with all its heads, it had 17 where it has
-8.5, and 68 where it has 30 on WikiText-2.
+it has 7.6 itself, and answers in sentences. Cut to 512 by the rotation alone, with all its heads, it had 17 where it
+has 8.5, and 68 where it has 30 on WikiText-2.
 """
 
 from __future__ import annotations
