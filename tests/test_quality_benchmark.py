@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 from pathlib import Path
 from types import ModuleType
 
@@ -51,6 +52,30 @@ def test_differences_are_paired_by_row(quality: ModuleType) -> None:
     assert line["shift"] == pytest.approx(0.1)
     assert line["shift_stderr"] == pytest.approx(0, abs=1e-9)
     assert line["stderr"] == pytest.approx(0.4 / 3**0.5)
+
+
+def test_results_that_are_there_are_not_run_again_and_another_label_is_a_baseline(
+    quality: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    case = "gptq-int4-g64-sym"
+    keys = {"model": "m", "case": case, "samples": 16, "rows": 12, "length": 256, "inputs": "quantized"}
+    keys |= {"llama_cpp": False, "seconds": 1.0, "cpu_seconds": 2.0, "bits_per_weight": 4.25}
+    rows = [
+        {**keys, "label": "old", "kl": {"like": [0.2, 0.4], "unlike": [0.4, 0.8]}},
+        {**keys, "label": "new", "kl": {"like": [0.1, 0.3], "unlike": [0.2, 0.4]}},
+    ]
+    results = tmp_path / "results.jsonl"
+    results.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    given = ["--records", "none.json", "--text", "none.txt", "--models", "m=nowhere", "--cases", case]
+    monkeypatch.setattr(
+        "sys.argv", ["quality.py", *given, "--results", str(results), "--label", "new", "--before", "old"]
+    )
+    quality.main()
+    like, unlike = json.loads(capsys.readouterr().out.splitlines()[-1])["scores"]
+    assert (like["text"], unlike["text"]) == ("like", "unlike")
+    assert like["shift"] == pytest.approx(-0.1)
+    assert (like["ratio"], unlike["ratio"]) == pytest.approx((2 / 3, 0.5))
+    assert results.read_text(encoding="utf-8").count("\n") == 2
 
 
 def test_a_model_of_its_own_width_and_heads_is_the_same_and_a_narrow_one_is_near(benchmark_folder: None) -> None:
