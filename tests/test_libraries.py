@@ -23,12 +23,14 @@ from quantkit.cli.tables import method_lines, plan_table
 from quantkit.errors import EvaluationError, QuantkitError, RecipeError
 from quantkit.evaluation import EvaluationJob
 from quantkit.exports.manifest import is_whole
+from quantkit.isolation.stage import option_notes
 from quantkit.libraries import LIBRARIES, Libraries, Library
 from quantkit.libraries.base import Offer, Request, Used
 from quantkit.publishing import CARD, card
 from quantkit.recipe import LibrarySpec, Recipe, VariantSpec
 from quantkit.report import rounding_lines
 from quantkit.system.artifacts import read_json
+from quantkit.system.validation import parse_section
 from tests.faulty_library import Faulty
 from tests.runs import Notebook, hidden_names, make_recipe, recipe_data, score_here
 
@@ -88,6 +90,16 @@ def test_what_is_left_out_is_the_librarys_own() -> None:
     assert (found["bits"], found["group_size"], found["symmetric"]) == (4, 64, True)
     assert found["options"] == {"speed": 1.5, "fast": True}
     assert library_variant(speed=3).all_options() == {"speed": 3, "fast": True}
+
+
+def test_a_row_says_which_options_are_not_the_librarys_own() -> None:
+    own = "faulty works ran with the library's own options"
+    assert option_notes(library_variant(method="works", fast=True)) == [own]
+    assert option_notes(library_variant(method="works", speed=3)) == [f"{own} but for speed 3"]
+    assert option_notes(library_variant(method="needs_cuda")) == []
+    two = parse_section(LibrarySpec, {"name": "v", "library": "autoround", "bits": 2, "lr": 0.1}, "v")
+    assert option_notes(two) == ["autoround ran with the library's own options but for lr 0.1"]
+    assert (two.all_options()["iters"], two.all_options()["enable_alg_ext"]) == (1000, True)
 
 
 def test_defaults_go_where_there_is_a_choice() -> None:

@@ -202,6 +202,10 @@ def test_llmcompressor_is_told_what_to_do() -> None:
     smooth, eight = told("smoothquant")
     assert (smooth.given, eight.given["scheme"]) == ({"smoothing_strength": 0.5}, "W8A8")
     assert [told(method)[0].given["scheme"] for method in ("fp8", "nvfp4")] == ["FP8_DYNAMIC", "NVFP4A16"]
+    observers = [told(method)[0].given["weight_observer"] for method in ("fp8", "nvfp4")]
+    assert observers == [None, "memoryless_minmax"]
+    (searched,) = told("nvfp4", options={"observer": "fouroversix"})
+    assert searched.given["weight_observer"] == "fouroversix"
     with pytest.raises(SchemeError, match="no scheme 'FP8' without calibration"):
         told("fp8", options={"scheme": "FP8"})
 

@@ -44,6 +44,7 @@ from quantkit.system.ending import Ending, Kind
 from quantkit.system.locks import held
 
 if TYPE_CHECKING:
+    from quantkit.recipe import LibrarySpec
     from quantkit.schemes import Scheme
 
 OUTPUT = "output"
@@ -186,6 +187,7 @@ def _facts(
         "notes": [
             *calibration_notes(given, used),
             *_image_notes(attempt),
+            *option_notes(variant),
             *used["notes"],
             WEIGHTS_ALONE if has_errors else RESCALED,
             *_few_tokens(attempt, [layer["name"] for layer in findings.layers]),
@@ -204,6 +206,15 @@ def _facts(
             **ending_facts(ending),
         },
     }
+
+
+def option_notes(variant: LibrarySpec) -> list[str]:
+    """Whether a method ran with its library's own options, and which it was given others in place of."""
+    recommended = variant.recommended_options()
+    if not recommended:
+        return []
+    changed = ", ".join(f"{key} {value}" for key, value in variant.options.items() if recommended[key] != value)
+    return [f"{variant.label} ran with the library's own options{f' but for {changed}' if changed else ''}"]
 
 
 def _write_records(

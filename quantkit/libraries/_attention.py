@@ -104,7 +104,9 @@ def _giving(own: Mapping[str, Any]) -> Any:
                 part[:, :length].to(states.device, states.dtype) for part in own["position_embeddings"]
             )
         if "attention_mask" in own:
-            changed["attention_mask"] = _masked(own["attention_mask"], arguments.get("attention_mask"), length)
+            mask = own["attention_mask"]
+            mine = None if mask is None else mask.to(states.device)
+            changed["attention_mask"] = _masked(mine, arguments.get("attention_mask"), length)
         return given, changed
 
     return give
@@ -115,11 +117,10 @@ def _masked(own: torch.Tensor | None, given: torch.Tensor | None, length: int) -
     import torch
 
     if own is None or own.dim() != 4:
-        return None if own is None or given is None or given.dim() == 4 else given
+        return given if own is not None and given is not None and given.dim() != 4 else None
     mine = own[..., :length, :length]
     if given is None:
         return mine
-    mine = mine.to(given.device)
     kept = given.bool()[:, None, None, :]
     if given.dim() == 4:
         diagonal = given.diagonal(dim1=-2, dim2=-1)

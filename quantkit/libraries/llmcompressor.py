@@ -50,8 +50,8 @@ class Llmcompressor(Library):
         Offer("rtn", BITS, WRITES, symmetric=BOTH, options=OBSERVER),
         Offer("smoothquant", (8,), WRITES, calibrated=True, grouped=False, options={"smoothing_strength": 0.5}),
         Offer("fp8", (8,), WRITES, grouped=False, options={"scheme": PRESETS["fp8"]}),
-        Offer("nvfp4", (4,), WRITES, grouped=False),
-        Offer("mxfp4", (4,), WRITES, grouped=False),
+        Offer("nvfp4", (4,), WRITES, grouped=False, options=OBSERVER),
+        Offer("mxfp4", (4,), WRITES, grouped=False, options=OBSERVER),
     )
 
     @classmethod
@@ -116,7 +116,10 @@ def modifiers(request: Request) -> list[Any]:
     # its patterns are matched from the start of a name, and quantkit's are searched for in it
     ignore = [f"re:.*(?:{pattern})" for pattern in request.ignore]
     if request.method in PRESETS:
-        return [QuantizationModifier(targets=["Linear"], scheme=preset(request), ignore=ignore)]
+        weights = options.get("observer")  # of presets for floats of 4 bits; None is the preset's own
+        return [
+            QuantizationModifier(targets=["Linear"], scheme=preset(request), ignore=ignore, weight_observer=weights)
+        ]
     if request.method == "smoothquant":
         return [SmoothQuantModifier(**options), QuantizationModifier(targets=["Linear"], scheme="W8A8", ignore=ignore)]
     groups = {"config_groups": {"group_0": integers(request, options.pop("observer"))}, "ignore": ignore}

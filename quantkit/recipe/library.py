@@ -164,9 +164,13 @@ class LibrarySpec(Section):
         """Whether there are no zero points."""
         return self.offer.symmetric[0] if self.symmetric is None else self.symmetric
 
+    def recommended_options(self) -> dict[str, Any]:
+        """What the library recommends for the method and the width: the defaults of all its options."""
+        return {**self.offer.options, **self.offer.by_bits.get(self.width, {})}
+
     def all_options(self) -> dict[str, Any]:
         """The method's options with its defaults filled in."""
-        return {**self.offer.options, **self.offer.by_bits.get(self.width, {}), **self.options}
+        return {**self.recommended_options(), **self.options}
 
     def asked_scheme(self) -> Scheme | None:
         """The grid as a scheme of quantkit, as far as it follows from what is asked; the library may choose another.
