@@ -197,8 +197,8 @@ def test_a_method_that_learns_from_inputs_comes_down_to_rounding(keys: dict[str,
 
 
 def test_one_that_does_more_with_the_weight_alone_stays() -> None:
-    kept = [variant(method="gptq", refinements=1), variant(method="hqq", symmetric=False), variant(range="weighted")]
-    assert [spec.build_method().for_embeddings().name for spec in kept] == ["gptq", "hqq", "rtn"]
+    kept = [variant(method="hqq", symmetric=False), variant(range="weighted")]
+    assert [spec.build_method().for_embeddings().name for spec in kept] == ["hqq", "rtn"]
 
 
 @pytest.mark.parametrize("strategy", ["one-pass", "recompute"])

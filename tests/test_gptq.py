@@ -13,8 +13,8 @@ from quantkit.methods.gptq import Gptq, GptqOptions
 from quantkit.methods.rtn import Rtn, RtnOptions
 from quantkit.numerics import refine as refine_module
 from quantkit.numerics.columns import solve_columns
-from quantkit.numerics.factor import damped, inverse_factor
-from quantkit.numerics.grid_search import codes_of, encode, search_grid
+from quantkit.numerics.factor import Curvature, damped, inverse_factor
+from quantkit.numerics.grid_search import codes_of, encode, quantized, search_grid
 from quantkit.numerics.refine import Problem, descend, refine, refit_scales
 from quantkit.schemes import PER_CHANNEL, IntScheme, Mxfp4Scheme, Scheme
 from quantkit.schemes.grids import Grid, Rounder
@@ -41,7 +41,7 @@ def random_weight(rows: int = ROWS, columns: int = COLUMNS, seed: int = 2) -> to
 
 
 def solved(
-    weight: torch.Tensor, gram: torch.Tensor | None, scheme: IntScheme, dtype: torch.dtype, **options: float
+    weight: torch.Tensor, gram: torch.Tensor | None, scheme: IntScheme, dtype: torch.dtype, **options: float | str
 ) -> Solution:
     statistics = InputStatistics(tokens=400, gram=gram)
     return Gptq(GptqOptions.model_validate(options)).quantize(weight, statistics, scheme, dtype)
@@ -405,3 +405,47 @@ def test_weights_that_are_alike_are_solved_as_each_by_itself(scheme: Scheme, ord
         assert torch.equal(found.weight.codes, alone.weight.codes)
         assert torch.equal(found.weight.scales, alone.weight.scales)
         torch.testing.assert_close(found.error, alone.error)
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+def test_the_search_weighs_a_column_by_what_the_solver_cannot_make_up_for(ordered: bool) -> None:
+    """By the mean of its input's strength and of what is left of it when the columns after it have explained it."""
+    gram = correlated_gram().double()
+    order = gram.diagonal().argsort(descending=True) if ordered else torch.arange(COLUMNS)
+    curvature = Curvature.of(gram.float(), 1e-6, order if ordered else None)
+    column = 40
+    place = int((order == column).nonzero())
+    after = order[place + 1 :]
+    unexplained = gram[column, column] - gram[column, after] @ torch.linalg.solve(
+        gram[after][:, after], gram[after, column]
+    )
+    expected = (unexplained * gram[column, column]).sqrt()
+    torch.testing.assert_close(curvature.column_weights()[column].double(), expected, rtol=1e-2, atol=0)
+
+
+def test_scales_searched_by_the_solvers_weights_leave_less_error() -> None:
+    scheme = IntScheme(3, 32)
+    lost = {"solver": 0.0, "inputs": 0.0}
+    for seed in range(4):
+        weight, gram = random_weight(rows=64, seed=seed), correlated_gram(seed=seed)
+        for weights in lost:
+            solution = solved(weight, gram, scheme, torch.float16, range_weights=weights, refinements=0)
+            lost[weights] += float(layer_error(weight, solution, gram).sum())
+    assert lost["solver"] < 0.99 * lost["inputs"]
+
+
+def test_zero_points_beside_the_best_range_are_tried() -> None:
+    """A group whose best whole zero is not the one that its shrunk range rounds to."""
+    scheme, weight = IntScheme(3, 32, symmetric=False), random_weight(rows=64)
+    alone = search_grid(weight, None, scheme, torch.float32, 1)
+    found = search_grid(weight, None, scheme, torch.float32, 12)
+    low = torch.minimum(weight.view(64, -1, 32).amin(-1), torch.zeros(()))
+    high = torch.maximum(weight.view(64, -1, 32).amax(-1), torch.zeros(()))
+    proportional = (-low / ((high - low) / 7)).round()
+    assert torch.equal(alone.zeros, proportional), "a single range is taken as it is"
+    assert bool(((found.zeros - proportional).abs() >= 1).any())
+    ours, theirs = (
+        (weight - quantized(encode(weight, grid, scheme), grid, scheme).dequantize(torch.float32)).square().sum()
+        for grid in (found, Grid(found.scales, proportional))
+    )
+    assert float(ours) < float(theirs)

@@ -1,7 +1,7 @@
 """GPTQ: columns are quantized one after another, and the free ones make up for what each loses.
 
-Over the paper's solver this adds a search for the scales, of each group when the solver comes to it, and on request a
-refinement of scales and codes after the solve that lowers the same layer error further.
+Over the paper's solver this adds a search for the scales, of each group before the solve or when the solver comes to
+it, and a refinement of scales and codes after the solve that lowers the same layer error further.
 """
 
 from __future__ import annotations
@@ -38,11 +38,12 @@ class GptqOptions(MethodOptions):
             so the file needs no ``g_idx``.
         search: ranges tried per group for its scale, by default 9 in turn and 6 before; 1 takes the full range.
         scales: ``in_turn`` chooses the scale of a group when the solver comes to the first of its columns, among those
-            tried by solving the group for each; ``before`` chooses all beforehand, by rounding with each column's error
-            weighed by the mean square of its input. By default in turn where scales are not free. Groups of more than
-            128 columns, scales that groups share and ``search: 1`` take ``before`` in any case.
-        refinements: rounds of refitting the scales and descending over the codes after the solve; the first takes
-            about a fifth of the whole time and lowers the divergence by a few hundredths of it.
+            tried by solving the group for each; ``before`` chooses all beforehand, by rounding. By default in turn
+            where scales are not free. Groups of more than 128 columns, scales that groups share and ``search: 1`` take
+            ``before`` in any case.
+        range_weights: how the search before weighs the error of a column: ``inputs`` by the mean square of its input,
+            ``solver`` by that and by what the columns after it cannot make up for.
+        refinements: rounds of refitting the scales and descending over the codes after the solve.
         negative_scales: let a symmetric grid, which reaches one step further on one side, turn that side to the
             weight of largest magnitude. Runtimes that decode to 16 bits take it; turn it off for kernels that
             quantize activations to 8 bits as well (vLLM's opt-in W4A8 reads scales as unsigned).
@@ -54,7 +55,8 @@ class GptqOptions(MethodOptions):
     activation_order: bool = True
     search: Annotated[int, Field(ge=1, le=200)] | None = None
     scales: Literal["in_turn", "before"] | None = None
-    refinements: Annotated[int, Field(ge=0, le=20)] = 0
+    range_weights: Literal["solver", "inputs"] = "solver"
+    refinements: Annotated[int, Field(ge=0, le=20)] = 1
     negative_scales: bool = True
     correction: bool = False
 
@@ -64,7 +66,7 @@ class Gptq(Method):
     """GPTQ with static groups, a weighted scale search and refinement."""
 
     name = "gptq"
-    summary = "column by column with error compensation, refined on request"
+    summary = "column by column with error compensation, then refined"
     source = "Frantar et al. 2022, arXiv:2210.17323"
     cost = "minutes"
     Options: ClassVar[type[MethodOptions]] = GptqOptions
@@ -82,11 +84,10 @@ class Gptq(Method):
         return self.options.damping if self.options.correction else None
 
     def for_embeddings(self) -> Method:
-        """Without inputs no column can make up for another: round to nearest, unless scales are to be refined."""
+        """Without inputs no column can make up for another: round to nearest on the grid of least square error."""
         options = self.options
         tried = options.search or CANDIDATES
-        searched = RtnOptions(range="search", search=tried, negative_scales=options.negative_scales)
-        return self if self.options.refinements else Rtn(searched)
+        return Rtn(RtnOptions(range="search", search=tried, negative_scales=options.negative_scales))
 
     def quantize(
         self, weight: torch.Tensor, statistics: InputStatistics, scheme: Scheme, scale_dtype: torch.dtype
@@ -143,10 +144,11 @@ class Gptq(Method):
         from quantkit.numerics.grid_search import search_grid
 
         options = self.options
+        by_solver = options.range_weights == "solver"
         grids = [
             search_grid(
                 each.weight,
-                each.curvature.hessian.diagonal(),
+                each.curvature.column_weights() if by_solver else each.curvature.hessian.diagonal(),
                 each.grids.scheme,
                 scale_dtype,
                 options.search or CANDIDATES,

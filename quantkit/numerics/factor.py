@@ -53,6 +53,18 @@ class Curvature:
         factor, used = inverse_factor(gram, damping, order)
         return cls(gram, damped(gram, used), order, factor, damping, used)
 
+    def column_weights(self) -> torch.Tensor:
+        """How a search for scales weighs the errors of columns, float32 ``[in_features]`` in the checkpoint's order.
+
+        ``sqrt(H_ii) / U_ii``, the geometric mean of what an error in a column costs by itself, ``H_ii``, and of what
+        it costs where all columns after it make up for it, ``1 / U_ii²`` (GPTQ, arXiv:2210.17323). The second alone
+        suits the calibration inputs better, and others less.
+        """
+        remaining = self.factor.diagonal().square().reciprocal()
+        if self.order is not None:
+            remaining = torch.empty_like(remaining).index_copy_(0, self.order, remaining)
+        return remaining.mul_(self.hessian.diagonal()).sqrt_()
+
     def notes(self) -> tuple[str, ...]:
         """What the user should know."""
         return (f"damping raised from {self.damping:g} to {self.used:g}",) if self.used > self.damping else ()

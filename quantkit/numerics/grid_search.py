@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from quantkit.numerics.weighing import Weighing
 from quantkit.schemes import QuantizedWeight, Scheme
 from quantkit.schemes.grids import Grid, Grids
+
+Candidate = tuple[torch.Tensor, torch.Tensor]
+"""Scales and zeros to try, each ``[A, G]``."""
 
 SEARCH_CHUNK = 1 << 18
 """Weights searched at a time: few enough for the caches, enough that threads seldom wait for each other."""
@@ -99,31 +103,48 @@ def search_grid(
     return grids.stored(scales, zeros, scale_dtype)
 
 
+@dataclass(slots=True)
+class _Best:
+    """What of the scales and zeros tried is best of each group, ``[A, G]``; ``worth`` is less the better."""
+
+    worth: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor
+
+    @classmethod
+    def of(cls, groups: torch.Tensor) -> _Best:
+        """Nothing was tried."""
+        worth = torch.full(groups.shape[:2], torch.inf, device=groups.device)
+        return cls(worth, torch.zeros_like(worth), torch.zeros_like(worth))
+
+    def take(self, better: torch.Tensor, worth: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> None:
+        """Another candidate where it is ``better``."""
+        self.worth = torch.where(better, worth, self.worth)
+        self.scales = torch.where(better, scales, self.scales)
+        self.zeros = torch.where(better, zeros, self.zeros)
+
+    def then(self, tried: Sequence[Candidate], grids: Grids) -> Iterator[Candidate]:
+        """What is tried, and then, if there was a choice, the neighbours of what is best by then."""
+        yield from tried
+        if len(tried) > 1:
+            yield from grids.neighbours(self.scales, self.zeros)
+
+
 def _search_free(
-    grids: Grids, groups: torch.Tensor, weigh: Weighing, tried: Iterable[tuple[torch.Tensor, torch.Tensor]]
+    grids: Grids, groups: torch.Tensor, weigh: Weighing, tried: Sequence[Candidate]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The best scale and zero of each group by itself."""
-    weighted = weigh(groups)
-    best_gain = torch.full(groups.shape[:2], -torch.inf, device=groups.device)
-    best_scale = torch.zeros_like(best_gain)
-    best_zero = torch.zeros_like(best_gain)
-    for scale, zero in tried:
+    weighted, best = weigh(groups), _Best.of(groups)
+    for scale, zero in best.then(tried, grids):
         along, norm = _moments(grids, groups, weighted, weigh, scale, zero)
-        gain = torch.where(norm > 0, along * along / norm, 0.0)
-        better = torch.logical_not(gain <= best_gain)
-        best_gain = torch.where(better, gain, best_gain)
+        loss = torch.where(norm > 0, -along * along / norm, 0.0)
         # A group that rounds to zero has no best scale; NaN is kept, for the grids to refuse.
-        best_scale = torch.where(better, torch.where(norm == 0, 0.0, along / norm), best_scale)
-        best_zero = torch.where(better, zero, best_zero)
-    return best_scale, best_zero
+        best.take(~(loss >= best.worth), loss, torch.where(norm == 0, 0.0, along / norm), zero)
+    return best.scales, best.zeros
 
 
 def _search_judged(
-    grids: Grids,
-    groups: torch.Tensor,
-    weigh: Weighing,
-    tried: Sequence[tuple[torch.Tensor, torch.Tensor]],
-    scale_dtype: torch.dtype,
+    grids: Grids, groups: torch.Tensor, weigh: Weighing, tried: Sequence[Candidate], scale_dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The scale and zero of each group whose weights, coded and decoded, come out with the least weighted error.
 
@@ -131,20 +152,16 @@ def _search_judged(
     scale that suits a candidate's levels best is tried where it is within ``FARTHEST_FIT`` of the candidate's own,
     whose sign it then has.
     """
-    spanning, weighted = grids.spanning(groups, scale_dtype), weigh(groups)
-    best_loss = torch.full(groups.shape[:2], torch.inf, device=groups.device)
-    best_scale, best_zero = spanning.scales.float(), spanning.zeros
-    for scale, zero in [(best_scale, best_zero), *tried]:
+    spanning, weighted, best = grids.spanning(groups, scale_dtype), weigh(groups), _Best.of(groups)
+    best.scales, best.zeros = spanning.scales.float(), spanning.zeros
+    for scale, zero in best.then([(best.scales, best.zeros), *tried], grids):
         plain = grids.rounded(scale, zero, scale_dtype)
         loss, ratio = _judged(grids, groups, weighted, weigh, plain)
         fit = torch.where((ratio - 1).abs() < FARTHEST_FIT, ratio, 1.0) * plain.scales.float()
         fitted = grids.rounded(fit, zero, scale_dtype)
         for grid, error in ((plain, loss), (fitted, _judged(grids, groups, weighted, weigh, fitted)[0])):
-            better = error < best_loss
-            best_loss = torch.where(better, error, best_loss)
-            best_scale = torch.where(better, grid.scales.float(), best_scale)
-            best_zero = torch.where(better, grid.zeros, best_zero)
-    return best_scale, best_zero
+            best.take(error < best.worth, error, grid.scales.float(), grid.zeros)
+    return best.scales, best.zeros
 
 
 def _judged(
@@ -158,28 +175,19 @@ def _judged(
 
 
 def _search_stored(
-    grids: Grids,
-    groups: torch.Tensor,
-    weigh: Weighing,
-    tried: Iterable[tuple[torch.Tensor, torch.Tensor]],
-    step: int,
+    grids: Grids, groups: torch.Tensor, weigh: Weighing, tried: Sequence[Candidate], step: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The best of the scales and zeros that are ``tried``, where groups that share a scale are judged together."""
-    best_gain = torch.full(groups.shape[:2], -torch.inf, device=groups.device)
-    best_scale = torch.zeros_like(best_gain)
-    best_zero = torch.zeros_like(best_gain)
+    best = _Best.of(groups)
     for scales, zeros in tried:
-        gains = []
+        losses = []
         for start in range(0, groups.shape[0], step):
             part, scale, zero = (each[start : start + step] for each in (groups, scales, zeros))
             along, norm = _moments(grids, part, weigh(part), weigh, scale, zero)
-            gains.append(2 * scale * along - scale.square() * norm)
-        gain = grids.pooled(torch.cat(gains))
-        better = torch.logical_not(gain <= best_gain)
-        best_gain = torch.where(better, gain, best_gain)
-        best_scale = torch.where(better, scales, best_scale)
-        best_zero = torch.where(better, zeros, best_zero)
-    return best_scale, best_zero
+            losses.append(scale.square() * norm - 2 * scale * along)
+        loss = grids.pooled(torch.cat(losses))
+        best.take(~(loss >= best.worth), loss, scales, zeros)
+    return best.scales, best.zeros
 
 
 def _moments(

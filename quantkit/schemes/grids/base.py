@@ -123,6 +123,10 @@ class Grids(ABC):
         Where scales are not free they are already among those that can be stored.
         """
 
+    def neighbours(self, scales: torch.Tensor, zeros: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Scales and zeros to try beside the best candidates, each ``[A, G]`` float32."""
+        return []
+
     def fitted(self, groups: torch.Tensor) -> Grids:
         """The grids of one weight: where all scales have a part in common, those with this part.
 

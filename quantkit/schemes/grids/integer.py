@@ -127,6 +127,12 @@ class IntGrids(Grids):
             found.append((scale, (-low * shrink / scale).round_().clamp_(0, last)))
         return found
 
+    def neighbours(self, scales: torch.Tensor, zeros: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """The best scales with the whole zeros next to the best ones (NeUQI, arXiv:2505.17595, tries every zero)."""
+        if self.scheme.symmetric or self.scheme.zeros == "float":
+            return []
+        return [(scales, (zeros + step).clamp_(0, self.scheme.levels - 1)) for step in (-1, 1)]
+
     def _about_middle(self, low: torch.Tensor, high: torch.Tensor, shrink: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Scale and float zero of a range shrunk towards its middle."""
         width = high - low
