@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,14 +15,16 @@ from quantkit.engine.batches import make_batches
 from quantkit.engine.skeleton import Skeleton
 from quantkit.engine.walk import Inputs, Walk, WalkSettings
 from quantkit.errors import RecipeError
-from quantkit.methods.base import InputStatistics, Statistic
+from quantkit.methods.base import InputStatistics, Method, Statistic
+from quantkit.numerics.factor import Curvature
 from quantkit.numerics.grid_search import encode, quantized, range_grid, search_grid
-from quantkit.numerics.smoothing import candidate, pooled, search_factors
+from quantkit.numerics.smoothing import candidate, pooled, sampled, search_factors
 from quantkit.recipe import VariantSpec
 from quantkit.recipe.steps import steps_of
 from quantkit.schemes import IntScheme, Mxfp4Scheme, Nf4Scheme, Scheme
 from quantkit.transforms.awq import AwqFactors, AwqFactorsOptions
 from quantkit.transforms.base import SegmentView, SmoothingPlace
+from quantkit.transforms.channel_scales import ChannelScales
 from tests.tiny import Collected, make_model, tiny_method, tiny_rows, tiny_steps, tiny_task
 
 SCHEME = IntScheme(4, 32)
@@ -39,10 +42,12 @@ def statistics_of(inputs: torch.Tensor) -> InputStatistics:
     return InputStatistics(len(inputs), inputs.abs().mean(0), inputs.square().mean(0), inputs.T @ inputs / len(inputs))
 
 
-def factors_of(weight: torch.Tensor, scheme: Scheme, known: InputStatistics) -> torch.Tensor | None:
-    """AWQ's factors for one layer that alone reads the output of a norm."""
-    place = SmoothingPlace(("layer",), "norm")
-    view = SegmentView("", [place], {"layer": scheme}, torch.float32, lambda _: weight, {"layer": known})
+def factors_of(
+    weight: torch.Tensor, scheme: Scheme, known: InputStatistics, method: Method | None = None
+) -> torch.Tensor | None:
+    """AWQ's factors for one layer that alone reads the output of a norm; without a method for rounding to nearest."""
+    place, method = SmoothingPlace(("layer",), "norm"), method or tiny_method("rtn")
+    view = SegmentView("", [place], {"layer": scheme}, torch.float32, lambda _: weight, {"layer": known}, method)
     return AwqFactors(AwqFactorsOptions()).factors(view, place)
 
 
@@ -83,20 +88,95 @@ def test_clipping_lowers_the_output_error_more_than_a_search_that_knows_no_corre
 
 def test_channels_that_must_share_a_factor_do() -> None:
     channels = torch.arange(32).repeat(2)
-    gram = statistics_of(outlier_inputs()).gram
-    assert gram is not None
-    factors = search_factors(
-        [(torch.randn(48, 64), SCHEME)],
-        gram,
-        outlier_inputs().abs().mean(0),
-        torch.float32,
-        alphas=10,
-        duo_scaling=True,
-        channels=channels,
-    )
+    place = SmoothingPlace(("layer",), "norm", channels=channels, width=32)
+    weight, known = torch.randn(48, 64), statistics_of(outlier_inputs())
+    method = tiny_method("rtn")
+    view = SegmentView("", [place], {"layer": SCHEME}, torch.float32, lambda _: weight, {"layer": known}, method)
+    factors = AwqFactors(AwqFactorsOptions()).factors(view, place)
     assert factors is not None
     assert torch.equal(factors[:32], factors[32:])
     assert torch.equal(pooled(torch.tensor([1.0, 3.0, 5.0]), torch.tensor([0, 0, 1])), torch.tensor([2.0, 2.0, 5.0]))
+
+
+def compensated_inputs() -> torch.Tensor:
+    """Strong channels that say much the same, so that what one of them loses the others make up for, and weak ones."""
+    generator = torch.Generator().manual_seed(4)
+    inputs = torch.randn(2000, 64, generator=generator)
+    inputs[:, ::4] = 12 * torch.randn(2000, 1, generator=generator) + 0.3 * inputs[:, ::4]
+    return inputs
+
+
+def test_the_exponent_is_judged_by_the_method_that_follows() -> None:
+    """Rounding loses by strong channels; GPTQ does not where they make up for each other, and by scaling them does."""
+    weight = torch.randn(256, 64, generator=torch.Generator().manual_seed(5))
+    known, gptq = statistics_of(compensated_inputs()), tiny_method("gptq")
+    errors = []
+    for judge in (tiny_method("rtn"), gptq):
+        factors = factors_of(weight, SCHEME, known, judge)
+        factors = torch.ones(64) if factors is None else factors
+        scaled = ChannelScales({"layer": factors}).statistics("layer", known)
+        errors.append(float(gptq.quantize(weight * factors, scaled, SCHEME, torch.float32).error.sum()))
+    assert errors[1] < 0.9 * errors[0]
+
+
+def test_awq_judges_factors_by_the_ranges_that_it_would_clip() -> None:
+    weight, known = torch.randn(40, 64, generator=torch.Generator().manual_seed(6)), statistics_of(outlier_inputs())
+    tried = [torch.ones(64), candidate(known.abs_mean, None, 0.4)]  # type: ignore[arg-type]  # it is there
+    wanted = []
+    for factors in tried:
+        scaled = ChannelScales({"layer": factors}).statistics("layer", known)
+        solved = tiny_method("awq", search=3).quantize(weight * factors, scaled, SCHEME, torch.float32)
+        wanted.append(float(solved.error.sum()))
+    found = tiny_method("awq").trial_errors(weight, known, SCHEME, torch.float32, tried)
+    assert found.tolist() == pytest.approx(wanted, rel=1e-3)
+    spanning = tiny_method("awq", clip=False).trial_errors(weight, known, SCHEME, torch.float32, tried)
+    assert bool((spanning > 1.05 * found).all())
+
+
+def test_what_a_column_costs_the_solver_follows_factors() -> None:
+    """Whatever the order, it is the Schur complement of the columns that come later."""
+    gram = statistics_of(compensated_inputs()).gram
+    assert gram is not None
+    for order in (True, False):
+        place = gram.diagonal().argsort(descending=True, stable=True) if order else torch.arange(64)
+        curvature = Curvature.of(gram, 1e-4, place if order else None)
+        last, first = int(place[-1]), int(place[0])
+        costs, damped = curvature.column_costs(), curvature.hessian.double()
+        assert float(costs[last]) == pytest.approx(float(damped[last, last]), rel=1e-3)
+        assert float(costs[first]) == pytest.approx(1 / float(damped.inverse()[first, first]), rel=1e-2)
+
+
+def test_exponents_are_found_from_coarse_to_fine_and_the_mildest_wins_a_tie() -> None:
+    strength, size = torch.rand(16) + 0.1, torch.rand(16) + 0.1
+    asked: list[torch.Tensor] = []
+
+    def nearest_to(wanted: torch.Tensor | None) -> torch.Tensor | None:
+        asked.clear()
+
+        def trial(factors: Sequence[torch.Tensor]) -> torch.Tensor:
+            asked.extend(factors)
+            if wanted is None:  # the differences of rounding on another machine
+                return 1 + 1e-4 * torch.rand(len(factors))
+            return torch.stack([(each / wanted).log().square().sum() for each in factors])
+
+        return search_factors(trial, strength, size, 20)
+
+    for of, step in ((size, 7), (size, 0), (None, 3), (None, 20)):
+        wanted = candidate(strength, of, step / 20)
+        found = nearest_to(wanted)
+        assert found is not None
+        assert torch.equal(found, wanted)
+        assert len(asked) <= 14
+    assert nearest_to(candidate(strength, None, 0.0)) is None
+    assert nearest_to(None) is None
+
+
+def test_rows_are_sampled_evenly_over_all_layers_of_an_input() -> None:
+    rows = torch.arange(600.0).unsqueeze(1).expand(-1, 64)
+    (sample,) = sampled([(rows[:100], SCHEME), (rows[100:101], SCHEME), (rows[101:], SCHEME)])
+    assert (sample.stands_for, sample.weight[:, 0].tolist()) == (3, list(range(0, 600, 3)))
+    parts = sampled([(rows[:400], SCHEME), (rows[400:], IntScheme(4, 64, False, axis=0))])
+    assert [(len(each.weight), each.stands_for) for each in parts] == [(134, 3), (200, 1)]
 
 
 def test_means_of_channels_do_not_depend_on_the_order_of_summation() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import fields, replace
-from itertools import cycle
+from itertools import count, cycle
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +122,8 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(solving, "synchronize", lambda _: None)
     monkeypatch.setattr(statistics_module, "decide", lambda _: True)  # "is every input finite?"
     monkeypatch.setattr(folds, "decide", lambda _: True)  # "is it close?": every first candidate folds
-    monkeypatch.setattr(awq, "number", lambda _: 1.0)  # "which is best?": the first one that scales
+    errors = count(1e6, -1)
+    monkeypatch.setattr(awq, "number", lambda _: next(errors))  # "what is lost?": ever less, so that factors are found
     _forget_grids()
     table, tables = codebook.dynamic_table(torch.device("cpu")), [scheme.grids() for scheme in CODEBOOKS]
     with FakeTensorMode() as mode, WithoutGuard():

@@ -113,13 +113,23 @@ def test_the_factors_of_an_input_are_searched_once_for_all_that_ask_the_same(
     searches: list[Any] = []
     search = awq.search_factors
 
-    def counted(members: Any, *rest: Any, **options: Any) -> Any:
-        searches.append(members)
-        return search(members, *rest, **options)
+    def counted(trial: Any, *rest: Any) -> Any:
+        searches.append(trial)
+        return search(trial, *rest)
 
     monkeypatch.setattr(awq, "search_factors", counted)
-    together(job, tmp_path, ["awq", "awq+gptq"])
-    assert len(searches) == 2 * 4, "two blocks of four inputs"
+    options: dict[str, dict[str, Any]] = {
+        "once": {},
+        "again": {},
+        "damped": {"damping": 0.2},
+        "rounded": {"method": "awq"},
+    }
+    wanted = [
+        Wanted(VariantSpec.model_validate({"name": name, **VARIANTS["awq+gptq"], **own}), tmp_path / name)
+        for name, own in options.items()
+    ]
+    assert all(isinstance(each, Quantized) for each in quantize_together(job, wanted))
+    assert len(searches) == 3 * 2 * 4, "two blocks of four inputs; what the method is and how it is set counts"
 
 
 def test_a_method_that_fails_takes_no_other_variant_down(

@@ -132,6 +132,7 @@ class Transforming:
             task.scale_dtype,
             lambda name: _changed(before, name, self.originals.parameter(name)),
             {path: found.only(transform.needs) for path, found in statistics.items()},
+            task.method,
         )
 
     def apply(self, task: VariantTask, segment: Segment) -> None:

@@ -213,6 +213,36 @@ class Method(ABC):
         """
         return None
 
+    def trial_errors(
+        self,
+        weight: torch.Tensor,
+        statistics: InputStatistics,
+        scheme: Scheme,
+        scale_dtype: torch.dtype,
+        factors: Sequence[torch.Tensor],
+    ) -> torch.Tensor:
+        """What it would lose if the columns of a weight were multiplied by factors, and the input divided by the same.
+
+        A transform asks, before which it does not know what the method makes of a weight. Any measure will do that is
+        least where the output error is. Unless a method knows better, scaled weights are rounded to the grid that
+        spans them.
+
+        Args:
+            weight: some rows of a layer, float32 ``[rows, in_features]``, without factors.
+            statistics: of the input without factors, the Gram matrix among them whatever :attr:`needs` says.
+            scheme: the grid.
+            scale_dtype: dtype in which scales will be stored.
+            factors: each positive, float32 ``[in_features]``.
+
+        Returns:
+            float32 ``[len(factors)]``.
+        """
+        from quantkit.numerics.smoothing import rounding_errors
+
+        if statistics.gram is None:
+            raise ValueError("factors are judged by the Gram matrix")
+        return rounding_errors(weight, statistics.gram, scheme, scale_dtype, factors)
+
     def for_embeddings(self) -> Method:
         """What solves an input embedding, of which only the weight is known.
 

@@ -104,6 +104,29 @@ class Gptq(Method):
         solved = self._solve_in_turn(posed, scale_dtype) if in_turn else self._solve_before(posed, scale_dtype)
         return [self._finish(each, *found) for each, found in zip(posed, solved, strict=True)]
 
+    def trial_errors(
+        self,
+        weight: torch.Tensor,
+        statistics: InputStatistics,
+        scheme: Scheme,
+        scale_dtype: torch.dtype,
+        factors: Sequence[torch.Tensor],
+    ) -> torch.Tensor:
+        """The expected cost of each column's error once the later ones made up for it; :meth:`Method.trial_errors`.
+
+        One factorization serves all: ``(S⁻¹ H S⁻¹)⁻¹ = S H⁻¹ S``, so that a column's cost is divided by the square of
+        its factor. Damping and order are those of the input without factors.
+        """
+        from quantkit.numerics.smoothing import expected_errors
+
+        options = self.options
+        key = ("column costs", options.damping, options.activation_order)
+        if key not in statistics.derived:  # the factor itself, as large as the Gram matrix, is not kept
+            alone = InputStatistics(statistics.tokens, gram=statistics.gram)
+            curvature = alone.curvature(options.damping, options.activation_order, weight)
+            statistics.derived[key] = curvature.column_costs()
+        return expected_errors(weight, statistics.derived[key], scheme, scale_dtype, factors)
+
     def _is_in_turn(self, scheme: Scheme, columns: int) -> bool:
         """Whether scales are chosen as the columns are solved."""
         from quantkit.numerics.in_turn import is_in_turn

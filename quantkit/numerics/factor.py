@@ -53,17 +53,21 @@ class Curvature:
         factor, used = inverse_factor(gram, damping, order)
         return cls(gram, damped(gram, used), order, factor, damping, used)
 
+    def column_costs(self) -> torch.Tensor:
+        """What an error in a column costs where all columns after it make up for it: GPTQ's ``1 / U_ii²``.
+
+        float32 ``[in_features]``, in the checkpoint's order of columns.
+        """
+        costs = self.factor.diagonal().square().reciprocal()
+        return costs if self.order is None else torch.empty_like(costs).index_copy_(0, self.order, costs)
+
     def column_weights(self) -> torch.Tensor:
         """How a search for scales weighs the errors of columns, float32 ``[in_features]`` in the checkpoint's order.
 
-        ``sqrt(H_ii) / U_ii``, the geometric mean of what an error in a column costs by itself, ``H_ii``, and of what
-        it costs where all columns after it make up for it, ``1 / U_ii²`` (GPTQ, arXiv:2210.17323). The second alone
-        suits the calibration inputs better, and others less.
+        ``sqrt(H_ii) / U_ii``, the geometric mean of what an error in a column costs by itself, ``H_ii``, and of
+        :meth:`column_costs`. The second alone suits the calibration inputs better, and others less.
         """
-        remaining = self.factor.diagonal().square().reciprocal()
-        if self.order is not None:
-            remaining = torch.empty_like(remaining).index_copy_(0, self.order, remaining)
-        return remaining.mul_(self.hessian.diagonal()).sqrt_()
+        return self.column_costs().mul_(self.hessian.diagonal()).sqrt_()
 
     def notes(self) -> tuple[str, ...]:
         """What the user should know."""

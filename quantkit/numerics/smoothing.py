@@ -2,22 +2,32 @@
 
 Channels with strong inputs get larger weights, so that rounding hurts them less, and the input is divided by the
 same factors. The paper tries ``s = mean|x|**alpha`` for some alphas; with ``duo_scaling``, as its code came to do,
-a channel's factor also falls with the size of its weights, ``s = mean|x|**alpha / mean|w|**(1 - alpha)``. The loss
-is that of the layers' outputs over all calibration tokens, which the Gram matrix gives exactly.
+a channel's factor also falls with the size of its weights, ``s = mean|x|**alpha / mean|w|**(1 - alpha)``. What
+factors are worth is for the method to say that solves the weights after them, on some of their rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from quantkit.schemes import Scheme
+from quantkit.schemes.grids import Grid
 from quantkit.system.host import number
 
-SEARCH_ROWS = 128
-"""Rows of a layer on which factors are tried: what is best for a hundred or two is best for all."""
+SEARCH_ROWS = 192
+"""Rows on which factors are tried, of all layers together that read the input; up to twice as many in fact."""
 SMALLEST = 1e-4
+TIE = 1e-3
+"""Errors that differ by less, relative to the least, count as equal: which is less may hang on how a machine rounds."""
+
+RangeSearch = Callable[[torch.Tensor, torch.Tensor], Grid]
+"""The grid of a weight ``[rows, in_features]`` for inputs with a Gram matrix."""
+
+Trial = Callable[[Sequence[torch.Tensor]], torch.Tensor]
+"""The output error for each of some factors, float32 ``[len(factors)]``."""
 
 
 def pooled(values: torch.Tensor, channels: torch.Tensor | None) -> torch.Tensor:
@@ -60,58 +70,151 @@ def weight_sizes(members: Sequence[tuple[torch.Tensor, Scheme]]) -> torch.Tensor
     return total / rows
 
 
-def output_error(
-    members: Sequence[tuple[torch.Tensor, Scheme]],
+def rounding_errors(
+    weight: torch.Tensor,
     gram: torch.Tensor,
-    factors: torch.Tensor | None,
+    scheme: Scheme,
     scale_dtype: torch.dtype,
+    factors: Sequence[torch.Tensor],
+    search: RangeSearch | None = None,
 ) -> torch.Tensor:
-    """Mean square error of the outputs when scaled weights are rounded to nearest, summed over rows."""
-    error = torch.zeros((), device=gram.device)
-    for weight, scheme in members:
-        grids = scheme.grids()
-        groups = grids.grouped(weight if factors is None else weight * factors)
-        grid = grids.spanning(groups, scale_dtype)
-        scales = grid.scales.float().unsqueeze(-1)
-        missing = torch.addcmul(groups, grids.nearest_(groups / scales, grid.zeros), scales, value=-1)
-        missing = grids.ungrouped(missing, weight.shape)
-        if factors is not None:
-            missing = missing / factors
-        error += (missing @ gram).mul_(missing).sum()
-    return error
-
-
-def search_factors(
-    members: Sequence[tuple[torch.Tensor, Scheme]],
-    gram: torch.Tensor,
-    strength: torch.Tensor,
-    scale_dtype: torch.dtype,
-    *,
-    alphas: int,
-    duo_scaling: bool,
-    channels: torch.Tensor | None,
-) -> torch.Tensor | None:
-    """The factors of least output error, or None if none is better than leaving the weights as they are.
+    """Mean square error of the outputs, summed over rows, when scaled weights are rounded to nearest.
 
     Args:
-        members: float32 ``[out_features, in_features]`` and scheme of each layer that reads the input.
+        weight: float32 ``[rows, in_features]``.
         gram: float32 ``[in_features, in_features]``.
-        strength: mean ``|x|`` per channel.
+        scheme: the grid.
         scale_dtype: dtype in which scales are stored.
-        alphas: how many are tried.
-        duo_scaling: try factors that fall with the size of the weights as well.
-        channels: see :attr:`quantkit.transforms.base.SmoothingPlace.channels`.
+        factors: each float32 ``[in_features]``.
+        search: looks for the grid of a scaled weight, from the Gram matrix of the input divided by the factors; None
+            takes the one that spans it.
+
+    Returns:
+        float32 ``[len(factors)]``.
     """
-    sampled = [(_sample(weight, scheme), scheme) for weight, scheme in members]
-    strength = pooled(strength, channels)
-    size = pooled(weight_sizes(members), channels) if duo_scaling else None
-    tried: list[torch.Tensor | None] = [None]
-    tried += [candidate(strength, size, index / alphas) for index in range(0 if duo_scaling else 1, alphas + 1)]
-    errors = torch.stack([output_error(sampled, gram, factors, scale_dtype) for factors in tried])
-    return tried[int(number(errors.nan_to_num(torch.inf).argmin()))]
+    grids, errors = scheme.grids(), []
+    for each in factors:
+        scaled = weight * each
+        groups = grids.grouped(scaled)
+        grid = search(scaled, gram / each.outer(each)) if search else grids.spanning(groups, scale_dtype)
+        scales = grid.scales.float().unsqueeze(-1)
+        missing = torch.addcmul(groups, grids.nearest_(groups / scales, grid.zeros), scales, value=-1)
+        missing = grids.ungrouped(missing, weight.shape) / each
+        errors.append((missing @ gram).mul_(missing).sum())
+    return torch.stack(errors)
 
 
-def _sample(weight: torch.Tensor, scheme: Scheme) -> torch.Tensor:
-    """Some rows of a weight; all where scales reach over rows, whose groups a choice of rows would cut."""
-    step = max(1, weight.shape[0] // SEARCH_ROWS) if scheme.stacks else 1
-    return weight[::step].contiguous()
+def expected_errors(
+    weight: torch.Tensor,
+    importance: torch.Tensor,
+    scheme: Scheme,
+    scale_dtype: torch.dtype,
+    factors: Sequence[torch.Tensor],
+) -> torch.Tensor:
+    """What rounding is expected to cost: for each weight the square of its step, by how much its column counts.
+
+    A weight is off by some part of the step from level to level, whichever its value, so that the step alone says what
+    factors change. This is smooth in the factors, where the error of some rows as they are rounded is not.
+
+    Args:
+        weight: float32 ``[rows, in_features]``.
+        importance: the cost of an error of each column, float32 ``[in_features]``.
+        scheme: the grid.
+        scale_dtype: dtype in which scales are stored.
+        factors: each float32 ``[in_features]``.
+
+    Returns:
+        float32 ``[len(factors)]``, in a unit of its own.
+    """
+    grids, errors = scheme.grids(), []
+    for each in factors:
+        grid = grids.spanning(grids.grouped(weight * each), scale_dtype)
+        squares = grids.spread(grid.scales.float().square(), *weight.shape)
+        errors.append(squares.sum(1) @ (importance / each.square()))
+    return torch.stack(errors)
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Exponent:
+    """What factors are made of; the mildest comes first.
+
+    Attributes:
+        duo: they fall with the size of the weights too.
+        step: ``alpha``, in steps.
+    """
+
+    duo: bool
+    step: int
+
+
+NONE = Exponent(duo=False, step=0)
+"""All factors are one."""
+
+
+def search_factors(trial: Trial, strength: torch.Tensor, size: torch.Tensor | None, alphas: int) -> torch.Tensor | None:
+    """The factors of least output error, or None if none is better than leaving the weights as they are.
+
+    Exponents are tried from coarse to fine: first a quarter of the way apart, then at ever half the distance on both
+    sides of the best so far.
+
+    Args:
+        trial: judges factors.
+        strength: mean ``|x|`` per channel, float32 ``[in_features]``.
+        size: see :func:`weight_sizes`; factors that fall with it are tried beside those that do not. None tries the
+            latter alone.
+        alphas: steps of the exponent between 0 and 1.
+    """
+    errors: dict[Exponent, float] = {}
+
+    def factors(exponent: Exponent) -> torch.Tensor:
+        return candidate(strength, size if exponent.duo else None, exponent.step / alphas)
+
+    def judge(wanted: Iterable[Exponent]) -> None:
+        new = sorted({each for each in wanted if 0 <= each.step <= alphas} - errors.keys())
+        found = trial([factors(each) for each in new]).nan_to_num(torch.inf) if new else ()
+        errors.update({exponent: number(error) for exponent, error in zip(new, found, strict=True)})
+
+    distance = max(1, alphas // 4)
+    families = (False,) if size is None else (False, True)
+    judge(Exponent(duo, step) for duo in families for step in {*range(0, alphas + 1, distance), alphas})
+    while distance > 1:
+        distance //= 2
+        best = _least(errors)
+        judge(Exponent(best.duo, best.step + side) for side in (-distance, distance))
+    best = _least(errors)
+    return None if best == NONE else factors(best)
+
+
+def _least(errors: Mapping[Exponent, float]) -> Exponent:
+    """The exponent of least error; of several that are as good the mildest."""
+    bound = min(errors.values()) * (1 + TIE)
+    return min((each for each, error in errors.items() if error <= bound), default=NONE)
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Some rows of layers of one scheme, and how many each of them stands for."""
+
+    weight: torch.Tensor
+    scheme: Scheme
+    stands_for: int
+
+
+def sampled(members: Sequence[tuple[torch.Tensor, Scheme]]) -> list[Sample]:
+    """Some rows of the layers that read an input, evenly spaced over all of them.
+
+    Where scales reach over rows, whose groups a choice of rows would cut, a layer comes whole.
+
+    Args:
+        members: float32 ``[out_features, in_features]`` and the scheme of each layer.
+    """
+    step = max(1, sum(weight.shape[0] for weight, _ in members) // SEARCH_ROWS)
+    stacked: dict[Scheme, list[torch.Tensor]] = {}
+    whole, start = [], 0
+    for weight, scheme in members:
+        if scheme.stacks:
+            stacked.setdefault(scheme, []).append(weight[start::step])
+            start = (start - weight.shape[0]) % step
+        else:
+            whole.append(Sample(weight, scheme, 1))
+    return [*(Sample(torch.cat(parts), scheme, step) for scheme, parts in stacked.items()), *whole]

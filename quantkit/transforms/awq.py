@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from pydantic import Field
 
 from quantkit.errors import SchemeError
-from quantkit.methods.base import Statistic
+from quantkit.methods.base import InputStatistics, Statistic
 from quantkit.schemes import Scheme
 from quantkit.transforms import TRANSFORMS
 from quantkit.transforms.base import Change, SegmentView, SmoothingPlace, Transform, TransformOptions
@@ -25,8 +25,8 @@ class AwqFactorsOptions(TransformOptions):
     """Options of AWQ's factors.
 
     Attributes:
-        alphas: exponents tried between 0 and 1.
-        duo_scaling: let a channel's factor fall with the size of its weights too.
+        alphas: steps of the exponent between 0 and 1.
+        duo_scaling: try factors that fall with the size of a channel's weights as well.
     """
 
     alphas: Annotated[int, Field(ge=1, le=200)] = 20
@@ -66,33 +66,47 @@ class AwqFactors(Transform):
         return found if found.places else None
 
     def factors(self, segment: SegmentView, place: SmoothingPlace) -> torch.Tensor | None:
-        """The factors of least output error; variants that ask the same of an input share the search.
+        """The factors with which the method loses least; variants that ask the same of an input share the search.
 
         Returns:
             Positive float32 ``[in_features]``, or None to leave the input as it is.
         """
-        from quantkit.numerics.smoothing import search_factors
-
         layers = [layer for layer in place.balance_layers if layer in segment.schemes]
         known = next(segment.statistics[layer] for layer in place.balance_layers if layer in segment.statistics)
         if known.tokens == 0:
             return None
-        if known.gram is None or known.abs_mean is None:
-            raise ValueError("AWQ needs the Gram matrix and the mean magnitude of the inputs")
         schemes = tuple((layer, segment.schemes[layer]) for layer in layers)
-        key = ("awq", self.options, schemes, segment.scale_dtype)
+        key = ("awq", self.options, schemes, segment.scale_dtype, segment.method.name, segment.method.options)
         if key not in known.derived:
-            known.derived[key] = search_factors(
-                [(segment.parameter(f"{layer}.weight"), scheme) for layer, scheme in schemes],
-                known.gram,
-                known.abs_mean,
-                segment.scale_dtype,
-                alphas=self.options.alphas,
-                duo_scaling=self.options.duo_scaling,
-                channels=place.channels,
-            )
+            members = [(segment.parameter(f"{layer}.weight"), scheme) for layer, scheme in schemes]
+            known.derived[key] = self._search(members, known, segment, place.channels)
         found: torch.Tensor | None = known.derived[key]
         return found
+
+    def _search(
+        self,
+        members: Sequence[tuple[torch.Tensor, Scheme]],
+        known: InputStatistics,
+        segment: SegmentView,
+        channels: torch.Tensor | None,
+    ) -> torch.Tensor | None:
+        """The factors for the layers that read an input, float32 ``[out_features, in_features]`` with their schemes."""
+        import torch
+
+        from quantkit.numerics.smoothing import pooled, sampled, search_factors, weight_sizes
+
+        if known.abs_mean is None:
+            raise ValueError("AWQ needs the mean magnitude of the inputs")
+        size = pooled(weight_sizes(members), channels) if self.options.duo_scaling else None
+        samples = sampled(members)
+
+        def trial(factors: Sequence[torch.Tensor]) -> torch.Tensor:
+            """The sum over the layers."""
+            judge, dtype = segment.method.trial_errors, segment.scale_dtype
+            errors = [judge(each.weight, known, each.scheme, dtype, factors) * each.stands_for for each in samples]
+            return torch.stack(errors).sum(0)
+
+        return search_factors(trial, pooled(known.abs_mean, channels), size, self.options.alphas)
 
     def restore(self, tensors: Mapping[str, torch.Tensor], data: Mapping[str, Any]) -> Change:
         """The factors of a segment, as they were stored."""

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from quantkit.methods.base import InputStatistics, MethodOptions, Statistic
+from quantkit.methods.base import InputStatistics, Method, MethodOptions, Statistic
 from quantkit.schemes import Scheme
 
 if TYPE_CHECKING:
@@ -130,6 +130,7 @@ class SegmentView:
         scale_dtype: dtype in which scales are stored.
         parameter: a parameter by its full name in float32, as the transforms before left it.
         statistics: of the input of each layer, as the transforms before left it; what the transform needs of them.
+        method: what will choose the codes, to be asked what it would lose: :meth:`Method.trial_errors`.
     """
 
     prefix: str
@@ -138,6 +139,7 @@ class SegmentView:
     scale_dtype: torch.dtype
     parameter: Callable[[str], torch.Tensor]
     statistics: Mapping[str, InputStatistics]
+    method: Method
 
 
 class Transform(ABC):
