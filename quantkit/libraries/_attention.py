@@ -65,7 +65,7 @@ def _seen(model: nn.Module, blocks: list[nn.Module], row: Sequence[int]) -> list
             ids = torch.tensor([list(row)], device=next(model.parameters()).device)
             left_out = torch.ones_like(ids)  # of one token, as a model makes no mask at all where none is left out
             left_out[:, -1] = 0
-            model(ids, left_out)
+            model(input_ids=ids, attention_mask=left_out, use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
