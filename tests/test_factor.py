@@ -53,6 +53,17 @@ def test_the_factor_in_an_order_is_that_of_the_matrix_in_this_order(columns: int
     assert torch.equal(gram, before)
 
 
+def test_shrinkage_takes_from_correlations_and_leaves_the_diagonal() -> None:
+    gram = gram_of(300, 64)
+    before, order = gram.clone(), gram.diagonal().argsort(descending=True, stable=True)
+    shrunk = gram * 0.75
+    shrunk.diagonal().copy_(gram.diagonal())
+    torch.testing.assert_close(damped(gram, 0.03, 0.25), damped(shrunk, 0.03), rtol=1e-6, atol=0)
+    found, wanted = inverse_factor(gram, 0.03, order, 0.25)[0], inverse_factor(shrunk, 0.03, order)[0]
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+    assert torch.equal(gram, before)
+
+
 @pytest.mark.parametrize("count", [0, 1, 2, 9, 20, 21])
 def test_a_vector_is_reversed_in_place_in_pieces(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(factor_module, "FLIPPED", 4)

@@ -145,11 +145,10 @@ def test_blocks_of_columns_join_without_a_seam(columns: int) -> None:
 
 @pytest.mark.parametrize("ordered", [False, True])
 @pytest.mark.parametrize("scheme", SCHEMES[::5], ids=names)
-def test_without_refinement_the_method_is_the_textbook_on_the_searched_grid(scheme: IntScheme, ordered: bool) -> None:
+def test_plain_it_is_the_textbook_on_the_searched_grid(scheme: IntScheme, ordered: bool) -> None:
     given = case(scheme)
-    solution = solved(
-        given.weight, given.gram, scheme, torch.float32, damping=given.damping, activation_order=ordered, refinements=0
-    )
+    plain = {"damping": given.damping, "shrinkage": 0, "refinements": 0}
+    solution = solved(given.weight, given.gram, scheme, torch.float32, activation_order=ordered, **plain)
     grid = Grid(solution.weight.scales, solution.weight.zeros.float())
     order = given.gram.diagonal().argsort(descending=True) if ordered else torch.arange(COLUMNS)
     expected = textbook_codes(given.weight, given.hessian, grid, scheme, order)
@@ -361,9 +360,22 @@ def test_a_layer_without_any_input_is_rounded_to_nearest(gram: torch.Tensor | No
     assert float(ours.square().sum()) <= 1.001 * float(theirs.square().sum())
 
 
+def test_correlations_of_few_tokens_are_trusted_less() -> None:
+    """The error on tokens of the same kind that were not seen; with none taken away it is what shrinkage is for."""
+    draw = torch.Generator().manual_seed(3)
+    mix = torch.randn(COLUMNS, COLUMNS, generator=draw) * torch.rand(COLUMNS, generator=draw)
+    seen, unseen = (torch.randn(count, COLUMNS, generator=draw) @ mix for count in (COLUMNS, 50 * COLUMNS))
+    weight, held_out = random_weight(), unseen.T @ unseen / len(unseen)
+    gram = seen.T @ seen / len(seen)
+    found = [solved(weight, gram, IntScheme(4, 32), torch.float16, shrinkage=share) for share in (0.0, 0.2)]
+    plain, shrunk = (float(layer_error(weight, each, held_out).sum()) for each in found)
+    assert shrunk < 0.95 * plain
+    assert float(found[0].error.sum()) < float(found[1].error.sum()), "on the tokens that were seen it is the reverse"
+
+
 def test_damping_that_had_to_be_raised_is_noted() -> None:
     gram = torch.full((COLUMNS, COLUMNS), 1e4)
-    solution = solved(random_weight(), gram, IntScheme(4, 32), torch.float16, damping=1e-12)
+    solution = solved(random_weight(), gram, IntScheme(4, 32), torch.float16, damping=1e-12, shrinkage=0)
     assert len(solution.notes) == 1
     assert solution.notes[0].startswith("damping raised from 1e-12 to ")
     assert bool(solution.error.isfinite().all())

@@ -84,24 +84,27 @@ class InputStatistics:
 
         return torch.eye(weight.shape[1], device=weight.device) if self.gram is None else self.gram
 
-    def curvature(self, damping: float, activation_order: bool, weight: torch.Tensor) -> Curvature:
+    def curvature(
+        self, damping: float, activation_order: bool, weight: torch.Tensor, shrinkage: float = 0.0
+    ) -> Curvature:
         """The damped and factorized Gram matrix; where no token came by, inputs are taken as uncorrelated.
 
         Args:
             damping: fraction of the mean diagonal that is added to the diagonal.
             activation_order: put the columns with the strongest inputs first.
             weight: float32 ``[out_features, in_features]``, for its width and device.
+            shrinkage: share of the correlations that is taken away.
 
         Raises:
             QuantizationError: the matrix cannot be factorized at any damping.
         """
         from quantkit.numerics.factor import Curvature, strongest_first
 
-        key = ("curvature", damping, activation_order)
+        key = ("curvature", damping, activation_order, shrinkage)
         if key not in self.derived:
             gram = self.gram_for(weight)
             order = strongest_first(gram.diagonal()) if activation_order else None
-            self.derived[key] = Curvature.of(gram, damping, order)
+            self.derived[key] = Curvature.of(gram, damping, order, shrinkage)
         found: Curvature = self.derived[key]
         return found
 

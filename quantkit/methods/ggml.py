@@ -16,6 +16,15 @@ if TYPE_CHECKING:
 KINDS = (*SYMMETRIC.values(), *ASYMMETRIC.values())
 INTEGERS = {scheme: kind for kind in KINDS if (scheme := scheme_of(kind)) is not None}
 """The integer schemes that are types of GGML."""
+IMPORTANCE = "importance"
+"""The part of a weight with the mean square of each input, of which GGUF exports make an importance matrix."""
+
+
+def importance_of(scheme: Scheme, square_mean: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    """The importance of a weight's columns as its part, where the scheme is a type of GGML and its inputs are known."""
+    if square_mean is None or not (isinstance(scheme, GgmlScheme) or scheme in INTEGERS):
+        return {}
+    return {IMPORTANCE: square_mean.float()}
 
 
 class LlamaCppOptions(MethodOptions):
@@ -95,8 +104,8 @@ class LlamaCppQuantizer(Method):
             )
         if isinstance(scheme, IntScheme):
             found = replace(found, scales=found.scales.to(scale_dtype))
-        if importance is not None and statistics.square_mean is not None:
-            found = replace(found, parts={**found.parts, "importance": statistics.square_mean.float()})
+        if importance is not None:
+            found = replace(found, parts={**found.parts, **importance_of(scheme, statistics.square_mean)})
         return rounded(weight, found.to(weight.device), statistics)
 
 

@@ -6,14 +6,15 @@ it, and a refinement of scales and codes after the solve that lowers the same la
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from quantkit.methods import METHODS
 from quantkit.methods.base import InputStatistics, Method, MethodOptions, Solution, Statistic
+from quantkit.methods.ggml import importance_of
 from quantkit.methods.rtn import Rtn, RtnOptions
 from quantkit.schemes import Scheme
 
@@ -34,6 +35,8 @@ class GptqOptions(MethodOptions):
 
     Attributes:
         damping: fraction of the Gram matrix's mean diagonal that is added to its diagonal.
+        shrinkage: share of the Gram matrix off its diagonal that is taken away before: correlations between inputs
+            are trusted less, for other texts than those of the calibration have others.
         activation_order: solve the columns with the strongest inputs first. Groups stay where they are,
             so the file needs no ``g_idx``.
         search: ranges tried per group for its scale, by default 9 in turn and 6 before; 1 takes the full range.
@@ -52,6 +55,7 @@ class GptqOptions(MethodOptions):
     """
 
     damping: Annotated[float, Field(gt=0, le=10)] = 0.03
+    shrinkage: Annotated[float, Field(ge=0, lt=1)] = 0.0
     activation_order: bool = True
     search: Annotated[int, Field(ge=1, le=200)] | None = None
     scales: Literal["in_turn", "before"] | None = None
@@ -143,10 +147,12 @@ class Gptq(Method):
         options, grids = self.options, scheme.grids()
         if grids.whole and options.activation_order and self._is_in_turn(scheme, weight.shape[1]):
             gram = statistics.gram_for(weight)
-            curvature = Curvature.of(gram, options.damping, order_of_groups(weight, gram.diagonal(), grids))
+            order = order_of_groups(weight, gram.diagonal(), grids)
+            curvature = Curvature.of(gram, options.damping, order, options.shrinkage)
         else:
-            curvature = statistics.curvature(options.damping, options.activation_order, weight)
-        return _Posed(weight, curvature, grids)
+            curvature = statistics.curvature(options.damping, options.activation_order, weight, options.shrinkage)
+        strength = None if statistics.gram is None else statistics.gram.diagonal().clone()
+        return _Posed(weight, curvature, grids, importance_of(scheme, strength))
 
     def _solve_in_turn(self, posed: Sequence[_Posed], scale_dtype: torch.dtype) -> list[tuple[torch.Tensor, Grid]]:
         """Levels ``[columns, rows]`` in the checkpoint's order of columns, and grids, chosen on the way."""
@@ -194,11 +200,13 @@ class Gptq(Method):
         from quantkit.numerics.refine import Problem, refine
 
         grids, curvature, columns = posed.grids, posed.curvature, posed.weight.T.contiguous()
-        problem = Problem(columns, curvature.gram, curvature.hessian, curvature.hessian @ columns, grids)
+        hessian = curvature.hessian
+        problem = Problem(columns, curvature.gram, hessian, hessian @ columns, grids, self.options.shrinkage)
         solved = problem.attempt(levels, grid)
         refined = refine(problem, solved, self.options.refinements)
+        weight = quantized(codes_of(refined.levels, refined.grid, grids.scheme), refined.grid, grids.scheme)
         return Solution(
-            quantized(codes_of(refined.levels, refined.grid, grids.scheme), refined.grid, grids.scheme),
+            replace(weight, parts={**weight.parts, **posed.importance}),
             error=refined.error,
             energy=problem.energy(),
             error_before=solved.error,
@@ -213,6 +221,7 @@ class _Posed:
     weight: torch.Tensor
     curvature: Curvature
     grids: Grids
+    importance: Mapping[str, torch.Tensor]
 
     def in_order(self, values: torch.Tensor) -> torch.Tensor:
         """Values ``[columns, rows]`` in the order of solving, a new tensor."""

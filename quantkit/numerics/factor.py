@@ -24,7 +24,7 @@ class Curvature:
 
     Attributes:
         gram: float32 ``[in_features, in_features]``.
-        hessian: the same, damped.
+        hessian: the same, shrunk and damped.
         order: of solving, or None for that in which columns lie.
         factor: see :func:`inverse_factor`, in this order.
         damping: as asked for.
@@ -39,19 +39,20 @@ class Curvature:
     used: float
 
     @classmethod
-    def of(cls, gram: torch.Tensor, damping: float, order: torch.Tensor | None) -> Curvature:
+    def of(cls, gram: torch.Tensor, damping: float, order: torch.Tensor | None, shrinkage: float = 0.0) -> Curvature:
         """The curvature of inputs with this Gram matrix.
 
         Args:
             gram: float32 ``[in_features, in_features]``.
             damping: see :func:`damped`.
             order: int64 ``[in_features]``, the columns in the order of solving; None for that in which they lie.
+            shrinkage: see :func:`damped`.
 
         Raises:
             QuantizationError: it cannot be factorized.
         """
-        factor, used = inverse_factor(gram, damping, order)
-        return cls(gram, damped(gram, used), order, factor, damping, used)
+        factor, used = inverse_factor(gram, damping, order, shrinkage)
+        return cls(gram, damped(gram, used, shrinkage), order, factor, damping, used)
 
     def column_costs(self) -> torch.Tensor:
         """What an error in a column costs where all columns after it make up for it: GPTQ's ``1 / U_ii²``.
@@ -87,15 +88,28 @@ def strongest_first(strength: torch.Tensor, together: int = 1) -> torch.Tensor:
     return (first.unsqueeze(1) * together + inside[first]).view(-1)
 
 
-def damped(gram: torch.Tensor, damping: float) -> torch.Tensor:
+def damped(gram: torch.Tensor, damping: float, shrinkage: float = 0.0) -> torch.Tensor:
     """``gram`` with ``damping`` times its mean diagonal added to the diagonal.
 
     Inputs that were never active have a zero diagonal; they get one, so that their weights are rounded and
     disturb nothing.
+
+    Args:
+        gram: float32 ``[in_features, in_features]``.
+        damping: fraction of the mean diagonal.
+        shrinkage: share of what lies off the diagonal that is taken away first: correlations of few tokens are partly
+            chance, and those of other texts are others (shrinkage to the diagonal, as Schäfer & Strimmer 2005 do).
     """
-    raised = gram.clone()
-    raised.diagonal().add_(_ridge(gram.diagonal(), damping))
-    return raised
+    return _raised_(gram.clone(), damping, shrinkage)
+
+
+def _raised_(gram: torch.Tensor, damping: float, shrinkage: float) -> torch.Tensor:
+    """:func:`damped`, in place."""
+    diagonal = gram.diagonal().clone()
+    if shrinkage:
+        gram.mul_(1 - shrinkage)
+    gram.diagonal().copy_(diagonal + _ridge(diagonal, damping))
+    return gram
 
 
 def _ridge(diagonal: torch.Tensor, damping: float) -> torch.Tensor:
@@ -104,7 +118,9 @@ def _ridge(diagonal: torch.Tensor, damping: float) -> torch.Tensor:
     return ridge + torch.where(diagonal > 0, 0.0, torch.where(ridge > 0, ridge, 1.0))
 
 
-def inverse_factor(gram: torch.Tensor, damping: float, order: torch.Tensor | None = None) -> tuple[torch.Tensor, float]:
+def inverse_factor(
+    gram: torch.Tensor, damping: float, order: torch.Tensor | None = None, shrinkage: float = 0.0
+) -> tuple[torch.Tensor, float]:
     """The upper Cholesky factor of the inverse of the damped Gram matrix.
 
     Where the factorization fails the damping is doubled and tried again.
@@ -113,6 +129,7 @@ def inverse_factor(gram: torch.Tensor, damping: float, order: torch.Tensor | Non
         gram: float32 ``[in_features, in_features]``, symmetric; it is left as it is.
         damping: fraction of the mean diagonal that is added.
         order: int64 ``[in_features]``, the columns in the order of the factor's; None for that in which they lie.
+        shrinkage: see :func:`damped`.
 
     Returns:
         ``U`` with ``Uᵀ U = H⁻¹``, and the damping that was needed.
@@ -123,7 +140,7 @@ def inverse_factor(gram: torch.Tensor, damping: float, order: torch.Tensor | Non
     tried = damping
     while tried <= MAX_DAMPING:
         # With the order of rows and columns reversed, H = L Lᵀ becomes H = R Rᵀ with R upper, and U = R⁻¹.
-        reversed_ = _reversed(gram, tried, order)
+        reversed_ = _reversed(gram, tried, order, shrinkage)
         failed = torch.empty((), dtype=torch.int32, device=gram.device)
         torch.linalg.cholesky_ex(reversed_, out=(reversed_, failed))
         if not decide(failed.any()):
@@ -139,10 +156,10 @@ def inverse_factor(gram: torch.Tensor, damping: float, order: torch.Tensor | Non
     )
 
 
-def _reversed(gram: torch.Tensor, damping: float, order: torch.Tensor | None) -> torch.Tensor:
+def _reversed(gram: torch.Tensor, damping: float, order: torch.Tensor | None, shrinkage: float) -> torch.Tensor:
     """A damped copy with rows and columns in the reverse of an order, columns contiguous as LAPACK has them."""
     found = gram.clone() if order is None else gram.index_select(0, order).index_select(1, order)
-    found.diagonal().add_(_ridge(found.diagonal(), damping))
+    _raised_(found, damping, shrinkage)
     _flip_(found.view(-1))
     return found.mT
 

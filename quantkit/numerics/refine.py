@@ -31,9 +31,10 @@ class Problem:
     Attributes:
         weight: float32 ``[columns, rows]``, the float weight.
         gram: float32 ``[columns, columns]``, by which errors are told.
-        hessian: the same, damped, which is what the refinement lowers.
+        hessian: the same, shrunk and damped, which is what the refinement lowers.
         response: ``hessian @ weight``, ``[columns, rows]``.
         grids: what the codes can stand for.
+        shrinkage: see :func:`quantkit.numerics.factor.damped`.
     """
 
     weight: torch.Tensor
@@ -41,11 +42,14 @@ class Problem:
     hessian: torch.Tensor
     response: torch.Tensor
     grids: Grids
+    shrinkage: float = 0.0
 
     def energy(self) -> torch.Tensor:
         """The error of leaving the layer out, ``[rows]``."""
-        ridge = (self.hessian.diagonal() - self.gram.diagonal()).unsqueeze(1)
-        return torch.addcmul(self.response, ridge, self.weight, value=-1).mul_(self.weight).sum(0).clamp_(min=0)
+        kept = 1 - self.shrinkage
+        ridge = torch.sub(self.hessian.diagonal(), self.gram.diagonal(), alpha=kept).unsqueeze(1)
+        found = torch.addcmul(self.response, ridge, self.weight, value=-1).mul_(self.weight).sum(0)
+        return found.div_(kept).clamp_(min=0)
 
     def spread(self, scales: torch.Tensor) -> torch.Tensor:
         """The scale of each weight, float32 ``[columns, rows]``."""

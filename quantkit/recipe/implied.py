@@ -1,13 +1,14 @@
 """What a variant leaves unsaid: the method, format, scheme and keys that go with what it says.
 
-A scheme that one method alone chooses implies that method; schemes, methods and formats declare what they usually go
+A scheme that one method alone chooses implies that method, and so does an option of the method of those who brought the
+scheme; schemes, methods and formats declare what they usually go
 with (``usual``). Nothing that a recipe says is changed. Where nothing suits what it says, the variant stays as it is
 written, and its own checks tell why.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from typing import Any
 
 from quantkit.errors import QuantkitError, SchemeError
@@ -38,7 +39,7 @@ def implied(given: Mapping[Any, Any]) -> dict[Any, Any]:
         if all(candidate.get(name, value) == value for name, value in names.items()):
             told = _told_by_kind(candidate["scheme"], keys) if "scheme" not in names else set()
             left = {key: value for key, value in said.items() if key not in told}
-            found = _completed({**candidate, **names}, {key: left[key] for key in keys if key in left})
+            found = _completed({**candidate, **names}, {key: left[key] for key in keys if key in left}, set(left))
             if found is not None:
                 return found | left
     return said
@@ -111,15 +112,28 @@ def _examples(store: str) -> Iterator[dict[str, Any]]:
             yield {"scheme": DEFAULT_KIND, **example, "format": store}
 
 
-def _completed(candidate: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any] | None:
-    """A candidate with the keys that were given, its method, and what goes with its scheme; None if it fails."""
+def _completed(candidate: Mapping[str, Any], given: Mapping[str, Any], said: Set[Any]) -> dict[str, Any] | None:
+    """A candidate with the keys that were given, its method, and what goes with its scheme; None if it fails.
+
+    Args:
+        candidate: names, and keys of its scheme.
+        given: keys of the scheme that the variant gives.
+        said: all its keys.
+    """
     kind, store = candidate["scheme"], candidate["format"]
     scheme = SCHEMES.get(kind)
-    method = candidate.get("method", scheme.quantizer or scheme.usual_method or DEFAULT_METHOD)
+    method = candidate.get("method", scheme.quantizer or _told_by_options(scheme.authors_method, said))
     keys = {**_keys(candidate), **given}
     if not _go_together(method, store, kind, keys):
         return None
     return {"method": method, "format": store, "scheme": kind, **keys, **scheme.usual}
+
+
+def _told_by_options(method: str | None, said: Set[Any]) -> str:
+    """A method of which an option is given that the default method does not take; else that one."""
+    taken = {name: set(steps_of(name).Options.model_fields) for name in (method, DEFAULT_METHOD) if name is not None}
+    own = taken[method] - taken[DEFAULT_METHOD] if method is not None else set()
+    return method if method is not None and own & said else DEFAULT_METHOD
 
 
 def _keys(candidate: Mapping[str, Any]) -> dict[str, Any]:

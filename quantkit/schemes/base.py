@@ -27,7 +27,8 @@ class Scheme(ABC):
         summary: one line for ``quantkit methods``.
         source: the paper or specification.
         quantizer: name of the one method that chooses its codes; None leaves that to any.
-        usual_method: the method of a variant with such a scheme that names none; None leaves it to recipes.
+        authors_method: that of the program which brought the scheme: meant where a variant names no method and gives
+            one of its options.
         usual: keys of a variant with such a scheme where it does not give them, such as what becomes of the head.
         grid_class: its arithmetic as ``module:Class``, which imports torch; empty where no codes of weights are told.
         bits: width of a code.
@@ -41,7 +42,7 @@ class Scheme(ABC):
     summary: ClassVar[str]
     source: ClassVar[str]
     quantizer: ClassVar[str | None] = None
-    usual_method: ClassVar[str | None] = None
+    authors_method: ClassVar[str | None] = None
     usual: ClassVar[Mapping[str, Any]] = {}
     grid_class: ClassVar[str] = ""
 

@@ -39,7 +39,7 @@ class GgmlScheme(Scheme):
         block_bytes: bytes of a block.
     """
 
-    usual_method: ClassVar[str | None] = "llama.cpp"
+    authors_method: ClassVar[str | None] = "llama.cpp"
     grid_class: ClassVar[str] = "quantkit.schemes.grids.ggml:KQuantGrids"
     ggml_type: ClassVar[str]
     width: ClassVar[int]

@@ -75,7 +75,7 @@ class GgmlMixture(Scheme):
         base: the type of most layers.
     """
 
-    usual_method: ClassVar[str | None] = "llama.cpp"
+    authors_method: ClassVar[str | None] = "llama.cpp"
     usual: ClassVar[Mapping[str, Any]] = {"ignore": [], "embeddings": {}}
     preset: ClassVar[str]
     base: ClassVar[GgmlScheme]
