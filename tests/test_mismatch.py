@@ -89,9 +89,9 @@ def test_a_quarter_of_the_rows_is_held_out_and_of_few_rows_their_ends() -> None:
     for batch in many:
         positions = torch.arange(batch.token_ids.numel()) if batch.valid is None else batch.valid
         rows = torch.tensor(batch.rows)[positions // batch.token_ids.shape[1]]
-        assert set(rows[held[batch]].tolist()) == {row for row in batch.rows if row % 4 == 3}
+        assert set(rows[held.places[id(batch)]].tolist()) == {row for row in batch.rows if row % 4 == 3}
     (few,) = make_batches([[1] * 8, [1] * 12], CPU, may_pad=True)
-    assert HeldOut.of([few])[few].tolist() == [9, 10, 11, 12 + 6, 12 + 7]
+    assert HeldOut.of([few]).places[id(few)].tolist() == [9, 10, 11, 12 + 6, 12 + 7]
 
 
 # The residual stream
@@ -186,6 +186,12 @@ def test_where_nothing_is_gained_the_bytes_are_those_of_plain_gptq(
     found = walk(model, tiny_rows(), gptq(), strategy=strategy)
     assert set(shares(found)) == {0.0}
     assert_same_bytes(found, walk(model, tiny_rows(), gptq(correction=False), strategy=strategy))
+
+
+def test_what_is_no_batchs_tokens_is_held_out_at_its_end() -> None:
+    """As what a model of images makes of a row."""
+    (batch,) = make_batches([[1] * 8], CPU, may_pad=True)
+    assert HeldOut.of([batch]).among(torch.zeros(20, 2), batch).tolist() == [15, 16, 17, 18, 19]
 
 
 def test_float_inputs_lost_nothing(model: Path) -> None:

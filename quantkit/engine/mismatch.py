@@ -34,6 +34,7 @@ class HeldOut:
     """Which tokens are held out, by rows as far as there are enough: int64 places among the tokens of each batch."""
 
     places: Mapping[int, torch.Tensor]
+    step: int
 
     @classmethod
     def of(cls, batches: Sequence[Batch]) -> HeldOut:
@@ -41,14 +42,17 @@ class HeldOut:
         rows = sum(len(batch.token_ids) for batch in batches)
         found = {id(batch): _held(batch, by_rows=rows >= FEWEST_ROWS) for batch in batches}
         step = max(1, -(-sum(map(len, found.values())) // MOST_HELD))
-        return cls({key: places[::step] for key, places in found.items()})
+        return cls({key: places[::step] for key, places in found.items()}, step)
 
     def has(self, batch: Batch) -> bool:
         """Whether it is one of the batches."""
         return id(batch) in self.places
 
-    def __getitem__(self, batch: Batch) -> torch.Tensor:
-        return self.places[id(batch)]
+    def among(self, flat: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """The places that are held out of what a layer is given; the end of it where that is no batch's tokens."""
+        if len(flat) == batch.tokens:
+            return self.places[id(batch)]
+        return torch.arange(len(flat) - len(flat) // HELD_OUT, len(flat), self.step, device=flat.device)
 
 
 def _held(batch: Batch, *, by_rows: bool) -> torch.Tensor:
@@ -158,7 +162,7 @@ class MismatchGatherer:
         flat, _ = batch.tokens_of(inputs.detach().reshape(-1, inputs.shape[-1]))
         lost, _ = batch.tokens_of(lost.reshape(-1, lost.shape[-1]))
         self._check.add(lost, batch)
-        held, weights = self.held[batch], batch.weights_of(flat)
+        held, weights = self.held.among(flat, batch), batch.weights_of(flat)
         counts = torch.ones(len(flat), device=flat.device) if weights is None else weights
         self._kept.append(tuple(each.index_select(0, held) for each in (flat, lost, counts)))
         self._weight = self._weight + counts.sum()

@@ -281,6 +281,7 @@ def solve_groups(
         for names, scheme in _stacks(task, list(group.weights)):
             stack = _corrected(_Stack(names, _stacked(group, names), asked, group), method)
             alike.setdefault((scheme, stack.weight.shape), []).append(stack)
+        group.statistics.mismatch = None  # with the tokens that were held out it may be as large as a Gram matrix
     solved: dict[str, QuantizedWeight] = {}
     for (scheme, _), stacks in alike.items():
         for stack, solution in zip(stacks, _solved(task, method, stacks, scheme), strict=True):

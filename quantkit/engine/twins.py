@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from quantkit.engine.batches import Batch
+from quantkit.engine.batches import BATCH_TOKENS, Batch
 from quantkit.engine.gathering import Group, Streams, standing
 from quantkit.engine.groups import Enough, hooked
 from quantkit.engine.layers import Layer
@@ -27,8 +27,19 @@ from quantkit.engine.skeleton import Segment
 
 EVERY = 2
 """One batch in as many has a twin: what is lost is learned from fewer tokens than the curvature, at half the time."""
-FEWEST_BATCHES = 4
-"""With fewer batches each has one."""
+FEWEST = 8
+"""Batches that have one in any case."""
+
+
+def paired(batches: int) -> int:
+    """How many of some batches have a twin."""
+    return min(batches, max(FEWEST, -(-batches // EVERY)))
+
+
+def paired_tokens(tokens: int, device: str) -> int:
+    """About how many tokens these hold, on ``cpu`` or ``cuda``; for estimates."""
+    batches = max(1, -(-tokens // BATCH_TOKENS[device]))
+    return -(-tokens * paired(batches) // batches)
 
 
 @dataclass(slots=True)
@@ -49,9 +60,10 @@ class Twins:
     _floats: dict[nn.Module, torch.Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        paired = self.batches[::EVERY] if len(self.batches) >= FEWEST_BATCHES else self.batches
-        self._streams = Streams(self.model, paired, frozenset(), self.offload)
-        self._held = HeldOut.of(paired)
+        count, whole = paired(len(self.batches)), len(self.batches)
+        batches = [self.batches[place * whole // count] for place in range(count)]
+        self._streams = Streams(self.model, batches, frozenset(), self.offload)
+        self._held = HeldOut.of(batches)
 
     def start(self, segments: Sequence[Segment], cleanup: ExitStack) -> None:
         """Run every twin up to its first segment, before anything is quantized."""
@@ -107,9 +119,9 @@ class Twins:
             with self._streams.fetched(each):
                 gatherer.see(standing(each, segment).args[0].detach(), each.batch)
 
-    def keep(self, layers: Iterable[Layer]) -> None:
-        """Keep the float weights of layers that are about to be solved, until :meth:`advance`."""
-        for layer in layers:
+    def keep(self, segment: Segment, layers: Iterable[Layer]) -> None:
+        """Keep the float weights of layers that are about to be solved until the twins are through the segment."""
+        for layer in layers if self._streams.at(segment) else ():
             self._floats.setdefault(layer.module, layer.module.weight.data)
 
     def advance(self, segment: Segment) -> None:

@@ -314,7 +314,7 @@ class Walk:
         for start in range(0, len(part), size):
             batch = [(group.layers, statistics) for group, statistics in part[start : start + size]]
             if self._twins is not None:
-                self._twins.keep(layer for layers, _ in batch for layer in layers.values())
+                self._twins.keep(segment, [layer for layers, _ in batch for layer in layers.values()])
             self._solver.solve(segment, batch, experts, replace=self._is_quantized)
         for group, _ in part:
             group.solved = True

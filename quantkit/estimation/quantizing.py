@@ -27,6 +27,9 @@ SUMMED = 1
 """Gram matrices' worth of float32 when its sums are there: the lower triangle is made of the upper in place."""
 FACTORIZING = 3
 """The same while one is factorized: the matrix, a damped copy that is factorized in place, and the factor's inverse."""
+CORRECTING = 3
+"""The same while a layer is corrected for what its input lost: the matrix, damped and factorized as was best so far and
+as is tried, beside what was lost."""
 KEPT = 3
 """The same while a layer is solved with it: the matrix, damped, and its factor."""
 ROUNDING, ROUNDING_TABLE = 2.25, 3.25
@@ -69,6 +72,11 @@ class _Run:
     def has_experts(self) -> bool:
         """Whether the block has experts, so that it is run anew for each of its groups."""
         return any(group.experts for group in self.groups)
+
+    @property
+    def corrects(self) -> bool:
+        """Whether layers are corrected for what their inputs lost, for which passes have twins."""
+        return self.use.inputs == "quantized" and self.method.correction is not None and Statistic.GRAM in self.needs
 
     @property
     def factorizes(self) -> bool:
@@ -134,7 +142,7 @@ def _moments(run: _Run, group: Group) -> Iterator[Part]:
     if not (run.needs and group.paused):
         yield _part(run, f"at {group.place}", [block, _weights(run, group), packed])
         return
-    loaded = [block, _frame(run)]
+    loaded = [block, _frame(run), *_twins(run, group)]
     reading = [_activations(run, group, reading=True), _gathering(run, group)]
     yield _part(run, f"when a batch reaches {group.place}", [*loaded, *reading, packed])
     standing = [*loaded, _activations(run, group, reading=False)]
@@ -142,7 +150,11 @@ def _moments(run: _Run, group: Group) -> Iterator[Part]:
         yield _part(run, f"at {group.place}", [*standing, _weights(run, group), packed])
         return
     summed = _statistics(run, group, SUMMED, own=False)
-    yield _part(run, f"when the inputs of {group.place} are summed", [*standing, summed, packed])
+    lost = _lost(run, group)
+    yield _part(run, f"when the inputs of {group.place} are summed", [*standing, summed, *lost, packed])
+    if lost:
+        lines = [_statistics(run, group, CORRECTING), _weights(run, group, solving=False), *lost]
+        yield _part(run, f"when {group.place} is corrected", [*standing, *lines, packed])
     if run.factorizes:
         lines = [_statistics(run, group, FACTORIZING), _weights(run, group, solving=False)]
         yield _part(run, f"at {group.place}", [*standing, *lines, packed])
@@ -182,6 +194,33 @@ def _activations(run: _Run, group: Group, *, reading: bool) -> Line:
     running = min(tokens, BATCH_TOKENS[use.device])
     nbytes = (tokens * 2 * hidden + running * group.paused) * size
     return Line("activations", nbytes, f"({tokens:,} x 2 x {hidden:,} + {running:,} x {group.paused:,}) x {size} bytes")
+
+
+def _twins(run: _Run, group: Group) -> Iterator[Line]:
+    """What the float passes of batches hold: of those that pause what each group of the block is given from this on."""
+    from quantkit.engine.twins import paired_tokens
+
+    if not run.corrects:
+        return
+    tokens, widths = paired_tokens(run.use.calibration_tokens, run.use.device), [2 * run.anatomy.hidden]
+    if run.use.strategy == "one-pass" and not run.has_experts and group in run.groups:
+        widths += [each.columns for each in run.groups[run.groups.index(group) :]]
+    what = f"{tokens:,} tokens x {sum(widths):,} x {run.size} bytes"
+    yield Line("activations of the float model", tokens * sum(widths) * run.size, what)
+
+
+def _lost(run: _Run, group: Group) -> list[Line]:
+    """What the input of a group lost, summed and of the tokens that are held out."""
+    from quantkit.engine.mismatch import HELD_OUT, MOST_HELD
+    from quantkit.engine.twins import paired_tokens
+
+    if not run.corrects or group.experts:
+        return []
+    rows, columns = sum(rows for rows, *_ in group.shapes), group.columns
+    width = min(rows, columns) if len(group.shapes) == 1 else columns
+    held = min(MOST_HELD, paired_tokens(run.use.calibration_tokens, run.use.device) // HELD_OUT)
+    what = f"({columns:,} x {width:,} + {held:,} held-out tokens x {columns + width:,}) x 4 bytes"
+    return [Line("what inputs lost", 4 * (columns * width + held * (columns + width)), what)]
 
 
 def _beside(run: _Run) -> tuple[int, str]:
@@ -248,7 +287,7 @@ def _statistics(run: _Run, group: Group, matrices: int, *, own: bool = True) -> 
 def _weights(run: _Run, group: Group, *, solving: bool = True) -> Line:
     """The float weights of a group, and what is made of them until their codes are there."""
     count, (most, scheme) = group.weights, group.solved
-    copies = 2 if run.observes else 1
+    copies = 1 + run.observes + (run.corrects and not group.experts)
     working = _working(run, scheme) if solving else 0.0
     codes = CODES * (count - most)
     nbytes = round((count * copies + group.stacked + most * working + codes) * 4)

@@ -62,7 +62,7 @@ class GptqOptions(MethodOptions):
     range_weights: Literal["solver", "inputs"] = "solver"
     refinements: Annotated[int, Field(ge=0, le=20)] = 1
     negative_scales: bool = True
-    correction: bool = False
+    correction: bool = True
 
 
 @METHODS.register

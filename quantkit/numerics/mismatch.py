@@ -23,8 +23,8 @@ import torch
 from quantkit.numerics.factor import damped
 from quantkit.system.host import decide
 
-DAMPINGS = (10.0, 100.0)
-"""Tried, times that of the method: one was never the best by more than a little, and each is a factorization."""
+DAMPINGS = (10.0, 100.0, 1000.0)
+"""Tried in turn, times that of the method, until one is worse than the one before; each is a factorization."""
 JUDGED_ROWS = 128
 """Rows of a layer on which its share is found; of more an even selection."""
 SOLVED_ROWS = 4096
@@ -142,8 +142,9 @@ def _chosen(
             continue
         steps = [held @ torch.cholesky_solve(mismatch.moments(weight, rows), factor) for rows in parts]
         shares, gains = torch.stack([_judged(*each) for each in zip(steps, aims, strict=True)]).T.tolist()
-        if best is None or sum(gains) > best.gain:
-            best = Correction(tuple(shares), sum(gains), factor)
+        if best is not None and sum(gains) <= best.gain:
+            break
+        best = Correction(tuple(shares), sum(gains), factor)
     return best
 
 

@@ -151,7 +151,8 @@ class _Variants:
         if self.job.inputs == "float":
             return "one walk for all"
         dtype = pass_dtype(self.device, FLOATS[self.job.dtype])
-        return choose_strategy(self.skeleton, self.tokens, dtype, self.device)
+        corrected = variant.build_method().correction is not None
+        return choose_strategy(self.skeleton, self.tokens, dtype, self.device, corrected)
 
 
 def _float_bytes(reader: CheckpointReader, name: str, store: type[Format], cast: str | None) -> int:

@@ -12,6 +12,7 @@ import torch
 from quantkit.engine.float_parts import FloatPart, block_weights, float_parts
 from quantkit.engine.skeleton import Skeleton
 from quantkit.engine.text_alone import names_alone
+from quantkit.engine.twins import paired_tokens
 from quantkit.engine.walk import Strategy
 from quantkit.errors import SchemeError
 from quantkit.formats import FORMATS
@@ -269,17 +270,28 @@ def _plan_embedding(
     return (layer.name, scheme, (rows, columns)), {}
 
 
-def paused_bytes(skeleton: Skeleton, tokens: int, dtype: torch.dtype) -> int:
-    """Bytes of activations alive at the widest pause: what the widest layer reads, and the stream beside it."""
+def paused_bytes(skeleton: Skeleton, tokens: int, dtype: torch.dtype, paired: int = 0) -> int:
+    """Bytes of activations alive at the widest pause: what the widest layer reads, and the stream beside it.
+
+    Args:
+        skeleton: the model.
+        tokens: of all batches.
+        dtype: of the passes.
+        paired: tokens of those that have a twin, see :mod:`quantkit.engine.twins`.
+    """
     widest = max((layer.shape[1] for layer in skeleton.layers()), default=0)
     hidden: int = skeleton.text.get_input_embeddings().weight.shape[1]
     # At down_proj a block holds the gate, its activation and the product, and the residual stream twice.
-    return tokens * (3 * widest + 2 * hidden) * dtype.itemsize
+    # A twin has left what the groups of the block are given, and stands before the next.
+    return (tokens * (3 * widest + 2 * hidden) + paired * (widest + 5 * hidden)) * dtype.itemsize
 
 
-def choose_strategy(skeleton: Skeleton, tokens: int, dtype: torch.dtype, device: torch.device) -> Strategy:
+def choose_strategy(
+    skeleton: Skeleton, tokens: int, dtype: torch.dtype, device: torch.device, corrected: bool = False
+) -> Strategy:
     """One pass where the paused activations fit into half of the free memory, else a run per group."""
-    return "one-pass" if paused_bytes(skeleton, tokens, dtype) <= SPARE_MEMORY * _free(device) else "recompute"
+    paused = paused_bytes(skeleton, tokens, dtype, paired_tokens(tokens, device.type) if corrected else 0)
+    return "one-pass" if paused <= SPARE_MEMORY * _free(device) else "recompute"
 
 
 def experts_room(device: torch.device) -> int:
