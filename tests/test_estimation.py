@@ -534,8 +534,10 @@ def test_while_quantizing_more_tokens_take_more_and_more_blocks_do_not() -> None
     def peak(model: str, **keys: Any) -> int:
         return estimate(model, **keys).part("quantizing").nbytes
 
-    few, many = (peak("llama-2-7b", calibration_tokens=count) for count in (40_000, 80_000))
+    few, many = (peak("llama-2-7b", calibration_tokens=count, correction=False) for count in (40_000, 80_000))
     assert many - few == 40_000 * (4 * 4096 + 11008) * 2
+    assert few + 40_000 * 2 * 4096 * 2 < peak("llama-2-7b", calibration_tokens=40_000)
+    assert peak("llama-2-7b", method="gptq", inputs="float") == peak("llama-2-7b", correction=False, inputs="float")
     assert peak("llama-2-7b", strategy="recompute") < peak("llama-2-7b")
     assert peak("llama-2-7b", method="rtn") < few
     assert peak("llama-2-7b", pass_dtype="float32") > peak("llama-2-7b")
