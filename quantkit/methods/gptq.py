@@ -124,10 +124,10 @@ class Gptq(Method):
         from quantkit.numerics.smoothing import expected_errors
 
         options = self.options
-        key = ("column costs", options.damping, options.activation_order)
+        key = ("column costs", options.damping, options.activation_order, options.shrinkage)
         if key not in statistics.derived:  # the factor itself, as large as the Gram matrix, is not kept
             alone = InputStatistics(statistics.tokens, gram=statistics.gram)
-            curvature = alone.curvature(options.damping, options.activation_order, weight)
+            curvature = alone.curvature(options.damping, options.activation_order, weight, options.shrinkage)
             statistics.derived[key] = curvature.column_costs()
         return expected_errors(weight, statistics.derived[key], scheme, scale_dtype, factors)
 
