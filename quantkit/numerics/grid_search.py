@@ -139,7 +139,7 @@ def _search_free(
         along, norm = _moments(grids, groups, weighted, weigh, scale, zero)
         loss = torch.where(norm > 0, -along * along / norm, 0.0)
         # A group that rounds to zero has no best scale; NaN is kept, for the grids to refuse.
-        best.take(~(loss >= best.worth), loss, torch.where(norm == 0, 0.0, along / norm), zero)
+        best.take(torch.logical_not(loss >= best.worth), loss, torch.where(norm == 0, 0.0, along / norm), zero)
     return best.scales, best.zeros
 
 
@@ -186,7 +186,7 @@ def _search_stored(
             along, norm = _moments(grids, part, weigh(part), weigh, scale, zero)
             losses.append(scale.square() * norm - 2 * scale * along)
         loss = grids.pooled(torch.cat(losses))
-        best.take(~(loss >= best.worth), loss, scales, zeros)
+        best.take(torch.logical_not(loss >= best.worth), loss, scales, zeros)
     return best.scales, best.zeros
 
 
