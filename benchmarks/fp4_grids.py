@@ -89,7 +89,7 @@ def error(
     weight: torch.Tensor, gram: torch.Tensor, scheme: Scheme, judges: list[torch.Tensor], **keys: Any
 ) -> list[float]:
     """The error of a layer's outputs on inputs with other Gram matrices."""
-    options = GptqOptions(**{"refinements": 0, "range_weights": "inputs", **keys})
+    options = GptqOptions(**{"scales": "in_turn", "refinements": 0, "range_weights": "inputs", **keys})
     solution = Gptq(options).quantize(weight, InputStatistics(gram=gram), scheme, torch.bfloat16)
     missed = weight - solution.weight.dequantize(torch.float32)
     return [float(((missed @ judge) * missed).sum()) for judge in judges]

@@ -42,7 +42,7 @@ class GptqOptions(MethodOptions):
         search: ranges tried per group for its scale, by default 9 in turn and 6 before; 1 takes the full range.
         scales: ``in_turn`` chooses the scale of a group when the solver comes to the first of its columns, among those
             tried by solving the group for each; ``before`` chooses all beforehand, by rounding. By default in turn
-            where scales are not free. Groups of more than 128 columns, scales that groups share and ``search: 1`` take
+            for nvfp4. Groups of more than 128 columns, scales that groups share and ``search: 1`` take
             ``before`` in any case.
         range_weights: how the search before weighs the error of a column: ``inputs`` by the mean square of its input,
             ``solver`` by that and by what the columns after it cannot make up for.
@@ -136,7 +136,7 @@ class Gptq(Method):
         from quantkit.numerics.in_turn import is_in_turn
 
         options = self.options
-        asked = options.scales or ("before" if scheme.free_scales else "in_turn")
+        asked = options.scales or ("in_turn" if scheme.grids().whole else "before")
         return asked == "in_turn" and options.search != 1 and is_in_turn(scheme.grids(), columns)
 
     def _pose(self, weight: torch.Tensor, statistics: InputStatistics, scheme: Scheme) -> _Posed:
