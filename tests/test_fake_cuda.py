@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 from quantkit.checkpoint import CheckpointReader
+from quantkit.engine import mismatch as engine_mismatch
 from quantkit.engine import smoothing as folds
 from quantkit.engine import solve as solving
 from quantkit.engine import statistics as statistics_module
@@ -30,7 +31,7 @@ from quantkit.formats import FORMATS
 from quantkit.formats.base import Format
 from quantkit.gguf import blocks
 from quantkit.methods.base import Method
-from quantkit.numerics import factor, in_turn
+from quantkit.numerics import factor, in_turn, mismatch
 from quantkit.numerics import smoothing as awq
 from quantkit.numerics.grid_search import encode, quantized, search_grid
 from quantkit.schemes import Fp8Scheme, IntScheme, Mxfp4Scheme, Nf4Scheme, Nvfp4Scheme, QuantizedWeight, Scheme
@@ -122,6 +123,10 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(solving, "synchronize", lambda _: None)
     monkeypatch.setattr(statistics_module, "decide", lambda _: True)  # "is every input finite?"
     monkeypatch.setattr(folds, "decide", lambda _: True)  # "is it close?": every first candidate folds
+    monkeypatch.setattr(engine_mismatch, "decide", lambda _: True)  # "does it add up?"
+    monkeypatch.setattr(engine_mismatch, "numbers", lambda _: [1.0, 4.0])  # tokens that are held out, and all
+    monkeypatch.setattr(mismatch, "decide", lambda _: False)  # "was nothing lost?", "did it fail?"
+    monkeypatch.setattr(mismatch, "numbers", lambda judged: [0.5] * len(judged))  # shares and gains
     errors = count(1e6, -1)
     monkeypatch.setattr(awq, "number", lambda _: next(errors))  # "what is lost?": ever less, so that factors are found
     _forget_grids()

@@ -28,6 +28,7 @@ class Batch:
         rows: the place of each row among all that were given.
         weights: float32 ``[tokens]``, how much each token counts in statistics, padding left out; None if all alike.
         inputs: further inputs of the model by their names, such as images; of a single row.
+        lengths: tokens of each row; empty if there is no padding.
     """
 
     token_ids: torch.Tensor
@@ -35,6 +36,7 @@ class Batch:
     rows: tuple[int, ...] = ()
     weights: torch.Tensor | None = None
     inputs: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    lengths: tuple[int, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -138,4 +140,4 @@ def _batch(given: Sequence[Sequence[int]], members: Sequence[int], device: torch
     if all(len(row) == length for row in rows):
         return Batch(padded.to(device), None, tuple(members))
     valid = torch.cat([torch.arange(len(row)) + index * length for index, row in enumerate(rows)])
-    return Batch(padded.to(device), valid.to(device), tuple(members))
+    return Batch(padded.to(device), valid.to(device), tuple(members), lengths=tuple(map(len, rows)))

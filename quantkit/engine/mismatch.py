@@ -20,6 +20,7 @@ from quantkit.engine.passes import AtSegment
 from quantkit.engine.precision import bfloat16_products
 from quantkit.engine.statistics import CHUNK_TOKENS, FiniteCheck
 from quantkit.numerics.mismatch import Mismatch
+from quantkit.system.host import decide, numbers
 
 HELD_OUT = 4
 """One in as many calibration rows is held out."""
@@ -57,15 +58,16 @@ class HeldOut:
 
 def _held(batch: Batch, *, by_rows: bool) -> torch.Tensor:
     """The places of a batch's tokens that may be held out."""
-    rows, length = batch.token_ids.shape
-    positions = torch.arange(rows * length) if batch.valid is None else batch.valid.cpu()
-    row = positions // length
-    if by_rows:
-        chosen = torch.tensor(batch.rows)[row] % HELD_OUT == HELD_OUT - 1
-    else:
-        lengths = row.bincount(minlength=rows)[row]
-        chosen = positions % length >= lengths - lengths // HELD_OUT
-    return chosen.nonzero().squeeze(1).to(batch.token_ids.device)
+    count, length = batch.token_ids.shape
+    places: list[int] = []
+    stop = 0
+    for row, tokens in zip(batch.rows, batch.lengths or [length] * count, strict=True):
+        stop += tokens
+        if not by_rows:
+            places += range(stop - tokens // HELD_OUT, stop)
+        elif row % HELD_OUT == HELD_OUT - 1:
+            places += range(stop - tokens, stop)
+    return torch.tensor(places, dtype=torch.int64).to(batch.token_ids.device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +183,7 @@ class MismatchGatherer:
             return None
         self._check.result()
         inputs, targets, weights = (torch.cat(each) for each in zip(*kept, strict=True))
-        held, whole = torch.stack([weights.sum(), torch.as_tensor(self._weight, device=weights.device)]).tolist()
+        held, whole = numbers(torch.stack([weights.sum(), torch.as_tensor(self._weight, device=weights.device)]))
         if not held < whole:
             return None
         return Mismatch(total.div_(whole - held), inputs, targets, weights, held / whole, self.layer is not None)
@@ -305,4 +307,4 @@ def _adds_up(
     if before.shape != output.shape:
         return False
     total = before + output
-    return any(point.shape == total.shape and torch.equal(total, point) for _, point in after)
+    return any(point.shape == total.shape and decide((total == point).all()) for _, point in after)

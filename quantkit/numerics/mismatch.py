@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 
 from quantkit.numerics.factor import damped
-from quantkit.system.host import decide
+from quantkit.system.host import decide, numbers
 
 DAMPINGS = (10.0, 100.0, 1000.0)
 """Tried in turn, times that of the method, until one is worse than the one before; each is a factorization."""
@@ -134,14 +134,15 @@ def _chosen(
     """The correction that lowers the error of the tokens that are held out most; None where none can be found."""
     parts = [slice(each.start, each.stop, -(-(each.stop - each.start) // JUDGED_ROWS)) for each in _blocks(sizes)]
     aims, best = [mismatch.aims(weight, rows) for rows in parts], None
-    if len(held) < 2 or not decide(torch.stack([each.any() for each in aims]).any()):
+    if len(held) < 2 or decide(torch.stack([each.any() for each in aims]).any().logical_not()):
         return None
     for tried in (damping * each for each in DAMPINGS):
         factor = _factor(gram, tried)
         if factor is None:
             continue
         steps = [held @ torch.cholesky_solve(mismatch.moments(weight, rows), factor) for rows in parts]
-        shares, gains = torch.stack([_judged(*each) for each in zip(steps, aims, strict=True)]).T.tolist()
+        judged = numbers(torch.cat([_judged(*each) for each in zip(steps, aims, strict=True)]))
+        shares, gains = judged[::2], judged[1::2]
         if best is not None and sum(gains) <= best.gain:
             break
         best = Correction(tuple(shares), sum(gains), factor)

@@ -19,6 +19,11 @@ def number(value: torch.Tensor) -> float:
     return float(value.item())
 
 
+def numbers(values: torch.Tensor) -> list[float]:
+    """The values of a vector."""
+    return [float(value) for value in values.tolist()]
+
+
 def whole_numbers(values: torch.Tensor) -> list[int]:
     """The values of a vector of integers."""
     return [int(value) for value in values.tolist()]
