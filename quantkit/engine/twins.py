@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
@@ -74,11 +74,7 @@ class Twins:
         groups, twins = list(groups), self._streams.at(segment)
         if not twins:
             return
-        alone = {
-            group.name: group.leader
-            for group in groups
-            if len(group.layers) == 1 and isinstance(group.leader, nn.Linear)
-        }
+        alone = {group.name: group.leader for group in groups if len(group.layers) == 1 and _is_linear(group.leader)}
         smallest = min(twins, key=lambda each: each.batch.token_ids.numel())
         with self._streams.fetched(smallest):
             streams = stream_places(segment.module, list(alone.values()), standing(smallest, segment))
@@ -141,6 +137,11 @@ class Twins:
         finally:
             for module, weight in solved.items():
                 module.get_parameter("weight").data = weight
+
+
+def _is_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether a layer gives what its weight makes of its input; some routers of this class give what they choose."""
+    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
 
 
 @contextmanager
