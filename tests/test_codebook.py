@@ -177,6 +177,15 @@ def test_gptq_beats_rounding_on_correlated_inputs(scheme: CodebookScheme, refine
     assert_consistent(found.weight)
 
 
+@pytest.mark.parametrize("scheme", SCHEMES, ids=names)
+def test_refinement_keeps_the_shape_of_what_rows_share(scheme: CodebookScheme) -> None:
+    """Of a single row there are as many scales of scales as rows."""
+    weight, gram = random_weight()[:1], correlated_gram(512)
+    found = solve(tiny_method("gptq", refinements=1), weight, gram, scheme).weight
+    parts = rounded(weight, scheme).parts
+    assert {name: part.shape for name, part in found.parts.items()} == {name: p.shape for name, p in parts.items()}
+
+
 def solve(method: Method, weight: torch.Tensor, gram: torch.Tensor, scheme: Scheme) -> Solution:
     statistics = InputStatistics(tokens=1000, gram=gram, square_mean=gram.diagonal())
     return method.quantize(weight, statistics, scheme, torch.float16)

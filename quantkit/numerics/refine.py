@@ -81,7 +81,8 @@ class Attempt:
 
         def chosen(found: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
             """Of what belongs to rows; what all rows share is the same in both."""
-            return torch.where(better.unsqueeze(1), found, kept) if len(kept) == len(better) else kept
+            of_rows = kept.ndim == 2 and len(kept) == len(better)
+            return torch.where(better.unsqueeze(1), found, kept) if of_rows else kept
 
         one, two = self.grid, other.grid
         parts = {name: chosen(two.parts[name], part) for name, part in one.parts.items()}
