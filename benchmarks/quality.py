@@ -159,6 +159,11 @@ def processor_seconds() -> float:
     return sum(os.times()[:4])
 
 
+def runtime_of(folder: Path, llama_cpp: bool) -> str:
+    """The name of the runtime that scores a checkpoint."""
+    return "llama.cpp" if llama_cpp and any(folder.glob("*.gguf")) else "reference"
+
+
 def measured(ground: Ground, variant: VariantSpec | LibrarySpec, llama_cpp: bool) -> dict[str, Any]:
     """A case, quantized and scored: divergences by text and row, seconds, and bits."""
     with tempfile.TemporaryDirectory() as scratch:
@@ -168,8 +173,7 @@ def measured(ground: Ground, variant: VariantSpec | LibrarySpec, llama_cpp: bool
         else:
             done = quantize_by_library(Attempt(ground.job, variant, work / "case", work / "worker.log", Notes()))
         busy = processor_seconds() - before
-        runtime = "llama-cpp" if llama_cpp and any(done.folder.glob("*.gguf")) else "reference"
-        kl = divergences(done.folder, ground.texts, ground.baseline, runtime)
+        kl = divergences(done.folder, ground.texts, ground.baseline, runtime_of(done.folder, llama_cpp))
     facts = {key: done.facts[key] for key in ("seconds", "bits_per_weight")}
     return {"kl": kl, **facts, "cpu_seconds": busy, "calibration_tokens": sum(map(len, ground.job.rows))}
 

@@ -13,6 +13,9 @@ from transformers import LlamaForCausalLM
 
 from quantkit.errors import QuantkitError
 from quantkit.recipe import LibrarySpec, VariantSpec
+from quantkit.runtimes import RUNTIMES
+from quantkit.runtimes.llama_cpp import LlamaCpp
+from quantkit.runtimes.reference import Reference
 from quantkit.schemes import IntScheme
 from tests.tiny import tiny_config, tiny_rows
 
@@ -41,6 +44,13 @@ def test_a_case_says_method_scheme_and_options(quality: ModuleType) -> None:
     assert quality.read_case("llama.cpp-q4_k_m").format == "gguf"
     with pytest.raises(QuantkitError, match="nothing"):
         quality.read_case("nothing-int4-g64-sym")
+
+
+def test_gguf_files_are_scored_in_llama_cpp_where_that_is_asked_for(quality: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").touch()
+    asked, other = quality.runtime_of(tmp_path, llama_cpp=True), quality.runtime_of(tmp_path, llama_cpp=False)
+    assert (RUNTIMES.get(asked), RUNTIMES.get(other)) == (LlamaCpp, Reference)
+    assert RUNTIMES.get(quality.runtime_of(tmp_path / "none", llama_cpp=True)) is Reference
 
 
 def test_differences_are_paired_by_row(quality: ModuleType) -> None:
