@@ -60,9 +60,9 @@ def test_a_name_of_the_field_is_the_scheme_that_it_means(name: str) -> None:
         ("awq-4bit-128g", "awq", IntScheme(4, 128)),
         ("gptq-4bit-128g", "gptq", IntScheme(4, 128)),
         ("w8a16-hqq", "hqq", INT8),
-        ("Q6_K", "llama.cpp", make_scheme("q6_k_mix", {})),
-        ("q2-k", "llama.cpp", make_scheme("q2_k_mix", {})),
-        ("gguf:Q6_K", "llama.cpp", make_scheme("q6_k_mix", {})),
+        ("Q6_K", "gptq", make_scheme("q6_k_mix", {})),
+        ("q2-k", "gptq", make_scheme("q2_k_mix", {})),
+        ("gguf:Q6_K", "gptq", make_scheme("q6_k_mix", {})),
     ],
 )
 def test_a_name_before_or_behind_is_the_method_and_a_preset_of_llama_cpp_is_that(

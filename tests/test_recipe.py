@@ -13,6 +13,7 @@ from quantkit.errors import QuantkitError, RecipeError
 from quantkit.formats import FORMATS
 from quantkit.methods import METHODS
 from quantkit.recipe import MAX_RECIPE_BYTES, EvaluationSpec, Recipe, SchemeKeys, VariantSpec
+from quantkit.recipe.scheme_names import preset_named
 from quantkit.schemes import SCHEMES, Fp8Scheme, IntScheme, Mxfp4Scheme, Scheme, scheme_keys
 from quantkit.system.validation import parse_section
 from quantkit.transforms import TRANSFORMS
@@ -503,7 +504,7 @@ def schemes_of_pair(method: str, store: str) -> list[str]:
     for kind in SCHEMES.names():
         with contextlib.suppress(RecipeError):
             found = parsed(variant(method=method, format=store, scheme=kind)).own_variants[0]
-            assert (found.method, found.format, found.scheme) == (method, store, kind)
+            assert (found.method, found.format, found.scheme) == (method, store, preset_named(kind))
             taken.append(kind)
     return taken
 
