@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from quantkit.checkpoint.conversions import Part
-from quantkit.engine.routing import Given, giving
+from quantkit.engine.routing import Given, giving, way_of
 
 SHOWS_ALL = "quantkit_shows_all"
 """Set on a stack whose experts are shown all tokens."""
@@ -62,11 +62,13 @@ class Kind:
         fits: the projections of a module, if it is of this kind; else None.
         forward: computes what the module's own does, by the linear layers.
         tells: it tells which tokens it gives to an expert, or gives all to each.
+        replays: it can be given the tokens that an earlier run gave to an expert.
     """
 
     fits: Callable[[nn.Module], list[Projection] | None]
     forward: Callable[..., torch.Tensor]
     tells: bool = True
+    replays: bool = False
 
 
 def is_stack(module: nn.Module) -> bool:
@@ -189,11 +191,12 @@ def _mixed(
     compute: Callable[[Any, torch.Tensor], torch.Tensor],
 ) -> torch.Tensor:
     """The sum of what its experts make of each token, ``[tokens, hidden]``, each expert's times its weight."""
+    (top_k_index, top_k_weights), is_replayed = way_of(stack, top_k_index, top_k_weights)
     outputs, total = flat.new_zeros(*top_k_index.shape, flat.shape[-1]), len(flat)
     for index, expert in _numbered(stack):
         token, slot = (top_k_index == index).nonzero(as_tuple=True)
         if len(token):
-            with giving(Given(token, total)):
+            with giving(Given(token, total, is_replayed=is_replayed)):
                 found = compute(expert, flat[token])
             outputs[token, slot] = (found * top_k_weights[token, slot, None]).to(outputs.dtype)
         if getattr(stack, SHOWS_ALL, False):
@@ -221,8 +224,19 @@ def showing_all(module: nn.Module) -> Iterator[None]:
 
 def tells_tokens(module: nn.Module) -> bool:
     """Whether the forward of a stack that gave way tells which tokens it gives to an expert, or gives all to each."""
+    return any(kind.tells for kind in _kinds_of(module))
+
+
+def replayed_layers(module: nn.Module) -> set[nn.Module]:
+    """The layers in a module that belong to experts whose tokens can be those of an earlier run."""
+    stacks = [each for each in module.modules() if any(kind.replays for kind in _kinds_of(each))]
+    return {each for stack in stacks for each in stack.modules() if isinstance(each, nn.Linear)}
+
+
+def _kinds_of(module: nn.Module) -> list[Kind]:
+    """Those whose forward a stack that gave way has; none of other modules."""
     used = getattr(module.forward, "__func__", None)
-    return hasattr(module, UNSTACKED) and any(kind.tells for kind in KINDS if kind.forward is used)
+    return [kind for kind in KINDS if kind.forward is used] if hasattr(module, UNSTACKED) else []
 
 
 def _numbered(stack: Any) -> Iterator[tuple[int, Any]]:
@@ -381,9 +395,9 @@ def _is_transposed(module: Any) -> bool:
 
 
 KINDS = (
-    Kind(_routed, forward),
-    Kind(_with_identities, forward),
-    Kind(_flat, _forward_flat),
+    Kind(_routed, forward, replays=True),
+    Kind(_with_identities, forward, replays=True),
+    Kind(_flat, _forward_flat, replays=True),
     Kind(_sorted, _forward_sorted, tells=False),
     Kind(_repeated, _forward_repeated),
     Kind(_shared, _forward_shared),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -17,7 +17,17 @@ from quantkit.engine.groups import Enough, PreHook, call_order, hooked, shared_i
 from quantkit.engine.layers import Layer
 from quantkit.engine.mismatch import MismatchGatherer, stream_hooks, take_streams
 from quantkit.engine.passes import CPU, AtEnd, AtGroup, AtSegment, Pass, move, pause, running_pass, states, told
-from quantkit.engine.routing import ROUTED, ExpertSettings, Kind, alike, common_name, completed, routed_kinds, steps
+from quantkit.engine.routing import (
+    ROUTED,
+    ExpertSettings,
+    Kind,
+    Routes,
+    alike,
+    common_name,
+    completed,
+    routed_kinds,
+    steps,
+)
 from quantkit.engine.skeleton import Segment
 from quantkit.engine.smoothing import Trial
 from quantkit.engine.statistics import Gatherer, Pool
@@ -73,6 +83,11 @@ class Group:
         """Width of the input."""
         return next(iter(self.layers.values())).shape[1]
 
+    def numbers(self) -> int:
+        """How many numbers its statistics are, of an expert: a Gram matrix, and what its input lost."""
+        columns, rows = self.columns(), sum(layer.shape[0] for layer in self.layers.values())
+        return columns**2 + (0 if self.mismatch is None else self.mismatch.size(rows, columns))
+
 
 @dataclass(frozen=True, slots=True)
 class Step:
@@ -98,7 +113,7 @@ class Step:
         What is solved together is not parted.
         """
         batch = batch_of(self.groups[0], device)
-        fitting = len(self.groups) if room is None else room // (4 * self.groups[0].columns() ** 2)
+        fitting = len(self.groups) if room is None else room // (4 * self.groups[0].numbers())
         size = max(batch, fitting // batch * batch)
         return [self.groups[start : start + size] for start in range(0, len(self.groups), size)]
 
@@ -110,6 +125,19 @@ def batch_of(group: Group, device: torch.device) -> int:
 
 Solvable = list[tuple[Group, InputStatistics]]
 """Groups that can be solved together."""
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """The float passes beside which experts are gathered, with the same tokens for each expert.
+
+    Attributes:
+        routes: the way that the float model sends batches.
+        see: runs the float pass of a batch, if it has one, for groups of experts to compare theirs with.
+    """
+
+    routes: Routes
+    see: Callable[[Sequence[Group], Batch], None]
 
 
 @dataclass(slots=True)
@@ -250,14 +278,27 @@ class Streams:
         self._gather(segment, [group for step in seen for group in step.groups])
         return self.results(seen)
 
-    def _gather(self, segment: Segment, groups: Sequence[Group]) -> None:
-        """Run a segment, one batch at a time, and add to the statistics of groups; the passes stay where they are."""
+    def _gather(
+        self, segment: Segment, groups: Sequence[Group], replay: Replay | None = None, *, compares: bool = False
+    ) -> None:
+        """Run a segment, one batch at a time, and add to the statistics of groups; the passes stay where they are.
+
+        Args:
+            segment: before which they stand.
+            groups: of it.
+            replay: the float passes whose way each batch is sent.
+            compares: add what the inputs lost to these, too.
+        """
         for each in self.at(segment):
+            if compares and replay is not None:
+                replay.see(groups, each.batch)
 
             def gather(_: nn.Module, args: tuple[Any, ...], group: Group, each: Pass = each) -> None:
-                group.gatherer.add(args[0], each.batch)
+                (group if compares else group.gatherer).add(args[0], each.batch)
 
-            with hooked([(group.leader, partial(gather, group=group)) for group in groups]), self._showing(segment):
+            hooks = [(group.leader, partial(gather, group=group)) for group in groups]
+            way = nullcontext() if replay is None else replay.routes.replaying(each.batch)
+            with hooked(hooks), self._showing(segment), way:
                 self.try_alone(segment, each)
 
     def results(self, found: Sequence[Step]) -> dict[str, InputStatistics]:
@@ -268,21 +309,29 @@ class Streams:
                 known |= dict.fromkeys(group.layers, statistics)
         return known
 
-    def gather_experts(self, segment: Segment, step: Step, device: torch.device) -> Iterator[Solvable]:
+    def gather_experts(
+        self, segment: Segment, step: Step, device: torch.device, replay: Replay | None = None
+    ) -> Iterator[Solvable]:
         """Gather the statistics of experts by runs of the segment by itself, as many at a time as there is room for.
 
         Where they come in parts each is gathered twice, first for what all have in common.
+
+        Args:
+            segment: before which the passes stand.
+            step: the experts.
+            device: of the walk.
+            replay: the float passes with which they are compared.
         """
         parts, pool = step.parts(self.room, device), None
         if len(parts) > 1 and self.experts.prior:
             pool = Pool()
             for part in parts:
-                self._gather(segment, part)
+                self._gather(segment, part, replay)
                 for group in part:
                     pool.add(group.gatherer)
                     group.gatherer.forget()
         for part in parts:
-            self._gather(segment, part)
+            self._gather(segment, part, replay, compares=True)
             yield self._finished(step, part, pool)
 
     def fits(self, step: Step, device: torch.device) -> bool:
@@ -298,7 +347,11 @@ class Streams:
             pool = Pool()
             for group in groups if self.experts.prior else ():
                 pool.add(group.gatherer)
-        return [(group, pool.blended(group.gatherer, self.experts.prior)) for group in groups]
+        found = [(group, pool.blended(group.gatherer, self.experts.prior)) for group in groups]
+        for group, statistics in found:
+            if group.mismatch is not None and group.gatherer.seen and statistics.gram is not None:
+                statistics.mismatch = group.mismatch.result()
+        return found
 
     def _check_shown(self, groups: Sequence[Group]) -> None:
         """Refuse to show experts all tokens where it is the model's own code that computes with them."""

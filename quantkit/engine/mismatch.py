@@ -18,6 +18,7 @@ from quantkit.engine.batches import Batch
 from quantkit.engine.groups import PreHook
 from quantkit.engine.passes import AtSegment
 from quantkit.engine.precision import bfloat16_products
+from quantkit.engine.routing import now_given
 from quantkit.engine.statistics import CHUNK_TOKENS, FiniteCheck
 from quantkit.numerics.mismatch import Mismatch
 from quantkit.system.host import decide, numbers
@@ -28,6 +29,14 @@ FEWEST_ROWS = 8
 """With fewer calibration rows the end of each is held out in the place of whole rows."""
 MOST_HELD = 4096
 """Tokens that are held out at most, as their inputs are kept; of more an even selection, and the others count."""
+
+FEWEST_HELD = 64
+"""Tokens that are held out, and four times as many in all, without which an expert is left as it is."""
+
+
+def most_held(columns: int) -> int:
+    """Tokens that are held out of an expert at most, as their inputs are kept for each."""
+    return max(FEWEST_HELD, columns // HELD_OUT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +58,16 @@ class HeldOut:
         """Whether it is one of the batches."""
         return id(batch) in self.places
 
-    def among(self, flat: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """The places that are held out of what a layer is given; the end of it where that is no batch's tokens."""
+    def among(self, flat: torch.Tensor, batch: Batch, places: torch.Tensor | None = None) -> torch.Tensor:
+        """The places that are held out of what a layer is given; the end of it where that is no batch's tokens.
+
+        Args:
+            flat: ``[tokens, features]``.
+            batch: whose tokens they are.
+            places: which of them, for an expert.
+        """
+        if places is not None:
+            return torch.isin(places, self.places[id(batch)]).nonzero().squeeze(1)
         if len(flat) == batch.tokens:
             return self.places[id(batch)]
         return torch.arange(len(flat) - len(flat) // HELD_OUT, len(flat), self.step, device=flat.device)
@@ -115,12 +132,15 @@ class MismatchGatherer:
         layer: the only one of the group, with its float weight, where outputs are compared, as where these are fewer
             than inputs or go into the residual stream; None where inputs are.
         stream: where the stream is read that it adds to; None if it adds to none.
+        is_expert: the group is an expert's, which is given the same tokens in both passes, and needs enough of them.
     """
 
     name: str
     held: HeldOut
     layer: nn.Linear | None = None
     stream: StreamPlace | None = None
+    is_expert: bool = False
+    _tokens: int = 0
     _seen: dict[int, _Seen] = field(default_factory=dict)
     _sum: torch.Tensor | None = None
     _weight: torch.Tensor | float = 0.0
@@ -154,17 +174,25 @@ class MismatchGatherer:
 
     def add(self, inputs: torch.Tensor, batch: Batch) -> None:
         """Take in the inputs ``[..., in_features]`` of a batch, if it has a float pass."""
+        given = now_given(batch.token_ids.numel())
+        if given is not None and not given.is_routed:
+            return
         seen = self._seen.pop(id(batch), None)
         if not self.held.has(batch) or not self._paired:
             return
-        lost = None if seen is None else self._lost(inputs.detach(), seen)
+        pairs = seen is not None and (given is None or given.is_replayed)
+        lost = self._lost(inputs.detach(), seen) if pairs and seen is not None else None
         self._paired = lost is not None
         if lost is None:
             return
-        flat, _ = batch.tokens_of(inputs.detach().reshape(-1, inputs.shape[-1]))
-        lost, _ = batch.tokens_of(lost.reshape(-1, lost.shape[-1]))
-        self._check.add(lost, batch)
-        held, weights = self.held.among(flat, batch), batch.weights_of(flat)
+        positions = None if given is None else given.positions
+        flat, places = batch.tokens_of(inputs.detach().reshape(-1, inputs.shape[-1]), positions)
+        lost, _ = batch.tokens_of(lost.reshape(-1, lost.shape[-1]), positions)
+        self._check.add(lost, batch, places)
+        held, weights = self.held.among(flat, batch, places), batch.weights_of(flat, places)
+        if self.is_expert:
+            held = held[: max(0, most_held(flat.shape[1]) - sum(len(each[0]) for each in self._kept))]
+        self._tokens += len(flat)
         counts = torch.ones(len(flat), device=flat.device) if weights is None else weights
         self._kept.append(tuple(each.index_select(0, held) for each in (flat, lost, counts)))
         self._weight = self._weight + counts.sum()
@@ -183,10 +211,21 @@ class MismatchGatherer:
             return None
         self._check.result()
         inputs, targets, weights = (torch.cat(each) for each in zip(*kept, strict=True))
+        if self.is_expert and (len(inputs) < FEWEST_HELD or self._tokens < inputs.shape[1]):
+            return None
         held, whole = numbers(torch.stack([weights.sum(), torch.as_tensor(self._weight, device=weights.device)]))
         if not held < whole:
             return None
         return Mismatch(total.div_(whole - held), inputs, targets, weights, held / whole, self.layer is not None)
+
+    def size(self, rows: int, columns: int) -> int:
+        """How many an expert has summed and kept, of layers with as many rows together.
+
+        Args:
+            rows: of its layers.
+            columns: width of their input.
+        """
+        return lost_numbers(columns, columns if self.layer is None else rows, most_held(columns))
 
     def _of(self, batch: Batch) -> _Seen:
         return self._seen.setdefault(id(batch), _Seen())
@@ -204,6 +243,11 @@ class MismatchGatherer:
         if seen.stream is None or seen.stream_now is None or seen.stream.shape != seen.stream_now.shape:
             return None
         return lost + (seen.stream - seen.stream_now)
+
+
+def lost_numbers(columns: int, width: int, held: int) -> int:
+    """How many numbers there are of what an input lost: sums ``[columns, width]``, and the tokens that are held out."""
+    return columns * width + held * (columns + width)
 
 
 def stream_hooks(

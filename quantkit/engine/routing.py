@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import TYPE_CHECKING, Literal
 
 import torch
 
 if TYPE_CHECKING:
+    from quantkit.engine.batches import Batch
     from quantkit.engine.layers import Layer
 
 ExpertTokens = Literal["routed", "all"]
@@ -53,11 +54,13 @@ class Given:
         positions: int64 ``[tokens]``, which positions of the whole it is given.
         total: positions of the whole.
         is_routed: the router sent them; otherwise they are shown to the expert for its statistics alone.
+        is_replayed: they are those that it was given in an earlier run, see :class:`Routes`.
     """
 
     positions: torch.Tensor
     total: int
     is_routed: bool = True
+    is_replayed: bool = False
 
 
 _GIVEN: ContextVar[Given | None] = ContextVar("given", default=None)
@@ -77,6 +80,80 @@ def now_given(total: int) -> Given | None:
     """What the expert that runs is given of a batch of ``total`` positions; None where nobody tells."""
     found = _GIVEN.get()
     return found if found is not None and found.total == total else None
+
+
+# Tokens that are sent the way of an earlier run
+
+
+Way = tuple[torch.Tensor, torch.Tensor]
+"""What a stack of experts is given beside its tokens: int64 ``[tokens, k]``, the experts of each, and their weights."""
+
+
+@dataclass(slots=True)
+class _Run:
+    """A run that keeps the ways of its tokens, or takes those that were kept, by stacks and their calls."""
+
+    ways: dict[object, list[Way]]
+    replays: bool
+    calls: Counter[object] = field(default_factory=Counter)
+
+    def way(self, stack: object, own: Way) -> tuple[Way, bool]:
+        if not self.replays:
+            self.ways.setdefault(stack, []).append(own)
+            return own, False
+        known, call = self.ways.get(stack, []), self.calls[stack]
+        self.calls[stack] += 1
+        if call >= len(known) or known[call][0].shape != own[0].shape:
+            return own, False
+        return known[call], True
+
+
+_RUN: ContextVar[_Run | None] = ContextVar("run", default=None)
+
+
+@dataclass(slots=True)
+class Routes:
+    """The ways that a router sent batches, so that another run of the same batches can be sent the same.
+
+    The weights are replayed with the experts: a stack is not told what its router would give an expert that it did not
+    choose.
+    """
+
+    _ways: dict[int, dict[object, list[Way]]] = field(default_factory=dict)
+
+    def recording(self, batch: Batch) -> AbstractContextManager[None]:
+        """Inside the block, what stacks of experts are given is kept."""
+        self._ways[id(batch)] = {}
+        return _running(_Run(self._ways[id(batch)], replays=False))
+
+    def replaying(self, batch: Batch) -> AbstractContextManager[None]:
+        """Inside the block, stacks of experts are given what was kept of the batch, if it was."""
+        ways = self._ways.get(id(batch))
+        return nullcontext() if ways is None else _running(_Run(ways, replays=True))
+
+
+@contextmanager
+def _running(run: _Run) -> Iterator[None]:
+    token = _RUN.set(run)
+    try:
+        yield
+    finally:
+        _RUN.reset(token)
+
+
+def way_of(stack: object, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> tuple[Way, bool]:
+    """The way that the tokens of a stack of experts go in the run that is on, and whether it is that of an earlier one.
+
+    Args:
+        stack: any object that is the same in both runs.
+        top_k_index: int64 ``[tokens, k]``, what its router chose.
+        top_k_weights: ``[tokens, k]``.
+    """
+    run, own = _RUN.get(), (top_k_index, top_k_weights)
+    return (own, False) if run is None else run.way(stack, own)
+
+
+# Which layers are experts
 
 
 @dataclass(frozen=True, slots=True)

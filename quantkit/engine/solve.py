@@ -321,7 +321,9 @@ def _corrected(stack: _Stack, method: Method) -> _Stack:
     if method.correction is None or found.mismatch is None or found.gram is None:
         return stack
     sizes = [len(stack.group.weights[name]) for name in stack.names]
-    weight, shares = corrected(stack.weight, sizes, found.gram, found.mismatch, method.correction)
+    # beside its own tokens an expert has others' in its Gram matrix, for which it has nothing to make up
+    gram = found.gram if found.own == 1 else found.gram / found.own
+    weight, shares = corrected(stack.weight, sizes, gram, found.mismatch, method.correction)
     return replace(stack, weight=weight, shares=dict(zip(stack.names, shares, strict=True)))
 
 

@@ -83,7 +83,7 @@ class Gatherer:
         if self.seen == 0:
             return InputStatistics()
         self.check()
-        return _finished(self.tokens, _means(self))
+        return _finished(self.tokens, _means(self), self.tokens / self.seen)
 
     def _sum(self, statistic: Statistic, like: torch.Tensor, *rows: int) -> torch.Tensor:
         if statistic not in self.sums:
@@ -99,11 +99,11 @@ def _means(sums: Gatherer | Pool) -> dict[Statistic, torch.Tensor]:
     return {statistic: total.div_(divisor) for statistic, total in found.items()}
 
 
-def _finished(tokens: int, means: Mapping[Statistic, torch.Tensor]) -> InputStatistics:
+def _finished(tokens: int, means: Mapping[Statistic, torch.Tensor], own: float) -> InputStatistics:
     if Statistic.GRAM in means:
         mirror_(means[Statistic.GRAM])
     abs_mean, square_mean = means.get(Statistic.ABS_MEAN), means.get(Statistic.SQUARE_MEAN)
-    return InputStatistics(tokens, abs_mean, square_mean, means.get(Statistic.GRAM))
+    return InputStatistics(tokens, abs_mean, square_mean, means.get(Statistic.GRAM), own=own)
 
 
 @dataclass(slots=True)
@@ -143,16 +143,16 @@ class Pool:
         if prior == 0 or self.tokens == 0:
             return part.result()
         if self._found is None:
-            self._found = _finished(0, _means(self))
+            self._found = _finished(0, _means(self), 0.0)
         if part.seen == 0:
             return self._found
         part.check()
-        means = _means(part)
+        means, share = _means(part), 1.0
         for statistic, own in means.items():
             known: torch.Tensor = getattr(self._found, statistic.value)
             share = part.seen / (part.seen + prior * own.shape[-1])
             own.mul_(share).add_(known, alpha=1 - share)
-        return _finished(part.tokens, means)
+        return _finished(part.tokens, means, share * part.tokens / part.seen)
 
 
 def add_gram(total: torch.Tensor, inputs: torch.Tensor, weights: torch.Tensor | None = None) -> None:

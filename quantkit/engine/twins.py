@@ -18,11 +18,13 @@ import torch
 from torch import nn
 
 from quantkit.engine.batches import BATCH_TOKENS, Batch
-from quantkit.engine.gathering import Group, Streams, standing
+from quantkit.engine.experts import replayed_layers
+from quantkit.engine.gathering import Group, Replay, Streams, standing
 from quantkit.engine.groups import Enough, hooked
 from quantkit.engine.layers import Layer
 from quantkit.engine.mismatch import HeldOut, MismatchGatherer, stream_hooks, stream_places, take_streams
 from quantkit.engine.passes import running_pass
+from quantkit.engine.routing import Routes
 from quantkit.engine.skeleton import Segment
 
 EVERY = 2
@@ -81,9 +83,37 @@ class Twins:
         for group in groups:
             layer = alone.get(group.name)
             stream = None if layer is None else streams.get(layer)
-            narrows = layer is not None and layer.weight.shape[0] < layer.weight.shape[1]
-            known = layer if narrows or stream is not None else None
+            known = layer if stream is not None else _narrowing(layer)
             group.mismatch = MismatchGatherer(group.name, self._held, known, stream)
+
+    def prepare_experts(self, segment: Segment, experts: Iterable[Group]) -> Replay | None:
+        """Let the groups of experts of a segment of which nothing is solved yet sum what their inputs lost.
+
+        One run of every twin keeps the way that the float model's routers sent its tokens. Experts of a model's own
+        code, which cannot be sent it, are left as they are; None where all are.
+        """
+        inside = replayed_layers(segment.module)
+        groups, twins = [group for group in experts if group.leader in inside], self._streams.at(segment)
+        if not groups or not twins:
+            return None
+        replay = Replay(Routes(), partial(self._see_experts, segment))
+        for twin in twins:
+            with replay.routes.recording(twin.batch):
+                self._streams.try_alone(segment, twin)
+        for group in groups:
+            layer = group.leader if len(group.layers) == 1 and _is_linear(group.leader) else None
+            group.mismatch = MismatchGatherer(group.name, self._held, _narrowing(layer), is_expert=True)
+        return replay
+
+    def _see_experts(self, segment: Segment, groups: Sequence[Group], batch: Batch) -> None:
+        """Run the twin of a batch, if it has one, and leave what experts were given; it stays where it is."""
+        twin = next((each for each in self._streams.at(segment) if each.batch is batch), None)
+        if twin is None:
+            return
+        with self._float_weights(), ExitStack() as seeing:
+            for group in groups:
+                seeing.enter_context(_seeing(group, batch, ends=False))
+            self._streams.try_alone(segment, twin)
 
     def run(self, segment: Segment, groups: Sequence[Group]) -> None:
         """Bring every twin through a segment, and leave what each group was given."""
@@ -144,9 +174,20 @@ def _is_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
     return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
 
 
+def _narrowing(layer: nn.Linear | None) -> nn.Linear | None:
+    """The layer if it has fewer outputs than inputs."""
+    return layer if layer is not None and layer.weight.shape[0] < layer.weight.shape[1] else None
+
+
 @contextmanager
-def _seeing(group: Group, batch: Batch | None) -> Iterator[None]:
-    """Inside the block, a run of the group shows its gatherer what it needs; one of a single batch ends there."""
+def _seeing(group: Group, batch: Batch | None, *, ends: bool = True) -> Iterator[None]:
+    """Inside the block, a run of the group shows its gatherer what it needs; one of a single batch ends there.
+
+    Args:
+        group: whose.
+        batch: the single one; None for those of the passes that run.
+        ends: the run has nothing more to show; of a single batch.
+    """
     gatherer = group.mismatch
     if gatherer is None:
         yield
@@ -154,7 +195,7 @@ def _seeing(group: Group, batch: Batch | None) -> Iterator[None]:
 
     def see(values: torch.Tensor) -> None:
         gatherer.see(values, running_pass().batch if batch is None else batch)
-        if batch is not None:
+        if batch is not None and ends:
             raise Enough
 
     def before(_: nn.Module, args: tuple[Any, ...]) -> None:

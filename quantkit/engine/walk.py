@@ -32,7 +32,7 @@ from typing import Literal
 import torch
 
 from quantkit.engine.batches import Batch
-from quantkit.engine.gathering import Group, Solvable, Step, Streams, batch_of, pause_at
+from quantkit.engine.gathering import Group, Replay, Solvable, Step, Streams, batch_of, pause_at
 from quantkit.engine.routing import ROUTED, ExpertSettings
 from quantkit.engine.skeleton import Segment, Skeleton, WeightReader
 from quantkit.engine.solve import Solver
@@ -266,9 +266,12 @@ class Walk:
             self._solver.work(observing[0], partial(transforming.choose, observing[0], segment, known))
             transforming.apply(observing[0], segment)
         one_pass = self.settings.strategy == "one-pass" and not any(step.experts for step in found)
+        replay = None
         if self._twins is not None:
             groups = [step.group for step in found if not step.experts]
             self._twins.prepare(segment, groups)
+            experts = [group for step in found if step.experts for group in step.groups]
+            replay = self._twins.prepare_experts(segment, experts)
             if one_pass:
                 self._twins.run(segment, groups)
         if one_pass:
@@ -278,7 +281,7 @@ class Walk:
             return
         for step in found:
             if step.experts:
-                self._solve_experts(segment, step)
+                self._solve_experts(segment, step, replay)
             else:
                 see = None if self._twins is None else partial(self._twins.see, segment, step.group)
                 self._solve(segment, [(step.group, self._streams.gather_alone(segment, step.group, see))])
@@ -286,9 +289,9 @@ class Walk:
         if not last:
             self._streams.advance(segment)
 
-    def _solve_experts(self, segment: Segment, step: Step) -> None:
+    def _solve_experts(self, segment: Segment, step: Step, replay: Replay | None = None) -> None:
         """Gather and solve the experts of a step, as many at a time as there is room for."""
-        for part in self._streams.gather_experts(segment, step, self.settings.device):
+        for part in self._streams.gather_experts(segment, step, self.settings.device, replay):
             self._solve(segment, part, step.experts)
 
     def _one_pass(self, segment: Segment, groups: Sequence[Group], last: bool) -> None:

@@ -211,16 +211,20 @@ def _twins(run: _Run, group: Group) -> Iterator[Line]:
 
 def _lost(run: _Run, group: Group) -> list[Line]:
     """What the input of a group lost, summed and of the tokens that are held out."""
-    from quantkit.engine.mismatch import HELD_OUT, MOST_HELD
+    from quantkit.engine.mismatch import HELD_OUT, MOST_HELD, lost_numbers, most_held
     from quantkit.engine.twins import paired_tokens
 
-    if not run.corrects or group.experts:
+    if not run.corrects:
         return []
-    rows, columns = sum(rows for rows, *_ in group.shapes), group.columns
-    width = min(rows, columns) if len(group.shapes) == 1 else columns
+    rows, columns = sum(rows for rows, *_ in group.shapes) // group.together, group.columns
+    width = min(rows, columns) if len(group.shapes) == group.together else columns
     held = min(MOST_HELD, paired_tokens(run.use.calibration_tokens, run.use.device) // HELD_OUT)
-    what = f"({columns:,} x {width:,} + {held:,} held-out tokens x {columns + width:,}) x 4 bytes"
-    return [Line("what inputs lost", 4 * (columns * width + held * (columns + width)), what)]
+    held = min(held, most_held(columns)) if group.experts else held
+    what = f"({columns:,} x {width:,} + {held:,} held-out tokens x {columns + width:,})"
+    numbers = lost_numbers(columns, width, held)
+    if group.experts:  # and what one expert's Gram matrix is among its own tokens
+        what, numbers = f"({group.together} experts x {what} + {columns:,}²)", group.together * numbers + columns**2
+    return [Line("what inputs lost", 4 * numbers, f"{what} x 4 bytes")]
 
 
 def _beside(run: _Run) -> tuple[int, str]:

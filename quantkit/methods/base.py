@@ -54,6 +54,7 @@ class InputStatistics:
         abs_mean, square_mean, gram: see :class:`Statistic`; float32.
         derived: what was computed from them once for all variants.
         mismatch: what the input lost in the layers before it, where that was gathered; methods do not see it.
+        own: the share of the tokens in them that the layer is given; below 1 for an expert's, beside others'.
     """
 
     tokens: int = 0
@@ -62,6 +63,7 @@ class InputStatistics:
     gram: torch.Tensor | None = None
     derived: dict[Any, Any] = field(default_factory=dict)
     mismatch: Mismatch | None = None
+    own: float = 1.0
 
     def is_empty(self) -> bool:
         """Whether nothing is known of the input, as no token reached any layer like this."""

@@ -393,4 +393,4 @@ def _correction_notes(layers: Sequence[Mapping[str, Any]]) -> list[str]:
         f"correction: {sum(map(bool, shares))} of {len(shares)} layers make up for what their inputs lost in the "
         f"layers before them, by {sum(shares) / len(shares):.2f} of the whole on average"
     )
-    return [f"{note}; {left} more, such as experts, were solved as they are" if left else note]
+    return [f"{note}; {left} more, such as experts that saw few tokens, were solved as they are" if left else note]
