@@ -20,6 +20,8 @@ from quantkit.engine.skeleton import Skeleton
 from quantkit.engine.statistics import Gatherer, Pool
 from quantkit.engine.tasks import VariantTask
 from quantkit.engine.twins import Twins
+from quantkit.estimation import estimate, quantizing
+from quantkit.estimation.lines import Line, Part
 from quantkit.methods.base import InputStatistics, Statistic
 from quantkit.numerics.mismatch import Mismatch, corrected
 from quantkit.quantization import Job, quantize
@@ -261,3 +263,20 @@ def test_a_mixture_goes_on_where_it_was_cut_short(
     assert digests(tmp_path / "cut") == digests(tmp_path / "whole")
     (note,) = (each for each in done.facts["notes"] if each.startswith("correction: "))
     assert "as they are" not in note
+
+
+def test_estimates_count_what_the_inputs_of_experts_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an expert's last projection in Mixtral 8x7B: sums, tokens that are held out, and its own Gram matrix."""
+    known: list[Line] = []
+    part = quantizing._part
+
+    def seen(run: Any, when: str, lines: list[Line]) -> Part:
+        known.extend(line for line in lines if line.name == "what inputs lost")
+        return part(run, when, lines)
+
+    monkeypatch.setattr(quantizing, "_part", seen)
+    estimate("mixtral-8x7b", method="gptq")
+    hidden, columns = 4096, 14336
+    held = columns // 4
+    wanted = 4 * (columns * hidden + held * (columns + hidden) + columns**2)
+    assert wanted in [line.nbytes for line in known]

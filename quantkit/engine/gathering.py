@@ -133,7 +133,8 @@ class Replay:
 
     Attributes:
         routes: the way that the float model sends batches.
-        see: runs the float pass of a batch, if it has one, for groups of experts to compare theirs with.
+        see: runs the float pass of a batch, if it has one, for groups of experts to compare theirs with; without groups
+            only as long as its way is not known.
     """
 
     routes: Routes
@@ -290,8 +291,8 @@ class Streams:
             compares: add what the inputs lost to these, too.
         """
         for each in self.at(segment):
-            if compares and replay is not None:
-                replay.see(groups, each.batch)
+            if replay is not None:
+                replay.see(groups if compares else (), each.batch)
 
             def gather(_: nn.Module, args: tuple[Any, ...], group: Group, each: Pass = each) -> None:
                 (group if compares else group.gatherer).add(args[0], each.batch)

@@ -121,6 +121,10 @@ class Routes:
 
     _ways: dict[int, dict[object, list[Way]]] = field(default_factory=dict)
 
+    def has(self, batch: Batch) -> bool:
+        """Whether the way of a batch was kept."""
+        return id(batch) in self._ways
+
     def recording(self, batch: Batch) -> AbstractContextManager[None]:
         """Inside the block, what stacks of experts are given is kept."""
         self._ways[id(batch)] = {}

@@ -89,28 +89,29 @@ class Twins:
     def prepare_experts(self, segment: Segment, experts: Iterable[Group]) -> Replay | None:
         """Let the groups of experts of a segment of which nothing is solved yet sum what their inputs lost.
 
-        One run of every twin keeps the way that the float model's routers sent its tokens. Experts of a model's own
-        code, which cannot be sent it, are left as they are; None where all are.
+        Experts of a model's own code, which cannot be sent another way, are left as they are; None where all are.
         """
         inside = replayed_layers(segment.module)
-        groups, twins = [group for group in experts if group.leader in inside], self._streams.at(segment)
-        if not groups or not twins:
+        groups = [group for group in experts if group.leader in inside]
+        if not groups or not self._streams.at(segment):
             return None
-        replay = Replay(Routes(), partial(self._see_experts, segment))
-        for twin in twins:
-            with replay.routes.recording(twin.batch):
-                self._streams.try_alone(segment, twin)
         for group in groups:
             layer = group.leader if len(group.layers) == 1 and _is_linear(group.leader) else None
             group.mismatch = MismatchGatherer(group.name, self._held, _narrowing(layer), is_expert=True)
-        return replay
+        routes = Routes()
+        return Replay(routes, partial(self._see_experts, segment, routes))
 
-    def _see_experts(self, segment: Segment, groups: Sequence[Group], batch: Batch) -> None:
-        """Run the twin of a batch, if it has one, and leave what experts were given; it stays where it is."""
+    def _see_experts(self, segment: Segment, routes: Routes, groups: Sequence[Group], batch: Batch) -> None:
+        """Run the twin of a batch, if it has one, and leave what experts were given; it stays where it is.
+
+        The first run keeps the way that the routers sent its tokens; for no groups there is no other.
+        """
         twin = next((each for each in self._streams.at(segment) if each.batch is batch), None)
-        if twin is None:
+        if twin is None or (not groups and routes.has(batch)):
             return
         with self._float_weights(), ExitStack() as seeing:
+            if not routes.has(batch):
+                seeing.enter_context(routes.recording(batch))
             for group in groups:
                 seeing.enter_context(_seeing(group, batch, ends=False))
             self._streams.try_alone(segment, twin)
