@@ -93,7 +93,7 @@ def weights_of(curvature: Curvature, way: str) -> torch.Tensor:
 
 def missing(weight: torch.Tensor, gram: torch.Tensor, scheme: IntScheme, case: Case) -> torch.Tensor:
     """What GPTQ leaves undone of a layer, float32 ``[columns, rows]``."""
-    method = Gptq(GptqOptions(refinements=case.refinements))
+    method = Gptq(GptqOptions(damping=0.05, refinements=case.refinements))
     neighbours = IntGrids.neighbours if case.zeros else lambda *_: []
     with (
         patch.object(Curvature, "column_weights", lambda curvature: weights_of(curvature, case.way)),

@@ -144,7 +144,7 @@ def test_methods_are_listed_with_what_they_need_take_and_cost() -> None:
             assert f"      {option} = " in block
     assert "needs         no data; with range: weighted calibration: mean x² of the inputs" in listed["rtn"]
     assert "needs         calibration: XᵀX of the inputs" in listed["gptq"]
-    assert "damping = 0.03" in listed["gptq"]
+    assert "refinements = 1" in listed["gptq"]
     assert "fraction of the Gram matrix's mean diagonal" in listed["gptq"]
     for transform in TRANSFORMS:
         shown = " ".join(text[text.index("\nTransforms") :].split())

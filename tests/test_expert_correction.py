@@ -149,10 +149,10 @@ def test_corrected_experts_come_closer_to_the_float_model_on_other_tokens(
     mixtral: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = tiny_rows(192, seed=2)
-    corrected = solved(mixtral, rows, tiny_method(), may_pad=True)
+    corrected = solved(mixtral, rows, tiny_method(damping=0.03), may_pad=True)
     assert all(each is not None and 0 <= each <= 1 for each in corrections(corrected))
     monkeypatch.setattr(Twins, "prepare_experts", lambda *_: None)
-    plain = solved(mixtral, rows, tiny_method(), may_pad=True)
+    plain = solved(mixtral, rows, tiny_method(damping=0.03), may_pad=True)
     assert set(corrections(plain)) == {None}
     assert any(each.correction for each in plain.results.values()), "the other layers are corrected in both"
     assert lost(mixtral, corrected) < 0.98 * lost(mixtral, plain)

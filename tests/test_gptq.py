@@ -9,7 +9,7 @@ import torch
 
 from quantkit.errors import QuantizationError
 from quantkit.methods.base import InputStatistics, Solution
-from quantkit.methods.gptq import Gptq, GptqOptions
+from quantkit.methods.gptq import Gptq, GptqOptions, damping_for
 from quantkit.methods.rtn import Rtn, RtnOptions
 from quantkit.numerics import refine as refine_module
 from quantkit.numerics.columns import solve_columns
@@ -367,7 +367,9 @@ def test_correlations_of_few_tokens_are_trusted_less() -> None:
     seen, unseen = (torch.randn(count, COLUMNS, generator=draw) @ mix for count in (COLUMNS, 50 * COLUMNS))
     weight, held_out = random_weight(), unseen.T @ unseen / len(unseen)
     gram = seen.T @ seen / len(seen)
-    found = [solved(weight, gram, IntScheme(4, 32), torch.float16, shrinkage=share) for share in (0.0, 0.2)]
+    found = [
+        solved(weight, gram, IntScheme(4, 32), torch.float16, shrinkage=share, damping=0.03) for share in (0.0, 0.2)
+    ]
     plain, shrunk = (float(layer_error(weight, each, held_out).sum()) for each in found)
     assert shrunk < 0.95 * plain
     assert float(found[0].error.sum()) < float(found[1].error.sum()), "on the tokens that were seen it is the reverse"
@@ -441,7 +443,7 @@ def test_scales_searched_by_the_solvers_weights_leave_less_error() -> None:
     for seed in range(4):
         weight, gram = random_weight(rows=64, seed=seed), correlated_gram(seed=seed)
         for weights in lost:
-            solution = solved(weight, gram, scheme, torch.float16, range_weights=weights, refinements=0)
+            solution = solved(weight, gram, scheme, torch.float16, range_weights=weights, refinements=0, damping=0.03)
             lost[weights] += float(layer_error(weight, solution, gram).sum())
     assert lost["solver"] < 0.99 * lost["inputs"]
 
@@ -461,3 +463,18 @@ def test_zero_points_beside_the_best_range_are_tried() -> None:
         for grid in (found, Grid(found.scales, proportional))
     )
     assert float(ours) < float(theirs)
+
+
+def test_the_fewer_tokens_a_column_has_the_more_it_is_damped() -> None:
+    """And what is asked for is taken."""
+    assert damping_for(COLUMNS, COLUMNS) == 0.25
+    assert damping_for(20 * COLUMNS, COLUMNS) == pytest.approx(0.1)
+    assert damping_for(1000 * COLUMNS, COLUMNS) == 0.05
+    weight, gram = random_weight(), correlated_gram()
+    few, many = (
+        Gptq(GptqOptions()).quantize(weight, InputStatistics(tokens, gram=gram), IntScheme(4, 32), torch.float16)
+        for tokens in (COLUMNS, 1000 * COLUMNS)
+    )
+    asked = solved(weight, gram, IntScheme(4, 32), torch.float16, damping=0.05)
+    assert torch.equal(asked.weight.codes, many.weight.codes)
+    assert not torch.equal(asked.weight.codes, few.weight.codes)

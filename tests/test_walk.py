@@ -581,7 +581,7 @@ def assert_clean_error(
     )
     with pytest.raises(error, match=match):
         started.run()
-    twins = len(batches) if task.method.correction is not None else 0
+    twins = len(batches) if task.method.corrects else 0
     assert alive == [len(batches) + twins], "the error was to come in the second block, with all passes before it"
     assert living_passes() == []
     assert hooks_of(skeleton.model) == 0

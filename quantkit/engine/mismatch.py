@@ -216,7 +216,8 @@ class MismatchGatherer:
         held, whole = numbers(torch.stack([weights.sum(), torch.as_tensor(self._weight, device=weights.device)]))
         if not held < whole:
             return None
-        return Mismatch(total.div_(whole - held), inputs, targets, weights, held / whole, self.layer is not None)
+        parts = 1 if self.stream is None else 2
+        return Mismatch(total.div_(whole - held), inputs, targets, weights, held / whole, self.layer is not None, parts)
 
     def size(self, rows: int, columns: int) -> int:
         """How many an expert has summed and kept, of layers with as many rows together.
@@ -231,7 +232,7 @@ class MismatchGatherer:
         return self._seen.setdefault(id(batch), _Seen())
 
     def _lost(self, inputs: torch.Tensor, seen: _Seen) -> torch.Tensor | None:
-        """What was lost of a batch, ``[..., k]``; None where the two passes do not pair up."""
+        """What was lost of a batch, ``[..., k]``, that of the stream last; None where the two passes do not pair up."""
         values = seen.values
         if values is None or values.shape[:-1] != inputs.shape[:-1] or seen.is_overwritten():
             return None
@@ -242,7 +243,7 @@ class MismatchGatherer:
             return lost
         if seen.stream is None or seen.stream_now is None or seen.stream.shape != seen.stream_now.shape:
             return None
-        return lost + (seen.stream - seen.stream_now)
+        return torch.cat([lost, seen.stream - seen.stream_now], -1)
 
 
 def lost_numbers(columns: int, width: int, held: int) -> int:

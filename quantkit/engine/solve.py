@@ -97,7 +97,7 @@ class Solver:
 
     def corrects(self) -> bool:
         """Whether some task corrects layers for what their inputs lost."""
-        return any(task.method.correction is not None for task in self.tasks)
+        return any(task.method.corrects for task in self.tasks)
 
     def wanted(self, segment: Segment) -> dict[str, Layer]:
         """The layers of a segment that a task still has to quantize."""
@@ -318,12 +318,12 @@ def _stacked(group: InputGroup, names: Sequence[str]) -> torch.Tensor:
 def _corrected(stack: _Stack, method: Method) -> _Stack:
     """The stack as it makes up for what its input lost, where that is known and the method asks for it."""
     found = stack.group.statistics
-    if method.correction is None or found.mismatch is None or found.gram is None:
+    if not method.corrects or found.mismatch is None or found.gram is None:
         return stack
     sizes = [len(stack.group.weights[name]) for name in stack.names]
     # beside its own tokens an expert has others' in its Gram matrix, for which it has nothing to make up
     gram = found.gram if found.own == 1 else found.gram / found.own
-    weight, shares = corrected(stack.weight, sizes, gram, found.mismatch, method.correction)
+    weight, shares = corrected(stack.weight, sizes, gram, found.mismatch)
     return replace(stack, weight=weight, shares=dict(zip(stack.names, shares, strict=True)))
 
 

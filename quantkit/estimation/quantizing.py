@@ -76,7 +76,7 @@ class _Run:
     @property
     def corrects(self) -> bool:
         """Whether layers are corrected for what their inputs lost, for which passes have twins."""
-        return self.use.inputs == "quantized" and self.method.correction is not None and Statistic.GRAM in self.needs
+        return self.use.inputs == "quantized" and self.method.corrects and Statistic.GRAM in self.needs
 
     @property
     def factorizes(self) -> bool:
@@ -217,7 +217,9 @@ def _lost(run: _Run, group: Group) -> list[Line]:
     if not run.corrects:
         return []
     rows, columns = sum(rows for rows, *_ in group.shapes) // group.together, group.columns
-    width = min(rows, columns) if len(group.shapes) == group.together else columns
+    width = columns
+    if len(group.shapes) == group.together:  # outputs are compared, with what goes into the residual stream beside them
+        width = 2 * rows if rows == run.anatomy.hidden and not group.experts else min(rows, columns)
     held = min(MOST_HELD, paired_tokens(run.use.calibration_tokens, run.use.device) // HELD_OUT)
     held = min(held, most_held(columns)) if group.experts else held
     what = f"({columns:,} x {width:,} + {held:,} held-out tokens x {columns + width:,})"

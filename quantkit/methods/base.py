@@ -192,14 +192,9 @@ class Method(ABC):
         return ()
 
     @property
-    def correction(self) -> float | None:
-        """Where inputs are quantized, weights are corrected for what their inputs lost before the method sees them.
-
-        Returns:
-            The damping with which that is done at least, a fraction of the Gram matrix's mean diagonal; None for
-            weights as they are.
-        """
-        return None
+    def corrects(self) -> bool:
+        """Whether weights make up for what quantized inputs lost, see :mod:`quantkit.numerics.mismatch`."""
+        return False
 
     def tokens_wanted(self, width: int) -> int:
         """Calibration tokens without which its statistics say too little; 0 where it asks for none.

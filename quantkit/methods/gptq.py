@@ -30,11 +30,26 @@ CANDIDATES_IN_TURN = 9
 """More than beforehand, where each is given the scale that suits its codes best."""
 
 
+LEAST_DAMPING, MOST_DAMPING = 0.05, 0.25
+DAMPED = 2.0
+"""Damping times tokens by columns, between the least and the most."""
+
+
+def damping_for(tokens: int, columns: int) -> float:
+    """The damping of a Gram matrix by the tokens that it is of.
+
+    Of few tokens for a column correlations are partly chance, and damping is what keeps the solver from relying on them
+    (ridge regression). The figures come from errors of layers on text that was held out, see ``docs/methods.md``.
+    """
+    return min(max(DAMPED * columns / max(tokens, 1), LEAST_DAMPING), MOST_DAMPING)
+
+
 class GptqOptions(MethodOptions):
     """Options of GPTQ.
 
     Attributes:
-        damping: fraction of the Gram matrix's mean diagonal that is added to its diagonal.
+        damping: fraction of the Gram matrix's mean diagonal that is added to its diagonal; by default the more the
+            fewer tokens there are for a column, see :func:`damping_for`.
         shrinkage: share of the Gram matrix off its diagonal that is taken away before: correlations between inputs
             are trusted less, for other texts than those of the calibration have others.
         activation_order: solve the columns with the strongest inputs first. Groups stay where they are,
@@ -54,7 +69,7 @@ class GptqOptions(MethodOptions):
             far as a quarter of the calibration tokens that is held out says that this generalizes.
     """
 
-    damping: Annotated[float, Field(gt=0, le=10)] = 0.03
+    damping: Annotated[float, Field(gt=0, le=10)] | None = None
     shrinkage: Annotated[float, Field(ge=0, lt=1)] = 0.0
     activation_order: bool = True
     search: Annotated[int, Field(ge=1, le=200)] | None = None
@@ -83,9 +98,9 @@ class Gptq(Method):
         return 7 if scheme.symmetric else 11
 
     @property
-    def correction(self) -> float | None:
-        """With the damping of the solver."""
-        return self.options.damping if self.options.correction else None
+    def corrects(self) -> bool:
+        """On request."""
+        return self.options.correction
 
     def for_embeddings(self) -> Method:
         """Without inputs no column can make up for another: round to nearest on the grid of least square error."""
@@ -124,10 +139,11 @@ class Gptq(Method):
         from quantkit.numerics.smoothing import expected_errors
 
         options = self.options
-        key = ("column costs", options.damping, options.activation_order, options.shrinkage)
+        damping = self._damping(statistics, weight)
+        key = ("column costs", damping, options.activation_order, options.shrinkage)
         if key not in statistics.derived:  # the factor itself, as large as the Gram matrix, is not kept
             alone = InputStatistics(statistics.tokens, gram=statistics.gram)
-            curvature = alone.curvature(options.damping, options.activation_order, weight, options.shrinkage)
+            curvature = alone.curvature(damping, options.activation_order, weight, options.shrinkage)
             statistics.derived[key] = curvature.column_costs()
         return expected_errors(weight, statistics.derived[key], scheme, scale_dtype, factors)
 
@@ -139,18 +155,22 @@ class Gptq(Method):
         asked = options.scales or ("in_turn" if scheme.grids().whole else "before")
         return asked == "in_turn" and options.search != 1 and is_in_turn(scheme.grids(), columns)
 
+    def _damping(self, statistics: InputStatistics, weight: torch.Tensor) -> float:
+        """As asked for, or by the tokens of the statistics."""
+        return self.options.damping or damping_for(statistics.tokens, weight.shape[1])
+
     def _pose(self, weight: torch.Tensor, statistics: InputStatistics, scheme: Scheme) -> _Posed:
         """A weight with what is known of its inputs."""
         from quantkit.numerics.factor import Curvature
         from quantkit.numerics.in_turn import order_of_groups
 
-        options, grids = self.options, scheme.grids()
+        options, grids, damping = self.options, scheme.grids(), self._damping(statistics, weight)
         if grids.whole and options.activation_order and self._is_in_turn(scheme, weight.shape[1]):
             gram = statistics.gram_for(weight)
             order = order_of_groups(weight, gram.diagonal(), grids)
-            curvature = Curvature.of(gram, options.damping, order, options.shrinkage)
+            curvature = Curvature.of(gram, damping, order, options.shrinkage)
         else:
-            curvature = statistics.curvature(options.damping, options.activation_order, weight, options.shrinkage)
+            curvature = statistics.curvature(damping, options.activation_order, weight, options.shrinkage)
         strength = None if statistics.gram is None else statistics.gram.diagonal().clone()
         return _Posed(weight, curvature, grids, importance_of(scheme, strength))
 

@@ -9,8 +9,8 @@ so that a solver which is handed ``W*`` in the place of ``W`` aims at the output
 arXiv:2505.11695, and GPTAQ, arXiv:2504.02692, do this column by column). Of a layer that adds to the residual stream
 ``T`` has what the stream lost before it, too (LoaQ, arXiv:2509.06297).
 
-A full correction fits the calibration tokens as much as the model. So how much of it is taken and how far it is damped
-is found on tokens that are held out: their error is a parabola of the share.
+A full correction fits the calibration tokens as much as the model. So how much is taken of each part, that of the
+inputs and that of the stream, and how far both are damped is found on tokens that are held out.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ import torch
 from quantkit.numerics.factor import damped
 from quantkit.system.host import decide, numbers
 
-DAMPINGS = (10.0, 100.0, 1000.0)
-"""Tried in turn, times that of the method, until one is worse than the one before; each is a factorization."""
+LEAST, LESS, MORE, MOST = 0.03, 0.3, 3.0, 30.0
+"""Dampings that are tried, shares of the Gram matrix's mean diagonal: the middle two, and the one beyond the better."""
+SWEEPS = 16
+"""Rounds in which the shares of parts are found, each for what the others are by then."""
 JUDGED_ROWS = 128
 """Rows of a layer on which its share is found; of more an even selection."""
 SOLVED_ROWS = 4096
@@ -37,12 +39,13 @@ class Mismatch:
 
     Attributes:
         cross: float32 ``[in_features, k]``, the mean of ``X̃ᵀZ`` over tokens that are not held out. ``Z`` is ``X - X̃``,
-            or where outputs are known ``T`` of the only layer.
+            or where outputs are known ``T`` of the only layer, in parts beside each other that add up to it.
         inputs: ``[held, in_features]``, ``X̃`` of the tokens that are held out.
         targets: ``[held, k]``, their ``Z``.
         weights: float32 ``[held]``, how much each counts; None if all alike.
         share: of the tokens that are held out, by weight.
         knows_outputs: see ``cross``.
+        parts: in which ``T`` is known: 1, or 2 where what the residual stream lost comes after what the inputs did.
     """
 
     cross: torch.Tensor
@@ -51,30 +54,42 @@ class Mismatch:
     weights: torch.Tensor | None
     share: float
     knows_outputs: bool
+    parts: int = 1
 
     def held(self) -> torch.Tensor:
         """The inputs of the tokens that are held out, float32, each times the root of its weight."""
         return _weighed(self.inputs.float(), self.weights)
 
-    def aims(self, weight: torch.Tensor, rows: slice) -> torch.Tensor:
-        """``T`` of the tokens that are held out, float32 ``[held, rows]``, each times the root of its weight."""
-        found = self.targets[:, rows].float() if self.knows_outputs else self.targets.float() @ weight[rows].T
-        return _weighed(found, self.weights)
-
-    def moments(self, weight: torch.Tensor, rows: slice) -> torch.Tensor:
-        """The mean of ``X̃ᵀT`` over tokens that are not held out, ``[in_features, rows]``; it may share memory.
+    def aims(self, weight: torch.Tensor, rows: slice, part: int) -> torch.Tensor:
+        """A part of ``T`` of the tokens that are held out, float32 ``[held, rows]``, each times the root of its weight.
 
         Args:
             weight: float32 ``[out_features, in_features]``.
             rows: of it.
+            part: from 0.
         """
-        return self.cross[:, rows] if self.knows_outputs else self.cross @ weight[rows].T
+        if not self.knows_outputs:
+            return _weighed(self.targets.float() @ weight[rows].T, self.weights)
+        return _weighed(_part(self.targets, self.parts, part)[:, rows].float(), self.weights)
 
-    def all_moments(self, weight: torch.Tensor, rows: slice, held: torch.Tensor) -> torch.Tensor:
-        """The same over all tokens."""
+    def moments(self, weight: torch.Tensor, rows: slice, part: int) -> torch.Tensor:
+        """The mean of ``X̃ᵀT`` over tokens that are not held out, ``[in_features, rows]``; it may share memory."""
+        return _part(self.cross, self.parts, part)[:, rows] if self.knows_outputs else self.cross @ weight[rows].T
+
+    def all_moments(self, weight: torch.Tensor, rows: slice, shares: Sequence[float]) -> torch.Tensor:
+        """The same over all tokens, the parts added up by their shares."""
+        held = self.held()
         count = len(held) if self.weights is None else self.weights.sum()
-        found = self.moments(weight, rows) * (1 - self.share)
-        return found.add_(held.T @ self.aims(weight, rows) * (self.share / count))
+        found = torch.zeros(len(self.cross), len(weight[rows]), device=weight.device)
+        for part, share in enumerate(shares):
+            found.add_(self.moments(weight, rows, part), alpha=share * (1 - self.share))
+            found.addmm_(held.T, self.aims(weight, rows, part) * (share * self.share / count))
+        return found
+
+
+def _part(values: torch.Tensor, parts: int, part: int) -> torch.Tensor:
+    """A part of values ``[n, k]``, ``[n, k / parts]``."""
+    return values.view(len(values), parts, -1)[:, part]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,19 +97,19 @@ class Correction:
     """How layers are corrected.
 
     Attributes:
-        shares: of each layer, from 0 for a weight that stays to 1 for the whole correction.
+        shares: of each layer and part, from 0 for what is not made up for to 1 for the whole.
         gain: by how much the error of the tokens that are held out falls, relative to what was lost, summed over the
             layers.
         factor: lower Cholesky factor of the damped ``H``.
     """
 
-    shares: tuple[float, ...]
+    shares: tuple[tuple[float, ...], ...]
     gain: float
     factor: torch.Tensor
 
 
 def corrected(
-    weight: torch.Tensor, sizes: Sequence[int], gram: torch.Tensor, mismatch: Mismatch, damping: float
+    weight: torch.Tensor, sizes: Sequence[int], gram: torch.Tensor, mismatch: Mismatch
 ) -> tuple[torch.Tensor, tuple[float, ...]]:
     """A weight that makes up for what its inputs lost, as far as tokens that are held out say that it does.
 
@@ -103,70 +118,79 @@ def corrected(
         sizes: rows of each.
         gram: float32 ``[in_features, in_features]``, the mean of ``X̃ᵀX̃``.
         mismatch: of their input.
-        damping: of the method, a fraction of the mean diagonal.
 
     Returns:
-        The weight, itself where nothing is gained, and of each layer how much of the correction was taken.
+        The weight, itself where nothing is gained, and of each layer how much of the correction was taken, the mean of
+        its parts.
     """
-    held = mismatch.held()
-    best = _chosen(weight, sizes, gram, mismatch, damping, held)
+    best = _chosen(weight, sizes, gram, mismatch)
     if best is None:
         return weight, (0.0,) * len(sizes)
-    if not any(best.shares):
-        return weight, best.shares
+    taken = tuple(sum(shares) / len(shares) for shares in best.shares)
+    if not any(taken):
+        return weight, taken
     found = weight.clone()
-    for rows, share in zip(_blocks(sizes), best.shares, strict=True):
-        for start in range(rows.start, rows.stop, SOLVED_ROWS) if share else ():
-            part = slice(start, min(start + SOLVED_ROWS, rows.stop))
-            moments = mismatch.all_moments(weight, part, held)
-            found[part].add_(torch.cholesky_solve(moments, best.factor).T, alpha=share)
-    return found, best.shares
+    for rows, shares in zip(_blocks(sizes), best.shares, strict=True):
+        for start in range(rows.start, rows.stop, SOLVED_ROWS) if any(shares) else ():
+            some = slice(start, min(start + SOLVED_ROWS, rows.stop))
+            moments = mismatch.all_moments(weight, some, shares)
+            found[some].add_(torch.cholesky_solve(moments, best.factor).T)
+    return found, taken
 
 
-def _chosen(
-    weight: torch.Tensor,
-    sizes: Sequence[int],
-    gram: torch.Tensor,
-    mismatch: Mismatch,
-    damping: float,
-    held: torch.Tensor,
-) -> Correction | None:
+def _chosen(weight: torch.Tensor, sizes: Sequence[int], gram: torch.Tensor, mismatch: Mismatch) -> Correction | None:
     """The correction that lowers the error of the tokens that are held out most; None where none can be found."""
-    parts = [slice(each.start, each.stop, -(-(each.stop - each.start) // JUDGED_ROWS)) for each in _blocks(sizes)]
-    aims, best = [mismatch.aims(weight, rows) for rows in parts], None
+    held, parts = mismatch.held(), range(mismatch.parts)
+    judged = [slice(each.start, each.stop, -(-(each.stop - each.start) // JUDGED_ROWS)) for each in _blocks(sizes)]
+    aims = [torch.stack([mismatch.aims(weight, rows, part) for part in parts]).sum(0) for rows in judged]
     if len(held) < 2 or decide(torch.stack([each.any() for each in aims]).any().logical_not()):
         return None
-    for tried in (damping * each for each in DAMPINGS):
-        factor = _factor(gram, tried)
+
+    def better(best: Correction | None, damping: float) -> Correction | None:
+        factor = _factor(gram, damping)
         if factor is None:
-            continue
-        steps = [held @ torch.cholesky_solve(mismatch.moments(weight, rows), factor) for rows in parts]
-        judged = numbers(torch.cat([_judged(*each) for each in zip(steps, aims, strict=True)]))
-        shares, gains = judged[::2], judged[1::2]
-        if best is not None and sum(gains) <= best.gain:
-            break
-        best = Correction(tuple(shares), sum(gains), factor)
-    return best
+            return best
+        found = []
+        for rows, aim in zip(judged, aims, strict=True):
+            moments = (mismatch.moments(weight, rows, part) for part in parts)
+            found.append(_judged(torch.stack([held @ torch.cholesky_solve(each, factor) for each in moments]), aim))
+        figures, each = numbers(torch.cat(found)), len(parts) + 1
+        gain = sum(figures[each - 1 :: each])
+        if best is not None and gain <= best.gain:
+            return best
+        starts = range(0, len(figures), each)
+        return Correction(tuple(tuple(figures[start : start + each - 1]) for start in starts), gain, factor)
+
+    first = better(None, LESS)
+    second = better(first, MORE)
+    return better(second, LEAST if second is first else MOST)
 
 
 def _judged(outputs: torch.Tensor, aims: torch.Tensor) -> torch.Tensor:
-    """The share of a correction that is worth taking, and by how much it lowers the error, relative; float32 ``[2]``.
+    """The shares of a correction that are worth taking, and by how much they lower the error, relative.
 
-    The error is a parabola of the share, whose middle is the mean of a product over its tokens. One standard error of
-    that mean is taken off, so that a gain which these tokens cannot tell from chance is none.
+    The error is a paraboloid of the shares, whose slopes are means of products over the tokens. One standard error of
+    its mean is taken off each, so that a gain which these tokens cannot tell from chance is none.
 
     Args:
-        outputs: ``[tokens, rows]``, what the correction adds.
-        aims: ``[tokens, rows]``, what it should.
+        outputs: ``[parts, tokens, rows]``, what the whole of each part adds.
+        aims: ``[tokens, rows]``, what they should come to.
+
+    Returns:
+        float32 ``[parts + 1]``.
     """
-    along = (outputs * aims).sum(1)
-    square = outputs.square().sum().clamp(min=torch.finfo(torch.float32).tiny)
-    middle = along.sum()
-    share = ((middle - along.std() * len(along) ** 0.5) / square).clamp(0, 1)
-    gain = (2 * middle * share - share.square() * square) / aims.square().sum().clamp(
-        min=torch.finfo(torch.float32).tiny
-    )
-    return torch.stack([share, gain]).nan_to_num(0.0)
+    tiny = torch.finfo(torch.float32).tiny
+    along = (outputs * aims).sum(2)
+    slopes = along.sum(1)
+    sure = slopes - along.std(1) * along.shape[1] ** 0.5
+    curves = outputs.flatten(1) @ outputs.flatten(1).T
+    widths = curves.diagonal().clamp(min=tiny)
+    shares = torch.zeros_like(slopes)
+    for part in list(range(len(shares))) * (SWEEPS if len(shares) > 1 else 1):
+        others = curves[part] @ shares - curves[part, part] * shares[part]
+        shares[part] = ((sure[part] - others) / widths[part]).clamp(0, 1)
+    gain = (2 * slopes @ shares - shares @ curves @ shares) / aims.square().sum().clamp(min=tiny)
+    return torch.cat([shares, gain.unsqueeze(0)]).nan_to_num(0.0)
 
 
 def _factor(gram: torch.Tensor, damping: float) -> torch.Tensor | None:

@@ -151,7 +151,7 @@ class _Variants:
         if self.job.inputs == "float":
             return "one walk for all"
         dtype = pass_dtype(self.device, FLOATS[self.job.dtype])
-        corrected = variant.build_method().correction is not None
+        corrected = variant.build_method().corrects
         return choose_strategy(self.skeleton, self.tokens, dtype, self.device, corrected)
 
 
