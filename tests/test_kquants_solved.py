@@ -135,7 +135,7 @@ def test_a_search_rounds_about_as_well_as_llama_cpp(kind: str) -> None:
 @pytest.mark.parametrize("kind", SUPER)
 def test_a_refit_lowers_the_error_of_rows_and_raises_that_of_none(kind: str, gram: torch.Tensor) -> None:
     grids, weight = grids_of(kind), random_weight(64, COLUMNS)
-    found = solved(weight, kind, gram)
+    found = solved(weight, kind, gram, refinements=0)
     grid = grids.grid(grids.steps(found.weight.parts))
     columns = weight.T.contiguous()
     levels = grids.ungrouped(grids.levels(grids.grouped(found.weight.codes), grid.zeros, torch.float32), weight.shape).T
