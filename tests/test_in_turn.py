@@ -30,7 +30,7 @@ def names(scheme: Scheme) -> str:
 
 
 def solved(weight: torch.Tensor, gram: torch.Tensor, scheme: Scheme, **options: Any) -> Solution:
-    options = {"refinements": 0, "range_weights": "inputs", **options}
+    options = {"damping": 0.03, "refinements": 0, "range_weights": "inputs", **options}
     return Gptq(GptqOptions(**options)).quantize(weight, InputStatistics(gram=gram), scheme, torch.bfloat16)
 
 
