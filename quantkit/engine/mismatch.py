@@ -27,7 +27,7 @@ HELD_OUT = 4
 """One in as many calibration rows is held out."""
 FEWEST_ROWS = 8
 """With fewer calibration rows the end of each is held out in the place of whole rows."""
-MOST_HELD = 4096
+MOST_HELD = 2048
 """Tokens that are held out at most, as their inputs are kept; of more an even selection, and the others count."""
 
 FEWEST_HELD = 64

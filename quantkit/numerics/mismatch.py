@@ -27,7 +27,7 @@ LEAST, LESS, MORE, MOST = 0.03, 0.3, 3.0, 30.0
 """Dampings that are tried, shares of the Gram matrix's mean diagonal: the middle two, and the one beyond the better."""
 SWEEPS = 16
 """Rounds in which the shares of parts are found, each for what the others are by then."""
-JUDGED_ROWS = 128
+JUDGED_ROWS = 64
 """Rows of a layer on which its share is found; of more an even selection."""
 SOLVED_ROWS = 4096
 """Rows that are corrected at a time."""
