@@ -134,7 +134,7 @@ def test_a_row_holds_settings_errors_of_layers_and_figures(finished: tuple[Recip
     assert (row["name"], row["status"], row["error"]) == ("gptq4", "ok", None)
     assert {layer["scheme"] for layer in row["layers"]} == {"int4 g32 sym", "int8 g32 sym"}
     assert row["metrics"]["kl_divergence"]["prose"]["mean"] > 0
-    assert row["options"]["damping"] > 0
+    assert row["options"]["refinements"] == 1
     eight, _, two, _ = report["variants"]
     assert eight["metrics"]["kl_divergence"]["prose"]["mean"] < two["metrics"]["kl_divergence"]["prose"]["mean"]
 
