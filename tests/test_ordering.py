@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import quantkit
-from quantkit.engine.solve import quantize_in_order
+from quantkit.engine.ordering import quantize_in_order
 from quantkit.errors import RecipeError
 from quantkit.exports import open_export
 from quantkit.methods import METHODS
