@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 
 from quantkit.methods.base import Method, Statistic
+from quantkit.methods.tuning import TuneOptions
 from quantkit.schemes import QuantizedWeight, Scheme
 from quantkit.transforms.base import Change, Transform
 
@@ -104,6 +105,7 @@ class VariantTask:
         fused: full names of layers that runtimes load as one matrix, which are solved together.
         memory: what an earlier walk left of it, and where this one leaves its own; None for a task that forgets.
         transforms: change the weights before they are solved, in this order.
+        tune: how each segment is tuned when its layers are solved; None leaves it as the method solved it.
     """
 
     name: str
@@ -114,6 +116,12 @@ class VariantTask:
     fused: tuple[tuple[str, ...], ...] = ()
     memory: Memory | None = None
     transforms: tuple[Transform, ...] = ()
+    tune: TuneOptions | None = None
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether it asks for calibration tokens, for statistics or to tune with."""
+        return bool(self.needs) or self.tune is not None
 
     @property
     def needs(self) -> frozenset[Statistic]:

@@ -6,4 +6,4 @@ from quantkit.methods.base import Method
 from quantkit.system.registry import Registry
 
 ALSO = {"round-to-nearest": "rtn", "nearest": "rtn", "ggml": "llama.cpp", "unquantized": "none"}
-METHODS = Registry[Method]("method", "quantkit.methods", "quantkit.methods", also=ALSO)
+METHODS = Registry[Method]("method", "quantkit.methods", "quantkit.methods", without=("base", "tuning"), also=ALSO)

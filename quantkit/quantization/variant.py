@@ -169,6 +169,7 @@ class VariantRun:
             fused=self.layers.fused,
             memory=self.solved,
             transforms=self._transforms,
+            tune=self._variant.tune,
         )
 
     def finish(self, walk: WalkFacts, describe: Describe) -> Quantized:

@@ -163,7 +163,7 @@ def _solve(job: Job, skeleton: Skeleton, runs: Sequence[VariantRun], on_segment:
     if not tasks:
         return found
     device = resolve_device(job.device)
-    calibrated = any(task.needs for task in tasks)
+    calibrated = any(task.calibrated for task in tasks)
     inputs = job.inputs if calibrated else "float"
     dtype = pass_dtype(device, FLOATS[job.dtype])
     tokens = sum(map(len, job.rows)) if calibrated else 0
@@ -205,7 +205,7 @@ def _is_done(
     """Walk once; false where the memory of the GPU ran out and less is to be tried."""
     places = [*skeleton.segments, *([skeleton.head] if skeleton.head else [])]
     left = [task for task in tasks if any(task.lacks(each.prefix, each.linears) for each in places)]
-    rows = job.rows if any(task.needs for task in left) else ()
+    rows = job.rows if any(task.calibrated for task in left) else ()
     reader = CheckpointReader(job.source)
 
     def done(segments: int, total: int) -> None:

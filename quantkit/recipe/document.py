@@ -12,6 +12,7 @@ from pydantic import Discriminator, Field, Tag, ValidationInfo, field_validator,
 
 from quantkit.errors import RecipeError, SchemeError, did_you_mean
 from quantkit.gates import check_gate_syntax, parse_gate
+from quantkit.methods.tuning import TUNE
 from quantkit.recipe.evaluation import METRICS, EvaluationSpec, check_further_gate
 from quantkit.recipe.fields import Name, Section, Title, require_distinct
 from quantkit.recipe.implied import NAMES, implied
@@ -246,7 +247,7 @@ def _as_written(variant: Any) -> Any:
 
 
 def _filled(defaults: Mapping[str, Any], usual: Mapping[str, Any], variant: Any) -> Any:
-    """A variant with the defaults; what the name of a default scheme says goes with that scheme.
+    """A variant with the defaults; what the name of a default scheme says goes with that scheme, and so with a method.
 
     Args:
         defaults: as they were written.
@@ -255,8 +256,15 @@ def _filled(defaults: Mapping[str, Any], usual: Mapping[str, Any], variant: Any)
     """
     if not isinstance(variant, Mapping):
         return variant
-    own = {key: usual[key] for key in defaults if key != "scheme"} if "scheme" in variant else usual
-    return {**_defaults_for(own, variant), **variant}
+    own = dict(usual)
+    if "scheme" in variant:
+        own = {key: usual[key] for key in usual if key in (TUNE, *defaults) and key != "scheme"}
+    if "method" in variant and TUNE not in defaults:
+        own.pop(TUNE, None)  # it was the end of the name of another method
+    filled = {**_defaults_for(own, variant), **variant}
+    if variant.get(TUNE) is True and isinstance(defaults.get(TUNE), Mapping):
+        filled[TUNE] = defaults[TUNE]
+    return filled
 
 
 def _defaults_for(defaults: Mapping[str, Any], variant: Mapping[str, Any]) -> dict[str, Any]:
@@ -291,7 +299,8 @@ def _keys_taken(defaults: Mapping[str, Any], variant: Mapping[str, Any]) -> set[
     own = {key: variant[key] for key in scheme_keys() if key in variant}
     named = {name: each[name] for each in (defaults, variant) for name in NAMES if name in each}
     choices = {"method": DEFAULT_METHOD, "scheme": DEFAULT_KIND, **implied({**named, **own})}
-    return _scheme_free_keys() | _scheme_keys(choices["scheme"]) | option_names(choices["method"])
+    taken = _scheme_free_keys() | _scheme_keys(choices["scheme"]) | option_names(choices["method"])
+    return taken - ({TUNE} if choices["method"] == "none" else set())
 
 
 def _scheme_free_keys() -> set[str]:

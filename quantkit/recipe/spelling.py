@@ -9,6 +9,7 @@ from quantkit.errors import RecipeError, SchemeError
 from quantkit.formats import FORMATS
 from quantkit.libraries import LIBRARIES
 from quantkit.methods import METHODS
+from quantkit.methods.tuning import TUNE
 from quantkit.recipe.scheme_names import preset_named, scheme_named
 from quantkit.schemes import SCHEMES, scheme_keys
 from quantkit.system.registry import Registry
@@ -21,14 +22,15 @@ def spelled(given: Mapping[Any, Any]) -> Mapping[Any, Any]:
     """A variant, or the defaults of variants, with names as quantkit writes them.
 
     What a name of a scheme says of method and format gives way to what stands there, and what it says of the scheme
-    must not differ from it. Names that are not known stay, for the field's own validator to refuse.
+    must not differ from it. ``gptq+tune`` becomes ``gptq`` with ``tune: true``. Names that are not known stay, for the
+    field's own validator to refuse.
 
     Raises:
-        SchemeError: a name of a scheme says what another key denies.
+        SchemeError: a name of a scheme, or of a method, says what another key denies.
     """
     found = dict(given)
     if isinstance(found.get("method"), str):
-        found["method"] = method_spelled(found["method"])
+        found |= _with_method(method_spelled(found["method"]), found)
     if isinstance(found.get("format"), str):
         found["format"] = _spelled(FORMATS, found["format"])
     if isinstance(found.get("overrides"), Mapping):
@@ -50,9 +52,22 @@ def patch_spelled(patch: Any) -> Any:
 
 
 def method_spelled(method: str) -> str:
-    """A method, or a short form such as ``AWQ+GPTQ``, as quantkit writes it."""
-    *before, last = (part.strip() for part in method.split("+"))
-    return "+".join([*(_spelled(TRANSFORMS, name) for name in before), _spelled(METHODS, last)])
+    """A method, or a short form such as ``AWQ+GPTQ`` or ``gptq+tune``, as quantkit writes it."""
+    parts = [part.strip() for part in method.split("+")]
+    tuned = [TUNE] if len(parts) > 1 and parts[-1].lower() == TUNE else []
+    *before, last = parts[: len(parts) - len(tuned)]
+    return "+".join([*(_spelled(TRANSFORMS, name) for name in before), _spelled(METHODS, last), *tuned])
+
+
+def _with_method(method: str, beside: Mapping[Any, Any]) -> dict[str, Any]:
+    """The keys that a method as quantkit writes it stands for, in a variant with others beside it."""
+    head, _, last = method.rpartition("+")
+    if not head or last != TUNE or TUNE in head.split("+"):
+        return {"method": method}
+    if TUNE in beside and beside[TUNE] in (None, False):
+        told = f"method '{method}' tunes, and {TUNE}: {_written(beside[TUNE] or False)} stands beside it"
+        raise SchemeError(told, f"write method: {head}, or leave out {TUNE}")
+    return {"method": head, TUNE: beside.get(TUNE, True)}
 
 
 def _spelled(registry: Registry[Any], name: str) -> str:
@@ -78,6 +93,8 @@ def _written(value: Any) -> str:
 
 def misplaced(name: str, part: str) -> str:
     """The remedy for a name that is not one of ``part`` and is one of another; empty where it is none at all."""
+    if part == "method" and name.strip().lower() == TUNE:
+        return f"it comes behind a method: write gptq+{TUNE}"
     others: dict[str, Registry[Any]] = {"method": METHODS, "library": LIBRARIES, "format": FORMATS, "scheme": SCHEMES}
     for key, registry in others.items():
         if key != part and name in registry:

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import cache
 from typing import Any, TypeGuard, cast
 
 from pydantic import Field, create_model, field_validator, model_validator
 
-from quantkit.errors import QuantkitError, RecipeError
+from quantkit.errors import QuantkitError, RecipeError, did_you_mean
 from quantkit.methods import METHODS
 from quantkit.methods.base import Method, MethodOptions
+from quantkit.methods.tuning import TUNE
 from quantkit.recipe.fields import Section, options_apart
 from quantkit.schemes import Scheme
 from quantkit.system.validation import located, unknown_key
@@ -68,6 +70,13 @@ def steps_of(method: str) -> Steps:
         QuantkitError: a plugin is there but cannot be imported.
     """
     *before, last = method.split("+")
+    if before and TUNE in (*before, last):
+        rest = "+".join(name for name in (*before, last) if name != TUNE)
+        raise RecipeError(
+            f"method '{method}': {TUNE} comes once, when the codes are there", f"put it at the end: {rest}+{TUNE}"
+        )
+    if before and last not in METHODS and get_close_matches(last.lower(), [TUNE, *METHODS.names()], 1) == [TUNE]:
+        raise RecipeError(f"method '{method}': '{last}' cannot come behind {before[-1]}", did_you_mean(last, [TUNE]))
     for name in before:
         if name not in TRANSFORMS.names() and name in METHODS.names():
             raise RecipeError(

@@ -12,6 +12,7 @@ from quantkit.errors import SchemeError
 from quantkit.formats import FORMATS
 from quantkit.methods import METHODS
 from quantkit.methods.base import Method, MethodOptions, Statistic
+from quantkit.methods.tuning import TUNE, TuneOptions
 from quantkit.recipe.fields import Flag, Name, Patterns, Section, Title, compiled
 from quantkit.recipe.implied import DEFAULT_FORMAT, check_pair, implied, keys_beside
 from quantkit.recipe.scheme import BlocksPatch, SchemeKeys, SchemePatch, known_kind, written_keys
@@ -63,7 +64,9 @@ class VariantSpec(SchemeKeys, Choice):
         name: its name in the report and its folder.
         title: what people read in its place; any text.
         transforms: what changes the weights first, names of ``quantkit methods`` or mappings with options.
-        method: how codes are chosen, a name of ``quantkit methods``; ``awq+gptq`` puts a transform before it.
+        method: how codes are chosen, a name of ``quantkit methods``; ``awq+gptq`` puts a transform before it, and
+            ``gptq+tune`` is short for ``tune: true``.
+        tune: polish each block when its layers are solved; ``true``, or a mapping of options.
         format: how they are stored, a name of ``quantkit formats``.
         scheme: which numbers a weight can become, a kind of ``quantkit methods``; its keys stand beside it, see
             :class:`quantkit.recipe.scheme.SchemeKeys`.
@@ -77,6 +80,7 @@ class VariantSpec(SchemeKeys, Choice):
     """
 
     transforms: tuple[TransformSpec, ...] = ()
+    tune: TuneOptions | None = None
     ignore: Patterns = (HEAD,)
     overrides: dict[str, SchemePatch] = Field(default_factory=dict)
     first_blocks: BlocksPatch | None = None
@@ -94,6 +98,11 @@ class VariantSpec(SchemeKeys, Choice):
         with located():
             return gathered(implied(spelled(given)), cls.model_fields)
 
+    @field_validator("tune", mode="before")
+    @classmethod
+    def _tune_may_be_a_flag(cls, given: Any) -> Any:
+        return ({} if given else None) if isinstance(given, bool) else given
+
     @field_validator("overrides")
     @classmethod
     def _overrides_compile(cls, overrides: dict[str, SchemePatch]) -> dict[str, SchemePatch]:
@@ -110,6 +119,7 @@ class VariantSpec(SchemeKeys, Choice):
             if {"method", "format"} <= self.model_fields_set:
                 check_pair(self.method, self.format)
             self._check_transforms()
+            self._check_tuning()
             for place, patch in {"": None, **self._patches()}.items():
                 with _placed(place):
                     scheme = self._patched(patch)
@@ -158,8 +168,9 @@ class VariantSpec(SchemeKeys, Choice):
 
     @property
     def chain(self) -> str:
-        """The transforms and the method in one word, such as ``awq+gptq``."""
-        return "+".join([*(spec.name for spec in self.transforms), self.method])
+        """The transforms, the method and whether it tunes in one word, such as ``awq+gptq+tune``."""
+        tuned = [] if self.tune is None else [TUNE]
+        return "+".join([*(spec.name for spec in self.transforms), self.method, *tuned])
 
     @property
     def _steps(self) -> Steps:
@@ -178,6 +189,17 @@ class VariantSpec(SchemeKeys, Choice):
             raise SchemeError(
                 "transforms: method none solves no layer for which weights could be changed", "leave it out"
             )
+
+    def _check_tuning(self) -> None:
+        """Refuse to tune where no scheme has anything that can be trained."""
+        tuned = self.tune
+        if tuned is None or any(tuned.trains(scheme) for scheme in self.schemes()):
+            return
+        trained = " or ".join([*tuned.train, *(["roundings"] if tuned.rounding else [])])
+        raise SchemeError(
+            f"{TUNE}: {self.base_scheme().describe()} has no {trained} that can be trained",
+            f"leave out {TUNE}, or use a scheme such as int, whose scales are free",
+        )
 
     def base_scheme(self) -> Scheme:
         """The scheme of a layer that no pattern and no choice of blocks concerns."""
@@ -227,8 +249,8 @@ class VariantSpec(SchemeKeys, Choice):
 
     @property
     def calibrated(self) -> bool:
-        """Whether the method or a transform asks for statistics, and so for calibration tokens."""
-        return bool(self.needs())
+        """Whether calibration tokens are asked for: by the method, by a transform, or to tune blocks with."""
+        return bool(self.needs()) or self.tune is not None
 
     def implied_by(self, given: Mapping[str, Any]) -> tuple[str, ...]:
         """What follows from the names that were given, as a line; nothing where the rest is as usual.
@@ -247,8 +269,12 @@ class VariantSpec(SchemeKeys, Choice):
         return tuple(dict.fromkeys(text for scheme in self.schemes() for text in method.warnings(scheme)))
 
     def resolved(self) -> dict[str, Any]:
-        """The variant as JSON data, with every key of its scheme and every option of its method filled in."""
-        data = self.model_dump(mode="json", exclude={*SchemeKeys.model_fields, "scheme"})
+        """The variant as JSON data, with every key of its scheme and every option of its method filled in.
+
+        It has ``tune`` where it tunes.
+        """
+        left = {*SchemeKeys.model_fields, "scheme", *([TUNE] if self.tune is None else [])}
+        data = self.model_dump(mode="json", exclude=left)
         scheme = written_keys(self.base_scheme())
         overrides = {pattern: patch.model_dump(exclude_none=True) for pattern, patch in self.overrides.items()}
         patches = {

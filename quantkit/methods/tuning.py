@@ -1,0 +1,60 @@
+"""Options of block polish: what a variant's blocks are tuned with once a method has chosen their codes."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from quantkit.methods.base import MethodOptions
+from quantkit.schemes import Scheme
+
+TUNE = "tune"
+"""The key of a variant, and what stands last in the short form ``gptq+tune``."""
+SUMMARY = "after a block is solved: its output is brought closer to the float block's by a few gradient steps"
+SOURCE = "EfficientQAT, Chen et al. 2024, arXiv:2407.11062; roundings: SignRound, Cheng et al. 2023, arXiv:2309.05516"
+COST = "minutes"
+
+Part = Literal["scales", "zeros", "norms", "biases"]
+
+
+class TuneOptions(MethodOptions):
+    """Options of block polish.
+
+    Attributes:
+        steps: of the optimizer for a block, at most.
+        learning_rate: of the first step, of the logarithm of a scale; it decays to nothing. By default what suits what
+            is trained.
+        batch_tokens: tokens of a step.
+        train: what is trained, of ``scales``, ``zeros`` (zero points that are any number), ``norms`` and ``biases``.
+        rounding: train the roundings too, by the signs of their gradients, from the codes that the method chose.
+        held_out: share of the rows by which a block is judged and on which it is not trained.
+        patience: how many times in a row the held-out rows may see no gain before a block is done.
+    """
+
+    steps: Annotated[int, Field(strict=True, ge=1, le=100_000)] = 48
+    learning_rate: Annotated[float, Field(gt=0, le=1)] | None = None
+    batch_tokens: Annotated[int, Field(strict=True, ge=1)] = 2048
+    train: tuple[Part, ...] = ("scales", "zeros")
+    rounding: Annotated[bool, Field(strict=True)] = False
+    held_out: Annotated[float, Field(gt=0, lt=1)] = 0.25
+    patience: Annotated[int, Field(strict=True, ge=1)] = 3
+
+    @field_validator("train", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, given: Any) -> Any:
+        return [given] if isinstance(given, str) else given
+
+    @model_validator(mode="after")
+    def _something_is_trained(self) -> TuneOptions:
+        if not self.train and not self.rounding:
+            raise ValueError("nothing is trained: name scales, zeros, norms or biases in 'train', or leave it out")
+        return self
+
+    def trains(self, scheme: Scheme) -> bool:
+        """Whether it trains something of a layer of a scheme, or beside it."""
+        zeros = getattr(scheme, "zeros", None) == "float"
+        of_layers = (("scales" in self.train or self.rounding) and scheme.free_scales) or (
+            "zeros" in self.train and zeros
+        )
+        return of_layers or bool({"norms", "biases"} & set(self.train))
