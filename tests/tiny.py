@@ -24,7 +24,7 @@ from transformers import (
 from quantkit.checkpoint import CheckpointReader
 from quantkit.engine.batches import make_batches
 from quantkit.engine.skeleton import Skeleton
-from quantkit.engine.tasks import LayerResult, VariantTask
+from quantkit.engine.tasks import LayerResult, Tuned, VariantTask
 from quantkit.engine.walk import Walk, WalkSettings
 from quantkit.methods import METHODS
 from quantkit.methods.base import Method
@@ -146,6 +146,9 @@ class Forgetful:
     def replace(self, name: str, tensor: torch.Tensor) -> None:
         pass
 
+    def tuned(self, prefix: str, done: Tuned) -> None:
+        pass
+
     def segment_done(self, prefix: str) -> None:
         pass
 
@@ -157,6 +160,7 @@ class Collected:
     results: dict[str, LayerResult] = field(default_factory=dict)
     replaced: dict[str, torch.Tensor] = field(default_factory=dict)
     segments: list[str] = field(default_factory=list)
+    tunings: dict[str, Tuned] = field(default_factory=dict)
 
     def take(self, result: LayerResult) -> None:
         assert result.name not in self.results
@@ -164,6 +168,10 @@ class Collected:
 
     def replace(self, name: str, tensor: torch.Tensor) -> None:
         self.replaced[name] = tensor
+
+    def tuned(self, prefix: str, done: Tuned) -> None:
+        assert prefix not in self.segments
+        self.tunings[prefix] = done
 
     def segment_done(self, prefix: str) -> None:
         self.segments.append(prefix)

@@ -15,7 +15,7 @@ import torch
 from quantkit.engine.layers import Layer
 from quantkit.engine.ordering import quantize_in_order
 from quantkit.engine.skeleton import Segment
-from quantkit.engine.tasks import LayerResult, VariantTask
+from quantkit.engine.tasks import LayerResult, Tuned, VariantTask
 from quantkit.engine.transforming import Originals, Transforming
 from quantkit.errors import QuantizationError
 from quantkit.methods.base import InputStatistics, Method, Solution, Statistic
@@ -57,6 +57,7 @@ class Solver:
         transforming: what the transforms of each task do at the segment at which the walk stands.
         failures: by name the tasks that failed and were dropped while others went on.
         seconds: by name what each task's own work took.
+        tuned: by name what tuning made of the segment at which the walk stands, handed over when it is finished.
 
     A task that remembers a segment from an earlier walk is alive there, and has nothing to do.
     """
@@ -68,6 +69,7 @@ class Solver:
     transforming: Transforming = field(init=False)
     failures: dict[str, Exception] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    tuned: dict[str, Tuned] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.transforming = Transforming(self.originals, self.live)
@@ -151,6 +153,8 @@ class Solver:
         """
         for task in [task for task in self.at_work(segment) if task.transforms]:
             self.work(task, partial(self.transforming.hand_over, task, segment))
+        for task in [task for task in self.at_work(segment) if task.name in self.tuned]:
+            self.work(task, partial(self._hand_over_tuned, task, segment))
         tasks = self.at_work(segment)
         own = {task.name: self.seconds.get(task.name, 0.0) - spent.own.get(task.name, 0.0) for task in tasks}
         shared = max(0.0, spent.elapsed() - sum(own.values()))
@@ -164,13 +168,26 @@ class Solver:
         for task in self.alive():
             self.transforming.put_back(task, segment)
 
+    def _hand_over_tuned(self, task: VariantTask, segment: Segment) -> None:
+        """Give a task's sink what tuning made of a segment, in the place of what transforms made of its floats."""
+        done, skeleton = self.tuned.pop(task.name), self.originals.skeleton
+        task.sink.tuned(segment.prefix, done)
+        for parameter, value in done.floats.items():
+            dtype = self.originals.reader.dtype(skeleton.stored_name(parameter))
+            task.sink.replace(*skeleton.names.as_written(parameter, value.to(dtype).cpu()))
+
     def put_back(self, segment: Segment) -> None:
-        """Put the weights into a segment that its task gave it in an earlier walk, where inputs are quantized."""
+        """Put what its task made of a segment in an earlier walk into it, where inputs are quantized."""
         for task in self.alive():
+            if task.memory is None:
+                continue
             for layer in segment.layers:
-                if task.memory is not None and layer.name in task.schemes:
+                if layer.name in task.schemes:
                     weight = task.memory.weight(layer.name).to(self.originals.device)
                     layer.put(weight.dequantize(torch.float32))
+            for name, value in task.memory.floats(segment.prefix).items():
+                parameter = self.originals.skeleton.model.get_parameter(name)
+                parameter.data = value.to(parameter.device, parameter.dtype)
 
     def solve(
         self,

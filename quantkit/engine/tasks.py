@@ -7,7 +7,7 @@ then is put back, so that the passes see what they saw, bit by bit; with float i
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -60,6 +60,32 @@ class SavedChange:
         return None if change is None else cls(change.tensors(), change.to_json())
 
 
+@dataclass(frozen=True, slots=True)
+class Tuned:
+    """What tuning made of a segment.
+
+    Attributes:
+        before: the error of its outputs on the rows that are held out, relative to what it adds, as the method left it.
+        after: the same as it is now; no more than ``before``.
+        steps: that were taken.
+        weights: the layers that changed, by their full names; none where tuning did not pay.
+        floats: the float parameters that changed, by their names in the model, as the passes compute with them.
+        note: what the user should know, such as why it ended early; may be empty.
+    """
+
+    before: float
+    after: float
+    steps: int
+    weights: Mapping[str, QuantizedWeight] = field(default_factory=dict)
+    floats: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    note: str = ""
+
+    @property
+    def paid(self) -> bool:
+        """Whether the segment is another than the method left."""
+        return bool(self.weights or self.floats)
+
+
 class Sink(Protocol):
     """Takes the layers of a task as they are solved."""
 
@@ -68,6 +94,9 @@ class Sink(Protocol):
 
     def replace(self, name: str, tensor: torch.Tensor) -> None:
         """A float tensor of the checkpoint that the variant changes, such as the weight of a norm."""
+
+    def tuned(self, prefix: str, done: Tuned) -> None:
+        """What tuning made of a segment all of whose layers were given; those that it changed are in their place."""
 
     def segment_done(self, prefix: str) -> None:
         """All layers of a segment have been given."""
@@ -84,6 +113,9 @@ class Memory(Protocol):
 
     def changes(self, prefix: str) -> Sequence[SavedChange | None]:
         """What each transform of the task did to a finished segment, on the CPU."""
+
+    def floats(self, prefix: str) -> Mapping[str, torch.Tensor]:
+        """The float parameters that tuning changed in a finished segment, see :class:`Tuned`; on the CPU."""
 
     def remember_changes(self, prefix: str, changes: Sequence[SavedChange | None]) -> None:
         """Keep what each transform did to the segment at which the walk stands, or to the whole :data:`MODEL`."""

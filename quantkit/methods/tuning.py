@@ -53,8 +53,6 @@ class TuneOptions(MethodOptions):
 
     def trains(self, scheme: Scheme) -> bool:
         """Whether it trains something of a layer of a scheme, or beside it."""
-        zeros = getattr(scheme, "zeros", None) == "float"
-        of_layers = (("scales" in self.train or self.rounding) and scheme.free_scales) or (
-            "zeros" in self.train and zeros
-        )
-        return of_layers or bool({"norms", "biases"} & set(self.train))
+        scales = ("scales" in self.train or self.rounding) and scheme.free_scales
+        zeros = "zeros" in self.train and getattr(scheme, "zeros", None) == "float"
+        return scales or zeros or bool({"norms", "biases"} & set(self.train))

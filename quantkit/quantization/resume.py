@@ -19,7 +19,7 @@ from quantkit.system.devices import device_name, resolve_device
 from quantkit.system.distribution import version_of
 
 IDENTITY = "identity.json"
-LAYOUT = 3
+LAYOUT = 4
 """Raised when segments are stored in another way."""
 PACKAGES = ("quantkit", "torch", "transformers", "numpy")
 WORDS = {

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from quantkit.checkpoint import CheckpointReader
-from quantkit.engine.tasks import MODEL, LayerResult, SavedChange
+from quantkit.engine.tasks import MODEL, LayerResult, SavedChange, Tuned
 from quantkit.exports.content import same_values
 from quantkit.exports.layer_store import LayerStore, write_layers
 from quantkit.formats.base import Format
@@ -31,6 +31,8 @@ EXACT = "exact."
 """Before the suffix of a tensor that holds a layer as the method returned it."""
 TRANSFORM = "transform"
 """Before the place of a transform, and the name of a tensor that it needs to be restored."""
+TUNED = "tuned in"
+"""Before the prefix of a segment, and the name of a float parameter that tuning changed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +96,7 @@ class SolvedLayers(LayerStore):
         self._taken: list[_Taken] = []
         self._finished: set[str] = set()
         self._changes: dict[str, Sequence[SavedChange | None]] = {}
+        self._tuning: dict[str, dict[str, Any]] = {}
         self._seconds = (0.0, 0.0)
         self._stored_before = 0
         self._writer = ThreadPoolExecutor(1)
@@ -114,22 +117,43 @@ class SolvedLayers(LayerStore):
             OutputError: what that walk solved last could not be written.
         """
         self.settle()
+        self._replaced.difference_update(self._waiting)
+        self._tuning = {prefix: told for prefix, told in self._tuning.items() if prefix in self._finished}
         self._let_go()
         self.stored_bytes = self._stored_before
         self._batch_tokens = batch_tokens
 
     def take(self, result: LayerResult) -> None:
         """Pack a solved layer."""
-        given = result.weight
-        kept = self.keep(result.name, given)
-        if self._replays and kept is not given and not same_values(kept, given):
-            parts = {"codes": given.codes, "scales": given.scales, "zeros": given.zeros}
-            parts |= {"g_idx": given.parts["g_idx"]} if "g_idx" in given.parts else {}
-            self._waiting |= {f"{result.name}.{EXACT}{part}": tensor.cpu() for part, tensor in parts.items()}
+        kept = self._pack(result.name, result.weight)
         scheme = kept.scheme.describe()
         errors = result.error_before, result.error
         taken = _Taken(result.name, scheme, result.tokens, *errors, result.notes, result.experts, result.correction)
         self._taken.append(taken)
+
+    def _pack(self, layer: str, given: QuantizedWeight) -> QuantizedWeight:
+        """Pack a layer, and keep what the format cannot hold of it where a later walk will ask; returns what it can."""
+        kept = self.keep(layer, given)
+        parts = {"codes": given.codes, "scales": given.scales, "zeros": given.zeros}
+        parts |= {"g_idx": given.parts["g_idx"]} if "g_idx" in given.parts else {}
+        exact = {f"{layer}.{EXACT}{part}": tensor for part, tensor in parts.items()}
+        for name in exact:
+            self._waiting.pop(name, None)
+        if self._replays and kept is not given and not same_values(kept, given):
+            self._waiting |= {name: tensor.cpu() for name, tensor in exact.items()}
+        return kept
+
+    def tuned(self, prefix: str, done: Tuned) -> None:
+        """Pack the layers anew that tuning changed, and keep the floats that a later walk will ask for."""
+        stored = self.stored_bytes
+        for layer, weight in done.weights.items():
+            self._pack(layer, weight)
+        self.stored_bytes = stored  # the same layers in the same schemes
+        if self._replays:
+            start = _floats_of(prefix)
+            self._waiting |= {f"{start}{name}": value.cpu() for name, value in done.floats.items()}
+        told = {"before": done.before, "after": done.after, "steps": done.steps, "paid": done.paid, "note": done.note}
+        self._tuning[prefix] = told
 
     def segment_done(self, prefix: str) -> None:
         """Have what was packed since the last segment written, while the walk goes on with the next.
@@ -146,6 +170,7 @@ class SolvedLayers(LayerStore):
             "replaced": [name for name in self._waiting if name in self._replaced],
             "stored_bytes": self.stored_bytes - self._stored_before,
             "changes": {place: self.transformed(place) for place in (MODEL, prefix)},
+            "tuning": self._tuning.get(prefix),
             "seconds": self._seconds,
             "batch_tokens": self._batch_tokens,
         }
@@ -217,6 +242,12 @@ class SolvedLayers(LayerStore):
             found.append(change and SavedChange(tensors, change.data))
         return found
 
+    def floats(self, prefix: str) -> dict[str, torch.Tensor]:
+        """The float parameters that tuning changed in a finished segment."""
+        start = _floats_of(prefix)
+        found = [name for name in self._readers if name.startswith(start)]
+        return {name.removeprefix(start): self.stored(name).read() for name in found}
+
     def remember_changes(self, prefix: str, changes: Sequence[SavedChange | None]) -> None:
         """Keep what each transform did to the segment at which the walk stands, or to the whole model."""
         self._changes[prefix] = changes
@@ -241,6 +272,10 @@ class SolvedLayers(LayerStore):
         left = [("experts",) if each["correction"] is not None else ("experts", "correction") for each in found]
         return [{key: each[key] for key in each if key not in out} for each, out in zip(found, left, strict=True)]
 
+    def tuning(self) -> list[dict[str, Any]]:
+        """What tuning did to each segment, in their order: see :class:`quantkit.engine.tasks.Tuned`."""
+        return [{"segment": prefix, **told} for prefix, told in self._tuning.items()]
+
     def experts(self) -> dict[str, dict[str, int]]:
         """By what the names of a layer's experts begin with, the calibration tokens of each of their layers."""
         found: dict[str, dict[str, int]] = {}
@@ -258,6 +293,8 @@ class SolvedLayers(LayerStore):
         self._facts += [_Facts(**{**each, "notes": tuple(each["notes"])}) for each in record["layers"]]
         for place, done in record["changes"].items():
             self._changes[place] = [data if data is None else SavedChange({}, data) for data in done]
+        if record["tuning"] is not None:
+            self._tuning[segment.folder.name] = record["tuning"]
         self._finished.add(segment.folder.name)
         if record["batch_tokens"] is not None and record["batch_tokens"] not in self.batch_tokens:
             self.batch_tokens.append(record["batch_tokens"])
@@ -271,6 +308,11 @@ def _write(folder: Path, tensors: Mapping[str, torch.Tensor], layers: Mapping[st
 def _start_of(prefix: str, place: int) -> str:
     """How the names of the tensors of a transform start that is at this place among those of its variant."""
     return f"{TRANSFORM} {place} of {prefix}: "
+
+
+def _floats_of(prefix: str) -> str:
+    """How the names of the float parameters start that tuning changed in a segment."""
+    return f"{TUNED} {prefix}: "
 
 
 def _asked(taken: Sequence[_Taken]) -> list[_Facts]:

@@ -29,6 +29,7 @@ from quantkit.quantization.job import STAGE, Job, Quantized, Wanted, made_from
 from quantkit.quantization.plan import plan_layers
 from quantkit.quantization.resume import TakenUp, drop_layers, is_worth_keeping, layers_folder, resume_identity, take_up
 from quantkit.quantization.solved_layers import SolvedLayers
+from quantkit.quantization.solving_notes import correction_notes, tuning_notes
 from quantkit.source.model import DECODED_FROM, decoded_from
 from quantkit.system.artifacts import STAGE_FILE, check_writable, new_folder, write_json, write_stage
 from quantkit.system.distribution import version_of
@@ -281,6 +282,7 @@ class VariantRun:
         own_before, shared_before = self.solved.seconds_before
         own, shared = own_before + walk.own + writing, shared_before + walk.shared
         layers = self.solved.layers()
+        tuning = self.solved.tuning()
         experts = expert_tokens(self.solved.experts(), self.layers.shapes)
         notes = [
             *origin_remarks(self._store, self._job.source, self._job.dtype),
@@ -290,7 +292,8 @@ class VariantRun:
             *filter(None, [self.resumed.note]),
             *walk.notes,
             *expert_notes(experts, self._job.experts),
-            *_correction_notes(layers),
+            *correction_notes(layers),
+            *tuning_notes(tuning),
             *(note for each, done in self._transformed() for note in each.notes(list(done.values()))),
             *dict.fromkeys(f"{layer['name']}: {note}" for layer in layers for note in layer["notes"]),
         ]
@@ -300,6 +303,7 @@ class VariantRun:
             "bits_per_weight_file": bits_of_file(folder, self._job.source),
             "share": self.layers.share,
             "layers": layers,
+            **({"tuning": tuning} if self._variant.tune is not None else {}),
             "experts": [each.to_json() for each in experts],
             "notes": notes,
             "resumed": len(self.resumed.segments),
@@ -382,16 +386,3 @@ class VariantRun:
         folder = layers_folder(self._out)
         if folder.exists() and (fails_again or not is_worth_keeping(folder)):
             drop_layers(self._out)
-
-
-def _correction_notes(layers: Sequence[Mapping[str, Any]]) -> list[str]:
-    """How far layers were corrected for what their inputs lost; none where that was not looked at."""
-    shares = [layer["correction"] for layer in layers if "correction" in layer]
-    if not shares:
-        return []
-    left = len(layers) - len(shares)
-    note = (
-        f"correction: {sum(map(bool, shares))} of {len(shares)} layers make up for what their inputs lost in the "
-        f"layers before them, by {sum(shares) / len(shares):.2f} of the whole on average"
-    )
-    return [f"{note}; {left} more, such as experts that saw few tokens, were solved as they are" if left else note]

@@ -1,0 +1,55 @@
+"""What is told of how the layers of a variant were solved: corrections, and what tuning did."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from quantkit.quantization.left_float import few
+
+
+def correction_notes(layers: Sequence[Mapping[str, Any]]) -> list[str]:
+    """How far layers were corrected for what their inputs lost; none where that was not looked at."""
+    shares = [layer["correction"] for layer in layers if "correction" in layer]
+    if not shares:
+        return []
+    left = len(layers) - len(shares)
+    note = (
+        f"correction: {sum(map(bool, shares))} of {len(shares)} layers make up for what their inputs lost in the "
+        f"layers before them, by {sum(shares) / len(shares):.2f} of the whole on average"
+    )
+    return [f"{note}; {left} more, such as experts that saw few tokens, were solved as they are" if left else note]
+
+
+def tuning_notes(segments: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What tuning gained and where it did not pay; none where nothing was tuned.
+
+    Args:
+        segments: see :meth:`quantkit.quantization.solved_layers.SolvedLayers.tuning`.
+    """
+    if not segments:
+        return []
+    paid = [each for each in segments if each["paid"]]
+    notes = [
+        f"tune: {len(paid)} of {len(segments)} blocks are closer to the float model's{_gain(paid)}{_left(segments)}"
+    ]
+    said: dict[str, list[str]] = {}
+    for each in segments:
+        said.setdefault(each["note"], []).append(each["segment"])
+    return [*notes, *(f"tune: {few(names)}: {note}" for note, names in said.items() if note)]
+
+
+def _gain(paid: Sequence[Mapping[str, Any]]) -> str:
+    """By how much the error of held-out rows fell in the blocks where tuning paid: the geometric mean."""
+    ratios = [each["after"] / each["before"] for each in paid if each["before"] > 0 and each["after"] > 0]
+    if not ratios:
+        return ""
+    mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+    steps = sum(each["steps"] for each in paid) / len(paid)
+    return f": the error of held-out rows fell to {mean:.2f} of what it was, in {steps:.0f} steps on average"
+
+
+def _left(segments: Sequence[Mapping[str, Any]]) -> str:
+    left = [each["segment"] for each in segments if not each["paid"]]
+    return f"; it did not pay in {few(left)}, which the method alone made" if left else ""
