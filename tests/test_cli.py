@@ -13,9 +13,10 @@ from typer.testing import CliRunner, Result
 from quantkit import evaluation
 from quantkit.cli import app
 from quantkit.cli.catalogue import schemes_taken
-from quantkit.errors import SchemeError
+from quantkit.cli.running import _settings
+from quantkit.errors import RecipeError, SchemeError
 from quantkit.formats import FORMATS
-from quantkit.methods import METHODS
+from quantkit.methods import METHODS, tuning
 from quantkit.schemes import SCHEMES, GgmlMixture, Scheme
 from quantkit.schemes.kinds import keys_of
 from quantkit.system.distribution import own_version
@@ -151,6 +152,12 @@ def test_methods_are_listed_with_what_they_need_take_and_cost() -> None:
         assert f"{transform.name}: {transform.summary} needs" in shown
         assert all(f"{option} = " in shown for option in transform.Options.model_fields)
     assert "awq+gptq, awq+hqq" in shown
+    tuned = " ".join(text[text.index("\nTuning") : text.index("\nLibraries")].split())
+    assert f"tune: {tuning.SUMMARY} needs calibration rows" in tuned
+    assert "gptq+tune" in tuned
+    assert "none+tune" not in tuned
+    assert "train = [scales, zeros]" in tuned
+    assert all(f"{option} = " in tuned for option in tuning.TuneOptions.model_fields)
     assert "``" not in text
     assert ":class:" not in text
 
@@ -217,6 +224,15 @@ def test_any_key_of_a_variant_can_be_set(model: Path, tmp_path: Path) -> None:
     assert not any("down" in name for name in layers)
 
 
+def test_a_key_of_a_section_is_set_by_its_path() -> None:
+    assert _settings(["tune.steps=3", "bits=3", "tune.train=[norms]"]) == {
+        "tune": {"steps": 3, "train": ["norms"]},
+        "bits": 3,
+    }
+    with pytest.raises(RecipeError, match="'tune' is given as a whole too"):
+        _settings(["tune=true", "tune.steps=3"])
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -225,6 +241,8 @@ def test_any_key_of_a_variant_can_be_set(model: Path, tmp_path: Path) -> None:
         ("out=x", "'out' is not a key of a variant"),
         ("bitz=3", "quantize: unknown key 'bitz' (did you mean 'bits'?"),
         ("bits=[", "--set bits=[ is not valid YAML"),
+        ("tune.=3", "--set tune.=3 is not KEY=VALUE"),
+        ("tune.step=3", "unknown key 'tune.step' (did you mean 'steps'?"),
     ],
 )
 def test_a_setting_that_cannot_be_is_refused(tmp_path: Path, text: str, words: str) -> None:

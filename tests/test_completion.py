@@ -54,6 +54,10 @@ def test_bash_completes_commands_and_options(home: Path) -> None:
     named = told(home, f"COMP_WORDS=(quantkit quantize --format g); COMP_CWORD=3; {asked}").split()
     assert {"gptq", "gguf"} <= set(named)
     assert all(name.startswith("g") for name in named)
+    chained = told(home, f"COMP_WORDS=(quantkit quantize --method awq+); COMP_CWORD=3; {asked}").split()
+    assert {"awq+gptq", "awq+tune"} <= set(chained)
+    assert "awq+awq" not in chained, "awq brings the transform itself"
+    assert told(home, f"COMP_WORDS=(quantkit quantize --method none+); COMP_CWORD=3; {asked}").split() == []
     assert "llama.cpp" in told(home, f"COMP_WORDS=(quantkit verify --runtime ll); COMP_CWORD=3; {asked}")
 
 

@@ -105,6 +105,18 @@ def names_in(package: str) -> Callable[[str], list[str]]:
     return complete
 
 
+def complete_method(incomplete: str) -> list[str]:
+    """The methods that so begin, and behind a ``+`` what can come there: ``awq+gptq``, ``gptq+tune``."""
+    from quantkit.methods import METHODS
+    from quantkit.methods.tuning import TUNE
+    from quantkit.recipe.steps import is_method
+
+    head, plus, last = incomplete.rpartition("+")
+    chains = [f"{head}{plus}{name}" for name in METHODS.names() if name.startswith(last)]
+    tuned = [f"{head}+{TUNE}"] if head != "none" and is_method(head) and TUNE.startswith(last) else []
+    return [*filter(is_method, chains), *tuned]
+
+
 def _print_version(wanted: bool) -> None:
     if wanted:
         from quantkit.system.distribution import own_version

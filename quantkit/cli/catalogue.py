@@ -179,6 +179,8 @@ def written(value: Any) -> str:
     """A value as a recipe writes it."""
     if value is None:
         return "none"
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(written, value))}]"
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 

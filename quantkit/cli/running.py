@@ -17,6 +17,7 @@ from quantkit.cli.base import (
     RecipePath,
     TrustsCode,
     app,
+    complete_method,
     console,
     names_in,
     say,
@@ -195,7 +196,7 @@ def quantize(
         str | None,
         typer.Option(
             help="See 'quantkit methods'; what goes with scheme and format, or gptq.",
-            autocompletion=names_in("methods"),
+            autocompletion=complete_method,
         ),
     ] = None,
     scheme: Annotated[
@@ -412,10 +413,10 @@ def _weighted(given: str, option: str) -> dict[str, Any]:
 
 
 def _settings(given: list[str]) -> dict[str, Any]:
-    """Keys and values of ``--set``, the values as YAML reads them.
+    """Keys and values of ``--set``, the values as YAML reads them; ``tune.steps=16`` is ``tune: {steps: 16}``.
 
     Raises:
-        RecipeError: one is not of the form KEY=VALUE, or no key of a variant.
+        RecipeError: one is not of the form KEY=VALUE, or no key of a variant; a key is given whole and in parts.
     """
     from quantkit.errors import RecipeError
     from quantkit.system.strict_yaml import parse_mapping
@@ -423,9 +424,18 @@ def _settings(given: list[str]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for text in given:
         key, equals, value = text.partition("=")
-        if not equals or not key.isidentifier():
+        outer, _, inner = key.partition(".")
+        if not equals or not all(part.isidentifier() for part in key.split(".", 1)):
             raise RecipeError(f"--set {text} is not KEY=VALUE", "write --set double_quant=false, for one")
         if key in ("model", "out", "calibration", "observer", "target", "adapter"):
             raise RecipeError(f"--set {text}: '{key}' is not a key of a variant", "docs/recipe.md lists them")
-        found |= parse_mapping(f"{key}: {value}", f"--set {text}")
+        read = parse_mapping(f"{inner or outer}: {value}", f"--set {text}")
+        if not inner:
+            found |= read
+        elif isinstance(found.setdefault(outer, {}), dict):
+            found[outer] |= read
+        else:
+            raise RecipeError(
+                f"--set {text}: '{outer}' is given as a whole too", f"write --set {outer}.KEY=VALUE alone"
+            )
     return found

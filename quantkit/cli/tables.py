@@ -16,13 +16,14 @@ from quantkit.cli.catalogue import (
     statistics_words,
     written,
 )
+from quantkit.errors import SchemeError
 from quantkit.formats import FORMATS
 from quantkit.isolation.catalogue import library_facts, offer_facts
 from quantkit.libraries import LIBRARIES
-from quantkit.methods import METHODS
+from quantkit.methods import METHODS, tuning
 from quantkit.recipe.steps import is_method, steps_of
 from quantkit.runtimes import RUNTIMES
-from quantkit.schemes import SCHEMES, GgmlMixture
+from quantkit.schemes import SCHEMES, GgmlMixture, Scheme
 from quantkit.schemes.kinds import all_kinds
 from quantkit.system.fitted_table import FittedTable, Shown
 from quantkit.system.pace import about
@@ -62,6 +63,7 @@ def method_lines() -> Iterator[str]:
         yield ""
     yield from _broken(METHODS.broken())
     yield from _transform_lines()
+    yield from _tuning_lines()
     yield from _library_lines()
     yield "Schemes, the key 'scheme' of a variant (bits per weight as they are by default, with their scales):"
     yield ""
@@ -94,6 +96,29 @@ def _transform_lines() -> Iterator[str]:
         yield from _options("options", options_of(transform.Options))
         yield ""
     yield from _broken(TRANSFORMS.broken())
+
+
+def _tuning_lines() -> Iterator[str]:
+    """Block polish with what it needs and its options, and behind which methods it can stand."""
+    yield "Tuning, which comes behind a method (key 'tune' of a variant, or the end of 'method'):"
+    yield ""
+    yield f"{tuning.TUNE}: {tuning.SUMMARY}"
+    yield from _facts(
+        {
+            "needs": "calibration rows",
+            "schemes": ", ".join(schemes_taken(_check_tuned)),
+            "source": tuning.SOURCE,
+            "cost": tuning.COST,
+            "in short": ", ".join(f"{name}+{tuning.TUNE}" for name in METHODS.names() if name != "none"),
+        }
+    )
+    yield from _options("options", options_of(tuning.TuneOptions))
+    yield ""
+
+
+def _check_tuned(scheme: Scheme) -> None:
+    if not tuning.TuneOptions().trains(scheme):
+        raise SchemeError(f"{scheme.describe()} has nothing that is trained by default")
 
 
 def _library_lines() -> Iterator[str]:
