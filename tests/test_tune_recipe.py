@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from quantkit.errors import RecipeError
+from quantkit.estimation import estimate
 from quantkit.methods.tuning import TuneOptions
+from quantkit.pipeline.plan import forecast
 from quantkit.recipe import Recipe, VariantSpec
 from quantkit.system.validation import parse_section
+from tests.runs import write_records
+from tests.tiny import make_model
 
 
 def variant(**keys: Any) -> VariantSpec:
@@ -119,3 +124,40 @@ def test_a_recipe_that_tunes_is_checked_without_torch() -> None:
         "VariantSpec.model_validate({'name': 'a', 'method': 'gptq+tune'}); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_memory_of_tuning_is_that_of_a_step_whatever_the_depth(tmp_path: Path) -> None:
+    shallow = str(make_model(tmp_path / "shallow", num_hidden_layers=3))
+    deep = str(make_model(tmp_path / "deep", num_hidden_layers=6))
+
+    def peak(model: str, tokens: int = 8192, **tune: Any) -> dict[str, int]:
+        keys: dict[str, Any] = {"group_size": 32, "tune": tune, "calibration_tokens": tokens, "device": "cpu"}
+        found = estimate(model, method="rtn+tune", **keys).part("quantizing")
+        assert found.title == "while quantizing, when a block is tuned"
+        return {line.name: line.nbytes for line in found.lines}
+
+    small, batch = peak(shallow), peak(shallow, batch_tokens=4096)
+    assert peak(deep) == small
+    step, waiting = "activations of a step", "inputs and targets of the block"
+    assert peak(shallow, 16384)[waiting] == 2 * small[waiting]
+    assert batch.pop(step) == 2 * small.pop(step)
+    assert batch == small
+    assert small["weights and their gradients"] == small["trained parameters"] // 16 * 32 * 9
+
+
+def test_a_tuned_variant_takes_longer_by_its_steps(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model")
+    given = {"name": "r", "model": str(model), "report": {"folder": str(tmp_path / "run")}}
+    calibration = {"dataset": str(write_records(tmp_path / "records.json")), "samples": 8, "max_length": 64}
+
+    def seconds(**keys: Any) -> float:
+        variants = [{"name": "a", "method": "rtn", "group_size": 32, **keys}]
+        told = forecast(Recipe.of({**given, "calibration": calibration, "variants": variants}))
+        (variant,) = told["variants"]
+        assert variant["method"] == ("rtn+tune" if keys else "rtn")
+        assert variant["strategy"] == ("one-pass" if keys else "weights only")
+        assert (told["calibration"] is None) == (not keys)
+        return float(sum(each["seconds"] for each in told["time"]["stages"] if each["stage"].startswith("quantize")))
+
+    plain, one, many = seconds(), seconds(tune={"steps": 1}), seconds(tune={"steps": 5000})
+    assert plain < one < many

@@ -14,11 +14,13 @@ from dataclasses import dataclass, replace
 from quantkit.estimation.anatomy import Anatomy
 from quantkit.estimation.groups import Group, calibrated_groups, outer_group, uncalibrated_groups
 from quantkit.estimation.lines import Line, Part, largest, written
+from quantkit.estimation.tuning import tuning_lines
 from quantkit.estimation.use import Use
 from quantkit.estimation.weights import Stored
 from quantkit.formats import FORMATS
 from quantkit.formats.base import BYTES
 from quantkit.methods.base import Method, Statistic
+from quantkit.methods.tuning import TuneOptions
 from quantkit.recipe import VariantSpec
 from quantkit.schemes import Mxfp4Scheme, Nvfp4Scheme, Scheme
 from quantkit.schemes.codebook import CodebookScheme
@@ -102,6 +104,8 @@ def quantizing(anatomy: Anatomy, variant: VariantSpec, file: Stored, use: Use) -
         groups = tuple(uncalibrated_groups(anatomy, schemes, FORMATS.get(variant.format)))
     for group in groups:
         moments += _moments(run, group)
+    if variant.tune is not None:
+        moments.append(_tuning(run, variant.tune, schemes))
     for name in (anatomy.head, anatomy.embedding):
         if name in schemes:
             head = name == anatomy.head
@@ -137,8 +141,7 @@ def _pass_bytes(file: Stored, use: Use) -> int:
 
 def _moments(run: _Run, group: Group) -> Iterator[Part]:
     """The moments of a group at which most may be alive."""
-    block = Line("block", run.inside * run.size, f"{written(run.inside)} parameters x {run.size} bytes")
-    packed = Line("packed layers of the block", run.packed, f"{written(run.packed)} bytes, written at its end")
+    block, packed = _block(run), _packed(run)
     if not (run.needs and group.paused):
         yield _part(run, f"at {group.place}", [block, _weights(run, group), packed])
         return
@@ -162,12 +165,26 @@ def _moments(run: _Run, group: Group) -> Iterator[Part]:
     yield _part(run, f"at {group.place}", [*standing, kept, _weights(run, group), packed])
 
 
+def _tuning(run: _Run, options: TuneOptions, schemes: dict[str, Scheme]) -> Part:
+    """The moment at which a step through the whole block has been taken forward, and its gradients come back."""
+    lines = [_block(run), _frame(run), *tuning_lines(run.anatomy, options, schemes, run.use, run.size), _packed(run)]
+    return _part(run, "when a block is tuned", lines)
+
+
+def _block(run: _Run) -> Line:
+    return Line("block", run.inside * run.size, f"{written(run.inside)} parameters x {run.size} bytes")
+
+
+def _packed(run: _Run) -> Line:
+    return Line("packed layers of the block", run.packed, f"{written(run.packed)} bytes, written at its end")
+
+
 def _part(run: _Run, when: str, lines: list[Line]) -> Part:
     return Part("quantizing", f"while quantizing, {when}", tuple(lines), _notes(run))
 
 
 def _notes(run: _Run) -> tuple[str, ...]:
-    if not run.needs:
+    if not run.variant.calibrated:
         return ("no calibration is needed",)
     use = run.use
     tokens = f"{use.calibration_tokens:,} calibration tokens, inputs: {use.inputs}"

@@ -17,6 +17,7 @@ from quantkit.engine.precision import pass_dtype
 from quantkit.errors import QuantkitError
 from quantkit.estimation.anatomy import Anatomy
 from quantkit.estimation.measured import known_anatomy
+from quantkit.methods.tuning import TuneOptions
 from quantkit.pipeline.machine_rates import Rates, rates, solving_seconds
 from quantkit.pipeline.titles import BASELINE_TITLE, evaluation_title, library_title, walk_title
 from quantkit.quantization import Job, walks
@@ -47,6 +48,12 @@ TASK_DOCUMENTS, TASK_TOKENS = 1000, 200
 """Of a task that has no limit; tokens of all that is read for a document."""
 TRANSFORMED = 3.0
 """How much longer solving takes with a transform that searches its factors."""
+STEP = 3.0
+"""Forward passes of the same tokens that a step of tuning takes."""
+LOOKS = 8
+"""Steps between two looks at the rows that are held out, about."""
+DECODED = 60.0
+"""Bytes that are moved for a weight when it is decoded and gets a gradient."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,7 +208,8 @@ class _Work:
         """Seconds of a walk: the passes, what is gathered of them, and what each variant's method takes."""
         found = 0.0
         if any(variant.calibrated for variant in variants):
-            found += self.tokens * 2 * self.active * ATTENTION / self.pass_rates.products
+            found += self._passing(self.tokens)
+        if any(variant.needs() for variant in variants):
             found += self._gathering()
         weights = sum(height * width for height, width in self.shapes)
         for variant in variants:
@@ -209,7 +217,23 @@ class _Work:
             transforms = TRANSFORMED if variant.build_transforms() else 1.0
             found += transforms * (weights * 100 / self.pass_rates.nbytes if solved is None else solved)
             found += weights * 12 / self.pass_rates.nbytes + weights / DISK
+            found += 0.0 if variant.tune is None else self._tuning(variant.tune)
         return found
+
+    def _passing(self, tokens: float) -> float:
+        """Seconds of a pass of tokens through the blocks."""
+        return tokens * 2 * self.active * ATTENTION / self.pass_rates.products
+
+    def _tuning(self, options: TuneOptions) -> float:
+        """Seconds in which every block is tuned: the float model's pass, the steps, and what is held out to judge them.
+
+        At each step all weights of the block are decoded, and have gradients.
+        """
+        weights = sum(height * width for height, width in self.shapes)
+        stepped = options.steps * min(options.batch_tokens, self.tokens) * STEP
+        judged = options.steps / LOOKS * options.held_out * self.tokens
+        moved = options.steps * weights * DECODED / self.pass_rates.nbytes
+        return self._passing(self.tokens + stepped + judged) + moved
 
     def _gathering(self) -> float:
         """Seconds in which products of inputs with themselves are summed."""
@@ -220,8 +244,8 @@ class _Work:
 
     def _library(self) -> float:
         """Seconds of another library, of which nothing is known: twice what a pass with its statistics takes."""
-        passes = self.tokens * 2 * self.active * ATTENTION / self.pass_rates.products
-        return START + 2 * (passes + self._gathering()) + sum(height * width for height, width in self.shapes) / DISK
+        weights = sum(height * width for height, width in self.shapes)
+        return START + 2 * (self._passing(self.tokens) + self._gathering()) + weights / DISK
 
 
 def _past(recipe: Recipe, model: SourceModel) -> dict[str, tuple[int, float]]:

@@ -151,8 +151,8 @@ class _Variants:
         if self.job.inputs == "float":
             return "one walk for all"
         dtype = pass_dtype(self.device, FLOATS[self.job.dtype])
-        corrected = variant.build_method().corrects
-        return choose_strategy(self.skeleton, self.tokens, dtype, self.device, corrected)
+        corrected, tuned = variant.build_method().corrects, variant.tune is not None
+        return choose_strategy(self.skeleton, self.tokens, dtype, self.device, corrected, tuned)
 
 
 def _float_bytes(reader: CheckpointReader, name: str, store: type[Format], cast: str | None) -> int:

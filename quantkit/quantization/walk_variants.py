@@ -167,8 +167,8 @@ def _solve(job: Job, skeleton: Skeleton, runs: Sequence[VariantRun], on_segment:
     inputs = job.inputs if calibrated else "float"
     dtype = pass_dtype(device, FLOATS[job.dtype])
     tokens = sum(map(len, job.rows)) if calibrated else 0
-    corrected = any(task.method.corrects for task in tasks)
-    strategy = choose_strategy(skeleton, tokens, dtype, device, corrected) if calibrated else "one-pass"
+    corrected, tuned = any(task.method.corrects for task in tasks), any(task.tune is not None for task in tasks)
+    strategy = choose_strategy(skeleton, tokens, dtype, device, corrected, tuned) if calibrated else "one-pass"
     before = min((tokens for run in runs for tokens in run.solved.batch_tokens), default=None)
     for step in fallback_steps(device, strategy, inputs, calibrated=calibrated, batch_tokens=before):
         if step.says:
