@@ -4,7 +4,8 @@
         --cases gptq-int4-g64-sym,awq+gptq-int4-g64-asym,gptq-nvfp4 --samples 16 64 --results quality.jsonl
 
 A case is METHOD-SCHEME with options behind colons: ``gptq-int3-g64-asym``, ``gptq-int4-g64-sym:refinements=3``,
-``rtn-int4-g64-sym:range=weighted``, ``gptq-mxfp4``, ``llama.cpp-q4_k_m``; or LIBRARY/METHOD-SCHEME for another library
+``rtn-int4-g64-sym:range=weighted``, ``gptq-mxfp4``, ``llama.cpp-q4_k_m``,
+``gptq+tune-int4-g64-sym:tune.steps=16:tune.train=[scales,norms]``; or LIBRARY/METHOD-SCHEME for another library
 in its own environment: ``autoround/autoround-int4-g64-sym:iters=50``, ``gptqmodel/gptq-int4-g64-sym``. All calibrate on
 the same token ids. The divergence from the float model is that of the reference decoder; with --llama-cpp GGUF files
 are scored in llama.cpp.
@@ -24,6 +25,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -83,7 +85,11 @@ def read_case(text: str) -> VariantSpec | LibrarySpec:
         QuantkitError: no such method, scheme, library or option.
     """
     head, *given = text.split(":")
-    options = {key: yaml.safe_load(value) for key, _, value in (each.partition("=") for each in given)}
+    options: dict[str, Any] = {}
+    for key, _, value in (each.partition("=") for each in given):
+        outer, _, inner = key.partition(".")
+        read = yaml.safe_load(value)
+        options[outer] = {**options.get(outer, {}), inner: read} if inner else read
     method, _, scheme = head.partition("-")
     library, _, theirs = method.rpartition("/")
     asked = {"name": "case", "scheme": scheme.replace("-", " ")}
@@ -239,7 +245,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--baseline", help="the case that others are compared with; the first if not given")
     parser.add_argument("--before", metavar="LABEL", help="compare each case with itself under another label")
     given = parser.parse_args()
-    given.cases = given.cases.split(",")
+    given.cases = re.split(r",(?![^\[]*\])", given.cases)
     given.baseline = given.baseline or given.cases[0]
     given.models = {name: Path(folder) for name, _, folder in (each.partition("=") for each in given.models)}
     if max(given.samples) > HELD_OUT:

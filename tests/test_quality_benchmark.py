@@ -12,6 +12,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from quantkit.errors import QuantkitError
+from quantkit.methods.tuning import TuneOptions
 from quantkit.recipe import LibrarySpec, VariantSpec
 from quantkit.runtimes import RUNTIMES
 from quantkit.runtimes.llama_cpp import LlamaCpp
@@ -35,6 +36,9 @@ def test_a_case_says_method_scheme_and_options(quality: ModuleType) -> None:
     assert isinstance(ours, VariantSpec)
     assert (ours.chain, ours.base_scheme()) == ("awq+gptq", IntScheme(3, 128, False))
     assert ours.options == {"damping": 0.1, "activation_order": False}
+    tuned = quality.read_case("gptq+tune-int4-g64-sym:tune.steps=16:tune.train=[scales,norms]:damping=0.1")
+    assert (tuned.chain, tuned.options) == ("gptq+tune", {"damping": 0.1})
+    assert tuned.tune == TuneOptions(steps=16, train=("scales", "norms"))
     theirs = quality.read_case("autoround/autoround-int4-g128-sym:iters=50")
     assert isinstance(theirs, LibrarySpec)
     assert (theirs.library, theirs.method, theirs.bits, theirs.group_size, theirs.symmetric) == (

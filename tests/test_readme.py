@@ -29,6 +29,7 @@ from quantkit.formats import FORMATS
 from quantkit.gates import METRICS
 from quantkit.methods import METHODS
 from quantkit.methods.base import InputStatistics, Statistic
+from quantkit.methods.tuning import TuneOptions
 from quantkit.recipe.steps import steps_of
 from quantkit.records import dataset_names, named_dataset
 from quantkit.schemes import SCHEMES, Fp4Scheme, IntScheme, Mxfp4Scheme, Nf4Scheme
@@ -245,6 +246,13 @@ def plain(value: Any) -> Any:
 @pytest.mark.parametrize("method", METHODS.names())
 def test_the_page_on_methods_has_every_option_with_its_default(method: str) -> None:
     shown, fields = table(section("docs/methods.md", method)), steps_of(method).Options.model_fields
+    assert list(shown) == list(fields)
+    for name, (_, default, _) in shown.items():
+        assert_default(default, fields[name].default)
+
+
+def test_the_page_on_methods_has_every_option_of_tuning_with_its_default() -> None:
+    shown, fields = table(section("docs/methods.md", "tune")), TuneOptions.model_fields
     assert list(shown) == list(fields)
     for name, (_, default, _) in shown.items():
         assert_default(default, fields[name].default)

@@ -190,6 +190,21 @@ def test_hints_are_overrides_that_the_variant_takes(others: dict[str, float], en
     assert found.mending in render_markdown(report)["report.md"]
 
 
+def test_what_tuning_did_is_told_block_by_block() -> None:
+    report = with_layers(errors_of())
+    assert layer_maps(report)[0].tuned is None
+    assert "Tuned" not in render_html(report)
+    told = {"segment": "model.layers.0", "before": 0.02, "after": 0.015, "steps": 40, "paid": True, "note": ""}
+    left = {**told, "segment": "model.layers.1", "after": 0.02, "steps": 8, "paid": False}
+    report["variants"][0]["tuning"] = [told, left, {**told, "before": None}]
+    caption = "became 0.88 of what it was in the median; 1 of 2 blocks were left as the method made them."
+    html, markdown = render_html(report), render_markdown(report)["report.md"]
+    assert caption in html
+    assert caption in markdown
+    assert "| `model.layers.0` | 0.0200 | 0.0150 | 0.75 | 40 |" in markdown
+    assert "<td>model.layers.1</td>" in html
+
+
 def test_a_run_that_missed_a_gate_is_complete_and_one_without_a_variant_is_not() -> None:
     report = with_layers(errors_of()) | {"status": "failed"}
     assert ">run complete<" in render_html(report)

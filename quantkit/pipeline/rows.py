@@ -14,6 +14,7 @@ from quantkit.estimation.measured import beside_measured
 from quantkit.evaluation.stage import report_figures
 from quantkit.exports.manifest import identity
 from quantkit.merging import other_merge
+from quantkit.methods.tuning import TUNE
 from quantkit.pipeline.context import Run, attempted, score_beside
 from quantkit.pipeline.library_rows import library_row
 from quantkit.pipeline.titles import walk_title
@@ -80,7 +81,7 @@ def _variant_row(
         "bits": scheme.bits,
         "group_size": scheme.group_size,
         "symmetric": scheme.symmetric,
-        "options": variant.method_options().model_dump(mode="json"),
+        "options": {**variant.method_options().model_dump(mode="json"), **_tune_options(variant)},
     }
 
     def work() -> dict[str, Any]:
@@ -91,6 +92,10 @@ def _variant_row(
         return scored
 
     return attempted(current, row, work)
+
+
+def _tune_options(variant: VariantSpec) -> dict[str, Any]:
+    return {} if variant.tune is None else {TUNE: variant.tune.model_dump(mode="json")}
 
 
 def _scored(current: Run, variant: VariantSpec, done: Quantized, baseline: dict[str, Any]) -> dict[str, Any]:
@@ -112,6 +117,7 @@ def _quantize_facts(done: Quantized) -> dict[str, Any]:
         "bits_per_weight_file": facts["bits_per_weight_file"],
         "share": facts["share"],
         "layers": facts["layers"],
+        **({"tuning": facts["tuning"]} if "tuning" in facts else {}),
         "experts": facts["experts"],
         "notes": facts["notes"],
     }

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from quantkit.report.columns import Record
 from quantkit.report.mending import mending, standing_out
 from quantkit.report.numbers import ABSENT, figure, padded
+from quantkit.report.tuned_blocks import TunedBlocks, tuned_blocks
 
 STEPS = (0.25, 0.5, 0.71, 1.41, 2.0, 4.0)
 """Ratios to the median at which the colour changes."""
@@ -113,6 +114,7 @@ class LayerMap:
         outside: layers outside blocks, with their errors.
         worst: which layers stand out, in words.
         mending: keys of the variant that would mend them, as YAML; empty where it takes none.
+        tuned: what tuning did to its blocks; None where it was not tuned.
     """
 
     name: str
@@ -121,6 +123,7 @@ class LayerMap:
     outside: list[tuple[str, str]]
     worst: list[str]
     mending: str
+    tuned: TunedBlocks | None
 
 
 def layer_maps(report: Record) -> list[LayerMap]:
@@ -160,6 +163,7 @@ def _map(variant: Record, entry: Mapping[str, object] | None) -> LayerMap | None
         outside=[(spot.name, padded(spot.error)) for spot in spots if spot.place.block is None],
         worst=[group.why for group in groups],
         mending=mending(groups, entry),
+        tuned=tuned_blocks(variant),
     )
 
 
