@@ -34,7 +34,7 @@ def assorted() -> dict[str, torch.Tensor]:
     }
 
 
-def write(folder: Path, tensors: dict[str, torch.Tensor], **options: int) -> None:
+def write(folder: Path, tensors: dict[str, torch.Tensor], **options: Any) -> None:
     with ShardWriter(folder, **options) as writer:
         for name, tensor in tensors.items():
             writer.declare(name, tensor.dtype, tuple(tensor.shape))

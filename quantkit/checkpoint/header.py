@@ -18,6 +18,7 @@ INDEX_FILE = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000
 MAX_DIMENSIONS = 64
 """As many as torch has."""
+METADATA = "__metadata__"
 COPY_AGAIN = "download or copy the file again"
 DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -60,21 +61,10 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
     Raises:
         CheckpointError: the file is missing, truncated or not safetensors.
     """
+    size, length, header = _header(file)
     try:
-        if file.exists() and not file.is_file():
-            raise CheckpointError(f"cannot read {file}: it is not a plain file", COPY_AGAIN)
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
-                raise CheckpointError(f"{file} is truncated or is not a safetensors file", COPY_AGAIN)
-            header = json.loads(stream.read(length).decode("utf-8"), object_pairs_hook=_distinct)
-        entries = [_entry_of(name, facts, file, 8 + length) for name, facts in header.items() if name != "__metadata__"]
-    except OSError as error:
-        raise CheckpointError(f"cannot read {file}: {error.strerror}", COPY_AGAIN) from error
-    except _TwiceError as error:
-        raise CheckpointError(f"{file}: the name '{error}' is given twice in its header", COPY_AGAIN) from error
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        entries = [_entry_of(name, facts, file, 8 + length) for name, facts in header.items() if name != METADATA]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{file} has no valid safetensors header", COPY_AGAIN) from error
     entries.sort(key=lambda named: (named[1].start, named[1].nbytes))
     end = 8 + length
@@ -85,6 +75,39 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
     if end != size:
         raise CheckpointError(f"{file} has {size} bytes where its header says {end}", COPY_AGAIN)
     return dict(entries)
+
+
+def read_said(file: Path) -> dict[str, str]:
+    """What the header of a safetensors file says of the file beside its tensors, by key; empty where it says nothing.
+
+    Raises:
+        CheckpointError: the file is missing, truncated or not safetensors.
+    """
+    said = _header(file)[2].get(METADATA)
+    texts = said.items() if isinstance(said, dict) else ()
+    return {key: text for key, text in texts if isinstance(text, str)}
+
+
+def _header(file: Path) -> tuple[int, int, dict[str, Any]]:
+    """The bytes of a file, those of its header, and the header."""
+    try:
+        if file.exists() and not file.is_file():
+            raise CheckpointError(f"cannot read {file}: it is not a plain file", COPY_AGAIN)
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+                raise CheckpointError(f"{file} is truncated or is not a safetensors file", COPY_AGAIN)
+            header = json.loads(stream.read(length).decode("utf-8"), object_pairs_hook=_distinct)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {file}: {error.strerror}", COPY_AGAIN) from error
+    except _TwiceError as error:
+        raise CheckpointError(f"{file}: the name '{error}' is given twice in its header", COPY_AGAIN) from error
+    except (ValueError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{file} has no valid safetensors header", COPY_AGAIN) from error
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{file} has no valid safetensors header", COPY_AGAIN)
+    return size, length, header
 
 
 def read_index(index: Path) -> dict[str, str]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import BinaryIO
 
 import torch
@@ -33,12 +33,15 @@ class _Shard:
     tensors: list[_Declared] = field(default_factory=list)
     nbytes: int = 0
 
-    def layout(self) -> tuple[bytes, dict[str, int]]:
+    def layout(self, said: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
         """The bytes before the data, and where in the file each tensor begins.
 
         Wide dtypes lie first, as safetensors itself writes them, so that every tensor is aligned.
+
+        Args:
+            said: of the file, in its header.
         """
-        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        header: dict[str, object] = {"__metadata__": {"format": "pt", **said}}
         offset, offsets = 0, {}
         for tensor in sorted(self.tensors, key=lambda tensor: -tensor.dtype.itemsize):
             offsets[tensor.name] = offset
@@ -67,11 +70,15 @@ class ShardWriter:
     Args:
         folder: made if it is not there.
         max_shard_bytes: bytes of tensors a shard may hold; a larger tensor gets a shard of its own.
+        said: what the header of each file says beside ``format``, see :func:`quantkit.checkpoint.header.read_said`.
     """
 
-    def __init__(self, folder: Path, max_shard_bytes: int = 4 << 30) -> None:
+    def __init__(
+        self, folder: Path, max_shard_bytes: int = 4 << 30, said: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
         self.folder = folder
         self.max_shard_bytes = max_shard_bytes
+        self._said = said
         self._shards: list[_Shard] = [_Shard()]
         self._names: set[str] = set()
         self._plan: list[tuple[int, _Declared]] | None = None
@@ -192,7 +199,7 @@ class ShardWriter:
         if self._open is None or self._open[0] != number:
             self._finish_shard()
             self.folder.mkdir(parents=True, exist_ok=True)
-            head, offsets = self._shards[number].layout()
+            head, offsets = self._shards[number].layout(self._said)
             file = (self.folder / self._file_name(number)).open("wb")
             self._open = (number, file, offsets)
             file.write(head)

@@ -71,6 +71,17 @@ def adaptable_modules(model: nn.Module) -> list[str]:
     return [name for name in found if not name.startswith(stacks)]
 
 
+def whole_modules(model: nn.Module) -> dict[str, bool]:
+    """The names of modules whose weight is one matrix that PEFT adapts, and whether it lies transposed.
+
+    Args:
+        model: as transformers builds it, before anything gave way to Linear modules.
+    """
+    stacks = tuple(f"{name}." for name, module in model.named_modules() if is_stack(module))
+    found = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and not n.startswith(stacks)}
+    return {name: isinstance(module, Conv1D) for name, module in found.items()}
+
+
 def layer_of(path: str, module: nn.Linear | nn.Embedding, names: Names) -> Layer:
     """The layer that a module of the model is."""
     return Layer(names.layer(f"{path}.weight"), path, module)

@@ -15,9 +15,11 @@ from typing import Any, Literal, Protocol
 import psutil
 import torch
 
+from quantkit.checkpoint.adapter_folder import WEIGHTS as ADAPTER_WEIGHTS
 from quantkit.errors import EvaluationError
 from quantkit.evaluation.speed import NEW_TOKENS, PROMPT_TOKENS
 from quantkit.exports import IMATRIX
+from quantkit.exports.adapter import adapter_beside
 from quantkit.gguf.parts import parts_of
 from quantkit.runtimes.base import LoadedModel
 from quantkit.system.devices import device_name
@@ -158,11 +160,14 @@ def process_bytes(device: torch.device) -> int | None:
 
 
 def checkpoint_bytes(path: Path) -> int:
-    """Bytes of a file with all parts of it, or of all files with weights directly in a folder."""
+    """Bytes of a file with all parts of it, or of all files with weights directly in a folder, with its adapter's."""
     if path.is_file():
         return sum(part.stat().st_size for part in parts_of(path) if part.is_file())
-    files = (file for pattern in WEIGHTS for file in path.glob(pattern) if file.name != IMATRIX)
-    return sum(file.stat().st_size for file in files)
+    files = [file for pattern in WEIGHTS for file in path.glob(pattern) if file.name != IMATRIX]
+    adapter = adapter_beside(path)
+    return sum(file.stat().st_size for file in files) + (
+        0 if adapter is None else (adapter / ADAPTER_WEIGHTS).stat().st_size
+    )
 
 
 class MemoryWatch:

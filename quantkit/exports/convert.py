@@ -68,7 +68,7 @@ def convert(
     export, target = open_export(checkpoint), FORMATS.get(to)
     schemes = {layer: _placed(layer, target, export) for layer in export.schemes}
     with workplace(out, "convert") as work, _scratch(work) as scratch, new_folder(out, guests=True) as folder:
-        origin = _origin(export, scratch / "origin")
+        origin = origin_folder(export, scratch / "origin")
         skeleton, mended = _skeleton(export, origin, trust_remote_code)
         linears = {name: schemes.get(name) for name in skeleton.all_linears()}
         _check_together(export, target, linears, schemes)
@@ -124,7 +124,7 @@ def _move(export: Export, layer: str, scheme: Scheme, scales: torch.dtype, layer
     return moved
 
 
-def _origin(export: Export, folder: Path) -> Path:
+def origin_folder(export: Export, folder: Path) -> Path:
     """A folder with the float model's config, the tokenizer and what else goes along."""
     folder.mkdir()
     copy_companions(export.tokenizer_folder(), folder, code=True)

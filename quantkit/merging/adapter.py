@@ -9,11 +9,10 @@ from pathlib import Path
 
 import torch
 
-from quantkit.checkpoint import CheckpointReader
-from quantkit.checkpoint.adapter_folder import CONFIG
-from quantkit.checkpoint.header import read_header
+from quantkit.checkpoint.adapter_folder import CONFIG, PREFIX, WEIGHTS
 from quantkit.checkpoint.wrapped_names import without_wrappers
 from quantkit.errors import SourceError
+from quantkit.exports.adapter import AdapterReader
 from quantkit.merging.archives import SUFFIXES, is_archive, unpack
 from quantkit.merging.config import WITH_PEFT, AdapterConfig
 from quantkit.merging.stacks import Stack
@@ -21,9 +20,7 @@ from quantkit.recipe.model import HUB_REFERENCE
 from quantkit.source import hub
 from quantkit.system.artifacts import file_sha256
 
-WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
-PREFIX = "base_model.model."
 AGAIN = "the adapter is broken: save or download it again"
 _LORA_PART = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_[AB]|lora_magnitude_vector)"
@@ -65,15 +62,6 @@ def adapter_folder(reference: str, scratch: Path) -> Path | hub.Snapshot:
     raise SourceError(
         f"there is no adapter {path}", "give a folder, an archive, or the hub id org/name of a PEFT adapter"
     )
-
-
-class AdapterReader(CheckpointReader):
-    """The tensors of ``adapter_model.safetensors``."""
-
-    def __init__(self, file: Path) -> None:
-        self.folder = file.parent
-        self.index = None
-        self._entries = read_header(file)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from quantkit.checkpoint import SINGLE_FILE, ShardWriter
-from quantkit.checkpoint.adapter_folder import CONFIG
-from quantkit.merging.adapter import PREFIX, WEIGHTS, WRAPPED_BASE, Adapter
+from quantkit.checkpoint.adapter_folder import CONFIG, PREFIX, WEIGHTS
+from quantkit.merging.adapter import WRAPPED_BASE, Adapter
 from quantkit.merging.base import Base
 from quantkit.merging.places import NESTED
 from quantkit.system.artifacts import read_json, write_json

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.checkpoint import FLOATS, CheckpointReader, ShardWriter
+from quantkit.checkpoint.adapter_folder import made_for
 from quantkit.errors import CheckpointError, SourceError
+from quantkit.exports.adapter import digest_of
 from quantkit.merging import MergedModel
 from quantkit.merging.adapter import Adapter, adapter_folder
 from quantkit.merging.base import check_base, open_base
@@ -36,6 +38,7 @@ def merge_into(base: SourceModel, model: ModelSpec, merge: MergeSpec, out: Path,
     """
     observer.stage(f"merge: {', '.join(adapter.source for adapter in model.adapter)}")
     with _opened(model.adapter, out, observer) as adapters:
+        _check_made_for(adapters, base)
         notes = [] if merge.any_base else _names_checked(adapters, base)
         content = _content(base, adapters, model, merge)
         done = read_stage(out, STAGE, content)
@@ -81,6 +84,24 @@ def _opened(adapters: Sequence[AdapterSpec], out: Path, observer: Observer) -> I
             else:
                 opened.append(Adapter(found, adapter.source, adapter.weight, {}))
         yield tuple(opened)
+
+
+def _check_made_for(adapters: tuple[Adapter, ...], base: SourceModel) -> None:
+    """Refuse an adapter that takes up what quantization lost, but on the decoded codes that it was made for.
+
+    Raises:
+        SourceError: the base is another one; no setting lets it pass.
+    """
+    for adapter in adapters:
+        wanted = made_for(adapter.folder)
+        if wanted is not None and wanted != digest_of(base.sha256):
+            named = adapter.config.base
+            raise SourceError(
+                f"adapter {adapter.origin} takes up what quantization lost in '{named}', and '{base.reference}' holds "
+                "other weights, which it would damage",
+                f"load it on that checkpoint with PEFT, or merge it into its decoded codes: quantkit merge {named} "
+                f"{adapter.origin} OUT --decode",
+            )
 
 
 def _names_checked(adapters: tuple[Adapter, ...], base: SourceModel) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 from quantkit.checkpoint import CheckpointReader
 from quantkit.checkpoint.leftovers import is_quantized
 from quantkit.errors import CheckpointError, EvaluationError
+from quantkit.exports.adapter import adapter_beside
 from quantkit.exports.manifest import read_manifest
 from quantkit.formats import FORMATS
 from quantkit.formats.base import Format
@@ -27,7 +28,8 @@ def choose_runtime(path: Path, wanted: str = AUTO, dtype: str | None = None) -> 
 
     A float checkpoint is transformers' in any case. ``auto`` gives it also what it can load: a format of which
     quantkit knows nothing, and one that it knows to load there, if its packages are installed and its schemes run in
-    this dtype. A GGUF file is llama.cpp's where that is installed. The reference decoder has the rest.
+    this dtype. A GGUF file is llama.cpp's where that is installed and no adapter lies beside it. The reference decoder
+    has the rest.
 
     Args:
         path: the checkpoint.
@@ -35,7 +37,8 @@ def choose_runtime(path: Path, wanted: str = AUTO, dtype: str | None = None) -> 
         dtype: in which the model will compute; None is the checkpoint's own.
 
     Raises:
-        EvaluationError: there is no checkpoint, or the runtime has an interpreter of its own.
+        EvaluationError: there is no checkpoint, the runtime has an interpreter of its own, or it cannot compute with
+            the adapter that lies there.
         RecipeError: there is no such runtime.
         CheckpointError: the manifest is broken.
     """
@@ -48,10 +51,26 @@ def choose_runtime(path: Path, wanted: str = AUTO, dtype: str | None = None) -> 
     if is_float(path):
         return RUNTIMES.get("transformers")
     if chosen is not None:
+        check_adapter(path, chosen)
         return chosen
     if is_gguf(path):
-        return RUNTIMES.get("llama.cpp" if _is_usable("llama.cpp") else "reference")
+        return RUNTIMES.get("llama.cpp" if _is_usable("llama.cpp") and not adapter_beside(path) else "reference")
     return RUNTIMES.get("transformers" if _transformers_loads(path, dtype) else "reference")
+
+
+def check_adapter(path: Path, runtime: type[Runtime]) -> None:
+    """Refuse to leave out the adapter that lies beside a checkpoint.
+
+    Raises:
+        EvaluationError: there is one, and the runtime does not compute with it.
+        CheckpointError: it belongs to another checkpoint.
+    """
+    if not runtime.adapters and adapter_beside(path) is not None:
+        able = ", ".join(each.name for each in RUNTIMES if each.adapters)
+        raise EvaluationError(
+            f"{path} is computed with the adapter in it, which quantkit does not give to {runtime.name}",
+            f"choose one of {able}, or give the checkpoint that the adapter was made for by itself",
+        )
 
 
 def is_float(path: Path) -> bool:

@@ -8,11 +8,11 @@ What it computes is what the file says; its memory and speed are those of a floa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Set
+from collections.abc import Callable, Mapping, Set
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
-from types import EllipsisType
+from types import EllipsisType, MappingProxyType
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,6 +21,8 @@ from quantkit.checkpoint.model_class import build_model, config_for, loader
 from quantkit.checkpoint.names import Names
 from quantkit.engine.layers import give_way
 from quantkit.exports import Export, open_export
+from quantkit.exports.adapter import adapter_beside, read_terms
+from quantkit.numerics.low_rank import LowRank
 from quantkit.runtimes._checkpoint import check_checkpoint, translated, whole_config
 from quantkit.runtimes._model import TransformersModel, whole
 from quantkit.runtimes.base import LoadOptions
@@ -43,26 +45,33 @@ class Promise:
         return self._read()
 
 
-def decoded_state(export: Export, dtype: torch.dtype) -> dict[str, Promise]:
+def decoded_state(
+    export: Export, dtype: torch.dtype, terms: Mapping[str, LowRank] = MappingProxyType({})
+) -> dict[str, Promise]:
     """The state dict of the float model that a checkpoint stands for, none of its tensors read yet.
 
     Args:
         export: the checkpoint.
         dtype: of the decoded weights; other tensors come as they are.
+        terms: by layer what is added to a decoded weight.
     """
-    packed = {f"{layer}.weight": Promise(partial(_decoded, export, layer, dtype)) for layer in export.schemes}
+    packed = {
+        f"{layer}.weight": Promise(partial(_decoded, export, layer, dtype, terms.get(layer)))
+        for layer in export.schemes
+    }
     return packed | {name: Promise(partial(export.float_tensor, name)) for name in export.float_names()}
 
 
 def load_decoded(path: Path, options: LoadOptions) -> TransformersModel:
-    """The float model that a quantized checkpoint stands for.
+    """The float model that a quantized checkpoint stands for, with the adapter beside it added to its weights.
 
     Raises:
         EvaluationError: a tensor is missing, unexpected or of the wrong shape, or cannot be decoded.
         QuantkitError: the format is unknown, or the files are broken.
     """
     check_checkpoint(path)
-    export = open_export(path)
+    export, adapter = open_export(path), adapter_beside(path)
+    terms = {} if adapter is None else read_terms(adapter)
     with translated(path, "the model"):
         config = whole_config(path, trust_remote_code=options.trust_remote_code)
         if hasattr(config, "quantization_config"):
@@ -73,7 +82,7 @@ def load_decoded(path: Path, options: LoadOptions) -> TransformersModel:
         model, found = loader(type(empty))(
             None,
             config=config_for(type(empty), config),
-            state_dict=as_transformers_stores(empty, decoded_state(export, dtype), set(export.float_names())),
+            state_dict=as_transformers_stores(empty, decoded_state(export, dtype, terms), set(export.float_names())),
             dtype=dtype,
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # they are reported by name
@@ -108,5 +117,6 @@ def _assembled(names: Names, parameter: str, state: dict[str, Promise], layers: 
     return names.assemble(parameter, lambda part: state[layers[part]][...])
 
 
-def _decoded(export: Export, layer: str, dtype: torch.dtype) -> torch.Tensor:
-    return export.decodable(layer).dequantize(torch.float32).to(dtype)
+def _decoded(export: Export, layer: str, dtype: torch.dtype, term: LowRank | None) -> torch.Tensor:
+    weight = export.decodable(layer).dequantize(torch.float32)
+    return (weight if term is None else weight + term.product()).to(dtype)

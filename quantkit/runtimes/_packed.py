@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import torch
 
 from quantkit.checkpoint.model_class import loader, model_class, text_part
 from quantkit.errors import EvaluationError
+from quantkit.exports.adapter import adapter_beside
 from quantkit.runtimes._checkpoint import check_checkpoint, is_gguf, translated, whole_config
 from quantkit.runtimes._model import TransformersModel, whole
 from quantkit.runtimes.base import LoadOptions
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def load_packed(path: Path, options: LoadOptions) -> TransformersModel:
-    """A checkpoint as transformers loads it, from safetensors only.
+    """A checkpoint as transformers loads it, from safetensors only, with the adapter beside it put on by PEFT.
 
     Raises:
         EvaluationError: it cannot be loaded, or a tensor is missing, unexpected or of the wrong shape.
@@ -46,10 +48,29 @@ def load_packed(path: Path, options: LoadOptions) -> TransformersModel:
         stand_in.check([str(key[0]) for key in found["mismatched_keys"]])
         if found["missing_keys"]:
             found = {**found, "missing_keys": set(found["missing_keys"]) - _computed_names(model)}
-    if text_part(model) is not model:  # nobody calls it, and packages unpack what they loaded when it is called
+    adapter = adapter_beside(path)
+    if adapter is not None or text_part(model) is not model:
+        # packages unpack what they loaded when the model is called: here nobody calls it, or PEFT looks at it before
         for hook in list(model._forward_pre_hooks.values()):
             hook(model, ())
-    return whole(path, model, found, torch.device(options.device))
+    loaded = whole(path, model, found, torch.device(options.device))
+    if adapter is not None:
+        put_on(loaded.model, adapter)
+    return loaded
+
+
+def put_on(model: PreTrainedModel, adapter: Path) -> None:
+    """Put an adapter on the layers of a model, which computes with it from then on.
+
+    Raises:
+        EvaluationError: PEFT cannot, or finds no layer for some of it.
+    """
+    from peft import PeftModel
+
+    with translated(adapter, "the adapter"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of PEFT and transformers about each other
+        warnings.filterwarnings("error", message=".*missing adapter keys.*")
+        PeftModel.from_pretrained(model, str(adapter)).eval()
 
 
 def _computed_names(model: PreTrainedModel) -> set[str]:

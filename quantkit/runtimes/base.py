@@ -103,6 +103,7 @@ class Runtime(ABC):
         separate: whether it lives in an interpreter of its own, so that it can be verified with but not score.
         own_allocator: whether it takes memory of a GPU by itself, of which torch's allocator knows nothing.
         fused: names of layers beside each other that it loads as one matrix, so that they must agree in scheme.
+        adapters: whether it computes with the adapter that lies beside a checkpoint.
     """
 
     name: ClassVar[str]
@@ -112,6 +113,7 @@ class Runtime(ABC):
     separate: ClassVar[bool] = False
     own_allocator: ClassVar[bool] = False
     fused: ClassVar[tuple[tuple[str, ...], ...]] = ()
+    adapters: ClassVar[bool] = False
 
     @classmethod
     @abstractmethod

@@ -18,6 +18,7 @@ class Reference(Runtime):
     summary = "decodes any format that quantkit reads into a float model; says what the file means"
     install = f"pip install {NAME}"
     packed = False
+    adapters = True
 
     @classmethod
     def missing(cls) -> str | None:

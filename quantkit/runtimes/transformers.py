@@ -21,6 +21,7 @@ class Transformers(Runtime):
     name = "transformers"
     summary = "loads safetensors as they are; packed weights stay packed"
     install = "pip install transformers"
+    adapters = True
 
     @classmethod
     def missing(cls) -> str | None:
