@@ -28,7 +28,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +155,7 @@ def divergences(folder: Path, texts: dict[str, torch.Tensor], baseline: Path, ru
 def prepare(given: argparse.Namespace, model: Path, samples: int, work: Path) -> Ground:
     """Read calibration and texts, and run the float model where nobody has."""
     wanted = argparse.Namespace(model=model, records=given.records, samples=samples)
-    job = read_calibration(wanted, work, inputs=given.inputs)
+    job = replace(read_calibration(wanted, work, inputs=given.inputs), generated=given.generated)
     texts = texts_of(given, job.source, work)
     return Ground(job, texts, float_baseline(job.source, texts, given.results.parent / "quality-cache"))
 
@@ -191,7 +191,8 @@ def mean_and_error(values: torch.Tensor) -> tuple[float, float]:
 
 def place_of(result: dict[str, Any]) -> tuple[Any, ...]:
     """What tells a result from another."""
-    return tuple(result[key] for key in ("label", "model", "case", "samples", "rows", "length", "inputs", "llama_cpp"))
+    keys = ("label", "model", "case", "samples", "rows", "length", "inputs", "llama_cpp", "generated")
+    return tuple(result.get(key) for key in keys)
 
 
 def compared(result: dict[str, Any], base: dict[str, Any] | None) -> list[dict[str, Any]]:
@@ -239,6 +240,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=12, help="of each text that are scored")
     parser.add_argument("--length", type=int, default=256, help="of such a row, in tokens")
     parser.add_argument("--inputs", choices=("quantized", "float"), default="quantized", help="of the calibration")
+    parser.add_argument("--generated", type=int, help="tokens that the float model writes beside them")
     parser.add_argument("--llama-cpp", action="store_true", help="score GGUF files in llama.cpp")
     parser.add_argument("--results", type=Path, default=Path("quality.jsonl"), help="file that results go to")
     parser.add_argument("--label", default="now", help="of these results, where code changes")
@@ -260,7 +262,7 @@ def run(given: argparse.Namespace, results: list[dict[str, Any]]) -> dict[str, s
     there = {place_of(each) for each in results}
     for samples, (name, folder) in itertools.product(given.samples, given.models.items()):
         keys = {"label": given.label, "model": name, "samples": samples, "rows": given.rows, "length": given.length}
-        keys |= {"inputs": given.inputs, "llama_cpp": given.llama_cpp}
+        keys |= {"inputs": given.inputs, "llama_cpp": given.llama_cpp, "generated": given.generated}
         missing = [case for case in variants if place_of({**keys, "case": case}) not in there]
         if not missing:
             continue

@@ -236,6 +236,10 @@ def quantize(
     max_length: Annotated[int, typer.Option(help="Tokens per calibration row.")] = 512,
     packing: Annotated[str, typer.Option(help="none is one record a row; full fills every row.")] = "none",
     experts: Annotated[str, typer.Option(help="Tokens that an expert is calibrated on: routed or all.")] = "routed",
+    generated: Annotated[
+        int | None,
+        typer.Option(help="Tokens that the float model writes to calibrate on; by default as many as tuning wants."),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str, typer.Option(help="Of scales and float tensors: auto (16 bits), own, or a dtype.")] = "auto",
     decode: Annotated[bool, typer.Option("--decode", help="Decode a model that a tool has quantized.")] = False,
@@ -258,6 +262,7 @@ def quantize(
         "max_length": max_length,
         "packing": packing,
         "experts": experts,
+        "generated": generated,
         "columns": _columns(columns or []),
     }
     merged = [_weighted(each, "--adapter") for each in adapter or []]

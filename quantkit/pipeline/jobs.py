@@ -42,6 +42,7 @@ def job_of(
         calibration_sha256=calibrated.sha256 if calibrated else None,
         audit=calibrated.audit if calibrated else None,
         inputs=spec.inputs,
+        generated=spec.generated,
         experts=ExpertSettings(spec.experts, spec.expert_prior),
         device=device,
         trust_remote_code=trust_remote_code,

@@ -23,8 +23,25 @@ if TYPE_CHECKING:
 STAGE = "quantize"
 CODE_VERSION = 5
 """Part of the fingerprint: raised when the same inputs would give other bytes."""
+WRITING_VERSION = 1
+"""Part of the fingerprint of variants that are calibrated on generated tokens: raised when others would be written."""
 NOT_IN_BYTES = ("name", "title", "allow_float", "strict")
 """Keys of a variant that change no byte of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What the float model wrote to be calibrated on; see :mod:`quantkit.quantization.generated`.
+
+    Attributes:
+        rows: token ids.
+        note: why there are none although they were wanted; else empty.
+        key: tells what they depend on; empty where none were wanted.
+    """
+
+    rows: Sequence[Sequence[int]] = ()
+    note: str = ""
+    key: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +55,9 @@ class Job:
         rows: calibration token ids; empty if no method needs them.
         calibration_sha256: of the token ids, and of the images.
         audit: of the calibration set, which goes along with each checkpoint.
+        generated: tokens that the float model writes beside the rows, for each variant that is calibrated; None is as
+            many as suit those that are tuned.
+        written: those rows, once they are there.
         inputs: see :class:`quantkit.recipe.CalibrationSpec`.
         experts: how experts are calibrated.
         device: ``auto`` is CUDA where there is one.
@@ -58,6 +78,28 @@ class Job:
     experts: ExpertSettings = ROUTED
     images: Mapping[int, Mapping[str, torch.Tensor]] = field(default_factory=dict)
     audit: Mapping[str, Any] | None = None
+    generated: int | None = None
+    written: Written = Written()
+
+    @property
+    def tokens(self) -> int:
+        """Of the rows."""
+        return sum(map(len, self.rows))
+
+    @property
+    def all_rows(self) -> list[Sequence[int]]:
+        """The rows, and behind them those that the float model wrote."""
+        return [*self.rows, *self.written.rows]
+
+    @property
+    def all_tokens(self) -> int:
+        """Of all rows."""
+        return sum(map(len, self.all_rows))
+
+    def generates(self, variant: VariantSpec) -> bool:
+        """Whether the float model is to write tokens on which a variant is calibrated."""
+        wanted = variant.tune is not None if self.generated is None else self.generated > 0
+        return wanted and variant.calibrated
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +145,7 @@ def made_from(job: Job, variant: VariantSpec) -> dict[str, Any]:
         "calibration": job.calibration_sha256 if calibrated else None,
         "inputs": job.inputs if calibrated else None,
         "experts": asdict(job.experts) if calibrated else None,
+        **({"generated": [WRITING_VERSION, job.generated]} if job.generates(variant) else {}),
         "device": device.type,
         "passes": str(pass_dtype(device, FLOATS[job.dtype])) if calibrated else None,
         "versions": {name: _minor(version(name)) for name in ("torch", *(["transformers"] if calibrated else []))},

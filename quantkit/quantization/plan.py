@@ -299,14 +299,15 @@ def choose_strategy(
     """One pass where the paused activations fit into half of the free memory, else a run per group."""
     paired = paired_tokens(tokens, device.type) if corrected else 0
     paused = paused_bytes(skeleton, tokens, dtype, paired, tuned=tuned)
-    return "one-pass" if paused <= SPARE_MEMORY * _free(device) else "recompute"
+    return "one-pass" if paused <= SPARE_MEMORY * free_bytes(device) else "recompute"
 
 
 def experts_room(device: torch.device) -> int:
     """Bytes that the statistics of a layer's experts may take at a time."""
-    return int(EXPERTS_MEMORY * _free(device))
+    return int(EXPERTS_MEMORY * free_bytes(device))
 
 
-def _free(device: torch.device) -> int:
+def free_bytes(device: torch.device) -> int:
+    """Bytes that are free on a device."""
     free: int = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     return free

@@ -28,6 +28,8 @@ WORDS = {
     "calibration": "the calibration tokens",
     "inputs": "calibration.inputs",
     "experts": "calibration.experts",
+    "generated": "calibration.generated",
+    "written": "the tokens that the float model writes",
     "device": "the processor, its threads or the precision",
     "passes": "the processor, its threads or the precision",
     "machine": "the processor, its threads or the precision",
@@ -69,7 +71,8 @@ def resume_identity(job: Job, variant: VariantSpec) -> dict[str, Any]:
         "machine": platform.machine(),
     }
     packages = {name: version_of(name) for name in PACKAGES}
-    return {**made_from(job, variant), "layout": LAYOUT, "machine": machine, "packages": packages}
+    written = {"written": fingerprint(job.written.rows)} if job.generates(variant) else {}
+    return {**made_from(job, variant), **written, "layout": LAYOUT, "machine": machine, "packages": packages}
 
 
 def take_up(folder: Path, identity: Mapping[str, Any], names: Sequence[str]) -> TakenUp:

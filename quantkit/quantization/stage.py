@@ -44,10 +44,13 @@ def quantize(
 def walks(job: Job, variants: Sequence[VariantSpec]) -> list[list[int]]:
     """Which variants share a walk, by their places: all with float inputs, and all that need no calibration.
 
-    With quantized inputs a calibrated variant has activations of its own and so a walk of its own.
+    With quantized inputs a calibrated variant has activations of its own and so a walk of its own. Those that are
+    calibrated also on tokens that the float model writes share none with those that are not.
     """
     if job.inputs == "float":
-        return [list(range(len(variants)))] if variants else []
+        more = [place for place, variant in enumerate(variants) if job.generates(variant)]
+        less = [place for place in range(len(variants)) if place not in more]
+        return sorted(places for places in (more, less) if places)
     free = [place for place, variant in enumerate(variants) if not variant.calibrated]
     alone = [[place] for place in range(len(variants)) if place not in free]
     return sorted([*([free] if free else []), *alone])

@@ -6,7 +6,7 @@ import platform
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,8 @@ from quantkit.exports.writing import bits_of_file, check_origin, origin_remarks,
 from quantkit.formats import FORMATS
 from quantkit.quantization.calibration_need import few_tokens
 from quantkit.quantization.expert_tokens import expert_notes, expert_tokens
-from quantkit.quantization.job import STAGE, Job, Quantized, Wanted, made_from
+from quantkit.quantization.generated import generated_notes, keep
+from quantkit.quantization.job import STAGE, Job, Quantized, Wanted, Written, made_from
 from quantkit.quantization.plan import plan_layers
 from quantkit.quantization.resume import TakenUp, drop_layers, is_worth_keeping, layers_folder, resume_identity, take_up
 from quantkit.quantization.solved_layers import SolvedLayers
@@ -118,23 +119,39 @@ class VariantRun:
     def _few_tokens(self) -> list[str]:
         """What is to be said where the calibration set is small for the variant."""
         shapes = {name: self.layers.shapes[name] for name in self.layers.quantized if name != self.layers.embedding}
-        return few_tokens(self._method, self._transforms, shapes, sum(map(len, self._job.rows)))
+        return few_tokens(self._method, self._transforms, shapes, self._job.all_tokens)
 
-    def begin(self, locks: ExitStack) -> None:
-        """Open the folder in which solved layers wait, with what an earlier run left there.
-
-        Nobody else writes the variant until ``locks`` is closed.
+    def lock(self, locks: ExitStack) -> None:
+        """See that nobody else writes the variant until ``locks`` is closed.
 
         Raises:
             OutputError: its folder cannot be written, or another process writes it.
         """
         locks.enter_context(alone(self._out, f"quantize {self.name}"))
-        folder = layers_folder(self._out)
+
+    def begin(self, written: Written) -> None:
+        """Open the folder in which solved layers wait, with what an earlier run left there.
+
+        Args:
+            written: rows that the float model wrote, on which it is calibrated too.
+
+        Raises:
+            OutputError: its folder cannot be written.
+        """
+        self._job = replace(self._job, written=written)
+        folder = self.store
         self.resumed = take_up(folder, resume_identity(self._job, self._variant), self._segments())
+        if self._variant.calibrated:
+            keep(folder, written)
         self.solved = SolvedLayers(
             folder, self._store, self.layers.quantized, self.layers.embedding, replays=self._is_replayed
         )
         self.solved.take_up(self.resumed.segments)
+
+    @property
+    def store(self) -> Path:
+        """The folder in which its solved layers wait."""
+        return layers_folder(self._out)
 
     @property
     def _is_replayed(self) -> bool:
@@ -268,7 +285,7 @@ class VariantRun:
             {layer: Importance(stored.read(), tokens[layer]) for layer, stored in weighed.items()},
             origin=content.origin,
             datasets=[f"quantkit calibration set {self._job.calibration_sha256}"],
-            chunk_size=max(map(len, self._job.rows)),
+            chunk_size=max(map(len, self._job.all_rows)),
         )
 
     def _facts(self, walk: WalkFacts, folder: Path, writing: float) -> dict[str, Any]:
@@ -291,6 +308,7 @@ class VariantRun:
             *self._few_tokens(),
             *filter(None, [self.resumed.note]),
             *walk.notes,
+            *(generated_notes(self._job.written) if self._variant.calibrated else []),
             *expert_notes(experts, self._job.experts),
             *correction_notes(layers),
             *tuning_notes(tuning),
@@ -349,7 +367,7 @@ class VariantRun:
         text = yaml.safe_dump(variant.resolved(), sort_keys=False)
         (folder / "recipe.yaml").write_text(text, encoding="utf-8")
         if variant.calibrated and job.audit is not None:
-            write_json(folder / CALIBRATION, job.audit)
+            write_json(folder / CALIBRATION, {**job.audit, **self._generated()})
         versions = {name: version_of(name) for name in ("quantkit", "torch", "transformers", "safetensors", "numpy")}
         write_manifest(
             folder,
@@ -359,6 +377,7 @@ class VariantRun:
                 "source": {**job.source_facts, "reference": public_reference(job.source_facts.get("reference"))},
                 "calibration_sha256": identity["calibration"],
                 "inputs": identity["inputs"],
+                **self._generated(),
                 "format": variant.format,
                 "layers": {name: scheme.to_json() for name, scheme in self.layers.quantized.items()},
                 "share": self.layers.share,
@@ -373,6 +392,12 @@ class VariantRun:
                 "batch_tokens": facts["batch_tokens"],
                 "stage_file": STAGE_FILE,
             },
+        )
+
+    def _generated(self) -> dict[str, int]:
+        """How many tokens the float model wrote, where it was to write some."""
+        return (
+            {"generated_tokens": self._job.all_tokens - self._job.tokens} if self._job.generates(self._variant) else {}
         )
 
     def leave(self, outcome: Quantized | BaseException | None) -> None:

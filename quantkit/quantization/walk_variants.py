@@ -9,7 +9,7 @@ import gc
 import time
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,9 @@ from quantkit.engine.precision import pass_dtype
 from quantkit.engine.skeleton import Skeleton
 from quantkit.engine.tasks import VariantTask
 from quantkit.engine.walk import Strategy, Walk, WalkSettings
-from quantkit.quantization.job import Job, Quantized, Wanted
+from quantkit.errors import QuantizationError
+from quantkit.quantization.generated import written_for
+from quantkit.quantization.job import Job, Quantized, Wanted, Written
 from quantkit.quantization.oom import FallbackStep, fallback_steps, out_of_memory, ran_out
 from quantkit.quantization.plan import choose_strategy, experts_room
 from quantkit.quantization.variant import Describe, VariantRun, WalkFacts
@@ -72,16 +74,11 @@ def run_walk(
         QuantizationError: the memory of the GPU is too small whatever is tried.
         Terminated: somebody asked to stop.
     """
-    job, found = walk.job, dict[str, Quantized | Exception]()
-    skeleton = Skeleton(job.source, job.trust_remote_code)
+    found = dict[str, Quantized | Exception]()
+    skeleton = Skeleton(walk.job.source, walk.job.trust_remote_code)
     skeleton.check_blocks()
     with ExitStack() as ends:
-        runs = []
-        for each in walk.wanted:
-            with kept(found, each.variant.name):
-                run = VariantRun(job, skeleton, each)
-                run.begin(ends)
-                runs.append(run)
+        job, runs = _begun(walk, skeleton, ends, found, on_note)
         for run in runs:
             ends.push(partial(_leave, run, found))
         told = {run.name: [*filter(None, [run.resumed.note]), *run.told()] for run in runs}
@@ -94,6 +91,35 @@ def run_walk(
                 with kept(found, run.name):
                     found[run.name] = run.finish(walked.facts(run.name), walk.describe or _as_it_is)
     return [found[each.variant.name] for each in walk.wanted]
+
+
+def _begun(
+    walk: WalkJob,
+    skeleton: Skeleton,
+    ends: ExitStack,
+    found: MutableMapping[str, Quantized | Exception],
+    on_note: OnNote,
+) -> tuple[Job, list[VariantRun]]:
+    """The variants of a walk that can be begun, and the job with the rows that the float model writes for them."""
+    runs, begun = [], []
+    for each in walk.wanted:
+        with kept(found, each.variant.name):
+            run = VariantRun(walk.job, skeleton, each)
+            run.lock(ends)
+            runs.append(run)
+    calibrated = [run for run in runs if run.wanted.variant.calibrated]
+    written = Written()
+    try:
+        variants, stores = [run.wanted.variant for run in calibrated], [run.store for run in calibrated]
+        written = written_for(walk.job, variants, stores, on_note)
+    except QuantizationError as error:
+        found.update(dict.fromkeys([run.name for run in calibrated], error))
+    for run in runs:
+        if run.name not in found:
+            with kept(found, run.name):
+                run.begin(written)
+                begun.append(run)
+    return replace(walk.job, written=written), begun
 
 
 @contextmanager
@@ -166,7 +192,7 @@ def _solve(job: Job, skeleton: Skeleton, runs: Sequence[VariantRun], on_segment:
     calibrated = any(task.calibrated for task in tasks)
     inputs = job.inputs if calibrated else "float"
     dtype = pass_dtype(device, FLOATS[job.dtype])
-    tokens = sum(map(len, job.rows)) if calibrated else 0
+    tokens = job.all_tokens if calibrated else 0
     corrected, tuned = any(task.method.corrects for task in tasks), any(task.tune is not None for task in tasks)
     strategy = choose_strategy(skeleton, tokens, dtype, device, corrected, tuned) if calibrated else "one-pass"
     before = min((tokens for run in runs for tokens in run.solved.batch_tokens), default=None)
@@ -205,7 +231,7 @@ def _is_done(
     """Walk once; false where the memory of the GPU ran out and less is to be tried."""
     places = [*skeleton.segments, *([skeleton.head] if skeleton.head else [])]
     left = [task for task in tasks if any(task.lacks(each.prefix, each.linears) for each in places)]
-    rows = job.rows if any(task.calibrated for task in left) else ()
+    rows = job.all_rows if any(task.calibrated for task in left) else ()
     reader = CheckpointReader(job.source)
 
     def done(segments: int, total: int) -> None:

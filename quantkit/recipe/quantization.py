@@ -31,6 +31,8 @@ class CalibrationSpec(Section):
         experts: ``routed`` calibrates an expert on the tokens that its router sends it, ``all`` on all tokens.
         expert_prior: the statistics of all experts of a layer count for each of them as those of as many tokens as this
             times the width of its input; 0 leaves each its own alone.
+        generated: tokens that the float model writes and that are added to the rows of every calibrated variant; None
+            is as many as suit the variants that are tuned, and none for others.
     """
 
     dataset: Place = "alpaca_gpt4"
@@ -45,6 +47,7 @@ class CalibrationSpec(Section):
     inputs: Literal["quantized", "float"] = "quantized"
     experts: Literal["routed", "all"] = "routed"
     expert_prior: Annotated[float, Field(ge=0, le=100)] = 0.5
+    generated: Annotated[Whole, Field(ge=0)] | None = None
 
     @model_validator(mode="before")
     @classmethod

@@ -83,6 +83,37 @@ class TransformersModel(LoadedModel):
             state = self._forward(token, past_key_values=state["past_key_values"])
 
     @torch.inference_mode()
+    def sample(
+        self, starts: torch.Tensor, length: int, generator: torch.Generator, barred: Sequence[int] = ()
+    ) -> torch.Tensor:
+        """Rows that go on from their starts, each token drawn by its probability; ends of texts are not looked at.
+
+        Args:
+            starts: int64 ``[rows, begun]``.
+            length: of the rows in the end.
+            generator: of the draws, on the device of the model.
+            barred: tokens that are never drawn.
+
+        Returns:
+            int64 ``[rows, length]``, on the CPU.
+
+        Raises:
+            EvaluationError: the model keeps no KV cache.
+        """
+        ids = starts.to(self.model.device)
+        state = self._forward(ids)
+        if state.get("past_key_values") is None:
+            raise EvaluationError(f"{type(self.model).__name__} keeps no KV cache", "give it texts instead")
+        while ids.shape[1] < length:
+            if ids.shape[1] > starts.shape[1]:
+                state = self._forward(ids[:, -1:], past_key_values=state["past_key_values"])
+            logits = state["logits"][:, -1, : self.vocabulary].float()
+            logits[:, list(barred)] = -torch.inf
+            drawn = torch.multinomial(logits.softmax(-1), 1, generator=generator)
+            ids = torch.cat([ids, drawn], dim=1)
+        return ids.cpu()
+
+    @torch.inference_mode()
     def prefill(self, ids: torch.Tensor) -> None:
         """One forward pass with cache; where the model's class allows, with the last logits alone."""
         self._forward(ids.unsqueeze(0))
