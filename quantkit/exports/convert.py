@@ -15,19 +15,17 @@ from typing import Any
 import torch
 
 from quantkit.checkpoint import FLOATS
-from quantkit.checkpoint.companions import asks_for_code, copy_companions
-from quantkit.checkpoint.tied import TIED, UNTIED, set_tied, tied_by_tensors
-from quantkit.engine.skeleton import Skeleton
+from quantkit.checkpoint.companions import asks_for_code
 from quantkit.errors import SchemeError
 from quantkit.exports import Export, open_export
-from quantkit.exports.content import Content, Stored
 from quantkit.exports.layer_store import LayerStore
-from quantkit.exports.manifest import model_name, write_manifest
+from quantkit.exports.manifest import write_manifest
+from quantkit.exports.rewriting import content_of, float_dtype, floats_that_stay, model_of, origin_folder
 from quantkit.exports.writing import check_origin, origin_remarks, write_export
 from quantkit.formats import FORMATS
 from quantkit.formats.base import Format
 from quantkit.schemes import IntScheme, QuantizedWeight, Scheme
-from quantkit.system.artifacts import check_writable, new_folder, translated_os_errors, write_json, write_stage
+from quantkit.system.artifacts import check_writable, new_folder, translated_os_errors, write_stage
 from quantkit.system.distribution import own_version
 from quantkit.system.scratch import workplace
 
@@ -69,11 +67,11 @@ def convert(
     schemes = {layer: _placed(layer, target, export) for layer in export.schemes}
     with workplace(out, "convert") as work, _scratch(work) as scratch, new_folder(out, guests=True) as folder:
         origin = origin_folder(export, scratch / "origin")
-        skeleton, mended = _skeleton(export, origin, trust_remote_code)
+        skeleton, mended = model_of(export, origin, trust_remote_code)
         linears = {name: schemes.get(name) for name in skeleton.all_linears()}
         _check_together(export, target, linears, schemes)
-        dtype = _dtype(export)
-        floats = _floats(export, skeleton, target)
+        dtype = float_dtype(export)
+        floats = floats_that_stay(export, skeleton, target)
         check_origin(target, origin, [*floats, *(f"{layer}.weight" for layer in schemes)])
         layers = LayerStore(scratch / "layers", target(dtype), export.embedding)
         largest = 0.0
@@ -82,7 +80,7 @@ def convert(
             on_layer(done, len(schemes))
         store = target(dtype)
         trusted = trust_remote_code and asks_for_code(origin)
-        write_export(_content(export, origin, skeleton, schemes, layers, floats, code=trusted), store, folder)
+        write_export(content_of(export, origin, skeleton, schemes, layers, floats, code=trusted), store, folder)
         facts = _facts(export, store, origin, schemes, layers, largest, mended)
         _write_records(folder, checkpoint, export, schemes, facts, remote_code=trusted)
     return facts
@@ -124,37 +122,6 @@ def _move(export: Export, layer: str, scheme: Scheme, scales: torch.dtype, layer
     return moved
 
 
-def origin_folder(export: Export, folder: Path) -> Path:
-    """A folder with the float model's config, the tokenizer and what else goes along."""
-    folder.mkdir()
-    copy_companions(export.tokenizer_folder(), folder, code=True)
-    write_json(folder / "config.json", export.config())
-    return folder
-
-
-def _skeleton(export: Export, origin: Path, trust_remote_code: bool) -> tuple[Skeleton, list[str]]:
-    """The model whose layers an export holds, and what its config said of the head and its tensors do not."""
-    stored = [*export.float_names(), *(f"{layer}.weight" for layer in export.schemes)]
-    skeleton = Skeleton(origin, trust_remote_code, stored)
-
-    def parts(name: str) -> list[torch.Tensor]:
-        layer = name.removesuffix(".weight")
-        packed = layer in export.schemes
-        return [export.decodable(layer).dequantize(torch.float32) if packed else export.float_tensor(name)]
-
-    tied = tied_by_tensors(skeleton.model, skeleton.names, parts)
-    if tied is None:
-        return skeleton, []
-    write_json(origin / "config.json", set_tied(export.config(), tied))
-    return Skeleton(origin, trust_remote_code, stored), [TIED if tied else UNTIED]
-
-
-def _floats(export: Export, skeleton: Skeleton, target: type[Format]) -> list[str]:
-    """The float tensors that go along."""
-    dropped = set(skeleton.left_out(all_unknown=target.container == "gguf"))
-    return [name for name in export.float_names() if name not in dropped]
-
-
 def _check_together(
     export: Export, target: type[Format], linears: Mapping[str, Scheme | None], schemes: Mapping[str, Scheme]
 ) -> None:
@@ -164,35 +131,7 @@ def _check_together(
             f"{export.path}: {lost[0]} is no linear layer of the model", "convert models with Linear layers"
         )
     target.check_together({scheme for scheme in linears.values() if scheme is not None})
-    target(_dtype(export)).quantization_config(linears)  # raises for what one checkpoint cannot hold
-
-
-def _content(
-    export: Export,
-    origin: Path,
-    skeleton: Skeleton,
-    schemes: Mapping[str, Scheme],
-    layers: LayerStore,
-    floats: Sequence[str],
-    *,
-    code: bool,
-) -> Content:
-    def plain(name: str) -> Stored:
-        return Stored(export.float_dtype(name), export.float_shape(name), lambda: export.float_tensor(name))
-
-    return Content(
-        origin=origin,
-        dtype=_dtype(export),
-        linears={layer.name: schemes.get(layer.name) for layer in skeleton.layers()},
-        packed={layer: layers.packed(layer) for layer in schemes},
-        floats={name: plain(name) for name in floats},
-        digests=layers.digests(),
-        embedding=None if export.embedding is None else (export.embedding, schemes[export.embedding]),
-        paths={layer.name: layer.path for layer in skeleton.layers() if layer.name != layer.path},
-        others=skeleton.others(),
-        name=model_name(str(export.path)),
-        runs_code=code,
-    )
+    target(float_dtype(export)).quantization_config(linears)  # raises for what one checkpoint cannot hold
 
 
 def _facts(
@@ -248,13 +187,6 @@ def _write_records(
         },
     )
     write_stage(folder, STAGE, identity, facts=dict(facts))
-
-
-def _dtype(export: Export) -> str:
-    """The dtype of the float model."""
-    config = export.config()
-    found = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
-    return found if found in FLOATS else "float32"
 
 
 @contextmanager

@@ -24,9 +24,9 @@ from quantkit.engine.skeleton import Skeleton
 from quantkit.errors import CheckpointError, QuantizationError
 from quantkit.exports import Export, open_export
 from quantkit.exports.adapter import AdapterSettings, base_digest, write_adapter
-from quantkit.exports.convert import origin_folder
 from quantkit.exports.decoded_reader import DecodedReader
 from quantkit.exports.manifest import model_name
+from quantkit.exports.rewriting import origin_folder
 from quantkit.quantization.left_float import few
 from quantkit.quantization.plan import experts_room
 from quantkit.recipe.fields import compiled

@@ -1,0 +1,103 @@
+"""Recovery: a variant that is another one with what its format stores trained, and the options of that training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from quantkit.recipe.fields import Name, Section, Title, Whole
+from quantkit.recipe.quantization import CalibrationSpec
+from quantkit.system.validation import unknown_key
+
+Trained = Literal["codes", "scales", "zeros", "norms", "biases"]
+Optimizer = Literal["signs", "adam", "adam8bit", "paged_adam8bit"]
+FEW_BITS = 3
+"""Codes of so many bits are trained, too, where nothing is said: of more they gain little that scales do not."""
+
+
+class RecoverOptions(Section):
+    """How a quantized checkpoint is trained.
+
+    Attributes:
+        steps: of the optimizer.
+        batch_tokens: tokens of a step, about: whole rows.
+        train: what is trained, of what the file stores: ``codes``, ``scales``, ``zeros`` (zero points that are any
+            number), ``norms`` and ``biases``. By default scales, zeros and norms, and codes of 3 bits and fewer.
+        learning_rate: of scales and zeros, relative to their size; each rate decays to nothing along a cosine.
+        code_rate: of codes, in steps of the grid.
+        norm_rate: of norms and biases, relative to their size.
+        warmup: share of the steps in which the rates rise.
+        held_out: share of the rows by which the training is judged and on which nothing is trained, at least 2 rows.
+        evaluations: how often it is judged.
+        optimizer: what moves codes: ``signs`` of their gradients, which need no memory, ``adam``, or one of
+            bitsandbytes with 8-bit states, on CUDA; all else is moved by Adam.
+        seed: order of the rows.
+    """
+
+    steps: Annotated[Whole, Field(ge=1, le=1_000_000)] = 120
+    batch_tokens: Annotated[Whole, Field(ge=1)] = 1024
+    train: Annotated[tuple[Trained, ...], Field(min_length=1)] | None = None
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = 5e-3
+    code_rate: Annotated[float, Field(gt=0, le=1)] = 1.5e-2
+    norm_rate: Annotated[float, Field(gt=0, le=1)] = 3e-3
+    warmup: Annotated[float, Field(ge=0, le=0.5)] = 0.1
+    held_out: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    evaluations: Annotated[Whole, Field(ge=1, le=10_000)] = 8
+    optimizer: Optimizer = "signs"
+    seed: Whole = 0
+
+    def trains(self, what: Trained, bits: int) -> bool:
+        """Whether it trains something of a layer with codes of so many bits; for norms and biases these are nothing."""
+        if self.train is not None:
+            return what in self.train
+        return bits <= FEW_BITS if what == "codes" else what != "biases"
+
+
+class RecoverSpec(RecoverOptions):
+    """A variant that is made of another one by training it.
+
+    Attributes:
+        name: its name in the report and its folder.
+        title: what people read in its place; any text.
+        recover: the name of the variant that is trained.
+        data: on what it is trained, with the keys of the section ``calibration``; by default the calibration set.
+    """
+
+    name: Name
+    title: Title | None = None
+    recover: Name
+    data: CalibrationSpec | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keys_are_its_own(cls, given: Any) -> Any:
+        if isinstance(given, Mapping):
+            for key in given:
+                if isinstance(key, str) and key not in cls.model_fields:
+                    raise unknown_key(key, set(cls.model_fields), "a variant with 'recover' has those of its original")
+        return given
+
+    @property
+    def options(self) -> RecoverOptions:
+        """The options of the training alone."""
+        return RecoverOptions.model_validate({name: getattr(self, name) for name in RecoverOptions.model_fields})
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether it is trained on the calibration set of the recipe."""
+        return self.data is None
+
+    @property
+    def chain(self) -> str:
+        """What it is called where others name their method."""
+        return "recover"
+
+    def warnings(self) -> tuple[str, ...]:
+        """No warnings."""
+        return ()
+
+    def resolved(self) -> dict[str, Any]:
+        """The variant as JSON data, with every default filled in."""
+        return self.model_dump(mode="json")

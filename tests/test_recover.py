@@ -1,0 +1,235 @@
+"""Recovery: what a format stores is trained, the divergence falls, and the file stays what it was."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from quantkit.checkpoint import CheckpointReader
+from quantkit.errors import CheckpointError, QuantizationError
+from quantkit.exports import open_export
+from quantkit.exports.manifest import read_manifest
+from quantkit.numerics.trained_codes import TrainedCodes
+from quantkit.quantization import Job, quantize
+from quantkit.recipe import VariantSpec
+from quantkit.recipe.recovering import RecoverOptions
+from quantkit.recovery import training
+from quantkit.recovery.saved import save_state
+from quantkit.recovery.stage import recover, training_folder
+from quantkit.recovery.training import Training
+from quantkit.runtimes import RUNTIMES
+from quantkit.runtimes.base import LoadOptions
+from quantkit.schemes import IntScheme
+from quantkit.system.progress import Silent
+from tests.runs import Notebook
+from tests.tiny import make_model, tiny_rows
+
+FEW = RecoverOptions(
+    steps=15, batch_tokens=192, evaluations=3, held_out=0.2, learning_rate=1e-2, code_rate=2e-2, norm_rate=1e-2
+)
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    """A tiny float model and rows."""
+    folder = make_model(tmp_path_factory.mktemp("float"), num_hidden_layers=2)
+    return Job(folder, {"reference": "tiny"}, "float32", rows=tiny_rows(24), calibration_sha256="rows", device="cpu")
+
+
+def exported(job: Job, out: Path, **keys: Any) -> Path:
+    given = {"name": "it", "method": "rtn", "bits": 2, "group_size": 32, **keys}
+    return quantize(job, VariantSpec.model_validate(given), out).folder
+
+
+@pytest.fixture(scope="module")
+def two_bits(job: Job, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return exported(job, tmp_path_factory.mktemp("two") / "int2")
+
+
+@pytest.fixture(scope="module")
+def recovered(job: Job, two_bits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return recover(job, two_bits, FEW, tmp_path_factory.mktemp("done") / "better", Silent()).folder
+
+
+def divergence(job: Job, checkpoint: Path, rows: list[list[int]]) -> float:
+    """Of a checkpoint from the float model, by the runtime that decodes anything."""
+    found = []
+    for folder in (job.source, checkpoint):
+        loaded = RUNTIMES.get("reference").load(folder, LoadOptions(device="cpu", dtype="float32", context_length=64))
+        found.append([loaded.logits(torch.tensor(row)).float().log_softmax(-1) for row in rows])
+    return float(torch.cat([(one.exp() * (one - other)).sum(-1) for one, other in zip(*found, strict=True)]).mean())
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+
+
+def test_other_rows_diverge_less_and_the_file_has_the_same_tensors(job: Job, two_bits: Path, recovered: Path) -> None:
+    other = tiny_rows(4, seed=5)
+    assert divergence(job, recovered, other) < 0.8 * divergence(job, two_bits, other)
+    before, after = CheckpointReader(two_bits), CheckpointReader(recovered)
+    assert {name: (before.dtype(name), before.shape(name)) for name in before.names()} == {
+        name: (after.dtype(name), after.shape(name)) for name in after.names()
+    }
+    assert (two_bits / "config.json").read_bytes() == (recovered / "config.json").read_bytes()
+    manifest = read_manifest(recovered)
+    assert manifest is not None
+    assert manifest["recovered"]["after"] < 0.8 * manifest["recovered"]["before"]
+
+
+def test_codes_of_two_bits_are_trained_unless_it_is_said_what(job: Job, two_bits: Path, tmp_path: Path) -> None:
+    layer = next(iter(open_export(two_bits).schemes))
+    scales = replace_options(FEW, train=("scales",))
+    alone = recover(job, two_bits, scales, tmp_path / "alone", Silent()).folder
+    given, held = (open_export(each).weight(layer) for each in (two_bits, alone))
+    assert torch.equal(given.codes, held.codes)
+    assert not torch.equal(given.scales, held.scales)
+    norm = "model.norm.weight"
+    assert torch.equal(open_export(two_bits).float_tensor(norm), open_export(alone).float_tensor(norm))
+
+
+def test_all_that_is_trained_by_default_changes(two_bits: Path, recovered: Path) -> None:
+    before, after = open_export(two_bits), open_export(recovered)
+    for layer in before.schemes:
+        one, other = before.weight(layer), after.weight(layer)
+        assert not torch.equal(one.codes, other.codes)
+        assert not torch.equal(one.scales, other.scales)
+    for name in ("model.norm.weight", "model.layers.1.input_layernorm.weight"):
+        assert not torch.equal(before.float_tensor(name), after.float_tensor(name))
+    untouched = "model.embed_tokens.weight"
+    assert torch.equal(before.float_tensor(untouched), after.float_tensor(untouched))
+
+
+def replace_options(options: RecoverOptions, **changes: Any) -> RecoverOptions:
+    return options.model_copy(update=changes)
+
+
+class Killed(BaseException):
+    """Ends a process in the middle of its work."""
+
+
+@pytest.fixture
+def killed_behind_the_second_save(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    own, saves = save_state, list[int]()
+
+    def save(*args: Any) -> None:
+        own(*args)
+        saves.append(args[1])
+        if len(saves) == 2:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "save_state", save)
+        yield
+
+
+def test_a_killed_training_goes_on_and_writes_the_same_bytes(
+    job: Job, two_bits: Path, recovered: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    request.getfixturevalue("killed_behind_the_second_save")
+    out = tmp_path / "again"
+    with pytest.raises(Killed):
+        recover(job, two_bits, FEW, out, Silent())
+    assert training_folder(out).is_dir()
+    steps = Notebook()
+    monkeypatch = request.getfixturevalue("monkeypatch")
+    monkeypatch.undo()
+    done = recover(job, two_bits, FEW, out, steps)
+    assert next(place for step, place, _ in steps.steps if step == "step") > 8
+    assert bytes_of(done.folder) == bytes_of(recovered)
+    assert not training_folder(out).exists()
+
+
+def test_what_is_there_is_reused(job: Job, two_bits: Path, recovered: Path) -> None:
+    assert recover(job, two_bits, FEW, recovered, Silent()).reused
+
+
+def test_a_loss_that_is_not_finite_ends_it_with_the_best_so_far(
+    job: Job, two_bits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, calls = Training._step, []
+
+    def step(self: Training, rows: list[int]) -> None:
+        calls.append(rows)
+        if len(calls) == 6:
+            raise training._NotFiniteError
+        own(self, rows)
+
+    monkeypatch.setattr(Training, "_step", step)
+    done = recover(job, two_bits, FEW, tmp_path / "out", Silent())
+    assert any("step 6: the loss is not finite" in note for note in done.facts["notes"])
+    told = done.facts["recovered"]
+    assert told["steps"] == 5
+    assert told["after"] == min(loss for _, loss in told["history"]) < told["before"]
+
+
+def test_what_is_never_better_stays_as_it_was(job: Job, two_bits: Path, tmp_path: Path) -> None:
+    wild = replace_options(FEW, norm_rate=1.0, warmup=0.0, train=("norms",), steps=6)
+    done = recover(job, two_bits, wild, tmp_path / "out", Silent())
+    assert done.facts["recovered"]["after"] == done.facts["recovered"]["before"]
+    assert any("stays as it is" in note for note in done.facts["notes"])
+    assert bytes_of(done.folder) == bytes_of(two_bits)
+
+
+@pytest.mark.parametrize(
+    ("keys", "runtime"),
+    [
+        ({"format": "gptq", "bits": 4}, "reference"),
+        ({"format": "awq", "bits": 4, "symmetric": False}, "reference"),
+        ({"format": "hqq", "bits": 2, "symmetric": False, "zeros": "float"}, "reference"),
+        ({"format": "gguf", "bits": 4}, "llama.cpp"),
+        ({"format": "compressed-tensors", "bits": 4}, "transformers"),
+    ],
+    ids=lambda each: each["format"] if isinstance(each, dict) else each,
+)
+def test_every_format_is_trained_and_loads_where_it_did(
+    job: Job, tmp_path: Path, keys: dict[str, Any], runtime: str
+) -> None:
+    given = exported(job, tmp_path / "given", **keys)
+    options = replace_options(FEW, steps=4, evaluations=1, learning_rate=2e-3, train=("scales", "zeros"))
+    done = recover(job, given, options, tmp_path / "done", Silent())
+    told = done.facts["recovered"]
+    assert told["after"] < told["before"]
+    rows = tiny_rows(2, seed=0)
+    row = torch.tensor(rows[0])
+    options_of_load = LoadOptions(device="cpu", dtype="float32", context_length=64)
+    ours = RUNTIMES.get(runtime).load(done.folder, options_of_load).logits(row).float()
+    decoded = RUNTIMES.get("reference").load(done.folder, options_of_load).logits(row).float()
+    assert torch.nn.functional.cosine_similarity(ours.flatten(), decoded.flatten(), dim=0) > 0.999
+
+
+def test_refusals(job: Job, two_bits: Path, tmp_path: Path) -> None:
+    k_quant = exported(job, tmp_path / "nf4", bits=None, group_size=None, scheme="nf4", format="bitsandbytes")
+    with pytest.raises(QuantizationError, match=r"stores nothing of scales, norms|stores nothing of codes"):
+        recover(job, k_quant, replace_options(FEW, train=("codes",)), tmp_path / "a", Silent())
+    with pytest.raises(QuantizationError, match="3 rows are too few"):
+        recover(replace(job, rows=job.rows[:3]), two_bits, FEW, tmp_path / "b", Silent())
+    with pytest.raises(QuantizationError, match="no rows to train on"):
+        recover(replace(job, rows=()), two_bits, FEW, tmp_path / "c", Silent())
+    shutil.copytree(two_bits, tmp_path / "foreign")
+    (tmp_path / "foreign" / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match="no checkpoint that quantkit wrote"):
+        recover(job, tmp_path / "foreign", FEW, tmp_path / "d", Silent())
+
+
+@pytest.mark.parametrize(
+    "scheme", [IntScheme(3, 16), IntScheme(3, 16, symmetric=False), IntScheme(3, 16, False, "float")]
+)
+def test_trained_codes_begin_with_the_nearest_of_the_float_weight(scheme: IntScheme) -> None:
+    from quantkit.numerics.grid_search import encode, quantized
+
+    weight = torch.randn(6, 32, generator=torch.Generator().manual_seed(0))
+    groups = scheme.grids().grouped(weight)
+    grid = scheme.grids().spanning(groups, torch.float32)
+    given = quantized(encode(weight, grid, scheme), grid, scheme)
+    found = TrainedCodes.of(given, weight)
+    torch.testing.assert_close(found.weight().detach(), given.dequantize(torch.float32))
+    assert torch.equal(found.result().codes, given.codes)
+    torch.autograd.backward([found.weight().square().sum()])
+    assert all(leaf.grad is not None and leaf.grad.abs().sum() > 0 for leaf in found.parameters().values())
