@@ -15,8 +15,11 @@ from quantkit.engine.solve import Solver
 from quantkit.engine.tasks import Tuned
 from quantkit.quantization import Job, Quantized, quantize
 from quantkit.quantization import walk_variants as walking
+from quantkit.quantization.solved_layers import SolvedLayers
 from quantkit.quantization.solving_notes import tuning_notes
 from quantkit.recipe import VariantSpec
+from quantkit.runtimes import RUNTIMES
+from quantkit.runtimes.base import LoadOptions
 from quantkit.system.artifacts import file_sha256
 from tests.tiny import make_model, tiny_rows
 
@@ -49,12 +52,9 @@ def change(solver: Solver, segment: Segment, layer: Any) -> Tuned:
         return Tuned(0.5, 0.5, 1)
     (task,) = solver.tasks
     taken = task.sink._waiting  # type: ignore[attr-defined]
-    scales = taken[f"{layer.name}.weight_scale"]
-    stored = task.sink._store.unpack(  # type: ignore[attr-defined]
-        {name.removeprefix(f"{layer.name}."): each for name, each in taken.items() if name.startswith(layer.name)},
-        task.schemes[layer.name],
-    )
-    weight = replace(stored, scales=(scales * 1.25).to(scales.dtype))
+    packed = {name.removeprefix(f"{layer.name}."): each for name, each in taken.items() if name.startswith(layer.name)}
+    stored = task.sink._store.unpack(packed, task.schemes[layer.name])  # type: ignore[attr-defined]
+    weight = replace(stored, scales=(stored.scales * 1.25).to(stored.scales.dtype))
     layer.put(weight.dequantize(torch.float32))
     floats = {}
     for name in (NORM, BIAS):
@@ -70,20 +70,19 @@ def run(model: Path, out: Path, *, stop: int = 0, **keys: Any) -> Quantized:
             raise KeyboardInterrupt
 
     job = Job(model, {"reference": "tiny"}, "float32", rows=tiny_rows(), calibration_sha256="0" * 64, device="cpu")
-    quick = {"search": 1, "refinements": 0, "correction": False, **({"alphas": 2} if "awq" in keys["method"] else {})}
-    variant = VariantSpec.model_validate({"name": "v", "group_size": 32, **quick, **keys})
+    quick = {"search": 1, "refinements": 0, "correction": False} if "gptq" in keys["method"] else {}
+    sized = {} if "scheme" in keys else {"group_size": 32}
+    variant = VariantSpec.model_validate({"name": "v", **quick, **sized, **keys})
     return quantize(job, variant, out, on_segment=on_segment)
 
 
 @pytest.mark.usefixtures("stub")
 def test_a_run_that_goes_on_has_what_tuning_made_before(model: Path, tmp_path: Path) -> None:
-    method = "awq+gptq+tune"
-    whole = run(model, tmp_path / "whole", method=method)
+    keys: dict[str, Any] = {"method": "awq+gptq+tune", "alphas": 2}
+    whole = run(model, tmp_path / "whole", **keys)
     with pytest.raises(KeyboardInterrupt):
-        run(model, tmp_path / "cut", stop=1, method=method)
-    with pytest.raises(KeyboardInterrupt):
-        run(model, tmp_path / "cut", stop=2, method=method)
-    done = run(model, tmp_path / "cut", method=method)
+        run(model, tmp_path / "cut", stop=2, **keys)
+    done = run(model, tmp_path / "cut", **keys)
     assert done.facts["resumed"] == 2
     files = {path.name: file_sha256(path) for path in whole.folder.iterdir() if path.name != "stage.json"}
     assert files == {name: file_sha256(done.folder / name) for name in files}
@@ -110,6 +109,33 @@ def test_what_tuning_changed_is_in_the_checkpoint_and_told(model: Path, tmp_path
         "in 7 steps on average; it did not pay in model.layers.1, which the method alone made",
         "tune: model.layers.2: ended early",
     ]
+
+
+@pytest.mark.usefixtures("stub")
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"format": "gptq"},
+        {"format": "hqq", "symmetric": False, "zeros": "float"},
+        {"format": "bitsandbytes", "scheme": "nf4", "double_quant": False},
+        {"format": "gguf"},
+    ],
+    ids=lambda keys: str(keys["format"]),
+)
+def test_every_format_stores_floats_that_tuning_changed(model: Path, tmp_path: Path, keys: dict[str, Any]) -> None:
+    made, tuned = dict[str, torch.Tensor](), SolvedLayers.tuned
+
+    def seen(self: SolvedLayers, prefix: str, done: Tuned) -> None:
+        made.update(done.floats)
+        tuned(self, prefix, done)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SolvedLayers, "tuned", seen)
+        done = run(model, tmp_path / "out", method="rtn+tune", **keys)
+    loaded: Any = RUNTIMES.get("reference").load(done.folder, LoadOptions(device="cpu", dtype="float32"))
+    assert len(made) == 4
+    for name, value in made.items():
+        assert torch.equal(loaded.model.get_parameter(name), value), name
 
 
 def test_nothing_is_told_of_what_is_not_tuned() -> None:
