@@ -35,15 +35,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def stub(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the place of tuning: scales of a block's last layer and two float parameters of the block are changed."""
-    solve = Solver.solve
 
-    def solved(self: Solver, segment: Segment, groups: Any, experts: str = "", *, replace: bool) -> None:
-        solve(self, segment, groups, experts, replace=replace)
-        last = next((layer for layer in segment.layers if "down_proj" in layer.name), None)
-        if last is not None and last.name in groups[0][0]:
-            self.tuned["v"] = change(self, segment, last)
+    def tuned(self: Solver, _task: Any, segment: Segment, _examples: Any) -> Tuned:
+        last = next(layer for layer in segment.layers if "down_proj" in layer.name)
+        return change(self, segment, last)
 
-    monkeypatch.setattr(Solver, "solve", solved)
+    monkeypatch.setattr(Solver, "_tune", tuned)
     monkeypatch.setattr(walking, "choose_strategy", lambda *_: "recompute")
 
 

@@ -197,6 +197,10 @@ class Streams:
             )
         return [each for each in self._passes if isinstance(each.place, AtSegment) and each.place.index == index]
 
+    def standing(self, segment: Segment) -> list[tuple[Batch, AtSegment]]:
+        """The batches that stand before a segment, and with what they would call it."""
+        return [(each.batch, standing(each, segment)) for each in self.at(segment)]
+
     def stop(self) -> None:
         """End every pass where it stands."""
         for each in self._passes:

@@ -110,6 +110,23 @@ def running_pass() -> Pass:
     return current
 
 
+def is_running() -> bool:
+    """Whether a pass runs the hook that calls this, and no run of a segment by itself."""
+    return isinstance(getcurrent(), Pass)
+
+
+def output_of(given: object) -> torch.Tensor:
+    """The hidden states among what a segment gives: the first tensor.
+
+    Raises:
+        QuantizationError: there is none.
+    """
+    first = given[0] if isinstance(given, tuple | list) and given else given
+    if not isinstance(first, torch.Tensor):
+        raise QuantizationError(f"a block gives {type(first).__name__} and no tensor", "leave out tune")
+    return first
+
+
 @contextmanager
 def states(segment: nn.Module) -> Iterator[set[tuple[nn.Module, str]]]:
     """The attributes of modules that a run of a segment replaces, such as a recurrence's last state."""
@@ -149,6 +166,15 @@ def move(place: Place | None, device: torch.device) -> None:
     for tensor in _tensors([place.args, place.kwargs]):
         if tensor.device != device:
             tensor.data = tensor.data.to(device)
+
+
+def brought(value: Any, device: torch.device) -> Any:
+    """Nested tuples, lists and mappings with all tensors on a device; nothing is copied that lies there."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if type(value) in (list, tuple):
+        return type(value)(brought(each, device) for each in value)
+    return {key: brought(each, device) for key, each in value.items()} if type(value) is dict else value
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:

@@ -17,6 +17,8 @@ from quantkit.engine.ordering import quantize_in_order
 from quantkit.engine.skeleton import Segment
 from quantkit.engine.tasks import LayerResult, Tuned, VariantTask
 from quantkit.engine.transforming import Originals, Transforming
+from quantkit.engine.tunable_floats import tunable_floats
+from quantkit.engine.tuning import Example, Polish
 from quantkit.errors import QuantizationError
 from quantkit.methods.base import InputStatistics, Method, Solution, Statistic
 from quantkit.numerics.mismatch import corrected
@@ -70,6 +72,7 @@ class Solver:
     failures: dict[str, Exception] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     tuned: dict[str, Tuned] = field(default_factory=dict)
+    _solved: dict[str, dict[str, QuantizedWeight]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self.transforming = Transforming(self.originals, self.live)
@@ -97,6 +100,10 @@ class Solver:
     def corrects(self) -> bool:
         """Whether some task corrects layers for what their inputs lost."""
         return any(task.method.corrects for task in self.tasks)
+
+    def tunes(self) -> bool:
+        """Whether some task tunes segments."""
+        return any(task.tune is not None for task in self.tasks)
 
     def wanted(self, segment: Segment) -> dict[str, Layer]:
         """The layers of a segment that a task still has to quantize."""
@@ -168,6 +175,58 @@ class Solver:
         for task in self.alive():
             self.transforming.put_back(task, segment)
 
+    def tuning(self, segment: Segment) -> list[VariantTask]:
+        """The tasks that tune a segment, which they still have to solve."""
+        return [task for task in self.at_work(segment) if task.tune is not None]
+
+    def tune(self, segment: Segment, examples: Sequence[Example], *, replace: bool) -> None:
+        """Tune a segment all of whose layers are solved, for each task that wants it.
+
+        Args:
+            segment: it is loaded.
+            examples: what batches bring to it and should leave it with.
+            replace: put the result in its place, as with quantized inputs.
+        """
+        for task in self.tuning(segment):
+            done = self.work(task, partial(self._tune, task, segment, examples))
+            if done is None:
+                continue
+            self.tuned[task.name] = done
+            for layer in segment.layers if replace else ():
+                if layer.name in done.weights:
+                    layer.put(done.weights[layer.name].dequantize(torch.float32))
+            for name, value in done.floats.items() if replace else ():
+                parameter = self.originals.skeleton.model.get_parameter(name)
+                parameter.data = value.to(parameter.dtype)
+
+    def _tune(self, task: VariantTask, segment: Segment, examples: Sequence[Example]) -> Tuned | None:
+        """What tuning makes of a segment of a task; None where it trains nothing of it."""
+        solved, options = self._solved.pop(task.name, {}), task.tune
+        if options is None or not solved:
+            return None
+        if len(examples) < 2:
+            return Tuned(0.0, 0.0, 0, note="fewer than two batches of calibration rows came to it: it was not tuned")
+        start = f"{segment.prefix}."
+        places = {f"{layer.path.removeprefix(start)}.weight": layer.name for layer in segment.layers}
+        weights = {place: solved[name] for place, name in places.items() if name in solved}
+        others: dict[str, torch.Tensor] = {}
+        if not self.live:
+            changes = self.transforming.of(task)
+            for name, value in segment.module.named_parameters():
+                path, _, leaf = f"{start}{name}".rpartition(".")
+                others |= {} if name in weights else {name: changes.apply(path, leaf, value.data)}
+        trained = tunable_floats(self.originals.skeleton, segment, options.train)
+        floats = {name.removeprefix(start): each.data for name, each in trained.items()}
+        floats |= {name: others.pop(name) for name in list(others) if name in floats}
+        done = Polish(segment.module, weights, floats, options, examples, others).run()
+        if done is None:
+            return None
+        return replace(
+            done,
+            weights={places[place]: weight for place, weight in done.weights.items()},
+            floats={f"{start}{name}": value for name, value in done.floats.items()},
+        )
+
     def _hand_over_tuned(self, task: VariantTask, segment: Segment) -> None:
         """Give a task's sink what tuning made of a segment, in the place of what transforms made of its floats."""
         done, skeleton = self.tuned.pop(task.name), self.originals.skeleton
@@ -221,6 +280,8 @@ class Solver:
                 solved = self.work(task, partial(solve_groups, task, given))
             for name, weight in (solved or {}).items() if replace else ():
                 layers[name].put(weight.dequantize(torch.float32))
+            if task.tune is not None:
+                self._solved.setdefault(task.name, {}).update(solved or {})
         for _, found in groups:
             found.derived.clear()  # factors of a wide layer are as large as its Gram matrix
 

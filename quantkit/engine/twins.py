@@ -23,7 +23,7 @@ from quantkit.engine.gathering import Group, Replay, Streams, standing
 from quantkit.engine.groups import Enough, hooked
 from quantkit.engine.layers import Layer
 from quantkit.engine.mismatch import HeldOut, MismatchGatherer, stream_hooks, stream_places, take_streams
-from quantkit.engine.passes import running_pass
+from quantkit.engine.passes import is_running, output_of, running_pass
 from quantkit.engine.routing import Routes
 from quantkit.engine.skeleton import Segment
 
@@ -52,17 +52,20 @@ class Twins:
         model: what they run.
         batches: the calibration tokens.
         offload: see :class:`Streams`.
+        all_paired: every batch has one, as where segments are tuned.
     """
 
     model: nn.Module
     batches: Sequence[Batch]
     offload: bool = False
+    all_paired: bool = False
     _streams: Streams = field(init=False)
     _held: HeldOut = field(init=False)
     _floats: dict[nn.Module, torch.Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        count, whole = paired(len(self.batches)), len(self.batches)
+        whole = len(self.batches)
+        count = whole if self.all_paired else paired(whole)
         batches = [self.batches[place * whole // count] for place in range(count)]
         self._streams = Streams(self.model, batches, frozenset(), self.offload)
         self._held = HeldOut.of(batches)
@@ -157,6 +160,22 @@ class Twins:
             self._streams.advance(segment)
         self._floats.clear()
 
+    def outputs(self, segment: Segment, *, last: bool) -> Outputs:
+        """What every twin makes of a segment; they are brought through it, behind the last one they stay.
+
+        Args:
+            segment: before which they stand.
+            last: no other comes behind it.
+        """
+        with self._float_weights(), leaving(segment) as found:
+            for each in self._streams.at(segment) if last else ():
+                self._streams.try_alone(segment, each)
+                found[id(each.batch)] = found.pop(ALONE)
+            if not last:
+                self._streams.advance(segment)
+        self._floats.clear()
+        return found
+
     @contextmanager
     def _float_weights(self) -> Iterator[None]:
         """Inside the block, the float weights that were kept are in the places of what was made of them."""
@@ -168,6 +187,29 @@ class Twins:
         finally:
             for module, weight in solved.items():
                 module.get_parameter("weight").data = weight
+
+
+Outputs = dict[int, torch.Tensor]
+"""What a segment makes of batches, by the identity of each."""
+ALONE = 0
+"""In the place of that for a run that is no pass's."""
+
+
+@contextmanager
+def leaving(segment: Segment) -> Iterator[Outputs]:
+    """Inside the block, runs of a segment leave what it gives."""
+    found: Outputs = {}
+
+    def leave(_: nn.Module, __: Any, output: Any) -> None:
+        found[id(running_pass().batch) if is_running() else ALONE] = output_of(output).detach()
+
+    hook = segment.module.register_forward_hook(
+        leave, prepend=True
+    )  # before the one at which the last block ends passes
+    try:
+        yield found
+    finally:
+        hook.remove()
 
 
 def _is_linear(module: nn.Module) -> TypeGuard[nn.Linear]:

@@ -33,12 +33,14 @@ import torch
 
 from quantkit.engine.batches import Batch
 from quantkit.engine.gathering import Group, Replay, Solvable, Step, Streams, batch_of, pause_at
+from quantkit.engine.passes import AtSegment
 from quantkit.engine.routing import ROUTED, ExpertSettings
 from quantkit.engine.skeleton import Segment, Skeleton, WeightReader
 from quantkit.engine.solve import Solver
 from quantkit.engine.tasks import VariantTask
 from quantkit.engine.transforming import Originals
-from quantkit.engine.twins import Twins
+from quantkit.engine.tuning import Example
+from quantkit.engine.twins import Outputs, Twins, leaving
 from quantkit.methods.base import InputStatistics
 
 Inputs = Literal["quantized", "float"]
@@ -101,8 +103,9 @@ class Walk:
         self._streams = Streams(
             self.skeleton.text, self.batches, self._solver.needs(), settings.offload, settings.experts, settings.room
         )
-        if self._is_quantized and self._solver.corrects() and self.skeleton.runs_once:
-            self._twins = Twins(self.skeleton.text, self.batches, settings.offload)
+        tunes = self._solver.tunes()
+        if self._is_quantized and (tunes or self._solver.corrects()) and self.skeleton.runs_once:
+            self._twins = Twins(self.skeleton.text, self.batches, settings.offload, all_paired=tunes)
 
     @property
     def failures(self) -> dict[str, Exception]:
@@ -131,7 +134,7 @@ class Walk:
         segments = self._wanted_segments()
         if not self._is_left(segments):
             return
-        calibrated = bool(self._solver.needs()) and bool(self.batches)
+        calibrated = (bool(self._solver.needs()) or self._solver.tunes()) and bool(self.batches)
         with torch.no_grad(), ExitStack() as cleanup:
             self._solver.begin()
             if calibrated:
@@ -224,7 +227,7 @@ class Walk:
         if segment.is_layer:
             for name, layer in self._solver.wanted(segment).items():
                 group = self._streams.group({name: layer})
-                if self._twins is not None:
+                if self._twins is not None and self._solver.corrects():
                     self._twins.prepare_layer(segment, group)
                 self._solve(segment, [(group, self._streams.read_before(segment, group))])
             self._advance_twins(segment, last)
@@ -250,13 +253,18 @@ class Walk:
         for step in large:
             self._solve_experts(segment, step)
         rest = [step for step in found if step not in large]
-        with self._streams.gathering(segment, [group for step in rest for group in step.groups], pausing=False):
+        groups, tunes = [group for step in rest for group in step.groups], bool(self._solver.tuning(segment))
+        places = self._streams.standing(segment) if tunes else ()
+        with self._streams.gathering(segment, groups, pausing=False), ExitStack() as seeing:
+            outputs = seeing.enter_context(leaving(segment)) if tunes else {}
             self._streams.advance(segment)
         known = self._streams.results(rest)
         for task in observing:
             self._solver.work(task, partial(self._solver.transforming.choose, task, segment, known))
         for step in rest:
             self._solve(segment, [(group, known[group.name]) for group in step.groups], step.experts)
+        if tunes:
+            self._tune(segment, places, outputs)
 
     def _calibrate_quantized(self, segment: Segment, found: Sequence[Step], last: bool) -> None:
         """Solve step by step, each from inputs that the steps before it have changed."""
@@ -265,9 +273,10 @@ class Walk:
             known = self._streams.observe(segment, found)
             self._solver.work(observing[0], partial(transforming.choose, observing[0], segment, known))
             transforming.apply(observing[0], segment)
-        one_pass = self.settings.strategy == "one-pass" and not any(step.experts for step in found)
+        tunes, corrects = bool(self._solver.tuning(segment)), self._solver.corrects()
+        one_pass = self.settings.strategy == "one-pass" and not tunes and not any(step.experts for step in found)
         replay = None
-        if self._twins is not None:
+        if self._twins is not None and corrects:
             groups = [step.group for step in found if not step.experts]
             self._twins.prepare(segment, groups)
             experts = [group for step in found if step.experts for group in step.groups]
@@ -283,11 +292,19 @@ class Walk:
             if step.experts:
                 self._solve_experts(segment, step, replay)
             else:
-                see = None if self._twins is None else partial(self._twins.see, segment, step.group)
+                see = partial(self._twins.see, segment, step.group) if self._twins is not None and corrects else None
                 self._solve(segment, [(step.group, self._streams.gather_alone(segment, step.group, see))])
-        self._advance_twins(segment, last)
+        if tunes and self._twins is not None:
+            self._tune(segment, self._streams.standing(segment), self._twins.outputs(segment, last=last))
+        else:
+            self._advance_twins(segment, last)
         if not last:
             self._streams.advance(segment)
+
+    def _tune(self, segment: Segment, places: Sequence[tuple[Batch, AtSegment]], outputs: Outputs) -> None:
+        """Tune a solved segment by what batches bring to it and what the float model makes of them."""
+        examples = [Example(batch, place, outputs[id(batch)]) for batch, place in places if id(batch) in outputs]
+        self._solver.tune(segment, examples, replace=self._is_quantized)
 
     def _solve_experts(self, segment: Segment, step: Step, replay: Replay | None = None) -> None:
         """Gather and solve the experts of a step, as many at a time as there is room for."""

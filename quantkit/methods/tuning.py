@@ -28,7 +28,7 @@ class TuneOptions(MethodOptions):
         batch_tokens: tokens of a step.
         train: what is trained, of ``scales``, ``zeros`` (zero points that are any number), ``norms`` and ``biases``.
         rounding: train the roundings too, by the signs of their gradients, from the codes that the method chose.
-        held_out: share of the rows by which a block is judged and on which it is not trained.
+        held_out: share of the batches by which a block is judged and on which it is not trained; one at least.
         patience: how many times in a row the held-out rows may see no gain before a block is done.
     """
 
@@ -37,7 +37,7 @@ class TuneOptions(MethodOptions):
     batch_tokens: Annotated[int, Field(strict=True, ge=1)] = 2048
     train: tuple[Part, ...] = ("scales", "zeros")
     rounding: Annotated[bool, Field(strict=True)] = False
-    held_out: Annotated[float, Field(gt=0, lt=1)] = 0.25
+    held_out: Annotated[float, Field(gt=0, lt=1)] = 0.125
     patience: Annotated[int, Field(strict=True, ge=1)] = 3
 
     @field_validator("train", mode="before")

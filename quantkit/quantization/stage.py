@@ -44,13 +44,16 @@ def quantize(
 def walks(job: Job, variants: Sequence[VariantSpec]) -> list[list[int]]:
     """Which variants share a walk, by their places: all with float inputs, and all that need no calibration.
 
-    With quantized inputs a calibrated variant has activations of its own and so a walk of its own. Those that are
-    calibrated also on tokens that the float model writes share none with those that are not.
+    With quantized inputs a calibrated variant has activations of its own and so a walk of its own. With float inputs
+    those that are calibrated also on tokens that the float model writes share none with those that are not, and those
+    that are tuned have batches of their own, of as many tokens as their steps.
     """
     if job.inputs == "float":
-        more = [place for place, variant in enumerate(variants) if job.generates(variant)]
-        less = [place for place in range(len(variants)) if place not in more]
-        return sorted(places for places in (more, less) if places)
+        alike: dict[tuple[bool, int | None], list[int]] = {}
+        for place, variant in enumerate(variants):
+            tokens = None if variant.tune is None else variant.tune.batch_tokens
+            alike.setdefault((bool(job.generates(variant)), tokens), []).append(place)
+        return list(alike.values())
     free = [place for place, variant in enumerate(variants) if not variant.calibrated]
     alone = [[place] for place in range(len(variants)) if place not in free]
     return sorted([*([free] if free else []), *alone])

@@ -96,6 +96,9 @@ class VariantRun:
         self._store = FORMATS.get(wanted.variant.format)(job.dtype)
         self.wanted = wanted
         self.layers = plan_layers(skeleton, wanted.variant)
+        if wanted.variant.tune is not None and not skeleton.runs_once:
+            text = f"{self.name}: the blocks of this model share weights or run again and again, and are not tuned"
+            raise QuantizationError(text, "leave out tune")
         if wanted.variant.calibrated and not job.rows:
             text = f"{self.name}: method {wanted.variant.chain} needs calibration rows"
             raise QuantizationError(text, "give a data set")

@@ -33,6 +33,8 @@ from quantkit.system.shutdown import heed, patient
 
 OnSegment = Callable[[int, int], None]
 OnNote = Callable[[str], None]
+FEWEST_BATCHES = 8
+"""Into as many batches rows are divided at least where segments are tuned, as far as there are rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,7 +245,8 @@ def _is_done(
     may_pad = len(set(map(len, rows))) > 1 and not skeleton.has_routed_layers()
     may_pad = may_pad and can_be_padded(skeleton, reader, settings.device, settings.dtype)
     images = _images(job, settings.dtype) if rows else {}
-    batches = make_batches(rows, settings.device, may_pad, step.batch_tokens, images)
+    limit = batch_limit(tasks, sum(map(len, rows)), step.batch_tokens)
+    batches = make_batches(rows, settings.device, may_pad, limit, images)
     walk = Walk(skeleton, reader, batches, tasks, settings, done)
     try:
         with _failures_kept(walk), patient():
@@ -261,6 +264,18 @@ def _is_done(
         del walk, batches
         _let_go(settings.device)
     return not ran_out_here
+
+
+def batch_limit(tasks: Sequence[VariantTask], tokens: int, limit: int) -> int:
+    """Tokens of a batch at most.
+
+    Args:
+        tasks: of the walk; those that tune take one batch a step, and hold some batches out.
+        tokens: of all rows.
+        limit: what memory allows.
+    """
+    asked = [task.tune.batch_tokens for task in tasks if task.tune is not None]
+    return min([limit, *asked, *([max(1, tokens // FEWEST_BATCHES)] if asked else [])])
 
 
 def _images(job: Job, dtype: torch.dtype) -> dict[int, dict[str, torch.Tensor]]:
