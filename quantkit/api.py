@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -121,6 +121,7 @@ def evaluate(
     *,
     texts: str | Sequence[str | Mapping[str, Any]] | None = None,
     reference: str | Path | None = None,
+    adapter: str | Path | None = None,
     trust_remote_code: bool = False,
     observer: Observer | None = None,
     **settings: Any,
@@ -131,6 +132,7 @@ def evaluate(
         checkpoint: folder of a float or quantized checkpoint, a GGUF file, or the name of a hub model.
         texts: names of bundled texts, files, or mappings as in a recipe, or one of these; the bundled ones by default.
         reference: the float model to compare with; without it there is no divergence.
+        adapter: folder of an adapter that ``recover`` made for the checkpoint, with which it is scored.
         trust_remote_code: run Python code that comes with the checkpoint or the reference.
         observer: is told what happens.
         settings: further keys of a recipe's ``evaluation`` section: ``context_length``, ``tasks``, ``device`` ...
@@ -142,6 +144,7 @@ def evaluate(
         QuantkitError: with what is wrong and the remedy.
     """
     from quantkit.evaluation import EvaluationJob, run_job
+    from quantkit.exports.adapter import with_adapter
     from quantkit.pipeline.preflight import check_scoring
     from quantkit.source.view import loadable
 
@@ -150,7 +153,9 @@ def evaluate(
     spec = parse_section(EvaluationSpec, given, "evaluation")
     check_scoring(spec, [checkpoint] if reference is None else [checkpoint, reference])
     folder = _checkpoint_folder(checkpoint, trusted=trust_remote_code)
-    with tempfile.TemporaryDirectory(prefix="quantkit-") as scratch, _logs() as logs:
+    with tempfile.TemporaryDirectory(prefix="quantkit-") as scratch, _logs() as logs, ExitStack() as ends:
+        if adapter is not None:
+            folder = ends.enter_context(with_adapter(folder, Path(adapter).expanduser()))
         logprobs = samples = None
         if reference is not None and spec.compares:
             watching.stage(f"baseline: {reference}")

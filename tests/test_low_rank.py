@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from quantkit.numerics.low_rank import LowRank, closest
+from quantkit.numerics.low_rank import LowRank, aligned, closest
 
 
 def an_error(rows: int, columns: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -81,3 +81,15 @@ def test_no_error_asks_for_no_term() -> None:
     assert isinstance(found, LowRank)
     assert not found.product().any()
     assert bool(found.down.isfinite().all())
+
+
+def test_factors_of_rows_and_columns_are_found_and_noise_and_shrinking_are_none() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, noise = (torch.randn(96, 64, generator=generator) for _ in range(2))
+    rows = torch.rand(96, 1, generator=generator) + 0.5
+    columns = torch.rand(1, 64, generator=generator) + 0.5
+    rounded = 0.9 * weight + 0.2 * noise
+    assert aligned(weight, rounded) is weight
+    scaled = weight * rows * columns
+    found = aligned(weight, scaled + 0.2 * noise)
+    assert float((found - scaled).norm() / scaled.norm()) < 0.1

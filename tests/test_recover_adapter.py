@@ -18,8 +18,9 @@ from quantkit.checkpoint.adapter_folder import made_for
 from quantkit.errors import QuantkitError
 from quantkit.exports.adapter import FOLDER, base_digest, with_adapter
 from quantkit.publishing.adapter_card import describe_adapter
+from quantkit.recipe.adapting import AdapterOptions
+from quantkit.recipe.recovering import RecoverOptions
 from quantkit.recovery.adapter import AdapterJob, chosen_layers, fit_adapter, opened, target_names
-from quantkit.recovery.adapter_options import AdapterOptions
 from quantkit.runtimes import RUNTIMES
 from quantkit.runtimes.base import LoadOptions
 from quantkit.system.artifacts import read_json
@@ -57,7 +58,7 @@ def adapted(request: pytest.FixtureRequest, original: Path) -> tuple[Path, Path]
 def made(base: Path, original: Path, out: Path, **options: Any) -> Path:
     """An adapter, in a folder of its own."""
     rows = tiny_rows(6, 40, 60)
-    job = AdapterJob(base, original, {"name": "float"}, AdapterOptions(**options), rows, "rows", "cpu")
+    job = AdapterJob(base, original, {"name": "float"}, AdapterOptions(**options), rows, "rows", device="cpu")
     fit_adapter(job, out, Notebook(), describe_adapter)
     return out
 
@@ -160,7 +161,7 @@ def test_it_is_merged_into_the_decoded_codes_and_into_nothing_else(int3: Path, o
 
 def test_a_weighted_start_leaves_less_of_the_outputs_error(int3: Path, original: Path, tmp_path: Path) -> None:
     rows = tiny_rows(6, 40, 60)
-    job = AdapterJob(int3, original, {}, AdapterOptions(rank=16), rows, "rows", "cpu")
+    job = AdapterJob(int3, original, {}, AdapterOptions(rank=16), rows, "rows", device="cpu")
     facts = fit_adapter(job, tmp_path / "weighted", Notebook(), lambda folder, name: None)
     assert facts["error_left"] < 0.8 * facts["error"]
     without_rows = replace(job, options=AdapterOptions(rank=16, start="plain"), rows=())
@@ -168,6 +169,31 @@ def test_a_weighted_start_leaves_less_of_the_outputs_error(int3: Path, original:
     assert plain["error_left"] < plain["error"]
     with pytest.raises(QuantkitError, match="needs calibration rows"):
         fit_adapter(replace(job, rows=()), tmp_path / "none", Notebook(), lambda folder, name: None)
+
+
+def test_training_brings_it_closer_and_a_killed_one_goes_on(
+    int3: Path, original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [tiny_rows(1, 32, 32, seed=seed)[0] for seed in range(12)]
+    options = RecoverOptions(steps=6, batch_tokens=64, evaluations=3, held_out=0.3)
+    job = AdapterJob(int3, original, {}, AdapterOptions(rank=8, start="plain", rate=0.05), rows, "rows", options, "cpu")
+    facts = fit_adapter(job, tmp_path / "whole", Notebook(), lambda folder, name: None)
+    assert facts["after"] < facts["before"]
+    assert read_json(tmp_path / "whole" / "manifest.json")["trained"]["steps"] == 6
+
+    class Stop(Notebook):
+        def progress(self, step: str, done: int, total: int) -> None:
+            if step == "step" and done == 3:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit_adapter(job, tmp_path / "cut", Stop(), lambda folder, name: None)
+    resumed = Notebook()
+    fit_adapter(job, tmp_path / "cut", resumed, lambda folder, name: None)
+    assert next(done for step, done, _ in resumed.steps if step == "step") > 1
+    files = [tmp_path / name / "adapter_model.safetensors" for name in ("whole", "cut")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert [path.name for path in tmp_path.glob(".*.training")] == []
 
 
 def test_factors_of_awq_are_no_error(records: Path, tmp_path: Path) -> None:

@@ -16,8 +16,9 @@ import torch
 
 ALIGNMENTS = 3
 """How often factors of columns and of rows are fitted in turn."""
-EXPLAINED = 0.8
-"""What share of a difference factors must leave at most."""
+EXPLAINED = 0.1
+CHANCE = 4.0
+"""Factors must explain more than this share of a difference, and so many times what each explains by chance."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +80,8 @@ def aligned(weight: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
 
     Methods such as AWQ multiply the columns of a weight by factors and divide its rows by those of the layer behind it,
     which the model as a whole does not notice. What was lost is told against the scaled weight. The factors are fitted,
-    and taken where they explain a fifth of the difference at least; noise does not.
+    and taken where they explain clearly more of the difference than a single factor for all does, by which few bits
+    shrink a weight.
 
     Args:
         weight: float32 ``[out_features, in_features]``.
@@ -97,5 +99,7 @@ def aligned(weight: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
         scaled = weight * columns
         rows = (scaled * packed).sum(1, keepdim=True) / scaled.square().sum(1, keepdim=True).clamp(min=tiny)
     found = weight * rows * columns
-    explains = (found - packed).square().sum() < EXPLAINED * (weight - packed).square().sum()
+    shrunk = weight * ((weight * packed).sum() / weight.square().sum().clamp(min=tiny))
+    left = 1 - EXPLAINED - CHANCE * sum(weight.shape) / weight.numel()
+    explains = (found - packed).square().sum() < left * (shrunk - packed).square().sum()
     return found if explains else weight

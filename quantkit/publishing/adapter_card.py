@@ -14,7 +14,7 @@ from quantkit.exports.adapter import AGAIN
 from quantkit.exports.manifest import MANIFEST
 from quantkit.publishing.card import CARD
 from quantkit.publishing.markdown import code, fenced, plain, quoted
-from quantkit.recovery.adapter_options import SERVED
+from quantkit.recipe.adapting import SERVED
 from quantkit.system.artifacts import read_json, write_text
 
 STARTS = {

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -29,12 +30,19 @@ from quantkit.exports.manifest import model_name
 from quantkit.exports.rewriting import origin_folder
 from quantkit.quantization.left_float import few
 from quantkit.quantization.plan import experts_room
+from quantkit.recipe.adapting import AdapterOptions
 from quantkit.recipe.fields import compiled
-from quantkit.recovery.adapter_options import AdapterOptions
+from quantkit.recipe.recovering import RecoverOptions
+from quantkit.recovery.stage import machine_of, schedule_of, take_up, told, training_folder
+from quantkit.recovery.trained_terms import KIND, train_terms
+from quantkit.recovery.training import Trained
 from quantkit.system.artifacts import check_writable, new_folder, read_stage, write_stage
 from quantkit.system.devices import resolve_device
 from quantkit.system.distribution import own_version
+from quantkit.system.locks import alone
+from quantkit.system.os_errors import may_pass
 from quantkit.system.progress import Observer
+from quantkit.system.shutdown import patient
 
 STAGE = "adapter"
 CODE_VERSION = 1
@@ -55,8 +63,9 @@ class AdapterJob:
         original: folder of the float model that it was made of.
         original_facts: what identifies that.
         options: how the adapter is made.
-        rows: calibration token ids; none are needed for a ``plain`` start.
+        rows: calibration token ids; none are needed for a ``plain`` start without a training.
         calibration_sha256: of them.
+        training: how the terms are trained on these rows from where they start; None leaves them there.
         device: ``auto`` is CUDA where there is one.
         trust_remote_code: run Python code that comes with the model.
     """
@@ -67,18 +76,25 @@ class AdapterJob:
     options: AdapterOptions
     rows: Sequence[Sequence[int]] = ()
     calibration_sha256: str | None = None
+    training: RecoverOptions | None = None
     device: str = "auto"
     trust_remote_code: bool = False
 
+    @property
+    def reads_rows(self) -> bool:
+        """Whether its bytes depend on the rows."""
+        return self.training is not None or self.options.start == "weighted"
+
     def made_from(self) -> dict[str, Any]:
         """What the adapter's bytes depend on, for its fingerprint."""
-        device, weighted = resolve_device(self.device), self.options.start == "weighted"
+        device = resolve_device(self.device)
         return {
             "code": CODE_VERSION,
             "base": base_digest(self.checkpoint),
             "original": self.original_facts,
             "options": self.options.model_dump(mode="json"),
-            "calibration": self.calibration_sha256 if weighted else None,
+            "training": None if self.training is None else self.training.model_dump(mode="json"),
+            "calibration": self.calibration_sha256 if self.reads_rows else None,
             "device": device.type,
             "versions": {name: version(name).rsplit(".", 1)[0] for name in ("torch", "transformers")},
         }
@@ -95,6 +111,7 @@ class Opened:
         transposed: paths of the modules that PEFT can adapt, and whether their weight lies transposed.
         modules: paths of all modules of the model.
         dtype: of its float tensors.
+        floats: the float model, and its weights.
     """
 
     export: Export
@@ -103,8 +120,7 @@ class Opened:
     transposed: Mapping[str, bool]
     modules: frozenset[str]
     dtype: torch.dtype
-    _float: Skeleton
-    _weights: CheckpointReader
+    floats: tuple[Skeleton, CheckpointReader]
 
     def original(self, layer: Layer) -> torch.Tensor:
         """The float weight of a layer.
@@ -112,7 +128,8 @@ class Opened:
         Raises:
             CheckpointError: the float model has none of this shape.
         """
-        found = self._float.read(f"{layer.path}.weight", self._weights.read_finite)
+        skeleton, weights = self.floats
+        found = skeleton.read(f"{layer.path}.weight", weights.read_finite)
         if tuple(found.shape) != layer.shape:
             raise CheckpointError(
                 f"{layer.name} is {list(layer.shape)} in {self.export.path} and {list(found.shape)} in the float model",
@@ -142,8 +159,7 @@ def opened(checkpoint: Path, original: Path, *, trust_remote_code: bool) -> Iter
             whole_modules(model),
             frozenset(name for name, _ in model.named_modules()),
             FLOATS.get(dtype, torch.float32),
-            Skeleton(original, trust_remote_code),
-            CheckpointReader(original),
+            (Skeleton(original, trust_remote_code), CheckpointReader(original)),
         )
 
 
@@ -207,12 +223,16 @@ def fit_adapter(job: AdapterJob, out: Path, observer: Observer, describe: Descri
     done = read_stage(out, STAGE, identity)
     if done is not None and (out / WEIGHTS).is_file():
         return dict(done["facts"])
-    if job.options.start == "weighted" and not job.rows:
-        raise QuantizationError("a weighted start needs calibration rows", "give a data set, or start: plain")
+    if job.reads_rows and not job.rows:
+        what = "a weighted start" if job.training is None else "a training"
+        raise QuantizationError(f"{what} needs calibration rows", "give a data set, or start: plain and no steps")
+    trained = None
     with opened(job.checkpoint, job.original, trust_remote_code=job.trust_remote_code) as found:
         layers, notes = chosen_layers(found, job.options)
         terms = _terms(job, found, layers, observer)
-    _check_original(terms, job)
+        _check_original(terms, job)
+        if job.training is not None:
+            terms, trained = _train(job, job.training, found, terms, out, observer)
     name = model_name(str(job.checkpoint))
     settings = AdapterSettings(
         rank=job.options.rank,
@@ -222,13 +242,14 @@ def fit_adapter(job: AdapterJob, out: Path, observer: Observer, describe: Descri
         transposed=any(found.transposed[layer.path] for layer in layers),
         dtype=found.dtype,
     )
-    facts = _facts(job, terms, [*notes, *job.options.notes()])
+    facts = _facts(job, terms, trained, [*notes, *job.options.notes()])
     with new_folder(out, guests=True) as folder:
         low_ranks = {term.layer.path: term.low_rank for term in terms}
-        write_adapter(folder, low_ranks, settings, identity["base"], _told(job, terms, found))
+        write_adapter(folder, low_ranks, settings, identity["base"], _told(job, terms, found, facts))
         facts["bytes"] = (folder / WEIGHTS).stat().st_size
         describe(folder, out.name)
         write_stage(folder, STAGE, identity, facts=facts)
+    shutil.rmtree(training_folder(out), ignore_errors=True)
     return facts
 
 
@@ -254,6 +275,33 @@ def _terms(job: AdapterJob, found: Opened, layers: Sequence[Layer], observer: Ob
     return terms
 
 
+def _train(
+    job: AdapterJob, options: RecoverOptions, found: Opened, terms: Sequence[Term], out: Path, observer: Observer
+) -> tuple[list[Term], Trained]:
+    """Train the terms, from where they start or from where a run that was stopped had brought them."""
+    device, folder = resolve_device(job.device), training_folder(out)
+    schedule = replace(schedule_of(options), rates={KIND: job.options.rate})
+    with alone(out, "recover"), patient():
+        take_up(folder, {**job.made_from(), **machine_of(job.device)})
+        try:
+            return train_terms(
+                terms,
+                found.export,
+                found.skeleton,
+                found.floats,
+                job.rows,
+                schedule,
+                folder,
+                observer,
+                device=device,
+                dtypes=(pass_dtype(device, found.dtype), found.dtype),
+            )
+        except BaseException as error:
+            if not may_pass(error):
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+
 def _check_original(terms: Sequence[Term], job: AdapterJob) -> None:
     """Refuse a float model of which the checkpoint was not made."""
     strange = [term.layer.name for term in terms if term.distance > STRANGE]
@@ -264,25 +312,29 @@ def _check_original(terms: Sequence[Term], job: AdapterJob) -> None:
         )
 
 
-def _facts(job: AdapterJob, terms: Sequence[Term], notes: Sequence[str]) -> dict[str, Any]:
+def _facts(job: AdapterJob, terms: Sequence[Term], trained: Trained | None, notes: Sequence[str]) -> dict[str, Any]:
+    kept = () if trained is None else (told(trained), *trained.notes)
+    history = {} if trained is None else {"before": trained.before, "after": trained.after, "steps": trained.steps}
     return {
+        **history,
         "layers": len(terms),
         "rank": job.options.rank,
         "start": job.options.start,
         "error": sum(term.error for term in terms) / len(terms),
         "error_left": sum(term.error_left for term in terms) / len(terms),
-        "notes": list(notes),
+        "notes": [*kept, *notes],
     }
 
 
-def _told(job: AdapterJob, terms: Sequence[Term], found: Opened) -> dict[str, Any]:
+def _told(job: AdapterJob, terms: Sequence[Term], found: Opened, facts: Mapping[str, Any]) -> dict[str, Any]:
     """What the manifest says beside the base and the files."""
     return {
         "created_by": f"quantkit {own_version()}",
         "format": found.export.format,
         "rank": job.options.rank,
         "start": job.options.start,
-        "calibration_sha256": job.calibration_sha256 if job.options.start == "weighted" else None,
+        "calibration_sha256": job.calibration_sha256 if job.reads_rows else None,
+        "trained": {key: facts[key] for key in ("before", "after", "steps")} if "steps" in facts else None,
         "names": {term.layer.path: term.layer.name for term in terms},
         "errors": {term.layer.name: [term.error, term.error_left] for term in terms},
         "versions": {name: version(name) for name in ("torch", "transformers", "peft")},

@@ -90,7 +90,7 @@ def recover(
     started = time.perf_counter()
     folder = training_folder(out)
     with alone(out, "recover"):
-        _take_up(folder, {**made, **_machine(job)})
+        take_up(folder, {**made, **machine_of(job.device)})
         try:
             with patient():
                 student, trained = _train(job, checkpoint, options, folder, observer)
@@ -130,11 +130,11 @@ def made_from(job: Job, checkpoint: Path, options: RecoverOptions) -> dict[str, 
     }
 
 
-def _machine(job: Job) -> dict[str, Any]:
+def machine_of(device: str) -> dict[str, Any]:
     """What a training that goes on must have been computed with, beside what its bytes depend on."""
     return {
         "machine": {
-            "device": device_name(resolve_device(job.device)),
+            "device": device_name(resolve_device(device)),
             "threads": torch.get_num_threads(),
             "cpu": torch.backends.cpu.get_cpu_capability(),
             "machine": platform.machine(),
@@ -143,7 +143,7 @@ def _machine(job: Job) -> dict[str, Any]:
     }
 
 
-def _take_up(folder: Path, made: Mapping[str, Any]) -> None:
+def take_up(folder: Path, made: Mapping[str, Any]) -> None:
     """Keep what an earlier run of the same left, and remove anything else."""
     with translated_os_errors(folder):
         try:

@@ -13,6 +13,7 @@ from quantkit.checkpoint.leftovers import is_quantized, leftovers, misleads_load
 from quantkit.checkpoint.reader import link_checkpoint
 from quantkit.errors import QuantkitError
 from quantkit.exports import find_gguf
+from quantkit.exports.adapter import FOLDER
 from quantkit.exports.manifest import MANIFEST
 from quantkit.source.folder import FloatFolder
 from quantkit.system.artifacts import read_json
@@ -46,6 +47,8 @@ def _view(path: Path, scratch: Path, trust_remote_code: bool, tell: Callable[[st
             tell(note)
         if not misleads_loaders(path, reader):
             return path
+        if (path / FOLDER).is_dir():
+            (scratch / FOLDER).symlink_to((path / FOLDER).absolute(), target_is_directory=True)
         copy_companions(path, scratch, code=trust_remote_code)
         copy_files(matching(path, (MANIFEST, "quantize_config.json")), path, scratch)
         link_checkpoint(reader, scratch)

@@ -1,4 +1,4 @@
-"""Options of an adapter on a quantized model. Reading them imports no torch."""
+"""Options of an adapter that is put on a quantized model: a low-rank term for each layer."""
 
 from __future__ import annotations
 
@@ -24,12 +24,14 @@ class AdapterOptions(Section):
             output head.
         start: ``weighted`` takes up what is best by the inputs of each layer in the quantized model (EoRA); ``plain``
             takes up the error of the weights themselves (LoftQ's first step), and needs no calibration.
+        rate: the learning rate of the terms where they are trained, relative to their size at the start.
     """
 
     rank: Annotated[int, Field(strict=True, ge=1, le=1024)] = 16
     alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     layers: Patterns = ()
     start: Start = "weighted"
+    rate: Annotated[float, Field(gt=0, le=1)] = 1e-2
 
     def notes(self) -> list[str]:
         """What the user should know of them."""
