@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from quantkit.engine.walk import Walk
-from quantkit.errors import QuantizationError
+from quantkit.errors import EvaluationError, QuantizationError
+from quantkit.methods.tuning import GENERATED
 from quantkit.quantization import Job, generated, quantize, walks
 from quantkit.quantization.generated import generated_tokens
 from quantkit.quantization.job import made_from
 from quantkit.quantization.resume import layers_folder
 from quantkit.recipe import VariantSpec
+from quantkit.runtimes._model import TransformersModel
 from quantkit.runtimes._writing import Writing, write_rows
 from quantkit.system.artifacts import file_sha256, read_json
 from tests.runs import edit_json
@@ -91,11 +95,12 @@ def test_a_tuned_variant_is_calibrated_on_rows_of_both_kinds(model: Path, tmp_pa
 def test_who_is_calibrated_on_what_the_model_writes(model: Path) -> None:
     tuned, plain, rounded = (variant(method=method) for method in ("gptq+tune", "gptq", "rtn"))
     numbers = {
-        given: [generated_tokens(job(model, generated=given), each, 90_000) for each in (tuned, plain, rounded)]
+        given: [generated_tokens(job(model, generated=given), each, 90_000, 11_008) for each in (tuned, plain, rounded)]
         for given in (None, 0, 500)
     }
-    assert numbers == {None: [generated.MOST, 0, 0], 0: [0, 0, 0], 500: [500, 500, 0]}
-    assert generated_tokens(job(model), tuned, 300) == 150
+    assert numbers == {None: [GENERATED, 0, 0], 0: [0, 0, 0], 500: [500, 500, 0]}
+    few, enough = (generated_tokens(job(model), tuned, tokens, 64) for tokens in (300, 1024))
+    assert (few, enough) == (150, 0)
 
 
 def test_a_number_that_was_asked_for_is_written_for_every_method(model: Path, tmp_path: Path, seen: list[Any]) -> None:
@@ -115,8 +120,8 @@ def test_the_number_is_of_the_identity_where_it_counts(model: Path) -> None:
 def test_variants_on_generated_tokens_have_a_walk_of_their_own(model: Path) -> None:
     variants = [variant(method=method) for method in ("rtn", "gptq+tune", "gptq", "awq", "awq+tune")]
     assert walks(job(model, inputs="float"), variants) == [[0, 2, 3], [1, 4]]
-    assert walks(job(model, inputs="float", generated=0), variants) == [[0, 1, 2, 3, 4]]
-    assert walks(job(model, inputs="float", generated=64), variants) == [[0], [1, 2, 3, 4]]
+    assert walks(job(model, inputs="float", generated=0), variants) == [[0, 2, 3], [1, 4]], "of batches of their own"
+    assert walks(job(model, inputs="float", generated=64), variants) == [[0], [1, 4], [2, 3]]
 
 
 def test_a_run_that_goes_on_has_the_rows_that_it_began_with(
@@ -193,3 +198,26 @@ def test_a_larger_model_writes_in_a_process_of_its_own(model: Path, monkeypatch:
         lost.note
         == f"the float model writes no calibration tokens: {model / 'lost'} is not a checkpoint: it has no config.json"
     )
+
+
+def test_a_cache_that_says_other_things_is_noticed(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = TransformersModel._forward
+
+    def forgetful(self: TransformersModel, ids: torch.Tensor, **state: Any) -> Any:
+        found = forward(self, ids, **state)
+        found["logits"] = torch.randn_like(found["logits"])
+        return found
+
+    monkeypatch.setattr(TransformersModel, "_forward", forgetful)
+    with pytest.raises(EvaluationError, match="says other things with its cache than without"):
+        write_rows(asked(model))
+
+
+def test_placeholders_of_pictures_are_never_written(model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "sees"
+    shutil.copytree(model, folder)
+    edit_json(folder / "config.json", lambda config: config.update(image_token_id=9, video_token_index=11))
+    before = {token for row in write_rows(asked(model, rows=32)) for token in row}
+    after = {token for row in write_rows(asked(folder, rows=32)) for token in row}
+    assert {9, 11} <= before
+    assert not {9, 11} & after

@@ -20,7 +20,7 @@ from quantkit.estimation.weights import Stored
 from quantkit.formats import FORMATS
 from quantkit.formats.base import BYTES
 from quantkit.methods.base import Method, Statistic
-from quantkit.methods.tuning import TuneOptions
+from quantkit.methods.tuning import TuneOptions, generated_for
 from quantkit.recipe import VariantSpec
 from quantkit.schemes import Mxfp4Scheme, Nvfp4Scheme, Scheme
 from quantkit.schemes.codebook import CodebookScheme
@@ -92,8 +92,12 @@ def quantizing(anatomy: Anatomy, variant: VariantSpec, file: Stored, use: Use) -
         anatomy: the model.
         variant: what is done to it.
         file: what comes of it.
-        use: calibration tokens, inputs and strategy.
+        use: calibration tokens, inputs and strategy. To the tokens come those that the float model writes for tuning,
+            by default; what it takes meanwhile, in a process of its own, is not counted.
     """
+    if variant.tune is not None:
+        tokens = use.calibration_tokens
+        use = use.model_copy(update={"calibration_tokens": tokens + generated_for(tokens, anatomy.wide)})
     moments = [_exporting(file)]
     schemes = {name: each.scheme for name, each in file.packed.items()}
     run = _run_in(anatomy, variant, file, use)

@@ -15,7 +15,22 @@ SUMMARY = "after a block is solved: its output is brought closer to the float bl
 SOURCE = "EfficientQAT, Chen et al. 2024, arXiv:2407.11062; roundings: SignRound, Cheng et al. 2023, arXiv:2309.05516"
 COST = "minutes"
 
+GENERATED = 8192
+"""Tokens that the float model writes for tuning at most, where nobody says how many."""
+ENOUGH = 16
+"""Tokens for each column of the widest layer from which on more that the model writes do not help."""
+
 Part = Literal["scales", "zeros", "norms", "biases"]
+
+
+def generated_for(tokens: int, width: int) -> int:
+    """How many tokens the float model writes for tuning, where nobody says how many.
+
+    Args:
+        tokens: of the calibration set.
+        width: of the widest input of a layer of the blocks.
+    """
+    return max(min(tokens // 2, GENERATED, ENOUGH * width - tokens), 0)
 
 
 class TuneOptions(MethodOptions):

@@ -21,11 +21,13 @@ from quantkit.methods.tuning import TuneOptions
 from quantkit.pipeline.machine_rates import Rates, rates, solving_seconds
 from quantkit.pipeline.titles import BASELINE_TITLE, evaluation_title, library_title, walk_title
 from quantkit.quantization import Job, walks
+from quantkit.quantization.generated import generated_tokens
 from quantkit.quantization.job import finished_variant, made_from
 from quantkit.recipe import EvaluationSpec, LibrarySpec, Recipe, VariantSpec
 from quantkit.run_history.record import RunRecord, private
 from quantkit.run_history.store import History
 from quantkit.run_history.store import Wanted as WantedRuns
+from quantkit.runtimes._writing import ROWS
 from quantkit.system.artifacts import STAGE_FILE, fingerprint
 from quantkit.system.devices import resolve_device
 from quantkit.system.environment import describe
@@ -131,7 +133,8 @@ class _Work:
         device, scored_on = resolve_device(job.device), resolve_device(recipe.evaluation.device)
         widths = (anatomy.hidden, max(anatomy.wide, anatomy.hidden))
         self.device = str(device)
-        self.pass_rates = rates(self.device, pass_dtype(device, FLOATS[job.dtype]), *widths)
+        dtype = pass_dtype(device, FLOATS[job.dtype])
+        self.pass_rates, self.job_bytes = rates(self.device, dtype, *widths), dtype.itemsize
         scored_in = torch.float32 if scored_on.type == "cpu" else torch.bfloat16
         self.scoring_rates = rates(str(scored_on), scored_in, *widths)
         self.scored_bytes = 4 if scored_on.type == "cpu" else 2
@@ -207,45 +210,56 @@ class _Work:
     def _walk(self, variants: Sequence[VariantSpec]) -> float:
         """Seconds of a walk: the passes, what is gathered of them, and what each variant's method takes."""
         found = 0.0
+        width = max((width for _, width in self.shapes), default=0)
+        written = max(generated_tokens(self.job, variant, self.tokens, width) for variant in variants)
+        tokens = self.tokens + written
+        if written:
+            found += self._generating(written)
         if any(variant.calibrated for variant in variants):
-            found += self._passing(self.tokens)
+            found += self._passing(tokens)
         if any(variant.needs() for variant in variants):
-            found += self._gathering()
+            found += self._gathering(tokens)
         weights = sum(height * width for height, width in self.shapes)
         for variant in variants:
             solved = solving_seconds(variant, self.shapes, self.device)
             transforms = TRANSFORMED if variant.build_transforms() else 1.0
             found += transforms * (weights * 100 / self.pass_rates.nbytes if solved is None else solved)
             found += weights * 12 / self.pass_rates.nbytes + weights / DISK
-            found += 0.0 if variant.tune is None else self._tuning(variant.tune)
+            found += 0.0 if variant.tune is None else self._tuning(variant.tune, tokens)
         return found
 
     def _passing(self, tokens: float) -> float:
         """Seconds of a pass of tokens through the blocks."""
         return tokens * 2 * self.active * ATTENTION / self.pass_rates.products
 
-    def _tuning(self, options: TuneOptions) -> float:
+    def _generating(self, tokens: int) -> float:
+        """Seconds in which the float model is loaded and writes tokens, many rows at a time."""
+        size = self.job_bytes
+        moved = tokens / ROWS * (self.anatomy.active * size / self.pass_rates.nbytes + CALL * self.anatomy.blocks)
+        return START + self.anatomy.parameters * size / DISK + self._passing(tokens) + moved
+
+    def _tuning(self, options: TuneOptions, tokens: int) -> float:
         """Seconds in which every block is tuned: the float model's pass, the steps, and what is held out to judge them.
 
         At each step all weights of the block are decoded, and have gradients.
         """
         weights = sum(height * width for height, width in self.shapes)
-        stepped = options.steps * min(options.batch_tokens, self.tokens) * STEP
-        judged = options.steps / LOOKS * options.held_out * self.tokens
+        stepped = options.steps * min(options.batch_tokens, tokens) * STEP
+        judged = options.steps / LOOKS * options.held_out * tokens
         moved = options.steps * weights * DECODED / self.pass_rates.nbytes
-        return self._passing(self.tokens + stepped + judged) + moved
+        return self._passing(tokens + stepped + judged) + moved
 
-    def _gathering(self) -> float:
+    def _gathering(self, tokens: int) -> float:
         """Seconds in which products of inputs with themselves are summed."""
         shapes = {weight.layer: weight.matrix for weight in self.anatomy.weights if weight.kind == "linear"}
         widths = [shapes[each.layers[0]][1] for each in self.anatomy.inputs if each.layers[0] in shapes]
-        one = sum(self.tokens * 2 * width**2 for width in widths)
+        one = sum(tokens * 2 * width**2 for width in widths)
         return self.anatomy.blocks * one / self.pass_rates.products
 
     def _library(self) -> float:
         """Seconds of another library, of which nothing is known: twice what a pass with its statistics takes."""
         weights = sum(height * width for height, width in self.shapes)
-        return START + 2 * (self._passing(self.tokens) + self._gathering()) + weights / DISK
+        return START + 2 * (self._passing(self.tokens) + self._gathering(self.tokens)) + weights / DISK
 
 
 def _past(recipe: Recipe, model: SourceModel) -> dict[str, tuple[int, float]]:

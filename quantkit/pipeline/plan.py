@@ -24,6 +24,7 @@ from quantkit.pipeline import needs_calibration, quantize_job
 from quantkit.pipeline.duration import foreseen
 from quantkit.pipeline.preflight import preflight
 from quantkit.quantization.calibration_need import few_tokens
+from quantkit.quantization.generated import generated_tokens, widest_input
 from quantkit.quantization.job import Job, finished_variant, made_from
 from quantkit.quantization.plan import Layers, choose_strategy, plan_layers
 from quantkit.recipe import LibrarySpec, Recipe, VariantSpec
@@ -135,7 +136,7 @@ class _Variants:
             "schemes": dict(Counter(scheme.describe() for scheme in layers.quantized.values()).most_common()),
             "layers": (len(layers.quantized), len(layers.schemes)),
             "share": layers.share,
-            "notes": [*layers.notes, *self._few_tokens(variant, layers)],
+            "notes": [*layers.notes, *self._few_tokens(variant, layers), *self._generated(variant)],
             "size_bytes": floats + layers.quantized_bytes(store(self.job.dtype)),
             "strategy": self._strategy(variant),
         }
@@ -143,7 +144,16 @@ class _Variants:
     def _few_tokens(self, variant: VariantSpec, layers: Layers) -> list[str]:
         """What is to be said where even the whole calibration set is small for a variant."""
         shapes = {name: layers.shapes[name] for name in layers.quantized if name != layers.embedding}
-        return few_tokens(variant.build_method(), variant.build_transforms(), shapes, self.tokens)
+        return few_tokens(variant.build_method(), variant.build_transforms(), shapes, self._tokens(variant))
+
+    def _tokens(self, variant: VariantSpec) -> int:
+        """With which a variant is calibrated, those that the float model writes among them."""
+        return self.tokens + generated_tokens(self.job, variant, self.tokens, widest_input(self.skeleton))
+
+    def _generated(self, variant: VariantSpec) -> list[str]:
+        """What is to be said where the float model writes tokens."""
+        written = self._tokens(variant) - self.tokens
+        return [f"the float model writes up to {written:,} tokens to calibrate on"] if written else []
 
     def _strategy(self, variant: VariantSpec) -> str:
         if not variant.calibrated:
@@ -152,7 +162,7 @@ class _Variants:
             return "one walk for all"
         dtype = pass_dtype(self.device, FLOATS[self.job.dtype])
         corrected, tuned = variant.build_method().corrects, variant.tune is not None
-        return choose_strategy(self.skeleton, self.tokens, dtype, self.device, corrected, tuned)
+        return choose_strategy(self.skeleton, self._tokens(variant), dtype, self.device, corrected, tuned)
 
 
 def _float_bytes(reader: CheckpointReader, name: str, store: type[Format], cast: str | None) -> int:

@@ -23,7 +23,9 @@ import torch
 
 from quantkit.checkpoint import FLOATS, CheckpointReader
 from quantkit.engine.precision import pass_dtype
+from quantkit.engine.skeleton import Skeleton
 from quantkit.errors import QuantizationError, QuantkitError
+from quantkit.methods.tuning import generated_for
 from quantkit.quantization.job import Job, Written, made_from
 from quantkit.quantization.plan import free_bytes
 from quantkit.recipe import VariantSpec
@@ -33,10 +35,9 @@ from quantkit.system.child import run_child
 from quantkit.system.devices import resolve_device
 from quantkit.system.units import in_units
 
-MOST = 8192
-"""Tokens that are written at most where nobody says how many."""
 SHORTEST, LONGEST = 128, 512
 """Tokens of a row, between which it is as long as calibration rows are on average."""
+OnNote = Callable[[str], None]
 MEMORY = 0.5
 """Share of the free memory that the float model may take."""
 SMALL = 32 << 20
@@ -49,26 +50,33 @@ _written: dict[str, Written] = {}
 """What was written in this process, by what it depends on."""
 
 
-def generated_tokens(job: Job, variant: VariantSpec, tokens: int) -> int:
+def widest_input(skeleton: Skeleton) -> int:
+    """Columns of the layer of the blocks that has most."""
+    return max((layer.shape[1] for segment in skeleton.segments for layer in segment.layers), default=0)
+
+
+def generated_tokens(job: Job, variant: VariantSpec, tokens: int, width: int) -> int:
     """How many tokens the float model is to write for a variant.
 
     Args:
         job: what is quantized.
         variant: that is calibrated on them.
         tokens: of its calibration set.
+        width: of the widest input of a layer of the blocks.
     """
     if not job.generates(variant):
         return 0
-    return min(tokens // 2, MOST) if job.generated is None else job.generated
+    return generated_for(tokens, width) if job.generated is None else job.generated
 
 
 def written_for(
-    job: Job, variants: Sequence[VariantSpec], stores: Iterable[Path], on_note: Callable[[str], None]
+    job: Job, skeleton: Skeleton, variants: Sequence[VariantSpec], stores: Iterable[Path], on_note: OnNote
 ) -> Written:
     """The rows that the float model writes for the variants of a walk, which all take the same.
 
     Args:
         job: what is quantized.
+        skeleton: of the model.
         variants: of the walk, those that are calibrated.
         stores: the layer stores of its variants, in which an earlier run may have left rows.
         on_note: called before the model is loaded.
@@ -81,7 +89,7 @@ def written_for(
         QuantizationError: the number of tokens was asked for, and the model cannot write them; or the variants do not
             take the same.
     """
-    numbers = {generated_tokens(job, variant, job.tokens) for variant in variants}
+    numbers = {generated_tokens(job, variant, job.tokens, widest_input(skeleton)) for variant in variants}
     if len(numbers) > 1:
         names = ", ".join(variant.name for variant in variants)
         raise QuantizationError(f"{names}: not all are calibrated on generated tokens", "quantize them one by one")

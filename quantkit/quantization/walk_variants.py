@@ -113,7 +113,7 @@ def _begun(
     written = Written()
     try:
         variants, stores = [run.wanted.variant for run in calibrated], [run.store for run in calibrated]
-        written = written_for(walk.job, variants, stores, on_note)
+        written = written_for(walk.job, skeleton, variants, stores, on_note)
     except QuantizationError as error:
         found.update(dict.fromkeys([run.name for run in calibrated], error))
     for run in runs:

@@ -25,6 +25,10 @@ KEYS_SHOWN = 5
 LENGTH_TRIED = 8
 PADDING_TOLERANCE = 0.02
 """Change of logits, relative to them, by one more token behind that counts as rounding."""
+CACHES = ("past_key_values", "cache_params")
+"""What a forward calls what it keeps of the tokens that it has read, of attention and of state-space models."""
+CACHE_TOLERANCE = 0.5
+"""Difference of logits with a cache and without, relative to them, that counts as rounding."""
 LOGITS_AT_ONCE = 1 << 27
 """Logits of all rows of a batch: 512 MB of float32."""
 
@@ -98,19 +102,24 @@ class TransformersModel(LoadedModel):
             int64 ``[rows, length]``, on the CPU.
 
         Raises:
-            EvaluationError: the model keeps no KV cache.
+            EvaluationError: the model keeps no KV cache, or says other things with it than without.
         """
         ids = starts.to(self.model.device)
         state = self._forward(ids)
-        if state.get("past_key_values") is None:
-            raise EvaluationError(f"{type(self.model).__name__} keeps no KV cache", "give it texts instead")
+        kept = next((name for name in CACHES if state.get(name) is not None), None)
+        if kept is None:
+            raise EvaluationError(f"{type(self.model).__name__} keeps no KV cache")
         while ids.shape[1] < length:
             if ids.shape[1] > starts.shape[1]:
-                state = self._forward(ids[:, -1:], past_key_values=state["past_key_values"])
+                state = self._forward(ids[:, -1:], **{kept: state[kept]})
             logits = state["logits"][:, -1, : self.vocabulary].float()
-            logits[:, list(barred)] = -torch.inf
-            drawn = torch.multinomial(logits.softmax(-1), 1, generator=generator)
+            allowed = logits.clone()
+            allowed[:, list(barred)] = -torch.inf
+            drawn = torch.multinomial(allowed.softmax(-1), 1, generator=generator)
             ids = torch.cat([ids, drawn], dim=1)
+        whole = self.logits(ids[0, :-1])[-1, : self.vocabulary].float()
+        if float((whole - logits[0]).norm()) > CACHE_TOLERANCE * float(whole.norm()):
+            raise EvaluationError(f"{type(self.model).__name__} says other things with its cache than without")
         return ids.cpu()
 
     @torch.inference_mode()
