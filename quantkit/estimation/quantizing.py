@@ -76,6 +76,11 @@ class _Run:
         return any(group.experts for group in self.groups)
 
     @property
+    def pauses(self) -> bool:
+        """Whether all batches stand inside the block at a time, so that it is run once."""
+        return self.use.strategy == "one-pass" and not self.has_experts and self.variant.tune is None
+
+    @property
     def corrects(self) -> bool:
         """Whether layers are corrected for what their inputs lost, for which passes have twins."""
         return self.use.inputs == "quantized" and self.method.corrects and Statistic.GRAM in self.needs
@@ -192,7 +197,8 @@ def _notes(run: _Run) -> tuple[str, ...]:
         return ("no calibration is needed",)
     use = run.use
     tokens = f"{use.calibration_tokens:,} calibration tokens, inputs: {use.inputs}"
-    return (tokens + (f", {use.strategy}" if use.inputs == "quantized" else ""),)
+    strategy = use.strategy if run.variant.tune is None else "recompute"
+    return (tokens + (f", {strategy}" if use.inputs == "quantized" else ""),)
 
 
 def _frame(run: _Run) -> Line:
@@ -208,7 +214,7 @@ def _activations(run: _Run, group: Group, *, reading: bool) -> Line:
 
     use, size, hidden = run.use, run.size, run.anatomy.hidden
     tokens = use.calibration_tokens
-    if use.inputs == "quantized" and use.strategy == "one-pass" and not run.has_experts:
+    if use.inputs == "quantized" and run.pauses:
         return Line("activations", tokens * group.paused * size, f"{tokens:,} tokens x {group.paused:,} x {size} bytes")
     if not reading:
         return Line("activations", tokens * 2 * hidden * size, f"{tokens:,} tokens x 2 x {hidden:,} x {size} bytes")
@@ -221,10 +227,12 @@ def _twins(run: _Run, group: Group) -> Iterator[Line]:
     """What the float passes of batches hold: of those that pause what each group of the block is given from this on."""
     from quantkit.engine.twins import paired_tokens
 
-    if not run.corrects:
+    tuned = run.variant.tune is not None and run.use.inputs == "quantized"
+    if not (run.corrects or tuned):
         return
-    tokens, widths = paired_tokens(run.use.calibration_tokens, run.use.device), [2 * run.anatomy.hidden]
-    if run.use.strategy == "one-pass" and not run.has_experts and group in run.groups:
+    tokens, widths = run.use.calibration_tokens, [2 * run.anatomy.hidden]
+    tokens = tokens if tuned else paired_tokens(tokens, run.use.device)
+    if run.pauses and group in run.groups:
         widths += [each.columns for each in run.groups[run.groups.index(group) :]]
     what = f"{tokens:,} tokens x {sum(widths):,} x {run.size} bytes"
     yield Line("activations of the float model", tokens * sum(widths) * run.size, what)

@@ -38,7 +38,7 @@ def tuning_lines(
     tokens, hidden = use.calibration_tokens, anatomy.hidden
     waiting = f"{tokens:,} tokens x {STREAMS} x {hidden:,} x {size} bytes"
     yield Line("inputs and targets of the block", tokens * STREAMS * hidden * size, waiting)
-    step = min(tokens, options.batch_tokens)
+    step = step_tokens(options, tokens)
     heads = anatomy.queries + anatomy.keys
     numbers = OF_HIDDEN * hidden + OF_HEADS * heads + OF_WIDE * anatomy.wide
     kept = f"{step:,} tokens x ({OF_HIDDEN} x {hidden:,} + {OF_HEADS} x {heads:,} + {OF_WIDE} x {anatomy.wide:,})"
@@ -47,6 +47,18 @@ def tuning_lines(
     what = f"({DECODED} + {CODES:g}) x {written(weights)} weights x 4 bytes"
     yield Line("weights and their gradients", round((DECODED + CODES) * weights * 4), what)
     yield Line("trained parameters", STATES * scales * 4, f"{STATES} x {written(scales)} scales x 4 bytes")
+
+
+def step_tokens(options: TuneOptions, tokens: int) -> int:
+    """Tokens of a step, which takes one of several batches.
+
+    Args:
+        options: of the tuning.
+        tokens: of all rows.
+    """
+    from quantkit.quantization.walk_variants import FEWEST_BATCHES
+
+    return max(1, min(options.batch_tokens, tokens // FEWEST_BATCHES))
 
 
 def _counts(anatomy: Anatomy, schemes: Mapping[str, Scheme]) -> tuple[int, int]:

@@ -17,6 +17,7 @@ from quantkit.engine.precision import pass_dtype
 from quantkit.errors import QuantkitError
 from quantkit.estimation.anatomy import Anatomy
 from quantkit.estimation.measured import known_anatomy
+from quantkit.estimation.tuning import step_tokens
 from quantkit.methods.tuning import TuneOptions
 from quantkit.pipeline.machine_rates import Rates, rates, solving_seconds
 from quantkit.pipeline.titles import BASELINE_TITLE, evaluation_title, library_title, walk_title
@@ -52,8 +53,10 @@ TRANSFORMED = 3.0
 """How much longer solving takes with a transform that searches its factors."""
 STEP = 3.0
 """Forward passes of the same tokens that a step of tuning takes."""
-LOOKS = 8
-"""Steps between two looks at the rows that are held out, about."""
+LOOKS = 5
+"""How often all that is held out is run."""
+GROUPS = 4
+"""How often a block is run anew for the groups of its layers, and for the float model."""
 DECODED = 60.0
 """Bytes that are moved for a weight when it is decoded and gets a gradient."""
 
@@ -239,15 +242,15 @@ class _Work:
         return START + self.anatomy.parameters * size / DISK + self._passing(tokens) + moved
 
     def _tuning(self, options: TuneOptions, tokens: int) -> float:
-        """Seconds in which every block is tuned: the float model's pass, the steps, and what is held out to judge them.
+        """Seconds in which every block is tuned: further passes, the steps, and what is held out to judge them.
 
         At each step all weights of the block are decoded, and have gradients.
         """
         weights = sum(height * width for height, width in self.shapes)
-        stepped = options.steps * min(options.batch_tokens, tokens) * STEP
-        judged = options.steps / LOOKS * options.held_out * tokens
+        stepped = options.steps * step_tokens(options, tokens) * STEP
+        passed = (GROUPS + LOOKS * options.held_out) * tokens
         moved = options.steps * weights * DECODED / self.pass_rates.nbytes
-        return self._passing(tokens + stepped + judged) + moved
+        return self._passing(passed + stepped) + moved
 
     def _gathering(self, tokens: int) -> float:
         """Seconds in which products of inputs with themselves are summed."""

@@ -270,22 +270,20 @@ def _plan_embedding(
     return (layer.name, scheme, (rows, columns)), {}
 
 
-def paused_bytes(skeleton: Skeleton, tokens: int, dtype: torch.dtype, paired: int = 0, *, tuned: bool = False) -> int:
+def paused_bytes(skeleton: Skeleton, tokens: int, dtype: torch.dtype, paired: int = 0) -> int:
     """Bytes of activations alive at the widest pause: what the widest layer reads, and the stream beside it.
 
     Args:
         skeleton: the model.
         tokens: of all batches.
         dtype: of the passes.
-        paired: tokens of those whose twin is compared at each layer, see :mod:`quantkit.engine.twins`.
-        tuned: all have a twin, which stands before the next block.
+        paired: tokens of those that have a twin, see :mod:`quantkit.engine.twins`.
     """
     widest = max((layer.shape[1] for layer in skeleton.layers()), default=0)
     hidden: int = skeleton.text.get_input_embeddings().weight.shape[1]
     # At down_proj a block holds the gate, its activation and the product, and the residual stream twice.
     # A twin has left what the groups of the block are given, and stands before the next.
-    standing = (tokens if tuned else paired) * 5 * hidden
-    return (tokens * (3 * widest + 2 * hidden) + paired * widest + standing) * dtype.itemsize
+    return (tokens * (3 * widest + 2 * hidden) + paired * (widest + 5 * hidden)) * dtype.itemsize
 
 
 def choose_strategy(
@@ -296,9 +294,11 @@ def choose_strategy(
     corrected: bool = False,
     tuned: bool = False,
 ) -> Strategy:
-    """One pass where the paused activations fit into half of the free memory, else a run per group."""
+    """One pass where the paused activations fit into half of the free memory, else, or to tune, a run per group."""
+    if tuned:
+        return "recompute"
     paired = paired_tokens(tokens, device.type) if corrected else 0
-    paused = paused_bytes(skeleton, tokens, dtype, paired, tuned=tuned)
+    paused = paused_bytes(skeleton, tokens, dtype, paired)
     return "one-pass" if paused <= SPARE_MEMORY * free_bytes(device) else "recompute"
 
 
