@@ -6,9 +6,10 @@
 A case is METHOD-SCHEME with options behind colons: ``gptq-int3-g64-asym``, ``gptq-int4-g64-sym:refinements=3``,
 ``rtn-int4-g64-sym:range=weighted``, ``gptq-mxfp4``, ``llama.cpp-q4_k_m``,
 ``gptq+tune-int4-g64-sym:tune.steps=16:tune.train=[scales,norms]``; or LIBRARY/METHOD-SCHEME for another library
-in its own environment: ``autoround/autoround-int4-g64-sym:iters=50``, ``gptqmodel/gptq-int4-g64-sym``. All calibrate on
-the same token ids. The divergence from the float model is that of the reference decoder; with --llama-cpp GGUF files
-are scored in llama.cpp.
+in its own environment: ``autoround/autoround-int4-g64-sym:iters=50``, ``gptqmodel/gptq-int4-g64-sym``. Behind
+``=>recover`` it is trained on the same rows, with options likewise: ``gptq-int2-g64-sym=>recover``,
+``gptq-int2-g64-sym=>recover:steps=60:train=[scales,norms]``. All calibrate on the same token ids. The divergence from
+the float model is that of the reference decoder; with --llama-cpp GGUF files are scored in llama.cpp.
 
 Results are appended to a file as soon as they are there, and what is there is not run again, so that a matrix can be
 cut short; --label tells code from code. The table has the divergence with its standard error over rows, and beside it
@@ -44,7 +45,8 @@ from quantkit.errors import QuantkitError
 from quantkit.isolation.attempt import Attempt
 from quantkit.isolation.stage import quantize_by_library
 from quantkit.quantization import Job, quantize
-from quantkit.recipe import CalibrationSpec, LibrarySpec, VariantSpec
+from quantkit.recipe import CalibrationSpec, LibrarySpec, RecoverOptions, VariantSpec
+from quantkit.recovery.stage import recover
 from quantkit.runtimes import RUNTIMES
 from quantkit.runtimes.base import LoadOptions
 from quantkit.system.progress import Silent
@@ -52,6 +54,8 @@ from quantkit.system.validation import parse_section
 
 HELD_OUT = 300
 """The first of the records that are scored; those before calibrate."""
+RECOVERY = "=>recover"
+"""Behind a case: it is trained, with the options behind this."""
 TEXTS = ("like", "unlike")
 
 
@@ -84,7 +88,7 @@ def read_case(text: str) -> VariantSpec | LibrarySpec:
     Raises:
         QuantkitError: no such method, scheme, library or option.
     """
-    head, *given = text.split(":")
+    head, *given = text.partition(RECOVERY)[0].split(":")
     options: dict[str, Any] = {}
     for key, _, value in (each.partition("=") for each in given):
         outer, _, inner = key.partition(".")
@@ -99,6 +103,20 @@ def read_case(text: str) -> VariantSpec | LibrarySpec:
     keys = {"bits": grid.bits, "group_size": grid.group_size, "symmetric": grid.symmetric}
     chosen = {key: value for key, value in keys.items() if value is not None}
     return parse_section(LibrarySpec, {"name": "case", "library": library, "method": theirs, **chosen, **options}, text)
+
+
+def read_recovery(text: str) -> RecoverOptions | None:
+    """With what options a case is trained; None where it is not.
+
+    Raises:
+        QuantkitError: there is no such option.
+    """
+    _, arrow, told = text.partition(RECOVERY)
+    if not arrow:
+        return None
+    given = dict(each.partition("=")[::2] for each in told.split(":")[1:])
+    options = {key: yaml.safe_load(value) for key, value in given.items()}
+    return parse_section(RecoverOptions, options, text)
 
 
 def texts_of(given: argparse.Namespace, folder: Path, work: Path) -> dict[str, torch.Tensor]:
@@ -170,7 +188,9 @@ def runtime_of(folder: Path, llama_cpp: bool) -> str:
     return "llama.cpp" if llama_cpp and any(folder.glob("*.gguf")) else "reference"
 
 
-def measured(ground: Ground, variant: VariantSpec | LibrarySpec, llama_cpp: bool) -> dict[str, Any]:
+def measured(
+    ground: Ground, variant: VariantSpec | LibrarySpec, llama_cpp: bool, recovery: RecoverOptions | None = None
+) -> dict[str, Any]:
     """A case, quantized and scored: divergences by text and row, seconds, and bits."""
     with tempfile.TemporaryDirectory() as scratch:
         work, before = Path(scratch), processor_seconds()
@@ -178,9 +198,12 @@ def measured(ground: Ground, variant: VariantSpec | LibrarySpec, llama_cpp: bool
             done = quantize(ground.job, variant, work / "case")
         else:
             done = quantize_by_library(Attempt(ground.job, variant, work / "case", work / "worker.log", Notes()))
+        facts = {key: done.facts[key] for key in ("seconds", "bits_per_weight")}
+        if recovery is not None:
+            done = recover(ground.job, done.folder, recovery, work / "recovered", Notes())
+            facts["seconds"] += done.facts["seconds"]
         busy = processor_seconds() - before
         kl = divergences(done.folder, ground.texts, ground.baseline, runtime_of(done.folder, llama_cpp))
-    facts = {key: done.facts[key] for key in ("seconds", "bits_per_weight")}
     return {"kl": kl, **facts, "cpu_seconds": busy, "calibration_tokens": sum(map(len, ground.job.rows))}
 
 
@@ -270,7 +293,8 @@ def run(given: argparse.Namespace, results: list[dict[str, Any]]) -> dict[str, s
             ground = prepare(given, folder, samples, Path(scratch))
             for case in missing:
                 try:
-                    found = {**keys, "case": case, **measured(ground, variants[case], given.llama_cpp)}
+                    done = measured(ground, variants[case], given.llama_cpp, read_recovery(case))
+                    found = {**keys, "case": case, **done}
                 except QuantkitError as error:
                     failed[f"{name} {samples} {case}"] = str(error)
                     print(f"{name} {samples} {case}: {error}", flush=True)

@@ -45,6 +45,7 @@ __all__ = [
     "plan",
     "push",
     "quantize",
+    "recover",
     "run",
     "verify",
 ]

@@ -116,6 +116,56 @@ def quantize(
     return quantize_one(recipe, Path(out).expanduser(), watching)
 
 
+def recover(
+    checkpoint: str | Path,
+    *,
+    data: str | Path | Mapping[str, Any] | CalibrationSpec,
+    out: str | Path,
+    source: str | Path | None = None,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    observer: Observer | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Train what a quantized checkpoint stores, so that it comes closer to the float model; its format and size stay.
+
+    Args:
+        checkpoint: a folder that quantkit exported.
+        data: a data set, or the keys of a recipe's ``calibration`` section; by default 512 records, packed into rows of
+            512 tokens.
+        out: folder of the new checkpoint; it appears when it is whole.
+        source: the float model; by default the one that the checkpoint was made of, where that is still there.
+        device: ``auto`` (CUDA where there is one), ``cpu``, ``cuda`` or ``cuda:N``.
+        trust_remote_code: run Python code that comes with the model.
+        observer: is told what happens.
+        options: see :class:`quantkit.recipe.RecoverOptions`: ``steps``, ``train``, ``learning_rate`` ...
+
+    Returns:
+        ``checkpoint``, ``before`` and ``after`` (mean divergence on held-out rows, nats a token), ``steps``,
+        ``tokens``, ``history`` and ``notes``.
+
+    Raises:
+        QuantkitError: with what is wrong and the remedy.
+    """
+    from quantkit.pipeline.recovering import recover_one
+    from quantkit.recipe import RecoverOptions
+
+    usual = {"samples": 512, "max_length": 512, "packing": "full"}
+    keys = dict(data) if isinstance(data, Mapping) else {"dataset": str(data)}
+    spec = data if isinstance(data, CalibrationSpec) else parse_section(CalibrationSpec, {**usual, **keys}, "data")
+    done = recover_one(
+        Path(checkpoint).expanduser(),
+        spec,
+        parse_section(RecoverOptions, options, "recover"),
+        Path(out).expanduser(),
+        observer or Logged(),
+        source=None if source is None else str(source),
+        device=device,
+        trust_remote_code=trust_remote_code,
+    )
+    return {"checkpoint": str(done.folder), **done.facts["recovered"], "notes": done.facts["notes"]}
+
+
 def evaluate(
     checkpoint: str | Path,
     *,

@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM
 
 from quantkit.errors import QuantkitError
 from quantkit.methods.tuning import TuneOptions
-from quantkit.recipe import LibrarySpec, VariantSpec
+from quantkit.recipe import LibrarySpec, RecoverOptions, VariantSpec
 from quantkit.runtimes import RUNTIMES
 from quantkit.runtimes.llama_cpp import LlamaCpp
 from quantkit.runtimes.reference import Reference
@@ -39,6 +39,12 @@ def test_a_case_says_method_scheme_and_options(quality: ModuleType) -> None:
     tuned = quality.read_case("gptq+tune-int4-g64-sym:tune.steps=16:tune.train=[scales,norms]:damping=0.1")
     assert (tuned.chain, tuned.options) == ("gptq+tune", {"damping": 0.1})
     assert tuned.tune == TuneOptions(steps=16, train=("scales", "norms"))
+    trained = "gptq-int2-g64-sym=>recover:steps=60:train=[scales,norms]"
+    assert (quality.read_case(trained).base_scheme(), quality.read_recovery("gptq-int2-g64-sym")) == (
+        IntScheme(2),
+        None,
+    )
+    assert quality.read_recovery(trained) == RecoverOptions(steps=60, train=("scales", "norms"))
     theirs = quality.read_case("autoround/autoround-int4-g128-sym:iters=50")
     assert isinstance(theirs, LibrarySpec)
     assert (theirs.library, theirs.method, theirs.bits, theirs.group_size, theirs.symmetric) == (

@@ -30,6 +30,7 @@ from quantkit.gates import METRICS
 from quantkit.methods import METHODS
 from quantkit.methods.base import InputStatistics, Statistic
 from quantkit.methods.tuning import TuneOptions
+from quantkit.recipe import RecoverOptions
 from quantkit.recipe.steps import steps_of
 from quantkit.records import dataset_names, named_dataset
 from quantkit.schemes import SCHEMES, Fp4Scheme, IntScheme, Mxfp4Scheme, Nf4Scheme
@@ -253,6 +254,13 @@ def test_the_page_on_methods_has_every_option_with_its_default(method: str) -> N
 
 def test_the_page_on_methods_has_every_option_of_tuning_with_its_default() -> None:
     shown, fields = table(section("docs/methods.md", "tune")), TuneOptions.model_fields
+    assert list(shown) == list(fields)
+    for name, (_, default, _) in shown.items():
+        assert_default(default, fields[name].default)
+
+
+def test_the_page_on_recovery_has_every_option_with_its_default() -> None:
+    shown, fields = table(section("docs/recover.md", "Options")), RecoverOptions.model_fields
     assert list(shown) == list(fields)
     for name, (_, default, _) in shown.items():
         assert_default(default, fields[name].default)

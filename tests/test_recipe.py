@@ -439,7 +439,7 @@ def test_a_resolved_recipe_and_a_written_one_mean_the_same_as_the_first() -> Non
             gates=["kl_divergence.mean <= 1"],
         )
     )
-    assert first.variants[0].bits == 4
+    assert first.own_variants[0].bits == 4
     written = Recipe.parse(first.to_yaml())
     assert written.variants == first.variants
     assert written.gates == first.gates

@@ -313,6 +313,54 @@ def _plan_one(
 
 
 @app.command(rich_help_panel=PANEL)
+def recover(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Folder of a checkpoint of quantkit.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the new checkpoint.")],
+    data: Annotated[str, typer.Option(help="Data set or file of records to train on.")] = "alpaca_gpt4",
+    source: Annotated[
+        str | None, typer.Option(help="The float model; the one that the checkpoint was made of by default.")
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Records.")] = 512,
+    max_length: Annotated[int, typer.Option(help="Tokens per row.")] = 512,
+    train: Annotated[
+        list[str] | None,
+        typer.Option(help="codes, scales, zeros, norms or biases; repeatable. What suits the width by default."),
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Of the optimizer; 120 by default.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Of scales, relative to their size.")] = None,
+    further: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Any further option of docs/recover.md; repeatable."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    trust_remote_code: TrustsCode = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train what a quantized checkpoint stores: closer to the float model, in the same format and size."""
+    import quantkit
+    from quantkit.cli.display import Display
+
+    given = {"train": train, "steps": steps, "learning_rate": learning_rate}
+    options = {key: value for key, value in given.items() if value is not None} | _settings(further or [])
+    records = {"dataset": data, "samples": samples, "max_length": max_length, "packing": "full"}
+    with Display(console(stderr=True)) as display:
+        found = quantkit.recover(
+            checkpoint,
+            data=records,
+            out=out,
+            source=source,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            observer=display,
+            **options,
+        )
+    if as_json:
+        say(json.dumps(found, indent=2))
+        return
+    say(f"checkpoint: {found['checkpoint']} ({found['notes'][0]})")
+
+
+@app.command(rich_help_panel=PANEL)
 def evaluate(
     checkpoint: Annotated[str, typer.Argument(help="Folder of a checkpoint, a GGUF file, or a hub id.")],
     texts: Annotated[list[str] | None, typer.Option("--text", help="prose, answers, or a file; repeatable.")] = None,

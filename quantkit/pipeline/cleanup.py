@@ -12,9 +12,11 @@ from quantkit.errors import OutputError
 from quantkit.system.artifacts import clear_up
 from quantkit.system.locks import held
 
-LEFT = re.compile(r"\.(?P<name>.+?)\.(?P<kind>lock|layers|spool|partial-.*|old-.*)")
-"""Lock files, solved layers of unfinished variants (``spool`` in earlier versions), and what was half written or put
-aside."""
+LEFT = re.compile(r"\.(?P<name>.+?)\.(?P<kind>lock|layers|training|spool|partial-.*|old-.*)")
+"""Lock files, solved layers of unfinished variants (``spool`` in earlier versions), states of their training, and what
+was half written or put aside."""
+UNFINISHED = ("layers", "training")
+"""Kinds that variants go on from."""
 SCRATCH = ".adapters-"
 OWN_LOCK = ".run.lock"
 
@@ -35,9 +37,9 @@ def clear_leftovers(folder: Path, variants: Collection[Path]) -> None:
         if found is None or path.name == OWN_LOCK or not path.exists():
             continue
         output = path.with_name(found["name"])
-        if found["kind"] == "layers" and output in variants:
+        if found["kind"] in UNFINISHED and output in variants:
             continue
         with suppress(OutputError), held(output, "clearing up"):
             clear_up(output)
-            if found["kind"] in ("layers", "spool"):
+            if found["kind"] in (*UNFINISHED, "spool"):
                 shutil.rmtree(path, ignore_errors=True)

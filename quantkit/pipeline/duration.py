@@ -20,11 +20,11 @@ from quantkit.estimation.measured import known_anatomy
 from quantkit.estimation.tuning import step_tokens
 from quantkit.methods.tuning import TuneOptions
 from quantkit.pipeline.machine_rates import Rates, rates, solving_seconds
-from quantkit.pipeline.titles import BASELINE_TITLE, evaluation_title, library_title, walk_title
+from quantkit.pipeline.titles import BASELINE_TITLE, evaluation_title, library_title, recover_title, walk_title
 from quantkit.quantization import Job, walks
 from quantkit.quantization.generated import generated_tokens
 from quantkit.quantization.job import finished_variant, made_from
-from quantkit.recipe import EvaluationSpec, LibrarySpec, Recipe, VariantSpec
+from quantkit.recipe import EvaluationSpec, LibrarySpec, Recipe, RecoverSpec, VariantSpec
 from quantkit.run_history.record import RunRecord, private
 from quantkit.run_history.store import History
 from quantkit.run_history.store import Wanted as WantedRuns
@@ -158,6 +158,9 @@ class _Work:
         for library in self.recipe.library_variants:
             yield Ahead(library_title(library), "", self._library(), "library")
             yield from self._evaluation(evaluation_title(library.name))
+        for trained in self.recipe.recover_variants:
+            yield Ahead(recover_title(trained), "step", self._training(trained), "recover")
+            yield from self._evaluation(evaluation_title(trained.name))
 
     def is_done(self, stage: str, anew: bool) -> bool:
         """Whether a stage's result lies there, so that it will hardly take time."""
@@ -259,6 +262,11 @@ class _Work:
         one = sum(tokens * 2 * width**2 for width in widths)
         return self.anatomy.blocks * one / self.pass_rates.products
 
+    def _training(self, variant: RecoverSpec) -> float:
+        """Seconds of a training: the float model, and forward, again forward and backward through the quantized one."""
+        tokens, head = variant.steps * variant.batch_tokens, self.anatomy.vocabulary * self.anatomy.hidden
+        return tokens * 2 * (5 * self.active * ATTENTION + 4 * head) / self.pass_rates.products
+
     def _library(self) -> float:
         """Seconds of another library, of which nothing is known: twice what a pass with its statistics takes."""
         weights = sum(height * width for height, width in self.shapes)
@@ -296,9 +304,16 @@ def _stages(recipe: Recipe, run: RunRecord, given: Mapping[str, Any]) -> Iterato
         if alike["evaluation"]:
             seconds = record.figures.get(("seconds", "", "evaluate"))
             yield from _seconds(evaluation_title(variant.name), seconds, START + END)
-        alone = isinstance(variant, LibrarySpec) or (variant.calibrated and not shared) or len(recipe.variants) == 1
+        apart = isinstance(variant, LibrarySpec | RecoverSpec) or (variant.calibrated and not shared)
+        alone = apart or len(recipe.variants) == 1
         if alone and alike["calibration"] and alike["quantization"]:
-            title = library_title(variant) if isinstance(variant, LibrarySpec) else walk_title([variant])
+            title = (
+                library_title(variant)
+                if isinstance(variant, LibrarySpec)
+                else recover_title(variant)
+                if isinstance(variant, RecoverSpec)
+                else walk_title([variant])
+            )
             yield from _seconds(title, record.figures.get(("seconds", "", "quantize")))
 
 

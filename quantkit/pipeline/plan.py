@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from quantkit.quantization.calibration_need import few_tokens
 from quantkit.quantization.generated import generated_tokens, widest_input
 from quantkit.quantization.job import Job, finished_variant, made_from
 from quantkit.quantization.plan import Layers, choose_strategy, plan_layers
-from quantkit.recipe import LibrarySpec, Recipe, VariantSpec
+from quantkit.recipe import LibrarySpec, Recipe, RecoverSpec, VariantSpec
 from quantkit.system.artifacts import STAGE_FILE
 from quantkit.system.devices import resolve_device
 from quantkit.system.progress import Silent
@@ -58,7 +59,14 @@ def forecast(recipe: Recipe) -> dict[str, Any]:
     tokens = recipe.calibration.samples * recipe.calibration.max_length if found is None else found.tokens
     job = quantize_job(recipe, model, found)
     variants = _Variants(recipe.folder / "variants", job, resolve_device(job.device), skeleton, reader, tokens)
-    told = [_told(variants, variant) for variant in recipe.variants]
+    found_of: dict[str, dict[str, Any]] = {}
+    for variant in recipe.variants:
+        found_of[variant.name] = (
+            _trained(variants, variant, found_of[variant.recover])
+            if isinstance(variant, RecoverSpec)
+            else _told(variants, variant)
+        )
+    told = list(found_of.values())
     able = [spec for spec, each in zip(recipe.variants, told, strict=True) if not each["state"].startswith(BARRED)]
     ahead = foreseen(recipe.model_copy(update={"variants": tuple(able)}), model, job, tokens)
     return {
@@ -96,6 +104,20 @@ def _told(variants: _Variants, variant: VariantSpec | LibrarySpec) -> dict[str, 
             "size_bytes": None,
             "strategy": "",
         }
+
+
+def _trained(variants: _Variants, variant: RecoverSpec, original: Mapping[str, Any]) -> dict[str, Any]:
+    """What a training makes of another variant: a file of the same size."""
+    barred = str(original["state"]).startswith(BARRED)
+    there = (variants.folder / variant.name / STAGE_FILE).exists()
+    return {
+        **original,
+        "name": variant.name,
+        "state": f"{BARRED}: {variant.recover} cannot" if barred else "there, to be checked" if there else "to do",
+        "method": f"{original['method']}+{variant.chain}",
+        "notes": [],
+        "strategy": "trained, a block in memory",
+    }
 
 
 @dataclass(frozen=True, slots=True)

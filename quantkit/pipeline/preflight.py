@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from quantkit.recipe.local_files import (
     missing,
     model_files,
     scoring_files,
+    training_files,
 )
 from quantkit.recipe.model import HUB_REFERENCE
 from quantkit.records.hub import HUB_PREFIX
@@ -86,10 +88,12 @@ def _input_mistakes(recipe: Recipe) -> Iterator[QuantkitError]:
     calibrated = any(variant.calibrated for variant in recipe.variants)
     yield from missing(model_files(recipe.model))
     yield from missing(calibration_files(recipe.calibration)) if calibrated else ()
+    yield from missing(training_files(recipe))
     yield from _failures(
         lambda: check_package_source(recipe.model),
         lambda: check_device("quantization", recipe.quantization.device),
         *([lambda: check_data_set(recipe.calibration)] if calibrated else []),
+        *(partial(check_data_set, each.data) for each in recipe.recover_variants if each.data is not None),
         *([library] if any(variant.method == LLAMA_CPP for variant in recipe.own_variants) else []),
     )
 

@@ -17,6 +17,7 @@ from quantkit.merging import other_merge
 from quantkit.methods.tuning import TUNE
 from quantkit.pipeline.context import Run, attempted, score_beside
 from quantkit.pipeline.library_rows import library_row
+from quantkit.pipeline.recovering import recover_row
 from quantkit.pipeline.titles import walk_title
 from quantkit.publishing import CARD, CardFacts, card, describe
 from quantkit.quantization import Job, Quantized, Wanted, quantize_together, walks
@@ -38,6 +39,8 @@ def variant_rows(
             rows[variants[place].name] = _variant_row(current, variants[place], outcome, baseline, card_of)
     for variant in current.recipe.library_variants:
         rows[variant.name] = library_row(current, job, variant, baseline, card_of)
+    for trained in current.recipe.recover_variants:
+        rows[trained.name] = recover_row(current, job, trained, rows[trained.recover], baseline, card_of)
     return [rows[variant.name] for variant in current.recipe.variants]
 
 

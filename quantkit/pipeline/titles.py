@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from quantkit.recipe import LibrarySpec, VariantSpec
+from quantkit.recipe import LibrarySpec, RecoverSpec, VariantSpec
 
 NAMES_SHOWN = 3
 """Variants of a walk that its progress names."""
@@ -21,6 +21,11 @@ def walk_title(variants: Sequence[VariantSpec]) -> str:
 def library_title(variant: LibrarySpec) -> str:
     """Of a library's work."""
     return f"quantize: {variant.name} ({variant.label})"
+
+
+def recover_title(variant: RecoverSpec) -> str:
+    """Of a training."""
+    return f"recover: {variant.name}"
 
 
 def evaluation_title(name: str) -> str:

@@ -32,6 +32,7 @@ from quantkit.recipe.outputs import (
     WebhookSpec,
 )
 from quantkit.recipe.quantization import CalibrationSpec, QuantizationSpec
+from quantkit.recipe.recovering import RecoverOptions, RecoverSpec
 from quantkit.recipe.scheme import BlocksPatch, SchemeKeys, SchemePatch
 from quantkit.recipe.steps import DEFAULT_METHOD
 from quantkit.recipe.variant import VariantSpec
@@ -58,6 +59,8 @@ __all__ = [
     "ModelSpec",
     "QuantizationSpec",
     "Recipe",
+    "RecoverOptions",
+    "RecoverSpec",
     "ReportSpec",
     "RetentionSpec",
     "SampleSpec",

@@ -21,6 +21,7 @@ from quantkit.recipe.local_files import beside_recipe
 from quantkit.recipe.model import MergeSpec, ModelSpec
 from quantkit.recipe.outputs import BudgetSpec, HistorySpec, ReportSpec, RetentionSpec, TrackingSpec, WebhookSpec
 from quantkit.recipe.quantization import CalibrationSpec, QuantizationSpec
+from quantkit.recipe.recovering import RECOVER, RecoverSpec
 from quantkit.recipe.spelling import spelled
 from quantkit.recipe.steps import DEFAULT_METHOD, option_names
 from quantkit.recipe.variant import VariantSpec
@@ -36,13 +37,17 @@ MAX_GATE = 500
 
 
 def _kind_of_variant(given: Any) -> str:
-    """The tag of a variant: a library's has the key ``library``. Messages leave out what stands in brackets."""
-    by_library = isinstance(given, LibrarySpec) or (isinstance(given, Mapping) and "library" in given)
-    return "[LibrarySpec]" if by_library else "[VariantSpec]"
+    """The tag of a variant by a key that tells its kind. Messages leave out what stands in brackets."""
+    keys = given if isinstance(given, Mapping) else ()
+    if isinstance(given, RecoverSpec) or RECOVER in keys:
+        return "[RecoverSpec]"
+    return "[LibrarySpec]" if isinstance(given, LibrarySpec) or "library" in keys else "[VariantSpec]"
 
 
 AnyVariant = Annotated[
-    Annotated[VariantSpec, Tag("[VariantSpec]")] | Annotated[LibrarySpec, Tag("[LibrarySpec]")],
+    Annotated[VariantSpec, Tag("[VariantSpec]")]
+    | Annotated[LibrarySpec, Tag("[LibrarySpec]")]
+    | Annotated[RecoverSpec, Tag("[RecoverSpec]")],
     Discriminator(_kind_of_variant),
 ]
 
@@ -92,6 +97,13 @@ class Recipe(Section):
     @classmethod
     def _names_differ(cls, variants: tuple[AnyVariant, ...]) -> tuple[AnyVariant, ...]:
         require_distinct([variant.name for variant in variants], "variants")
+        before: list[str] = []
+        for variant in variants:
+            with located():
+                if isinstance(variant, RecoverSpec) and variant.recover not in before:
+                    problem = f"variant {variant.name}: no variant '{variant.recover}' comes before it"
+                    raise RecipeError(problem, did_you_mean(variant.recover, before))
+            before.append(variant.name)
         return variants
 
     @model_validator(mode="after")
@@ -131,6 +143,11 @@ class Recipe(Section):
     def library_variants(self) -> tuple[LibrarySpec, ...]:
         """The variants that one of the field's libraries quantizes."""
         return tuple(variant for variant in self.variants if isinstance(variant, LibrarySpec))
+
+    @property
+    def recover_variants(self) -> tuple[RecoverSpec, ...]:
+        """The variants that are others, trained."""
+        return tuple(variant for variant in self.variants if isinstance(variant, RecoverSpec))
 
     @property
     def folder(self) -> Path:
@@ -238,7 +255,7 @@ def _check_gate(gate: str, scoring: EvaluationSpec | None) -> None:
 
 def _as_written(variant: Any) -> Any:
     """A variant with names as quantkit writes them; one with a mistake stays, and is told of when it is checked."""
-    if not isinstance(variant, Mapping) or "library" in variant:
+    if not isinstance(variant, Mapping) or "library" in variant or RECOVER in variant:
         return variant
     try:
         return spelled(variant)
@@ -294,6 +311,8 @@ def _check_default_keys(defaults: Mapping[Any, Any], variants: Sequence[Any]) ->
 
 def _keys_taken(defaults: Mapping[str, Any], variant: Mapping[str, Any]) -> set[str]:
     """The keys that a variant as written takes; a library's method is its own affair, so no default gives it."""
+    if RECOVER in variant:
+        return set(RecoverSpec.model_fields) - {RECOVER, "title"}
     if "library" in variant:
         return taken_keys(variant["library"], variant.get("method")) - {"method"}
     own = {key: variant[key] for key in scheme_keys() if key in variant}

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from quantkit.errors import RecipeError
 from quantkit.recipe.evaluation import AnswerSpec, EvaluationSpec, SampleSpec, TaskSpec, TextSpec
+from quantkit.recipe.fields import Section
 from quantkit.recipe.model import HUB_REFERENCE, NAMED_BY_ADAPTER, ModelSpec
 from quantkit.recipe.quantization import CalibrationSpec
 from quantkit.system.strict_yaml import line_of
@@ -20,6 +21,7 @@ from quantkit.system.strict_yaml import line_of
 if TYPE_CHECKING:
     from quantkit.recipe.document import Recipe
 
+V = TypeVar("V", bound=Section)
 S = TypeVar("S", TextSpec, TaskSpec, AnswerSpec, SampleSpec)
 PACKAGE, HUB, LLAMAFACTORY = "package:", "hub:", "llamafactory:"
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
@@ -53,6 +55,7 @@ def local_files(recipe: Recipe) -> Iterator[LocalFile]:
     """All that a recipe names, in the order of its keys."""
     yield from model_files(recipe.model)
     yield from calibration_files(recipe.calibration)
+    yield from training_files(recipe)
     yield from scoring_files(recipe.evaluation)
 
 
@@ -73,6 +76,15 @@ def calibration_files(spec: CalibrationSpec) -> Iterator[LocalFile]:
         yield LocalFile(("calibration", "dataset"), spec.dataset)
     if spec.chat_template not in ("auto", "none"):
         yield LocalFile(("calibration", "chat_template"), spec.chat_template)
+
+
+def training_files(recipe: Recipe) -> Iterator[LocalFile]:
+    """Records and chat templates of variants that are trained on data of their own."""
+    for index, variant in enumerate(recipe.variants):
+        data = getattr(variant, "data", None)
+        if isinstance(data, CalibrationSpec):
+            for file in calibration_files(data):
+                yield LocalFile(("variants", index, "data", *file.place[1:]), file.path)
 
 
 def scoring_files(spec: EvaluationSpec) -> Iterator[LocalFile]:
@@ -140,14 +152,27 @@ def _moved(recipe: Recipe, place: Callable[[str], str]) -> Recipe:
     model, calibration, scoring = recipe.model, recipe.calibration, recipe.evaluation
     adapters = tuple(each.model_copy(update={"source": place(each.source)}) for each in model.adapter)
     model = model.model_copy(update={"source": place(model.source), "adapter": adapters})
-    data, template = _place_of(calibration.dataset, place), calibration.chat_template
-    calibration = calibration.model_copy(update={"dataset": data, "chat_template": place(template)})
+    calibration = _placed(calibration, place)
     texts = tuple(_with_file(each, place) for each in scoring.texts)
     tasks = tuple(_with_file(each, place) for each in scoring.tasks)
     answers = None if scoring.answers is None else _with_file(scoring.answers, place)
     samples = None if scoring.samples is None else _with_file(scoring.samples, place)
     scoring = scoring.model_copy(update={"texts": texts, "tasks": tasks, "answers": answers, "samples": samples})
-    return recipe.model_copy(update={"model": model, "calibration": calibration, "evaluation": scoring})
+    variants = tuple(_with_data(each, place) for each in recipe.variants)
+    moved = {"model": model, "calibration": calibration, "evaluation": scoring, "variants": variants}
+    return recipe.model_copy(update=moved)
+
+
+def _with_data(variant: V, place: Callable[[str], str]) -> V:
+    """A variant with its own data, where it has some, at its place."""
+    data = getattr(variant, "data", None)
+    return variant.model_copy(update={"data": _placed(data, place)}) if isinstance(data, CalibrationSpec) else variant
+
+
+def _placed(spec: CalibrationSpec, place: Callable[[str], str]) -> CalibrationSpec:
+    """A data set at its place, with its chat template."""
+    found = {"dataset": _place_of(spec.dataset, place), "chat_template": place(spec.chat_template)}
+    return spec.model_copy(update=found)
 
 
 def _with_file(section: S, place: Callable[[str], str]) -> S:

@@ -11,6 +11,8 @@ from quantkit.recipe.fields import Name, Section, Title, Whole
 from quantkit.recipe.quantization import CalibrationSpec
 from quantkit.system.validation import unknown_key
 
+RECOVER = "recover"
+"""The key of a variant that names the one it is made of."""
 Trained = Literal["codes", "scales", "zeros", "norms", "biases"]
 Optimizer = Literal["signs", "adam", "adam8bit", "paged_adam8bit"]
 FEW_BITS = 3
