@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from quantkit.checkpoint import CheckpointReader
+from quantkit.engine.precision import training_dtype
 from quantkit.errors import CheckpointError, QuantizationError
 from quantkit.exports import open_export
 from quantkit.exports.manifest import read_manifest
@@ -30,6 +31,7 @@ from quantkit.system.progress import Silent
 from tests.runs import Notebook
 from tests.tiny import make_model, tiny_rows
 
+NF4 = {"format": "bitsandbytes", "scheme": "nf4", "bits": None, "group_size": 64, "double_quant": False}
 FEW = RecoverOptions(
     steps=15, batch_tokens=192, evaluations=3, held_out=0.2, learning_rate=1e-2, code_rate=2e-2, norm_rate=1e-2
 )
@@ -177,6 +179,12 @@ def test_what_is_never_better_stays_as_it_was(job: Job, two_bits: Path, tmp_path
     assert bytes_of(done.folder) == bytes_of(two_bits)
 
 
+def test_passes_that_are_run_backward_are_never_in_float16() -> None:
+    cuda = torch.device("cuda")
+    assert training_dtype(cuda, torch.float16) == training_dtype(cuda, torch.float32) == torch.bfloat16
+    assert training_dtype(torch.device("cpu"), torch.float16) in (torch.float32, torch.bfloat16)
+
+
 @pytest.mark.parametrize(
     ("keys", "runtime"),
     [
@@ -185,6 +193,7 @@ def test_what_is_never_better_stays_as_it_was(job: Job, two_bits: Path, tmp_path
         ({"format": "hqq", "bits": 2, "symmetric": False, "zeros": "float"}, "reference"),
         ({"format": "gguf", "bits": 4}, "llama.cpp"),
         ({"format": "compressed-tensors", "bits": 4}, "transformers"),
+        (NF4, "reference"),
     ],
     ids=lambda each: each["format"] if isinstance(each, dict) else each,
 )
@@ -192,12 +201,13 @@ def test_every_format_is_trained_and_loads_where_it_did(
     job: Job, tmp_path: Path, keys: dict[str, Any], runtime: str
 ) -> None:
     given = exported(job, tmp_path / "given", **keys)
-    options = replace_options(FEW, steps=4, evaluations=1, learning_rate=2e-3, train=("scales", "zeros"))
+    options = replace_options(
+        FEW, steps=3, batch_tokens=96, evaluations=1, learning_rate=2e-3, train=("scales", "zeros")
+    )
     done = recover(job, given, options, tmp_path / "done", Silent())
     told = done.facts["recovered"]
     assert told["after"] < told["before"]
-    rows = tiny_rows(2, seed=0)
-    row = torch.tensor(rows[0])
+    row = torch.tensor(tiny_rows(1)[0])
     options_of_load = LoadOptions(device="cpu", dtype="float32", context_length=64)
     ours = RUNTIMES.get(runtime).load(done.folder, options_of_load).logits(row).float()
     decoded = RUNTIMES.get("reference").load(done.folder, options_of_load).logits(row).float()

@@ -29,6 +29,12 @@ def pass_dtype(device: torch.device, checkpoint: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if has_amx() and has_onednn() else torch.float32
 
 
+def training_dtype(device: torch.device, checkpoint: torch.dtype) -> torch.dtype:
+    """The dtype of passes that are run backward: that of other passes, but for float16, in which gradients vanish."""
+    found = pass_dtype(device, checkpoint)
+    return torch.bfloat16 if found == torch.float16 else found
+
+
 @contextmanager
 def bfloat16_products(inputs: torch.Tensor) -> Iterator[None]:
     """Inside the block, products of float32 CPU matrices may round their inputs to bfloat16, if ``inputs`` are that.

@@ -20,7 +20,7 @@ from quantkit.engine.causality import can_be_padded
 from quantkit.engine.empty_model import empty_model
 from quantkit.engine.layers import Layer, whole_modules
 from quantkit.engine.low_rank_terms import LowRankWalk, Term
-from quantkit.engine.precision import pass_dtype
+from quantkit.engine.precision import pass_dtype, training_dtype
 from quantkit.engine.skeleton import Skeleton
 from quantkit.errors import CheckpointError, QuantizationError
 from quantkit.exports import Export, open_export
@@ -294,7 +294,7 @@ def _train(
                 folder,
                 observer,
                 device=device,
-                dtypes=(pass_dtype(device, found.dtype), found.dtype),
+                dtypes=(training_dtype(device, found.dtype), found.dtype),
             )
         except BaseException as error:
             if not may_pass(error):

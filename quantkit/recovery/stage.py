@@ -16,7 +16,7 @@ import torch
 import yaml
 
 from quantkit.checkpoint import FLOATS, CheckpointReader
-from quantkit.engine.precision import pass_dtype
+from quantkit.engine.precision import training_dtype
 from quantkit.engine.skeleton import Skeleton
 from quantkit.errors import CheckpointError, QuantizationError
 from quantkit.exports import open_export
@@ -125,7 +125,7 @@ def made_from(job: Job, checkpoint: Path, options: RecoverOptions) -> dict[str, 
         "options": options.model_dump(mode="json"),
         "data": job.calibration_sha256,
         "device": device.type,
-        "passes": str(pass_dtype(device, FLOATS[job.dtype])),
+        "passes": str(training_dtype(device, FLOATS[job.dtype])),
         "versions": {name: ".".join(version(name).split(".")[:2]) for name in ("torch", "transformers")},
     }
 
@@ -176,7 +176,7 @@ def _train(
 ) -> tuple[Student, Trained]:
     """Train, on the device and in the precision of calibration passes."""
     device = resolve_device(job.device)
-    dtype = pass_dtype(device, FLOATS[job.dtype])
+    dtype = training_dtype(device, FLOATS[job.dtype])
     original, weights = Skeleton(job.source, job.trust_remote_code), CheckpointReader(job.source)
     export = open_export(checkpoint)
     student = Student(export, folder / "work", original, weights, options, device, job.trust_remote_code)
