@@ -11,6 +11,9 @@ in its own environment: ``autoround/autoround-int4-g64-sym:iters=50``, ``gptqmod
 ``gptq-int2-g64-sym=>recover:steps=60:train=[scales,norms]``. All calibrate on the same token ids. The divergence from
 the float model is that of the reference decoder; with --llama-cpp GGUF files are scored in llama.cpp.
 
+``gptq-int4-g64-sym:token_weights=0.5`` weighs calibration tokens by what the model's loss minds; the pass backward that
+finds it out is run once for a model and a number of samples, and is in the seconds of the processor of the first case.
+
 Results are appended to a file as soon as they are there, and what is there is not run again, so that a matrix can be
 cut short; --label tells code from code. The table has the divergence with its standard error over rows, and beside it
 what it is of the baseline's, and the mean difference on the same rows with the standard error of that. The baseline is
@@ -45,6 +48,7 @@ from quantkit.errors import QuantkitError
 from quantkit.isolation.attempt import Attempt
 from quantkit.isolation.stage import quantize_by_library
 from quantkit.quantization import Job, quantize
+from quantkit.quantization.sensitivity import sensitivity
 from quantkit.recipe import CalibrationSpec, LibrarySpec, RecoverOptions, VariantSpec
 from quantkit.recovery.stage import recover
 from quantkit.runtimes import RUNTIMES
@@ -75,14 +79,31 @@ class Ground:
         job: what is quantized, and the calibration rows.
         texts: what is scored: token ids ``[rows, length]`` by name.
         baseline: file of the float model's distributions.
+        work: takes what cases share.
     """
 
     job: Job
     texts: dict[str, torch.Tensor]
     baseline: Path
+    work: Path
+
+    def weighed(self, token_weights: float) -> Job:
+        """The job with tokens that count by what the model's loss minds; found out once."""
+        known = sensitivity(
+            self.job, self.work / "sensitivity", on_segment=lambda _done, _total: None, on_note=Notes().note
+        )
+        return replace(self.job, sensitivity=replace(known, token_weights=token_weights))
 
 
-def read_case(text: str) -> VariantSpec | LibrarySpec:
+@dataclass(frozen=True, slots=True)
+class Case:
+    """What a case asks for: a variant, and the power by which tokens count; 0 for all alike."""
+
+    variant: VariantSpec | LibrarySpec
+    token_weights: float = 0.0
+
+
+def read_case(text: str) -> Case:
     """What a case asks for.
 
     Raises:
@@ -94,15 +115,17 @@ def read_case(text: str) -> VariantSpec | LibrarySpec:
         outer, _, inner = key.partition(".")
         read = yaml.safe_load(value)
         options[outer] = {**options.get(outer, {}), inner: read} if inner else read
+    weights = options.pop("token_weights", 0.0)
     method, _, scheme = head.partition("-")
     library, _, theirs = method.rpartition("/")
     asked = {"name": "case", "scheme": scheme.replace("-", " ")}
     if not library:
-        return parse_section(VariantSpec, {**asked, "method": method, **options}, text)
+        return Case(parse_section(VariantSpec, {**asked, "method": method, **options}, text), weights)
     grid = parse_section(VariantSpec, asked, text)
     keys = {"bits": grid.bits, "group_size": grid.group_size, "symmetric": grid.symmetric}
     chosen = {key: value for key, value in keys.items() if value is not None}
-    return parse_section(LibrarySpec, {"name": "case", "library": library, "method": theirs, **chosen, **options}, text)
+    theirs_too = {"name": "case", "library": library, "method": theirs, **chosen, **options}
+    return Case(parse_section(LibrarySpec, theirs_too, text))
 
 
 def read_recovery(text: str) -> RecoverOptions | None:
@@ -175,7 +198,7 @@ def prepare(given: argparse.Namespace, model: Path, samples: int, work: Path) ->
     wanted = argparse.Namespace(model=model, records=given.records, samples=samples)
     job = replace(read_calibration(wanted, work, inputs=given.inputs), generated=given.generated)
     texts = texts_of(given, job.source, work)
-    return Ground(job, texts, float_baseline(job.source, texts, given.results.parent / "quality-cache"))
+    return Ground(job, texts, float_baseline(job.source, texts, given.results.parent / "quality-cache"), work)
 
 
 def processor_seconds() -> float:
@@ -188,16 +211,15 @@ def runtime_of(folder: Path, llama_cpp: bool) -> str:
     return "llama.cpp" if llama_cpp and any(folder.glob("*.gguf")) else "reference"
 
 
-def measured(
-    ground: Ground, variant: VariantSpec | LibrarySpec, llama_cpp: bool, recovery: RecoverOptions | None = None
-) -> dict[str, Any]:
+def measured(ground: Ground, case: Case, llama_cpp: bool, recovery: RecoverOptions | None = None) -> dict[str, Any]:
     """A case, quantized and scored: divergences by text and row, seconds, and bits."""
     with tempfile.TemporaryDirectory() as scratch:
         work, before = Path(scratch), processor_seconds()
-        if isinstance(variant, VariantSpec):
-            done = quantize(ground.job, variant, work / "case")
+        if isinstance(case.variant, VariantSpec):
+            job = ground.weighed(case.token_weights) if case.token_weights else ground.job
+            done = quantize(job, case.variant, work / "case")
         else:
-            done = quantize_by_library(Attempt(ground.job, variant, work / "case", work / "worker.log", Notes()))
+            done = quantize_by_library(Attempt(ground.job, case.variant, work / "case", work / "worker.log", Notes()))
         facts = {key: done.facts[key] for key in ("seconds", "bits_per_weight")}
         if recovery is not None:
             done = recover(ground.job, done.folder, recovery, work / "recovered", Notes())
@@ -280,20 +302,20 @@ def parse() -> argparse.Namespace:
 
 def run(given: argparse.Namespace, results: list[dict[str, Any]]) -> dict[str, str]:
     """Add what is asked for and not there to the results, and to their file; returns the errors of those that fail."""
-    variants = {case: read_case(case) for case in given.cases}
+    cases = {case: read_case(case) for case in given.cases}
     failed = {}
     there = {place_of(each) for each in results}
     for samples, (name, folder) in itertools.product(given.samples, given.models.items()):
         keys = {"label": given.label, "model": name, "samples": samples, "rows": given.rows, "length": given.length}
         keys |= {"inputs": given.inputs, "llama_cpp": given.llama_cpp, "generated": given.generated}
-        missing = [case for case in variants if place_of({**keys, "case": case}) not in there]
+        missing = [case for case in cases if place_of({**keys, "case": case}) not in there]
         if not missing:
             continue
         with tempfile.TemporaryDirectory() as scratch:
             ground = prepare(given, folder, samples, Path(scratch))
             for case in missing:
                 try:
-                    done = measured(ground, variants[case], given.llama_cpp, read_recovery(case))
+                    done = measured(ground, cases[case], given.llama_cpp, read_recovery(case))
                     found = {**keys, "case": case, **done}
                 except QuantkitError as error:
                     failed[f"{name} {samples} {case}"] = str(error)

@@ -13,7 +13,7 @@ from quantkit.checkpoint import CheckpointReader
 from quantkit.engine.batches import Batch, make_batches
 from quantkit.engine.causality import can_be_padded
 from quantkit.engine.skeleton import Skeleton
-from quantkit.quantization import walk_variants
+from quantkit.quantization import job
 from quantkit.runtimes._model import TransformersModel
 from tests.architectures import make
 from tests.tiny import tiny_rows
@@ -47,7 +47,7 @@ def test_calibration_rows_of_one_that_looks_both_ways_share_batches_of_their_len
         seen.extend(make_batches(*args))
         return seen
 
-    monkeypatch.setattr(walk_variants, "make_batches", counted)
+    monkeypatch.setattr(job, "make_batches", counted)
     calibration = {"dataset": str(tmp_path / "text.jsonl"), "max_length": 48, "samples": 3}
     quantkit.quantize(tmp_path / "model", out=tmp_path / "out", calibration=calibration, group_size=32, device="cpu")
     assert any(batch.valid is not None for batch in seen) is is_padded

@@ -15,8 +15,10 @@ import torch
 import quantkit
 from quantkit.checkpoint import CheckpointReader
 from quantkit.engine import gathering as gathering_module
-from quantkit.engine.batches import Batch, make_batches
+from quantkit.engine.batches import Batch, make_batches, row_starts
+from quantkit.engine.fisher import Fisher, LayerFisher
 from quantkit.engine.routing import ExpertSettings, alike, common_name, completed, routed_kinds, steps
+from quantkit.engine.sensitivity import Sensitivity
 from quantkit.engine.skeleton import Skeleton
 from quantkit.engine.statistics import Gatherer, Pool
 from quantkit.engine.tasks import VariantTask
@@ -192,8 +194,11 @@ def test_weights_of_tokens_reach_experts(mixtral: Path) -> None:
     (batch,) = make_batches(EQUAL[:2], CPU, may_pad=False)
     weights = torch.ones(96)
     weights[48:] = 0
+    names = [name for segment in Skeleton(mixtral).segments for name in segment.linears]
+    fisher = Fisher(dict.fromkeys(names, LayerFisher(torch.ones(1), 96, weights)), 0.0, 96)
+    known = Sensitivity(fisher, *row_starts([batch]), 1.0)
     onlooker, first = Onlooker(), Onlooker()
-    solved(mixtral, [replace(batch, weights=weights)], onlooker, inputs="float", experts=ExpertSettings(prior=0))
+    solved(mixtral, [batch], onlooker, inputs="float", experts=ExpertSettings(prior=0), sensitivity=known)
     solved(mixtral, EQUAL[:1], first, inputs="float", experts=ExpertSettings(prior=0))
     for number in range(4):
         wanted = first.of(mixtral, expert(number, "w2"))

@@ -32,26 +32,29 @@ def quality(benchmark_folder: None) -> ModuleType:
 
 
 def test_a_case_says_method_scheme_and_options(quality: ModuleType) -> None:
-    ours = quality.read_case("awq+gptq-int3-g128-asym:damping=0.1:activation_order=false")
+    ours = quality.read_case("awq+gptq-int3-g128-asym:damping=0.1:activation_order=false").variant
     assert isinstance(ours, VariantSpec)
     assert (ours.chain, ours.base_scheme()) == ("awq+gptq", IntScheme(3, 128, False))
     assert ours.options == {"damping": 0.1, "activation_order": False}
-    tuned = quality.read_case("gptq+tune-int4-g64-sym:tune.steps=16:tune.train=[scales,norms]:damping=0.1")
+    tuned = quality.read_case("gptq+tune-int4-g64-sym:tune.steps=16:tune.train=[scales,norms]:damping=0.1").variant
     assert (tuned.chain, tuned.options) == ("gptq+tune", {"damping": 0.1})
     assert tuned.tune == TuneOptions(steps=16, train=("scales", "norms"))
     trained = "gptq-int2-g64-sym=>recover:steps=60:train=[scales,norms]"
-    assert (quality.read_case(trained).base_scheme(), quality.read_recovery("gptq-int2-g64-sym")) == (
+    assert (quality.read_case(trained).variant.base_scheme(), quality.read_recovery("gptq-int2-g64-sym")) == (
         IntScheme(2),
         None,
     )
     assert quality.read_recovery(trained) == RecoverOptions(steps=60, train=("scales", "norms"))
-    theirs = quality.read_case("autoround/autoround-int4-g128-sym:iters=50")
+    theirs = quality.read_case("autoround/autoround-int4-g128-sym:iters=50").variant
     assert isinstance(theirs, LibrarySpec)
     assert (theirs.library, theirs.method, theirs.bits, theirs.group_size, theirs.symmetric) == (
         "autoround", "autoround", 4, 128, True,
     )  # fmt: skip
     assert theirs.options == {"iters": 50}
-    assert quality.read_case("llama.cpp-q4_k_m").format == "gguf"
+    assert quality.read_case("llama.cpp-q4_k_m").variant.format == "gguf"
+    weighed = quality.read_case("gptq-int4-g64-sym:token_weights=0.5")
+    assert weighed.token_weights == 0.5
+    assert weighed.variant == quality.read_case("gptq-int4-g64-sym").variant
     with pytest.raises(QuantkitError, match="nothing"):
         quality.read_case("nothing-int4-g64-sym")
 

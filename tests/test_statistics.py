@@ -12,6 +12,7 @@ import torch
 from quantkit.checkpoint import CheckpointReader
 from quantkit.engine.batches import Batch, make_batches
 from quantkit.engine.precision import pass_dtype
+from quantkit.engine.sensitivity import TokenWeights
 from quantkit.engine.skeleton import Skeleton
 from quantkit.engine.statistics import Gatherer, add_gram, mirror_
 from quantkit.engine.walk import Walk, WalkSettings
@@ -125,19 +126,22 @@ def test_weights_of_tokens_count_a_token_so_many_times(dtype: torch.dtype, colum
     valid = torch.arange(800).view(2, 400)[:, :300].flatten()
     padded = torch.full((800, columns), 1e3, dtype=dtype)
     padded[valid] = inputs
-    weighed, repeated = Gatherer(frozenset(Statistic)), Gatherer(frozenset(Statistic))
-    weighed.add(padded.view(2, 400, columns), Batch(ids, valid, (0, 1), counts.float()))
+    weights = TokenWeights(counts.float(), torch.tensor([0, 300]))
+    weighed, repeated = Gatherer(frozenset(Statistic), "", weights), Gatherer(frozenset(Statistic))
+    weighed.add(padded.view(2, 400, columns), Batch(ids, valid, (0, 1), lengths=(300, 300)))
     repeated.add(inputs.repeat_interleave(counts, 0).float(), Batch(torch.zeros(1, int(counts.sum())).long(), None))
     found, expected = weighed.result(), repeated.result()
     assert found.tokens == 600
+    assert found.effective_tokens == round(float(counts.sum() ** 2 / counts.square().sum()))
+    assert expected.effective_tokens == expected.tokens
     for name in ("gram", "abs_mean", "square_mean"):
         torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-4, atol=1e-5)
 
 
 def test_weights_of_other_tokens_are_refused() -> None:
-    gatherer = Gatherer(frozenset(Statistic), "expert")
+    gatherer = Gatherer(frozenset(Statistic), "expert", TokenWeights(torch.ones(5), torch.tensor([0])))
     with pytest.raises(QuantizationError, match=r"given 3 of a batch's 5 tokens"):
-        gatherer.add(torch.ones(3, 4), Batch(torch.zeros(1, 5, dtype=torch.int64), None, (0,), torch.ones(5)))
+        gatherer.add(torch.ones(3, 4), Batch(torch.zeros(1, 5, dtype=torch.int64), None, (0,)))
 
 
 def test_a_method_is_given_what_it_asks_for_and_shares_what_is_derived_with_its_like() -> None:

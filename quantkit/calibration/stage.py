@@ -41,7 +41,7 @@ AUDIT_FILE = "audit.json"
 STAGE = "calibration"
 CODE_VERSION = 3
 """Part of the fingerprint: raised when the same inputs would give other tokens or another audit."""
-USES = ("inputs", "experts", "expert_prior", "generated")
+USES = ("inputs", "experts", "expert_prior", "generated", "sensitivity", "token_weights")
 """Keys of the section that say how the rows are used."""
 
 

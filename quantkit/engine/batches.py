@@ -26,7 +26,6 @@ class Batch:
         token_ids: int64 ``[rows, length]``, padded on the right.
         valid: int64 ``[tokens]``, the flat positions that are not padding; None if there is no padding.
         rows: the place of each row among all that were given.
-        weights: float32 ``[tokens]``, how much each token counts in statistics, padding left out; None if all alike.
         inputs: further inputs of the model by their names, such as images; of a single row.
         lengths: tokens of each row; empty if there is no padding.
     """
@@ -34,7 +33,6 @@ class Batch:
     token_ids: torch.Tensor
     valid: torch.Tensor | None
     rows: tuple[int, ...] = ()
-    weights: torch.Tensor | None = None
     inputs: Mapping[str, torch.Tensor] = field(default_factory=dict)
     lengths: tuple[int, ...] = ()
 
@@ -74,28 +72,26 @@ class Batch:
         kept = (places[positions] >= 0).nonzero().squeeze(1)
         return flat.index_select(0, kept), places[positions.index_select(0, kept)]
 
-    def weights_of(self, inputs: torch.Tensor, places: torch.Tensor | None = None) -> torch.Tensor | None:
-        """How much each token of ``[tokens, features]`` counts; None if all alike.
+    def places(self, starts: torch.Tensor) -> torch.Tensor:
+        """Which calibration tokens its tokens are, int64 ``[tokens]``.
 
         Args:
-            inputs: of tokens.
-            places: which they are, see :meth:`tokens_of`.
-
-        Raises:
-            QuantizationError: these are not the tokens of the batch, as in a layer that is given some only and nobody
-                tells which.
+            starts: see :func:`row_starts`.
         """
-        if self.weights is None:
-            return None
-        if places is not None:
-            return self.weights.index_select(0, places)
-        if len(self.weights) != len(inputs):
-            raise QuantizationError(
-                f"a layer was given {len(inputs)} of a batch's {len(self.weights)} tokens, so that the weight of each "
-                "cannot be told",
-                "leave out the weights of tokens",
-            )
-        return self.weights
+        lengths = self.row_lengths()
+        found = [torch.arange(length) + int(starts[row]) for row, length in zip(self.rows, lengths, strict=True)]
+        return torch.cat(found).to(self.token_ids.device)
+
+    def row_lengths(self) -> tuple[int, ...]:
+        """Tokens of each row."""
+        return self.lengths or (self.token_ids.shape[1],) * len(self.rows)
+
+
+def row_starts(batches: Sequence[Batch]) -> tuple[torch.Tensor, int]:
+    """Where each row begins among all calibration tokens, int64 ``[rows]``, and how many tokens there are."""
+    lengths = {row: length for batch in batches for row, length in zip(batch.rows, batch.row_lengths(), strict=True)}
+    sizes = torch.tensor([lengths.get(row, 0) for row in range(max(lengths, default=-1) + 1)], dtype=torch.int64)
+    return sizes.cumsum(0) - sizes, int(sizes.sum())
 
 
 def make_batches(

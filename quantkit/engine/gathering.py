@@ -28,6 +28,7 @@ from quantkit.engine.routing import (
     routed_kinds,
     steps,
 )
+from quantkit.engine.sensitivity import Sensitivity
 from quantkit.engine.skeleton import Segment
 from quantkit.engine.smoothing import Trial
 from quantkit.engine.statistics import Gatherer, Pool
@@ -152,6 +153,7 @@ class Streams:
         offload: passes that stand before a segment leave their activations in the memory of the CPU meanwhile.
         experts: how experts are calibrated.
         room: bytes that statistics of experts may take at a time; None for no limit.
+        sensitivity: says how much tokens count in the statistics of each layer; None if all alike.
     """
 
     model: nn.Module
@@ -160,6 +162,7 @@ class Streams:
     offload: bool = False
     experts: ExpertSettings = ROUTED
     room: int | None = None
+    sensitivity: Sensitivity | None = None
     _passes: list[Pass] = field(default_factory=list)
     _states: set[tuple[nn.Module, str]] = field(default_factory=set)
     _index: dict[str, int] = field(default_factory=dict)
@@ -259,7 +262,8 @@ class Streams:
 
     def group(self, layers: dict[str, Layer]) -> Group:
         """Layers that share an input, of which nothing is gathered yet."""
-        return Group(layers, Gatherer(self.needs, next(iter(layers))))
+        weights = None if self.sensitivity is None else self.sensitivity.weights(layers)
+        return Group(layers, Gatherer(self.needs, next(iter(layers)), weights))
 
     def trial(self, segment: Segment) -> Trial:
         """A segment to be run with the smallest batch."""

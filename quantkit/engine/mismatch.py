@@ -19,6 +19,7 @@ from quantkit.engine.groups import PreHook
 from quantkit.engine.passes import AtSegment
 from quantkit.engine.precision import bfloat16_products
 from quantkit.engine.routing import now_given
+from quantkit.engine.sensitivity import TokenWeights
 from quantkit.engine.statistics import CHUNK_TOKENS, FiniteCheck
 from quantkit.numerics.mismatch import Mismatch
 from quantkit.system.host import decide, numbers
@@ -133,6 +134,7 @@ class MismatchGatherer:
             than inputs or go into the residual stream; None where inputs are.
         stream: where the stream is read that it adds to; None if it adds to none.
         is_expert: the group is an expert's, which is given the same tokens in both passes, and needs enough of them.
+        token_weights: how much each token counts; None if all alike.
     """
 
     name: str
@@ -140,6 +142,7 @@ class MismatchGatherer:
     layer: nn.Linear | None = None
     stream: StreamPlace | None = None
     is_expert: bool = False
+    token_weights: TokenWeights | None = None
     _tokens: int = 0
     _seen: dict[int, _Seen] = field(default_factory=dict)
     _sum: torch.Tensor | None = None
@@ -189,7 +192,7 @@ class MismatchGatherer:
         flat, places = batch.tokens_of(inputs.detach().reshape(-1, inputs.shape[-1]), positions)
         lost, _ = batch.tokens_of(lost.reshape(-1, lost.shape[-1]), positions)
         self._check.add(lost, batch, places)
-        held, weights = self.held.among(flat, batch, places), batch.weights_of(flat, places)
+        held, weights = self.held.among(flat, batch, places), self._weights_of(batch, flat, places)
         if self.is_expert:
             held = held[: max(0, most_held(flat.shape[1]) - sum(len(each[0]) for each in self._kept))]
         self._tokens += len(flat)
@@ -227,6 +230,9 @@ class MismatchGatherer:
             columns: width of their input.
         """
         return lost_numbers(columns, columns if self.layer is None else rows, most_held(columns))
+
+    def _weights_of(self, batch: Batch, flat: torch.Tensor, places: torch.Tensor | None) -> torch.Tensor | None:
+        return None if self.token_weights is None else self.token_weights.of(batch, flat, places)
 
     def _of(self, batch: Batch) -> _Seen:
         return self._seen.setdefault(id(batch), _Seen())

@@ -59,7 +59,8 @@ def _reordered(statistics: InputStatistics, order: torch.Tensor) -> InputStatist
         return None if values is None else values[order]
 
     gram = None if statistics.gram is None else statistics.gram[order][:, order]
-    return InputStatistics(statistics.tokens, column(statistics.abs_mean), column(statistics.square_mean), gram)
+    means = column(statistics.abs_mean), column(statistics.square_mean)
+    return InputStatistics(statistics.tokens, *means, gram, evenness=statistics.evenness)
 
 
 def _unordered(weight: QuantizedWeight, order: torch.Tensor, scheme: IntScheme) -> QuantizedWeight:

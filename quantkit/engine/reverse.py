@@ -113,6 +113,7 @@ class ReverseWalk:
 
     Attributes:
         batch: the one that is run.
+        chunk: while the head is run for a loss, which of its tokens, counted without padding.
     """
 
     skeleton: Skeleton
@@ -124,8 +125,9 @@ class ReverseWalk:
     sees: bool = False
     on_step: Callable[[int, int], None] = lambda _done, _total: None
     batch: Batch | None = field(init=False, default=None)
+    chunk: torch.Tensor | None = field(init=False, default=None)
     _cleanup: ExitStack = field(init=False, default_factory=ExitStack)
-    _chunk: torch.Tensor | None = field(init=False, default=None)
+    _read: torch.Tensor | None = field(init=False, default=None)
 
     def __enter__(self) -> ReverseWalk:
         """Load the frame, and let passes stand before segments.
@@ -171,22 +173,22 @@ class ReverseWalk:
         current = getcurrent()
         if isinstance(current, KeepingPass):
             current.ends(hidden)
-        return forward(hidden if self._chunk is None else self._chunk)
+        return forward(hidden if self._read is None else self._read)
 
     def _decoder(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return forward(*args, **kwargs) if self._chunk is None else _Ended(last_hidden_state=self._chunk)
+        return forward(*args, **kwargs) if self._read is None else _Ended(last_hidden_state=self._read)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """The logits ``[tokens, vocabulary]`` of what the head is given, ``[tokens, width]``, by the model's own code.
 
         The head must be loaded, as it is while a loss is asked for.
         """
-        self._chunk = hidden[None]
+        self._read = hidden[None]
         try:
-            ids = torch.zeros(self._chunk.shape[:2], dtype=torch.int64, device=self.device)
+            ids = torch.zeros(self._read.shape[:2], dtype=torch.int64, device=self.device)
             found: torch.Tensor = self.skeleton.text(input_ids=ids, use_cache=False).logits[0]
         finally:
-            self._chunk = None
+            self._read = None
         return found
 
     def hidden(self, batches: Sequence[Batch]) -> list[torch.Tensor]:
@@ -273,7 +275,7 @@ class ReverseWalk:
         gradient = torch.zeros_like(hidden)
         size = max(1, CHUNK_LOGITS // self.vocabulary)
         for start in range(0, len(hidden), size):
-            places = torch.arange(start, min(start + size, len(hidden)), device=hidden.device)
+            places = self.chunk = torch.arange(start, min(start + size, len(hidden)), device=hidden.device)
             chunk = hidden[start : start + size].requires_grad_()
             with torch.enable_grad():
                 value = loss(self.logits(chunk), each.batch, places)
@@ -281,6 +283,7 @@ class ReverseWalk:
             if chunk.grad is not None:
                 gradient[start : start + size] = chunk.grad
             total += float(value.detach())
+        self.chunk = None
         each.back(gradient)
         return total
 

@@ -14,6 +14,7 @@ import torch
 
 from quantkit.engine.layers import Layer
 from quantkit.engine.ordering import quantize_in_order
+from quantkit.engine.sensitivity import Sensitivity
 from quantkit.engine.skeleton import Segment
 from quantkit.engine.tasks import LayerResult, Tuned, VariantTask
 from quantkit.engine.transforming import Originals, Transforming
@@ -54,6 +55,7 @@ class Solver:
         originals: the parameters of the checkpoint.
         live: see :class:`quantkit.engine.transforming.Transforming`.
         tries_again: see :class:`quantkit.engine.walk.WalkSettings`.
+        sensitivity: see there.
 
     Attributes:
         transforming: what the transforms of each task do at the segment at which the walk stands.
@@ -68,6 +70,7 @@ class Solver:
     originals: Originals
     live: bool
     tries_again: bool
+    sensitivity: Sensitivity | None = None
     transforming: Transforming = field(init=False)
     failures: dict[str, Exception] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -277,7 +280,7 @@ class Solver:
                 leader = next(iter(members.values())).path
                 given.append(InputGroup(weights, self.transforming.statistics(task, leader, found), experts))
             with _no_garbage_collection():
-                solved = self.work(task, partial(solve_groups, task, given))
+                solved = self.work(task, partial(solve_groups, task, given, sensitivity=self.sensitivity))
             for name, weight in (solved or {}).items() if replace else ():
                 layers[name].put(weight.dequantize(torch.float32))
             if task.tune is not None:
@@ -330,7 +333,11 @@ class InputGroup:
 
 
 def solve_groups(
-    task: VariantTask, groups: Sequence[InputGroup], *, embedding: bool = False
+    task: VariantTask,
+    groups: Sequence[InputGroup],
+    *,
+    embedding: bool = False,
+    sensitivity: Sensitivity | None = None,
 ) -> dict[str, QuantizedWeight]:
     """Solve the layers of groups that a task wants; those of one group and scheme are stacked and solved as one.
 
@@ -341,6 +348,7 @@ def solve_groups(
         task: the variant.
         groups: several if they are alike.
         embedding: the group is the input embedding, which no calibration token is expected to reach.
+        sensitivity: predicts what errors cost.
 
     Returns:
         The weights by layer.
@@ -364,6 +372,7 @@ def solve_groups(
             for name in stack.names:
                 stop = start + stack.group.weights[name].shape[0]
                 result = _layer(name, solution, start, stop, stack, is_calibrated)
+                result = _judged(result, solution.error[start:stop], stack, sensitivity)
                 task.sink.take(result)
                 solved[name] = result.weight
                 start = stop
@@ -446,6 +455,16 @@ def _layer(name: str, solution: Solution, start: int, stop: int, stack: _Stack, 
     weight = solution.weight.rows(start, stop)
     experts = group.experts if is_calibrated else ""
     return LayerResult(name, weight, error, before, tokens, notes, experts, stack.shares.get(name))
+
+
+def _judged(result: LayerResult, errors: torch.Tensor, stack: _Stack, sensitivity: Sensitivity | None) -> LayerResult:
+    """A result with what is known of the model's loss; of errors only where they are those of its own outputs."""
+    known, tokens = stack.group.statistics, stack.statistics
+    if sensitivity is None or tokens.is_empty():
+        return result
+    effective = None if known.evenness == 1 else known.effective_tokens
+    nats = None if tokens.gram is None else sensitivity.nats(result.name, errors)
+    return replace(result, nats=nats, effective_tokens=effective)
 
 
 @contextmanager

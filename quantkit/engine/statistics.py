@@ -11,9 +11,10 @@ import torch
 from quantkit.engine.batches import Batch
 from quantkit.engine.precision import bfloat16_products
 from quantkit.engine.routing import now_given
+from quantkit.engine.sensitivity import TokenWeights
 from quantkit.errors import QuantizationError
 from quantkit.methods.base import InputStatistics, Statistic
-from quantkit.system.host import decide
+from quantkit.system.host import decide, numbers
 
 CHUNK_TOKENS = 512
 """Tokens multiplied at a time on a CPU: what its caches hold."""
@@ -29,17 +30,20 @@ class Gatherer:
     Args:
         needs: the union of their statistics.
         name: of the layer that reads the input, for messages.
+        token_weights: how much each token counts; None if all alike.
 
     Attributes:
         tokens: that reached the layer.
         seen: tokens in the statistics: an expert may be shown more than the router sends it.
         sums: of each statistic over them, weighed; of the Gram matrix the upper triangle.
         weight: of all of them together.
+        squares: of their weights together.
     """
 
-    def __init__(self, needs: Set[Statistic], name: str = "") -> None:
+    def __init__(self, needs: Set[Statistic], name: str = "", token_weights: TokenWeights | None = None) -> None:
         self._needs = needs
         self._name = name
+        self.token_weights = token_weights
         self.forget()
 
     def forget(self) -> None:
@@ -47,6 +51,7 @@ class Gatherer:
         self._check = FiniteCheck(self._name)
         self.sums: dict[Statistic, torch.Tensor] = {}
         self.weight: torch.Tensor | int = 0
+        self.squares: torch.Tensor | int = 0
         self.tokens = self.seen = 0
 
     def add(self, inputs: torch.Tensor, batch: Batch) -> None:
@@ -54,10 +59,11 @@ class Gatherer:
         given = now_given(batch.token_ids.numel())
         flat = inputs.detach().reshape(-1, inputs.shape[-1])
         flat, places = batch.tokens_of(flat, None if given is None else given.positions)
-        weights = batch.weights_of(flat, places)
+        weights = None if self.token_weights is None else self.token_weights.of(batch, flat, places)
         self.seen += flat.shape[0]
         self.tokens += flat.shape[0] if given is None or given.is_routed else 0
         self.weight = self.weight + (flat.shape[0] if weights is None else weights.sum())
+        self.squares = self.squares + (flat.shape[0] if weights is None else weights.square().sum())
         self._check.add(flat, batch, places)
         if Statistic.GRAM in self._needs:
             add_gram(self._sum(Statistic.GRAM, flat, flat.shape[1]), flat, weights)
@@ -83,7 +89,15 @@ class Gatherer:
         if self.seen == 0:
             return InputStatistics()
         self.check()
-        return _finished(self.tokens, _means(self), self.tokens / self.seen)
+        evenness = self.evenness()
+        return _finished(self.tokens, _means(self), self.tokens / self.seen, evenness)
+
+    def evenness(self) -> float:
+        """As how many even tokens those in the statistics are worth, by how many there are."""
+        if self.token_weights is None or self.seen == 0:
+            return 1.0
+        total, squares = numbers(torch.stack([torch.as_tensor(self.weight), torch.as_tensor(self.squares)]))
+        return total**2 / (squares * self.seen) if squares else 1.0
 
     def _sum(self, statistic: Statistic, like: torch.Tensor, *rows: int) -> torch.Tensor:
         if statistic not in self.sums:
@@ -99,11 +113,13 @@ def _means(sums: Gatherer | Pool) -> dict[Statistic, torch.Tensor]:
     return {statistic: total.div_(divisor) for statistic, total in found.items()}
 
 
-def _finished(tokens: int, means: Mapping[Statistic, torch.Tensor], own: float) -> InputStatistics:
+def _finished(
+    tokens: int, means: Mapping[Statistic, torch.Tensor], own: float, evenness: float = 1.0
+) -> InputStatistics:
     if Statistic.GRAM in means:
         mirror_(means[Statistic.GRAM])
     abs_mean, square_mean = means.get(Statistic.ABS_MEAN), means.get(Statistic.SQUARE_MEAN)
-    return InputStatistics(tokens, abs_mean, square_mean, means.get(Statistic.GRAM), own=own)
+    return InputStatistics(tokens, abs_mean, square_mean, means.get(Statistic.GRAM), own=own, evenness=evenness)
 
 
 @dataclass(slots=True)
@@ -147,12 +163,13 @@ class Pool:
         if part.seen == 0:
             return self._found
         part.check()
+        evenness = part.evenness()
         means, share = _means(part), 1.0
         for statistic, own in means.items():
             known: torch.Tensor = getattr(self._found, statistic.value)
             share = part.seen / (part.seen + prior * own.shape[-1])
             own.mul_(share).add_(known, alpha=1 - share)
-        return _finished(part.tokens, means, share * part.tokens / part.seen)
+        return _finished(part.tokens, means, share * part.tokens / part.seen, evenness)
 
 
 def add_gram(total: torch.Tensor, inputs: torch.Tensor, weights: torch.Tensor | None = None) -> None:

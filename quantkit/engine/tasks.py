@@ -35,6 +35,9 @@ class LayerResult:
         experts: of a layer of an expert what the names of it and its like begin with; else empty.
         correction: by how much the layer was corrected for what its input lost in the layers before it, from 0 to 1;
             None where that was not looked at. The errors are then those of the corrected weight.
+        nats: by how much its error is predicted to raise the model's divergence, 0-d float32, in nats a token; None
+            where that is not known.
+        effective_tokens: as how many tokens that count alike those that reached it are worth; None where they do.
     """
 
     name: str
@@ -45,6 +48,8 @@ class LayerResult:
     notes: tuple[str, ...]
     experts: str = ""
     correction: float | None = None
+    nats: torch.Tensor | None = None
+    effective_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -87,7 +87,9 @@ class Twins:
             layer = alone.get(group.name)
             stream = None if layer is None else streams.get(layer)
             known = layer if stream is not None else _narrowing(layer)
-            group.mismatch = MismatchGatherer(group.name, self._held, known, stream)
+            group.mismatch = MismatchGatherer(
+                group.name, self._held, known, stream, token_weights=group.gatherer.token_weights
+            )
 
     def prepare_experts(self, segment: Segment, experts: Iterable[Group]) -> Replay | None:
         """Let the groups of experts of a segment of which nothing is solved yet sum what their inputs lost.
@@ -100,7 +102,13 @@ class Twins:
             return None
         for group in groups:
             layer = group.leader if len(group.layers) == 1 and _is_linear(group.leader) else None
-            group.mismatch = MismatchGatherer(group.name, self._held, _narrowing(layer), is_expert=True)
+            group.mismatch = MismatchGatherer(
+                group.name,
+                self._held,
+                _narrowing(layer),
+                is_expert=True,
+                token_weights=group.gatherer.token_weights,
+            )
         routes = Routes()
         return Replay(routes, partial(self._see_experts, segment, routes))
 
@@ -144,7 +152,7 @@ class Twins:
 
     def prepare_layer(self, segment: Segment, group: Group) -> None:
         """Leave what every twin stands with before a segment that is a single layer."""
-        group.mismatch = gatherer = MismatchGatherer(group.name, self._held)
+        group.mismatch = gatherer = MismatchGatherer(group.name, self._held, token_weights=group.gatherer.token_weights)
         for each in self._streams.at(segment):
             with self._streams.fetched(each):
                 gatherer.see(standing(each, segment).args[0].detach(), each.batch)

@@ -35,6 +35,7 @@ from quantkit.engine.batches import Batch
 from quantkit.engine.gathering import Group, Replay, Solvable, Step, Streams, batch_of, pause_at
 from quantkit.engine.passes import AtSegment
 from quantkit.engine.routing import ROUTED, ExpertSettings
+from quantkit.engine.sensitivity import Sensitivity
 from quantkit.engine.skeleton import Segment, Skeleton, WeightReader
 from quantkit.engine.solve import Solver
 from quantkit.engine.tasks import VariantTask
@@ -61,6 +62,7 @@ class WalkSettings:
             of the task whose own work it is.
         experts: how experts are calibrated.
         room: bytes that statistics of experts may take at a time; None for no limit.
+        sensitivity: what is known of the model's loss; None for nothing.
     """
 
     device: torch.device
@@ -71,6 +73,7 @@ class WalkSettings:
     tries_again: bool = False
     experts: ExpertSettings = ROUTED
     room: int | None = None
+    sensitivity: Sensitivity | None = None
 
 
 @dataclass(slots=True)
@@ -98,10 +101,18 @@ class Walk:
 
     def __post_init__(self) -> None:
         originals = Originals(self.skeleton, self.reader, self.settings.device)
-        self._solver = Solver(self.tasks, originals, self._is_quantized, self.settings.tries_again)
+        self._solver = Solver(
+            self.tasks, originals, self._is_quantized, self.settings.tries_again, self.settings.sensitivity
+        )
         settings = self.settings
         self._streams = Streams(
-            self.skeleton.text, self.batches, self._solver.needs(), settings.offload, settings.experts, settings.room
+            self.skeleton.text,
+            self.batches,
+            self._solver.needs(),
+            settings.offload,
+            settings.experts,
+            settings.room,
+            settings.sensitivity,
         )
         tunes = self._solver.tunes()
         if self._is_quantized and (tunes or self._solver.corrects()) and self.skeleton.runs_once:

@@ -29,7 +29,7 @@ from quantkit.inspection.problems import (
     scale_problems,
 )
 from quantkit.inspection.published import DECODED, published_layers
-from quantkit.system.artifacts import read_json
+from quantkit.system.artifacts import STAGE_FILE, mapping_or_nothing, read_json
 
 SCHEMA = 1
 SERVER = "vllm"
@@ -49,9 +49,10 @@ def inspect(path: Path, *, deep: bool = True) -> dict[str, Any]:
     Returns:
         ``schema``; ``path``; ``kind``, ``quantized`` or ``float``; ``format``; ``made_by``; ``deep``; ``bytes`` on
         disk; ``parameters``; ``quantized_weights``; ``bits_per_weight`` over these, None where there are none;
-        ``layers``, see :func:`quantkit.inspection.layers.layer_facts`; ``schemes``, ``layers``, ``weights``,
-        ``bytes`` and ``bits_per_weight`` of each; ``floats``, name, shape, dtype and bytes of each other tensor;
-        ``float_dtypes``, tensors, parameters and bytes of each; ``activation_scales``, names;
+        ``layers``, see :func:`quantkit.inspection.layers.layer_facts`, with ``nats``, by how much the errors of each
+        are predicted to raise the model's divergence, in nats a token, where quantkit found that out; ``schemes``,
+        ``layers``, ``weights``, ``bytes`` and ``bits_per_weight`` of each; ``floats``, name, shape, dtype and bytes of
+        each other tensor; ``float_dtypes``, tensors, parameters and bytes of each; ``activation_scales``, names;
         ``tensor_parallel``, None or ``sizes`` over which servers can split it and ``limits``, by size what stands in
         the way of others; ``loads``, lines on what loads it; ``remarks`` of its format; ``problems``, a line each.
 
@@ -68,7 +69,9 @@ def inspect(path: Path, *, deep: bool = True) -> dict[str, Any]:
         if published is None:
             raise
         return published
+    nats = _predicted(path)
     layers = [layer_facts(export, name, deep=deep) for name in export.schemes]
+    layers = [{**each, "nats": nats[each["name"]]} if each["name"] in nats else each for each in layers]
     floats = [_float_fact(name, export.float_shape(name), export.float_dtype(name)) for name in export.float_names()]
     found = _facts(path, "quantized", export.format, export.made_by, export.size_bytes(), layers, floats, deep=deep)
     known = isinstance(export, FolderExport)
@@ -82,6 +85,13 @@ def inspect(path: Path, *, deep: bool = True) -> dict[str, Any]:
     found["remarks"] += _loading(path) if known else []
     found["problems"] = _problems(export, layers, deep=deep, folder=known)
     return found
+
+
+def _predicted(path: Path) -> dict[str, float]:
+    """By layer what its errors are predicted to cost, as the stage that wrote a checkpoint found it."""
+    facts = mapping_or_nothing(path / STAGE_FILE).get("facts") if path.is_dir() else None
+    layers = facts.get("layers") if isinstance(facts, dict) else None
+    return {each["name"]: each["nats"] for each in layers or () if isinstance(each, dict) and "nats" in each}
 
 
 def _problems(export: Export, layers: list[dict[str, Any]], *, deep: bool, folder: bool) -> list[str]:

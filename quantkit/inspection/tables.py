@@ -89,12 +89,15 @@ def _layers(found: dict[str, Any]) -> FittedTable:
     columns = ["Layer", "Scheme", "Shape", "Size", "Bits per weight"]
     if found["deep"]:
         columns += ["Beyond 6 std", "Largest", "At ends", "Bad scales"]
+    predicted = any("nats" in layer for layer in found["layers"])
+    columns += ["Nats a token"] if predicted else []
     rows = []
     for layer in found["layers"]:
         height, width = layer["shape"]
         bits = f"{layer['bits_per_weight']:.3f}"
         cells = (layer["name"], layer["scheme"], f"{height} x {width}", _size(layer["bytes"]), bits)
-        rows.append((*cells, *(_decoded(layer) if found["deep"] else ())))
+        nats = (f"{layer['nats']:.2e}" if "nats" in layer else ABSENT,) if predicted else ()
+        rows.append((*cells, *(_decoded(layer) if found["deep"] else ()), *nats))
     return _fitted("Layers", columns, rows, words=2)
 
 

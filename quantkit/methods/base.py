@@ -55,6 +55,7 @@ class InputStatistics:
         derived: what was computed from them once for all variants.
         mismatch: what the input lost in the layers before it, where that was gathered; methods do not see it.
         own: the share of the tokens in them that the layer is given; below 1 for an expert's, beside others'.
+        evenness: as how many even tokens they are worth, by how many there are; below 1 where tokens count unlike.
     """
 
     tokens: int = 0
@@ -64,6 +65,12 @@ class InputStatistics:
     derived: dict[Any, Any] = field(default_factory=dict)
     mismatch: Mismatch | None = None
     own: float = 1.0
+    evenness: float = 1.0
+
+    @property
+    def effective_tokens(self) -> int:
+        """As how many tokens that count alike those in them are worth, ``(Σw)² / Σw²``."""
+        return round(self.tokens * self.evenness)
 
     def is_empty(self) -> bool:
         """Whether nothing is known of the input, as no token reached any layer like this."""
@@ -74,7 +81,7 @@ class InputStatistics:
         if not needs:
             return InputStatistics()
         asked = {each.value: getattr(self, each.value) for each in needs}
-        return InputStatistics(self.tokens, **asked, derived=self.derived.setdefault(needs, {}))
+        return InputStatistics(self.tokens, **asked, derived=self.derived.setdefault(needs, {}), evenness=self.evenness)
 
     def gram_for(self, weight: torch.Tensor) -> torch.Tensor:
         """The Gram matrix, float32 ``[in_features, in_features]``; where no token came by, inputs are uncorrelated.

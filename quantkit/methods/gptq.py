@@ -142,7 +142,7 @@ class Gptq(Method):
         damping = self._damping(statistics, weight)
         key = ("column costs", damping, options.activation_order, options.shrinkage)
         if key not in statistics.derived:  # the factor itself, as large as the Gram matrix, is not kept
-            alone = InputStatistics(statistics.tokens, gram=statistics.gram)
+            alone = InputStatistics(statistics.tokens, gram=statistics.gram, evenness=statistics.evenness)
             curvature = alone.curvature(damping, options.activation_order, weight, options.shrinkage)
             statistics.derived[key] = curvature.column_costs()
         return expected_errors(weight, statistics.derived[key], scheme, scale_dtype, factors)
@@ -157,7 +157,7 @@ class Gptq(Method):
 
     def _damping(self, statistics: InputStatistics, weight: torch.Tensor) -> float:
         """As asked for, or by the tokens of the statistics."""
-        return self.options.damping or damping_for(statistics.tokens, weight.shape[1])
+        return self.options.damping or damping_for(statistics.effective_tokens, weight.shape[1])
 
     def _pose(self, weight: torch.Tensor, statistics: InputStatistics, scheme: Scheme) -> _Posed:
         """A weight with what is known of its inputs."""

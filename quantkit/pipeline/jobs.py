@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quantkit.calibration import CalibrationSet
 from quantkit.engine.routing import ExpertSettings
 from quantkit.quantization import Job
+from quantkit.quantization.sensitivity import sensitivity
 from quantkit.recipe import CalibrationSpec, Recipe
+from quantkit.system.progress import Observer
 
 if TYPE_CHECKING:
     from quantkit.source import SourceModel
@@ -48,6 +53,15 @@ def job_of(
         trust_remote_code=trust_remote_code,
         hub=(model.reference, model.revision) if model.kind == "hub" else None,
     )
+
+
+def with_sensitivity(job: Job, spec: CalibrationSpec, folder: Path, observer: Observer) -> Job:
+    """The job with what the model is sensitive to, found out in ``folder``, where the recipe asks for it."""
+    if not spec.wants_sensitivity or not job.rows:
+        return job
+    observer.stage("sensitivity")
+    known = sensitivity(job, folder, on_segment=partial(observer.progress, "block"), on_note=observer.note)
+    return replace(job, sensitivity=replace(known, token_weights=spec.token_weights))
 
 
 def needs_calibration(recipe: Recipe) -> bool:

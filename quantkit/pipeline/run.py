@@ -16,7 +16,7 @@ from quantkit.pipeline.cleanup import clear_leftovers
 from quantkit.pipeline.content import report_content
 from quantkit.pipeline.context import Run
 from quantkit.pipeline.duration import foreseen
-from quantkit.pipeline.jobs import needs_calibration, quantize_job
+from quantkit.pipeline.jobs import needs_calibration, quantize_job, with_sensitivity
 from quantkit.pipeline.library_rows import check_environments
 from quantkit.pipeline.preflight import preflight
 from quantkit.pipeline.rows import other_merge_rows, variant_rows
@@ -93,6 +93,7 @@ def _run(current: Run) -> dict[str, Any]:
     job = quantize_job(recipe, model, calibrated)
     _foresee(current, model, job, calibrated.tokens if calibrated else 0)
     baseline = _baseline(current, model)
+    job = with_sensitivity(job, recipe.calibration, current.folder / "sensitivity", observer)
     rows = other_merge_rows(current, baseline)
     rows += variant_rows(current, job, baseline, calibrated.audit if calibrated else None)
     content = report_content(current, model, calibrated, baseline, rows)

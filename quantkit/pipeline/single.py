@@ -8,6 +8,7 @@ from pathlib import Path
 from quantkit import calibration
 from quantkit.merging import merged_source
 from quantkit.pipeline import job_of
+from quantkit.pipeline.jobs import with_sensitivity
 from quantkit.publishing import describe
 from quantkit.quantization import quantize
 from quantkit.quantization.expert_tokens import expert_line
@@ -37,9 +38,10 @@ def quantize_one(recipe: Recipe, out: Path, observer: Observer) -> Path:
             calibrated = calibration.build(spec, found.folder, scratch / "calibration", trust_remote_code=trusted)
             for line in calibration.audit_lines(calibrated.audit):
                 observer.note(line)
-        observer.stage(f"quantize: {variant.chain}")
         trusted = model.trust_remote_code
         job = job_of(found, calibrated, spec, device=device, trust_remote_code=trusted)
+        job = with_sensitivity(job, spec, scratch / "sensitivity", observer)
+        observer.stage(f"quantize: {variant.chain}")
         on_segment = partial(observer.progress, "block")
 
         def note(text: str) -> None:

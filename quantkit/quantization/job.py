@@ -8,9 +8,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantkit.checkpoint import FLOATS
+from quantkit.checkpoint import FLOATS, CheckpointReader
+from quantkit.engine.batches import Batch, make_batches
+from quantkit.engine.causality import can_be_padded
 from quantkit.engine.precision import pass_dtype
 from quantkit.engine.routing import ROUTED, ExpertSettings
+from quantkit.engine.skeleton import Skeleton
 from quantkit.engine.walk import Inputs
 from quantkit.exports.manifest import is_whole
 from quantkit.recipe import VariantSpec
@@ -45,6 +48,25 @@ class Written:
 
 
 @dataclass(frozen=True, slots=True)
+class Known:
+    """A finished stage of sensitivity, see :mod:`quantkit.quantization.sensitivity`, and how it is used.
+
+    Attributes:
+        folder: of the stage.
+        fingerprint: of what it was made from.
+        token_weights: see :class:`quantkit.recipe.CalibrationSpec`.
+    """
+
+    folder: Path
+    fingerprint: str
+    token_weights: float = 0.0
+
+    def made_from(self) -> dict[str, Any]:
+        """What a variant depends on."""
+        return {"fingerprint": self.fingerprint, "token_weights": self.token_weights}
+
+
+@dataclass(frozen=True, slots=True)
 class Job:
     """What is quantized, for all variants alike.
 
@@ -64,6 +86,7 @@ class Job:
         trust_remote_code: run Python code that comes with the model.
         hub: name and commit of the model on the hub, for one that comes from there.
         images: of rows with images the further inputs of the model, by the places of the rows and by name.
+        sensitivity: what is known of the model's loss, for methods that are calibrated; None for nothing.
     """
 
     source: Path
@@ -80,6 +103,7 @@ class Job:
     audit: Mapping[str, Any] | None = None
     generated: int | None = None
     written: Written = Written()
+    sensitivity: Known | None = None
 
     @property
     def tokens(self) -> int:
@@ -100,6 +124,31 @@ class Job:
         """Whether the float model is to write tokens on which a variant is calibrated."""
         wanted = variant.tune is not None if self.generated is None else self.generated > 0
         return wanted and variant.calibrated
+
+    def batches(
+        self,
+        skeleton: Skeleton,
+        reader: CheckpointReader,
+        device: torch.device,
+        dtype: torch.dtype,
+        batch_tokens: int,
+    ) -> list[Batch]:
+        """All rows as batches, padded where the model allows it.
+
+        Args:
+            skeleton: the model.
+            reader: where its weights come from.
+            device: where the batches go.
+            dtype: of the passes, and so of images.
+            batch_tokens: of a batch that has several rows.
+        """
+        may_pad = len(set(map(len, self.all_rows))) > 1 and not skeleton.has_routed_layers()
+        may_pad = may_pad and can_be_padded(skeleton, reader, device, dtype)
+        images = {
+            place: {name: each.to(dtype) if each.is_floating_point() else each for name, each in inputs.items()}
+            for place, inputs in self.images.items()
+        }
+        return make_batches(self.all_rows, device, may_pad, batch_tokens, images)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,13 +197,14 @@ def made_from(job: Job, variant: VariantSpec) -> dict[str, Any]:
         **({"generated": [WRITING_VERSION, job.generated]} if job.generates(variant) else {}),
         "device": device.type,
         "passes": str(pass_dtype(device, FLOATS[job.dtype])) if calibrated else None,
-        "versions": {name: _minor(version(name)) for name in ("torch", *(["transformers"] if calibrated else []))},
+        "versions": minor_versions("torch", *(["transformers"] if calibrated else [])),
+        **({"sensitivity": job.sensitivity.made_from()} if calibrated and job.sensitivity is not None else {}),
     }
 
 
-def _minor(text: str) -> str:
-    """A version up to its minor number."""
-    return ".".join(text.split(".")[:2])
+def minor_versions(*packages: str) -> dict[str, str]:
+    """The versions of packages up to their minor numbers."""
+    return {name: ".".join(version(name).split(".")[:2]) for name in packages}
 
 
 def finished_variant(out: Path, identity: dict[str, Any]) -> dict[str, Any] | None:

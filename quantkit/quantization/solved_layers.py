@@ -47,6 +47,8 @@ class _Facts:
     notes: tuple[str, ...]
     experts: str = ""
     correction: float | None = None
+    nats: float | None = None
+    effective_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +63,8 @@ class _Taken:
     notes: tuple[str, ...]
     experts: str
     correction: float | None
+    nats: torch.Tensor | None
+    effective_tokens: int | None
 
 
 class SolvedLayers(LayerStore):
@@ -128,7 +132,17 @@ class SolvedLayers(LayerStore):
         kept = self._pack(result.name, result.weight)
         scheme = kept.scheme.describe()
         errors = result.error_before, result.error
-        taken = _Taken(result.name, scheme, result.tokens, *errors, result.notes, result.experts, result.correction)
+        taken = _Taken(
+            result.name,
+            scheme,
+            result.tokens,
+            *errors,
+            result.notes,
+            result.experts,
+            result.correction,
+            result.nats,
+            result.effective_tokens,
+        )
         self._taken.append(taken)
 
     def _pack(self, layer: str, given: QuantizedWeight) -> QuantizedWeight:
@@ -267,10 +281,9 @@ class SolvedLayers(LayerStore):
         return {each.name: each.tokens for each in self._facts}
 
     def layers(self) -> list[dict[str, Any]]:
-        """Scheme, errors and notes of each layer, for the report, and where it was looked at its correction."""
+        """Scheme, errors and notes of each layer, for the report, and what else was looked at."""
         found = [{**asdict(each), "notes": list(each.notes)} for each in self._facts]
-        left = [("experts",) if each["correction"] is not None else ("experts", "correction") for each in found]
-        return [{key: each[key] for key in each if key not in out} for each, out in zip(found, left, strict=True)]
+        return [{key: each[key] for key in each if key != "experts" and each[key] is not None} for each in found]
 
     def tuning(self) -> list[dict[str, Any]]:
         """What tuning did to each segment, in their order: see :class:`quantkit.engine.tasks.Tuned`."""
@@ -319,10 +332,23 @@ def _asked(taken: Sequence[_Taken]) -> list[_Facts]:
     """The facts of the layers of a segment; the device is asked once for all their errors."""
     if not taken:
         return []
-    numbers = torch.stack([error for each in taken for error in (each.before, each.after)]).tolist()
+    unknown = torch.tensor(float("nan"))
+    asked = [(each.before, each.after, unknown if each.nats is None else each.nats) for each in taken]
+    numbers = torch.stack([error.to(taken[0].after) for errors in asked for error in errors]).view(-1, 3).tolist()
     return [
-        _Facts(each.name, each.scheme, each.tokens, before, after, each.notes, each.experts, each.correction)
-        for each, before, after in zip(taken, numbers[::2], numbers[1::2], strict=True)
+        _Facts(
+            each.name,
+            each.scheme,
+            each.tokens,
+            before,
+            after,
+            each.notes,
+            each.experts,
+            each.correction,
+            None if each.nats is None else nats,
+            each.effective_tokens,
+        )
+        for each, (before, after, nats) in zip(taken, numbers, strict=True)
     ]
 
 

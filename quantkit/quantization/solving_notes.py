@@ -1,12 +1,16 @@
-"""What is told of how the layers of a variant were solved: corrections, and what tuning did."""
+"""What is told of how the layers of a variant were solved: corrections, what tuning did, what errors cost."""
 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from quantkit.quantization.left_float import few
+
+EVEN_ENOUGH = 4
+"""Even tokens for a column of the input without which correlations are partly chance, and damping is at its most."""
 
 
 def correction_notes(layers: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -53,3 +57,28 @@ def _gain(paid: Sequence[Mapping[str, Any]]) -> str:
 def _left(segments: Sequence[Mapping[str, Any]]) -> str:
     left = [each["segment"] for each in segments if not each["paid"]]
     return f"; it did not pay in {few(left)}, which the method alone made" if left else ""
+
+
+def sensitivity_notes(layers: Sequence[Mapping[str, Any]], shapes: Mapping[str, tuple[int, int]]) -> list[str]:
+    """What the report says of a variant: the layers whose errors cost most, and where tokens are few.
+
+    Args:
+        layers: as they were solved.
+        shapes: of all layers.
+    """
+    notes = []
+    nats = {layer["name"]: layer["nats"] for layer in layers if "nats" in layer}
+    if nats:
+        total = sum(nats.values())
+        most = sorted(nats, key=lambda name: -nats[name])[:3]
+        told = ", ".join(f"{name} {nats[name] / total:.0%}" for name in most)
+        notes.append(f"sensitivity: errors of layers are predicted to cost {total:.3g} nats a token; most: {told}")
+    effective = {layer["name"]: layer["effective_tokens"] for layer in layers if "effective_tokens" in layer}
+    if effective:
+        few = sum(tokens < EVEN_ENOUGH * shapes[name][1] for name, tokens in effective.items())
+        middle = statistics.median(effective.values())
+        notes.append(
+            f"token_weights: tokens are worth {middle:.0f} that count alike in the median layer"
+            + (f"; in {few} layers fewer than {EVEN_ENOUGH} for a column, which raises damping" if few else "")
+        )
+    return notes

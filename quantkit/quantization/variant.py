@@ -30,7 +30,7 @@ from quantkit.quantization.job import STAGE, Job, Quantized, Wanted, Written, ma
 from quantkit.quantization.plan import plan_layers
 from quantkit.quantization.resume import TakenUp, drop_layers, is_worth_keeping, layers_folder, resume_identity, take_up
 from quantkit.quantization.solved_layers import SolvedLayers
-from quantkit.quantization.solving_notes import correction_notes, tuning_notes
+from quantkit.quantization.solving_notes import correction_notes, sensitivity_notes, tuning_notes
 from quantkit.source.model import DECODED_FROM, decoded_from
 from quantkit.system.artifacts import STAGE_FILE, check_writable, new_folder, write_json, write_stage
 from quantkit.system.distribution import version_of
@@ -314,6 +314,7 @@ class VariantRun:
             *(generated_notes(self._job.written) if self._variant.calibrated else []),
             *expert_notes(experts, self._job.experts),
             *correction_notes(layers),
+            *sensitivity_notes(layers, self.layers.shapes),
             *tuning_notes(tuning),
             *(note for each, done in self._transformed() for note in each.notes(list(done.values()))),
             *dict.fromkeys(f"{layer['name']}: {note}" for layer in layers for note in layer["notes"]),

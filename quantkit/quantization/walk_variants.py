@@ -16,8 +16,7 @@ from typing import Any
 import torch
 
 from quantkit.checkpoint import FLOATS, CheckpointReader
-from quantkit.engine.batches import make_batches
-from quantkit.engine.causality import can_be_padded
+from quantkit.engine.batches import Batch
 from quantkit.engine.precision import pass_dtype
 from quantkit.engine.skeleton import Skeleton
 from quantkit.engine.tasks import VariantTask
@@ -27,6 +26,7 @@ from quantkit.quantization.generated import written_for
 from quantkit.quantization.job import Job, Quantized, Wanted, Written
 from quantkit.quantization.oom import FallbackStep, fallback_steps, out_of_memory, ran_out
 from quantkit.quantization.plan import choose_strategy, experts_room
+from quantkit.quantization.sensitivity import known_sensitivity
 from quantkit.quantization.variant import Describe, VariantRun, WalkFacts
 from quantkit.system.devices import resolve_device
 from quantkit.system.shutdown import heed, patient
@@ -233,7 +233,6 @@ def _is_done(
     """Walk once; false where the memory of the GPU ran out and less is to be tried."""
     places = [*skeleton.segments, *([skeleton.head] if skeleton.head else [])]
     left = [task for task in tasks if any(task.lacks(each.prefix, each.linears) for each in places)]
-    rows = job.all_rows if any(task.calibrated for task in left) else ()
     reader = CheckpointReader(job.source)
 
     def done(segments: int, total: int) -> None:
@@ -242,11 +241,11 @@ def _is_done(
 
     started = time.perf_counter()
     found.strategy = step.strategy
-    may_pad = len(set(map(len, rows))) > 1 and not skeleton.has_routed_layers()
-    may_pad = may_pad and can_be_padded(skeleton, reader, settings.device, settings.dtype)
-    images = _images(job, settings.dtype) if rows else {}
-    limit = batch_limit(tasks, sum(map(len, rows)), step.batch_tokens)
-    batches = make_batches(rows, settings.device, may_pad, limit, images)
+    batches: list[Batch] = []
+    if any(task.calibrated for task in left):
+        limit = batch_limit(tasks, job.all_tokens, step.batch_tokens)
+        batches = job.batches(skeleton, reader, settings.device, settings.dtype, limit)
+    settings = replace(settings, sensitivity=known_sensitivity(job.sensitivity, batches))
     walk = Walk(skeleton, reader, batches, tasks, settings, done)
     try:
         with _failures_kept(walk), patient():
@@ -276,14 +275,6 @@ def batch_limit(tasks: Sequence[VariantTask], tokens: int, limit: int) -> int:
     """
     asked = [task.tune.batch_tokens for task in tasks if task.tune is not None]
     return min([limit, *asked, *([max(1, tokens // FEWEST_BATCHES)] if asked else [])])
-
-
-def _images(job: Job, dtype: torch.dtype) -> dict[int, dict[str, torch.Tensor]]:
-    """The further inputs of rows with images, in the dtype of the passes."""
-    return {
-        place: {name: each.to(dtype) if each.is_floating_point() else each for name, each in inputs.items()}
-        for place, inputs in job.images.items()
-    }
 
 
 def _name_exhausted(failures: dict[str, Exception], device: torch.device) -> None:

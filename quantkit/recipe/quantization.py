@@ -29,6 +29,9 @@ class CalibrationSpec(Section):
         inputs: ``quantized`` calibrates each layer on what the quantized layers before it give,
             ``float`` on the float model's activations, shared by all variants.
         experts: ``routed`` calibrates an expert on the tokens that its router sends it, ``all`` on all tokens.
+        sensitivity: find out how much the model's loss minds errors of each layer, row and token, by a pass backward.
+        token_weights: power of the sensitivity to a token by which it counts in the statistics of layers; 0 counts all
+            alike. More than 0 turns ``sensitivity`` on.
         expert_prior: the statistics of all experts of a layer count for each of them as those of as many tokens as this
             times the width of its input; 0 leaves each its own alone.
         generated: tokens that the float model writes and that are added to the rows of every calibrated variant; None
@@ -48,6 +51,13 @@ class CalibrationSpec(Section):
     experts: Literal["routed", "all"] = "routed"
     expert_prior: Annotated[float, Field(ge=0, le=100)] = 0.5
     generated: Annotated[Whole, Field(ge=0)] | None = None
+    sensitivity: bool = False
+    token_weights: Annotated[float, Field(ge=0, le=1)] = 0.0
+
+    @property
+    def wants_sensitivity(self) -> bool:
+        """Whether the model is run backward."""
+        return self.sensitivity or self.token_weights > 0
 
     @model_validator(mode="before")
     @classmethod
