@@ -122,6 +122,7 @@ def recover(
     data: str | Path | Mapping[str, Any] | CalibrationSpec,
     out: str | Path,
     source: str | Path | None = None,
+    adapter: Mapping[str, Any] | None = None,
     device: str = "auto",
     trust_remote_code: bool = False,
     observer: Observer | None = None,
@@ -135,6 +136,8 @@ def recover(
             512 tokens.
         out: folder of the new checkpoint; it appears when it is whole.
         source: the float model; by default the one that the checkpoint was made of, where that is still there.
+        adapter: make a LoRA for the codes as they are instead, with the keys of
+            :class:`quantkit.recipe.adapting.AdapterOptions`, none of which must be given.
         device: ``auto`` (CUDA where there is one), ``cpu``, ``cuda`` or ``cuda:N``.
         trust_remote_code: run Python code that comes with the model.
         observer: is told what happens.
@@ -142,21 +145,37 @@ def recover(
 
     Returns:
         ``checkpoint``, ``before`` and ``after`` (mean divergence on held-out rows, nats a token), ``steps``,
-        ``tokens``, ``history`` and ``notes``.
+        ``tokens``, ``history`` and ``notes``; of an adapter what
+        :func:`quantkit.pipeline.adapting.adapt_one` gives.
 
     Raises:
         QuantkitError: with what is wrong and the remedy.
     """
-    from quantkit.pipeline.recovering import recover_one
+    from quantkit.pipeline.adapting import adapt_one
+    from quantkit.pipeline.recovering import recover_one, source_of
     from quantkit.recipe import RecoverOptions
+    from quantkit.recipe.adapting import AdapterOptions
 
     usual = {"samples": 512, "max_length": 512, "packing": "full"}
     keys = dict(data) if isinstance(data, Mapping) else {"dataset": str(data)}
     spec = data if isinstance(data, CalibrationSpec) else parse_section(CalibrationSpec, {**usual, **keys}, "data")
+    training = parse_section(RecoverOptions, options, "recover")
+    if adapter is not None:
+        return adapt_one(
+            Path(checkpoint).expanduser(),
+            str(source or source_of(Path(checkpoint).expanduser())),
+            spec,
+            parse_section(AdapterOptions, dict(adapter), "adapter"),
+            training,
+            Path(out).expanduser(),
+            observer or Logged(),
+            device=device,
+            trust_remote_code=trust_remote_code,
+        )
     done = recover_one(
         Path(checkpoint).expanduser(),
         spec,
-        parse_section(RecoverOptions, options, "recover"),
+        training,
         Path(out).expanduser(),
         observer or Logged(),
         source=None if source is None else str(source),

@@ -328,6 +328,9 @@ def recover(
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Of the optimizer; 120 by default.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Of scales, relative to their size.")] = None,
+    adapter: Annotated[bool, typer.Option("--adapter", help="Make a LoRA for the codes as they are instead.")] = False,
+    rank: Annotated[int, typer.Option(help="Of the adapter.")] = 16,
+    untrained: Annotated[bool, typer.Option("--untrained", help="The adapter as its closed form gives it.")] = False,
     further: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Any further option of docs/recover.md; repeatable."),
@@ -349,6 +352,7 @@ def recover(
             data=records,
             out=out,
             source=source,
+            adapter={"rank": rank, "trained": not untrained} if adapter else None,
             device=device,
             trust_remote_code=trust_remote_code,
             observer=display,
@@ -356,6 +360,13 @@ def recover(
         )
     if as_json:
         say(json.dumps(found, indent=2))
+        return
+    if adapter:
+        size, error, left = found["bytes"] / 2**20, found["error"], found["error_left"]
+        say(f"adapter: {found['adapter']} ({found['layers']} layers, {size:.1f} MiB)")
+        say(f"error of the layers' outputs at the start: {error:.3g} without it, {left:.3g} with it")
+        for note in found["notes"]:
+            say(note)
         return
     say(f"checkpoint: {found['checkpoint']} ({found['notes'][0]})")
 

@@ -14,6 +14,7 @@ from quantkit.estimation.measured import beside_measured
 from quantkit.evaluation.stage import report_figures
 from quantkit.exports.manifest import identity, read_manifest
 from quantkit.merging import merged_source
+from quantkit.pipeline.adapting import adapted
 from quantkit.pipeline.context import Run, attempted, score_beside
 from quantkit.pipeline.jobs import job_of
 from quantkit.pipeline.titles import recover_title
@@ -124,7 +125,7 @@ def recover_row(
         "error": None,
         "method": f"{original['method']}+{variant.chain}",
         **{key: original[key] for key in alike},
-        "options": variant.options.model_dump(mode="json"),
+        "options": (variant.adapter or variant.options).model_dump(mode="json"),
         "original": variant.recover,
     }
 
@@ -135,7 +136,10 @@ def recover_row(
         given = job if variant.data is None else _with_data(current, job, variant)
         out = current.variant_folder(variant.name)
         checkpoint = Path(original["checkpoint"])
-        done = recover(given, checkpoint, variant.options, out, current.observer, partial(describe, given))
+        if variant.adapter is None:
+            done = recover(given, checkpoint, variant.options, out, current.observer, partial(describe, given))
+        else:
+            done = adapted(given, checkpoint, variant.adapter, variant.options, out, current.observer)
         scored = _scored(current, variant, done, baseline)
         write_card(row | scored)
         return scored

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from quantkit.recipe.fields import Patterns, Section
+from quantkit.recipe.fields import Flag, Patterns, Section
 
 SERVED = (8, 16, 32, 64, 128, 256)
 """The ranks that vLLM can be told to serve (``--max-lora-rank``); it serves a smaller one at the next of them."""
@@ -24,14 +24,16 @@ class AdapterOptions(Section):
             output head.
         start: ``weighted`` takes up what is best by the inputs of each layer in the quantized model (EoRA); ``plain``
             takes up the error of the weights themselves (LoftQ's first step), and needs no calibration.
-        rate: the learning rate of the terms where they are trained, relative to their size at the start.
+        trained: train the terms from where they start, towards what the float model says of every token.
+        rate: the learning rate of that training, relative to the terms' size at the start.
     """
 
     rank: Annotated[int, Field(strict=True, ge=1, le=1024)] = 16
     alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     layers: Patterns = ()
     start: Start = "weighted"
-    rate: Annotated[float, Field(gt=0, le=1)] = 1e-2
+    trained: Flag = True
+    rate: Annotated[float, Field(gt=0, le=1)] = 3e-2
 
     def notes(self) -> list[str]:
         """What the user should know of them."""

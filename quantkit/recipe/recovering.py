@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from quantkit.recipe.adapting import AdapterOptions
 from quantkit.recipe.fields import Name, Section, Title, Whole
 from quantkit.recipe.quantization import CalibrationSpec
 from quantkit.system.validation import unknown_key
 
 RECOVER = "recover"
 """The key of a variant that names the one it is made of."""
-Trained = Literal["codes", "scales", "zeros", "norms", "biases"]
+Trained = Literal["codes", "scales", "zeros", "norms", "biases", "qa-lora"]
+WITH_TERMS = frozenset({"norms", "biases", "qa-lora"})
+"""What can be trained beside QA-LoRA's terms, which go into zero points in the end."""
 Optimizer = Literal["signs", "adam", "adam8bit", "paged_adam8bit"]
 FEW_BITS = 3
 """Codes of so many bits are trained, too, where nothing is said: of more they gain little that scales do not."""
@@ -27,6 +30,8 @@ class RecoverOptions(Section):
         batch_tokens: tokens of a step, about: whole rows.
         train: what is trained, of what the file stores: ``codes``, ``scales``, ``zeros`` (zero points that are any
             number), ``norms`` and ``biases``. By default scales, zeros and norms, and codes of 3 bits and fewer.
+            ``qa-lora`` trains a low-rank term on groups of inputs that is merged into zero points that are any number.
+        rank: of the terms of ``qa-lora``.
         learning_rate: of scales and zeros, relative to their size; each rate decays to nothing along a cosine.
         code_rate: of codes, in steps of the grid.
         norm_rate: of norms and biases, relative to their size.
@@ -41,6 +46,7 @@ class RecoverOptions(Section):
     steps: Annotated[Whole, Field(ge=1, le=1_000_000)] = 120
     batch_tokens: Annotated[Whole, Field(ge=1)] = 1024
     train: Annotated[tuple[Trained, ...], Field(min_length=1)] | None = None
+    rank: Annotated[Whole, Field(ge=1, le=1024)] = 16
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 5e-3
     code_rate: Annotated[float, Field(gt=0, le=1)] = 1.5e-2
     norm_rate: Annotated[float, Field(gt=0, le=1)] = 3e-3
@@ -54,7 +60,14 @@ class RecoverOptions(Section):
         """Whether it trains something of a layer with codes of so many bits; for norms and biases these are nothing."""
         if self.train is not None:
             return what in self.train
-        return bits <= FEW_BITS if what == "codes" else what != "biases"
+        return bits <= FEW_BITS if what == "codes" else what not in ("biases", "qa-lora")
+
+    @model_validator(mode="after")
+    def _terms_stand_alone(self) -> Self:
+        beside = sorted(set(self.train or ()) - WITH_TERMS)
+        if "qa-lora" in (self.train or ()) and beside:
+            raise ValueError(f"qa-lora is trained on frozen {beside[0]}: leave {', '.join(beside)} out of train")
+        return self
 
 
 class RecoverSpec(RecoverOptions):
@@ -65,12 +78,15 @@ class RecoverSpec(RecoverOptions):
         title: what people read in its place; any text.
         recover: the name of the variant that is trained.
         data: on what it is trained, with the keys of the section ``calibration``; by default the calibration set.
+        adapter: a LoRA on the codes as they are, instead of another file; see
+            :class:`quantkit.recipe.adapting.AdapterOptions`.
     """
 
     name: Name
     title: Title | None = None
     recover: Name
     data: CalibrationSpec | None = None
+    adapter: AdapterOptions | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -94,7 +110,7 @@ class RecoverSpec(RecoverOptions):
     @property
     def chain(self) -> str:
         """What it is called where others name their method."""
-        return "recover"
+        return RECOVER if self.adapter is None else "adapter"
 
     def warnings(self) -> tuple[str, ...]:
         """No warnings."""

@@ -200,7 +200,9 @@ def target_names(paths: Sequence[str], modules: Collection[str]) -> tuple[str, .
     return tuple(sorted(leaves))
 
 
-def fit_adapter(job: AdapterJob, out: Path, observer: Observer, describe: Describe) -> dict[str, Any]:
+def fit_adapter(
+    job: AdapterJob, out: Path, observer: Observer, describe: Describe, state: Path | None = None
+) -> dict[str, Any]:
     """Make an adapter, or find it made.
 
     Args:
@@ -208,6 +210,7 @@ def fit_adapter(job: AdapterJob, out: Path, observer: Observer, describe: Descri
         out: its folder, which appears when it is whole.
         observer: is told what happens.
         describe: adds to the new folder what is said of it, such as a model card.
+        state: where the state of a training is kept; beside ``out`` by default.
 
     Returns:
         ``layers``, ``rank``, ``bytes`` of its tensors, ``start``, the mean of the layers' relative output errors as
@@ -226,13 +229,13 @@ def fit_adapter(job: AdapterJob, out: Path, observer: Observer, describe: Descri
     if job.reads_rows and not job.rows:
         what = "a weighted start" if job.training is None else "a training"
         raise QuantizationError(f"{what} needs calibration rows", "give a data set, or start: plain and no steps")
-    trained = None
+    trained, kept = None, state or training_folder(out)
     with opened(job.checkpoint, job.original, trust_remote_code=job.trust_remote_code) as found:
         layers, notes = chosen_layers(found, job.options)
         terms = _terms(job, found, layers, observer)
         _check_original(terms, job)
         if job.training is not None:
-            terms, trained = _train(job, job.training, found, terms, out, observer)
+            terms, trained = _train(job, job.training, found, terms, kept, observer)
     name = model_name(str(job.checkpoint))
     settings = AdapterSettings(
         rank=job.options.rank,
@@ -249,7 +252,7 @@ def fit_adapter(job: AdapterJob, out: Path, observer: Observer, describe: Descri
         facts["bytes"] = (folder / WEIGHTS).stat().st_size
         describe(folder, out.name)
         write_stage(folder, STAGE, identity, facts=facts)
-    shutil.rmtree(training_folder(out), ignore_errors=True)
+    shutil.rmtree(kept, ignore_errors=True)
     return facts
 
 
@@ -276,12 +279,12 @@ def _terms(job: AdapterJob, found: Opened, layers: Sequence[Layer], observer: Ob
 
 
 def _train(
-    job: AdapterJob, options: RecoverOptions, found: Opened, terms: Sequence[Term], out: Path, observer: Observer
+    job: AdapterJob, options: RecoverOptions, found: Opened, terms: Sequence[Term], folder: Path, observer: Observer
 ) -> tuple[list[Term], Trained]:
     """Train the terms, from where they start or from where a run that was stopped had brought them."""
-    device, folder = resolve_device(job.device), training_folder(out)
+    device = resolve_device(job.device)
     schedule = replace(schedule_of(options), rates={KIND: job.options.rate})
-    with alone(out, "recover"), patient():
+    with alone(folder, "recover"), patient():
         take_up(folder, {**job.made_from(), **machine_of(job.device)})
         try:
             return train_terms(

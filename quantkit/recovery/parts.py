@@ -11,11 +11,12 @@ from typing import Protocol
 
 import torch
 
+from quantkit.numerics.group_adapter import GroupAdapter
 from quantkit.numerics.trainable import Trainable
 from quantkit.numerics.trained_codes import TrainedCodes
 from quantkit.schemes import QuantizedWeight
 
-KINDS = {"factors": "scales", "shifts": "zeros", "latents": "codes"}
+KINDS = {"factors": "scales", "shifts": "zeros", "latents": "codes", "down": "qa-lora", "up": "qa-lora"}
 """Of which kind the leaves of a quantized weight are, by their names."""
 
 
@@ -62,7 +63,7 @@ class TrainedWeight:
 
     name: str
     parameter: str
-    weight: Trainable | TrainedCodes
+    weight: Trainable | TrainedCodes | GroupAdapter
     trained: frozenset[str]
 
     def leaves(self) -> dict[str, tuple[str, torch.Tensor]]:

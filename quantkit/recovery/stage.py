@@ -203,6 +203,7 @@ def schedule_of(options: RecoverOptions) -> Schedule:
     rates = {
         "scales": options.learning_rate,
         "zeros": options.learning_rate,
+        "qa-lora": options.learning_rate,
         "codes": options.code_rate,
         "norms": options.norm_rate,
         "biases": options.norm_rate,

@@ -21,9 +21,10 @@ from quantkit.exports.layer_store import LayerStore
 from quantkit.exports.rewriting import content_of, float_dtype, floats_that_stay, model_of, origin_folder, write_again
 from quantkit.exports.writing import write_export
 from quantkit.formats import FORMATS
+from quantkit.numerics.group_adapter import GroupAdapter, can_adapt
 from quantkit.numerics.trainable import Trainable, can_train
 from quantkit.numerics.trained_codes import TrainedCodes, can_train_codes
-from quantkit.recipe.recovering import RecoverOptions
+from quantkit.recipe.recovering import RecoverOptions, Trained
 from quantkit.recovery.parts import Part, TrainedVector, TrainedWeight, with_stored
 from quantkit.recovery.training import FRAME
 
@@ -127,10 +128,15 @@ class Student:
             scheme = self.export.schemes.get(layer.name)
             if scheme is None or inside in segment.shared or not can_train(scheme):
                 continue
-            wanted = frozenset(each for each in ("codes", "scales", "zeros") if self.options.trains(each, scheme.bits))
+            kinds: tuple[Trained, ...] = ("codes", "scales", "zeros", "qa-lora")
+            wanted = frozenset(each for each in kinds if self.options.trains(each, scheme.bits))
             weight = self.export.weight(layer.name).to(self.device)
-            made: Trainable | TrainedCodes
-            if "codes" in wanted and can_train_codes(scheme):
+            made: Trainable | TrainedCodes | GroupAdapter
+            if "qa-lora" in wanted:
+                if not can_adapt(scheme):
+                    continue
+                made = GroupAdapter.of(weight, self.options.rank)
+            elif "codes" in wanted and can_train_codes(scheme):
                 made = TrainedCodes.of(weight, self._float_weight(layer).to(self.device), zeros="zeros" in wanted)
             else:
                 made = Trainable.of(weight, zeros="zeros" in wanted)
