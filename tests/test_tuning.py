@@ -69,10 +69,11 @@ def examples(block: Block, count: int = 24) -> list[Example]:
 
 def polished(block: Block, given: list[Example], weight: dict[str, QuantizedWeight] | None = None, **keys: Any) -> Any:
     weights = {"up.weight": rounded(block.up.weight), "down.weight": rounded(block.down.weight)}
-    options = TuneOptions(**{"steps": 40, "learning_rate": 0.01, "held_out": 0.1, **keys})
+    options = TuneOptions(**{"steps": 40, "learning_rate": 0.01, "held_out": 0.1, "rounding": False, **keys})
     names = {"norms": ("norm.weight", "norm.bias"), "biases": ("up.bias",)}
     floats = {name: block.get_parameter(name).data for kind in options.train for name in names.get(kind, ())}
-    return Polish(block, weight or weights, floats, options, given).run()
+    origins = {name: block.get_parameter(name).data for name in weight or weights}
+    return Polish(block, weight or weights, floats, options, given, origins).run()
 
 
 def test_scales_are_trained_and_codes_stay(block: Block) -> None:
@@ -126,6 +127,17 @@ def test_roundings_are_trained_by_signs(block: Block) -> None:
     changed = done.weights["up.weight"].codes != weights["up.weight"].codes
     assert 0 < changed.float().mean() < 0.5
     assert torch.equal(done.weights["up.weight"].scales, weights["up.weight"].scales)
+
+
+def test_roundings_are_trained_by_themselves_where_tokens_are_many(
+    block: Block, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = polished(block, examples(block), rounding=None)
+    monkeypatch.setattr("quantkit.engine.tuning.ROUNDING_TOKENS", 3)
+    many = polished(block, examples(block), rounding=None)
+    assert torch.equal(few.weights["up.weight"].codes, rounded(block.up.weight).codes)
+    assert not torch.equal(many.weights["up.weight"].codes, rounded(block.up.weight).codes)
+    assert many.after < few.after
 
 
 def test_float_zeros_are_trained(block: Block) -> None:

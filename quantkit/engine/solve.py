@@ -212,16 +212,20 @@ class Solver:
         start = f"{segment.prefix}."
         places = {f"{layer.path.removeprefix(start)}.weight": layer.name for layer in segment.layers}
         weights = {place: solved[name] for place, name in places.items() if name in solved}
+        changes = self.transforming.of(task)
+        paths = {f"{layer.path.removeprefix(start)}.weight": layer.path for layer in segment.layers}
+        origins = {
+            place: changes.apply(paths[place], "weight", self.originals.weight(paths[place])) for place in weights
+        }
         others: dict[str, torch.Tensor] = {}
         if not self.live:
-            changes = self.transforming.of(task)
             for name, value in segment.module.named_parameters():
                 path, _, leaf = f"{start}{name}".rpartition(".")
                 others |= {} if name in weights else {name: changes.apply(path, leaf, value.data)}
         trained = tunable_floats(self.originals.skeleton, segment, options.train)
         floats = {name.removeprefix(start): each.data for name, each in trained.items()}
         floats |= {name: others.pop(name) for name in list(others) if name in floats}
-        done = Polish(segment.module, weights, floats, options, examples, others).run()
+        done = Polish(segment.module, weights, floats, options, examples, origins, others).run()
         if done is None:
             return None
         return replace(

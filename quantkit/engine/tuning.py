@@ -34,8 +34,12 @@ WARM_UP = 5
 """Steps in which the learning rate rises."""
 TRIALS = 4
 """How often the held-out batches judge in all steps."""
-ROUNDING_REACH = 1.5
-"""How far a latent code comes in all steps, if the sign of its gradient never turns; a half is the way to the next."""
+ROUNDING_REACH = 0.05
+"""How far a rounding comes in all steps, in steps of the grid, if the sign of its gradient never turns."""
+NEAR = 0.49
+"""How far from its code a rounding begins at most, on the side on which the float weight lies."""
+ROUNDING_TOKENS = 128
+"""Tokens for a column of the widest layer from which roundings are trained where nobody says: with few they overfit."""
 BETAS = (0.9, 0.95)
 EPSILON = 1e-12
 """Of Adam: gradients of single factors are small beside the loss, which is 1 at the start."""
@@ -130,124 +134,75 @@ class _Best:
 
 
 @dataclass(slots=True)
-class Polish:
-    """A segment of a variant, as it is tuned.
+class _Leaves:
+    """What is trained of a segment at a time.
 
     Args:
-        module: the segment, loaded; what it holds does not change.
-        weights: its solved layers by the names of their weights in it.
-        floats: float parameters that are trained, by their names in it.
+        weights: solved layers by the names of their weights in it.
+        floats: float parameters, by their names in it.
         options: of the tuning.
-        examples: two at least.
-        others: what stands in for further parameters meanwhile, as where a transform made others of them.
+        origins: where roundings are trained, the float weights that the layers stand for; else None.
     """
 
-    module: nn.Module
     weights: Mapping[str, QuantizedWeight]
     floats: Mapping[str, torch.Tensor]
     options: TuneOptions
-    examples: Sequence[Example]
-    others: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    origins: Mapping[str, torch.Tensor] | None = None
     _layers: dict[str, Trainable | TrainedCodes] = field(init=False)
     _vectors: dict[str, Vector] = field(init=False)
-    _held_still: dict[str, torch.Tensor] = field(init=False)
-    _adam: torch.optim.Optimizer | None = field(init=False, default=None)
+    _still: dict[str, torch.Tensor] = field(init=False)
+    _adam: torch.optim.Optimizer | None = field(init=False)
 
     def __post_init__(self) -> None:
-        self._layers = {
-            name: made for name, each in self.weights.items() if (made := self._trainable(each)) is not None
-        }
+        made = {name: self._trainable(name, each) for name, each in self.weights.items()}
+        self._layers = {name: each for name, each in made.items() if each is not None}
         self._vectors = {name: Vector.of(each) for name, each in self.floats.items()}
-        still = self.weights.keys() - self._layers.keys()
-        self._held_still = {**self.others, **{name: self._given(self.weights[name]) for name in still}}
+        self._still = {name: _decoded(self.weights[name]) for name in self.weights.keys() - self._layers.keys()}
+        leaves = [*self._by_adam(), *(each.change for each in self._vectors.values())]
+        self._adam = torch.optim.Adam(leaves, betas=BETAS, eps=EPSILON) if leaves else None
 
-    def _trainable(self, weight: QuantizedWeight) -> Trainable | TrainedCodes | None:
+    def _trainable(self, name: str, weight: QuantizedWeight) -> Trainable | TrainedCodes | None:
         """What of a weight is trained; None for nothing."""
-        train, options = self.options.train, self.options
-        zeros = "zeros" in train
-        if options.rounding and can_train_codes(weight.scheme):
-            made: Trainable | TrainedCodes = TrainedCodes.of(weight, weight.dequantize(torch.float32), zeros=zeros)
+        zeros = "zeros" in self.options.train
+        made: Trainable | TrainedCodes
+        if self.origins is not None and can_train_codes(weight.scheme):
+            made = TrainedCodes.of(weight, self.origins[name], zeros=zeros, within=NEAR)
         elif can_train(weight.scheme):
             made = Trainable.of(weight, zeros=zeros)
         else:
             return None
         leaves = made.parameters()
-        leaves["factors"].requires_grad = "scales" in train
+        leaves["factors"].requires_grad = "scales" in self.options.train
         return made if any(each.requires_grad for each in leaves.values()) else None
 
-    def _given(self, weight: QuantizedWeight) -> torch.Tensor:
-        return weight.dequantize(torch.float32)
+    def __bool__(self) -> bool:
+        """Whether there is anything to train; with roundings, whether any are trained."""
+        if self.rounds:
+            return any(isinstance(each, TrainedCodes) for each in self._layers.values())
+        return bool(self._layers or self._vectors)
 
-    def run(self) -> Tuned | None:
-        """Train, and keep what the held-out examples like best; None where there is nothing to train."""
-        if not self._layers and not self._vectors:
-            return None
-        held, train = divided(self.examples, self.options.held_out)
-        as_solved = {name: self._given(each) for name, each in self.weights.items()}
-        before = self._judged(held, {**self.others, **self.floats, **as_solved})
-        if not math.isfinite(before) or before == 0:
-            return Tuned(before, before, 0, note="" if before == 0 else "its outputs are not finite: it was not tuned")
-        best, steps, note = _Best(before), 0, ""
-        while not note and steps < self.options.steps:
-            loss = self._step(train[steps % len(train)], before, self._rate(steps))
-            steps += 1
-            if not math.isfinite(loss):
-                note = f"the loss of step {steps} was not finite: the best until then was kept"
-            elif steps in self._trials():
-                self._try(best, held)
-                ended = best.misses >= self.options.patience and steps < self.options.steps
-                note = "the held-out rows saw no gain any more" if ended else ""
-        added = sum(float(each.added()) for each in held) / len(held) or 1.0
-        told = before / added, best.loss / added
-        return Tuned(*told, steps, best.weights or {}, best.floats, note if best.weights is not None else "")
+    @property
+    def rounds(self) -> bool:
+        """Whether roundings are trained, which are good for nothing before they have come to rest."""
+        return self.origins is not None
 
-    def _trials(self) -> set[int]:
-        """The steps behind which held-out examples judge."""
-        return {-(-self.options.steps * number // TRIALS) for number in range(1, TRIALS + 1)}
-
-    def _rate(self, step: int) -> float:
-        """The share of the learning rate at a step: it rises for some steps and falls to nothing."""
-        return min(1.0, (step + 1) / WARM_UP) * (1 - step / self.options.steps)
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All parameters as they are now, float32, with a graph back to the leaves."""
+        found = {name: each.weight() for name, each in self._layers.items()} | self._still
+        return found | {name: each.value() for name, each in self._vectors.items()}
 
     @torch.no_grad()
-    def _try(self, best: _Best, held: Sequence[Example]) -> None:
-        """Have what would be stored now judged."""
-        stored = {name: each.result() for name, each in self._layers.items()}
+    def stored(self) -> tuple[dict[str, QuantizedWeight], dict[str, torch.Tensor]]:
+        """The layers that are trained and the float parameters, as they would be stored now."""
         floats = {name: each.value().to(self.floats[name].dtype) for name, each in self._vectors.items()}
-        whole = {**self._held_still, **{name: self._given(each) for name, each in stored.items()}, **floats}
-        best.see(self._judged(held, whole), stored, floats)
+        return {name: each.result() for name, each in self._layers.items()}, floats
 
     @torch.no_grad()
-    def _judged(self, held: Sequence[Example], tensors: Mapping[str, torch.Tensor]) -> float:
-        """The mean error of held-out examples, with tensors in the places of parameters."""
-        return sum(float(self._error(each, tensors)) for each in held) / len(held)
-
-    def _error(self, example: Example, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        own = dict(self.module.named_parameters())
-        cast = {name: each.to(own[name].dtype) for name, each in tensors.items()}
-        return example.error(output_of(functional_call(self.module, cast, *example.arguments())))
-
-    @torch.enable_grad()
-    def _step(self, example: Example, unit: float, rate: float) -> float:
-        """Train on one example; returns its loss, in units of that of the beginning."""
-        tensors = {name: each.weight() for name, each in self._layers.items()} | self._held_still
-        tensors |= {name: each.value() for name, each in self._vectors.items()}
-        loss = self._error(example, tensors) / unit
-        found = loss.item()
-        if math.isfinite(found):
-            torch.autograd.backward(loss)
-            self._move(rate)
-        return found
-
-    @torch.no_grad()
-    def _move(self, rate: float) -> None:
-        """Move the leaves by their gradients."""
-        if self._adam is None:
-            leaves = [*self._by_adam(), *(each.change for each in self._vectors.values())]
-            self._adam = torch.optim.Adam(leaves, betas=BETAS, eps=EPSILON) if leaves else None
-        for group in self._adam.param_groups if self._adam is not None else ():
-            group["lr"] = rate * (self.options.learning_rate or LEARNING_RATE)
+    def move(self, rate: float) -> None:
+        """Move the leaves by their gradients, by a share of the learning rates."""
         if self._adam is not None:
+            for group in self._adam.param_groups:
+                group["lr"] = rate * (self.options.learning_rate or LEARNING_RATE)
             self._adam.step()
             self._adam.zero_grad()
         for each in self._layers.values():
@@ -263,6 +218,118 @@ class Polish:
             for name, leaf in each.parameters().items():
                 if name != "latents" and leaf.requires_grad:
                     yield leaf
+
+
+@dataclass(slots=True)
+class Polish:
+    """A segment of a variant, as it is tuned.
+
+    Where roundings are trained, scales and the like are trained beside them, and alone where that was no better.
+
+    Args:
+        module: the segment, loaded; what it holds does not change.
+        weights: its solved layers by the names of their weights in it.
+        floats: float parameters that are trained, by their names in it.
+        options: of the tuning.
+        examples: two at least.
+        origins: the float weights that the layers stand for, by the same names.
+        others: what stands in for further parameters meanwhile, as where a transform made others of them.
+    """
+
+    module: nn.Module
+    weights: Mapping[str, QuantizedWeight]
+    floats: Mapping[str, torch.Tensor]
+    options: TuneOptions
+    examples: Sequence[Example]
+    origins: Mapping[str, torch.Tensor]
+    others: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+    def run(self) -> Tuned | None:
+        """Train, and keep what the held-out examples like best; None where there is nothing to train."""
+        held, train = divided(self.examples, self.options.held_out)
+        best, before, steps, notes = _Best(self._judged(held, self._stored(self.weights, self.floats))), 0.0, 0, set()
+        if not math.isfinite(best.loss):
+            return Tuned(best.loss, best.loss, 0, note="its outputs are not finite: it was not tuned")
+        before = best.loss
+        trained = False
+        for rounding in (True, False) if before > 0 else ():
+            leaves = self._leaves(rounding)
+            if not leaves:
+                continue
+            trained, best.misses = True, 0
+            taken, note = self._train(leaves, best, held, train)
+            steps += taken
+            notes.add(note)
+            if best.weights is not None:
+                break
+        if not trained and before > 0:
+            return None
+        added = sum(float(each.added()) for each in held) / len(held) or 1.0
+        told = "; ".join(sorted(filter(None, notes))) if best.weights is not None else ""
+        return Tuned(before / added, best.loss / added, steps, best.weights or {}, best.floats, told)
+
+    def _leaves(self, rounding: bool) -> _Leaves | None:
+        """What is trained; None where that is not wanted."""
+        weights, floats = self.weights, self.floats
+        if not rounding:
+            return _Leaves(weights, floats, self.options) if self.options.train else None
+        wanted = self.options.rounding
+        if wanted is None:
+            widest = max((each.codes.shape[1] for each in weights.values()), default=0)
+            wanted = sum(each.batch.tokens for each in self.examples) >= ROUNDING_TOKENS * widest
+        return _Leaves(weights, floats, self.options, self.origins) if wanted else None
+
+    def _train(
+        self, leaves: _Leaves, best: _Best, held: Sequence[Example], train: Sequence[Example]
+    ) -> tuple[int, str]:
+        """Train leaves; returns the steps taken, and why they ended early."""
+        count, unit = self.options.steps, best.loss
+        trials = {-(-count * number // TRIALS) for number in range(1, TRIALS + 1)}
+        for step in range(1, count + 1):
+            loss = self._step(leaves, train[(step - 1) % len(train)], unit, _rate(step, count))
+            if not math.isfinite(loss):
+                return step, f"the loss of step {step} was not finite: the best until then was kept"
+            if step in trials:
+                weights, floats = leaves.stored()
+                best.see(self._judged(held, leaves.tensors() | self._stored(weights, floats)), weights, floats)
+                if not leaves.rounds and best.misses >= self.options.patience and step < count:
+                    return step, "the held-out rows saw no gain any more"
+        return count, ""
+
+    @torch.enable_grad()
+    def _step(self, leaves: _Leaves, example: Example, unit: float, rate: float) -> float:
+        """Train on one example; returns its loss, in units of that of the beginning."""
+        loss = self._error(example, leaves.tensors()) / unit
+        found = loss.item()
+        if math.isfinite(found):
+            torch.autograd.backward(loss)
+            leaves.move(rate)
+        return found
+
+    def _stored(
+        self, weights: Mapping[str, QuantizedWeight], floats: Mapping[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """What stands in for parameters where so much of them is stored."""
+        return {**{name: _decoded(each) for name, each in weights.items()}, **floats}
+
+    @torch.no_grad()
+    def _judged(self, held: Sequence[Example], tensors: Mapping[str, torch.Tensor]) -> float:
+        """The mean error of held-out examples, with tensors in the places of parameters."""
+        return sum(float(self._error(each, tensors)) for each in held) / len(held)
+
+    def _error(self, example: Example, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        own = dict(self.module.named_parameters())
+        cast = {name: each.to(own[name].dtype) for name, each in {**self.others, **tensors}.items()}
+        return example.error(output_of(functional_call(self.module, cast, *example.arguments())))
+
+
+def _decoded(weight: QuantizedWeight) -> torch.Tensor:
+    return weight.dequantize(torch.float32)
+
+
+def _rate(step: int, count: int) -> float:
+    """The share of the learning rate at a step: it rises for some steps and falls to nothing."""
+    return min(1.0, step / WARM_UP) * (1 - (step - 1) / count)
 
 
 def divided(examples: Sequence[Example], share: float) -> tuple[list[Example], list[Example]]:

@@ -42,16 +42,17 @@ class TuneOptions(MethodOptions):
             is trained.
         batch_tokens: tokens of a step.
         train: what is trained, of ``scales``, ``zeros`` (zero points that are any number), ``norms`` and ``biases``.
-        rounding: train the roundings too, by the signs of their gradients, from the codes that the method chose.
+        rounding: train the roundings too, by the signs of their gradients, from the codes that the method chose. By
+            default where there are many tokens for each column of the widest layer.
         held_out: share of the batches by which a block is judged and on which it is not trained; one at least.
         patience: how many times in a row the held-out rows may see no gain before a block is done.
     """
 
-    steps: Annotated[int, Field(strict=True, ge=1, le=100_000)] = 48
+    steps: Annotated[int, Field(strict=True, ge=1, le=100_000)] = 64
     learning_rate: Annotated[float, Field(gt=0, le=1)] | None = None
     batch_tokens: Annotated[int, Field(strict=True, ge=1)] = 2048
     train: tuple[Part, ...] = ("scales", "zeros")
-    rounding: Annotated[bool, Field(strict=True)] = False
+    rounding: Annotated[bool, Field(strict=True)] | None = None
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.125
     patience: Annotated[int, Field(strict=True, ge=1)] = 3
 

@@ -39,7 +39,9 @@ class TrainedCodes:
             self._order = self.trainable.given.parts["g_idx"].argsort(stable=True)
 
     @classmethod
-    def of(cls, weight: QuantizedWeight, origin: torch.Tensor, *, zeros: bool = True) -> TrainedCodes:
+    def of(
+        cls, weight: QuantizedWeight, origin: torch.Tensor, *, zeros: bool = True, within: float | None = None
+    ) -> TrainedCodes:
         """A weight on the device on which it is trained.
 
         Args:
@@ -47,12 +49,16 @@ class TrainedCodes:
             origin: the float weight that it stands for, ``[out_features, in_features]``; the latents are where that
                 lies on the grid, a step beyond its ends at most.
             zeros: train float zero points, too, where there are any.
+            within: how far from its code a latent begins at most, in steps of the grid; by default anywhere on it.
         """
         found = cls(Trainable.of(weight, zeros=zeros), torch.empty(0))
         scheme, grids = weight.scheme, weight.scheme.grids()
         order = found._order
         groups = grids.grouped((origin if order is None else origin[:, order]).float())
         places = groups / weight.scales.float().unsqueeze(-1) + weight.zeros.float().unsqueeze(-1)
+        if within is not None:
+            codes = grids.grouped(weight.codes if order is None else weight.codes[:, order]).float()
+            places = codes + (places - codes).clamp_(-within, within)
         found.latents = places.clamp_(-1.0, 2.0**scheme.bits).contiguous().requires_grad_()
         return found
 
