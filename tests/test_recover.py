@@ -243,3 +243,19 @@ def test_trained_codes_begin_with_the_nearest_of_the_float_weight(scheme: IntSch
     assert torch.equal(found.result().codes, given.codes)
     torch.autograd.backward([found.weight().square().sum()])
     assert all(leaf.grad is not None and leaf.grad.abs().sum() > 0 for leaf in found.parameters().values())
+
+
+def test_trained_codes_can_begin_near_those_of_the_file() -> None:
+    from quantkit.numerics.grid_search import encode, quantized
+
+    scheme = IntScheme(2, 16, symmetric=False)
+    weight = torch.randn(6, 32, generator=torch.Generator().manual_seed(0))
+    grid = scheme.grids().spanning(scheme.grids().grouped(weight), torch.float32)
+    given = quantized(encode(weight.roll(1, 0), grid, scheme), grid, scheme)
+    found = TrainedCodes.of(given, weight, within=0.4)
+    assert torch.equal(found.result().codes, given.codes)
+    off = found.latents.detach() - given.scheme.grids().grouped(given.codes).float()
+    assert off.abs().max() == pytest.approx(0.4, abs=1e-5)
+    towards = weight - given.dequantize(torch.float32)
+    assert torch.equal(off.flatten(1).sign(), towards.sign())
+    assert not torch.equal(TrainedCodes.of(given, weight).result().codes, given.codes)

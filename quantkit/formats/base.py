@@ -48,6 +48,8 @@ class Format(ABC):
             it.
         requires: the packages without which transformers cannot load it.
         decoded_at_first_use: whether transformers decodes its weights in its first forward pass, and keeps them so.
+        decoding_config: the class of transformers' configs with ``dequantize=True``, by which packed layers are loaded
+            decoded, where PEFT finds no weights in them otherwise; else empty.
         usual: the keys of a scheme that a variant of this format has where it does not give them: the first of these
             that suit what it gives.
         examples: the keys of schemes as a variant gives them, one of every kind, which the matrix tries.
@@ -70,6 +72,7 @@ class Format(ABC):
     untested: ClassVar[Mapping[str, str]] = {}
     requires: ClassVar[tuple[str, ...]] = ()
     decoded_at_first_use: ClassVar[bool] = False
+    decoding_config: ClassVar[str] = ""
     usual: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ()
     fused: ClassVar[tuple[tuple[str, ...], ...]] = ()

@@ -43,6 +43,7 @@ class CompressedTensors(Format):
     """The sub-formats of compressed-tensors for weights, with inputs as they are or rounded to 8 bits per token."""
 
     name = "compressed-tensors"
+    decoding_config = "CompressedTensorsConfig"
     summary = "int1-8 grouped or per channel, W8A8, fp8, mxfp4, nvfp4, mixed by layer"
     runtimes = ("transformers", "vllm")
     requires = ("compressed-tensors",)

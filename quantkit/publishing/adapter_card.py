@@ -12,6 +12,7 @@ from quantkit.checkpoint.adapter_folder import CONFIG
 from quantkit.errors import CheckpointError
 from quantkit.exports.adapter import AGAIN
 from quantkit.exports.manifest import MANIFEST
+from quantkit.formats import FORMATS
 from quantkit.publishing.card import CARD
 from quantkit.publishing.markdown import code, fenced, plain, quoted
 from quantkit.recipe.adapting import SERVED
@@ -71,15 +72,15 @@ def _facts(manifest: Mapping[str, Any], digest: str) -> Iterator[str]:
 
 
 def _usage(base: str, name: str, form: str, rank: int) -> str:
-    packed = form == "compressed-tensors"
-    names = "AutoModelForCausalLM, CompressedTensorsConfig" if packed else "AutoModelForCausalLM"
-    given = ", quantization_config=CompressedTensorsConfig(dequantize=True)" if packed else ""
+    config = FORMATS.get(form).decoding_config
+    names = f"AutoModelForCausalLM, {config}" if config else "AutoModelForCausalLM"
+    given = f", quantization_config={config}(dequantize=True)" if config else ""
     text = (
         f"from peft import PeftModel\nfrom transformers import {names}\n\n"
         f"model = AutoModelForCausalLM.from_pretrained({quoted(base)}{given})\n"
         f"model = PeftModel.from_pretrained(model, {quoted(name)})"
     )
-    why = "\n\nPEFT looks for weights that packed layers do not have, so that they are decoded first." if packed else ""
+    why = "\n\nPEFT looks for weights that packed layers do not have, so that they are decoded first." if config else ""
     served = next((each for each in SERVED if each >= rank), None)
     line = f"vllm serve {base} --enable-lora --max-lora-rank {served} --lora-modules recovered={name}"
     serve = (

@@ -18,6 +18,10 @@ Trained = Literal["codes", "scales", "zeros", "norms", "biases", "qa-lora"]
 WITH_TERMS = frozenset({"norms", "biases", "qa-lora"})
 """What can be trained beside QA-LoRA's terms, which go into zero points in the end."""
 Optimizer = Literal["signs", "adam", "adam8bit", "paged_adam8bit"]
+REACH = 0.25
+"""The rate of codes that begin at the file's, times the steps; as it falls to nothing, they go half as far in all."""
+FROM_FLOAT = 1.5e-2
+"""The rate of codes that begin at the float weights."""
 FEW_BITS = 3
 """Codes of so many bits are trained, too, where nothing is said: of more they gain little that scales do not."""
 
@@ -33,7 +37,10 @@ class RecoverOptions(Section):
             ``qa-lora`` trains a low-rank term on groups of inputs that is merged into zero points that are any number.
         rank: of the terms of ``qa-lora``.
         learning_rate: of scales and zeros, relative to their size; each rate decays to nothing along a cosine.
-        code_rate: of codes, in steps of the grid.
+        codes_from: where the numbers behind codes begin: ``file`` at the codes of the file, up to 0.45 of a step
+            towards where the float weight lies; ``float`` there, which leaves the file's codes behind at once.
+        code_rate: of codes, in steps of the grid; by default what is right for where they begin, see
+            :meth:`rate_of_codes`.
         norm_rate: of norms and biases, relative to their size.
         warmup: share of the steps in which the rates rise.
         held_out: share of the rows by which the training is judged and on which nothing is trained, at least 2 rows.
@@ -48,13 +55,24 @@ class RecoverOptions(Section):
     train: Annotated[tuple[Trained, ...], Field(min_length=1)] | None = None
     rank: Annotated[Whole, Field(ge=1, le=1024)] = 16
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 5e-3
-    code_rate: Annotated[float, Field(gt=0, le=1)] = 1.5e-2
+    codes_from: Literal["file", "float"] = "file"
+    code_rate: Annotated[float, Field(gt=0, le=1)] | None = None
     norm_rate: Annotated[float, Field(gt=0, le=1)] = 3e-3
     warmup: Annotated[float, Field(ge=0, le=0.5)] = 0.1
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.05
     evaluations: Annotated[Whole, Field(ge=1, le=10_000)] = 8
     optimizer: Optimizer = "signs"
     seed: Whole = 0
+
+    def rate_of_codes(self) -> float:
+        """How far a code goes in a step at most, in steps of the grid.
+
+        From the file an eighth in all steps, so that those alone change whose gradient hardly ever turns: with more,
+        all that begin near a rounding boundary cross it at once. From the float weights as much as gets them anywhere.
+        """
+        if self.code_rate is not None:
+            return self.code_rate
+        return min(1.0, REACH / self.steps) if self.codes_from == "file" else FROM_FLOAT
 
     def trains(self, what: Trained, bits: int) -> bool:
         """Whether it trains something of a layer with codes of so many bits; for norms and biases these are nothing."""

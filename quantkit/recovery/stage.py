@@ -204,7 +204,7 @@ def schedule_of(options: RecoverOptions) -> Schedule:
         "scales": options.learning_rate,
         "zeros": options.learning_rate,
         "qa-lora": options.learning_rate,
-        "codes": options.code_rate,
+        "codes": options.rate_of_codes(),
         "norms": options.norm_rate,
         "biases": options.norm_rate,
     }

@@ -28,6 +28,9 @@ from quantkit.recipe.recovering import RecoverOptions, Trained
 from quantkit.recovery.parts import Part, TrainedVector, TrainedWeight, with_stored
 from quantkit.recovery.training import FRAME
 
+NEAR = 0.45
+"""How far from the codes of the file the numbers behind them begin at most, in steps of the grid."""
+
 
 class StudentWeights:
     """The weights of a quantized checkpoint where a model is filled with them.
@@ -137,7 +140,9 @@ class Student:
                     continue
                 made = GroupAdapter.of(weight, self.options.rank)
             elif "codes" in wanted and can_train_codes(scheme):
-                made = TrainedCodes.of(weight, self._float_weight(layer).to(self.device), zeros="zeros" in wanted)
+                within = NEAR if self.options.codes_from == "file" else None
+                origin = self._float_weight(layer).to(self.device)
+                made = TrainedCodes.of(weight, origin, zeros="zeros" in wanted, within=within)
             else:
                 made = Trainable.of(weight, zeros="zeros" in wanted)
             for leaf in made.parameters().values():

@@ -439,7 +439,7 @@ def optimizer(name: str, groups: Sequence[dict[str, Any]]) -> torch.optim.Optimi
         import bitsandbytes
     except ImportError as error:
         raise QuantizationError(
-            f"optimizer {name} is one of bitsandbytes, which is not installed", "pip install bitsandbytes, or use adam"
+            f"optimizer {name} is one of bitsandbytes, which is not installed", "use adam, or pip install bitsandbytes"
         ) from error
     kinds: Any = bitsandbytes.optim  # its classes are not in its type hints
     kind = kinds.PagedAdam8bit if name == "paged_adam8bit" else kinds.Adam8bit
