@@ -222,6 +222,25 @@ def test_a_walk_tunes_each_block(llama: Path, tmp_path: Path, method: str, input
     assert all(0 < each["after"] <= each["before"] and each["steps"] >= 6 for each in tuning)
 
 
+@pytest.mark.parametrize("train", [["scales"], ["scales", "norms"]])
+def test_a_run_that_was_cut_short_goes_on_with_the_same_bytes(llama: Path, tmp_path: Path, train: list[str]) -> None:
+    def stop(done: int, _total: int) -> None:
+        if done == 1:
+            raise KeyboardInterrupt
+
+    job = job_of(llama, "quantized")
+    asked = variant(method="rtn", tune={"steps": 8, "learning_rate": 0.02, "train": train})
+    whole = quantize(job, asked, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        quantize(job, asked, tmp_path / "cut", on_segment=stop)
+    done = quantize(job, asked, tmp_path / "cut")
+    assert done.facts["resumed"] == 1
+    assert done.facts["tuning"] == whole.facts["tuning"]
+    assert all(each["paid"] for each in whole.facts["tuning"])
+    for file in whole.folder.glob("*.safetensors"):
+        assert file_sha256(file) == file_sha256(done.folder / file.name)
+
+
 def test_variants_of_a_float_walk_do_not_see_one_another(llama: Path, tmp_path: Path) -> None:
     job = job_of(llama, "float")
     three = [variant("plain", tune=None), variant("tuned"), variant("norms", tune={"steps": 8, "train": ["norms"]})]

@@ -177,7 +177,7 @@ class FisherSweep:
             positions = None if given is None else given.positions
             if batch is not None:
                 take = partial(self._add, layer.name, batch, positions, chunk)
-                output.register_hook(take)  # type: ignore[no-untyped-call]
+                output.register_hook(take)  # type: ignore[no-untyped-call]  # torch gives it no types
 
         return hook
 

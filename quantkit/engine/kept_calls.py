@@ -247,7 +247,8 @@ class KeepingPass(Pass):
             if not call.crosses(made):
                 return made
             call.outputs.append(_Port())
-            crossed: torch.Tensor = _Boundary.apply(self._anchor, made, call.outputs[-1])  # type: ignore[no-untyped-call]
+            cross: Any = _Boundary.apply  # torch gives it no types
+            crossed: torch.Tensor = cross(self._anchor, made, call.outputs[-1])
             return crossed
 
         returned, written = _mapped(found, bounded)

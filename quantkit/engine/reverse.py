@@ -279,7 +279,7 @@ class ReverseWalk:
             chunk = hidden[start : start + size].requires_grad_()
             with torch.enable_grad():
                 value = loss(self.logits(chunk), each.batch, places)
-            value.backward()  # type: ignore[no-untyped-call]
+            torch.autograd.backward(value)
             if chunk.grad is not None:
                 gradient[start : start + size] = chunk.grad
             total += float(value.detach())

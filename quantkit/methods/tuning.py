@@ -38,8 +38,8 @@ class TuneOptions(MethodOptions):
 
     Attributes:
         steps: of the optimizer for a block, at most.
-        learning_rate: of the first step, of the logarithm of a scale; it decays to nothing. By default what suits what
-            is trained.
+        learning_rate: of scales, norms and biases, relative to their size; it rises for some steps and falls to
+            nothing. By default 0.005.
         batch_tokens: tokens of a step.
         train: what is trained, of ``scales``, ``zeros`` (zero points that are any number), ``norms`` and ``biases``.
         rounding: train the roundings too, by the signs of their gradients, from the codes that the method chose. By

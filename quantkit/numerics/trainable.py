@@ -2,8 +2,8 @@
 
 With codes held a weight is ``level * scale``, linear in the scale of each group, so that gradients are exact and need
 no straight-through estimator (EfficientQAT's second phase, Chen et al. 2024, arXiv:2407.11062). Where a scheme stores
-float zero points, these can be trained too. Scales that a scheme stores on a coarse grid of their own, as E4M3 numbers
-or whole steps, are rounded on the way, and the gradient goes straight through that.
+float zero points, these can be trained too. Scales that a scheme stores on a grid
+of their own, as E4M3 numbers or whole steps, are not.
 """
 
 from __future__ import annotations
