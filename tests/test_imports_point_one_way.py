@@ -13,7 +13,7 @@ FLOORS = (
     "schemes", "checkpoint", "numerics", "gguf", "llama_cpp",
     "formats", "methods", "transforms", "libraries", "engine", "exports", "inspection", "runtimes",
     "gates", "recipe", "source", "records", "report",
-    "calibration", "merging", "quantization", "recovery", "estimation", "evaluation", "publishing",
+    "calibration", "merging", "quantization", "recovery", "estimation", "allocation", "evaluation", "publishing",
     "run_history", "isolation", "verification",
     "pipeline", "regression", "api", "cli", "__main__",
 )  # fmt: skip
