@@ -21,6 +21,7 @@ from quantkit.recipe.evaluation import (
 )
 from quantkit.recipe.fields import Section
 from quantkit.recipe.library import LibrarySpec, LimitsSpec
+from quantkit.recipe.mixing import AutoSpec, MixBudget
 from quantkit.recipe.model import AdapterSpec, MergeSpec, ModelSpec
 from quantkit.recipe.outputs import (
     BudgetSpec,
@@ -46,6 +47,7 @@ __all__ = [
     "METRICS",
     "AdapterSpec",
     "AnswerSpec",
+    "AutoSpec",
     "BlocksPatch",
     "BudgetSpec",
     "CalibrationSpec",
@@ -55,6 +57,7 @@ __all__ = [
     "LimitsSpec",
     "MergeSpec",
     "Metric",
+    "MixBudget",
     "MlflowSpec",
     "ModelSpec",
     "QuantizationSpec",

@@ -18,6 +18,7 @@ from quantkit.recipe.fields import Name, Section, Title, require_distinct
 from quantkit.recipe.implied import NAMES, implied
 from quantkit.recipe.library import LibrarySpec, taken_keys
 from quantkit.recipe.local_files import beside_recipe
+from quantkit.recipe.mixing import OWN, AutoSpec, is_mixed
 from quantkit.recipe.model import MergeSpec, ModelSpec
 from quantkit.recipe.outputs import BudgetSpec, HistorySpec, ReportSpec, RetentionSpec, TrackingSpec, WebhookSpec
 from quantkit.recipe.quantization import CalibrationSpec, QuantizationSpec
@@ -41,11 +42,14 @@ def _kind_of_variant(given: Any) -> str:
     keys = given if isinstance(given, Mapping) else ()
     if isinstance(given, RecoverSpec) or RECOVER in keys:
         return "[RecoverSpec]"
-    return "[LibrarySpec]" if isinstance(given, LibrarySpec) or "library" in keys else "[VariantSpec]"
+    if isinstance(given, LibrarySpec) or "library" in keys:
+        return "[LibrarySpec]"
+    return "[AutoSpec]" if is_mixed(given) else "[VariantSpec]"
 
 
 AnyVariant = Annotated[
     Annotated[VariantSpec, Tag("[VariantSpec]")]
+    | Annotated[AutoSpec, Tag("[AutoSpec]")]
     | Annotated[LibrarySpec, Tag("[LibrarySpec]")]
     | Annotated[RecoverSpec, Tag("[RecoverSpec]")],
     Discriminator(_kind_of_variant),
@@ -96,6 +100,11 @@ class Recipe(Section):
     @field_validator("variants")
     @classmethod
     def _names_differ(cls, variants: tuple[AnyVariant, ...]) -> tuple[AnyVariant, ...]:
+        variants = tuple(
+            each
+            for variant in variants
+            for each in (variant.expanded() if isinstance(variant, AutoSpec) else (variant,))
+        )
         require_distinct([variant.name for variant in variants], "variants")
         before: list[str] = []
         for variant in variants:
@@ -314,12 +323,25 @@ def _keys_taken(defaults: Mapping[str, Any], variant: Mapping[str, Any]) -> set[
     if RECOVER in variant:
         return set(RecoverSpec.model_fields) - {RECOVER, "title"}
     if "library" in variant:
-        return taken_keys(variant["library"], variant.get("method")) - {"method"}
-    own = {key: variant[key] for key in scheme_keys() if key in variant}
+        return taken_keys(variant["library"], variant.get("method")) - {"method", *_auto_bits(defaults)}
+    names_one = any(variant.get(key) is not None for key in ("bits", "scheme"))
+    mixed = is_mixed(variant) or (is_mixed(defaults) and not names_one)
+    own = {key: variant[key] for key in scheme_keys() if key in variant and not (mixed and key == "bits")}
     named = {name: each[name] for each in (defaults, variant) for name in NAMES if name in each}
     choices = {"method": DEFAULT_METHOD, "scheme": DEFAULT_KIND, **implied({**named, **own})}
     taken = _scheme_free_keys() | _scheme_keys(choices["scheme"]) | option_names(choices["method"])
+    taken = taken | {"bits", *_mixed_keys(variant)} if mixed else taken - _auto_bits(defaults)
     return taken - ({TUNE} if choices["method"] == "none" else set())
+
+
+def _auto_bits(defaults: Mapping[str, Any]) -> set[str]:
+    """``bits``, where the default is ``auto``, which says nothing to a variant of one scheme."""
+    return {"bits"} if is_mixed(defaults) else set()
+
+
+def _mixed_keys(variant: Mapping[str, Any]) -> set[str]:
+    """The keys of a mixed variant alone; of one that an allocation is given back for, not those that it leaves out."""
+    return {"allocation", "runtime"} if variant.get("allocation") is not None else {*OWN}
 
 
 def _scheme_free_keys() -> set[str]:

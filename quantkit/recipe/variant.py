@@ -114,29 +114,37 @@ class VariantSpec(SchemeKeys, Choice):
     @model_validator(mode="after")
     def _check_pair(self) -> VariantSpec:
         self.method_options()
-        store = FORMATS.get(self.format)
         with located():
-            if {"method", "format"} <= self.model_fields_set:
-                check_pair(self.method, self.format)
-            self._check_transforms()
-            self._check_tuning()
-            for place, patch in {"": None, **self._patches()}.items():
-                with _placed(place):
-                    scheme = self._patched(patch)
-                    for spec in self.transforms:
-                        TRANSFORMS.get(spec.name).check(scheme)
-                    self._steps.check(scheme)
-                    store.check(scheme)
-                    self._check_order(scheme)
-            with _placed("embeddings"):
-                embedding = self.embedding_scheme()
-                if embedding is not None:
-                    self._steps.check(embedding)
-                    store.check_embedding(embedding)
-                    if embedding.orders_columns:
-                        raise SchemeError("an embedding has no inputs to order columns by", "add desc_act: false")
-            store.check_together(self.schemes())
+            self._check()
         return self
+
+    def _check(self) -> None:
+        """Refuse what does not go together.
+
+        Raises:
+            SchemeError: with the key and the way out.
+        """
+        store = FORMATS.get(self.format)
+        if {"method", "format"} <= self.model_fields_set:
+            check_pair(self.method, self.format)
+        self._check_transforms()
+        self._check_tuning()
+        for place, patch in {"": None, **self._patches()}.items():
+            with _placed(place):
+                scheme = self._patched(patch)
+                for spec in self.transforms:
+                    TRANSFORMS.get(spec.name).check(scheme)
+                self._steps.check(scheme)
+                store.check(scheme)
+                self._check_order(scheme)
+        with _placed("embeddings"):
+            embedding = self.embedding_scheme()
+            if embedding is not None:
+                self._steps.check(embedding)
+                store.check_embedding(embedding)
+                if embedding.orders_columns:
+                    raise SchemeError("an embedding has no inputs to order columns by", "add desc_act: false")
+        store.check_together(self.schemes())
 
     def _check_order(self, scheme: Scheme) -> None:
         if scheme.orders_columns and not self.build_method().needs:

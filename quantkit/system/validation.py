@@ -23,7 +23,7 @@ _MISTAKE = "quantkit_mistake"
 _UNKNOWN_KEY = "quantkit_unknown_key"
 _LONGEST_INPUT = 60
 _SEE = "docs/recipe.md tells what each key takes"
-MARKS = ("[key]", "[VariantSpec]", "[LibrarySpec]", "[RecoverSpec]")
+MARKS = ("[key]", "[VariantSpec]", "[AutoSpec]", "[LibrarySpec]", "[RecoverSpec]")
 """Parts of a location that no one wrote: pydantic's mark for a mapping's key, and the tags of sections in a union."""
 _PLAIN = {
     "model_type": "must be a mapping of keys to values",

@@ -1,0 +1,527 @@
+"""Mixed schemes: a variant with ``bits: auto``, whose layers get the choices that lose least within a budget.
+
+It says what there is to choose from and what the file may take. Which layer gets what is measured; from that
+:meth:`AutoSpec.with_choice` makes a variant as people would write it, with overrides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Annotated, Any, Literal, Protocol
+
+from pydantic import Field, TypeAdapter, ValidationInfo, field_validator, model_validator
+
+from quantkit.errors import QuantkitError, RecipeError, SchemeError, did_you_mean
+from quantkit.formats import FORMATS
+from quantkit.recipe.fields import Name, Place, Section, Whole
+from quantkit.recipe.implied import DEFAULT_FORMAT, implied
+from quantkit.recipe.layer_patterns import patterns_of
+from quantkit.recipe.outputs import Bytes
+from quantkit.recipe.scheme import SchemePatch, written_keys
+from quantkit.recipe.scheme_names import scheme_named
+from quantkit.recipe.spelling import patch_spelled, spelled
+from quantkit.recipe.steps import gathered
+from quantkit.recipe.variant import HEAD, VariantSpec
+from quantkit.schemes import DEFAULT_KIND, GgmlMixture, PlainScheme, Scheme, make_scheme
+from quantkit.system.names import chosen
+from quantkit.system.units import in_units
+from quantkit.system.validation import located, parse_section
+from quantkit.transforms import TRANSFORMS
+
+AUTO = "auto"
+FLOAT = "float"
+"""The choice of what is left in 16 bits."""
+OWN = ("budget", "choices", "runtime", "allocation")
+"""Keys of a variant with ``bits: auto`` alone."""
+TELLING = ("budget", "choices", "allocation")
+"""Those that a variant has which means ``bits: auto`` and does not say it."""
+CONTEXT = 4096
+"""Tokens of the sequence for which memory is counted, unless a budget says otherwise."""
+BITS = 16.0
+"""Of a weight, at most."""
+_BUDGETS = "write budget: 4.0 (bits per weight), budget: 5GiB (of the file), or budget: {memory: 8GiB, context: 8192}"
+
+
+class MixBudget(Section):
+    """What a mixed variant may take, by one of three measures.
+
+    Attributes:
+        bits_per_weight: of the layers that take part, scales included.
+        size: bytes of the file, or a text such as ``5GiB``.
+        memory: bytes that a server needs for weights, the KV cache of one sequence, activations and what the device's
+            runtime takes, or a text such as ``8GiB``.
+        context: tokens of that sequence; what the model was made for at most.
+    """
+
+    bits_per_weight: Annotated[float, Field(gt=0, le=BITS, strict=True)] | None = None
+    size: Bytes | None = None
+    memory: Bytes | None = None
+    context: Annotated[Whole, Field(ge=1)] = CONTEXT
+
+    @model_validator(mode="before")
+    @classmethod
+    def _may_be_one_value(cls, given: Any) -> Any:
+        if isinstance(given, bool) or not isinstance(given, int | float | str):
+            return given
+        try:
+            number = float(given)
+        except ValueError:
+            return {"size": given}
+        if number > BITS:
+            problem = f"{given} is more bits than a weight has"
+            with located():
+                raise RecipeError(problem, "a size has its unit: 5GiB or 450MB")
+        return {"bits_per_weight": number}
+
+    @model_validator(mode="after")
+    def _is_one_measure(self) -> MixBudget:
+        measures = [key for key in ("bits_per_weight", "size", "memory") if getattr(self, key) is not None]
+        with located():
+            if len(measures) != 1:
+                told = f"gives {' and '.join(measures)}" if measures else "gives nothing that can be kept to"
+                raise RecipeError(told, _BUDGETS)
+            if self.memory is None and self.context != CONTEXT:
+                raise RecipeError(f"context has no meaning beside {measures[0]}", "leave it out, or give memory")
+        return self
+
+    @property
+    def label(self) -> str:
+        """A word for names: ``4.5``, ``5GiB``, ``8GiB-at-8192``."""
+        if self.bits_per_weight is not None:
+            return f"{self.bits_per_weight:g}"
+        size = _short(self.size or self.memory or 0)
+        return size if self.memory is None else f"{size}-at-{self.context}"
+
+    def describe(self) -> str:
+        """In words: ``4.5 bits per weight``, ``5.00 GiB``, ``8.00 GiB of memory at 8192 tokens``."""
+        if self.bits_per_weight is not None:
+            return f"{self.bits_per_weight:g} bits per weight"
+        if self.memory is not None:
+            return f"{in_units(self.memory)} of memory at {self.context} tokens"
+        return in_units(self.size or 0)
+
+
+class ChosenUnit(Protocol):
+    """Layers that get one choice."""
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Their full names."""
+
+    @property
+    def weights(self) -> int:
+        """How many they have."""
+
+
+class Chosen(Protocol):
+    """What :class:`quantkit.allocation.table.Allocation` has."""
+
+    @property
+    def choices(self) -> Mapping[str, Mapping[str, Any]]:
+        """By name the keys of a patch."""
+
+    @property
+    def units(self) -> Sequence[ChosenUnit]:
+        """What was chosen for."""
+
+    @property
+    def chosen(self) -> tuple[str, ...]:
+        """A name for each unit."""
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """``embedding`` and ``head``: their names in the checkpoint, where they take part."""
+
+
+class AutoSpec(VariantSpec):
+    """A variant that is mixed to a budget.
+
+    Keys of a scheme beside ``bits: auto``, such as ``group_size``, are those of every choice of the variant's kind.
+    Layers that ``ignore``, ``overrides``, ``first_blocks`` or ``last_blocks`` name take no part.
+
+    Attributes:
+        budget: what it may take; None where an allocation is given back.
+        choices: names of schemes or patches of the variant's, ``float`` for layers that stay as they are; None is
+            what format and runtime usually serve.
+        runtime: that must load the file; None is any that loads its format.
+        allocation: file of an allocation that is given back; then nothing is measured.
+        front: further budgets, each of which becomes a variant; see :meth:`expanded`.
+    """
+
+    bits: Literal["auto"]
+    budget: MixBudget | None = None
+    choices: tuple[str | dict[str, Any], ...] | None = None
+    runtime: str | None = None
+    allocation: Place | None = None
+    front: tuple[MixBudget, ...] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather_options(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping):
+            return given
+        with located():
+            read = gathered(_read(given), set(cls.model_fields) - {"front"})
+            budgets = given.get("budget")
+            if isinstance(budgets, list | tuple):
+                if not budgets:
+                    raise RecipeError("budget is an empty list", _BUDGETS)
+                front = tuple(_budget(each, f"budget[{place}]") for place, each in enumerate(budgets))
+                return {**read, "budget": front[0], "front": front}
+            return read
+
+    @field_validator("runtime")
+    @classmethod
+    def _runtime_loads_it(cls, runtime: str | None, info: ValidationInfo) -> str | None:
+        store = info.data.get("format")
+        if runtime is None or store is None:
+            return runtime
+        able = FORMATS.get(store).runtimes
+        found = chosen(runtime, able)
+        with located():
+            if found is None:
+                raise RecipeError(f"{runtime} does not load format {store}", f"these do: {', '.join(able)}")
+        return found
+
+    def _check(self) -> None:
+        """Refuse what does not go together, the budget and the choices first."""
+        if self.allocation is None:
+            if self.budget is None:
+                raise RecipeError("bits: auto needs a budget", _BUDGETS)
+            self._check_choices()
+        for key in ("budget", "choices"):
+            if self.allocation is not None and getattr(self, key) is not None:
+                raise RecipeError(f"{key} has no meaning beside allocation", f"leave out {key}: all is chosen")
+        super()._check()
+
+    def _check_choices(self) -> None:
+        """Refuse choices that are none, that are too few, or that the format cannot store."""
+        store, schemes = FORMATS.get(self.format), self.choice_schemes()
+        if len(schemes) < 2:
+            told = (
+                f"there is nothing to choose but {next(iter(schemes))}"
+                if schemes
+                else "nothing suits method and format"
+            )
+            raise SchemeError(f"choices: {told}", "give two or more, such as choices: [int3, int4, int8]")
+        for name, scheme in schemes.items():
+            if isinstance(scheme, GgmlMixture):
+                remedy = "write types of blocks, such as q4_k and q6_k"
+                raise SchemeError(f"choices: {name} is a mixture of llama.cpp, which chooses by layer itself", remedy)
+            try:
+                if scheme is not None:
+                    store.check(scheme)
+            except SchemeError as error:
+                able = [each.name for each in FORMATS if not each.read_only and _stores(each, scheme)]
+                others = f"these do: {', '.join(able)}" if able else ""
+                raise SchemeError(
+                    f"choices: format {store.name} does not store {name}", others or error.remedy
+                ) from error
+        if self.runtime is not None:
+            reason = store.refusal(self.runtime, [each for each in schemes.values() if each is not None])
+            if reason:
+                raise SchemeError(f"choices: {reason}", "leave out that choice, or the runtime")
+
+    def __repr__(self) -> str:
+        told = self.allocation or (self.budget and self.budget.describe())
+        return f"AutoSpec({self.name!r}: {self.chain}, {told}, {self.format})"
+
+    def given(self) -> dict[str, Any]:
+        """The keys of the scheme that every choice of the variant's kind has."""
+        return {key: value for key, value in super().given().items() if key != "bits"}
+
+    def base_scheme(self) -> Scheme:
+        """The first choice that is quantized; of an allocation that is given back what keys and format say."""
+        found = next((scheme for scheme in self.choice_schemes().values() if scheme is not None), None)
+        return make_scheme(self.scheme, self.given()) if found is None else found
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether calibration tokens are asked for: always, to measure with, unless an allocation is given back."""
+        return self.allocation is None or super().calibrated
+
+    @property
+    def embeddings_take_part(self) -> bool:
+        """Whether the input embedding is among the layers that are chosen for, and a head that is tied to it."""
+        return FORMATS.get(self.format).shares_head and self.embeddings is None
+
+    def takes_part(self, layer: str, block: int | None = None, blocks: int = 0, path: str | None = None) -> bool:
+        """Whether a layer is chosen for, as no key of the variant says what becomes of it; see :meth:`scheme_of`."""
+        if self.ignores(layer) or (path and self.ignores(path)) or self.override_of(layer, path) is not None:
+            return False
+        first, last = self.first_blocks, self.last_blocks
+        if block is None:
+            return True
+        return not (first and block < first.count) and not (last and block >= blocks - last.count)
+
+    def choice_patches(self) -> dict[str, SchemePatch]:
+        """By name the choices, as patches of the variant's scheme; ``scheme: float`` leaves a layer as it is.
+
+        Nothing where an allocation is given back, which has its own.
+        """
+        return dict(self._named)
+
+    def choice_schemes(self) -> dict[str, Scheme | None]:
+        """By name their schemes; None leaves a layer as it is."""
+        return {name: self._choice_scheme(patch) for name, patch in self._named.items()}
+
+    @cached_property
+    def _named(self) -> dict[str, SchemePatch]:
+        if self.allocation is not None:
+            return {}
+        if self.choices is None:
+            usual = {name: choice_patch(name) for name in _usual_choices(self.format, self.runtime)}
+            return {name: patch for name, patch in usual.items() if self._suits(patch)}
+        found: dict[str, SchemePatch] = {}
+        schemes: list[Scheme | None] = []
+        for each in self.choices:
+            patch = choice_patch(each, FORMATS.get(self.format).name)
+            scheme = self._choice_scheme(patch)
+            name = FLOAT if scheme is None else each.strip().lower() if isinstance(each, str) else scheme.describe()
+            if name in found or scheme in schemes:
+                raise SchemeError(f"choices: {name} is given twice", "leave one out")
+            schemes.append(scheme)
+            found[name] = patch
+        return found
+
+    def _choice_scheme(self, patch: SchemePatch) -> Scheme | None:
+        return None if patch.scheme == FLOAT else self._patched(patch)
+
+    def _suits(self, patch: SchemePatch) -> bool:
+        """Whether method, transforms and format take a choice."""
+        if patch.scheme == FLOAT:
+            return True
+        try:
+            scheme = self._patched(patch)
+            FORMATS.get(self.format).check(scheme)
+            self._steps.check(scheme)
+            for spec in self.transforms:
+                TRANSFORMS.get(spec.name).check(scheme)
+        except SchemeError:
+            return False
+        return self.runtime is None or FORMATS.get(self.format).refusal(self.runtime, [scheme]) is None
+
+    def _patches(self) -> dict[str, SchemePatch]:
+        choices = {f"choices.{name}": patch for name, patch in self._named.items() if patch.scheme != FLOAT}
+        return {**super()._patches(), **choices}
+
+    def expanded(self) -> tuple[AutoSpec, ...]:
+        """A variant for each budget, which is also in its name: ``mix-3.5``, ``mix-5GiB``; itself where it has one."""
+        if not self.front:
+            return (self,)
+        return tuple(
+            self.model_copy(
+                update={
+                    "name": TypeAdapter(Name).validate_python(f"{self.name}-{budget.label}"),
+                    "title": self.title and f"{self.title}, {budget.describe()}",
+                    "budget": budget,
+                    "front": (),
+                }
+            )
+            for budget in self.front
+        )
+
+    def uniform(self, name: str, *, tied: bool = False) -> VariantSpec:
+        """The variant in which every layer that takes part gets one choice.
+
+        Args:
+            name: of a choice that is quantized.
+            tied: the model's head and embedding are one weight, which is quantized as the embedding then.
+
+        Raises:
+            SchemeError: there is no such choice, or it leaves layers as they are.
+        """
+        scheme = self.choice_schemes().get(name)
+        if scheme is None:
+            names = [each for each, found in self.choice_schemes().items() if found is not None]
+            raise SchemeError(f"no choice that is quantized is called '{name}'", did_you_mean(name, names))
+        both = self.embeddings_take_part
+        return self._plain(
+            scheme,
+            ignore=(*self.ignore, *([HEAD] if tied and both and not self.ignores(HEAD) else [])),
+            embeddings=written_keys(scheme) if both else None,
+        )
+
+    def with_choice(self, allocation: Chosen) -> VariantSpec:
+        """The variant in which each layer gets what was chosen for it.
+
+        Args:
+            allocation: see :class:`quantkit.allocation.table.Allocation`.
+
+        Raises:
+            RecipeError: a choice of it is no patch of a scheme.
+            SchemeError: method or format do not take one.
+        """
+        schemes: dict[str, Scheme | None] = {}
+        for name, keys in allocation.choices.items():
+            schemes[name] = self._choice_scheme(parse_section(SchemePatch, keys, f"allocation: choices.{name}"))
+        by_choice: dict[Scheme | None, list[str]] = {}
+        weights: dict[Scheme | None, int] = {}
+        for unit, name in zip(allocation.units, allocation.chosen, strict=True):
+            by_choice.setdefault(schemes[name], []).extend(unit.layers)
+            weights[schemes[name]] = weights.get(schemes[name], 0) + unit.weights
+        quantized = [scheme for scheme in weights if scheme is not None]
+        if not quantized:
+            raise SchemeError(f"{self.name}: every layer is chosen to stay float", "use format: float, or give less")
+        base = max(quantized, key=lambda scheme: weights[scheme])
+        embedding, head = allocation.facts.get("embedding"), allocation.facts.get("head")
+        every = [layer for layers in by_choice.values() for layer in layers]
+        embedded = next((scheme for scheme, layers in by_choice.items() if embedding in layers), None)
+        apart = {
+            scheme: patterns_of([name for name in layers if name != embedding], every)
+            for scheme, layers in by_choice.items()
+        }
+        left = [HEAD] if embedding in every and head not in every and not self.ignores(HEAD) else []
+        return self._plain(
+            base,
+            ignore=(*self.ignore, *left, *apart.pop(None, [])),
+            overrides={
+                pattern: _beside(base, scheme)
+                for scheme, patterns in apart.items()
+                if scheme is not None and scheme != base
+                for pattern in patterns
+            },
+            embeddings=None if embedded is None else written_keys(embedded),
+        )
+
+    def _plain(
+        self,
+        base: Scheme,
+        *,
+        ignore: Sequence[str],
+        overrides: Mapping[str, Any] | None = None,
+        embeddings: Mapping[str, Any] | None,
+    ) -> VariantSpec:
+        """The variant in a scheme, with what its own keys say of layers that take no part written out."""
+        own = {f"overrides.{pattern}": pattern for pattern in self.overrides}
+        fixed = {key: written_keys(self._patched(patch)) for key, patch in super()._patches().items()}
+        given = self.embedding_scheme()
+        blocks = {
+            key: {"count": patch.count, **fixed[key]}
+            for key, patch in (("first_blocks", self.first_blocks), ("last_blocks", self.last_blocks))
+            if patch is not None
+        }
+        names = ("name", "title", "transforms", "method", "tune", "format", "strict", "allow_float", "options")
+        keys = {
+            **{name: getattr(self, name) for name in names},
+            **written_keys(base),
+            **blocks,
+            "ignore": tuple(ignore),
+            "overrides": {**{pattern: fixed[key] for key, pattern in own.items()}, **(overrides or {})},
+            "embeddings": embeddings if given is None else written_keys(given),
+        }
+        return parse_section(VariantSpec, keys, self.name)
+
+    def resolved(self) -> dict[str, Any]:
+        """The variant as JSON data, with every default filled in; its choices by their names."""
+        found = super().resolved()
+        given = {key: "none" if value is None else value for key, value in self.given().items()}
+        left = {*written_keys(self.base_scheme()), "front"}
+        rest = {key: value for key, value in found.items() if key not in left}
+        choices = list(self._named) if self.choices is None else list(self.choices)
+        return {**rest, "scheme": self.scheme, **given, "bits": AUTO, "choices": choices or None}
+
+
+def is_mixed(given: Any) -> bool:
+    """Whether a variant, as it is written or read, is mixed to a budget."""
+    if not isinstance(given, Mapping):
+        return isinstance(given, AutoSpec)
+    bits = given.get("bits")
+    return (isinstance(bits, str) and bits.strip().lower() == AUTO) or any(
+        given.get(key) is not None for key in TELLING
+    )
+
+
+def spec_class(given: Mapping[str, Any]) -> type[VariantSpec]:
+    """What reads the keys of a variant that quantkit quantizes itself."""
+    return AutoSpec if is_mixed(given) else VariantSpec
+
+
+def choice_patch(given: str | Mapping[str, Any], store: str = DEFAULT_FORMAT) -> SchemePatch:
+    """A choice as a patch of a scheme.
+
+    Args:
+        given: a name of a scheme, ``float``, or the keys of a patch.
+        store: the format, whose usual choices messages tell.
+
+    Raises:
+        SchemeError: it is none.
+    """
+    if isinstance(given, str):
+        try:
+            kind = scheme_named(given)["scheme"]
+        except SchemeError as error:
+            near = did_you_mean(given, _usual_choices(store, None))
+            raise SchemeError(f"choices: {error.problem}", near) from error
+        if isinstance(make_scheme(kind, {}), PlainScheme):
+            return SchemePatch.model_validate({"scheme": FLOAT})
+    return parse_section(SchemePatch, patch_spelled(given), "choices")
+
+
+def _read(given: Mapping[Any, Any]) -> dict[Any, Any]:
+    """A variant as written, with what it implies."""
+    bits = given.get("bits")
+    if bits is not None and str(bits).strip().lower() != AUTO:
+        key = next(key for key in TELLING if given.get(key) is not None)
+        raise RecipeError(f"{key} says that bits are chosen, and bits: {bits} stands beside it", "write bits: auto")
+    own = {key: given[key] for key in OWN if given.get(key) is not None}
+    rest = {key: value for key, value in given.items() if key not in (*OWN, "bits")}
+    if rest.get("scheme") is None and (kind := _kind_of(own.get("choices"))) is not None:
+        rest["scheme"] = kind
+    read = implied(spelled(rest))
+    store = read.get("format", DEFAULT_FORMAT)
+    if given.get("ignore") is None and store in FORMATS and FORMATS.get(store).shares_head:
+        read["ignore"] = ()
+    return {**read, **own, "bits": AUTO}
+
+
+def _kind_of(choices: Any) -> str | None:
+    """The kind of scheme of choices none of which is of the usual kind; None where one is, or a choice is mistaken."""
+    try:
+        kinds = [choice_patch(each).scheme or DEFAULT_KIND for each in choices or ()]
+    except (QuantkitError, TypeError):
+        return None  # the validator of the key says why, with its place
+    kinds = [kind for kind in kinds if kind != FLOAT]
+    return kinds[0] if kinds and DEFAULT_KIND not in kinds else None
+
+
+def _budget(given: Any, place: str) -> MixBudget:
+    return parse_section(_Budget, {"budget": given}, place).budget
+
+
+class _Budget(Section):
+    budget: MixBudget
+
+
+def _stores(store: Any, scheme: Scheme | None) -> bool:
+    try:
+        if scheme is not None:
+            store.check(scheme)
+    except SchemeError:
+        return False
+    return True
+
+
+def _usual_choices(store: str, runtime: str | None) -> tuple[str, ...]:
+    """What a format and a runtime usually serve."""
+    if store == "gguf":
+        return ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "q8_0")
+    if store == "bitsandbytes":
+        return ("nf4", FLOAT)
+    return ("int2", "int3", "int4", "int5", "int6", "int8", FLOAT)
+
+
+def _beside(base: Scheme, scheme: Scheme) -> dict[str, Any]:
+    """The keys of a patch that makes ``scheme`` of ``base``."""
+    keys, others = written_keys(scheme), written_keys(base)
+    if scheme.kind != base.kind:
+        return keys
+    return {key: value for key, value in keys.items() if others[key] != value}
+
+
+def _short(nbytes: int) -> str:
+    """A size as people write it, such as ``5GiB`` or ``450MB``: the shortest text that is exact, else rounded."""
+    units = {"GiB": 2**30, "GB": 10**9, "MiB": 2**20, "MB": 10**6, "KiB": 2**10, "kB": 10**3}
+    exact = [f"{nbytes / size:g}{unit}" for unit, size in units.items() if nbytes >= size]
+    return min(exact, key=lambda text: (len(text), exact.index(text)), default=f"{nbytes}B")
