@@ -30,6 +30,7 @@ from tests.architectures import make
 from tests.tiny import make_model, tiny_rows
 
 CPU = torch.device("cpu")
+EMBEDDING = "model.embed_tokens"
 ROWS = tiny_rows(4, 8, 16)
 TOKENS = sum(map(len, ROWS))
 
@@ -81,7 +82,7 @@ def test_moments_are_those_of_gradients(llama: Path) -> None:
     torch.testing.assert_close(layer.tokens, torch.cat(moments), rtol=1e-3, atol=1e-9)
     torch.testing.assert_close(layer.rows, total / TOKENS, rtol=1e-3, atol=1e-9)
     assert found.loss == pytest.approx(losses / TOKENS, rel=1e-5)
-    assert set(found.layers) == {*Skeleton(llama).all_linears()}
+    assert set(found.layers) == {EMBEDDING, *Skeleton(llama).all_linears()}
 
 
 def test_neither_batches_nor_where_inputs_wait_matter(llama: Path, tmp_path: Path) -> None:
@@ -150,7 +151,8 @@ def test_the_stage_is_reused_and_made_anew_for_other_rows(
     job = a_job(llama)
     known = known_of(job, tmp_path / "known")
     before = (tmp_path / "known" / stage.TENSORS).read_bytes()
-    assert set(json.loads((tmp_path / "known" / stage.FACTS).read_text())["layers"]) == {*Skeleton(llama).all_linears()}
+    layers = json.loads((tmp_path / "known" / stage.FACTS).read_text())["layers"]
+    assert set(layers) == {EMBEDDING, *Skeleton(llama).all_linears()}
     monkeypatch.setattr(stage, "free_bytes", lambda _device: 0)  # inputs wait on disk
     with monkeypatch.context() as patch:
         patch.setattr(FisherSweep, "run", lambda _self: pytest.fail("it was there"))

@@ -28,6 +28,7 @@ class Batch:
         rows: the place of each row among all that were given.
         inputs: further inputs of the model by their names, such as images; of a single row.
         lengths: tokens of each row; empty if there is no padding.
+        held_out: whether it is left out of statistics, and errors of solved layers are told by its tokens.
     """
 
     token_ids: torch.Tensor
@@ -35,6 +36,7 @@ class Batch:
     rows: tuple[int, ...] = ()
     inputs: Mapping[str, torch.Tensor] = field(default_factory=dict)
     lengths: tuple[int, ...] = ()
+    held_out: bool = False
 
     @property
     def tokens(self) -> int:

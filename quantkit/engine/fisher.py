@@ -50,7 +50,7 @@ class Fisher:
     """What a model's layers are sensitive to.
 
     Attributes:
-        layers: by their names; without those that no token reached.
+        layers: by their names, the input embedding among them; without those that no token reached.
         loss: the mean negative log-likelihood of the labels, the entropy of the model, in nats a token.
         tokens: of the calibration.
     """
@@ -123,7 +123,7 @@ class FisherSweep:
     _places: dict[int, torch.Tensor] = field(init=False, default_factory=dict)
 
     def run(self) -> Fisher:
-        """Look at all layers of the blocks and at the head.
+        """Look at all layers of the blocks, at the head and at the input embedding.
 
         Raises:
             CheckpointError: a tensor is missing, of the wrong shape, or not finite.
@@ -146,7 +146,10 @@ class FisherSweep:
         sees = any(batch.inputs for batch in self.batches)
         walk = ReverseWalk(self.skeleton, self.reader, self.device, dtype, loaded, self.keep, sees, self.on_step)
         self._walk = walk
-        with walk:
+        with walk, ExitStack() as hooks:
+            if self.skeleton.embedding is not None:
+                for layer in self.skeleton.embedding.layers:
+                    hooks.callback(layer.module.register_forward_hook(self._hook(layer, _scale)).remove)
             loss = walk.run(self.batches, self._loss)
         layers = {name: sums.result(total) for name, sums in self._found.items() if sums.seen}
         for name, each in layers.items():
@@ -166,8 +169,12 @@ class FisherSweep:
             labels = torch.searchsorted(below, draws[:, None] * below[:, -1:]).clamp(max=said.shape[-1] - 1)
         return -said.gather(1, labels).sum()
 
-    def _hook(self, layer: Layer) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
-        def hook(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+    def _hook(
+        self, layer: Layer, scale: Callable[[nn.Module, tuple[Any, ...], torch.Tensor], torch.Tensor] | None = None
+    ) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+        """Looks at the gradient at the outputs of a layer, which are ``scale`` times what its weight gives."""
+
+        def hook(module: nn.Module, given_to: tuple[Any, ...], output: Any) -> None:
             if not isinstance(output, torch.Tensor) or not torch.is_grad_enabled():
                 return
             if not output.requires_grad:
@@ -176,7 +183,8 @@ class FisherSweep:
             given = None if batch is None else now_given(batch.token_ids.numel())
             positions = None if given is None else given.positions
             if batch is not None:
-                take = partial(self._add, layer.name, batch, positions, chunk)
+                factor = None if scale is None else scale(module, given_to, output)
+                take = partial(self._add, layer.name, batch, positions, chunk, factor)
                 output.register_hook(take)  # type: ignore[no-untyped-call]  # torch gives it no types
 
         return hook
@@ -187,6 +195,7 @@ class FisherSweep:
         batch: Batch,
         positions: torch.Tensor | None,
         chunk: torch.Tensor | None,
+        factor: torch.Tensor | None,
         gradient: torch.Tensor,
     ) -> None:
         """Take in the gradient of a batch at the outputs of a layer.
@@ -196,9 +205,11 @@ class FisherSweep:
             batch: whose tokens these are.
             positions: for an expert which positions of the batch.
             chunk: for the head which of the batch's tokens.
+            factor: by which the outputs are what the weight gives, 0-d; None for 1.
             gradient: ``[..., out_features]``.
         """
         flat = gradient.detach().reshape(-1, gradient.shape[-1]).float().square()
+        flat = flat if factor is None else flat * factor.square()
         own, whole = self._places[id(batch)], batch.token_ids.numel()
         if chunk is not None:
             places = own[chunk]
@@ -210,3 +221,11 @@ class FisherSweep:
         if name not in self._found:
             self._found[name] = _Sums(torch.zeros(flat.shape[1], device=flat.device))
         self._found[name].add(flat, places)
+
+
+def _scale(module: nn.Module, given: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+    """By which an embedding multiplies the rows that it looks up, 0-d, as that of Gemma does."""
+    with torch.no_grad():
+        rows: torch.Tensor = nn.functional.embedding(given[0], module.weight)  # type: ignore[arg-type]  # it has one
+        scale: torch.Tensor = output.detach().float().norm() / rows.float().norm().clamp(min=1e-30)
+        return scale

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -41,12 +41,22 @@ BATCH_WEIGHTS = {"cpu": 1 << 21, "cuda": 1 << 26}
 
 @dataclass(slots=True)
 class Group:
-    """Layers of a segment that share an input, the one that is called first at the head."""
+    """Layers of a segment that share an input, the one that is called first at the head.
+
+    Attributes:
+        layers: by their names.
+        gatherer: of the statistics of the input.
+        solved: whether they are.
+        mismatch: gathers what the input lost, where that is wanted.
+        judges: gather that of the batches that are held out, where there are some, by the layers whose errors it
+            tells.
+    """
 
     layers: dict[str, Layer]
     gatherer: Gatherer
     solved: bool = False
     mismatch: MismatchGatherer | None = None
+    judges: Mapping[str, Gatherer] = field(default_factory=dict)
 
     @classmethod
     def of(cls, layers: dict[str, Layer]) -> Group:
@@ -65,16 +75,26 @@ class Group:
 
     def add(self, inputs: torch.Tensor, batch: Batch) -> None:
         """Take in the inputs of one batch; see :meth:`Gatherer.add`."""
+        if batch.held_out:
+            for judge in self.judges.values():
+                judge.add(inputs, batch)
+            return
         self.gatherer.add(inputs, batch)
         if self.mismatch is not None:
             self.mismatch.add(inputs, batch)
 
     def result(self) -> InputStatistics:
         """What was gathered, with what the inputs lost where that was, too; see :meth:`Gatherer.result`."""
-        found = self.gatherer.result()
+        found = self.judged(self.gatherer.result())
         if self.mismatch is not None and found.gram is not None:
             found.mismatch = self.mismatch.result()
         return found
+
+    def judged(self, found: InputStatistics) -> InputStatistics:
+        """Statistics with those of the batches that are held out."""
+        if not self.judges:
+            return found
+        return replace(found, held_out={name: judge.result() for name, judge in self.judges.items()})
 
     def weights(self) -> int:
         """Number of weights of its layers."""
@@ -87,7 +107,7 @@ class Group:
     def numbers(self) -> int:
         """How many numbers its statistics are, of an expert: a Gram matrix, and what its input lost."""
         columns, rows = self.columns(), sum(layer.shape[0] for layer in self.layers.values())
-        return columns**2 + (0 if self.mismatch is None else self.mismatch.size(rows, columns))
+        return (1 + len(self.judges)) * columns**2 + (0 if self.mismatch is None else self.mismatch.size(rows, columns))
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,7 +283,11 @@ class Streams:
     def group(self, layers: dict[str, Layer]) -> Group:
         """Layers that share an input, of which nothing is gathered yet."""
         weights = None if self.sensitivity is None else self.sensitivity.weights(layers)
-        return Group(layers, Gatherer(self.needs, next(iter(layers)), weights))
+        group, gram = Group(layers, Gatherer(self.needs, next(iter(layers)), weights)), frozenset({Statistic.GRAM})
+        if any(each.held_out for each in self.batches):
+            told = {name: None if self.sensitivity is None else self.sensitivity.moments(name) for name in layers}
+            group.judges = {name: Gatherer(gram, name, moments) for name, moments in told.items()}
+        return group
 
     def trial(self, segment: Segment) -> Trial:
         """A segment to be run with the smallest batch."""
@@ -296,9 +320,11 @@ class Streams:
             segment: before which they stand.
             groups: of it.
             replay: the float passes whose way each batch is sent.
-            compares: add what the inputs lost to these, too.
+            compares: add what the inputs lost to these, too, and what is held out.
         """
         for each in self.at(segment):
+            if each.batch.held_out and not compares:
+                continue
             if replay is not None:
                 replay.see(groups if compares else (), each.batch)
 
@@ -350,13 +376,13 @@ class Streams:
     def _finished(self, step: Step, groups: Sequence[Group], pool: Pool | None) -> Solvable:
         """Groups with what was gathered of them; an expert's own together with that of all."""
         if not step.experts:
-            return [(group, group.gatherer.result()) for group in groups]
+            return [(group, group.result()) for group in groups]
         self._check_shown(groups)
         if pool is None:
             pool = Pool()
             for group in groups if self.experts.prior else ():
                 pool.add(group.gatherer)
-        found = [(group, pool.blended(group.gatherer, self.experts.prior)) for group in groups]
+        found = [(group, group.judged(pool.blended(group.gatherer, self.experts.prior))) for group in groups]
         for group, statistics in found:
             if group.mismatch is not None and group.gatherer.seen and statistics.gram is not None:
                 statistics.mismatch = group.mismatch.result()
@@ -364,7 +390,7 @@ class Streams:
 
     def _check_shown(self, groups: Sequence[Group]) -> None:
         """Refuse to show experts all tokens where it is the model's own code that computes with them."""
-        wanted = sum(batch.tokens for batch in self.batches)
+        wanted = sum(batch.tokens for batch in self.batches if not batch.held_out)
         for group in groups if self.experts.tokens == "all" else ():
             if group.gatherer.seen != wanted:
                 raise QuantizationError(

@@ -98,6 +98,15 @@ class Sensitivity:
         total[~given] = 1.0
         return TokenWeights(total, self.starts)
 
+    def moments(self, name: str) -> TokenWeights | None:
+        """How much the loss minds errors of a layer at each token, of mean 1; None where nobody tells tokens apart."""
+        known = self.fisher.layers.get(name)
+        if known is None or known.tokens is None or not bool(known.tokens.any()):
+            return None
+        found = torch.zeros(self.fisher.tokens)
+        found[slice(None) if known.places is None else known.places.long()] = known.tokens / known.tokens.mean()
+        return TokenWeights(found, self.starts)
+
     def nats(self, name: str, errors: torch.Tensor) -> torch.Tensor | None:
         """By how much errors of a layer are predicted to raise the model's divergence, 0-d, in nats a token.
 

@@ -23,8 +23,10 @@ from quantkit.engine.tuning import Example, Polish
 from quantkit.errors import QuantizationError
 from quantkit.methods.base import InputStatistics, Method, Solution, Statistic
 from quantkit.numerics.mismatch import corrected
+from quantkit.numerics.refine import row_errors
 from quantkit.schemes import QuantizedWeight, Scheme
 from quantkit.system.devices import synchronize
+from quantkit.transforms.base import Change
 
 T = TypeVar("T")
 
@@ -282,7 +284,9 @@ class Solver:
                     name: changes.apply(layer.path, "weight", originals[name]) for name, layer in members.items()
                 }
                 leader = next(iter(members.values())).path
-                given.append(InputGroup(weights, self.transforming.statistics(task, leader, found), experts))
+                told = members.items() if self.sensitivity is not None and task.transforms else ()
+                factors = {name: _factors(changes, layer) for name, layer in told}
+                given.append(InputGroup(weights, self.transforming.statistics(task, leader, found), experts, factors))
             with _no_garbage_collection():
                 solved = self.work(task, partial(solve_groups, task, given, sensitivity=self.sensitivity))
             for name, weight in (solved or {}).items() if replace else ():
@@ -329,11 +333,18 @@ class InputGroup:
         weights: float32 ``[out_features, in_features]`` of each, as the transforms left them.
         statistics: of the input, likewise.
         experts: what the names of the experts begin with whose layers they are; else empty.
+        factors: by which transforms multiply each output of a layer, float32 ``[out_features]``; nothing for 1.
     """
 
     weights: Mapping[str, torch.Tensor]
     statistics: InputStatistics
     experts: str = ""
+    factors: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+
+def _factors(changes: Change, layer: Layer) -> torch.Tensor:
+    """By which transforms multiply each output of a layer."""
+    return changes.apply(layer.path, "bias", torch.ones(layer.shape[0], device=layer.weight.device))
 
 
 def solve_groups(
@@ -376,7 +387,8 @@ def solve_groups(
             for name in stack.names:
                 stop = start + stack.group.weights[name].shape[0]
                 result = _layer(name, solution, start, stop, stack, is_calibrated)
-                result = _judged(result, solution.error[start:stop], stack, sensitivity)
+                if sensitivity is not None:
+                    result = _judged(result, solution.error[start:stop], stack, sensitivity)
                 task.sink.take(result)
                 solved[name] = result.weight
                 start = stop
@@ -461,13 +473,27 @@ def _layer(name: str, solution: Solution, start: int, stop: int, stack: _Stack, 
     return LayerResult(name, weight, error, before, tokens, notes, experts, stack.shares.get(name))
 
 
-def _judged(result: LayerResult, errors: torch.Tensor, stack: _Stack, sensitivity: Sensitivity | None) -> LayerResult:
-    """A result with what is known of the model's loss; of errors only where they are those of its own outputs."""
-    known, tokens = stack.group.statistics, stack.statistics
-    if sensitivity is None or tokens.is_empty():
+def _judged(result: LayerResult, errors: torch.Tensor, stack: _Stack, sensitivity: Sensitivity) -> LayerResult:
+    """A result with what is known of the model's loss; of errors only where they are those of its own outputs.
+
+    Where batches are held out, errors are those of the layer as it is stored on their tokens, each of which counts as
+    much as the model minds errors there.
+    """
+    group, name = stack.group, result.name
+    known = group.statistics
+    if known.held_out:
+        gram = known.held_out[name].gram
+        missing = group.weights[name] - result.weight.dequantize(torch.float32)
+        told = None if gram is None else row_errors(missing.T, gram)
+        effective = None
+    elif stack.statistics.is_empty():
         return result
-    effective = None if known.evenness == 1 else known.effective_tokens
-    nats = None if tokens.gram is None else sensitivity.nats(result.name, errors)
+    else:
+        told = None if stack.statistics.gram is None else errors
+        effective = None if known.evenness == 1 else known.effective_tokens
+    if told is not None and name in group.factors:
+        told = told / group.factors[name].square()
+    nats = None if told is None else sensitivity.nats(name, told)
     return replace(result, nats=nats, effective_tokens=effective)
 
 

@@ -145,7 +145,8 @@ class Walk:
         segments = self._wanted_segments()
         if not self._is_left(segments):
             return
-        calibrated = (bool(self._solver.needs()) or self._solver.tunes()) and bool(self.batches)
+        judged = any(batch.held_out for batch in self.batches)
+        calibrated = (bool(self._solver.needs()) or self._solver.tunes() or judged) and bool(self.batches)
         with torch.no_grad(), ExitStack() as cleanup:
             self._solver.begin()
             if calibrated:

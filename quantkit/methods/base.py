@@ -56,6 +56,7 @@ class InputStatistics:
         mismatch: what the input lost in the layers before it, where that was gathered; methods do not see it.
         own: the share of the tokens in them that the layer is given; below 1 for an expert's, beside others'.
         evenness: as how many even tokens they are worth, by how many there are; below 1 where tokens count unlike.
+        held_out: of tokens that are not in these, by the layers whose errors they tell; methods do not see them.
     """
 
     tokens: int = 0
@@ -66,6 +67,7 @@ class InputStatistics:
     mismatch: Mismatch | None = None
     own: float = 1.0
     evenness: float = 1.0
+    held_out: Mapping[str, InputStatistics] = field(default_factory=dict)
 
     @property
     def effective_tokens(self) -> int:

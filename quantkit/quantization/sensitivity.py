@@ -36,7 +36,7 @@ OnSegment = Callable[[int, int], None]
 OnNote = Callable[[str], None]
 
 STAGE = "sensitivity"
-CODE_VERSION = 1
+CODE_VERSION = 2
 """Part of the fingerprint: raised when the same inputs would give other figures."""
 TENSORS, FACTS = "sensitivity.safetensors", "sensitivity.json"
 SEED = 0

@@ -1,0 +1,377 @@
+"""What each choice costs each layer: one walk on the float model's activations in which every choice is a task.
+
+Some rows are held out: they are in no statistics, and by them errors of the solved layers are told, so that methods
+which fit the calibration rows closely look no better than they are. By the same rows the reverse walk finds how much
+the model's loss minds errors of each output and at each token (:mod:`quantkit.engine.fisher`). A layer costs half the
+sum over its outputs of that moment times the mean square of the error, each token weighed by its own moment: nats a
+token. What layers cost adds up as long as errors are small (Malinovskii et al. 2024, arXiv:2411.17525).
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from quantkit.allocation.table import Unit
+from quantkit.checkpoint import FLOATS, CheckpointReader
+from quantkit.engine.batches import Batch
+from quantkit.engine.precision import pass_dtype
+from quantkit.engine.sensitivity import Sensitivity
+from quantkit.engine.skeleton import Skeleton
+from quantkit.engine.tasks import LayerResult, SavedChange, Tuned, VariantTask
+from quantkit.engine.transforming import Originals
+from quantkit.engine.walk import Walk, WalkSettings
+from quantkit.errors import QuantizationError
+from quantkit.formats import FORMATS
+from quantkit.quantization.job import NOT_IN_BYTES, Job, made_from
+from quantkit.quantization.oom import FallbackStep, fallback_steps, out_of_memory, ran_out
+from quantkit.quantization.plan import experts_room, plan_layers
+from quantkit.quantization.sensitivity import load, sensitivity
+from quantkit.schemes import QuantizedWeight
+from quantkit.system.artifacts import fingerprint, mapping_or_nothing, new_folder, read_json, read_stage, write_json
+from quantkit.system.artifacts import write_stage as mark
+from quantkit.system.devices import resolve_device
+from quantkit.system.shutdown import heed, patient
+
+if TYPE_CHECKING:
+    from quantkit.recipe.mixing import AutoSpec
+
+STAGE = "costs"
+COSTS = "costs.json"
+CODE_VERSION = 1
+"""Part of the fingerprint: raised when the same inputs would give other figures."""
+HELD_OUT_EACH = 4
+"""Every so many rows one is held out."""
+HELD_OUT_TOKENS = 8192
+"""Tokens of them at most: the reverse walk takes about four forward passes of these."""
+FLOAT = "float"
+"""The kind of scheme of a choice that leaves layers as they are."""
+
+OnSegment = Callable[[int, int], None]
+OnNote = Callable[[str], None]
+Costs = dict[str, dict[str, float | None]]
+"""By the name of a layer and of a choice, in nats a token; None where nothing is known of the layer."""
+
+
+def measured(
+    job: Job, spec: AutoSpec, units: Sequence[Unit], out: Path, *, on_segment: OnSegment, on_note: OnNote
+) -> list[Unit]:
+    """Units with what each choice costs them, found out or read where it is there.
+
+    Any number of budgets share what is found: neither they nor the name of the variant are part of its fingerprint.
+
+    Args:
+        job: the float model and the calibration rows.
+        spec: the variant, whose method solves each choice.
+        units: with the sizes of the choices that suit them, and without costs.
+        out: the stage's folder; beside it that of the sensitivity.
+        on_segment: called with the number of blocks that are done and how many there are.
+        on_note: called with what the user should know.
+
+    Raises:
+        SchemeError: a choice suits no layer.
+        CheckpointError: the source is broken.
+        QuantizationError: there are no rows, a layer cannot be solved, or the model's code does not run backward.
+        OutputError: ``out`` cannot be written.
+        Terminated: somebody asked to stop; what was found is kept.
+    """
+    if not job.rows:
+        raise QuantizationError(f"{spec.name}: bits: auto needs calibration rows", "give a data set")
+    solved = [name for name, patch in spec.choice_patches().items() if patch.scheme != FLOAT]
+    asked = _asked_for(job, spec, solved)
+    written = read_stage(out, STAGE, asked)
+    if written is None:
+        measuring = _Measuring(job, spec, solved, out, asked, on_segment, on_note)
+        with new_folder(out) as folder:
+            write_json(folder / COSTS, measuring.run(units))
+            mark(folder, STAGE, asked)
+        measuring.part.unlink(missing_ok=True)
+    found: Costs = read_json(out / COSTS)
+    return [replace(unit, costs={name: _cost(unit, name, found) for name in unit.sizes}) for unit in units]
+
+
+def _asked_for(job: Job, spec: AutoSpec, names: Sequence[str]) -> dict[str, Any]:
+    """What the costs depend on."""
+    alone = replace(job, inputs="float", generated=0, sensitivity=None)
+    return {
+        "code": CODE_VERSION,
+        "choices": {name: made_from(alone, spec.uniform(name)) for name in names},
+        "rows": job.calibration_sha256,
+        "held_out": [HELD_OUT_EACH, HELD_OUT_TOKENS],
+        "ignored": list(NOT_IN_BYTES),
+    }
+
+
+def _cost(unit: Unit, choice: str, found: Costs) -> float:
+    """What a choice costs a unit; a layer of which nothing is known costs as much as the others on average."""
+    own = [found[layer][choice] for layer in unit.layers if choice in found.get(layer, {})]
+    known = [each for each in own if each is not None]
+    return sum(known) / len(known) * len(unit.layers) if known else 0.0
+
+
+@dataclass(slots=True)
+class _Measuring:
+    """Costs on their way.
+
+    Args:
+        job: what is measured.
+        spec: the variant.
+        names: of the choices that are solved.
+        out: the stage's folder.
+        asked: what the costs depend on.
+        on_segment: see :func:`measured`.
+        on_note: see there.
+    """
+
+    job: Job
+    spec: AutoSpec
+    names: Sequence[str]
+    out: Path
+    asked: Mapping[str, Any]
+    on_segment: OnSegment
+    on_note: OnNote
+    _costs: Costs = field(default_factory=dict)
+    _embeddings: dict[str, QuantizedWeight] = field(default_factory=dict)
+    _done: set[tuple[str, str]] = field(default_factory=set)
+
+    @property
+    def part(self) -> Path:
+        """The file of what a run that was cut short has found."""
+        return self.out.absolute().parent / f".{self.out.name}.part.json"
+
+    def run(self, units: Sequence[Unit]) -> Costs:
+        """Solve every choice, and judge what comes of it."""
+        skeleton = Skeleton(self.job.source, self.job.trust_remote_code)
+        skeleton.check_blocks()
+        tasks = self._tasks(skeleton, units)
+        held_out = held_out_rows(self.job, any(task.calibrated for task in tasks))
+        seen = _of_rows(self.job, held_out)
+        known = sensitivity(
+            seen, self.out.with_name(f"{self.out.name}-fisher"), on_segment=self.on_segment, on_note=self.on_note
+        )
+        judged = Sensitivity(load(known.folder), _starts(self.job, held_out), 0)
+        self._take_up()
+        device = resolve_device(self.job.device)
+        for step in fallback_steps(device, "one-pass", "float", calibrated=True):
+            if step.says:
+                self.on_note(ran_out(step, device))
+            if self._walked(skeleton, tasks, held_out, judged, step, device):
+                break
+        self._embedding(skeleton, judged, device)
+        return self._costs
+
+    def _tasks(self, skeleton: Skeleton, units: Sequence[Unit]) -> list[VariantTask]:
+        """A task for each choice, for the layers that it suits."""
+        tasks = []
+        for name in self.names:
+            wanted = {layer for unit in units if name in unit.sizes for layer in unit.layers}
+            variant = self.spec.uniform(name, tied=bool(skeleton.tied))
+            transforms = variant.build_transforms()
+            plan = plan_layers(skeleton, variant)
+            store = FORMATS.get(variant.format)(self.job.dtype)
+            tasks.append(
+                VariantTask(
+                    name=name,
+                    method=variant.build_method(),
+                    schemes={layer: scheme for layer, scheme in plan.quantized.items() if layer in wanted},
+                    scale_dtype=FLOATS[store.scale_dtype(self.job.dtype)],
+                    sink=_Judged(name, plan.embedding, self),
+                    fused=plan.fused,
+                    memory=None if transforms else _Judged(name, plan.embedding, self),
+                    transforms=transforms,
+                )
+            )
+        return [task for task in tasks if task.schemes]
+
+    def _walked(
+        self,
+        skeleton: Skeleton,
+        tasks: Sequence[VariantTask],
+        held_out: Sequence[int],
+        judged: Sensitivity,
+        step: FallbackStep,
+        device: torch.device,
+    ) -> bool:
+        """Walk once; false where the memory of the GPU ran out and less is to be tried."""
+        dtype, reader = pass_dtype(device, FLOATS[self.job.dtype]), CheckpointReader(self.job.source)
+        rest = [place for place in range(len(self.job.rows)) if place not in held_out or len(self.job.rows) == 1]
+        batches = [
+            replace(batch, held_out=is_held, rows=tuple(places[row] for row in batch.rows))
+            for is_held, places in ((False, rest), (True, held_out))
+            for batch in self._batches(places, skeleton, reader, device, dtype, step)
+        ]
+        settings = WalkSettings(
+            device,
+            dtype,
+            "float",
+            step.strategy,
+            step.offload,
+            tries_again=not step.is_last,
+            experts=self.job.experts,
+            room=experts_room(device) // step.parts,
+            sensitivity=judged,
+        )
+        walk = Walk(skeleton, reader, batches, tasks, settings, self._segment_done)
+        try:
+            with patient():
+                walk.run()
+        except torch.OutOfMemoryError as error:
+            if step.is_last:
+                raise out_of_memory(error, device) from error
+            gc.collect()
+            torch.cuda.empty_cache()
+            return False
+        for failure in walk.failures.values():
+            raise failure
+        return True
+
+    def _batches(
+        self,
+        places: Sequence[int],
+        skeleton: Skeleton,
+        reader: CheckpointReader,
+        device: torch.device,
+        dtype: torch.dtype,
+        step: FallbackStep,
+    ) -> list[Batch]:
+        if not places:
+            return []
+        return _of_rows(self.job, places).batches(skeleton, reader, device, dtype, step.batch_tokens)
+
+    def _embedding(self, skeleton: Skeleton, judged: Sensitivity, device: torch.device) -> None:
+        """Judge a quantized embedding by the tokens of all rows, of which it gives one row each."""
+        if skeleton.embedding is None or not self._embeddings:
+            return
+        (layer,) = skeleton.embedding.layers
+        original = Originals(skeleton, CheckpointReader(self.job.source), device).weight(layer.path)
+        tokens = torch.tensor([token for row in self.job.rows for token in row])
+        times = torch.bincount(tokens, minlength=layer.shape[0]).to(original)
+        for choice, weight in self._embeddings.items():
+            missing = original - weight.dequantize(torch.float32)
+            nats = judged.nats(layer.name, (times / times.sum()) @ missing.square())
+            self.add(layer.name, choice, nats)
+
+    # What tasks give
+
+    def add(self, layer: str, choice: str, nats: torch.Tensor | None) -> None:
+        """What a choice costs a layer."""
+        self._costs.setdefault(layer, {})[choice] = None if nats is None else float(nats)
+
+    def keep_embedding(self, choice: str, weight: QuantizedWeight) -> None:
+        """The embedding as a choice has it."""
+        self._embeddings[choice] = weight
+
+    def segment_done(self, choice: str, prefix: str) -> None:
+        """A choice was solved for all layers of a segment."""
+        self._done.add((choice, prefix))
+
+    def is_done(self, choice: str, prefix: str) -> bool:
+        """Whether it was, in this run or one before."""
+        return (choice, prefix) in self._done
+
+    # What a run that was cut short has found
+
+    def _take_up(self) -> None:
+        found = mapping_or_nothing(self.part)
+        if found.get("asked") == fingerprint(dict(self.asked)):
+            self._costs = found["costs"]
+            self._done = {(choice, prefix) for choice, prefix in found["done"]}
+
+    def _segment_done(self, done: int, total: int) -> None:
+        content = {"asked": fingerprint(dict(self.asked)), "costs": self._costs, "done": sorted(self._done)}
+        write_json(self.part, content)
+        self.on_segment(done, total)
+        heed()
+
+
+@dataclass(frozen=True, slots=True)
+class _Judged:
+    """Takes what a choice costs each layer, and remembers which segments are done; codes are let go.
+
+    Args:
+        choice: its name.
+        embedding: name of the input embedding where it is quantized.
+        found: where costs go.
+    """
+
+    choice: str
+    embedding: str | None
+    found: _Measuring
+
+    def take(self, result: LayerResult) -> None:
+        """One layer."""
+        if result.name == self.embedding:
+            self.found.keep_embedding(self.choice, result.weight)
+        else:
+            self.found.add(result.name, self.choice, result.nats)
+
+    def replace(self, name: str, tensor: torch.Tensor) -> None:
+        """A float tensor that a transform changes; nobody wants it here."""
+
+    def tuned(self, prefix: str, done: Tuned) -> None:
+        """What tuning made of a segment; no choice is tuned."""
+
+    def segment_done(self, prefix: str) -> None:
+        """All layers of a segment have been given."""
+        self.found.segment_done(self.choice, prefix)
+
+    def has(self, prefix: str) -> bool:
+        """Whether a segment is finished; an embedding is solved again, as its codes are not kept."""
+        embedding = self.embedding
+        return self.found.is_done(self.choice, prefix) and not (embedding and embedding.startswith(prefix))
+
+    def weight(self, layer: str) -> QuantizedWeight:
+        """Codes of a finished segment: with float inputs nobody asks for them."""
+        raise NotImplementedError(f"the codes of {layer} are not kept")
+
+    def changes(self, prefix: str) -> Sequence[SavedChange | None]:
+        """No transforms."""
+        return ()
+
+    def floats(self, prefix: str) -> Mapping[str, torch.Tensor]:
+        """No tuning."""
+        return {}
+
+    def remember_changes(self, prefix: str, changes: Sequence[SavedChange | None]) -> None:
+        """No transforms."""
+
+    def remember_seconds(self, own: float, shared: float) -> None:
+        """Nobody asks."""
+
+
+def held_out_rows(job: Job, calibrates: bool) -> list[int]:
+    """The places of the rows by which errors are told: some of them, or where no method is calibrated, any.
+
+    A single row is in the statistics as well.
+    """
+    places = list(range(len(job.rows)))
+    wanted = places[HELD_OUT_EACH - 1 :: HELD_OUT_EACH] if calibrates else places
+    found: list[int] = []
+    tokens = 0
+    for place in wanted or places[-1:]:
+        if not found or tokens + len(job.rows[place]) <= HELD_OUT_TOKENS:
+            found.append(place)
+            tokens += len(job.rows[place])
+    return found
+
+
+def _of_rows(job: Job, places: Sequence[int]) -> Job:
+    """The job with some of its rows."""
+    images = {index: job.images[place] for index, place in enumerate(places) if place in job.images}
+    rows = [job.rows[place] for place in places]
+    told = fingerprint([job.calibration_sha256, list(places)])
+    return replace(job, rows=rows, images=images, calibration_sha256=told)
+
+
+def _starts(job: Job, held_out: Sequence[int]) -> torch.Tensor:
+    """Where the tokens of each row begin among those of the rows that are held out, int64 ``[rows]``."""
+    found, start = torch.zeros(len(job.rows), dtype=torch.int64), 0
+    for place in held_out:
+        found[place] = start
+        start += len(job.rows[place])
+    return found
