@@ -14,7 +14,7 @@ from typing import BinaryIO
 import torch
 
 from quantkit.checkpoint.header import DTYPE_NAMES, INDEX_FILE, SINGLE_FILE
-from quantkit.system.artifacts import translated_os_errors, write_json
+from quantkit.system.artifacts import json_text, translated_os_errors, write_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +120,13 @@ class ShardWriter:
         shard.tensors.append(tensor)
         shard.nbytes += tensor.nbytes
 
+    def nbytes(self) -> int:
+        """Bytes of all files of what is declared, before any is written: tensors, headers and the index."""
+        self._planned()
+        heads = sum(len(shard.layout(self._said)[0]) for shard in self._shards)
+        index = len(json_text(self._index()).encode()) if len(self._shards) > 1 else 0
+        return heads + index + sum(shard.nbytes for shard in self._shards)
+
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Write the next tensor.
 
@@ -180,9 +187,12 @@ class ShardWriter:
                 self._shard_file(0)
             self._finish_shard()
         if len(self._shards) > 1:
-            weight_map = {tensor.name: self._file_name(number) for number, tensor in plan}
-            total = sum(shard.nbytes for shard in self._shards)
-            write_json(self.folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
+            write_json(self.folder / INDEX_FILE, self._index())
+
+    def _index(self) -> dict[str, object]:
+        """Which file holds each tensor."""
+        weight_map = {tensor.name: self._file_name(number) for number, tensor in self._planned()}
+        return {"metadata": {"total_size": sum(shard.nbytes for shard in self._shards)}, "weight_map": weight_map}
 
     def _planned(self) -> list[tuple[int, _Declared]]:
         if self._plan is None:

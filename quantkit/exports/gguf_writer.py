@@ -33,7 +33,7 @@ from quantkit.gguf.rope import rope_tensors
 from quantkit.gguf.tensors import FLOATS, MATRICES, dequantized, float_kind
 from quantkit.gguf.tokenizer_writer import end_ids, read_tokenizer, remarks_on, tokenizer_metadata, turn_end
 from quantkit.gguf.types import FILE_TYPES, type_of
-from quantkit.gguf.writer import Entry, write_file
+from quantkit.gguf.writer import Entry, file_bytes, write_file
 from quantkit.system.artifacts import write_text
 from quantkit.system.distribution import own_version
 
@@ -98,12 +98,42 @@ def write_gguf(content: Content, folder: Path) -> Path:
         OutputError: the folder cannot be written.
         CheckpointError: what was read back is not what was written.
     """
-    config, tokenizer = read_model_config(content.origin), read_tokenizer(content.origin)
-    kind = content.preset or _commonest(content)
+    config, tokenizer = _config(content), read_tokenizer(content.origin)
+    kind, naming = content.preset or _commonest(content), Naming.of(config)
+    path = folder / f"model-{kind}.gguf"
+    write_file(path, _metadata(content, config, tokenizer), _tensors(content, config, naming))
+    stops = [str(tokenizer.convert_ids_to_tokens(number)) for number in end_ids(tokenizer, content.origin)]
+    mark = turn_end(tokenizer)  # of a model without that token it is text, at which Ollama stops as well
+    stops += [mark] if mark is not None and mark not in stops else []
+    write_text(folder / "Modelfile", modelfile(path.name, stops))
+    copy_companions(content.origin, folder, licences_only=True)
+    _compare(content, path, written_names(content.floats, config, naming), naming)
+    return path
+
+
+def bytes_of_gguf(content: Content) -> int:
+    """Bytes of the file that :func:`write_gguf` would write, told without reading a tensor."""
+    config = _config(content)
+    metadata = _metadata(content, config, read_tokenizer(content.origin))
+    return file_bytes(metadata, _tensors(content, config, Naming.of(config)))
+
+
+def _config(content: Content) -> PreTrainedConfig:
+    """Of the model, as the file has it."""
+    config = read_model_config(content.origin)
     config.tie_word_embeddings = config.tie_word_embeddings and not content.unties
-    naming = Naming.of(config)
-    tensors = sorted(_entries(content, config, naming), key=_place)
-    metadata = {
+    return config
+
+
+def _tensors(content: Content, config: PreTrainedConfig, naming: Naming) -> list[Entry]:
+    """Every tensor in its order in the file."""
+    return sorted(_entries(content, config, naming), key=_place)
+
+
+def _metadata(content: Content, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What the file says of itself, of the model and of its tokenizer."""
+    naming, kind = Naming.of(config), content.preset or _commonest(content)
+    return {
         "general.architecture": naming.architecture.name,
         **_provenance(content.origin, tokenizer, content.name),
         **model_metadata(config, content.origin),
@@ -112,15 +142,6 @@ def write_gguf(content: Content, folder: Path) -> Path:
         **_noted(content),
         **tokenizer_metadata(tokenizer, content.origin, config.vocab_size),
     }
-    path = folder / f"model-{kind}.gguf"
-    write_file(path, metadata, tensors)
-    stops = [str(tokenizer.convert_ids_to_tokens(number)) for number in end_ids(tokenizer, content.origin)]
-    mark = turn_end(tokenizer)  # of a model without that token it is text, at which Ollama stops as well
-    stops += [mark] if mark is not None and mark not in stops else []
-    write_text(folder / "Modelfile", modelfile(path.name, stops))
-    copy_companions(content.origin, folder, licences_only=True)
-    _compare(content, path, written_names(content.floats, config, naming), naming)
-    return path
 
 
 def modelfile(name: str, stops: Iterable[str]) -> str:

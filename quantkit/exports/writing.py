@@ -9,7 +9,7 @@ from pathlib import Path
 from quantkit.checkpoint import CheckpointReader
 from quantkit.exports import find_gguf
 from quantkit.exports.content import Content
-from quantkit.exports.folder_writer import write_folder
+from quantkit.exports.folder_writer import bytes_of_folder, write_folder
 from quantkit.formats.base import Format
 
 
@@ -79,3 +79,17 @@ def write_export(content: Content, store: Format, folder: Path) -> None:
         write_gguf(content, folder)
     else:
         write_folder(content, store, folder)
+
+
+def bytes_of_export(content: Content, store: Format) -> int:
+    """Bytes of the files with tensors that :func:`write_export` would write, the index of several counted.
+
+    Args:
+        content: whose tensors are not read, and whose digests are not asked for.
+        store: the format.
+    """
+    if store.container == "gguf":
+        from quantkit.exports.gguf_writer import bytes_of_gguf
+
+        return bytes_of_gguf(content)
+    return bytes_of_folder(content)

@@ -61,6 +61,7 @@ class Format(ABC):
         embeddings: whether it stores a quantized input embedding, in the schemes of :meth:`check_embedding`.
         optional_suffixes: of tensors that files of other tools may lack.
         shares_head: whether a quantized input embedding can be the output head as well, where a model ties them.
+        varies: bytes by which a layer may take more than :meth:`layer_bytes` says, where the weight has a say in it.
         beside: suffixes of tensors that :meth:`pack` gives and the weight does not need; they count for nothing.
         container: a folder of safetensors that transformers could read, or one GGUF file.
         packed_as: what transformers makes of a layer's module: one without a weight (``emptied``), one of another kind
@@ -82,6 +83,7 @@ class Format(ABC):
     embeddings: ClassVar[bool] = False
     optional_suffixes: ClassVar[tuple[str, ...]] = ()
     shares_head: ClassVar[bool] = False
+    varies: ClassVar[int] = 0
     beside: ClassVar[tuple[str, ...]] = ()
     container: ClassVar[Container] = "safetensors"
     packed_as: ClassVar[Literal["", "emptied", "replaced"]] = ""

@@ -46,6 +46,7 @@ class BitsAndBytes(Format):
         {"bits": 8, "group_size": -1, "activations": "dynamic"},
     )
     requires = ("accelerate", "bitsandbytes")
+    varies = 4  # an offset in words has up to three more digits than most, which may move others
     fused = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
     @classmethod

@@ -63,10 +63,7 @@ def write_file(path: Path, metadata: Mapping[str, Any], entries: Sequence[Entry]
         ValueError: a tensor does not have the bytes that were announced.
     """
     with translated_os_errors(path), path.open("wb") as file:
-        file.write(MAGIC + struct.pack("<IQQ", VERSION, len(entries), len(metadata)))
-        for key, value in metadata.items():
-            file.write(_string(key) + _value(value))
-        file.write(_table(entries))
+        file.write(_head(metadata, entries))
         for entry in entries:
             _pad(file)
             _write_tensor(file, entry)
@@ -75,13 +72,29 @@ def write_file(path: Path, metadata: Mapping[str, Any], entries: Sequence[Entry]
         os.fsync(file.fileno())
 
 
+def file_bytes(metadata: Mapping[str, Any], entries: Sequence[Entry]) -> int:
+    """Bytes of the file that :func:`write_file` would write, told without reading a tensor."""
+    return sum(_aligned(size) for size in (len(_head(metadata, entries)), *(entry.nbytes for entry in entries)))
+
+
+def _head(metadata: Mapping[str, Any], entries: Sequence[Entry]) -> bytes:
+    """All before the tensors."""
+    pairs = b"".join(_string(key) + _value(value) for key, value in metadata.items())
+    return MAGIC + struct.pack("<IQQ", VERSION, len(entries), len(metadata)) + pairs + _table(entries)
+
+
+def _aligned(nbytes: int) -> int:
+    """Bytes with the padding that follows them."""
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
 def _table(entries: Iterable[Entry]) -> bytes:
     """Name, shape, type and offset of each tensor."""
     rows, offset = [], 0
     for entry in entries:
         shape = struct.pack(f"<I{len(entry.shape)}Q", len(entry.shape), *reversed(entry.shape))
         rows.append(_string(entry.name) + shape + struct.pack("<IQ", entry.kind, offset))
-        offset += -(-entry.nbytes // ALIGNMENT) * ALIGNMENT
+        offset += _aligned(entry.nbytes)
     return b"".join(rows)
 
 

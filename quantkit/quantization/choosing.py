@@ -169,16 +169,16 @@ def _experts_alike(
     variant: VariantSpec, schemes: MutableMapping[str, Scheme | None], float_for: MutableMapping[str, str]
 ) -> None:
     """Experts that runtimes load as one tensor stay float together, where the shape of one does not suit."""
-    for members in _stacks(variant, schemes).values():
+    for members in expert_stacks(FORMATS.get(variant.format), schemes).values():
         alone = next((name for name in members if float_for.get(name, IGNORED) != IGNORED), None)
         taken = [] if alone is None else [name for name in members if schemes[name] is not None]
         schemes.update(dict.fromkeys(taken))
         float_for.update(dict.fromkeys(taken, f"runtimes load them as one with {alone}" if alone else ""))
 
 
-def _stacks(variant: VariantSpec, names: Collection[str]) -> dict[str, list[str]]:
-    """The experts that runtimes of the variant's format load as one tensor, by what they are called together."""
-    alike = FORMATS.get(variant.format).experts
+def expert_stacks(store: type[Format], names: Collection[str]) -> dict[str, list[str]]:
+    """The experts that runtimes of a format load as one tensor, by what they are called together."""
+    alike = store.experts
     found: dict[str, list[str]] = {}
     for name in names:
         match = EXPERT.match(name)
@@ -197,7 +197,7 @@ def _fused_alike(
         SchemeError: they differ, because the recipe says so.
     """
     found = []
-    for names in _fused(variant, schemes):
+    for names in fused_layers(FORMATS.get(variant.format), schemes):
         alone = next((name for name in names if float_for.get(name, IGNORED) != IGNORED), None)
         if alone is not None:
             taken = [name for name in names if schemes[name] is not None]
@@ -208,13 +208,13 @@ def _fused_alike(
     return tuple(found)
 
 
-def _fused(variant: VariantSpec, names: Collection[str]) -> list[tuple[str, ...]]:
-    """The layers that the runtimes of the variant's format load as one matrix, by their full names."""
+def fused_layers(store: type[Format], names: Collection[str]) -> list[tuple[str, ...]]:
+    """The layers that runtimes of a format load as one matrix, by their full names."""
     parents = dict.fromkeys(name.rpartition(".")[0] for name in names)
     found = [
         tuple(f"{parent}.{leaf}" for leaf in leaves if f"{parent}.{leaf}" in names)
         for parent in parents
-        for leaves in FORMATS.get(variant.format).fused
+        for leaves in store.fused
     ]
     return [members for members in found if len(members) > 1]
 
@@ -235,8 +235,8 @@ def _check_fused(variant: VariantSpec, schemes: Mapping[str, Scheme | None]) -> 
 
 def _check_experts(variant: VariantSpec, schemes: Mapping[str, Scheme | None]) -> None:
     """Refuse different schemes for experts that runtimes load as one tensor."""
-    alike = FORMATS.get(variant.format).experts
-    for stack, names in _stacks(variant, schemes).items():
+    store = FORMATS.get(variant.format)
+    for stack, names in expert_stacks(store, schemes).items():
         first = names[0]
         other = next((name for name in names if schemes[name] != schemes[first]), None)
         if other is not None:
@@ -244,8 +244,9 @@ def _check_experts(variant: VariantSpec, schemes: Mapping[str, Scheme | None]) -
             both = {name[own:]: schemes[name] for name in (first, other)}
             words = [f"{name} is {each.describe() if each else 'float'}" for name, each in both.items()]
             raise SchemeError(
-                f"{variant.name}: in {stack}, {' and '.join(words)}, and runtimes of the format {variant.format} load "
-                f"{'all experts of a block' if alike == 'all' else 'a projection of all experts'} in one scheme",
+                f"{variant.name}: in {stack}, {' and '.join(words)}, and runtimes of the format {store.name} load "
+                f"{'all experts of a block' if store.experts == 'all' else 'a projection of all experts'} "
+                "in one scheme",
                 "name all of them by a pattern, such as '\\.experts\\.', in overrides and in ignore",
             )
 

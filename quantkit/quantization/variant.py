@@ -14,17 +14,17 @@ import yaml
 
 from quantkit.checkpoint import FLOATS, CheckpointReader
 from quantkit.checkpoint.companions import asks_for_code
-from quantkit.engine.layers import Layer
 from quantkit.engine.skeleton import Skeleton
 from quantkit.engine.tasks import MODEL, VariantTask
 from quantkit.errors import QuantizationError
 from quantkit.exports import IMATRIX
-from quantkit.exports.content import Content, Stored
-from quantkit.exports.manifest import CALIBRATION, model_name, public_reference, write_manifest
+from quantkit.exports.content import Content
+from quantkit.exports.manifest import CALIBRATION, public_reference, write_manifest
 from quantkit.exports.writing import bits_of_file, check_origin, origin_remarks, write_export
 from quantkit.formats import FORMATS
 from quantkit.quantization.calibration_need import few_tokens
 from quantkit.quantization.expert_tokens import expert_notes, expert_tokens
+from quantkit.quantization.foreseen import file_content, float_tensors, names_in_file
 from quantkit.quantization.generated import generated_notes, keep
 from quantkit.quantization.job import STAGE, Job, Quantized, Wanted, Written, made_from
 from quantkit.quantization.plan import plan_layers
@@ -103,12 +103,7 @@ class VariantRun:
             text = f"{self.name}: method {wanted.variant.chain} needs calibration rows"
             raise QuantizationError(text, "give a data set")
         check_writable(self._out)
-        check_origin(type(self._store), job.source, self._names(CheckpointReader(job.source)))
-
-    def _names(self, reader: CheckpointReader) -> list[str]:
-        """The tensors of the source that go into the checkpoint, packed or not."""
-        dropped = set(self._skeleton.left_out(all_unknown=self._store.container == "gguf"))
-        return [name for name in reader.names() if name not in dropped]
+        check_origin(type(self._store), job.source, names_in_file(skeleton, CheckpointReader(job.source), self._store))
 
     @property
     def name(self) -> str:
@@ -222,41 +217,17 @@ class VariantRun:
         and those that follow from the config.
         A weight that the head and the embedding shared is there for each of them once one is quantized.
         """
-        job, layers, solved = self._job, self.layers, self.solved
+        job, layers, solved, skeleton = self._job, self.layers, self.solved, self._skeleton
         reader = CheckpointReader(job.source)
         changed = [name for held in layers.stacks.values() for name in held if solved.replaces(f"{name}.weight")]
-        names = self._names(reader)
-        kept, apart = layers.kept(names, changed), layers.cut_out(changed)
-        floats = {name: Stored.of(reader, source, finite=True) for name, source in kept.items()}
-        parts = [layer for layer in self._skeleton.layers() if layer.name in apart]
-        floats |= {f"{layer.name}.weight": self._part(reader, layer) for layer in parts}
+        floats = float_tensors(skeleton, layers, reader, names_in_file(skeleton, reader, self._store), changed)
         self._check_parts(floats)
         floats |= {name: solved.stored(name) for name in floats if solved.replaces(name)}
-        changes: dict[str, Any] = {}
-        head = self._skeleton.head
-        decoded = decoded_from(job.source_facts)
-        if decoded is not None and not layers.quantized:
-            changes[DECODED_FROM] = decoded
-        if layers.cast is not None:
-            changes["dtype"] = layers.cast
-            floats = {name: tensor.cast(FLOATS[layers.cast], name) for name, tensor in floats.items()}
-        return Content(
-            origin=job.source,
-            dtype=layers.cast or job.dtype,
-            linears=layers.linears,
-            packed={layer: solved.packed(layer) for layer in layers.quantized},
-            floats=floats,
-            digests=solved.digests(),
-            embedding=None if layers.embedding is None else (layers.embedding, layers.quantized[layers.embedding]),
-            unties=layers.unties or (head is not None and head.linears[0] in layers.quantized),
-            changes=changes,
-            runs_code=job.trust_remote_code,
-            paths=layers.paths,
-            alone=layers.alone,
-            preset=getattr(self._variant.base_scheme(), "preset", None),
-            others=self._skeleton.others(),
-            name=model_name(job.source_facts.get("reference")),
-        )
+        packed = {layer: solved.packed(layer) for layer in layers.quantized}
+        content = file_content(job, skeleton, self._variant, layers, packed, floats)
+        decoded = None if layers.quantized else decoded_from(job.source_facts)
+        changes = content.changes if decoded is None else {**content.changes, DECODED_FROM: decoded}
+        return replace(content, digests=solved.digests(), changes=changes)
 
     def _check_parts(self, floats: Collection[str]) -> None:
         """Refuse a change of what lies in a tensor that is written whole, such as the biases of stacked experts."""
@@ -268,12 +239,6 @@ class VariantRun:
                 f"{self.name}: a transform changes {lost}, which lies in a tensor that is written whole",
                 "leave out the transform",
             )
-
-    def _part(self, reader: CheckpointReader, layer: Layer) -> Stored:
-        """A layer that is a part of a tensor of the source."""
-        names, parameter = self._skeleton.names, f"{layer.path}.weight"
-        dtype = reader.dtype(names.sources(parameter)[0])
-        return Stored(dtype, layer.shape, lambda: names.read(parameter, reader.read_finite))
 
     def _write_importance(self, folder: Path, content: Content) -> None:
         """Write ``imatrix.gguf``, for ``llama-quantize --imatrix``, if layers of the checkpoint have an importance."""

@@ -86,7 +86,12 @@ def write_json(path: Path, value: Any) -> None:
     Raises:
         OutputError: the folder is read-only, the disk full.
     """
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, json_text(value))
+
+
+def json_text(value: Any) -> str:
+    """JSON as people read it, which is how it is written."""
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
 def write_text(path: Path, text: str) -> None:
