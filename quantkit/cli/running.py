@@ -72,7 +72,8 @@ def _show(content: dict[str, Any], all_columns: bool) -> None:
     from quantkit.report.terminal import gate_lines
 
     console().print(report.table(content, everything=all_columns))
-    for line in [*gate_lines(content), *report.rounding_lines(content), *report.recommend(content).lines()]:
+    lines = [*gate_lines(content), *report.rounding_lines(content), *report.mix_lines(content)]
+    for line in [*lines, *report.recommend(content).lines()]:
         say(line)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from quantkit.gates.metrics import METRICS, Metric
+from quantkit.schemes.mix import mix_of
 from quantkit.system.units import finite
 
 Key = tuple[str, str, str]
@@ -107,14 +108,14 @@ def variant_record(row: Mapping[str, Any], *, content: str | None = None, cpu: s
         content: fingerprint of the file.
         cpu: the processor's name.
     """
-    scored = row.get("scored_on") or {}
+    scored, mix = row.get("scored_on") or {}, mix_of(row.get("allocation"))
     return VariantRecord(
         name=str(row.get("name", BASELINE)),
         status=str(row.get("status", "ok")),
         error=row.get("error"),
         method=str(row.get("method") or ""),
         format=str(row.get("format") or ""),
-        scheme=str(row.get("scheme") or ""),
+        scheme=str(row.get("scheme") or "") if mix is None else mix.name,
         loaded_by=row.get("loaded_by"),
         device=str(scored.get("device") or ""),
         cpu=cpu,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from quantkit.report.columns import Record
 from quantkit.report.losses import apart, loss, meets_gates, size_words
+from quantkit.report.mixes import mixed_words
 from quantkit.report.numbers import figure
 from quantkit.report.recommendation import breakage, recommend
 
@@ -54,7 +55,8 @@ def _closest(report: Record, variants: Sequence[Record]) -> Finding | None:
     least, best = min(losses, key=lambda pair: pair[0].value)
     near = [str(variant["name"]) for other, variant in losses if variant is not best and not apart(least, other)]
     aside = f"Within two standard errors of the difference: {', '.join(near)}." if near else ""
-    return Finding("Loses least", str(best["name"]), f"{least.words}{size_words(report, best, '; ')}", aside)
+    detail = f"{least.words}{size_words(report, best, '; ')}{mixed_words(best)}"
+    return Finding("Loses least", str(best["name"]), detail, aside)
 
 
 def _smallest(report: Record, variants: Sequence[Record], label: str) -> Finding | None:
@@ -71,4 +73,4 @@ def _smallest(report: Record, variants: Sequence[Record], label: str) -> Finding
     asides += [f"It is broken: {how}."] if how else []
     distance = loss(report, best)
     words = f"; {distance.words}" if distance else ""
-    return Finding(label, str(best["name"]), f"{size_words(report, best)}{words}", " ".join(asides))
+    return Finding(label, str(best["name"]), f"{size_words(report, best)}{words}{mixed_words(best)}", " ".join(asides))

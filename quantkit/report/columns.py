@@ -18,6 +18,7 @@ from quantkit.report.numbers import (
     pick,
     signed,
 )
+from quantkit.schemes.mix import mix_of
 
 Record = dict[str, Any]
 Better = Literal["low", "high"]
@@ -76,7 +77,10 @@ def reference_word(report: Record) -> str:
 
 
 def scheme_name(variant: Record) -> str:
-    """A scheme in short, such as ``int4 g64 sym``: as the row says it, or from the keys of older rows."""
+    """A scheme in short, such as ``int4 g64 sym`` or ``mixed int3, int4``: by the mix, by the row, or as older rows."""
+    mix = mix_of(variant.get("allocation"))
+    if mix is not None:
+        return mix.name
     if variant.get("scheme"):
         return str(variant["scheme"])
     bits, group, symmetric = variant.get("bits"), variant.get("group_size"), variant.get("symmetric")

@@ -8,6 +8,7 @@ from typing import Any
 
 from quantkit.report.columns import Record, reference_name
 from quantkit.report.numbers import ABSENT, count, duration, figure, fixed, in_bytes, parameters, pick, significant
+from quantkit.schemes.mix import mix_of
 from quantkit.system.units import finite
 
 Facts = list[tuple[str, str]]
@@ -109,10 +110,23 @@ def variant_facts(variant: Record) -> Facts:
     return present(
         ("checkpoint", words(variant.get("checkpoint"))),
         ("loaded by", words(LOADERS.get(str(loader), loader))),
+        *_mix_facts(variant),
         *((label, _beside_estimate(variant, name)) for name, label in ESTIMATED.items()),
         *((str(key), words(value)) for key, value in options.items()),
         *library_facts(variant),
     )
+
+
+def _mix_facts(variant: Record) -> Facts:
+    """What a mix was made for, and what it is predicted to lose."""
+    mix = mix_of(variant.get("allocation"))
+    if mix is None:
+        return []
+    return [
+        *((key, words(value)) for key, value in mix.facts.items() if isinstance(value, str | int | float)),
+        ("layers", mix.words),
+        ("predicted loss", f"{significant(mix.predicted)} nats per token"),
+    ]
 
 
 def _beside_estimate(variant: Record, name: str) -> str:

@@ -14,6 +14,7 @@ from quantkit.report.columns import Record
 from quantkit.report.mending import mending, standing_out
 from quantkit.report.numbers import ABSENT, figure, padded
 from quantkit.report.tuned_blocks import TunedBlocks, tuned_blocks
+from quantkit.schemes.places import Place, place_of, stacks_of
 
 STEPS = (0.25, 0.5, 0.71, 1.41, 2.0, 4.0)
 """Ratios to the median at which the colour changes."""
@@ -22,18 +23,6 @@ UNIT = 10.0
 ROW_HEIGHT = 16
 GIVEN = "of outputs, on the calibration inputs"
 UNGIVEN = "of weights, inputs taken as alike"
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where a layer is, by its name: ``stack.block.kind``, such as ``model.layers.3.mlp.down_proj``.
-
-    Numbers behind the block, those of experts, are ``*``. A layer outside blocks has neither stack nor block.
-    """
-
-    stack: str
-    block: int | None
-    kind: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,16 +124,6 @@ def layer_maps(report: Record) -> list[LayerMap]:
     return [found for found in maps if found is not None and found.strips]
 
 
-def place_of(name: str) -> Place:
-    """Where a layer is; the first number in its name is that of its block."""
-    parts = name.split(".")
-    at = next((index for index, part in enumerate(parts) if part.isdecimal()), None)
-    if at is None or at == len(parts) - 1:
-        return Place("", None, name)
-    kind = ".".join("*" if part.isdecimal() else part for part in parts[at + 1 :])
-    return Place(".".join(parts[:at]), int(parts[at]), kind)
-
-
 def _map(variant: Record, entry: Mapping[str, object] | None) -> LayerMap | None:
     layers = [layer for layer in variant.get("layers") or [] if isinstance(layer, Mapping)]
     known = [(str(layer.get("name")), error) for layer in layers if (error := figure(layer, "error_after")) is not None]
@@ -159,7 +138,7 @@ def _map(variant: Record, entry: Mapping[str, object] | None) -> LayerMap | None
     return LayerMap(
         name=str(variant["name"]),
         caption=caption + " and ".join(sorted(kinds)),
-        strips=_strips([spot for spot in spots if spot.place.block is not None]),
+        strips=_strips(spots),
         outside=[(spot.name, padded(spot.error)) for spot in spots if spot.place.block is None],
         worst=[group.why for group in groups],
         mending=mending(groups, entry),
@@ -183,17 +162,16 @@ def _spots(known: Iterable[tuple[str, float]]) -> list[Spot]:
 
 
 def _strips(spots: list[Spot]) -> list[Strip]:
-    stacks: dict[str, list[Spot]] = {}
-    for spot in spots:
-        stacks.setdefault(spot.place.stack, []).append(spot)
-    found = []
-    for stack, own in stacks.items():
-        blocks = [spot.place.block or 0 for spot in own]
-        kinds = list(dict.fromkeys(spot.place.kind for spot in own))
-        labels = _labels(kinds)
-        rows = [_row(labels[kind], [spot for spot in own if spot.place.kind == kind], min(blocks)) for kind in kinds]
-        found.append(Strip(stack if len(stacks) > 1 else "", min(blocks), max(blocks), rows))
-    return found
+    stacks = stacks_of((spot.place, spot) for spot in spots)
+    return [
+        Strip(
+            stack.name if len(stacks) > 1 else "",
+            stack.first,
+            stack.last,
+            [_row(line.label, [spot for _, spot in line.spots], stack.first) for line in stack.lines],
+        )
+        for stack in stacks
+    ]
 
 
 def _row(label: str, spots: list[Spot], first: int) -> Row:
@@ -205,14 +183,3 @@ def _row(label: str, spots: list[Spot], first: int) -> Row:
         padded(worst.error),
         ABSENT if worst.place.block is None else str(worst.place.block),
     )
-
-
-def _labels(kinds: list[str]) -> dict[str, str]:
-    """Of each kind the shortest end of its name that no other has."""
-    found = {}
-    for kind in kinds:
-        parts = kind.split(".")
-        ends = (".".join(parts[-count:]) for count in range(1, len(parts) + 1))
-        others = [other for other in kinds if other != kind]
-        found[kind] = next((end for end in ends if not any(f".{other}".endswith(f".{end}") for other in others)), kind)
-    return found

@@ -64,6 +64,12 @@ def apart(least: Loss, other: Loss) -> bool:
     return other.value - least.value > 2 * math.hypot(least.stderr, other.stderr)
 
 
+def is_other_merge(report: Record, row: Record) -> bool:
+    """Whether a row is no variant of the recipe but the float model merged into the other base."""
+    other = pick(report, "recipe", "merge", "compare")
+    return bool(other) and row["name"] == f"merged-{other}"
+
+
 def meets_gates(report: Record, variant: Record) -> bool:
     """Whether a variant meets every gate."""
     verdicts = [gate for gate in report["gates"] if gate.get("variant") == variant["name"]]

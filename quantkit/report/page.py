@@ -13,6 +13,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from quantkit.report.bits_map import bits_maps
 from quantkit.report.choice import findings
 from quantkit.report.columns import Record, reference_name, reference_word, scheme_name
 from quantkit.report.comparison import build_comparison, failure
@@ -21,11 +22,13 @@ from quantkit.report.divergence_table import divergence_tables
 from quantkit.report.facts import calibration_facts, environment_facts, source_facts, variant_facts
 from quantkit.report.layer_map import LEGEND, layer_maps
 from quantkit.report.losses import frontier
+from quantkit.report.mixes import TITLES, mix_sentences, mix_tables
 from quantkit.report.numbers import figure, fixed, pick
 from quantkit.report.plot import Plot, build_plot
 from quantkit.report.samples import brief, build_samples
 from quantkit.report.tables import experts, gate_table, histogram, loading, worst_layers, written_date
 from quantkit.report.tasks_and_answers import changed_answers, further_models, further_rows
+from quantkit.schemes.mix import LEGEND as BITS_LEGEND
 from quantkit.system.units import percentage
 
 
@@ -70,6 +73,7 @@ def context(report: Record, plot: Plot | None) -> dict[str, Any]:
         "has_divergence": any(pick(row, "metrics", "kl_divergence") for row in report["variants"]),
         "table": build_comparison(report),
         "plot": plot,
+        "mixes": _mixes(report),
         "divergences": divergence_tables(report),
         "samples": build_samples(report),
         "maps": layer_maps(report),
@@ -88,6 +92,13 @@ def context(report: Record, plot: Plot | None) -> dict[str, Any]:
         "environment": environment_facts(report),
         "loading": loading(report),
     }
+
+
+def _mixes(report: Record) -> dict[str, Any] | None:
+    """What there is to tell of mixes; None where there are none."""
+    maps, tables = bits_maps(report), mix_tables(report)
+    told = {"maps": maps, "legend": BITS_LEGEND, "tables": tables, "titles": TITLES}
+    return {**told, "sentences": mix_sentences(tables)} if maps else None
 
 
 def _variant(variant: Record) -> dict[str, Any]:

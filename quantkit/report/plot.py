@@ -7,13 +7,15 @@ that the page, or the style that a lone SVG file carries, can choose them for li
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from quantkit.report.axes import Axis, Frame, linear_axis, log_axis
 from quantkit.report.columns import Record, reference_name, rows_of, texts_of
 from quantkit.report.losses import frontier
+from quantkit.report.mixes import families, mixes_of, without_mixes
 from quantkit.report.numbers import byte_unit, figure, pick
+from quantkit.schemes.mix import mix_of
 
 WIDTH, LINE = 460.0, 19.0
 """Narrow enough that a phone shows all of it with text that can be read."""
@@ -79,7 +81,12 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """One text's plot."""
+    """One text's plot.
+
+    Attributes:
+        frontier: marks of the variants than which no other is both smaller and closer, mixes apart.
+        fronts: style and marks of the mixes that differ in their budget alone, by size.
+    """
 
     title: str
     height: float
@@ -89,6 +96,7 @@ class Panel:
     y_ticks: list[tuple[float, str]]
     points: list[Point]
     frontier: list[Place]
+    fronts: list[tuple[int, list[Place]]]
     level: tuple[float, str] | None
     legend: list[Entry]
     width: float = WIDTH
@@ -97,17 +105,27 @@ class Panel:
 
 @dataclass(frozen=True, slots=True)
 class Plot:
-    """All panels of the plot, one above the other, and the name of its file beside the Markdown report."""
+    """All panels of the plot, one above the other, the name of its file beside the Markdown report, and its mixes."""
 
     file: str
     caption: str
     panels: list[Panel]
+    mixes: int = 0
     width: float = WIDTH
 
     @property
     def height(self) -> float:
         """Height of all panels."""
         return sum(panel.height for panel in self.panels)
+
+    @property
+    def lead(self) -> str:
+        """How to read it."""
+        told = "the dotted line joins the variants that no other one beats in both size and loss"
+        told += ", mixes apart" if self.mixes else ""
+        if any(panel.fronts for panel in self.panels):
+            told += "; a solid one joins mixes that differ in their budget alone, of which only the marks were measured"
+        return f"Lower and further left is better. Bars are standard errors; {told}."
 
 
 def build_plot(report: Record) -> Plot | None:
@@ -120,7 +138,7 @@ def build_plot(report: Record) -> Plot | None:
         panels = [_panel(report, metric, text) for text in texts_of(report)]
         drawn = [panel for panel in panels if panel is not None]
         if drawn:
-            return Plot(file, words, drawn)
+            return Plot(file, words, drawn, len(mixes_of(report)))
     return None
 
 
@@ -133,8 +151,8 @@ def _panel(report: Record, metric: str, text: str) -> Panel | None:
     x = linear_axis([datum.size / divisor for datum in data], FRAME.left, FRAME.right)
     y = _vertical(data, base)
     marks = {datum.name: (x(datum.size / divisor), y(datum.value)) for datum in data}
-    line = [marks[name] for name in frontier(report, text) if name in marks]
-    methods = list(dict.fromkeys(str(row.get("method")) for row in report["variants"]))
+    line = [marks[name] for name in frontier(without_mixes(report), text) if name in marks]
+    methods = list(dict.fromkeys(map(_method, report["variants"])))
     legend = _legend(data, methods)
     return Panel(
         title=text,
@@ -145,6 +163,7 @@ def _panel(report: Record, metric: str, text: str) -> Panel | None:
         y_ticks=y.ticks(),
         points=_points(data, list(marks.values()), y, methods),
         frontier=line if len(line) > 1 else [],
+        fronts=_fronts(report, data, marks, methods),
         level=None if base is None else (y(base), reference_name(report)),
         legend=legend,
     )
@@ -157,8 +176,26 @@ def _data(report: Record, metric: str, text: str) -> list[Datum]:
         size = figure(row, "size_bytes")
         value = figure(at, "mean") if metric == "kl_divergence" else figure({"value": at}, "value")
         if size is not None and value is not None:
-            name, method = str(variant["name"]), str(variant.get("method"))
-            found.append(Datum(number, name, method, size, value, figure(at, "stderr")))
+            found.append(Datum(number, str(variant["name"]), _method(variant), size, value, figure(at, "stderr")))
+    return found
+
+
+def _method(variant: Record) -> str:
+    """By what a variant's mark is chosen: its method, and whether its schemes are mixed."""
+    mixed = ", mixed" if mix_of(variant.get("allocation")) is not None else ""
+    return f"{variant.get('method')}{mixed}"
+
+
+def _fronts(
+    report: Record, data: Sequence[Datum], marks: Mapping[str, Place], methods: list[str]
+) -> list[tuple[int, list[Place]]]:
+    """Of each family of mixes the style and the marks that were measured, by size."""
+    by_name = {datum.name: datum for datum in data}
+    found = []
+    for names in families(report):
+        own = sorted((by_name[name] for name in names if name in by_name), key=lambda datum: datum.size)
+        if len(own) > 1:
+            found.append((methods.index(own[0].method) % STYLES, [marks[datum.name] for datum in own]))
     return found
 
 

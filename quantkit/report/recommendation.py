@@ -15,7 +15,8 @@ from typing import Any, Literal
 from quantkit.errors import RecipeError
 from quantkit.gates import parse_gate
 from quantkit.report.columns import Record
-from quantkit.report.losses import apart, frontier, loss, meets_gates, size_words
+from quantkit.report.losses import apart, frontier, is_other_merge, loss, meets_gates, size_words
+from quantkit.report.mixes import beside_words, mixed_words
 from quantkit.report.numbers import figure, in_bytes, percent, pick, significant
 
 PRICE = 0.5
@@ -72,7 +73,7 @@ class Recommendation:
 
 def recommend(report: Record) -> Recommendation:
     """The variant to take: whole, scored, not broken, within all gates and the budget, and the best of those."""
-    candidates = [row for row in report["variants"] if row.get("status") == "ok" and not _beside(report, row)]
+    candidates = [row for row in report["variants"] if row.get("status") == "ok" and not is_other_merge(report, row)]
     broken = {str(row["name"]): how for row in candidates if (how := breakage(report, row)) is not None}
     budget = _budget(report)
     steps: list[tuple[Callable[[Record], bool], str]] = [
@@ -92,7 +93,8 @@ def recommend(report: Record) -> Recommendation:
             return Recommendation(None, "none", otherwise + _nearest(report, before), "", broken)
         before = left
     why, chosen, reason = _best(report, before, [*budget, *_size_gates(report)])
-    return Recommendation(str(chosen["name"]), why, reason, _figures(report, chosen), broken)
+    told = reason + beside_words(report, chosen)
+    return Recommendation(str(chosen["name"]), why, told, _figures(report, chosen), broken)
 
 
 def breakage(report: Record, variant: Record) -> str | None:
@@ -176,7 +178,7 @@ def _nats_words(value: float) -> str:
 
 def _figures(report: Record, row: Record) -> str:
     found = loss(report, row)
-    return f"{found.words if found else ''}{size_words(report, row, '; ')}"
+    return f"{found.words if found else ''}{size_words(report, row, '; ')}{mixed_words(row)}"
 
 
 def _nearest(report: Record, rows: Sequence[Record]) -> str:
@@ -218,9 +220,3 @@ def _size_gates(report: Record) -> list[str]:
 
 def _listed(limits: Sequence[str] | Mapping[str, Any]) -> str:
     return " and ".join(limits)
-
-
-def _beside(report: Record, row: Record) -> bool:
-    """Whether a row is no variant of the recipe but the float model merged into the other base."""
-    other = pick(report, "recipe", "merge", "compare")
-    return bool(other) and row["name"] == f"merged-{other}"

@@ -7,6 +7,7 @@ from typing import Any
 from quantkit.report.columns import Record
 from quantkit.report.losses import apart, loss
 from quantkit.report.numbers import decimals_for, fixed, margin, pick
+from quantkit.schemes.mix import mix_of
 
 ROUNDING = "rtn"
 """Name of the methods that round, of quantkit's and of the libraries'."""
@@ -22,7 +23,7 @@ def worse_than_rounding(report: Record) -> dict[str, str]:
     plain = [row for row in rows if _rounds(row)]
     found = {}
     for row in rows:
-        peers = [other for other in plain if other.get("scheme") == row.get("scheme")]
+        peers = [other for other in plain if _schemes(other) == _schemes(row)]
         told = "" if _rounds(row) else "; ".join(filter(None, (_on(report, row, peers, text) for text in _texts(row))))
         if told:
             found[str(row["name"])] = told
@@ -47,6 +48,12 @@ def rounding_lines(report: Record) -> list[str]:
 
 def _rounds(row: Record) -> bool:
     return str(row.get("method")).split(" ")[-1] == ROUNDING
+
+
+def _schemes(row: Record) -> tuple[object, object]:
+    """The scheme, and of a mix what each layer got."""
+    mix = mix_of(row.get("allocation"))
+    return row.get("scheme"), None if mix is None else dict(mix.chosen)
 
 
 def _texts(row: Record) -> list[str]:
