@@ -36,6 +36,10 @@ def allocated(chosen: dict[str, str], choices: dict[str, dict[str, Any]], **fact
     return Allocation(choices, units, tuple(chosen.values()), facts)
 
 
+def _patches(spec: AutoSpec) -> dict[str, dict[str, Any]]:
+    return {name: patch.model_dump(exclude_none=True) for name, patch in spec.choice_patches().items()}
+
+
 def matched(patterns: list[str], names: list[str]) -> list[str]:
     """The names that any of the patterns finds."""
     return [name for name in names if any(re.search(pattern, name) for pattern in patterns)]
@@ -60,8 +64,7 @@ def test_a_choice_becomes_overrides_that_give_each_layer_what_was_chosen() -> No
     spec = mixed(budget=4, choices=["int3", "int4", "fp8", "float"], group_size=32, overrides={"k_proj": {"bits": 8}})
     names = ("int3", "int4", "fp8", "float", "int4")
     chosen = {layer: names[place % 5] for place, layer in enumerate(LAYERS) if "k_proj" not in layer}
-    choices = {name: patch.model_dump(exclude_none=True) for name, patch in spec.choice_patches().items()}
-    plain = spec.with_choice(allocated(chosen, choices))
+    plain = spec.with_choice(allocated(chosen, _patches(spec)))
     assert not isinstance(plain, AutoSpec)
     for layer, name in chosen.items():
         assert plain.scheme_of(layer) == spec.choice_schemes()[name], layer
@@ -71,6 +74,20 @@ def test_a_choice_becomes_overrides_that_give_each_layer_what_was_chosen() -> No
     assert plain.base_scheme() == spec.choice_schemes()["int4"]
     recipe = recipe_of({"name": "other"}).model_copy(update={"variants": (plain,)})
     assert Recipe.parse(recipe.to_yaml()).variants == (plain,)
+
+
+@pytest.mark.parametrize("most", ["q2_k", "q6_k", "q4_k"])
+def test_a_type_of_block_is_not_the_preset_of_its_name(most: str) -> None:
+    spec = mixed(budget=4, format="gguf", choices=["q2_k", "q4_k", "q6_k"], last_blocks={"count": 2, "scheme": "q5_k"})
+    names = ["q2_k", "q4_k", "q6_k", *[most] * 27]
+    plain = spec.with_choice(allocated(dict(zip(LAYERS, names, strict=False)), _patches(spec)))
+    schemes = spec.choice_schemes()
+    for place, (layer, name) in enumerate(zip(LAYERS, names, strict=False)):
+        assert plain.scheme_of(layer, place // 3, 12) == schemes[name]
+        assert spec.uniform(most).scheme_of(layer, place // 3, 12) == schemes[most]
+    last = plain.scheme_of(LAYERS[-1], 11, 12)
+    assert last is not None
+    assert last.kind == "q5_k"
 
 
 def test_embedding_and_head_take_part_where_the_format_stores_them() -> None:

@@ -19,7 +19,7 @@ from quantkit.recipe.implied import DEFAULT_FORMAT, implied
 from quantkit.recipe.layer_patterns import patterns_of
 from quantkit.recipe.outputs import Bytes
 from quantkit.recipe.scheme import SchemePatch, written_keys
-from quantkit.recipe.scheme_names import scheme_named
+from quantkit.recipe.scheme_names import preset_named, scheme_named
 from quantkit.recipe.spelling import patch_spelled, spelled
 from quantkit.recipe.steps import gathered
 from quantkit.recipe.variant import HEAD, VariantSpec
@@ -34,6 +34,8 @@ FLOAT = "float"
 """The choice of what is left in 16 bits."""
 OWN = ("budget", "choices", "runtime", "allocation")
 """Keys of a variant with ``bits: auto`` alone."""
+UNSHARED = "q4_k"
+"""A type of block whose name no preset of llama.cpp has."""
 TELLING = ("budget", "choices", "allocation")
 """Those that a variant has which means ``bits: auto`` and does not say it."""
 CONTEXT = 4096
@@ -337,8 +339,10 @@ class AutoSpec(VariantSpec):
             names = [each for each, found in self.choice_schemes().items() if found is not None]
             raise SchemeError(f"no choice that is quantized is called '{name}'", did_you_mean(name, names))
         both = self.embeddings_take_part
+        base = _unshared(scheme)
         return self._plain(
-            scheme,
+            base,
+            overrides={} if base == scheme else {".": written_keys(scheme)},
             ignore=(*self.ignore, *([HEAD] if tied and both and not self.ignores(HEAD) else [])),
             embeddings=written_keys(scheme) if both else None,
         )
@@ -364,7 +368,7 @@ class AutoSpec(VariantSpec):
         quantized = [scheme for scheme in weights if scheme is not None]
         if not quantized:
             raise SchemeError(f"{self.name}: every layer is chosen to stay float", "use format: float, or give less")
-        base = max(quantized, key=lambda scheme: weights[scheme])
+        base = _unshared(max(quantized, key=lambda scheme: weights[scheme]))
         embedding, head = allocation.facts.get("embedding"), allocation.facts.get("head")
         every = [layer for layers in by_choice.values() for layer in layers]
         embedded = next((scheme for scheme, layers in by_choice.items() if embedding in layers), None)
@@ -510,6 +514,11 @@ def _usual_choices(store: str, runtime: str | None) -> tuple[str, ...]:
     if store == "bitsandbytes":
         return ("nf4", FLOAT)
     return ("int2", "int3", "int4", "int5", "int6", "int8", FLOAT)
+
+
+def _unshared(scheme: Scheme) -> Scheme:
+    """A scheme that a variant as a whole can have, whose name would mean a preset of llama.cpp otherwise."""
+    return scheme if preset_named(scheme.kind) == scheme.kind else make_scheme(UNSHARED, {})
 
 
 def _beside(base: Scheme, scheme: Scheme) -> dict[str, Any]:
