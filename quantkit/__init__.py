@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         run,
         verify,
     )
+    from quantkit.pipeline.fitting import fit
     from quantkit.recipe import Recipe
     from quantkit.regression.api import accept, check, history
 
@@ -38,6 +39,7 @@ __all__ = [
     "convert",
     "estimate",
     "evaluate",
+    "fit",
     "history",
     "import_recipe",
     "inspect",
@@ -53,7 +55,9 @@ __all__ = [
 logging.getLogger("quantkit").addHandler(logging.NullHandler())
 
 _HOMES = {"Recipe": "quantkit.recipe"} | {name: "quantkit.api" for name in __all__ if name.islower()}
-_HOMES |= dict.fromkeys(("accept", "check", "history"), "quantkit.regression.api")
+_HOMES |= dict.fromkeys(("accept", "check", "history"), "quantkit.regression.api") | {
+    "fit": "quantkit.pipeline.fitting"
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 from quantkit import evaluation
 from quantkit.cli import app
 from quantkit.cli.catalogue import schemes_taken
-from quantkit.cli.running import _settings
+from quantkit.cli.given import settings_of
 from quantkit.errors import RecipeError, SchemeError
 from quantkit.formats import FORMATS
 from quantkit.methods import METHODS, tuning
@@ -225,12 +225,12 @@ def test_any_key_of_a_variant_can_be_set(model: Path, tmp_path: Path) -> None:
 
 
 def test_a_key_of_a_section_is_set_by_its_path() -> None:
-    assert _settings(["tune.steps=3", "bits=3", "tune.train=[norms]"]) == {
+    assert settings_of(["tune.steps=3", "bits=3", "tune.train=[norms]"]) == {
         "tune": {"steps": 3, "train": ["norms"]},
         "bits": 3,
     }
     with pytest.raises(RecipeError, match="'tune' is given as a whole too"):
-        _settings(["tune=true", "tune.steps=3"])
+        settings_of(["tune=true", "tune.steps=3"])
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,8 @@ from quantkit.system.artifacts import read_json
 from tests.page_commands import DOCS, blocks_of, commands_of, make_place, run_line
 from tests.runs import score_here
 
-TRIED_ELSEWHERE = {"verify"}
-"""Commands that start processes of their own, and take long."""
+TRIED_ELSEWHERE = {"verify", "fit"}
+"""Commands that start processes of their own, and take long; or that ``test_fit`` runs."""
 
 
 @pytest.fixture(scope="module")

@@ -97,9 +97,9 @@ def test_names_from_outside_are_texts_and_what_is_no_allocation_shows_nothing() 
     junk: list[Any] = [None, {}, [], *({"units": each} for each in units)]
     for broken in junk:
         assert mix_of(broken) is None
-    report = report_of(row("plain", 0.3, 0.02) | {"allocation": junk[-1]})
-    assert "Mixed schemes" not in render_html(report) + render_markdown(report)["report.md"]
-    assert mix_lines(report) == []
+        report = report_of(row("plain", 0.3, 0.02) | {"allocation": broken})
+        assert "Mixed schemes" not in render_html(report) + render_markdown(report)["report.md"]
+        assert mix_lines(report) == []
 
 
 # --- predicted beside measured

@@ -23,6 +23,7 @@ from quantkit.cli.base import (
     say,
     warn,
 )
+from quantkit.cli.given import columns_of, settings_of, weighted
 
 if TYPE_CHECKING:
     from quantkit.recipe import Recipe
@@ -161,7 +162,7 @@ def merge(
     import quantkit
     from quantkit.cli.display import Display
 
-    adapters = [{"source": adapter, "weight": weight}, *(_weighted(each, "--with") for each in further or [])]
+    adapters = [{"source": adapter, "weight": weight}, *(weighted(each, "--with") for each in further or [])]
     with Display(console(stderr=True)) as display:
         found = quantkit.merge(
             base,
@@ -255,7 +256,7 @@ def quantize(
     from quantkit.system.units import percentage
 
     given = {"bits": bits, "group_size": group_size, "symmetric": False if asymmetric else None}
-    options = {key: value for key, value in given.items() if value is not None} | _settings(further or [])
+    options = {key: value for key, value in given.items() if value is not None} | settings_of(further or [])
     keys = {"method": method, "scheme": scheme, "format": format, **options}
     records = {
         "dataset": calibration,
@@ -264,9 +265,9 @@ def quantize(
         "packing": packing,
         "experts": experts,
         "generated": generated,
-        "columns": _columns(columns or []),
+        "columns": columns_of(columns or []),
     }
-    merged = [_weighted(each, "--adapter") for each in adapter or []]
+    merged = [weighted(each, "--adapter") for each in adapter or []]
     if dry_run:
         source = {"source": model, "adapter": merged, "dtype": dtype, "decode": decode}
         source["trust_remote_code"] = trust_remote_code
@@ -345,7 +346,7 @@ def recover(
     from quantkit.cli.display import Display
 
     given = {"train": train, "steps": steps, "learning_rate": learning_rate}
-    options = {key: value for key, value in given.items() if value is not None} | _settings(further or [])
+    options = {key: value for key, value in given.items() if value is not None} | settings_of(further or [])
     records = {"dataset": data, "samples": samples, "max_length": max_length, "packing": "full"}
     with Display(console(stderr=True)) as display:
         found = quantkit.recover(
@@ -448,61 +449,3 @@ def _told(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
         "notes": stage["notes"],
         "calibration": read_json(audit) if audit.is_file() else None,
     }
-
-
-def _columns(given: list[str]) -> dict[str, str]:
-    """The columns of ``--column``.
-
-    Raises:
-        RecipeError: one is not of the form NAME=COLUMN.
-    """
-    from quantkit.errors import RecipeError
-
-    wrong = next((text for text in given if not text.partition("=")[2]), None)
-    if wrong is not None:
-        raise RecipeError(f"--column {wrong} is not NAME=COLUMN", "write --column prompt=question, for one")
-    return {name: column for name, _, column in (text.partition("=") for text in given)}
-
-
-def _weighted(given: str, option: str) -> dict[str, Any]:
-    """An adapter and its weight from ``SOURCE`` or ``SOURCE=WEIGHT``.
-
-    Raises:
-        RecipeError: the weight is no number.
-    """
-    from quantkit.errors import RecipeError
-
-    source, equals, weight = given.rpartition("=")
-    try:
-        return {"source": source, "weight": float(weight)} if equals else {"source": given}
-    except ValueError as error:
-        raise RecipeError(f"{option} {given}: '{weight}' is no weight", f"write {option} ./adapter=0.5") from error
-
-
-def _settings(given: list[str]) -> dict[str, Any]:
-    """Keys and values of ``--set``, the values as YAML reads them; ``tune.steps=16`` is ``tune: {steps: 16}``.
-
-    Raises:
-        RecipeError: one is not of the form KEY=VALUE, or no key of a variant; a key is given whole and in parts.
-    """
-    from quantkit.errors import RecipeError
-    from quantkit.system.strict_yaml import parse_mapping
-
-    found: dict[str, Any] = {}
-    for text in given:
-        key, equals, value = text.partition("=")
-        outer, _, inner = key.partition(".")
-        if not equals or not all(part.isidentifier() for part in key.split(".", 1)):
-            raise RecipeError(f"--set {text} is not KEY=VALUE", "write --set double_quant=false, for one")
-        if key in ("model", "out", "calibration", "observer", "target", "adapter"):
-            raise RecipeError(f"--set {text}: '{key}' is not a key of a variant", "docs/recipe.md lists them")
-        read = parse_mapping(f"{inner or outer}: {value}", f"--set {text}")
-        if not inner:
-            found |= read
-        elif isinstance(found.setdefault(outer, {}), dict):
-            found[outer] |= read
-        else:
-            raise RecipeError(
-                f"--set {text}: '{outer}' is given as a whole too", f"write --set {outer}.KEY=VALUE alone"
-            )
-    return found

@@ -119,13 +119,19 @@ def _best(report: Record, rows: Sequence[Record], limits: Sequence[str]) -> tupl
         left = len(report["variants"]) > 1
         return "only", rows[0], "Nothing else is whole and within all limits." if left else "It is the only variant."
     if limits:
-        return "budget", *_least_loss(report, rows, _listed(limits))
+        return "budget", *least_loss(report, rows, _listed(limits))
     chosen = min(rows, key=lambda row: (_price(report, row), figure(row, "size_bytes")))
     return "knee", chosen, f"The best exchange of size for loss.{_neighbours(report, rows, chosen)}"
 
 
-def _least_loss(report: Record, rows: Sequence[Record], limits: str) -> tuple[Record, str]:
-    """The row of least loss, or the smallest of those that cannot be told from it."""
+def least_loss(report: Record, rows: Sequence[Record], limits: str) -> tuple[Record, str]:
+    """The row of least loss, or the smallest of those that cannot be told from it, and why.
+
+    Args:
+        report: with the float model that they are compared with.
+        rows: whole and scored.
+        limits: within which they are, in words.
+    """
     losses = [(found, row) for row in rows if (found := loss(report, row)) is not None]
     least, best = min(losses, key=lambda pair: pair[0].value)
     alike = [row for found, row in losses if row is not best and not apart(least, found)]

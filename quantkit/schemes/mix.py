@@ -137,11 +137,6 @@ class Mix:
         return 8 * self.nbytes / self.weights
 
     @property
-    def budget(self) -> str:
-        """What it was made for, in words; empty where nobody told."""
-        return str(self.facts.get("budget") or "")
-
-    @property
     def name(self) -> str:
         """The schemes in short, such as ``mixed int3, int4``."""
         names = [part.choice for part in self.parts]
