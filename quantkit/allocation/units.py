@@ -205,9 +205,8 @@ def _suited(model: Model, spec: AutoSpec) -> dict[str, Mapping[str, Scheme]]:
     for name, scheme in spec.choice_schemes().items():
         if scheme is None:
             continue
-        variant = spec.uniform(name, tied=model.tied).model_copy(update={"strict": False, "allow_float": True})
         try:
-            planned = model.quantized(variant)
+            planned = model.quantized(spec.uniform(name, tied=model.tied))
         except SchemeError as error:
             refusal = error  # which suits no layer is no choice; what suits none is told if all are such
             continue

@@ -325,7 +325,7 @@ class AutoSpec(VariantSpec):
         )
 
     def uniform(self, name: str, *, tied: bool = False) -> VariantSpec:
-        """The variant in which every layer that takes part gets one choice.
+        """The variant in which every layer that takes part and that it suits gets one choice, however few they are.
 
         Args:
             name: of a choice that is quantized.
@@ -340,12 +340,13 @@ class AutoSpec(VariantSpec):
             raise SchemeError(f"no choice that is quantized is called '{name}'", did_you_mean(name, names))
         both = self.embeddings_take_part
         base = _unshared(scheme)
-        return self._plain(
+        found = self._plain(
             base,
             overrides={} if base == scheme else {".": written_keys(scheme)},
             ignore=(*self.ignore, *([HEAD] if tied and both and not self.ignores(HEAD) else [])),
             embeddings=written_keys(scheme) if both else None,
         )
+        return found.model_copy(update={"strict": False, "allow_float": True})
 
     def with_choice(self, allocation: Chosen) -> VariantSpec:
         """The variant in which each layer gets what was chosen for it.

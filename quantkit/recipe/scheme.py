@@ -13,6 +13,8 @@ from quantkit.schemes import Scheme, scheme_keys
 from quantkit.schemes.kinds import key_types
 from quantkit.system.validation import located
 
+KEYS = scheme_keys()
+"""Every key that some scheme takes."""
 STRICT: dict[Any, Any] = {int: Whole, bool: Flag}
 """A recipe's numbers and booleans are not taken from text."""
 
@@ -40,7 +42,7 @@ if TYPE_CHECKING:
             """The value of a key; None where it was not given."""
 
 else:
-    _Keys = create_model("_Keys", __base__=Section, **{key: (_written_type(key), None) for key in scheme_keys()})
+    _Keys = create_model("_Keys", __base__=Section, **{key: (_written_type(key), None) for key in KEYS})
 
 
 class SchemeKeys(_Keys):
@@ -48,7 +50,7 @@ class SchemeKeys(_Keys):
 
     def given(self) -> dict[str, Any]:
         """The keys that were given, as :func:`quantkit.schemes.make_scheme` takes them."""
-        found = {key: getattr(self, key) for key in scheme_keys() if getattr(self, key) is not None}
+        found = {key: getattr(self, key) for key in KEYS if getattr(self, key) is not None}
         return {key: None if value == "none" else value for key, value in found.items()}
 
 
