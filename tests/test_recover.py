@@ -23,6 +23,7 @@ from quantkit.recipe.recovering import RecoverOptions
 from quantkit.recovery import training
 from quantkit.recovery.saved import save_state
 from quantkit.recovery.stage import recover, training_folder
+from quantkit.recovery.student import NEAR
 from quantkit.recovery.training import Training
 from quantkit.runtimes import RUNTIMES
 from quantkit.runtimes.base import LoadOptions
@@ -32,9 +33,7 @@ from tests.runs import Notebook
 from tests.tiny import make_model, tiny_rows
 
 NF4 = {"format": "bitsandbytes", "scheme": "nf4", "bits": None, "group_size": 64, "double_quant": False}
-FEW = RecoverOptions(
-    steps=15, batch_tokens=192, evaluations=3, held_out=0.2, learning_rate=1e-2, code_rate=2e-2, norm_rate=1e-2
-)
+FEW = RecoverOptions(steps=30, batch_tokens=192, evaluations=3, held_out=0.2, learning_rate=1e-2, norm_rate=1e-2)
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +142,7 @@ def test_a_killed_training_goes_on_and_writes_the_same_bytes(
     monkeypatch = request.getfixturevalue("monkeypatch")
     monkeypatch.undo()
     done = recover(job, two_bits, FEW, out, steps)
-    assert next(place for step, place, _ in steps.steps if step == "step") > 8
+    assert next(place for step, place, _ in steps.steps if step == "step") > 18
     assert bytes_of(done.folder) == bytes_of(recovered)
     assert not training_folder(out).exists()
 
@@ -164,7 +163,8 @@ def test_a_loss_that_is_not_finite_ends_it_with_the_best_so_far(
         own(self, rows)
 
     monkeypatch.setattr(Training, "_step", step)
-    done = recover(job, two_bits, FEW, tmp_path / "out", Silent())
+    few = replace_options(FEW, steps=15, train=("scales", "norms"))
+    done = recover(job, two_bits, few, tmp_path / "out", Silent())
     assert any("step 6: the loss is not finite" in note for note in done.facts["notes"])
     told = done.facts["recovered"]
     assert told["steps"] == 5
@@ -177,6 +177,40 @@ def test_what_is_never_better_stays_as_it_was(job: Job, two_bits: Path, tmp_path
     assert done.facts["recovered"]["after"] == done.facts["recovered"]["before"]
     assert any("stays as it is" in note for note in done.facts["notes"])
     assert bytes_of(done.folder) == bytes_of(two_bits)
+
+
+@pytest.mark.parametrize(("steps", "rate"), [(1, 0.22), (25, 0.044), (100, 0.022), (120, 0.02), (240, 0.01)])
+def test_codes_go_a_step_of_the_grid_in_many_steps_and_less_in_few(steps: int, rate: float) -> None:
+    assert RecoverOptions(steps=steps).rate_of_codes() == pytest.approx(rate, rel=0.01)
+    assert RecoverOptions(steps=steps, code_rate=0.5).rate_of_codes() == 0.5
+
+
+def test_codes_of_the_file_are_not_given_up_by_the_first_steps(job: Job, two_bits: Path, tmp_path: Path) -> None:
+    few = replace_options(FEW, steps=6, train=("codes",), evaluations=6, held_out=0.5)
+    found = recover(job, two_bits, few, tmp_path / "few", Silent()).facts["recovered"]["history"]
+    rate = few.rate_of_codes()
+    assert NEAR + 3 * rate < 0.5 < NEAR + 5 * rate
+    assert [loss for step, loss in found if step <= 3] == [found[0][1]] * 4
+    assert found[-1][1] != found[0][1]
+
+
+def test_the_divergence_and_its_gradient_are_those_of_torch() -> None:
+    draw = torch.Generator().manual_seed(0)
+    target = torch.randn(5, 11, generator=draw).log_softmax(-1)
+    ours, theirs = (torch.randn(5, 11, generator=draw.manual_seed(1)).requires_grad_() for _ in range(2))
+    own = training.divergence(target, ours)
+    wanted = torch.nn.functional.kl_div(theirs.log_softmax(-1), target, log_target=True, reduction="sum")
+    torch.testing.assert_close(own, wanted)
+    torch.autograd.backward([own / 3, wanted / 3])
+    torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+def test_passes_are_in_bfloat16_where_a_cpu_multiplies_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
+    for multiplies, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda found=multiplies: found, raising=False)
+        assert training_dtype(torch.device("cpu"), torch.float32) == dtype
 
 
 def test_passes_that_are_run_backward_are_never_in_float16() -> None:

@@ -30,9 +30,16 @@ def pass_dtype(device: torch.device, checkpoint: torch.dtype) -> torch.dtype:
 
 
 def training_dtype(device: torch.device, checkpoint: torch.dtype) -> torch.dtype:
-    """The dtype of passes that are run backward: that of other passes, but for float16, in which gradients vanish."""
-    found = pass_dtype(device, checkpoint)
-    return torch.bfloat16 if found == torch.float16 else found
+    """The dtype of passes that are run backward: never float16, in which gradients vanish.
+
+    On CPUs it is bfloat16 also where these multiply bfloat16 by AVX-512 instructions, five times as fast as float32:
+    a training is hundreds of passes.
+    """
+    if device.type == "cuda":
+        return torch.bfloat16
+    multiplies: Callable[[], bool] = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    has_onednn: Callable[[], bool] = torch.backends.mkldnn.is_available
+    return torch.bfloat16 if multiplies() and has_onednn() else pass_dtype(device, checkpoint)
 
 
 @contextmanager

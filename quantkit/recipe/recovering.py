@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
@@ -18,8 +19,10 @@ Trained = Literal["codes", "scales", "zeros", "norms", "biases", "qa-lora"]
 WITH_TERMS = frozenset({"norms", "biases", "qa-lora"})
 """What can be trained beside QA-LoRA's terms, which go into zero points in the end."""
 Optimizer = Literal["signs", "adam", "adam8bit", "paged_adam8bit"]
-REACH = 0.25
-"""The rate of codes that begin at the file's, times the steps; as it falls to nothing, they go half as far in all."""
+REACH = 2.4
+"""The rate of codes that begin at the file's, times the steps, at most; as it falls to nothing, they go half as far."""
+CHANCE = 0.22
+"""That rate times the root of the steps, at most: by gradients that are nothing but noise they go 0.6 of this."""
 FROM_FLOAT = 1.5e-2
 """The rate of codes that begin at the float weights."""
 FEW_BITS = 3
@@ -37,7 +40,7 @@ class RecoverOptions(Section):
             ``qa-lora`` trains a low-rank term on groups of inputs that is merged into zero points that are any number.
         rank: of the terms of ``qa-lora``.
         learning_rate: of scales and zeros, relative to their size; each rate decays to nothing along a cosine.
-        codes_from: where the numbers behind codes begin: ``file`` at the codes of the file, up to 0.45 of a step
+        codes_from: where the numbers behind codes begin: ``file`` at the codes of the file, up to 0.2 of a step
             towards where the float weight lies; ``float`` there, which leaves the file's codes behind at once.
         code_rate: of codes, in steps of the grid; by default what is right for where they begin, see
             :meth:`rate_of_codes`.
@@ -67,12 +70,14 @@ class RecoverOptions(Section):
     def rate_of_codes(self) -> float:
         """How far a code goes in a step at most, in steps of the grid.
 
-        From the file an eighth in all steps, so that those alone change whose gradient hardly ever turns: with more,
-        all that begin near a rounding boundary cross it at once. From the float weights as much as gets them anywhere.
+        From the file little more than a step of the grid in all steps, and less where there are few steps: those change
+        whose gradients mostly agree, and hardly any by chance. From the float weights as much as gets them anywhere.
         """
         if self.code_rate is not None:
             return self.code_rate
-        return min(1.0, REACH / self.steps) if self.codes_from == "file" else FROM_FLOAT
+        if self.codes_from == "float":
+            return FROM_FLOAT
+        return min(1.0, REACH / self.steps, CHANCE / math.sqrt(self.steps))
 
     def trains(self, what: Trained, bits: int) -> bool:
         """Whether it trains something of a layer with codes of so many bits; for norms and biases these are nothing."""

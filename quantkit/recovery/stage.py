@@ -47,7 +47,7 @@ from quantkit.system.progress import Observer
 from quantkit.system.shutdown import patient
 
 STAGE = "recover"
-CODE_VERSION = 1
+CODE_VERSION = 2
 """Part of the fingerprint: raised when the same inputs would give other bytes."""
 IDENTITY = "identity.json"
 RECIPE = "recipe.yaml"

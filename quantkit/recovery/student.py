@@ -28,8 +28,12 @@ from quantkit.recipe.recovering import RecoverOptions, Trained
 from quantkit.recovery.parts import Part, TrainedVector, TrainedWeight, with_stored
 from quantkit.recovery.training import FRAME
 
-NEAR = 0.45
-"""How far from the codes of the file the numbers behind them begin at most, in steps of the grid."""
+NEAR = 0.2
+"""How far from the codes of the file the numbers behind them begin at most, in steps of the grid.
+
+Nearer to the rounding boundary, at 0.5, so many cross it in the first steps, by gradients that are mostly noise, that
+the divergence doubles before it falls.
+"""
 
 
 class StudentWeights:

@@ -413,6 +413,23 @@ def _gradient(leaf: torch.Tensor) -> torch.Tensor:
     return leaf.grad
 
 
+class _Divergence(torch.autograd.Function):
+    """The divergence, with its gradient made at once: what autograd keeps and passes over is several times as much."""
+
+    @staticmethod
+    def forward(context: Any, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        ours, theirs = logits.float().log_softmax(-1), target.exp()
+        value = (theirs.flatten() * (target - ours).flatten()).sum()
+        if context.needs_input_grad[0]:
+            context.save_for_backward(ours.exp_().sub_(theirs).to(logits.dtype))
+        return value
+
+    @staticmethod
+    def backward(context: Any, *given: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (gradient,) = context.saved_tensors
+        return gradient * given[0], None
+
+
 def divergence(target: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     """KL divergence summed over tokens, in nats: of the distributions that logits tell from those of the target.
 
@@ -420,7 +437,8 @@ def divergence(target: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         target: log-probabilities, float32 ``[tokens, vocabulary]``.
         logits: ``[tokens, vocabulary]``.
     """
-    return nn.functional.kl_div(logits.float().log_softmax(-1), target, log_target=True, reduction="sum")
+    value: torch.Tensor = _Divergence.apply(logits, target)  # type: ignore[no-untyped-call]  # torch does not type it
+    return value
 
 
 def optimizer(name: str, groups: Sequence[dict[str, Any]]) -> torch.optim.Optimizer:
@@ -434,7 +452,8 @@ def optimizer(name: str, groups: Sequence[dict[str, Any]]) -> torch.optim.Optimi
         QuantizationError: bitsandbytes is not installed.
     """
     if name in (SIGNS, "adam"):
-        return torch.optim.Adam(groups, betas=BETAS, eps=EPSILON, foreach=False)
+        on_cpu_only = all(leaf.device.type == "cpu" for group in groups for leaf in group["params"])
+        return torch.optim.Adam(groups, betas=BETAS, eps=EPSILON, fused=on_cpu_only, foreach=False)
     try:
         import bitsandbytes
     except ImportError as error:
