@@ -95,6 +95,12 @@ def test_a_choice_is_there_for_layers_whose_shape_it_suits(tmp_path: Path) -> No
     choices = {unit.layers[0].rpartition(".")[2]: set(unit.sizes) for unit in units}
     assert choices["down_proj"] == {"q2_k", "q6_k", "q8_0"}
     assert choices["q_proj"] == choices["lm_head"] == {"q8_0"}
+    for keys, tried in (({}, False), ({"choices": ["q4_k", "iq4_nl", "q8_0"]}, True)):  # K-quants suit the former
+        (down,) = (
+            each for each in units_of(model, spec(format="gguf", **keys)) if "layers.0.mlp.down" in each.layers[0]
+        )
+        assert {"q4_k", "q8_0"} < set(down.sizes)
+        assert ("iq4_nl" in down.sizes) is tried
     with pytest.raises(SchemeError, match="256"):
         units_of(model, spec(format="gguf", choices=["q2_k", "q6_k"], ignore=["down_proj"]))
 

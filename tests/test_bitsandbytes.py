@@ -99,11 +99,12 @@ def test_transformers_computes_with_the_weights_that_we_decode(
 
 def test_layers_stay_float_where_they_are_told_to(tmp_path: Path) -> None:
     source = make_model(tmp_path / "source", tie_word_embeddings=True)
-    options = {"ignore": [r"layers\.0\.self_attn\.(q|k|v)_proj"]}
+    options = {"ignore": [r"layers\.0\.self_attn\.(q|k|v)_proj", r"layers\.1\.mlp\.down_proj"]}
     folder = exported(source, tmp_path / "out", Nf4Scheme(), **options)
     found = loaded(folder)
     first, second = (layer.self_attn for layer in found.model.layers)
-    assert type(first.q_proj) is torch.nn.Linear
+    assert type(first.q_proj) is type(found.model.layers[1].mlp.down_proj) is torch.nn.Linear
+    assert type(found.model.layers[0].mlp.down_proj).__name__ == "Linear4bit"
     assert type(second.q_proj).__name__ == type(first.o_proj).__name__ == "Linear4bit"
     assert torch.equal(
         first.q_proj.weight, load_file(source / "model.safetensors")["model.layers.0.self_attn.q_proj.weight"]

@@ -147,13 +147,14 @@ def test_writing_the_card_leaves_the_export_whole(folder: Path) -> None:
     [
         ({}, "pip install transformers compressed-tensors\n", "vllm serve out", "does not load compressed-tensors"),
         ({"symmetric": False}, "'compressed-tensors<0.18'", "vllm serve out", "does not load"),
-        ({"bits": 3}, "pip install transformers compressed-tensors\n", "integers of 4 and 8 bits", "does not load"),
+        ({"bits": 3}, "pip install transformers compressed-tensors\n", "vllm serve out", "does not load"),
+        ({"bits": 1, "symmetric": False}, "compressed-tensors<0.18", "integers of 2 to 8 bits", "does not load"),
         ({"format": "gptq"}, "gptqmodel", "vllm serve out", "does not load gptq"),
         ({"format": "gptq", "symmetric": False}, "gptqmodel", "and this one is not", "does not load"),
         ({"format": "awq"}, "gptqmodel", "vllm serve out", "does not load awq"),
         ({"format": "hqq"}, "'transformers<5' hqq", "vLLM does not load hqq", "does not load hqq"),
         ({"format": "bitsandbytes", "scheme": "nf4", "bits": None, "group_size": None},
-         "accelerate bitsandbytes", "on CUDA only", "does not load"),
+         "accelerate bitsandbytes", "vLLM 0.32 does not", "does not load"),
         ({"format": "gguf"}, "transformers does not compute from gguf", "vLLM does not load gguf", "llama-server -m "),
     ],
 )  # fmt: skip

@@ -181,6 +181,9 @@ def test_formats_are_listed_with_the_schemes_that_they_store() -> None:
     assert "vllm" in listed["compressed-tensors"]
     assert "    schemes       int" in listed["compressed-tensors"]
     assert "nf4" not in listed["compressed-tensors"]
+    told = " ".join(listed["compressed-tensors"].split())
+    assert "bits: auto int2, int3, int4, int5, int6, int8, float; for vllm int4, int8, float" in told
+    assert "bits: auto" not in listed["aqlm"]
 
 
 @pytest.mark.parametrize(

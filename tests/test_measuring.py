@@ -105,6 +105,12 @@ def test_more_bits_cost_less_and_fitted_codes_are_judged_by_rows_that_they_did_n
     assert set(tokens) == {sum(len(row) for place, row in enumerate(ROWS) if place not in held)}
 
 
+def test_a_choice_that_suits_no_layer_is_not_solved(llama: Path, tmp_path: Path) -> None:
+    spec = a_spec(format="gguf", choices=["q4_k", "iq4_nl", "q8_0"], group_size=None)
+    (unit,) = costs_of(a_job(llama), spec, tmp_path / "costs", [a_unit(DOWN, choices=("iq4_nl", "q8_0"))])
+    assert unit.costs["iq4_nl"] > unit.costs["q8_0"] > 0
+
+
 def test_a_budget_and_a_name_change_nothing_and_another_method_does(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -170,6 +170,8 @@ class _Measuring:
         tasks = []
         for name in self.names:
             wanted = {layer for unit in units if name in unit.sizes for layer in unit.layers}
+            if not wanted:
+                continue
             variant = self.spec.uniform(name, tied=bool(skeleton.tied))
             transforms = variant.build_transforms()
             plan = plan_layers(skeleton, variant)

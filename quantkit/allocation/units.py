@@ -210,7 +210,11 @@ def _suited(model: Model, spec: AutoSpec) -> dict[str, Mapping[str, Scheme]]:
         except SchemeError as error:
             refusal = error  # which suits no layer is no choice; what suits none is told if all are such
             continue
-        found[name] = {layer: planned[layer] for layer in planned if _takes_part(model, spec, layer)}
+        found[name] = {
+            layer: of_layer
+            for layer, of_layer in planned.items()
+            if _takes_part(model, spec, layer) and _is_tried(model, spec, layer, of_layer)
+        }
     if any(found.values()):
         return found
     if refusal is not None:
@@ -223,6 +227,11 @@ def _takes_part(model: Model, spec: AutoSpec, layer: str) -> bool:
         return spec.embeddings_take_part
     part = model.parts.get(layer)  # one of images or sound has none, and is quantized by a key of the variant alone
     return part is not None and spec.takes_part(layer, part.block, model.blocks, part.path)
+
+
+def _is_tried(model: Model, spec: AutoSpec, layer: str, scheme: Scheme) -> bool:
+    """Whether a choice that suits is tried: all that the recipe names are, of the usual ones what the format says."""
+    return spec.choices is not None or FORMATS.get(spec.format).tries(scheme, *model.parts[layer].shape)
 
 
 def _tied(spec: AutoSpec, names: Collection[str]) -> list[list[str]]:

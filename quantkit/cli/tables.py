@@ -144,6 +144,7 @@ def format_lines() -> Iterator[str]:
             {
                 "schemes": ", ".join(schemes_taken(each.check)),
                 "read only": each.read_only,
+                "bits: auto": _mixes_of(each),
                 "runtimes": ", ".join(each.runtimes),
                 "packages": ", ".join(each.requires),
                 "evaluated by": _evaluated_by(each),
@@ -162,6 +163,13 @@ def runtime_lines() -> Iterator[str]:
         yield from _facts(facts if missing is None else {**facts, "install": each.install})
         yield ""
     yield from _broken(RUNTIMES.broken())
+
+
+def _mixes_of(store: type[Format]) -> str:
+    """Among which schemes a mix chooses by default, and for which runtimes among fewer."""
+    usual = store.choices()
+    fewer = {name: found for name in store.runtimes if (found := store.choices(name)) and found != usual}
+    return "; ".join([", ".join(usual), *(f"for {name} {', '.join(found)}" for name, found in fewer.items())])
 
 
 def _evaluated_by(store: type[Format]) -> str:

@@ -264,10 +264,11 @@ def _place(entry: Entry) -> tuple[int, str]:
 
 
 def _commonest(content: Content) -> str:
-    """The type that holds most bytes; of a model without quantized layers that of its matrices."""
+    """The type of most weights; of a model without quantized layers that of its matrices."""
     held: Counter[str] = Counter()
     for layer, scheme in content.schemes.items():
-        held[type_of(scheme)] += math.prod(content.packed[layer][BLOCKS].shape)
+        block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[type_of(scheme)]]
+        held[type_of(scheme)] += math.prod(content.packed[layer][BLOCKS].shape) // block_bytes * block
     if not held:
         matrices = (each for each in content.floats.values() if len(each.shape) > 1)
         held.update(MATRICES[stored.dtype].name for stored in matrices)

@@ -186,28 +186,24 @@ def require_matrix(reader: CheckpointReader, name: str) -> tuple[int, int]:
 GROUPS_OF_VLLM = (PER_CHANNEL, 32, 64, 128)
 """Group sizes of gptq and awq for which vLLM has kernels."""
 BITS_OF_VLLM = (4, 8)
-"""Of the integers for which vLLM has kernels."""
+"""Of the integers that every release of vLLM loads."""
 MATRICES = {("q_proj", "k_proj", "v_proj"): "qkv_proj", ("gate_proj", "up_proj"): "gate_up_proj"}
 """Layers that vLLM loads as one matrix, with its name."""
 FUSED = (*MATRICES, ("w1", "w3"))
 """All of them; the last are a gate and its projection by another name, whose matrix has its part of a stack's."""
+PART, PART_OF_VLLM = "model.language_model.", "language_model.model."
+"""How names of the language model begin in a model of several parts, and how they do in vLLM."""
 IN_BLOCK = re.compile(r"\.\d+\.")
 """In the name of a layer that lies in a numbered block."""
 
 
 def refused_by_vllm(form: str, schemes: Iterable[Scheme]) -> str | None:
     """Why vLLM has no kernels for gptq or awq layers with these schemes, a sentence; None where it has."""
-    if found := integers_refused_by_vllm(form, schemes := list(schemes)):
-        return found
-    if any(scheme.group_size not in GROUPS_OF_VLLM for scheme in schemes):
-        return f"vLLM loads {form} files with groups of 32, 64 and 128 or one scale per channel, and this has others."
-    return None
-
-
-def integers_refused_by_vllm(form: str, schemes: Iterable[Scheme]) -> str | None:
-    """Why vLLM has no kernels for integers as wide as these in a format, a sentence; None where it has."""
+    schemes = list(schemes)
     if any(isinstance(scheme, IntScheme) and scheme.bits not in BITS_OF_VLLM for scheme in schemes):
         return f"vLLM loads integers of 4 and 8 bits from {form} files, and this one has others."
+    if any(scheme.group_size not in GROUPS_OF_VLLM for scheme in schemes):
+        return f"vLLM loads {form} files with groups of 32, 64 and 128 or one scale per channel, and this has others."
     return None
 
 
@@ -254,9 +250,15 @@ def _pattern(name: str) -> str:
     """Matches a layer, those that vLLM fuses with it, and the matrix or the stack of experts that they become."""
     expert = EXPERT.match(name)
     if expert:
-        return f"^{re.escape(expert['stack'])}(?:\\..+)?$"
+        return f"^{_place(expert['stack'])}(?:\\..+)?$"
     parent, dot, leaf = name.rpartition(".")
     for leaves, matrix in MATRICES.items():
         if leaf in leaves:
-            return f"^{re.escape(parent + dot)}(?:{'|'.join([*leaves, matrix])})$"
-    return f"^{re.escape(name)}$"
+            return f"^{_place(parent + dot)}(?:{'|'.join([*leaves, matrix])})$"
+    return f"^{_place(name)}$"
+
+
+def _place(name: str) -> str:
+    """Matches a name, also as vLLM has it, which calls the language model of several parts the other way round."""
+    rest = name.removeprefix(PART)
+    return re.escape(name) if rest == name else f"(?:{re.escape(PART)}|{re.escape(PART_OF_VLLM)}){re.escape(rest)}"

@@ -173,9 +173,17 @@ class Format(ABC):
         return (*found, FLOAT) if found else ()
 
     @classmethod
+    def tries(cls, scheme: Scheme, out_features: int, in_features: int) -> bool:
+        """Whether a mix that names no choices tries a scheme, one of :meth:`choices`, on a layer of this shape.
+
+        It need not where another choice that suits takes no more bits and is nearer to weights.
+        """
+        return True
+
+    @classmethod
     def _serves(cls, runtime: str | None) -> bool:
         """Whether a runtime of this name may load it; quantkit's own decoder loads whatever quantkit writes."""
-        return not cls.read_only and (runtime in (None, "reference") or runtime in cls.runtimes)
+        return not cls.read_only and (runtime is None or runtime == "reference" or cls.loads_in(runtime))
 
     @classmethod
     def _goes_with(cls, runtime: str | None, schemes: Collection[Scheme]) -> bool:

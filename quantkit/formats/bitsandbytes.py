@@ -36,7 +36,7 @@ class BitsAndBytes(Format):
     summary = "nf4, fp4 and int8 with rounded inputs, one scheme for all layers"
     runtimes = ("transformers", "vllm")
     untested: ClassVar[Mapping[str, str]] = {
-        "vllm": "vLLM loads bitsandbytes on CUDA only; quantkit has not tested it."
+        "vllm": "vLLM 0.32 does not load bitsandbytes; older releases do on CUDA, which quantkit has not tested."
     }
     usual = ({"scheme": "nf4"}, {"bits": 8, "group_size": -1, "activations": "dynamic"})
     examples = (

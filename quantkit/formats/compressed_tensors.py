@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from quantkit.formats import FORMATS
 from quantkit.formats._compressed_tensors import Layout, embedding_layout_of, layout_of
-from quantkit.formats._per_layer import BITS_OF_VLLM, FUSED, integers_refused_by_vllm
+from quantkit.formats._per_layer import BITS_OF_VLLM, FUSED
 from quantkit.formats.base import FLOAT, Format, PackedShapes
-from quantkit.schemes import Mxfp4Scheme, Nvfp4Scheme, QuantizedWeight, Scheme
+from quantkit.schemes import IntScheme, Mxfp4Scheme, Nvfp4Scheme, QuantizedWeight, Scheme
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +27,10 @@ MIXED = "mixed-precision"
 ASYMMETRIC = (
     "asymmetric: vLLM loads 4 and 8 bits; transformers does with compressed-tensors below 0.18 (3 bits excepted), and "
     "with 0.18 to 0.20 fails on the shape of weight_zero_point, which quantkit's own evaluation works around"
+)
+OTHER_BITS = (
+    "integers of other widths than 4 and 8: transformers loads them; vLLM 0.32 reads them and computes with them on "
+    "CUDA alone (its Humming kernels, which are not tested), and older releases refuse them"
 )
 FOUR_BIT_FLOATS = (
     "mxfp4 and nvfp4: compressed-tensors decodes them to bfloat16 whatever the model computes in, so that transformers "
@@ -71,7 +75,7 @@ class CompressedTensors(Format):
 
     @classmethod
     def choices(cls, runtime: str | None = None) -> tuple[str, ...]:
-        """Integers, in vLLM of those bits alone that it has kernels for; other kinds are there to be named.
+        """Integers, for vLLM of those bits alone that most of its releases load; others are there to be named.
 
         At the bits of fp8, nvfp4 and mxfp4 integers with groups are as near or nearer to the weights, on any device.
         """
@@ -80,8 +84,11 @@ class CompressedTensors(Format):
 
     @classmethod
     def refusal(cls, runtime: str, schemes: Collection[Scheme]) -> str | None:
-        """Integers for which vLLM has no kernels."""
-        return integers_refused_by_vllm(cls.name, schemes) if runtime == "vllm" else None
+        """Integers of 1 bit, of which vLLM knows nothing."""
+        narrow = any(isinstance(scheme, IntScheme) and scheme.bits == 1 for scheme in schemes)
+        if runtime != "vllm" or not narrow:
+            return None
+        return f"vLLM loads integers of 2 to 8 bits from {cls.name} files, and this one has others."
 
     @classmethod
     def check_embedding(cls, scheme: Scheme) -> None:
@@ -183,6 +190,7 @@ class CompressedTensors(Format):
         """What does not load everywhere."""
         remarks = {
             ASYMMETRIC: not all(scheme.symmetric for scheme in schemes),
+            OTHER_BITS: any(isinstance(each, IntScheme) and each.bits not in BITS_OF_VLLM for each in schemes),
             FOUR_BIT_FLOATS: _has_four_bit_floats(schemes),
         }
         return tuple(remark for remark, holds in remarks.items() if holds)

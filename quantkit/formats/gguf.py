@@ -15,6 +15,7 @@ from quantkit.formats import FORMATS
 from quantkit.formats.base import FLOAT, Container, Format, PackedShapes
 from quantkit.gguf.types import BLOCK, row_bytes, type_of
 from quantkit.schemes import GgmlMixture, IntScheme, PlainScheme, QuantizedWeight, Scheme
+from quantkit.schemes.ggml import SUPER_BLOCK, Iq4NlScheme
 
 if TYPE_CHECKING:
     import torch
@@ -65,6 +66,12 @@ class Gguf(Format):
     def choices(cls, runtime: str | None = None) -> tuple[str, ...]:
         """Any tensor of a file may have any type whose blocks divide its rows."""
         return (*TYPES, FLOAT) if cls._serves(runtime) else ()
+
+    @classmethod
+    def tries(cls, scheme: Scheme, out_features: int, in_features: int) -> bool:
+        """Where rows are whole super-blocks, K-quants have no more bits than blocks of 32 with as wide codes."""
+        small = isinstance(scheme, Iq4NlScheme) or (isinstance(scheme, IntScheme) and scheme.bits < 8)
+        return not small or in_features % SUPER_BLOCK != 0
 
     @classmethod
     def check_layer(cls, scheme: Scheme, out_features: int, in_features: int) -> None:
