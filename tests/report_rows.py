@@ -47,7 +47,7 @@ BITS = {"int3": 3.5, "int4": 4.5, "int8": 8.5, "float": 16.0}
 
 
 def allocation(
-    chosen: Mapping[str, str], *, predicted: float = 0.02, budget: float = 4.0, weights: int = 4096
+    chosen: Mapping[str, str], *, predicted: float = 0.02, budget: str = "4 bits per weight", weights: int = 4096
 ) -> dict[str, Any]:
     """An allocation as JSON: a choice for each unit, whose layers are joined by ``+``, each of as many weights."""
     units: list[dict[str, Any]] = []

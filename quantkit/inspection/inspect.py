@@ -17,6 +17,7 @@ from quantkit.exports.manifest import read_manifest
 from quantkit.formats import FORMATS
 from quantkit.inspection.layers import layer_facts
 from quantkit.inspection.loading import loads, loads_float
+from quantkit.inspection.mixed import mix_facts, mix_in, mix_problems
 from quantkit.inspection.parallel import tensor_parallel
 from quantkit.inspection.problems import (
     architecture_problems,
@@ -53,6 +54,7 @@ def inspect(path: Path, *, deep: bool = True) -> dict[str, Any]:
         are predicted to raise the model's divergence, in nats a token, where quantkit found that out; ``schemes``,
         ``layers``, ``weights``, ``bytes`` and ``bits_per_weight`` of each; ``floats``, name, shape, dtype and bytes of
         each other tensor; ``float_dtypes``, tensors, parameters and bytes of each; ``activation_scales``, names;
+        ``allocation``, None or how its schemes are mixed, see :func:`quantkit.inspection.mixed.mix_facts`;
         ``tensor_parallel``, None or ``sizes`` over which servers can split it and ``limits``, by size what stands in
         the way of others; ``loads``, lines on what loads it; ``remarks`` of its format; ``problems``, a line each.
 
@@ -83,7 +85,9 @@ def inspect(path: Path, *, deep: bool = True) -> dict[str, Any]:
         found["tensor_parallel"] = tensor_parallel(export).to_json()
     found["remarks"] = list(export.remarks() if isinstance(export, FolderExport) else store().remarks(schemes))
     found["remarks"] += _loading(path) if known else []
-    found["problems"] = _problems(export, layers, deep=deep, folder=known)
+    found["problems"] = [*_problems(export, layers, deep=deep, folder=known), *mix_problems(path)]
+    mix = mix_in(path)
+    found["allocation"] = None if mix is None else mix_facts(mix)
     return found
 
 
@@ -188,6 +192,7 @@ def _facts(
         "floats": floats,
         "float_dtypes": _by_dtype(floats),
         "activation_scales": [],
+        "allocation": None,
         "tensor_parallel": None,
         "loads": [],
         "remarks": [],

@@ -15,14 +15,16 @@ ABSENT = "-"
 
 
 def inspect_tables(found: dict[str, Any]) -> list[RenderableType]:
-    """Tables and texts in the order in which they are to be printed: the summary, schemes, layers, float tensors, what
-    loads the checkpoint, remarks and problems.
+    """Tables and texts in the order in which they are to be printed.
+
+    These are the summary, schemes, of a mix the bits by block, layers, float tensors, what loads the checkpoint,
+    remarks and problems.
     """
     from rich.text import Text
 
     shown: list[RenderableType] = [_summary(found)]
     if found["layers"]:
-        shown += [_schemes(found), _layers(found)]
+        shown += [_schemes(found), *([_kinds(found["allocation"])] if found["allocation"] else []), _layers(found)]
     shown.append(_floats(found))
     for title, key, style in (
         ("Loads it", "loads", ""),
@@ -52,6 +54,8 @@ def _summary(found: dict[str, Any]) -> Table:
         "quantized": f"{found['quantized_weights']:,} weights in {len(found['layers'])} layers",
         "bits per weight": ABSENT if bits is None else f"{bits:.3f}",
     }
+    if found["allocation"] is not None:
+        facts |= _mix_summary(found["allocation"])
     if found["tensor_parallel"] is not None:
         limits = found["tensor_parallel"]["limits"].items()
         sizes = ", ".join(map(str, found["tensor_parallel"]["sizes"]))
@@ -83,6 +87,23 @@ def _schemes(found: dict[str, Any]) -> FittedTable:
         for name, total in found["schemes"].items()
     ]  # fmt: skip
     return _fitted("Schemes", ("Scheme", "Layers", "Weights", "Size", "Bits per weight"), rows)
+
+
+def _mix_summary(mix: dict[str, Any]) -> dict[str, str]:
+    """What a mix was made for and is predicted to lose."""
+    budget = {"mixed within": mix["budget"]} if mix["budget"] else {}
+    lost = {} if mix["predicted"] is None else {"predicted loss": f"{mix['predicted']:.3g} nats per token"}
+    return budget | lost
+
+
+def _kinds(mix: dict[str, Any]) -> FittedTable:
+    """Bits of each kind of layer: the strip of the report, a character a block."""
+    rows = []
+    for kind in mix["kinds"]:
+        named = ", ".join(f"{name} in {count}" for name, count in kind["choices"].items())
+        least, most = f"{kind['least']:.2f}", f"{kind['most']:.2f}"
+        rows.append((kind["layers"], named, kind["blocks"], least if least == most else f"{least} to {most}"))
+    return _fitted("Bits by block; f is float", ("Layers", "Choices", "Blocks", "Bits per weight"), rows, words=3)
 
 
 def _layers(found: dict[str, Any]) -> FittedTable:

@@ -15,6 +15,7 @@ from quantkit.errors import CheckpointError
 from quantkit.exports import open_export
 from quantkit.exports.manifest import CALIBRATION, EXPORT_AGAIN, MANIFEST, read_manifest, read_verdicts
 from quantkit.formats import FORMATS
+from quantkit.inspection.mixed import mix_in
 from quantkit.inspection.parallel import tensor_parallel
 from quantkit.publishing.front_matter import front_matter
 from quantkit.publishing.markdown import code, fenced, plain, table
@@ -102,6 +103,7 @@ def card(folder: Path, facts: CardFacts | None = None) -> str:
     sections = {
         "": _opening(name, manifest, schemes, given),
         "Measured": _measured(read_verdicts(folder), given),
+        "Mixed schemes": _mixed(folder, given),
         "How to load it": usage(_subject(name, folder, manifest, schemes)),
         "Worth knowing": _remarks(manifest, schemes),
         "How it was made": _made(manifest, recipe, given),
@@ -184,6 +186,31 @@ def _scores(scores: Mapping[str, Any], baseline: Mapping[str, Any] | None) -> st
     lines = "\n".join(f"- {what}: {count / 2**20:.1f} MiB of tensors" for what, count in sizes if count is not None)
     by = f"\n\nMeasured through {plain(scores['loaded_by'])}." if scores.get("loaded_by") else ""
     return f"{table(header, rows, figures=4)}\n\n{lines}{by}"
+
+
+def _mixed(folder: Path, facts: CardFacts) -> str:
+    """What each layer got and what it was predicted to lose; empty where one scheme is that of all."""
+    mix = mix_in(folder)
+    if mix is None:
+        return ""
+    within = f", within {plain(mix.budget)}" if mix.budget else ""
+    lead = f"The scheme of each layer was chosen by what its errors are predicted to cost{within}."
+    if mix.predicted is not None:
+        lead += f" Predicted: {mix.predicted:.5f} nats per token of KL divergence."
+    measured = (facts.scores or {}).get("metrics", {}).get("kl_divergence") or {}
+    told = ", ".join(f"{_figure(found['mean'], '.5f')} on {plain(text)}" for text, found in measured.items())
+    parts = [
+        [plain(part.choice), f"{part.bits:.2f}", f"{part.layers:,}", f"{part.weights:,}", f"{part.nbytes:,}"]
+        for part in mix.parts
+    ]
+    kinds = [
+        [code(kind.label), plain(kind.named), code(kind.digits) if kind.digits else "", kind.range]
+        for kind in mix.kinds()
+    ]
+    choices = table(["Choice", "Bits per weight", "Layers", "Weights", "Bytes"], parts, figures=4)
+    strip = table(["Layers", "Choices", "Block by block", "Bits per weight"], kinds, figures=1)
+    lead += f" Measured: {told}." if told else ""
+    return f"{lead}\n\n{choices}\n\n{strip}\n\nBlock by block is a character each: its bits, and f for float."
 
 
 def _figure(value: float | None, form: str) -> str:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from quantkit.gates.record import VariantRecord
 from quantkit.regression.document import Change
 from quantkit.regression.judging import Beside
 from quantkit.run_history.record import RunRecord
 
 SHORT_HASH = 12
+SCHEMES_SHOWN = 4
+FLOAT = "float"
 _NOT_COMPARED = ("name", "defaults", "report", "history", "retention", "gates", "variants", "model")
 """Keys of a recipe that change nothing of a file, or are told in another way."""
 
@@ -57,6 +61,7 @@ def _of_variant(name: str, now: RunRecord, then: RunRecord) -> Iterator[Change]:
         return
     for _, key, before, after in _unlike("recipe", _settings(then, name), _settings(now, name)):
         yield Change("recipe", f"variants.{name}.{key}", _written(before), _written(after), (name,))
+    yield from _of_layers(name, here, there)
     for text in here.texts.keys() & there.texts.keys():
         before, after = there.texts[text].token_ids_sha256, here.texts[text].token_ids_sha256
         if before != after:
@@ -67,6 +72,26 @@ def _of_variant(name: str, now: RunRecord, then: RunRecord) -> Iterator[Change]:
     ):
         if old != new:
             yield Change("file", key, old, new, (name,))
+
+
+def _of_layers(name: str, here: VariantRecord, there: VariantRecord) -> Iterator[Change]:
+    """Of a file whose layers have several schemes, now or then, how many layers have another one."""
+    now, then = ({layer.name: layer.scheme for layer in record.layers} for record in (here, there))
+    if not now or not then or len({*now.values()}) == len({*then.values()}) == 1:
+        return
+    every = now | then
+    pairs = [(then.get(layer, FLOAT), now.get(layer, FLOAT)) for layer in every]
+    changed = [pair for pair in pairs if pair[0] != pair[1]]
+    if changed:
+        before, after = (_counted(side) for side in zip(*changed, strict=True))
+        yield Change("file", f"schemes of {len(changed)} of {len(every)} layers", before, after, (name,))
+
+
+def _counted(schemes: Sequence[str]) -> str:
+    """Schemes, the most frequent first, with in how many layers each is."""
+    counted = Counter(schemes).most_common()
+    shown = ", ".join(f"{scheme} in {count}" for scheme, count in counted[:SCHEMES_SHOWN])
+    return f"{shown} and {len(counted) - SCHEMES_SHOWN} more" if len(counted) > SCHEMES_SHOWN else shown
 
 
 def _settings(run: RunRecord, variant: str) -> dict[str, Any]:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from quantkit.report.columns import Record
-from quantkit.report.facts import words
 from quantkit.report.mixes import mixes_of
 from quantkit.report.numbers import count, fixed, in_bytes, padded, parameters
 from quantkit.schemes.mix import Mix, Spot
@@ -110,8 +109,8 @@ def _map(name: str, mix: Mix) -> BitsMap:
 
 def caption(mix: Mix) -> str:
     """What a mix takes, was to take, and is predicted to lose, in words."""
-    told = [f"{fixed(mix.bits_per_weight, 3)} bits a weight in {count(len(mix.chosen))} layers"]
-    told += [f"budget {words(mix.facts['budget'])}"] if mix.facts.get("budget") is not None else []
+    told = [f"{fixed(mix.bits_per_weight, 3)} bits a weight in {count(mix.layers)} layers"]
+    told += [f"budget {mix.budget}"] if mix.budget else []
     told += [] if mix.predicted is None else [f"predicted to lose {padded(mix.predicted)} nats per token"]
     return "; ".join(told)
 

@@ -123,7 +123,7 @@ def _mix_facts(variant: Record) -> Facts:
     if mix is None:
         return []
     return [
-        *((key, words(value)) for key, value in mix.facts.items() if isinstance(value, str | int | float)),
+        *([("budget", mix.budget)] if mix.budget else []),
         ("layers", mix.words),
         ("predicted loss", f"{significant(mix.predicted)} nats per token"),
     ]

@@ -17,6 +17,8 @@ from quantkit.report.losses import is_other_merge
 from quantkit.report.numbers import ABSENT, decimals_for, figure, fixed, in_bytes, margin, padded, percent, significant
 from quantkit.schemes.mix import Mix, mix_of
 
+Measured = tuple[float, float, str]
+"""Size in bytes, loss on a text in nats a token, and name of a variant."""
 SAME, NEAR = 1.0005, 1.01
 """Ratios of sizes up to which files are of one size, and up to which one stands for the other's size and it is said."""
 HOLDS = (0.5, 2.0)
@@ -124,25 +126,40 @@ def without_mixes(report: Record) -> Record:
 def mix_tables(report: Record) -> list[MixTable]:
     """The mixes by text; none where no divergence was measured."""
     mixes, found = mixes_of(report), []
-    for text in texts_of(report):
-        rows = []
+    for text in texts_of(report) if mixes else ():
+        given, rows = others_on(report, text), []
         for row in _done(report):
             name, size, loss = str(row["name"]), figure(row, "size_bytes"), _loss(row, text)
             if name in mixes and size is not None and loss is not None:
                 stderr = figure(row, "metrics", "kl_divergence", text, "stderr")
-                rows.append(Beside(name, size, loss, stderr, mixes[name].predicted, others_at(report, text, size)))
+                rows.append(Beside(name, size, loss, stderr, mixes[name].predicted, others_at(given, size)))
         if rows:
             found.append(MixTable(text, sorted(rows, key=lambda row: (row.size, row.name))))
     return found
 
 
-def others_at(report: Record, text: str, size: float) -> Other | None:
-    """What variants with schemes of their own lose on a text at a size, by those that none of them beats.
+def others_on(report: Record, text: str) -> list[Measured]:
+    """The variants with schemes of their own, that were not trained afterwards, by size."""
+    found = []
+    for row in _done(report):
+        size, loss = figure(row, "size_bytes"), _loss(row, text)
+        if row.get("method") == "none" or row.get("original") or is_other_merge(report, row):
+            continue
+        if size and loss is not None and loss > 0 and mix_of(row.get("allocation")) is None:
+            found.append((size, loss, str(row["name"])))
+    return sorted(found)
+
+
+def others_at(given: Sequence[Measured], size: float) -> Other | None:
+    """What variants with schemes of their own lose at a size, by those that none of them beats.
 
     Between two sizes the logarithm of the loss is interpolated. Nothing is said beyond the smallest and the largest
     file, but for sizes that differ by less than :data:`NEAR`.
+
+    Args:
+        given: see :func:`others_on`.
+        size: bytes.
     """
-    given = _given(report, text)
     front = [one for one in given if not any(other[:2] < one[:2] and other[1] <= one[1] for other in given)]
     for low, high in pairwise(front):
         if low[0] * SAME < size and size * SAME < high[0]:
@@ -248,18 +265,6 @@ def _times(value: float | None) -> str:
 def _range(values: Sequence[float]) -> str:
     least, most = _times(min(values)), _times(max(values))
     return least if least == most else f"{least} to {most}"
-
-
-def _given(report: Record, text: str) -> list[tuple[float, float, str]]:
-    """Size, loss and name of the variants with schemes of their own, that were not trained afterwards; by size."""
-    found = []
-    for row in _done(report):
-        size, loss = figure(row, "size_bytes"), _loss(row, text)
-        if row.get("method") == "none" or row.get("original") or is_other_merge(report, row):
-            continue
-        if size and loss is not None and loss > 0 and mix_of(row.get("allocation")) is None:
-            found.append((size, loss, str(row["name"])))
-    return sorted(found)
 
 
 def _done(report: Record) -> list[Record]:

@@ -51,9 +51,9 @@ def _rounds(row: Record) -> bool:
 
 
 def _schemes(row: Record) -> tuple[object, object]:
-    """The scheme, and of a mix what each layer got."""
+    """The scheme, and of a mix the choices."""
     mix = mix_of(row.get("allocation"))
-    return row.get("scheme"), None if mix is None else dict(mix.chosen)
+    return row.get("scheme"), None if mix is None else mix.choices
 
 
 def _texts(row: Record) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from quantkit.schemes.places import Place, Stack, place_of, stacks_of
@@ -111,30 +112,87 @@ class Kind:
 
 
 @dataclass(frozen=True, slots=True)
+class Tied:
+    """Layers that got one choice together: their names, the choice, how many weights and bytes they have."""
+
+    layers: Sequence[str]
+    choice: str
+    weights: int
+    nbytes: int
+
+    @property
+    def bits(self) -> float:
+        """That they take a weight."""
+        return 8 * self.nbytes / self.weights
+
+
+@dataclass(frozen=True)
 class Mix:
     """What the layers got.
 
     Attributes:
-        parts: by choice, the fewest bits first.
-        spots: by place, in the order of the model.
-        chosen: of each layer the name of its choice.
+        units: layers that got one choice together.
         predicted: by how much it is predicted to raise the divergence, nats a token; None where nobody told.
-        nbytes, weights: of all layers.
         facts: what else the allocation says, such as its budget.
     """
 
-    parts: Sequence[Part]
-    spots: Sequence[Spot]
-    chosen: Mapping[str, str]
+    units: Sequence[Tied]
     predicted: float | None
-    nbytes: int
-    weights: int
     facts: Mapping[str, Any]
+
+    @cached_property
+    def parts(self) -> list[Part]:
+        """What there is of each choice, the fewest bits first."""
+        by_choice: dict[str, list[Tied]] = {}
+        for unit in self.units:
+            by_choice.setdefault(unit.choice, []).append(unit)
+        found = []
+        for choice, own in by_choice.items():
+            nbytes, weights = sum(unit.nbytes for unit in own), sum(unit.weights for unit in own)
+            found.append(Part(choice, 8 * nbytes / weights, sum(len(unit.layers) for unit in own), weights, nbytes))
+        return sorted(found, key=lambda part: (part.bits, part.choice))
+
+    @cached_property
+    def spots(self) -> list[Spot]:
+        """What lies at each place, in the order of the units."""
+        gathered: dict[Place, list[Tied]] = {}
+        for unit in self.units:
+            for name in unit.layers:
+                gathered.setdefault(place_of(str(name)), []).append(unit)
+        return [
+            Spot(place, Counter(unit.choice for unit in found), sum(unit.bits for unit in found) / len(found))
+            for place, found in gathered.items()
+        ]
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The choice of each unit."""
+        return tuple(unit.choice for unit in self.units)
+
+    @property
+    def layers(self) -> int:
+        """How many there are."""
+        return sum(part.layers for part in self.parts)
+
+    @property
+    def nbytes(self) -> int:
+        """Of all layers."""
+        return sum(part.nbytes for part in self.parts)
+
+    @property
+    def weights(self) -> int:
+        """Of all layers."""
+        return sum(part.weights for part in self.parts)
 
     @property
     def bits_per_weight(self) -> float:
         """Of all layers."""
         return 8 * self.nbytes / self.weights
+
+    @property
+    def budget(self) -> str:
+        """What it was made for, in words; empty where nobody told."""
+        return str(self.facts.get("budget") or "")
 
     @property
     def name(self) -> str:
@@ -175,48 +233,19 @@ class Mix:
 def mix_of(data: Any) -> Mix | None:
     """What an allocation's JSON says was chosen; None where there is none, or it is not of this form."""
     try:
-        units = [_Unit(each) for each in data["units"]]
+        units = [_tied(each) for each in data["units"]]
         told = {key: value for key, value in data.items() if key not in ("version", "units", "choices", "predicted")}
         predicted = finite((data.get("predicted") or {}).get("kl_divergence"))
-    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError):
+    except (KeyError, TypeError, ValueError, AttributeError):
         return None  # a report or a file may come from elsewhere
-    if not units:
-        return None
-    chosen = {name: unit.choice for unit in units for name in unit.layers}
-    nbytes, weights = sum(unit.nbytes for unit in units), sum(unit.weights for unit in units)
-    return Mix(_parts(units), _spots(units), chosen, predicted, nbytes, weights, told)
+    return Mix(units, predicted, told) if units else None
 
 
-class _Unit:
-    """A unit as the JSON has it: layers that got one choice."""
-
-    def __init__(self, data: Mapping[str, Any]) -> None:
-        self.layers, self.choice = [str(name) for name in data["layers"]], str(data["choice"])
-        self.weights, self.nbytes = int(data["weights"]), int(data["bytes"][self.choice])
-        self.bits = 8 * self.nbytes / self.weights
-
-
-def _parts(units: Sequence[_Unit]) -> list[Part]:
-    by_choice: dict[str, list[_Unit]] = {}
-    for unit in units:
-        by_choice.setdefault(unit.choice, []).append(unit)
-    found = []
-    for choice, own in by_choice.items():
-        nbytes, weights = sum(unit.nbytes for unit in own), sum(unit.weights for unit in own)
-        found.append(Part(choice, 8 * nbytes / weights, sum(len(unit.layers) for unit in own), weights, nbytes))
-    return sorted(found, key=lambda part: (part.bits, part.choice))
-
-
-def _spots(units: Sequence[_Unit]) -> list[Spot]:
-    """By place; what ties layers of several kinds may list them in any order, so blocks come in theirs."""
-    gathered: dict[Place, list[tuple[str, float]]] = {}
-    for unit in units:
-        for name in unit.layers:
-            gathered.setdefault(place_of(name), []).append((unit.choice, unit.bits))
-    return [
-        Spot(place, Counter(choice for choice, _ in found), sum(bits for _, bits in found) / len(found))
-        for place, found in gathered.items()
-    ]
+def _tied(data: Mapping[str, Any]) -> Tied:
+    layers, choice, weights = data["layers"], str(data["choice"]), int(data["weights"])
+    if not isinstance(layers, list) or not layers or weights < 1:
+        raise ValueError("a unit has layers, and weights")
+    return Tied(layers, choice, weights, int(data["bytes"][choice]))
 
 
 def _kind(label: str, spots: Sequence[Spot], digits: str, bits: Mapping[str, float]) -> Kind:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -55,6 +56,7 @@ class Stack(Generic[T]):
     lines: Sequence[Line[T]]
 
 
+@lru_cache(maxsize=1 << 16)  # all mixes of a report have the layers of one model
 def place_of(name: str) -> Place:
     """Where a layer is; the first number in its name is that of its block."""
     parts = name.split(".")
