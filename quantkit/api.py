@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantkit.errors import EvaluationError, RecipeError
 from quantkit.recipe import COMPARING_METRICS, CalibrationSpec, EvaluationSpec, ModelSpec, Recipe
+from quantkit.recipe.mixing import is_mixed
 from quantkit.system.progress import Logged, Observer
 from quantkit.system.units import parse_seconds
 from quantkit.system.validation import parse_section
@@ -88,7 +89,8 @@ def quantize(
         trust_remote_code: run Python code that comes with the model.
         observer: is told what happens.
         options: further keys of a variant: those of its scheme (``bits``, ``group_size``, ``symmetric`` ..., by default
-            the scheme's own), ``ignore``, ``overrides``, ``first_blocks``, ``last_blocks``, the method's own options.
+            the scheme's own), ``ignore``, ``overrides``, ``first_blocks``, ``last_blocks``, the method's own options;
+            with ``bits="auto"`` ``budget``, ``choices`` or ``allocation``, see :class:`quantkit.recipe.AutoSpec`.
 
     Returns:
         ``out``.
@@ -436,8 +438,13 @@ def estimate(
     """
     from quantkit.estimation import estimate as estimated
 
-    given: dict[str, Any] = {"method": method, "scheme": scheme, "format": format, "dtype": dtype, "train": train}
-    return estimated(str(model), trust_remote_code=trust_remote_code, **given, **options)
+    names: dict[str, Any] = {"method": method, "scheme": scheme, "format": format}
+    further: dict[str, Any] = {"dtype": dtype, "train": train, "trust_remote_code": trust_remote_code}
+    if is_mixed(options):
+        from quantkit.pipeline.estimating import mixed_estimate
+
+        return mixed_estimate(str(model), names, options, **further)
+    return estimated(str(model), **names, **further, **options)
 
 
 @contextmanager

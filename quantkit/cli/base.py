@@ -184,3 +184,8 @@ def console(stderr: bool = False) -> Console:
 def say(text: str, stderr: bool = False) -> None:
     """Print a line of the answer, or one about it on standard error."""
     typer.echo(text, err=stderr)
+
+
+def bits_given(given: str | None) -> int | str | None:
+    """A width, or what a recipe may say in its place, which is told when it is read."""
+    return int(given) if given is not None and given.strip().lstrip("-").isdigit() else given

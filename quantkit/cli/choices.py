@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from quantkit.cli.base import AsJson, TrustsCode, app, console, say
+from quantkit.cli.base import AsJson, TrustsCode, app, bits_given, console, say
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -77,7 +77,8 @@ def estimate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A well-known name, a folder, or a hub id.")],
     method: Annotated[str | None, typer.Option(help="See 'quantkit methods'.")] = None,
     scheme: Annotated[str | None, typer.Option(help="Kind of scheme.")] = None,
-    bits: Annotated[int | None, typer.Option(help="Width of an integer code.")] = None,
+    bits: Annotated[str | None, typer.Option(help="Width of an integer code; auto mixes them to a budget.")] = None,
+    budget: Annotated[str | None, typer.Option(help="With bits auto: bits per weight, or the file's size.")] = None,
     group_size: Annotated[int | None, typer.Option(help="Columns that share a scale; -1 is per channel.")] = None,
     format: Annotated[  # noqa: A002 - a recipe key
         str | None, typer.Option(help="See 'quantkit formats'.")
@@ -108,7 +109,9 @@ def estimate(
     from quantkit.estimation.tables import estimate_table
 
     keys: dict[str, Any] = {
-        key: value for key, value in {"bits": bits, "group_size": group_size}.items() if value is not None
+        key: value
+        for key, value in {"bits": bits_given(bits), "budget": budget, "group_size": group_size}.items()
+        if value is not None
     }
     found = quantkit.estimate(model, method=method, scheme=scheme, format=format, train=train, **{**use, **keys})
     _print(found.to_json(), lambda: estimate_table(found), as_json)

@@ -17,6 +17,7 @@ from quantkit.cli.base import (
     RecipePath,
     TrustsCode,
     app,
+    bits_given,
     complete_method,
     console,
     names_in,
@@ -207,7 +208,19 @@ def quantize(
             help="See 'quantkit methods'; what goes with method and format, or int.", autocompletion=names_in("schemes")
         ),
     ] = None,
-    bits: Annotated[int | None, typer.Option(help="Width of an integer code: 1 to 8; 4 by default.")] = None,
+    bits: Annotated[
+        str | None, typer.Option(help="Width of an integer code: 1 to 8, 4 by default; auto chooses by layer.")
+    ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(help="With bits auto: bits per weight, as 4.0, or the size of the file, as 5GiB."),
+    ] = None,
+    choices: Annotated[
+        str | None, typer.Option(help="With bits auto: what layers may get, as int3,int4,int8; by default what suits.")
+    ] = None,
+    allocation: Annotated[
+        str | None, typer.Option(help="With bits auto: an allocation.json that is given back, maybe edited.")
+    ] = None,
     group_size: Annotated[int | None, typer.Option(help="Columns that share a scale; -1 is per channel.")] = None,
     asymmetric: Annotated[bool, typer.Option("--asymmetric", help="Store zero points.")] = False,
     further: Annotated[
@@ -255,7 +268,12 @@ def quantize(
     from quantkit.exports.manifest import read_manifest
     from quantkit.system.units import percentage
 
-    given = {"bits": bits, "group_size": group_size, "symmetric": False if asymmetric else None}
+    given: dict[str, Any] = {
+        "bits": bits_given(bits),
+        "group_size": group_size,
+        "symmetric": False if asymmetric else None,
+    }
+    given |= {"budget": budget, "choices": choices and choices.split(","), "allocation": allocation}
     options = {key: value for key, value in given.items() if value is not None} | settings_of(further or [])
     keys = {"method": method, "scheme": scheme, "format": format, **options}
     records = {

@@ -238,7 +238,8 @@ def time_words(found: Mapping[str, Any]) -> str:
 def _what(variant: Mapping[str, Any]) -> str:
     quantized, linears = variant["layers"]
     kinds = variant["schemes"]
-    scheme = ", ".join(kinds if len(kinds) == 1 else (f"{name} ({count})" for name, count in kinds.items()))
+    told = kinds if len(kinds) == 1 else [f"{name} ({count})" for name, count in kinds.items()]
+    scheme = ", ".join(told) or variant["scheme"]
     share = "" if variant["share"] is None else f", {percentage(variant['share'])} of the block weights"
     return f"{variant['method']} {scheme} {variant['format']}, {quantized} of {linears} linear layers{share}"
 

@@ -44,7 +44,13 @@ class Estimate:
 
     def __repr__(self) -> str:
         parts = ", ".join(f"{part.name} {in_units(part.nbytes)}" for part in self.parts)
-        return f"Estimate({self.anatomy.name}, {self.variant.base_scheme().describe()}: {parts})"
+        return f"Estimate({self.anatomy.name}, {self.scheme}: {parts})"
+
+    @property
+    def scheme(self) -> str:
+        """The variant's scheme in short, and how many others its layers get."""
+        first, *others = [each.describe() for each in self.variant.schemes()]
+        return f"{first} and {len(others)} other{'s' * (len(others) > 1)}" if others else first
 
     def part(self, name: str) -> Part:
         """The part of a name."""
@@ -64,7 +70,7 @@ class Estimate:
             "tower_parameters": self.anatomy.towers,
             "method": self.variant.chain,
             "format": self.variant.format,
-            "scheme": self.variant.base_scheme().describe(),
+            "scheme": self.scheme,
             "use": self.use.model_dump(mode="json"),
             "bits_per_weight": self.stored.bits_per_weight,
             "parts": [part.to_json() for part in self.parts],

@@ -19,10 +19,8 @@ def estimate_table(found: Estimate) -> Table:
     """Every line of every part, with its formula."""
     from rich.table import Table
 
-    scheme = found.variant.base_scheme().describe()
-    title = (
-        f"{found.anatomy.name}, {found.variant.chain}, {scheme}, {found.variant.format}\n{_parameters(found.anatomy)}"
-    )
+    what = f"{found.anatomy.name}, {found.variant.chain}, {found.scheme}, {found.variant.format}"
+    title = f"{what}\n{_parameters(found.anatomy)}"
     table = Table(title=title, title_justify="left", caption_justify="left")
     table.add_column("what")
     table.add_column("bytes", justify="right", no_wrap=True)

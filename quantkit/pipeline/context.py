@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from quantkit.errors import QuantkitError
 from quantkit.evaluation.stage import LOGPROBS, Scoring, score
 from quantkit.pipeline.titles import evaluation_title
-from quantkit.recipe import Recipe
+from quantkit.recipe import Recipe, VariantSpec
 from quantkit.system.artifacts import write_text
 from quantkit.system.progress import Observer
 from quantkit.system.redaction import redacted
@@ -28,6 +28,7 @@ class Run:
         anew: score every file although its result is there.
         seen: the questions of the calibration set, which are not asked.
         installs: environments of libraries that are not there may be made.
+        plain: of mixed variants, by name, what they became.
     """
 
     recipe: Recipe
@@ -36,6 +37,7 @@ class Run:
     anew: bool = False
     seen: tuple[str, ...] = ()
     installs: bool = True
+    plain: Mapping[str, VariantSpec] = field(default_factory=dict)
 
     @property
     def baseline(self) -> Path:

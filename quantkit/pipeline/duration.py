@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from quantkit.allocation.measuring import HELD_OUT_TOKENS
 from quantkit.checkpoint import FLOATS
 from quantkit.engine.precision import pass_dtype
 from quantkit.errors import QuantkitError
@@ -20,11 +21,19 @@ from quantkit.estimation.measured import known_anatomy
 from quantkit.estimation.tuning import step_tokens
 from quantkit.methods.tuning import TuneOptions
 from quantkit.pipeline.machine_rates import Rates, rates, solving_seconds
-from quantkit.pipeline.titles import BASELINE_TITLE, evaluation_title, library_title, recover_title, walk_title
+from quantkit.pipeline.mixing import costs_folder, measured_alike, plain_or_like
+from quantkit.pipeline.titles import (
+    BASELINE_TITLE,
+    evaluation_title,
+    library_title,
+    mixing_title,
+    recover_title,
+    walk_title,
+)
 from quantkit.quantization import Job, walks
 from quantkit.quantization.generated import generated_tokens
 from quantkit.quantization.job import finished_variant, made_from
-from quantkit.recipe import EvaluationSpec, LibrarySpec, Recipe, RecoverSpec, VariantSpec
+from quantkit.recipe import AutoSpec, EvaluationSpec, LibrarySpec, Recipe, RecoverSpec, VariantSpec
 from quantkit.run_history.record import RunRecord, private
 from quantkit.run_history.store import History
 from quantkit.run_history.store import Wanted as WantedRuns
@@ -57,6 +66,8 @@ LOOKS = 5
 """How often all that is held out is run."""
 GROUPS = 4
 """How often a block is run anew for the groups of its layers, and for the float model."""
+BACKWARD = 4
+"""Forward passes that a pass backward takes beside the first."""
 DECODED = 60.0
 """Bytes that are moved for a weight when it is decoded and gets a gradient."""
 
@@ -141,6 +152,8 @@ class _Work:
         scored_in = torch.float32 if scored_on.type == "cpu" else torch.bfloat16
         self.scoring_rates = rates(str(scored_on), scored_in, *widths)
         self.scored_bytes = 4 if scored_on.type == "cpu" else 2
+        self.mixes = measured_alike(recipe.own_variants)
+        self.own = [plain_or_like(job, variant, recipe.folder) for variant in recipe.own_variants]
         linear = [weight for weight in anatomy.weights if weight.kind == "linear" and weight.block is not None]
         self.shapes = [weight.matrix for weight in linear]
         self.active = sum(weight.numel * weight.share for weight in linear)
@@ -148,7 +161,9 @@ class _Work:
     def steps(self) -> Iterator[Ahead]:
         """All of them, in the order of a run."""
         yield from self._evaluation(BASELINE_TITLE)
-        own = self.recipe.own_variants
+        own = self.own
+        for mixes in self.mixes:
+            yield Ahead(mixing_title(mixes), "block", self._measuring(mixes[0]), "choose bits")
         for places in walks(self.job, own):
             group = [own[place] for place in places]
             like = "quantize " + ", ".join(variant.chain for variant in group)
@@ -166,13 +181,16 @@ class _Work:
         """Whether a stage's result lies there, so that it will hardly take time."""
         if stage == BASELINE_TITLE:
             return not anew and (self.recipe.folder / "baseline" / STAGE_FILE).exists()
-        own = self.recipe.own_variants
+        own, folder = self.own, self.recipe.folder
+        for mixes in self.mixes:
+            if stage == mixing_title(mixes):
+                return (costs_folder(mixes[0], folder) / STAGE_FILE).exists() or mixes[0].allocation is not None
         for places in walks(self.job, own):
             group = [own[place] for place in places]
             if stage == walk_title(group):
                 return all(map(self._is_made, group))
-        scored = self.recipe.folder / "evaluations"
-        names = {evaluation_title(each.name): each for each in self.recipe.variants}
+        scored = folder / "evaluations"
+        names = {evaluation_title(each.name): each for each in [*self.recipe.variants, *own]}
         variant = names.get(stage)
         made = isinstance(variant, VariantSpec) and self._is_made(variant)
         return not anew and variant is not None and made and (scored / variant.name / STAGE_FILE).exists()
@@ -233,6 +251,17 @@ class _Work:
             found += weights * 12 / self.pass_rates.nbytes + weights / DISK
             found += 0.0 if variant.tune is None else self._tuning(variant.tune, tokens)
         return found
+
+    def _measuring(self, spec: AutoSpec) -> float:
+        """Seconds in which it is measured what choices cost: a walk, what each takes to solve, the model backward."""
+        solved = [spec.uniform(name) for name, scheme in spec.choice_schemes().items() if scheme is not None]
+        weights = sum(height * width for height, width in self.shapes)
+        each = [solving_seconds(variant, self.shapes, self.device) for variant in solved]
+        seconds = [weights * 100 / self.pass_rates.nbytes if known is None else known for known in each]
+        passes = self._passing(self.tokens + BACKWARD * min(self.tokens, HELD_OUT_TOKENS))
+        return (
+            passes + self._gathering(self.tokens) + sum(seconds) + len(solved) * weights * 12 / self.pass_rates.nbytes
+        )
 
     def _passing(self, tokens: float) -> float:
         """Seconds of a pass of tokens through the blocks."""

@@ -23,15 +23,17 @@ from quantkit.isolation.forecast import library_forecast
 from quantkit.merging import merged_source
 from quantkit.pipeline import needs_calibration, quantize_job
 from quantkit.pipeline.duration import foreseen
+from quantkit.pipeline.mixing import given_back, known_choice, mixed_scheme, prospect
 from quantkit.pipeline.preflight import preflight
 from quantkit.quantization.calibration_need import few_tokens
 from quantkit.quantization.generated import generated_tokens, widest_input
 from quantkit.quantization.job import Job, finished_variant, made_from
 from quantkit.quantization.plan import Layers, choose_strategy, plan_layers
-from quantkit.recipe import LibrarySpec, Recipe, RecoverSpec, VariantSpec
+from quantkit.recipe import AutoSpec, LibrarySpec, Recipe, RecoverSpec, VariantSpec
 from quantkit.system.artifacts import STAGE_FILE
 from quantkit.system.devices import resolve_device
 from quantkit.system.progress import Silent
+from quantkit.system.units import in_units
 
 BARRED = "cannot run"
 """How the state of a variant begins that cannot."""
@@ -58,7 +60,7 @@ def forecast(recipe: Recipe) -> dict[str, Any]:
     found = load(calibrated) if needs_calibration(recipe) and (calibrated / STAGE_FILE).exists() else None
     tokens = recipe.calibration.samples * recipe.calibration.max_length if found is None else found.tokens
     job = quantize_job(recipe, model, found)
-    variants = _Variants(recipe.folder / "variants", job, resolve_device(job.device), skeleton, reader, tokens)
+    variants = _Variants(recipe.folder, job, resolve_device(job.device), skeleton, reader, tokens)
     found_of: dict[str, dict[str, Any]] = {}
     for variant in recipe.variants:
         found_of[variant.name] = (
@@ -91,6 +93,7 @@ def _told(variants: _Variants, variant: VariantSpec | LibrarySpec) -> dict[str, 
         return variants.of(variant)
     except QuantkitError as error:
         scheme = variant.base_scheme().describe() if isinstance(variant, VariantSpec) else ""
+        scheme = mixed_scheme(variant) if isinstance(variant, AutoSpec) else scheme
         return {
             "name": variant.name,
             "state": f"{BARRED}: {error}",
@@ -125,7 +128,7 @@ class _Variants:
     """What is to be told of the variants of a run.
 
     Attributes:
-        folder: in which they lie, or will.
+        run: the folder of the run.
         job: which they share.
         device: on which they are quantized.
         skeleton: the model.
@@ -133,17 +136,49 @@ class _Variants:
         tokens: with which they are calibrated.
     """
 
-    folder: Path
+    run: Path
     job: Job
     device: torch.device
     skeleton: Skeleton
     reader: CheckpointReader
     tokens: int
 
+    @property
+    def folder(self) -> Path:
+        """In which they lie, or will."""
+        return self.run / "variants"
+
     def of(self, variant: VariantSpec | LibrarySpec) -> dict[str, Any]:
         """One of them, see :func:`forecast`."""
         if isinstance(variant, LibrarySpec):
             return library_forecast(self.job, variant, self.skeleton, self.folder / variant.name)
+        if isinstance(variant, AutoSpec):
+            return self._mixed(variant)
+        return self._plain(variant)
+
+    def _mixed(self, spec: AutoSpec) -> dict[str, Any]:
+        """One that is mixed: as it was chosen by an earlier run, or what there is to choose from."""
+        known = known_choice(self.job, spec, self.run)
+        if known is None and spec.allocation is not None:
+            known = given_back(self.job, spec, self.skeleton)
+        if known is not None:
+            return {**self._plain(known.variant), "scheme": mixed_scheme(spec), "notes": [known.line()]}
+        found = prospect(self.job, spec, self.skeleton)
+        names = ", ".join(spec.choice_patches())
+        told = [
+            f"a choice for each of {found.layers} layers, to be measured: {names}",
+            f"the file takes {in_units(found.least)} to {in_units(found.most)} by what is chosen",
+        ]
+        return {
+            **self._plain(spec.stand_in(tied=bool(self.skeleton.tied))),
+            "scheme": mixed_scheme(spec),
+            "schemes": {},
+            "notes": told,
+            "size_bytes": found.wanted,
+        }
+
+    def _plain(self, variant: VariantSpec) -> dict[str, Any]:
+        """One of which the scheme of each layer is known."""
         layers, store = plan_layers(self.skeleton, variant), FORMATS.get(variant.format)
         stored = finished_variant(self.folder / variant.name, made_from(self.job, variant))
         dropped = set(self.skeleton.left_out(all_unknown=store.container == "gguf"))

@@ -20,6 +20,7 @@ from quantkit.publishing.mlflow import check_tracking
 from quantkit.recipe import CalibrationSpec, EvaluationSpec, ModelSpec, Recipe
 from quantkit.recipe.local_files import (
     LLAMAFACTORY,
+    allocation_files,
     calibration_files,
     is_file_of_records,
     missing,
@@ -89,6 +90,7 @@ def _input_mistakes(recipe: Recipe) -> Iterator[QuantkitError]:
     yield from missing(model_files(recipe.model))
     yield from missing(calibration_files(recipe.calibration)) if calibrated else ()
     yield from missing(training_files(recipe))
+    yield from missing(allocation_files(recipe))
     yield from _failures(
         lambda: check_package_source(recipe.model),
         lambda: check_device("quantization", recipe.quantization.device),

@@ -179,4 +179,5 @@ def _first(current: Run, variant: RecoverSpec) -> VariantSpec | None:
     found: Any = variant
     while isinstance(found, RecoverSpec):
         found = by_name[found.recover]
+    found = current.plain.get(found.name, found)
     return found if isinstance(found, VariantSpec) else None

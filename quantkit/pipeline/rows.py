@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,11 +17,12 @@ from quantkit.merging import other_merge
 from quantkit.methods.tuning import TUNE
 from quantkit.pipeline.context import Run, attempted, score_beside
 from quantkit.pipeline.library_rows import library_row
+from quantkit.pipeline.mixing import Mixed, mixed_all, mixed_scheme
 from quantkit.pipeline.recovering import recover_row
 from quantkit.pipeline.titles import walk_title
 from quantkit.publishing import CARD, CardFacts, card, describe
 from quantkit.quantization import Job, Quantized, Wanted, quantize_together, walks
-from quantkit.recipe import VariantSpec
+from quantkit.recipe import AutoSpec, VariantSpec
 from quantkit.schemes.base import PER_CHANNEL
 from quantkit.system.artifacts import write_text
 
@@ -30,18 +31,28 @@ def variant_rows(
     current: Run, job: Job, baseline: dict[str, Any], audit: dict[str, Any] | None
 ) -> list[dict[str, Any]]:
     """Quantize walk by walk, then library by library, score what each gives; rows are in the order of the recipe."""
-    variants = current.recipe.own_variants
+    own = current.recipe.own_variants
     card_of = partial(_write_card, job, report_figures(baseline), audit)
     rows: dict[str, dict[str, Any]] = {}
+    specs = {variant.name: variant for variant in own}
+    mixes = mixed_all(job, own, current.folder, current.observer)
+    made = {name: mix for name, mix in mixes.items() if isinstance(mix, Mixed)}
+    current = replace(current, plain={name: mix.variant for name, mix in made.items()})
+    for variant in own:
+        failure = mixes.get(variant.name)
+        if isinstance(failure, Exception):
+            rows[variant.name] = _variant_row(current, variant, failure, baseline, card_of, _mixed_row(variant))
+    variants = [current.plain.get(variant.name, variant) for variant in own if variant.name not in rows]
     for places in walks(job, variants):
-        outcomes = _quantized(current, job, [variants[place] for place in places])
+        outcomes = _quantized(current, job, [variants[place] for place in places], made)
         for place, outcome in zip(places, outcomes, strict=True):
-            rows[variants[place].name] = _variant_row(current, variants[place], outcome, baseline, card_of)
-    for variant in current.recipe.library_variants:
-        rows[variant.name] = library_row(current, job, variant, baseline, card_of)
+            name, mix = variants[place].name, _mixed_row(specs[variants[place].name], made)
+            rows[name] = _variant_row(current, variants[place], outcome, baseline, card_of, mix)
+    for other in current.recipe.library_variants:
+        rows[other.name] = library_row(current, job, other, baseline, card_of)
     for trained in current.recipe.recover_variants:
         rows[trained.name] = recover_row(current, job, trained, rows[trained.recover], baseline, card_of)
-    return [rows[variant.name] for variant in current.recipe.variants]
+    return [rows[each.name] for each in current.recipe.variants]
 
 
 def _write_card(job: Job, before: dict[str, Any], audit: dict[str, Any] | None, row: dict[str, Any]) -> None:
@@ -53,10 +64,13 @@ def _write_card(job: Job, before: dict[str, Any], audit: dict[str, Any] | None, 
         write_text(file, text)
 
 
-def _quantized(current: Run, job: Job, variants: list[VariantSpec]) -> list[Quantized | Exception]:
+def _quantized(
+    current: Run, job: Job, variants: list[VariantSpec], mixes: Mapping[str, Mixed]
+) -> list[Quantized | Exception]:
     """The outcome of each variant of a walk; what stops the whole walk is that of all."""
     current.observer.stage(walk_title(variants))
-    wanted = [Wanted(variant, current.variant_folder(variant.name)) for variant in variants]
+    beside = {name: mix.documents() for name, mix in mixes.items()}
+    wanted = [Wanted(each, current.variant_folder(each.name), beside.get(each.name, {})) for each in variants]
     try:
         on_segment = partial(current.observer.progress, "block")
         return quantize_together(
@@ -72,6 +86,7 @@ def _variant_row(
     outcome: Quantized | Exception,
     baseline: dict[str, Any],
     write_card: Callable[[dict[str, Any]], None],
+    mixed: Mapping[str, Any],
 ) -> dict[str, Any]:
     scheme = variant.base_scheme()
     row: dict[str, Any] = {
@@ -85,6 +100,7 @@ def _variant_row(
         "group_size": scheme.group_size,
         "symmetric": scheme.symmetric,
         "options": {**variant.method_options().model_dump(mode="json"), **_tune_options(variant)},
+        **mixed,
     }
 
     def work() -> dict[str, Any]:
@@ -95,6 +111,14 @@ def _variant_row(
         return scored
 
     return attempted(current, row, work)
+
+
+def _mixed_row(spec: VariantSpec, mixes: Mapping[str, Mixed] | None = None) -> dict[str, Any]:
+    """What the row of a mixed variant says of its schemes, and of what was chosen; nothing of any other."""
+    if not isinstance(spec, AutoSpec):
+        return {}
+    found = {} if mixes is None else {"allocation": mixes[spec.name].allocation.to_json()}
+    return {"scheme": mixed_scheme(spec), "bits": None, "group_size": None, "symmetric": None, **found}
 
 
 def _tune_options(variant: VariantSpec) -> dict[str, Any]:

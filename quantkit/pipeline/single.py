@@ -9,11 +9,13 @@ from quantkit import calibration
 from quantkit.merging import merged_source
 from quantkit.pipeline import job_of
 from quantkit.pipeline.jobs import with_sensitivity
+from quantkit.pipeline.mixing import mixed
+from quantkit.pipeline.titles import mixing_title
 from quantkit.publishing import describe
 from quantkit.quantization import quantize
 from quantkit.quantization.expert_tokens import expert_line
 from quantkit.quantization.job import STAGE
-from quantkit.recipe import Recipe
+from quantkit.recipe import AutoSpec, Recipe
 from quantkit.system.artifacts import check_writable
 from quantkit.system.progress import Observer
 from quantkit.system.scratch import workplace
@@ -41,13 +43,27 @@ def quantize_one(recipe: Recipe, out: Path, observer: Observer) -> Path:
         trusted = model.trust_remote_code
         job = job_of(found, calibrated, spec, device=device, trust_remote_code=trusted)
         job = with_sensitivity(job, spec, scratch / "sensitivity", observer)
-        observer.stage(f"quantize: {variant.chain}")
         on_segment = partial(observer.progress, "block")
 
         def note(text: str) -> None:
             observer.note(text.removeprefix(f"{variant.name}: "))  # there is no other variant
 
-        done = quantize(job, variant, out, describe=partial(describe, job), on_segment=on_segment, on_note=note)
+        documents = {}
+        if isinstance(variant, AutoSpec):
+            observer.stage(mixing_title([variant]))
+            made = mixed(job, variant, scratch, observer)
+            observer.note(made.line())
+            variant, documents = made.variant, made.documents()
+        observer.stage(f"quantize: {variant.chain}")
+        done = quantize(
+            job,
+            variant,
+            out,
+            describe=partial(describe, job),
+            documents=documents,
+            on_segment=on_segment,
+            on_note=note,
+        )
         for table in done.facts["experts"]:
             observer.note(expert_line(table))
         return done.folder

@@ -4,18 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from quantkit.recipe import LibrarySpec, RecoverSpec, VariantSpec
+from quantkit.recipe import AutoSpec, LibrarySpec, RecoverSpec, VariantSpec
 
 NAMES_SHOWN = 3
-"""Variants of a walk that its progress names."""
+"""Variants of a stage that its progress names."""
 BASELINE_TITLE = "baseline: the float model"
 
 
 def walk_title(variants: Sequence[VariantSpec]) -> str:
     """Of a walk."""
+    return f"quantize: {_names(variants)}"
+
+
+def mixing_title(variants: Sequence[AutoSpec]) -> str:
+    """Of choosing for variants that share what choices cost."""
+    return f"choose bits: {_names(variants)}"
+
+
+def _names(variants: Sequence[VariantSpec]) -> str:
     names = ", ".join(variant.name for variant in variants[:NAMES_SHOWN])
     rest = len(variants) - NAMES_SHOWN
-    return f"quantize: {names} and {rest} more" if rest > 0 else f"quantize: {names}"
+    return f"{names} and {rest} more" if rest > 0 else names
 
 
 def library_title(variant: LibrarySpec) -> str:

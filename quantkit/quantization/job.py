@@ -168,10 +168,17 @@ class Quantized:
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """A variant and the folder of its checkpoint."""
+    """A variant and the folder of its checkpoint.
+
+    Attributes:
+        variant: what is made.
+        out: where.
+        documents: by name JSON files that go along with the checkpoint and on which no byte of it depends.
+    """
 
     variant: VariantSpec
     out: Path
+    documents: Mapping[str, Any] = field(default_factory=dict)
 
 
 def made_from(job: Job, variant: VariantSpec) -> dict[str, Any]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from quantkit.errors import OutputError
 from quantkit.quantization.job import Job, Quantized, Wanted, finished_variant, made_from
@@ -22,10 +23,13 @@ def quantize(
     out: Path,
     *,
     describe: Describe | None = None,
+    documents: Mapping[str, Any] | None = None,
     on_segment: OnSegment = lambda done, total: None,
     on_note: OnNote = lambda text: None,
 ) -> Quantized:
     """Quantize one variant into ``out``, or reuse what is there; go on where an earlier run was cut short.
+
+    ``documents`` are JSON files that go along with it.
 
     Raises:
         SchemeError: the variant does not suit the model's layers.
@@ -34,7 +38,7 @@ def quantize(
         OutputError: ``out`` cannot be written, or another process writes it.
         Terminated: somebody asked to stop, see :mod:`quantkit.system.shutdown`; what was solved is saved.
     """
-    wanted = [Wanted(variant, out)]
+    wanted = [Wanted(variant, out, documents or {})]
     (found,) = quantize_together(job, wanted, describe=describe, on_segment=on_segment, on_note=on_note)
     if isinstance(found, Exception):
         raise found

@@ -337,6 +337,8 @@ class VariantRun:
         (folder / "recipe.yaml").write_text(text, encoding="utf-8")
         if variant.calibrated and job.audit is not None:
             write_json(folder / CALIBRATION, {**job.audit, **self._generated()})
+        for name, data in self.wanted.documents.items():
+            write_json(folder / name, data)
         versions = {name: version_of(name) for name in ("quantkit", "torch", "transformers", "safetensors", "numpy")}
         write_manifest(
             folder,

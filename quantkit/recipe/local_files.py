@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 from quantkit.errors import RecipeError
 from quantkit.recipe.evaluation import AnswerSpec, EvaluationSpec, SampleSpec, TaskSpec, TextSpec
 from quantkit.recipe.fields import Section
+from quantkit.recipe.mixing import AutoSpec
 from quantkit.recipe.model import HUB_REFERENCE, NAMED_BY_ADAPTER, ModelSpec
 from quantkit.recipe.quantization import CalibrationSpec
 from quantkit.system.strict_yaml import line_of
@@ -56,7 +57,15 @@ def local_files(recipe: Recipe) -> Iterator[LocalFile]:
     yield from model_files(recipe.model)
     yield from calibration_files(recipe.calibration)
     yield from training_files(recipe)
+    yield from allocation_files(recipe)
     yield from scoring_files(recipe.evaluation)
+
+
+def allocation_files(recipe: Recipe) -> Iterator[LocalFile]:
+    """Allocations that are given back."""
+    for index, variant in enumerate(recipe.variants):
+        if isinstance(variant, AutoSpec) and variant.allocation is not None:
+            yield LocalFile(("variants", index, "allocation"), variant.allocation)
 
 
 def model_files(spec: ModelSpec) -> Iterator[LocalFile]:
@@ -164,7 +173,9 @@ def _moved(recipe: Recipe, place: Callable[[str], str]) -> Recipe:
 
 
 def _with_data(variant: V, place: Callable[[str], str]) -> V:
-    """A variant with its own data, where it has some, at its place."""
+    """A variant with its own data or allocation, where it has some, at its place."""
+    if isinstance(variant, AutoSpec) and variant.allocation is not None:
+        return variant.model_copy(update={"allocation": place(variant.allocation)})
     data = getattr(variant, "data", None)
     return variant.model_copy(update={"data": _placed(data, place)}) if isinstance(data, CalibrationSpec) else variant
 

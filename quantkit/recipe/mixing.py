@@ -273,7 +273,7 @@ class AutoSpec(VariantSpec):
         if self.allocation is not None:
             return {}
         if self.choices is None:
-            usual = {name: choice_patch(name) for name in _usual_choices(self.format, self.runtime)}
+            usual = {name: choice_patch(name) for name in FORMATS.get(self.format).choices(self.runtime)}
             return {name: patch for name, patch in usual.items() if self._suits(patch)}
         found: dict[str, SchemePatch] = {}
         schemes: list[Scheme | None] = []
@@ -347,6 +347,13 @@ class AutoSpec(VariantSpec):
             embeddings=written_keys(scheme) if both else None,
         )
         return found.model_copy(update={"strict": False, "allow_float": True})
+
+    def stand_in(self, *, tied: bool = False) -> VariantSpec:
+        """The variant in its first choice alone, which takes about as long to make as any; see :meth:`uniform`."""
+        for name, scheme in self.choice_schemes().items():
+            if scheme is not None:
+                return self.uniform(name, tied=tied)
+        return self._plain(self.base_scheme(), ignore=self.ignore, embeddings=None)
 
     def with_choice(self, allocation: Chosen) -> VariantSpec:
         """The variant in which each layer gets what was chosen for it.
@@ -457,7 +464,7 @@ def choice_patch(given: str | Mapping[str, Any], store: str = DEFAULT_FORMAT) ->
         try:
             kind = scheme_named(given)["scheme"]
         except SchemeError as error:
-            near = did_you_mean(given, _usual_choices(store, None))
+            near = did_you_mean(given, FORMATS.get(store).choices())
             raise SchemeError(f"choices: {error.problem}", near) from error
         if isinstance(make_scheme(kind, {}), PlainScheme):
             return SchemePatch.model_validate({"scheme": FLOAT})
@@ -506,15 +513,6 @@ def _stores(store: Any, scheme: Scheme | None) -> bool:
     except SchemeError:
         return False
     return True
-
-
-def _usual_choices(store: str, runtime: str | None) -> tuple[str, ...]:
-    """What a format and a runtime usually serve."""
-    if store == "gguf":
-        return ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "q8_0")
-    if store == "bitsandbytes":
-        return ("nf4", FLOAT)
-    return ("int2", "int3", "int4", "int5", "int6", "int8", FLOAT)
 
 
 def _unshared(scheme: Scheme) -> Scheme:

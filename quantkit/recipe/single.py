@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from quantkit.errors import RecipeError
 from quantkit.recipe.document import Recipe
+from quantkit.recipe.mixing import AutoSpec, spec_class
 from quantkit.recipe.model import ModelSpec
 from quantkit.recipe.outputs import ReportSpec
 from quantkit.recipe.quantization import CalibrationSpec, QuantizationSpec
 from quantkit.recipe.targets import variant_for
-from quantkit.recipe.variant import VariantSpec
 from quantkit.schemes import PlainScheme
 from quantkit.system.validation import parse_section
 
@@ -43,7 +44,9 @@ def single_recipe(
     """
     given = {"name": NAME, **variant}
     if target is None:
-        made, remark = parse_section(VariantSpec, given, "quantize"), ""
+        made, remark = parse_section(spec_class(given), given, "quantize"), ""
+        if isinstance(made, AutoSpec) and made.front:
+            raise RecipeError("quantize: one checkpoint is made to one budget", "give one, or write a recipe")
     else:
         made, remark = variant_for(target, given)
     plain = made.base_scheme()

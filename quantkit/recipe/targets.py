@@ -8,6 +8,7 @@ from typing import Any
 from quantkit.errors import QuantkitError, RecipeError, did_you_mean
 from quantkit.formats import FORMATS
 from quantkit.recipe.implied import FIRST_FORMATS
+from quantkit.recipe.mixing import is_mixed, spec_class
 from quantkit.recipe.steps import DEFAULT_METHOD
 from quantkit.recipe.variant import VariantSpec
 from quantkit.runtimes import RUNTIMES
@@ -46,7 +47,7 @@ def variant_for(target: str, given: Mapping[str, Any]) -> tuple[VariantSpec, str
     refusals: dict[str, list[str]] = {}
     for store in wanted:
         try:
-            variant = parse_section(VariantSpec, {**keys, "format": store}, "quantize")
+            variant = parse_section(spec_class(keys), {**_for_runtime(keys, runtime), "format": store}, "quantize")
         except QuantkitError as error:
             refusals.setdefault(error.problem.removeprefix("quantize: "), []).append(store)
             continue
@@ -56,6 +57,11 @@ def variant_for(target: str, given: Mapping[str, Any]) -> tuple[VariantSpec, str
         refusals.setdefault(reason, []).append(store)
     why = "; ".join(f"{reason} ({', '.join(stores)})" for reason, stores in refusals.items())
     raise RecipeError(f"no format that {target} loads suits this: {why}", "choose another scheme, method or target")
+
+
+def _for_runtime(keys: Mapping[str, Any], runtime: str) -> Mapping[str, Any]:
+    """The keys of a variant; of one that is mixed with the runtime, which its choices have to suit."""
+    return {"runtime": runtime, **keys} if is_mixed(keys) else keys
 
 
 def runtime_of(target: str) -> str:
