@@ -12,7 +12,7 @@ import pytest
 from quantkit.allocation import optimize
 from quantkit.allocation.optimize import best, choose
 from quantkit.allocation.table import Unit
-from quantkit.errors import SchemeError
+from quantkit.errors import QuantizationError, SchemeError
 
 NAMES = tuple("abcdefgh")
 
@@ -88,6 +88,12 @@ def test_too_little_room_is_refused_with_what_the_smallest_take() -> None:
     assert choose(units, _least(units)) == tuple(min(unit.sizes, key=unit.sizes.__getitem__) for unit in units)
     with pytest.raises(SchemeError, match="smallest choices"):
         choose(units, _least(units) - 1)
+
+
+def test_a_cost_that_is_no_number_is_refused() -> None:
+    units = [*_units(1, 2, 3), Unit(("odd",), 8, {"small": 1.0, "large": math.nan}, {"small": 1, "large": 2})]
+    with pytest.raises(QuantizationError, match="what large costs odd"):
+        choose(units, 10**6)
 
 
 @pytest.mark.parametrize("step", [1, 64])

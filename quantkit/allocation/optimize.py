@@ -10,6 +10,7 @@ knapsack problem", European Journal of Operational Research 83 (1995).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -17,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantkit.allocation.table import Unit
-from quantkit.errors import SchemeError
+from quantkit.errors import QuantizationError, SchemeError
 from quantkit.system.units import in_units
 
 Floats = NDArray[np.float64]
@@ -62,6 +63,7 @@ def best(units: Sequence[Unit], room: int) -> Best:
 
     Raises:
         SchemeError: the smallest choices take more.
+        QuantizationError: what a choice costs is no number.
     """
     options = [_Options.of(unit) for unit in units]
     least = sum(int(each.sizes[0]) for each in options)
@@ -95,7 +97,15 @@ class _Options:
 
     @classmethod
     def of(cls, unit: Unit) -> _Options:
-        """Those of a unit."""
+        """Those of a unit.
+
+        Raises:
+            QuantizationError: what one costs is no number.
+        """
+        odd = next((name for name, cost in unit.costs.items() if not math.isfinite(cost)), None)
+        if odd is not None:
+            problem = f"what {odd} costs {unit.layers[0]} is {unit.costs[odd]}, and no number"
+            raise QuantizationError(problem, "leave out that choice, or calibrate on other rows")
         kept: list[str] = []
         for name in sorted(unit.costs, key=lambda name: (unit.sizes[name], unit.costs[name])):
             if not kept or unit.costs[name] < unit.costs[kept[-1]]:
