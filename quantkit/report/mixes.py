@@ -31,7 +31,7 @@ FEWEST = 3
 
 @dataclass(frozen=True, slots=True)
 class Other:
-    """What variants with schemes of their own lose at a size.
+    """What variants whose schemes were given lose at a size.
 
     Attributes:
         loss: nats a token.
@@ -139,7 +139,7 @@ def mix_tables(report: Record) -> list[MixTable]:
 
 
 def others_on(report: Record, text: str) -> list[Measured]:
-    """The variants with schemes of their own, that were not trained afterwards, by size."""
+    """The variants whose schemes were given, that were not trained afterwards, by size."""
     found = []
     for row in _done(report):
         size, loss = figure(row, "size_bytes"), _loss(row, text)
@@ -151,7 +151,7 @@ def others_on(report: Record, text: str) -> list[Measured]:
 
 
 def others_at(given: Sequence[Measured], size: float) -> Other | None:
-    """What variants with schemes of their own lose at a size, by those that none of them beats.
+    """What variants whose schemes were given lose at a size, by those that none of them beats.
 
     Between two sizes the logarithm of the loss is interpolated. Nothing is said beyond the smallest and the largest
     file, but for sizes that differ by less than :data:`NEAR`.
