@@ -11,7 +11,10 @@ import pytest
 import torch
 
 import quantkit
+from quantkit.allocation.budget import allocated
+from quantkit.allocation.units import CheckpointModel, units_of
 from quantkit.checkpoint import CheckpointReader
+from quantkit.engine.skeleton import Skeleton
 from quantkit.errors import QuantkitError, SchemeError
 from quantkit.exports import open_export
 from quantkit.formats import FORMATS
@@ -20,7 +23,10 @@ from quantkit.formats.compressed_tensors import CompressedTensors
 from quantkit.formats.gptq import GptqFormat
 from quantkit.gguf.head import read_head
 from quantkit.gguf.types import type_of
+from quantkit.quantization import Job
+from quantkit.quantization.stage import quantize
 from quantkit.recipe import VariantSpec
+from quantkit.recipe.mixing import AutoSpec
 from quantkit.runtimes import RUNTIMES
 from quantkit.runtimes.base import LoadOptions
 from quantkit.schemes import IntScheme, Scheme
@@ -152,6 +158,37 @@ def test_transformers_loads_mixed_compressed_tensors(name: str, model: Path, tmp
     config = read_json(out / "config.json")["quantization_config"]
     assert CompressedTensors.schemes_in(config, CheckpointReader(out)) == schemes
     torch.testing.assert_close(logits_in("transformers", out), logits_in("reference", out), rtol=0, atol=0)
+
+
+MIXED: list[tuple[str, dict[str, Any]]] = [
+    ("transformers", {"group_size": 32}),
+    ("transformers", {"choices": ["nvfp4", "mxfp4", "fp8", "float"]}),
+    ("llama.cpp", {"format": "gguf"}),
+    ("llama.cpp", {"format": "gguf", "choices": ["q3_k", "iq4_nl", "q5_1", "mxfp4", "float"]}),
+    ("reference", {"format": "gptq", "group_size": 32}),
+    ("reference", {"format": "bitsandbytes"}),
+    ("reference", {"format": "hqq", "group_size": 64, "symmetric": False, "zeros": "float"}),
+]
+"""Who loads a file, and the keys of its variant."""
+
+
+@pytest.mark.parametrize(("runtime", "keys"), MIXED)
+def test_the_file_of_a_mix_holds_what_was_chosen_for_each_layer(
+    runtime: str, keys: dict[str, Any], wide: Path, tmp_path: Path
+) -> None:
+    spec = parse_section(AutoSpec, {"name": "mix", "method": "rtn", "bits": "auto", "budget": 5, **keys}, "test")
+    model = CheckpointModel(Job(wide, {}, "bfloat16", device="cpu"), Skeleton(wide))
+    units = units_of(model, spec)
+    chosen = [sorted(unit.sizes)[place % len(unit.sizes)] for place, unit in enumerate(units)]
+    assert set(chosen) == {name for unit in units for name in unit.sizes}
+    variant = spec.with_choice(allocated(model, spec, units, chosen))
+    out = quantize(model.job, variant, tmp_path / "out").folder
+    by_name = spec.choice_schemes()
+    wanted = {layer: by_name[name] for unit, name in zip(units, chosen, strict=True) for layer in unit.layers}
+    assert open_export(out).schemes == {layer: scheme for layer, scheme in wanted.items() if scheme is not None}
+    if runtime != "reference" and RUNTIMES.get(runtime).missing() is None:
+        expected, given = (logits_in(name, out).log_softmax(-1) for name in ("reference", runtime))
+        assert float((expected.exp() * (expected - given)).sum(-1).mean()) < 0.005  # llama.cpp rounds inputs to 8 bits
 
 
 def test_llama_cpp_loads_every_choice_of_gguf_beside_the_others(wide: Path, tmp_path: Path) -> None:
