@@ -55,6 +55,8 @@ def test_keys_of_a_method_are_refused_and_defaults_of_one_left_aside(tmp_path: P
         recipe_of(tmp_path, FIRST, {**THEN, "bits": 3})
     with pytest.raises(RecipeError, match="rounding"):
         recipe_of(tmp_path, FIRST, {**THEN, "train": ["rounding"]})
+    with pytest.raises(RecipeError, match="trained on the records alone"):
+        recipe_of(tmp_path, FIRST, {**THEN, "data": {"dataset": "./instructions.jsonl", "generated": 512}})
     found = recipe_of(tmp_path, FIRST, {**THEN, "steps": 3}, defaults={"group_size": 32, "seed": 4})
     assert found.recover_variants[0].seed == 4
 

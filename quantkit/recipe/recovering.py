@@ -120,6 +120,12 @@ class RecoverSpec(RecoverOptions):
                     raise unknown_key(key, set(cls.model_fields), "a variant with 'recover' has those of its original")
         return given
 
+    @model_validator(mode="after")
+    def _trains_on_records(self) -> Self:
+        if self.data is not None and self.data.generated:
+            raise ValueError("data.generated: it is trained on the records alone; leave it out")
+        return self
+
     @property
     def options(self) -> RecoverOptions:
         """The options of the training alone."""
