@@ -22,7 +22,7 @@ from quantkit.estimation.inference import served
 from quantkit.estimation.use import Use
 from quantkit.formats import FORMATS
 from quantkit.recipe.mixing import AutoSpec, MixBudget
-from quantkit.system.units import UNITS
+from quantkit.system.units import UNITS, in_units
 
 ENTRY = len('"":{"dtype":"F32","shape":[,],"data_offsets":[,]},')
 """Characters of a tensor of two dimensions in a header of safetensors, beside its name and numbers."""
@@ -57,11 +57,11 @@ def room_of(model: Model, spec: AutoSpec, units: Sequence[Unit]) -> int:
     beside = 0 if budget.memory is None else _beside(model, spec, budget.context)
     given = budget.size or budget.memory or 0
     if given < smallest + beside:
-        size = _size(smallest + beside)
+        size, words = _size(smallest + beside), in_units(smallest + beside)
         if budget.memory is None:
-            raise _too_small(spec, budget, size, f"budget: {size}")
+            raise _too_small(spec, budget, f"{words} as a file", f"budget: {size}")
         told = f"budget: {{memory: {size}, context: {budget.context}}}"
-        raise _too_small(spec, budget, f"{size} at {budget.context:,} tokens", told)
+        raise _too_small(spec, budget, f"{words}, {in_units(beside)} of it beside the file", told)
     return given - beside - smallest + least
 
 
