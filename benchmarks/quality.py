@@ -11,6 +11,11 @@ in its own environment: ``autoround/autoround-int4-g64-sym:iters=50``, ``gptqmod
 ``gptq-int2-g64-sym=>recover:steps=60:train=[scales,norms]``. All calibrate on the same token ids. The divergence from
 the float model is that of the reference decoder; with --llama-cpp GGUF files are scored in llama.cpp.
 
+``gptq-auto:budget=3.5:choices=[int2,int3,int4]`` mixes schemes to a budget, ``budget.size=130MB`` to bytes of the file;
+what choices cost is measured once for cases that differ in their budgets, and is in the seconds of the processor of the
+first. ``random=1`` chooses at random instead, by that seed among some of the choices. The table tells the divergence
+that mixes were predicted to have, and the rank correlation of predicted and measured over all mixes of a model.
+
 ``gptq-int4-g64-sym:token_weights=0.5`` weighs calibration tokens by what the model's loss minds; the pass backward that
 finds it out is run once for a model and a number of samples, and is in the seconds of the processor of the first case.
 
@@ -29,6 +34,7 @@ import hashlib
 import itertools
 import json
 import os
+import random
 import re
 import tempfile
 from collections.abc import Iterator
@@ -44,18 +50,22 @@ from scoring import machine, read_calibration
 from transformers import AutoTokenizer
 
 from quantkit import calibration
+from quantkit.allocation.table import Unit
 from quantkit.errors import QuantkitError
 from quantkit.isolation.attempt import Attempt
 from quantkit.isolation.stage import quantize_by_library
+from quantkit.pipeline.mixing import Mixed, mixed
 from quantkit.quantization import Job, quantize
 from quantkit.quantization.sensitivity import sensitivity
 from quantkit.recipe import CalibrationSpec, LibrarySpec, RecoverOptions, VariantSpec
+from quantkit.recipe.mixing import AUTO, AutoSpec
 from quantkit.recovery.stage import recover
 from quantkit.runtimes import RUNTIMES
 from quantkit.runtimes.base import LoadOptions
 from quantkit.system.progress import Silent
 from quantkit.system.validation import parse_section
 
+NAME_OF_MIX = re.compile(r"[^A-Za-z0-9._-]+")
 HELD_OUT = 300
 """The first of the records that are scored; those before calibrate."""
 RECOVERY = "=>recover"
@@ -94,13 +104,25 @@ class Ground:
         )
         return replace(self.job, sensitivity=replace(known, token_weights=token_weights))
 
+    def mixed(self, spec: AutoSpec, seed: int | None) -> Mixed:
+        """A choice for every layer; what choices cost is measured once for all budgets."""
+        found = mixed(self.job, spec, self.work, Notes())
+        return found if seed is None else at_random(found, spec, seed)
+
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """What a case asks for: a variant, and the power by which tokens count; 0 for all alike."""
+    """What a case asks for.
+
+    Attributes:
+        variant: the variant.
+        token_weights: the power by which tokens count; 0 for all alike.
+        random: the seed by which a mix is chosen at random; None for one that is chosen well.
+    """
 
     variant: VariantSpec | LibrarySpec
     token_weights: float = 0.0
+    random: int | None = None
 
 
 def read_case(text: str) -> Case:
@@ -115,10 +137,13 @@ def read_case(text: str) -> Case:
         outer, _, inner = key.partition(".")
         read = yaml.safe_load(value)
         options[outer] = {**options.get(outer, {}), inner: read} if inner else read
-    weights = options.pop("token_weights", 0.0)
+    weights, seed = options.pop("token_weights", 0.0), options.pop("random", None)
     method, _, scheme = head.partition("-")
     library, _, theirs = method.rpartition("/")
     asked = {"name": "case", "scheme": scheme.replace("-", " ")}
+    if scheme == AUTO:
+        mix = {"name": NAME_OF_MIX.sub("-", text).strip("-")[:80], "bits": AUTO, "method": method}
+        return Case(parse_section(AutoSpec, {**mix, **options}, text), weights, seed)
     if not library:
         return Case(parse_section(VariantSpec, {**asked, "method": method, **options}, text), weights)
     grid = parse_section(VariantSpec, asked, text)
@@ -201,6 +226,32 @@ def prepare(given: argparse.Namespace, model: Path, samples: int, work: Path) ->
     return Ground(job, texts, float_baseline(job.source, texts, given.results.parent / "quality-cache"), work)
 
 
+def at_random(found: Mixed, spec: AutoSpec, seed: int) -> Mixed:
+    """The same with choices that are drawn for every unit, among some of those that there are."""
+    draws = random.Random(seed)
+    names = list(found.allocation.choices)
+    some = draws.sample(names, draws.randint(2, len(names)))
+    drawn = [draws.choice([name for name in some if name in unit.sizes] or [chosen]) for unit, chosen in _chosen(found)]
+    allocation = found.allocation.with_choice(drawn)
+    return Mixed(spec.with_choice(allocation), allocation)
+
+
+def _chosen(found: Mixed) -> list[tuple[Unit, str]]:
+    return list(zip(found.allocation.units, found.allocation.chosen, strict=True))
+
+
+def rank_correlation(results: list[dict[str, Any]]) -> dict[str, float]:
+    """Spearman's, of the predicted and the measured divergence of mixes, by model and text; of three mixes or more."""
+    found = {}
+    for model in dict.fromkeys(each["model"] for each in results):
+        own = [each for each in results if each["model"] == model and "predicted" in each]
+        for text in own[0]["kl"] if len(own) > 2 else ():
+            pairs = [[each["predicted"], sum(each["kl"][text])] for each in own]
+            ranks = torch.tensor(pairs, dtype=torch.float64).T.argsort().argsort().double()
+            found[f"{model} {text}"] = float(torch.corrcoef(ranks)[0, 1])
+    return found
+
+
 def processor_seconds() -> float:
     """Of this process and of those that it started and that have ended: what others do meanwhile adds nothing."""
     return sum(os.times()[:4])
@@ -215,18 +266,22 @@ def measured(ground: Ground, case: Case, llama_cpp: bool, recovery: RecoverOptio
     """A case, quantized and scored: divergences by text and row, seconds, and bits."""
     with tempfile.TemporaryDirectory() as scratch:
         work, before = Path(scratch), processor_seconds()
-        if isinstance(case.variant, VariantSpec):
+        variant, predicted = case.variant, {}
+        if isinstance(variant, AutoSpec):
+            mix = ground.mixed(variant, case.random)
+            variant, predicted = mix.variant, {"predicted": mix.allocation.predicted}
+        if isinstance(variant, VariantSpec):
             job = ground.weighed(case.token_weights) if case.token_weights else ground.job
-            done = quantize(job, case.variant, work / "case")
+            done = quantize(job, variant, work / "case")
         else:
-            done = quantize_by_library(Attempt(ground.job, case.variant, work / "case", work / "worker.log", Notes()))
+            done = quantize_by_library(Attempt(ground.job, variant, work / "case", work / "worker.log", Notes()))
         facts = {key: done.facts[key] for key in ("seconds", "bits_per_weight")}
         if recovery is not None:
             done = recover(ground.job, done.folder, recovery, work / "recovered", Notes())
             facts["seconds"] += done.facts["seconds"]
         busy = processor_seconds() - before
         kl = divergences(done.folder, ground.texts, ground.baseline, runtime_of(done.folder, llama_cpp))
-    return {"kl": kl, **facts, "cpu_seconds": busy, "calibration_tokens": sum(map(len, ground.job.rows))}
+    return {"kl": kl, **facts, **predicted, "cpu_seconds": busy, "calibration_tokens": sum(map(len, ground.job.rows))}
 
 
 def mean_and_error(values: torch.Tensor) -> tuple[float, float]:
@@ -248,6 +303,7 @@ def compared(result: dict[str, Any], base: dict[str, Any] | None) -> list[dict[s
         mean, error = mean_and_error(ours)
         line = {key: result[key] for key in ("model", "samples", "case", "seconds", "cpu_seconds", "bits_per_weight")}
         line |= {"text": text, "kl": mean, "stderr": error}
+        line |= {key: result[key] for key in ("predicted",) if key in result}
         if base is not None:
             theirs = torch.tensor(base["kl"][text], dtype=torch.float64)
             shift, shift_error = mean_and_error(ours - theirs)
@@ -270,7 +326,11 @@ def table(given: argparse.Namespace, results: list[dict[str, Any]]) -> list[dict
         told += f" {line['kl']:7.4f} {line['stderr']:8.4f}"
         if "ratio" in line:
             told += f" {line['ratio']:6.3f} {line['shift']:+7.4f} {line['shift_stderr']:8.4f}"
-        print(f"{told:102} {line['seconds']:7.1f} {line['cpu_seconds']:7.1f}")
+        mix = f"  predicted {line['predicted']:.4f}" if "predicted" in line else ""
+        print(f"{told:102} {line['seconds']:7.1f} {line['cpu_seconds']:7.1f}{mix}")
+    own = [each for each in results if each["label"] == given.label and each["case"] in given.cases]
+    for place, value in rank_correlation(own).items():
+        print(f"{place}: rank correlation of predicted and measured divergence {value:.2f}")
     return lines
 
 

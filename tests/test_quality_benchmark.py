@@ -11,9 +11,11 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from quantkit.allocation.table import Allocation, Unit
 from quantkit.errors import QuantkitError
 from quantkit.methods.tuning import TuneOptions
 from quantkit.recipe import LibrarySpec, RecoverOptions, VariantSpec
+from quantkit.recipe.mixing import AutoSpec
 from quantkit.runtimes import RUNTIMES
 from quantkit.runtimes.llama_cpp import LlamaCpp
 from quantkit.runtimes.reference import Reference
@@ -55,6 +57,11 @@ def test_a_case_says_method_scheme_and_options(quality: ModuleType) -> None:
     weighed = quality.read_case("gptq-int4-g64-sym:token_weights=0.5")
     assert weighed.token_weights == 0.5
     assert weighed.variant == quality.read_case("gptq-int4-g64-sym").variant
+    mix = quality.read_case("gptq-auto:budget.size=130MB:choices=[int2,int4]:random=3")
+    assert isinstance(mix.variant, AutoSpec)
+    assert (mix.variant.budget.size, list(mix.variant.choice_patches()), mix.random) == (
+        130_000_000, ["int2", "int4"], 3,
+    )  # fmt: skip
     with pytest.raises(QuantkitError, match="nothing"):
         quality.read_case("nothing-int4-g64-sym")
 
@@ -123,3 +130,26 @@ def test_a_model_of_its_own_width_and_heads_is_the_same_and_a_narrow_one_is_near
     assert errors[0] < 1e-5
     assert errors[1] < 0.05
     assert errors[1] < errors[2] < 0.7
+
+
+def test_mixes_are_ranked_by_what_they_were_predicted_to_lose(quality: ModuleType) -> None:
+    def of(predicted: float, measured: float, model: str = "a") -> dict[str, object]:
+        return {"model": model, "predicted": predicted, "kl": {"like": [measured, measured]}}
+
+    rising = [of(0.1, 0.2), of(0.3, 0.5), of(0.2, 0.4), {"model": "a", "kl": {"like": [9.0]}}]
+    assert quality.rank_correlation(rising) == {"a like": pytest.approx(1)}
+    assert quality.rank_correlation([of(0.1, 0.5), of(0.2, 0.4), of(0.3, 0.3)]) == {"a like": pytest.approx(-1)}
+    assert quality.rank_correlation([of(0.1, 0.5), of(0.2, 0.4), of(0.3, 0.3, "b")]) == {}
+
+
+def test_a_mix_at_random_has_a_choice_for_every_unit(quality: ModuleType) -> None:
+    spec = quality.read_case("gptq-auto:budget=4:choices=[int2,int4,int8]").variant
+    units = [
+        Unit((f"model.layers.{place}.mlp.down_proj",), 1, {}, {"int2": 1, "int4": 2, "int8": 4}) for place in range(9)
+    ]
+    choices = {name: patch.model_dump(exclude_none=True) for name, patch in spec.choice_patches().items()}
+    found = quality.Mixed(spec, Allocation(choices, units, ("int4",) * 9))
+    drawn = [quality.at_random(found, spec, seed).allocation.chosen for seed in range(4)]
+    assert len(set(drawn)) > 1
+    assert drawn[0] == quality.at_random(found, spec, 0).allocation.chosen
+    assert all(len(set(each)) > 1 for each in drawn)
