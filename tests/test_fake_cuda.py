@@ -23,7 +23,7 @@ from quantkit.engine import smoothing as folds
 from quantkit.engine import solve as solving
 from quantkit.engine import statistics as statistics_module
 from quantkit.engine.batches import make_batches
-from quantkit.engine.precision import pass_dtype
+from quantkit.engine.precision import pass_dtype, training_dtype
 from quantkit.engine.skeleton import Skeleton
 from quantkit.engine.walk import Inputs, Strategy, Walk, WalkSettings
 from quantkit.evaluation import scoring
@@ -370,9 +370,13 @@ def test_passes_compute_in_sixteen_bits_on_cuda() -> None:
     assert pass_dtype(CUDA, torch.float16) is torch.float16
 
 
-@pytest.mark.parametrize("fast", [True, False])
-def test_passes_compute_in_bfloat16_on_a_cpu_that_is_fast_at_it(monkeypatch: pytest.MonkeyPatch, fast: bool) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: fast)
+@pytest.mark.parametrize(("amx", "avx512"), [(True, False), (False, True), (False, False)])
+def test_passes_compute_in_bfloat16_on_a_cpu_that_is_fast_at_it(
+    monkeypatch: pytest.MonkeyPatch, amx: bool, avx512: bool
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512, raising=False)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
     for checkpoint in (torch.float32, torch.float16, torch.bfloat16):
-        assert pass_dtype(torch.device("cpu"), checkpoint) is (torch.bfloat16 if fast else torch.float32)
+        assert pass_dtype(torch.device("cpu"), checkpoint) is (torch.bfloat16 if amx or avx512 else torch.float32)
+        assert training_dtype(torch.device("cpu"), checkpoint) is pass_dtype(torch.device("cpu"), checkpoint)

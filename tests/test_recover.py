@@ -205,14 +205,6 @@ def test_the_divergence_and_its_gradient_are_those_of_torch() -> None:
     torch.testing.assert_close(ours.grad, theirs.grad)
 
 
-def test_passes_are_in_bfloat16_where_a_cpu_multiplies_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
-    for multiplies, dtype in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda found=multiplies: found, raising=False)
-        assert training_dtype(torch.device("cpu"), torch.float32) == dtype
-
-
 def test_passes_that_are_run_backward_are_never_in_float16() -> None:
     cuda = torch.device("cuda")
     assert training_dtype(cuda, torch.float16) == training_dtype(cuda, torch.float32) == torch.bfloat16

@@ -163,10 +163,11 @@ def test_the_lower_triangle_mirrors_the_upper(columns: int) -> None:
     assert torch.equal(matrix, wanted)
 
 
-def test_a_torch_that_does_not_tell_of_amx_computes_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+def test_a_torch_that_does_not_tell_of_bfloat16_computes_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True, raising=False)
     assert pass_dtype(CPU, torch.bfloat16) == torch.bfloat16
     monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported")
+    monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported", raising=False)
     assert pass_dtype(CPU, torch.bfloat16) == torch.float32
 
 

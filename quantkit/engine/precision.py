@@ -2,9 +2,9 @@
 
 The activations that a layer is calibrated on, and the statistics of them, need far less precision than the
 solve: a rounding of 2⁻⁹ per value averages out over tens of thousands of tokens, and the damping is many
-times larger. So where the hardware multiplies 16-bit matrices several times faster than float32 (AMX on
-CPUs, the tensor cores of GPUs), the forward passes run in 16 bits. The layers themselves are solved in
-full float32, from the weights as they are in the checkpoint.
+times larger. So where the hardware multiplies 16-bit matrices several times faster than float32 (AMX or
+AVX-512 BF16 on CPUs, the tensor cores of GPUs), the forward passes run in 16 bits. The layers themselves are
+solved in full float32, from the weights as they are in the checkpoint.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ def pass_dtype(device: torch.device, checkpoint: torch.dtype) -> torch.dtype:
     """
     if device.type == "cuda":
         return checkpoint if checkpoint in (torch.float16, torch.bfloat16) else torch.bfloat16
-    # torch has no public way to ask; where it no longer answers, the passes are right in float32, and slower.
-    has_amx: Callable[[], bool] = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    return torch.bfloat16 if _multiplies_bfloat16() else torch.float32
+
+
+def _multiplies_bfloat16() -> bool:
+    """Whether the CPU has instructions for products of bfloat16, which are several times as fast as those of float32.
+
+    torch has no public way to ask; where it no longer answers, the passes are right in float32, and slower.
+    """
+    names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    asked: list[Callable[[], bool]] = [getattr(torch.cpu, name, lambda: False) for name in names]
     has_onednn: Callable[[], bool] = torch.backends.mkldnn.is_available
-    return torch.bfloat16 if has_amx() and has_onednn() else torch.float32
+    return any(each() for each in asked) and has_onednn()
 
 
 def training_dtype(device: torch.device, checkpoint: torch.dtype) -> torch.dtype:
-    """The dtype of passes that are run backward: never float16, in which gradients vanish.
-
-    On CPUs it is bfloat16 also where these multiply bfloat16 by AVX-512 instructions, five times as fast as float32:
-    a training is hundreds of passes.
-    """
-    if device.type == "cuda":
-        return torch.bfloat16
-    multiplies: Callable[[], bool] = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    has_onednn: Callable[[], bool] = torch.backends.mkldnn.is_available
-    return torch.bfloat16 if multiplies() and has_onednn() else pass_dtype(device, checkpoint)
+    """The dtype of passes that are run backward: that of other passes, but never float16, in which gradients vanish."""
+    return torch.bfloat16 if device.type == "cuda" else pass_dtype(device, checkpoint)
 
 
 @contextmanager

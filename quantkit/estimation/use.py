@@ -48,8 +48,8 @@ class Use(Section):
         calibration_tokens: that the model is quantized with.
         inputs: what a layer is calibrated on, see :class:`quantkit.recipe.CalibrationSpec`.
         strategy: how the walk waits for statistics, see ``docs/engine.md``.
-        pass_dtype: in which calibration computes: float32 on most CPUs; None is 16 bits, as on CUDA and on CPUs with
-            AMX.
+        pass_dtype: in which calibration computes: float32 on most CPUs; None is 16 bits, as on CUDA and on CPUs that
+            multiply bfloat16.
         lora_rank: of the adapters, which all linear layers of the blocks get.
         optimizer: which states are kept in training.
         gradient_checkpointing: activations of a block are computed anew in the backward pass.
