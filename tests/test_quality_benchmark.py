@@ -59,6 +59,7 @@ def test_a_case_says_method_scheme_and_options(quality: ModuleType) -> None:
     assert weighed.variant == quality.read_case("gptq-int4-g64-sym").variant
     mix = quality.read_case("gptq-auto:budget.size=130MB:choices=[int2,int4]:random=3")
     assert isinstance(mix.variant, AutoSpec)
+    assert mix.variant.budget is not None
     assert (mix.variant.budget.size, list(mix.variant.choice_patches()), mix.random) == (
         130_000_000, ["int2", "int4"], 3,
     )  # fmt: skip
