@@ -227,3 +227,21 @@ def test_an_estimate_of_a_mix_keeps_to_its_budget(model: Path) -> None:
     size = quantkit.estimate(model, bits="auto", budget=f"{whole}B", group_size=32).part("file").nbytes
     assert 0.8 * whole < size <= whole
     assert CliRunner().invoke(app, ["estimate", str(model), "--bits", "auto", "--budget", "4.0"]).exit_code == 0
+
+
+def test_a_gguf_file_with_its_embedding_is_mixed_within_its_size(model: Path, records: Path, tmp_path: Path) -> None:
+    budget = 105_000
+    out = quantkit.quantize(
+        model,
+        out=tmp_path / "out",
+        format="gguf",
+        method="rtn",
+        bits="auto",
+        budget=f"{budget}B",
+        choices=["q4_0", "q5_0", "q8_0"],
+        calibration={"dataset": str(records), "samples": 8, "max_length": 64},
+    )
+    (file,) = out.glob("model-*.gguf")
+    assert 0.9 * budget < file.stat().st_size <= budget
+    picked = chosen(json.loads((out / ALLOCATION).read_text(encoding="utf-8")))
+    assert {"model.embed_tokens", "lm_head"} <= picked.keys()

@@ -192,7 +192,7 @@ def _chosen(job: Job, spec: AutoSpec, model: CheckpointModel, folder: Path, obse
         units,
         costs_folder(spec, folder),
         on_segment=partial(observer.progress, "block"),
-        on_note=lambda text: observer.note(f"{spec.name}: {text}"),
+        on_note=observer.note,
     )
     chosen = chosen_within(model, spec, costed)
     facts = {
