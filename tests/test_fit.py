@@ -66,6 +66,12 @@ def sizes(found: list[Candidate]) -> dict[str, int]:
     return {each.name: each.size for each in found}
 
 
+def room_between(model: Path) -> int:
+    """Bytes for which every file of 8 bits is too large, and not those of 4."""
+    grouped = sizes(candidates(stock_of(model, size=2**30)))["int8-g64"]
+    return sizes(candidates(stock_of(model, size=grouped - 1)))["int8-channel"] - 1
+
+
 # The data
 
 
@@ -129,7 +135,19 @@ def test_the_best_of_each_width_is_tried_in_formats_that_the_runtime_loads(model
     assert names["transformers"][0] == "int8-g64"
     assert names["transformers"][-1] == "bnb-int8"
     precise = sizes(candidates(stock_of(model, "vllm", size=every)))["int4-g32-asym"]
-    assert list(sizes(candidates(stock_of(model, "vllm", size=precise - 1)))) == ["int4-g32"]
+    assert list(sizes(candidates(stock_of(model, "vllm", size=precise - 1)))) == ["int4-g32", "mix"]
+
+
+def test_a_mix_fills_a_budget_in_which_8_bits_have_no_room(model: Path) -> None:
+    room = room_between(model)
+    (mix,) = (each for each in candidates(stock_of(model, size=room)) if each.name == "mix")
+    assert mix.keys["budget"] == {"size": room}
+    assert mix.size == room
+    stock = stock_of(model, memory=2**30, context=256)
+    limit = stock.memory("compressed-tensors", room)
+    (mix,) = (each for each in candidates(stock_of(model, memory=limit, context=256)) if each.name == "mix")
+    assert mix.keys["budget"] == {"memory": limit, "context": 256}
+    assert mix.size == room
 
 
 def test_transformers_holds_compressed_tensors_decoded(model: Path) -> None:
@@ -146,7 +164,7 @@ def test_a_budget_that_nothing_meets_tells_the_smallest_that_is_met(model: Path)
     with pytest.raises(QuantkitError, match=r"^nothing that vllm loads .* fits 1\.00 KiB of file: .*") as failed:
         candidates(stock_of(model, size=1024))
     least = failed.value.remedy.removeprefix("give --size ")
-    assert len(candidates(stock_of(model, size=parse_bytes(least)))) == 1
+    assert candidates(stock_of(model, size=parse_bytes(least)))
     with pytest.raises(QuantkitError, match="of it beside the weights") as failed:
         candidates(stock_of(model, memory=2**20, context=256))
     least = failed.value.remedy.removeprefix("give --memory ")
@@ -163,7 +181,7 @@ def test_the_file_to_ship_fits_loses_least_and_is_checked_next_week(
     monkeypatch.chdir(tmp_path)
     shutil.copytree(model, "my-model")
     shutil.copy(data, "my-data.jsonl")
-    room = sizes(candidates(stock_of(model, size=2**30)))["int8-g64"] - 1
+    room = room_between(model)
     (shell,) = (text for language, _, text in blocks_of(PAGE) if language == "sh")
     plan, fit, check = (
         [f"--size={room}" if each == "--memory" else each for each in words if each != "8GiB"]

@@ -7,14 +7,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from quantkit.allocation.budget import allocated
+from quantkit.allocation.units import AnatomyModel, units_of
 from quantkit.errors import QuantkitError, SchemeError
 from quantkit.estimation.anatomy import Anatomy
 from quantkit.estimation.inference import served
 from quantkit.estimation.use import Use
-from quantkit.estimation.weights import stored, taken_in
 from quantkit.formats import FORMATS
 from quantkit.gguf.architecture import model_types
-from quantkit.recipe import BudgetSpec, VariantSpec
+from quantkit.recipe import AutoSpec, BudgetSpec, VariantSpec
 from quantkit.schemes import PER_CHANNEL
 from quantkit.system.units import UNITS, in_units
 from quantkit.system.validation import parse_section
@@ -26,8 +27,9 @@ GROUPS = (32, 64, 128)
 GGUF_KINDS = ("q6_k_mix", "q5_k_m", "q4_k_m", "q4_k_s", "q3_k_m", "q3_k_s", "q2_k_mix")
 UNIFORM = 3
 """Candidates of one scheme throughout of the first format that is served; of a further one there is one."""
-TENSOR_HEAD, TOKEN_HEAD = 200, 48
-"""Bytes that the head of a file takes for a tensor, and in GGUF files for a token of the vocabulary, about."""
+NEXT_TO_NOTHING = "8"
+"""The width that loses so little that no mix is tried where it fits."""
+MIX = "mix"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +39,9 @@ class Candidate:
     Attributes:
         name: of the variant.
         keys: of the variant, as a recipe has them.
-        width: bits of most weights, and in what; those of one width differ in their groups alone.
+        width: bits of most weights, and in what, or :data:`MIX`; those of one width differ in their groups alone.
         size: bytes of its files, estimated.
         memory: bytes in use, estimated.
-        mixed: layers have schemes of their own, which are chosen for this size.
     """
 
     name: str
@@ -48,7 +49,6 @@ class Candidate:
     width: str
     size: int
     memory: int
-    mixed: bool = False
 
     def variant(self) -> dict[str, Any]:
         """As a recipe has it."""
@@ -125,7 +125,9 @@ class Stock:
 
 
 def candidates(stock: Stock) -> list[Candidate]:
-    """The best that fits of each width, the most bits first, of the formats that the runtime loads.
+    """The best that fits of each width, the most bits first, of the formats that the runtime loads, and a mix of them.
+
+    Where 8 bits fit, there is no mix.
 
     Raises:
         QuantkitError: the runtime loads no format of those that are made, or nothing fits: with the smallest that does.
@@ -133,6 +135,7 @@ def candidates(stock: Stock) -> list[Candidate]:
     stores = [store for store in MADE if stock.runtime in FORMATS.get(store).runtimes and not _barred(stock, store)]
     found: list[Candidate] = []
     every: list[Candidate] = []
+    mixes: list[Candidate] = []
     for store in stores:
         ways = list(_ways(stock, store))
         able = [way for way in ways if stock.fits(store, way.size)]
@@ -140,6 +143,10 @@ def candidates(stock: Stock) -> list[Candidate]:
         best = [next(way for way in able if way.width == width) for width in widths]
         found += best[: UNIFORM if not found else 1]
         every += ways
+        mixes += _mixes(stock, store)
+    if all(candidate.width != NEXT_TO_NOTHING for candidate in found):
+        found += [mix for mix in mixes if stock.fits(_store(mix), mix.size)][:1]
+    every += mixes
     if not every:
         raise QuantkitError(
             f"fit makes no file of {stock.anatomy.name} for {stock.runtime}",
@@ -193,30 +200,51 @@ def _barred(stock: Stock, store: str) -> bool:
 
 def _ways(stock: Stock, store: str) -> Iterator[Candidate]:
     """All ways of a format, the most bits first, and of equal width the most precise."""
+    model = AnatomyModel(stock.anatomy)
     for name, width, keys in _named(stock, store):
         given = {"format": store, **keys}
         try:
             variant = parse_section(VariantSpec, {"name": name, **given}, "fit")
-            file = stored(stock.anatomy, variant, taken_in(stock.anatomy.dtype))
+            size = model.file_bytes(variant)
         except SchemeError:
             continue  # the shapes of this model do not suit it
-        if not file.packed or FORMATS.get(store).refusal(stock.runtime, variant.schemes()) is not None:
-            continue
-        size = file.nbytes + head_bytes(stock.anatomy, store)
-        yield Candidate(name, given, width, size, stock.memory(store, size))
+        if FORMATS.get(store).refusal(stock.runtime, variant.schemes()) is None:
+            yield Candidate(name, given, width, size, stock.memory(store, size))
 
 
-def head_bytes(anatomy: Anatomy, store: str) -> int:
-    """Bytes of a file beside its tensors, about."""
-    tokens = anatomy.vocabulary if FORMATS.get(store).container == "gguf" else 0
-    return TENSOR_HEAD * len(anatomy.weights) + TOKEN_HEAD * tokens
+def _mixes(stock: Stock, store: str) -> Iterator[Candidate]:
+    """The mix of a format to the budget, if it serves any; one that is larger is the smallest that there is."""
+    room = stock.room(store)
+    if room is None or not FORMATS.get(store).choices(stock.runtime):
+        return
+    budget, memory = stock.budget, stock.budget.memory
+    by_memory = memory is not None and budget.size is None and stock.runtime != "transformers"
+    limit = {"memory": memory, "context": stock.use.context} if by_memory else {"size": max(1, room)}
+    keys = {"format": store, "method": "gptq", "bits": "auto", "budget": limit, "runtime": stock.runtime}
+    grid = {} if FORMATS.get(store).container == "gguf" or store == "bitsandbytes" else {"group_size": _group(stock)}
+    try:
+        spec = parse_section(AutoSpec, {"name": MIX, **keys, **grid}, "fit")
+        model = AnatomyModel(stock.anatomy)
+        least = _smallest_bytes(model, spec)
+    except SchemeError:
+        return  # the shapes of this model suit no choice
+    size = max(least, min(room, stock.float_size))
+    yield Candidate(MIX, {**keys, **grid}, MIX, size, stock.memory(store, size))
+
+
+def _smallest_bytes(model: AnatomyModel, spec: AutoSpec) -> int:
+    """Bytes of the smallest mix."""
+    units = units_of(model, spec)
+    chosen = tuple(min(unit.sizes, key=unit.sizes.__getitem__) for unit in units)
+    return model.file_bytes(spec.with_choice(allocated(model, spec, units, chosen)))
 
 
 def _named(stock: Stock, store: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Name, width and keys of the ways of a format."""
     gptq: dict[str, Any] = {"method": "gptq"}
     if store == "gguf":
-        yield "q8_0", "8", {**gptq, "scheme": "int", "bits": 8, "group_size": 32, "symmetric": True}
+        whole: dict[str, Any] = {"ignore": (), "embeddings": {}}  # as llama.cpp's presets, which the others are
+        yield "q8_0", "8", {**gptq, "scheme": "int", "bits": 8, "group_size": 32, "symmetric": True, **whole}
         yield from ((kind.removesuffix("_mix"), kind[1], {**gptq, "scheme": kind}) for kind in GGUF_KINDS)
         return
     if store == "bitsandbytes":
@@ -233,6 +261,11 @@ def _named(stock: Stock, store: str) -> Iterator[tuple[str, str, dict[str, Any]]
         if bits == 8 and stock.runtime == "vllm":
             fp8 = {"scheme": "fp8", "granularity": "channel", "activations": "dynamic"}
             yield "fp8", "fp8", {**gptq, **fp8}
+
+
+def _group(stock: Stock) -> int:
+    """The size of groups of a mix: the largest that divides all rows in blocks, as more bits go where they count."""
+    return next(iter(_grids(stock, int(NEXT_TO_NOTHING))))[0]
 
 
 def _grids(stock: Stock, bits: int) -> Iterator[tuple[int, bool]]:

@@ -20,7 +20,7 @@ from typing import Any
 from quantkit import records, report
 from quantkit.merging import merged_source
 from quantkit.publishing import CARD, CardFacts, card
-from quantkit.recipe import CalibrationSpec, Recipe
+from quantkit.recipe import CalibrationSpec, Recipe, ReportSpec
 from quantkit.recipe.fitting import RUN
 from quantkit.records.splitting import split, write_records
 from quantkit.system.artifacts import new_folder, read_stage, write_stage, write_text
@@ -72,7 +72,7 @@ def ship(recipe: Recipe, content: Mapping[str, Any], chosen: Mapping[str, Any], 
                 _link(file, target)
         write_text(folder / CARD, card(folder, facts))
     rows = [{**row, "checkpoint": str(place)} if row is chosen else row for row in content["variants"]]
-    report.write({**content, "variants": rows}, out, recipe.report.formats)
+    report.write({**content, "variants": rows}, out, ReportSpec().formats)
 
 
 def clear_run(out: Path) -> None:

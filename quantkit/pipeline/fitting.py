@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.errors import QuantkitError
-from quantkit.pipeline.fit_candidates import Candidate, Stock, candidates, nothing_fits
+from quantkit.pipeline.fit_candidates import MIX, Candidate, Stock, candidates, nothing_fits
 from quantkit.pipeline.fit_files import DATA, MODEL, RECIPE, clear_run, ship, split_data
 from quantkit.pipeline.fit_stock import anatomy_for, content_of
 from quantkit.pipeline.plan import forecast
@@ -197,8 +197,8 @@ def _run(asked: FitSpec, stock: Stock, able: Sequence[Candidate], observer: Obse
 
 
 def _likeliest(able: Sequence[Candidate]) -> Candidate:
-    """The candidate that will lose least: the largest, and of equally large ones the mix."""
-    return max(able, key=lambda candidate: (candidate.size, candidate.mixed))
+    """The candidate that is tried first: the mix, which is there where 8 bits do not fit; else that of most bits."""
+    return next((candidate for candidate in able if candidate.width == MIX), able[0])
 
 
 def _within(stock: Stock, content: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from quantkit.recipe.document import Recipe
 from quantkit.recipe.fields import Device, Flag, Place, Section, Whole, named_after
 from quantkit.recipe.local_files import calibration_files, missing, model_files
 from quantkit.recipe.model import ModelSpec
-from quantkit.recipe.outputs import BudgetSpec
+from quantkit.recipe.outputs import BudgetSpec, ReportSpec
 from quantkit.recipe.quantization import CalibrationSpec
 from quantkit.recipe.targets import runtime_of
 from quantkit.system.artifacts import check_writable
@@ -121,7 +121,7 @@ class FitSpec(Section):
             "quantization": {"device": self.device},
             "evaluation": {**scored, "metrics": SCORED},
             "budget": self.budget,
-            "report": {"folder": str(folder / RUN)},
+            "report": {"folder": str(folder / RUN), "formats": ["json"]},
         }
         return parse_section(Recipe, data, "fit")
 
@@ -135,5 +135,5 @@ class FitSpec(Section):
         """
         gates = (*GATES, *([] if room is None else [f"size_bytes <= {room}"]))
         variants = tuple(variant for variant in ran.variants if variant.name == chosen)
-        report = ran.report.model_copy(update={"folder": str(self.folder / CHECK)})
+        report = ReportSpec(folder=str(self.folder / CHECK))
         return ran.model_copy(update={"variants": variants, "gates": gates, "report": report})
