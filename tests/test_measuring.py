@@ -16,12 +16,15 @@ from quantkit.allocation.measuring import held_out_rows, measured
 from quantkit.allocation.table import Unit
 from quantkit.checkpoint import CheckpointReader
 from quantkit.engine.batches import make_batches
-from quantkit.engine.fisher import FisherSweep
+from quantkit.engine.fisher import Fisher, FisherSweep
+from quantkit.engine.routing import ExpertSettings
 from quantkit.engine.skeleton import Skeleton
 from quantkit.engine.solve import Solver
 from quantkit.errors import QuantizationError
 from quantkit.methods.base import InputStatistics
 from quantkit.quantization import Job
+from quantkit.quantization.job import Known
+from quantkit.quantization.sensitivity import load
 from quantkit.recipe.mixing import AutoSpec
 from quantkit.schemes import make_scheme
 from quantkit.system.validation import parse_section
@@ -189,3 +192,41 @@ def test_rows_are_held_out_as_far_as_there_are_some(llama: Path) -> None:
     assert held_out_rows(many, calibrates=True) == [3, 7]
     with pytest.raises(QuantizationError, match="needs calibration rows"):
         costs_of(replace(job, rows=[]), a_spec(), llama / "costs")
+
+
+def test_choices_of_layers_that_were_left_out_before_are_measured_and_what_judges_counts(
+    llama: Path, tmp_path: Path
+) -> None:
+    """Named choices are tried on layers on which usual ones of the same names are not."""
+    job, spec, out = a_job(llama), a_spec(), tmp_path / "costs"
+    costs_of(job, spec, out, [a_unit(DOWN, choices=("int4", "int8"))])
+    (unit,) = costs_of(job, spec, out, [a_unit(DOWN)])
+    assert unit.costs["int2"] > unit.costs["int4"] > 0
+    asked = measuring._asked_for(job, spec, ["int2"], UNITS)
+    for other in (a_job(llama, experts=ExpertSettings(tokens="all")), replace(job, calibration_sha256="others")):
+        assert measuring._asked_for(other, spec, ["int2"], UNITS) != asked
+    known = replace(job, sensitivity=Known(out, "mark", 0.5), inputs="float", generated=64)
+    assert measuring._asked_for(known, spec, ["int2"], UNITS) == asked
+
+
+def test_a_layer_that_no_gradient_reaches_costs_as_much_as_its_kind(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other, odd = "model.layers.0.mlp.down_proj", "model.layers.0.self_attn.o_proj"
+    units, lost = [a_unit(DOWN), a_unit(other), a_unit(odd), a_unit(*ATTENTION)], {DOWN, odd, ATTENTION[0]}
+    whole = load
+
+    def partly(folder: Path) -> Fisher:
+        found = whole(folder)
+        return replace(found, layers={name: each for name, each in found.layers.items() if name not in lost})
+
+    monkeypatch.setattr(measuring, "load", partly)
+    down, known, alone, tied = costs_of(a_job(llama), a_spec(), tmp_path / "costs", units)
+    assert known.costs["int2"] > known.costs["int4"] > 0
+    assert down.costs == known.costs
+    others = tied.costs["int2"] * 2 / 3
+    assert alone.costs["int2"] == pytest.approx((known.costs["int2"] + others) / 3)
+    assert alone.costs["float"] == 0
+    lost |= {other, *ATTENTION}
+    with pytest.raises(QuantizationError, match="nothing is known of what int2 costs any layer"):
+        costs_of(a_job(llama), a_spec(), tmp_path / "none", units)

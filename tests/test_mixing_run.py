@@ -17,10 +17,10 @@ import quantkit
 from quantkit import pipeline
 from quantkit.allocation.table import ALLOCATION, Allocation
 from quantkit.cli import app
-from quantkit.errors import RecipeError
+from quantkit.errors import QuantizationError, RecipeError, SchemeError
 from quantkit.evaluation import stage as scores
 from quantkit.exports.manifest import read_manifest
-from quantkit.pipeline import mixing
+from quantkit.pipeline import mixing, single
 from quantkit.pipeline.plan import forecast
 from quantkit.recipe import Recipe
 from quantkit.schemes import scheme_from_json
@@ -245,3 +245,35 @@ def test_a_gguf_file_with_its_embedding_is_mixed_within_its_size(model: Path, re
     assert 0.9 * budget < file.stat().st_size <= budget
     picked = chosen(json.loads((out / ALLOCATION).read_text(encoding="utf-8")))
     assert {"model.embed_tokens", "lm_head"} <= picked.keys()
+
+
+def test_a_measurement_that_fails_is_not_tried_again_for_another_budget(
+    recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries: list[str] = []
+
+    def failing(_job: Any, spec: Any, *_: Any, **_more: Any) -> None:
+        tries.append(spec.name)
+        raise QuantizationError("a layer cannot be solved", "give other rows")
+
+    monkeypatch.setattr(mixing, "measured", failing)
+    large = {**MIX, "name": "large", "budget": 16.0}
+    report = pipeline.run(
+        recipe({**MIX, "choices": ["int4", "int8", "float"], "budget": [5.0, 6.0]}, large), Notebook()
+    )
+    assert tries == ["mix-5"]
+    errors = {row["name"]: row["error"] for row in report["variants"]}
+    assert "a layer cannot be solved" in errors["mix-5"]
+    assert errors["mix-6"] == errors["mix-5"]
+    assert "16 bits per weight is enough for every layer as it is" in errors["large"]
+
+
+def test_a_budget_is_refused_before_the_model_is_looked_at(
+    model: Path, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(single, "with_sensitivity", lambda *_: pytest.fail("it was too early"))
+    data = {"dataset": str(records), "samples": 8, "max_length": 64, "sensitivity": True}
+    for budget, told in ((1.0, "cannot be met"), ("10MiB", "is enough for every layer as it is")):
+        with pytest.raises(SchemeError, match=told):
+            quantkit.quantize(model, out=tmp_path / "out", bits="auto", budget=budget, group_size=32, calibration=data)
+    assert not (tmp_path / "out").exists()

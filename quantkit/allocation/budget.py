@@ -21,7 +21,7 @@ from quantkit.errors import SchemeError
 from quantkit.estimation.inference import served
 from quantkit.estimation.use import Use
 from quantkit.formats import FORMATS
-from quantkit.recipe.mixing import AutoSpec, MixBudget
+from quantkit.recipe.mixing import FLOAT, AutoSpec, MixBudget
 from quantkit.system.units import UNITS, in_units
 
 ENTRY = len('"":{"dtype":"F32","shape":[,],"data_offsets":[,]},')
@@ -63,6 +63,29 @@ def room_of(model: Model, spec: AutoSpec, units: Sequence[Unit]) -> int:
         told = f"budget: {{memory: {size}, context: {budget.context}}}"
         raise _too_small(spec, budget, f"{words}, {in_units(beside)} of it beside the file", told)
     return given - beside - smallest + least
+
+
+def check_budget(model: Model, spec: AutoSpec, units: Sequence[Unit]) -> int:
+    """Bytes that a budget leaves to the units, so that there is something to choose.
+
+    Args:
+        model: what is chosen for.
+        spec: the variant, with its budget.
+        units: of the model; their costs do not count.
+
+    Raises:
+        SchemeError: it is too small, see :func:`room_of`, or so large that every layer stays as it is.
+        SourceError: see there.
+    """
+    room = room_of(model, spec, units)
+    left = [unit.sizes.get(FLOAT) for unit in units]
+    whole = sum(each for each in left if each is not None)
+    if spec.budget is not None and None not in left and whole <= room:
+        raise SchemeError(
+            f"{spec.name}: {spec.budget.describe()} is enough for every layer as it is, so that none is quantized",
+            "ship the model itself, or write a smaller budget, or leave float out of choices",
+        )
+    return room
 
 
 def chosen_within(model: Model, spec: AutoSpec, units: Sequence[Unit]) -> tuple[str, ...]:

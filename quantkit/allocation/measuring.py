@@ -10,8 +10,9 @@ token. What layers cost adds up as long as errors are small (Malinovskii et al. 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,7 @@ from quantkit.quantization.job import NOT_IN_BYTES, Job, made_from
 from quantkit.quantization.oom import FallbackStep, fallback_steps, out_of_memory, ran_out
 from quantkit.quantization.plan import experts_room, plan_layers
 from quantkit.quantization.sensitivity import load, sensitivity
+from quantkit.quantization.sensitivity import made_from as told_by
 from quantkit.schemes import QuantizedWeight
 from quantkit.system.artifacts import fingerprint, mapping_or_nothing, new_folder, read_json, read_stage, write_json
 from quantkit.system.artifacts import write_stage as mark
@@ -43,7 +45,7 @@ if TYPE_CHECKING:
 
 STAGE = "costs"
 COSTS = "costs.json"
-CODE_VERSION = 1
+CODE_VERSION = 2
 """Part of the fingerprint: raised when the same inputs would give other figures."""
 HELD_OUT_EACH = 4
 """Every so many rows one is held out."""
@@ -76,14 +78,15 @@ def measured(
     Raises:
         SchemeError: a choice suits no layer.
         CheckpointError: the source is broken.
-        QuantizationError: there are no rows, a layer cannot be solved, or the model's code does not run backward.
+        QuantizationError: there are no rows, a layer cannot be solved, the model's code does not run backward, or
+            nothing is known of any layer.
         OutputError: ``out`` cannot be written.
         Terminated: somebody asked to stop; what was found is kept.
     """
     if not job.rows:
         raise QuantizationError(f"{spec.name}: bits: auto needs calibration rows", "give a data set")
     solved = [name for name, patch in spec.choice_patches().items() if patch.scheme != FLOAT]
-    asked = _asked_for(job, spec, solved)
+    asked = _asked_for(job, spec, solved, units)
     written = read_stage(out, STAGE, asked)
     if written is None:
         measuring = _Measuring(job, spec, solved, out, asked, on_segment, on_note)
@@ -92,26 +95,54 @@ def measured(
             mark(folder, STAGE, asked)
         measuring.part.unlink(missing_ok=True)
     found: Costs = read_json(out / COSTS)
-    return [replace(unit, costs={name: _cost(unit, name, found) for name in unit.sizes}) for unit in units]
+    return [
+        replace(unit, costs={name: _cost(unit, name, found) if name in solved else 0.0 for name in unit.sizes})
+        for unit in units
+    ]
 
 
-def _asked_for(job: Job, spec: AutoSpec, names: Sequence[str]) -> dict[str, Any]:
-    """What the costs depend on."""
+def _asked_for(job: Job, spec: AutoSpec, names: Sequence[str], units: Sequence[Unit]) -> dict[str, Any]:
+    """What the costs depend on, and for which layers there are some."""
     alone = replace(job, inputs="float", generated=0, sensitivity=None)
     return {
         "code": CODE_VERSION,
         "choices": {name: made_from(alone, spec.uniform(name)) for name in names},
-        "rows": job.calibration_sha256,
+        "layers": {name: fingerprint(sorted(_suited(units, name))) for name in names},
+        "judged": {**told_by(job), "experts": asdict(job.experts)},
         "held_out": [HELD_OUT_EACH, HELD_OUT_TOKENS],
         "ignored": list(NOT_IN_BYTES),
     }
 
 
+def _suited(units: Iterable[Unit], choice: str) -> set[str]:
+    """The layers that a choice is solved for."""
+    return {layer for unit in units if choice in unit.sizes for layer in unit.layers}
+
+
 def _cost(unit: Unit, choice: str, found: Costs) -> float:
-    """What a choice costs a unit; a layer of which nothing is known costs as much as the others on average."""
-    own = [found[layer][choice] for layer in unit.layers if choice in found.get(layer, {})]
-    known = [each for each in own if each is not None]
-    return sum(known) / len(known) * len(unit.layers) if known else 0.0
+    """What a choice that is solved costs a unit.
+
+    A layer of which nothing is known, as no token that is held out reaches it, costs as much as the others of its unit
+    on average; where nothing is known of any, as layers of its kind, or as all: it would look free otherwise.
+
+    Raises:
+        QuantizationError: nothing is known of any layer.
+    """
+    kinds = {_kind(layer) for layer in unit.layers}
+    for members in (unit.layers, [each for each in found if _kind(each) in kinds], list(found)):
+        own = [found[layer].get(choice) for layer in members if layer in found]
+        known = [each for each in own if each is not None]
+        if known:
+            return sum(known) / len(known) * len(unit.layers)
+    raise QuantizationError(
+        f"nothing is known of what {choice} costs any layer, as no gradient of the model's loss reaches one",
+        "give longer calibration rows, or write bits in place of auto",
+    )
+
+
+def _kind(layer: str) -> str:
+    """The name of a layer without the numbers of its block and expert."""
+    return re.sub(r"\d+", "", layer)
 
 
 @dataclass(slots=True)
@@ -169,7 +200,7 @@ class _Measuring:
         """A task for each choice, for the layers that it suits."""
         tasks = []
         for name in self.names:
-            wanted = {layer for unit in units if name in unit.sizes for layer in unit.layers}
+            wanted = _suited(units, name)
             if not wanted:
                 continue
             variant = self.spec.uniform(name, tied=bool(skeleton.tied))

@@ -13,9 +13,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from quantkit.allocation.budget import allocated, chosen_within, room_of
+from quantkit.allocation.budget import allocated, check_budget, chosen_within
 from quantkit.allocation.measuring import measured
-from quantkit.allocation.table import ALLOCATION, Allocation
+from quantkit.allocation.table import ALLOCATION, Allocation, Unit
 from quantkit.allocation.units import CheckpointModel, units_of
 from quantkit.engine.skeleton import Skeleton
 from quantkit.errors import OutputError, QuantkitError, RecipeError, did_you_mean
@@ -90,9 +90,10 @@ def mixed_alike(job: Job, specs: Sequence[AutoSpec], folder: Path, observer: Obs
     """
     observer.stage(mixing_title(specs))
     found: dict[str, Mixed | Exception] = {}
+    costs = Measured(job, folder, observer)
     for spec in specs:
         try:
-            made = mixed(job, spec, folder, observer)
+            made = mixed(job, spec, folder, costs)
             observer.note(f"{spec.name}: {made.line()}")
             found[spec.name] = made
         except Exception as error:  # methods and formats are plugins; any error becomes the row of the variant
@@ -100,8 +101,43 @@ def mixed_alike(job: Job, specs: Sequence[AutoSpec], folder: Path, observer: Obs
     return found
 
 
-def mixed(job: Job, spec: AutoSpec, folder: Path, observer: Observer) -> Mixed:
+class Measured:
+    """What choices cost, by variants that share a measurement, which is not tried again once it has failed.
+
+    Args:
+        job: what is measured.
+        folder: of the run.
+        observer: is told what happens.
+    """
+
+    def __init__(self, job: Job, folder: Path, observer: Observer) -> None:
+        self.job, self.folder, self.observer = job, folder, observer
+        self._failure: Exception | None = None
+
+    def of(self, spec: AutoSpec, units: Sequence[Unit]) -> list[Unit]:
+        """Units with their costs.
+
+        Raises:
+            QuantkitError: see :func:`quantkit.allocation.measuring.measured`; the same for each variant.
+        """
+        if self._failure is not None:
+            raise self._failure
+        progress, place = partial(self.observer.progress, "block"), costs_folder(spec, self.folder)
+        try:
+            return measured(self.job, spec, units, place, on_segment=progress, on_note=self.observer.note)
+        except Exception as error:
+            self._failure = error
+            raise
+
+
+def mixed(job: Job, spec: AutoSpec, folder: Path, costs: Measured) -> Mixed:
     """A choice for every layer of a variant: given back, made by an earlier run, or measured and made.
+
+    Args:
+        job: what is quantized.
+        spec: the variant.
+        folder: of the run.
+        costs: of the variants that it shares a measurement with.
 
     Raises:
         RecipeError: an allocation that is given back does not suit the model.
@@ -119,7 +155,7 @@ def mixed(job: Job, spec: AutoSpec, folder: Path, observer: Observer) -> Mixed:
     if spec.allocation is not None:
         made = given_back(job, spec, skeleton)
     else:
-        found = _chosen(job, spec, CheckpointModel(job, skeleton), folder, observer)
+        found = _chosen(job, spec, CheckpointModel(job, skeleton), costs)
         made = Mixed(spec.with_choice(found), found)
     made.allocation.save(file)
     return made
@@ -182,18 +218,11 @@ def _inputs(job: Job, spec: AutoSpec) -> str:
     return fingerprint([CODE_VERSION, told, job.source_facts, job.dtype, job.calibration_sha256])
 
 
-def _chosen(job: Job, spec: AutoSpec, model: CheckpointModel, folder: Path, observer: Observer) -> Allocation:
+def _chosen(job: Job, spec: AutoSpec, model: CheckpointModel, costs: Measured) -> Allocation:
     """The choice of least loss within the budget, from what choices are measured to cost."""
     units = units_of(model, spec)
-    room_of(model, spec, units)  # a budget that nothing meets is told before anything is measured
-    costed = measured(
-        job,
-        spec,
-        units,
-        costs_folder(spec, folder),
-        on_segment=partial(observer.progress, "block"),
-        on_note=observer.note,
-    )
+    check_budget(model, spec, units)  # before anything is measured
+    costed = costs.of(spec, units)
     chosen = chosen_within(model, spec, costed)
     facts = {
         "budget": None if spec.budget is None else spec.budget.describe(),
@@ -256,7 +285,7 @@ def prospect(job: Job, spec: AutoSpec, skeleton: Skeleton) -> Prospect:
     """
     model = CheckpointModel(job, skeleton)
     units = units_of(model, spec)
-    room = room_of(model, spec, units)
+    room = check_budget(model, spec, units)
     smallest = tuple(min(unit.sizes, key=unit.sizes.__getitem__) for unit in units)
     file = model.file_bytes(spec.with_choice(allocated(model, spec, units, smallest)))
     least = sum(min(unit.sizes.values()) for unit in units)

@@ -9,7 +9,7 @@ from quantkit import calibration
 from quantkit.merging import merged_source
 from quantkit.pipeline import job_of
 from quantkit.pipeline.jobs import with_sensitivity
-from quantkit.pipeline.mixing import mixed
+from quantkit.pipeline.mixing import Measured, mixed
 from quantkit.pipeline.titles import mixing_title
 from quantkit.publishing import describe
 from quantkit.quantization import quantize
@@ -42,7 +42,6 @@ def quantize_one(recipe: Recipe, out: Path, observer: Observer) -> Path:
                 observer.note(line)
         trusted = model.trust_remote_code
         job = job_of(found, calibrated, spec, device=device, trust_remote_code=trusted)
-        job = with_sensitivity(job, spec, scratch / "sensitivity", observer)
         on_segment = partial(observer.progress, "block")
 
         def note(text: str) -> None:
@@ -51,9 +50,10 @@ def quantize_one(recipe: Recipe, out: Path, observer: Observer) -> Path:
         documents = {}
         if isinstance(variant, AutoSpec):
             observer.stage(mixing_title([variant]))
-            made = mixed(job, variant, scratch, observer)
+            made = mixed(job, variant, scratch, Measured(job, scratch, observer))
             observer.note(made.line())
             variant, documents = made.variant, made.documents()
+        job = with_sensitivity(job, spec, scratch / "sensitivity", observer)
         observer.stage(f"quantize: {variant.chain}")
         done = quantize(
             job,

@@ -375,7 +375,10 @@ class AutoSpec(VariantSpec):
             weights[schemes[name]] = weights.get(schemes[name], 0) + unit.weights
         quantized = [scheme for scheme in weights if scheme is not None]
         if not quantized:
-            raise SchemeError(f"{self.name}: every layer is chosen to stay float", "use format: float, or give less")
+            raise SchemeError(
+                f"{self.name}: every layer is chosen to stay float, so that none is quantized",
+                "choose another scheme for one, or use format: float",
+            )
         base = _unshared(max(quantized, key=lambda scheme: weights[scheme]))
         embedding, head = allocation.facts.get("embedding"), allocation.facts.get("head")
         every = [layer for layers in by_choice.values() for layer in layers]
