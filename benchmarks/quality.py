@@ -54,7 +54,7 @@ from quantkit.allocation.table import Unit
 from quantkit.errors import QuantkitError
 from quantkit.isolation.attempt import Attempt
 from quantkit.isolation.stage import quantize_by_library
-from quantkit.pipeline.mixing import Mixed, mixed
+from quantkit.pipeline.mixing import Measured, Mixed, mixed
 from quantkit.quantization import Job, quantize
 from quantkit.quantization.sensitivity import sensitivity
 from quantkit.recipe import CalibrationSpec, LibrarySpec, RecoverOptions, VariantSpec
@@ -106,7 +106,7 @@ class Ground:
 
     def mixed(self, spec: AutoSpec, seed: int | None) -> Mixed:
         """A choice for every layer; what choices cost is measured once for all budgets."""
-        found = mixed(self.job, spec, self.work, Notes())
+        found = mixed(self.job, spec, self.work, Measured(self.job, self.work, Notes()))
         return found if seed is None else at_random(found, spec, seed)
 
 

@@ -17,13 +17,14 @@ import quantkit
 from quantkit import pipeline
 from quantkit.allocation.table import ALLOCATION, Allocation
 from quantkit.cli import app
-from quantkit.errors import QuantizationError, RecipeError, SchemeError
+from quantkit.errors import QuantizationError, RecipeError, SchemeError, SourceError
 from quantkit.evaluation import stage as scores
 from quantkit.exports.manifest import read_manifest
 from quantkit.pipeline import mixing, single
 from quantkit.pipeline.plan import forecast
 from quantkit.recipe import Recipe
 from quantkit.schemes import scheme_from_json
+from tests.architectures import make
 from tests.runs import Notebook, make_recipe, score_here, write_records
 from tests.tiny import make_model
 
@@ -277,3 +278,21 @@ def test_a_budget_is_refused_before_the_model_is_looked_at(
         with pytest.raises(SchemeError, match=told):
             quantkit.quantize(model, out=tmp_path / "out", bits="auto", budget=budget, group_size=32, calibration=data)
     assert not (tmp_path / "out").exists()
+
+
+def test_what_a_format_cannot_say_of_a_model_is_told_before_choices_are_measured(
+    records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path / "model", "mixtral", sliding_window=64)
+    monkeypatch.setattr(mixing, "measured", lambda *_, **_more: pytest.fail("it was too early"))
+    data = {"dataset": str(records), "samples": 8, "max_length": 64}
+    with pytest.raises(SourceError, match="sliding_window"):
+        quantkit.quantize(
+            tmp_path / "model",
+            out=tmp_path / "out",
+            format="gguf",
+            bits="auto",
+            budget=6,
+            method="rtn",
+            calibration=data,
+        )

@@ -135,6 +135,13 @@ def test_hidden_states_and_logits_are_the_models(tmp_path: Path) -> None:
     assert "forward" not in vars(skeleton.blocks[0])
 
 
+def test_a_head_is_given_the_dtype_that_its_weight_has_once_it_is_loaded(tmp_path: Path) -> None:
+    """Mamba's code asks the head for its dtype, which stands in while blocks run."""
+    model, batches = make(tmp_path, "mamba", **MAMBA), make_batches(tiny_rows(2, 8, 12), CPU, may_pad=False)
+    with ReverseWalk(Skeleton(tmp_path), CheckpointReader(tmp_path), CPU, torch.bfloat16) as walk:
+        assert walk.run(batches, loss) == pytest.approx(expected(model, batches), rel=0.02)
+
+
 def test_tensors_that_stand_in_pass_their_gradient_on_once() -> None:
     linear = torch.nn.Linear(4, 3)
     factor = torch.tensor(2.0, requires_grad=True)

@@ -152,7 +152,7 @@ def told(model: nn.Module) -> Iterator[None]:
         first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
         raise QuantizationError(
             f"{type(model).__name__} does not run on the calibration rows: {type(error).__name__}: {first}",
-            "choose a method that needs none, such as rtn or hqq, or records of the kind that the model takes",
+            "give records of the kind that the model takes, or a method and bits that need none, such as rtn and 4",
         ) from error
 
 

@@ -173,7 +173,7 @@ class ReverseWalk:
         current = getcurrent()
         if isinstance(current, KeepingPass):
             current.ends(hidden)
-        return forward(hidden if self._read is None else self._read)
+        return forward(hidden if self._read is None else self._read.to(hidden.dtype))
 
     def _decoder(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return forward(*args, **kwargs) if self._read is None else _Ended(last_hidden_state=self._read)
@@ -182,11 +182,15 @@ class ReverseWalk:
         """The logits ``[tokens, vocabulary]`` of what the head is given, ``[tokens, width]``, by the model's own code.
 
         The head must be loaded, as it is while a loss is asked for.
+
+        Raises:
+            QuantizationError: the model's code fails on them.
         """
         self._read = hidden[None]
         try:
             ids = torch.zeros(self._read.shape[:2], dtype=torch.int64, device=self.device)
-            found: torch.Tensor = self.skeleton.text(input_ids=ids, use_cache=False).logits[0]
+            with told(self.skeleton.text):
+                found: torch.Tensor = self.skeleton.text(input_ids=ids, use_cache=False).logits[0]
         finally:
             self._read = None
         return found

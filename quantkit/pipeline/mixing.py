@@ -22,6 +22,7 @@ from quantkit.errors import OutputError, QuantkitError, RecipeError, did_you_mea
 from quantkit.pipeline.titles import mixing_title
 from quantkit.quantization import Job
 from quantkit.quantization.plan import plan_layers
+from quantkit.quantization.variant import check_model
 from quantkit.recipe import AutoSpec, VariantSpec
 from quantkit.system.artifacts import fingerprint
 from quantkit.system.progress import Observer
@@ -125,7 +126,7 @@ class Measured:
         progress, place = partial(self.observer.progress, "block"), costs_folder(spec, self.folder)
         try:
             return measured(self.job, spec, units, place, on_segment=progress, on_note=self.observer.note)
-        except Exception as error:
+        except Exception as error:  # whatever it is, it is that of each variant
             self._failure = error
             raise
 
@@ -222,6 +223,7 @@ def _chosen(job: Job, spec: AutoSpec, model: CheckpointModel, costs: Measured) -
     """The choice of least loss within the budget, from what choices are measured to cost."""
     units = units_of(model, spec)
     check_budget(model, spec, units)  # before anything is measured
+    check_model(job, model.skeleton, spec)
     costed = costs.of(spec, units)
     chosen = chosen_within(model, spec, costed)
     facts = {

@@ -31,6 +31,7 @@ from quantkit.quantization.plan import plan_layers
 from quantkit.quantization.resume import TakenUp, drop_layers, is_worth_keeping, layers_folder, resume_identity, take_up
 from quantkit.quantization.solved_layers import SolvedLayers
 from quantkit.quantization.solving_notes import correction_notes, sensitivity_notes, tuning_notes
+from quantkit.recipe import VariantSpec
 from quantkit.source.model import DECODED_FROM, decoded_from
 from quantkit.system.artifacts import STAGE_FILE, check_writable, new_folder, write_json, write_stage
 from quantkit.system.distribution import version_of
@@ -96,14 +97,11 @@ class VariantRun:
         self._store = FORMATS.get(wanted.variant.format)(job.dtype)
         self.wanted = wanted
         self.layers = plan_layers(skeleton, wanted.variant)
-        if wanted.variant.tune is not None and not skeleton.runs_once:
-            text = f"{self.name}: the blocks of this model share weights or run again and again, and are not tuned"
-            raise QuantizationError(text, "leave out tune")
         if wanted.variant.calibrated and not job.rows:
             text = f"{self.name}: method {wanted.variant.chain} needs calibration rows"
             raise QuantizationError(text, "give a data set")
         check_writable(self._out)
-        check_origin(type(self._store), job.source, names_in_file(skeleton, CheckpointReader(job.source), self._store))
+        check_model(job, skeleton, wanted.variant)
 
     @property
     def name(self) -> str:
@@ -382,3 +380,17 @@ class VariantRun:
         folder = layers_folder(self._out)
         if folder.exists() and (fails_again or not is_worth_keeping(folder)):
             drop_layers(self._out)
+
+
+def check_model(job: Job, skeleton: Skeleton, variant: VariantSpec) -> None:
+    """Refuse what a variant cannot be made of, before anything is run.
+
+    Raises:
+        QuantizationError: its blocks are to be tuned, and share weights.
+        SourceError: its format cannot hold the model.
+    """
+    if variant.tune is not None and not skeleton.runs_once:
+        text = f"{variant.name}: the blocks of this model share weights or run again and again, and are not tuned"
+        raise QuantizationError(text, "leave out tune")
+    store = FORMATS.get(variant.format)(job.dtype)
+    check_origin(type(store), job.source, names_in_file(skeleton, CheckpointReader(job.source), store))
