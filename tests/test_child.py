@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from quantkit.errors import EvaluationError, OutputError
+from quantkit.system import threads
 from quantkit.system.child import Limits, run_child
 from quantkit.system.child_log import BoundedLog, last_error, last_line
 from quantkit.system.ending import Ending, Kind
@@ -127,13 +128,20 @@ def test_a_child_keeps_to_the_threads_of_its_parent(tmp_path: Path, monkeypatch:
         "import json, os, pathlib, sys\n"
         "pathlib.Path(sys.argv[1]).with_name('result.json').write_text(json.dumps(dict(os.environ)))"
     )
+    for name in threads.WAITING:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(threads, "quota_of", lambda: None)
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     monkeypatch.setenv("A_SECRET", "x")
     told = run(tmp_path, code, environment={"PATH": os.environ["PATH"]}).answer()
-    assert told["OMP_NUM_THREADS"] == "3"
+    assert (told["OMP_NUM_THREADS"], told["OMP_WAIT_POLICY"]) == ("3", "PASSIVE")
     assert "A_SECRET" not in told
     monkeypatch.delenv("OMP_NUM_THREADS")
-    assert "OMP_NUM_THREADS" not in run(tmp_path, code, environment={}).answer()
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    told = run(tmp_path, code, environment={}).answer()
+    assert told["GOMP_SPINCOUNT"] == "7"
+    assert "OMP_NUM_THREADS" not in told
+    assert "OMP_WAIT_POLICY" not in told
 
 
 def test_a_log_keeps_its_beginning_and_its_end(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import sys
 from importlib import import_module
 
 from quantkit.cli.base import app, warn
+from quantkit.system import threads
 from quantkit.system.distribution import warnings
 from quantkit.system.shutdown import Terminated, request
 
@@ -24,6 +25,7 @@ for _module in ("fitting", "running", "history", "checkpoints", "choices"):
 
 def main() -> None:
     """The entry point; SIGTERM ends the work after the block at hand, so that nothing done is lost."""
+    os.environ.update(threads.variables(os.environ))  # before torch is loaded
     signal.signal(signal.SIGTERM, _terminate)
     if COMPLETION not in os.environ:
         warn(warnings())

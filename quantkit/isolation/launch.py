@@ -12,6 +12,7 @@ import psutil
 
 from quantkit.errors import QuantizationError, QuantkitError
 from quantkit.libraries import Library
+from quantkit.system import threads
 from quantkit.system.child import Limits, run_child
 from quantkit.system.ending import Ending, Kind
 from quantkit.system.units import in_units
@@ -72,18 +73,11 @@ class Place:
     own: bool
 
 
-def cores() -> int:
-    """Processors that a worker may use: those of this process, or fewer if ``OMP_NUM_THREADS`` says so."""
-    there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    asked = os.environ.get("OMP_NUM_THREADS", "")
-    return min(int(asked), there) if asked.isdigit() and int(asked) > 0 else there
-
-
 def fixed_variables(library: type[Library], device: str) -> dict[str, str]:
     """The variables that are fixed for a library, and recorded."""
-    count = cores()
-    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(count))
-    return {**FIXED, **threads, **library.variables(count, device)}
+    count = threads.count(os.environ)
+    counts = dict.fromkeys((threads.COUNT, "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(count))
+    return {**FIXED, **counts, **library.variables(count, device)}
 
 
 def environment(place: Place, fixed: dict[str, str]) -> dict[str, str]:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from quantkit.errors import QuantizationError, SchemeError
 from quantkit.libraries import LIBRARIES
 from quantkit.libraries.base import Library, Offer, Request, Used
+from quantkit.system import threads
 
 if TYPE_CHECKING:
     import numpy
@@ -210,9 +211,9 @@ def _quantized(tensor: Any, kind: str) -> numpy.ndarray:
             None,
         )
 
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    bounds = [rows * share // threads for share in range(threads + 1)]
-    with ThreadPoolExecutor(threads) as pool:
+    count = threads.count(os.environ)
+    bounds = [rows * share // count for share in range(count + 1)]
+    with ThreadPoolExecutor(count) as pool:
         list(pool.map(rows_between, *zip(*pairwise(bounds), strict=True)))
     return blocks
 

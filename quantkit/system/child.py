@@ -24,7 +24,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
-from quantkit.system import processes
+from quantkit.system import processes, threads
 from quantkit.system.artifacts import read_json, write_json
 from quantkit.system.child_log import BoundedLog
 from quantkit.system.ending import Ending, Kind
@@ -36,8 +36,6 @@ from quantkit.system.worker import JOB_FILE, RESULT_FILE, Report
 BEAT = 0.1
 """Seconds between two looks at a child."""
 CHUNK = 1 << 16
-INHERITED = ("OMP_NUM_THREADS",)
-"""Variables that a child has as they are here, whatever else it is given."""
 Step = tuple[str, int, int]
 
 
@@ -59,7 +57,7 @@ class Child:
 
     Args:
         command: the command line.
-        environment: all variables that it has, but for :data:`INHERITED`.
+        environment: all variables that it has, but for those of its threads, which are as here.
         hear: called in another thread with each line of its standard output, and with an empty one at the end.
         log: what it prints on standard error; None drops it.
         cwd: its working folder; by default that of this process.
@@ -75,10 +73,9 @@ class Child:
         cwd: Path | None = None,
     ) -> None:
         self._mark, self._log = uuid.uuid4().hex, log
-        inherited = {name: os.environ[name] for name in INHERITED if name in os.environ}
         self.process = subprocess.Popen(
             command,
-            env={**inherited, **environment, processes.MARK: self._mark},
+            env={**threads.variables(os.environ), **environment, processes.MARK: self._mark},
             cwd=cwd,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
 from quantkit.system.distribution import version_of
+from quantkit.system.threads import processors
 
 PACKAGES = (
     "quantkit", "torch", "transformers", "tokenizers", "safetensors", "compressed-tensors", "bitsandbytes", "datasets",
@@ -26,7 +26,7 @@ def describe() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": _cpu_name(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": processors(),
         "threads": torch.get_num_threads(),
         "memory_bytes": psutil.virtual_memory().total,
         "device": torch.cuda.get_device_name(0) if cuda else "cpu",
