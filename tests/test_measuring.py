@@ -183,8 +183,13 @@ def test_an_embedding_is_judged_by_the_tokens_that_look_rows_up(tmp_path: Path) 
     torch.testing.assert_close(moments.layers[name].rows, total / at, rtol=2e-3, atol=1e-9)
 
 
-def test_rows_are_held_out_as_far_as_there_are_some(llama: Path) -> None:
+def test_rows_are_held_out_as_far_as_there_are_some(llama: Path, tmp_path: Path) -> None:
     job = a_job(llama)
+    for count, method, warned in ((1, "gptq", True), (2, "gptq", False), (1, "rtn", False)):
+        notes: list[str] = []
+        few, out = replace(job, rows=ROWS[:count]), tmp_path / f"{method}-{count}"
+        measured(few, a_spec(method=method), UNITS, out, on_segment=lambda _done, _total: None, on_note=notes.append)
+        assert (measuring.ONE_ROW in notes) == warned
     assert held_out_rows(replace(job, rows=ROWS[:1]), calibrates=True) == [0]
     assert held_out_rows(replace(job, rows=ROWS[:3]), calibrates=True) == [2]
     assert len(held_out_rows(job, calibrates=False)) == len(ROWS)

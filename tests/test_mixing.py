@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from quantkit.allocation.table import Allocation, Unit
-from quantkit.errors import RecipeError
+from quantkit.errors import RecipeError, SchemeError
 from quantkit.recipe import AutoSpec, Recipe
 from quantkit.recipe.layer_patterns import patterns_of
 
@@ -162,3 +162,9 @@ def test_defaults_of_mixed_variants_leave_the_others_as_they_are() -> None:
 def test_a_mistake_is_told_with_its_remedy(keys: dict[str, Any], told: str) -> None:
     with pytest.raises(RecipeError, match=told):
         mixed(**keys)
+
+
+def test_a_choice_of_an_allocation_that_is_none_is_told_with_its_place() -> None:
+    edited = Allocation({"int4": {"bits": 99}}, [Unit(("a.q",), 4, {"int4": 0.1}, {"int4": 2})], ("int4",))
+    with pytest.raises(SchemeError, match=r"allocation: choices\.int4: bits 99 is not a width"):
+        mixed(budget=4).with_choice(edited)

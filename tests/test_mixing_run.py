@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 import quantkit
@@ -25,7 +26,7 @@ from quantkit.pipeline.plan import forecast
 from quantkit.recipe import Recipe
 from quantkit.schemes import scheme_from_json
 from tests.architectures import make
-from tests.runs import Notebook, make_recipe, score_here, write_records
+from tests.runs import Notebook, make_recipe, recipe_data, score_here, write_records
 from tests.tiny import make_model
 
 MIX: dict[str, Any] = {
@@ -228,6 +229,8 @@ def test_an_estimate_of_a_mix_keeps_to_its_budget(model: Path) -> None:
     size = quantkit.estimate(model, bits="auto", budget=f"{whole}B", group_size=32).part("file").nbytes
     assert 0.8 * whole < size <= whole
     assert CliRunner().invoke(app, ["estimate", str(model), "--bits", "auto", "--budget", "4.0"]).exit_code == 0
+    with pytest.raises(SchemeError, match="16 bits per weight is enough for every layer as it is"):
+        quantkit.estimate(model, bits="auto", budget=16.0, group_size=32)
 
 
 def test_a_gguf_file_with_its_embedding_is_mixed_within_its_size(model: Path, records: Path, tmp_path: Path) -> None:
@@ -296,3 +299,17 @@ def test_what_a_format_cannot_say_of_a_model_is_told_before_choices_are_measured
             method="rtn",
             calibration=data,
         )
+
+
+def test_the_recipe_of_mixes_that_comes_along_runs(
+    model: Path, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its variants, of a tiny model on a few records."""
+    monkeypatch.setattr(scores, "run_job", score_here)
+    shipped = yaml.safe_load(Path("recipes/mixed.yaml").read_text(encoding="utf-8"))
+    tiny = recipe_data(model, records, tmp_path / "run", shipped["variants"], defaults=shipped["defaults"])
+    report = pipeline.run(Recipe.parse(yaml.safe_dump(tiny)), Notebook())
+    bits = {row["name"]: row["bits_per_weight"] for row in report["variants"] if row["status"] == "ok"}
+    assert list(bits) == ["mix-3.25", "mix-4.25", "int3", "int4"]
+    for budget in (3.25, 4.25):
+        assert budget - 0.15 < bits[f"mix-{budget}"] <= budget

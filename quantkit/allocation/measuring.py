@@ -51,6 +51,10 @@ HELD_OUT_EACH = 4
 """Every so many rows one is held out."""
 HELD_OUT_TOKENS = 8192
 """Tokens of them at most: the reverse walk takes about four forward passes of these."""
+ONE_ROW = (
+    "warning: choices are judged by the calibration row that they are fitted to, as there is no other, and look "
+    "better than they are: give more rows"
+)
 FLOAT = "float"
 """The kind of scheme of a choice that leaves layers as they are."""
 
@@ -180,7 +184,10 @@ class _Measuring:
         skeleton = Skeleton(self.job.source, self.job.trust_remote_code)
         skeleton.check_blocks()
         tasks = self._tasks(skeleton, units)
-        held_out = held_out_rows(self.job, any(task.calibrated for task in tasks))
+        calibrates = any(task.calibrated for task in tasks)
+        held_out = held_out_rows(self.job, calibrates)
+        if calibrates and len(self.job.rows) == 1:
+            self.on_note(ONE_ROW)
         seen = _of_rows(self.job, held_out)
         known = sensitivity(
             seen, self.out.with_name(f"{self.out.name}-fisher"), on_segment=self.on_segment, on_note=self.on_note

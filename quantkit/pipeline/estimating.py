@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from quantkit.allocation.budget import allocated, chosen_within
+from quantkit.allocation.budget import allocated, check_budget, chosen_within
 from quantkit.allocation.table import Allocation, Unit
 from quantkit.allocation.units import AnatomyModel, units_of
 from quantkit.estimation import Estimate
@@ -52,6 +52,7 @@ def _mix(spec: AutoSpec, model: AnatomyModel) -> VariantSpec:
     if spec.allocation is not None:
         return spec.with_choice(Allocation.load(Path(spec.allocation).expanduser()))
     units = [replace(unit, costs=_costs(unit)) for unit in units_of(model, spec)]
+    check_budget(model, spec, units)
     return spec.with_choice(allocated(model, spec, units, chosen_within(model, spec, units)))
 
 

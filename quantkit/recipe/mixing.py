@@ -367,7 +367,11 @@ class AutoSpec(VariantSpec):
         """
         schemes: dict[str, Scheme | None] = {}
         for name, keys in allocation.choices.items():
-            schemes[name] = self._choice_scheme(parse_section(SchemePatch, keys, f"allocation: choices.{name}"))
+            place = f"allocation: choices.{name}"
+            try:
+                schemes[name] = self._choice_scheme(parse_section(SchemePatch, keys, place))
+            except SchemeError as error:
+                raise SchemeError(f"{place}: {error.problem}", error.remedy) from error
         by_choice: dict[Scheme | None, list[str]] = {}
         weights: dict[Scheme | None, int] = {}
         for unit, name in zip(allocation.units, allocation.chosen, strict=True):
