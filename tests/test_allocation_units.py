@@ -70,6 +70,17 @@ def test_what_servers_load_as_one_matrix_or_stack_is_one_unit(models: dict[str, 
     assert ("1.self_attn.k_proj",) in stacks
 
 
+def test_what_servers_join_in_deepseek_and_in_qwen_is_one_unit(tmp_path: Path) -> None:
+    for name, joined in (
+        ("deepseek_v3", ("0.self_attn.q_a_proj", "0.self_attn.kv_a_proj_with_mqa")),
+        ("qwen3_5_moe_text", ("0.linear_attn.in_proj_qkv", "0.linear_attn.in_proj_z")),
+    ):
+        make(tmp_path / name, name)
+        job = Job(tmp_path / name, {}, "float32", device="cpu")
+        found = units_of(CheckpointModel(job, Skeleton(job.source)), spec(**INTS))
+        assert set(joined) in map(set, layers(found))
+
+
 def test_head_and_embedding_take_part_where_the_format_stores_them(models: dict[str, CheckpointModel]) -> None:
     apart, one = (layers(units_of(models[name], spec(**GGUF))) for name in ("untied", "tied"))
     assert (apart[0], apart[-1]) == (("model.embed_tokens",), ("lm_head",))

@@ -187,8 +187,14 @@ GROUPS_OF_VLLM = (PER_CHANNEL, 32, 64, 128)
 """Group sizes of gptq and awq for which vLLM has kernels."""
 BITS_OF_VLLM = (4, 8)
 """Of the integers that every release of vLLM loads."""
-MATRICES = {("q_proj", "k_proj", "v_proj"): "qkv_proj", ("gate_proj", "up_proj"): "gate_up_proj"}
-"""Layers that vLLM loads as one matrix, with its name."""
+MATRICES = {
+    ("q_proj", "k_proj", "v_proj"): "qkv_proj",
+    ("gate_proj", "up_proj"): "gate_up_proj",
+    ("q_a_proj", "kv_a_proj_with_mqa"): "fused_qkv_a_proj",
+    ("in_proj_qkv", "in_proj_z"): "in_proj_qkvz",
+    ("in_proj_b", "in_proj_a"): "in_proj_ba",
+}
+"""Layers that vLLM loads as one matrix, with its name: those of Llama, of DeepSeek and of Qwen3.5."""
 FUSED = (*MATRICES, ("w1", "w3"))
 """All of them; the last are a gate and its projection by another name, whose matrix has its part of a stack's."""
 PART, PART_OF_VLLM = "model.language_model.", "language_model.model."
