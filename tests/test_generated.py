@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from quantkit.engine.precision import pass_dtype
 from quantkit.engine.walk import Walk
 from quantkit.errors import EvaluationError, QuantizationError
 from quantkit.methods.tuning import GENERATED
@@ -175,7 +176,8 @@ def test_where_the_model_cannot_write_a_note_says_so(
         monkeypatch.setattr(generated, "write_rows", broken)
     done = quantize(job(model), variant(**TUNED), tmp_path / "automatic")
     start = "the float model writes no calibration tokens: "
-    ends = {"memory": "in float32, and 1000 B are free", "code": "ZeroDivisionError: a bug"}
+    dtype = str(pass_dtype(torch.device("cpu"), torch.float32)).removeprefix("torch.")
+    ends = {"memory": f"in {dtype}, and 1000 B are free", "code": "ZeroDivisionError: a bug"}
     (note,) = [note for note in done.facts["notes"] if note.startswith(start)]
     assert note.endswith(ends[reason])
     assert sum(map(len, seen[0])) == sum(map(len, tiny_rows()))
