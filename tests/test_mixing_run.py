@@ -313,3 +313,12 @@ def test_the_recipe_of_mixes_that_comes_along_runs(
     assert list(bits) == ["mix-3.25", "mix-4.25", "int3", "int4"]
     for budget in (3.25, 4.25):
         assert budget - 0.15 < bits[f"mix-{budget}"] <= budget
+
+
+def test_a_plan_does_not_mind_a_choice_that_suits_no_layer(recipe: Callable[..., Recipe]) -> None:
+    """K-quants have blocks of 256 weights; the types of blocks of 32 are there as well."""
+    given = {"name": "small", "bits": "auto", "format": "gguf", "method": "rtn", "budget": 5.0}
+    (row,) = forecast(recipe(given, defaults={}))["variants"]
+    assert row["state"] == "to do"
+    assert row["scheme"] == "q2_k to q8_0, mixed"
+    assert row["layers"][0] == 16

@@ -271,12 +271,14 @@ class Prospect:
         least, most: bytes of the file where every layer gets its smallest choice, or its largest.
         wanted: bytes that the budget leaves, the most that it makes use of.
         layers: that are chosen for.
+        smallest: the variant whose layers get their smallest choices.
     """
 
     least: int
     most: int
     wanted: int
     layers: int
+    smallest: VariantSpec
 
 
 def prospect(job: Job, spec: AutoSpec, skeleton: Skeleton) -> Prospect:
@@ -289,11 +291,12 @@ def prospect(job: Job, spec: AutoSpec, skeleton: Skeleton) -> Prospect:
     units = units_of(model, spec)
     room = check_budget(model, spec, units)
     smallest = tuple(min(unit.sizes, key=unit.sizes.__getitem__) for unit in units)
-    file = model.file_bytes(spec.with_choice(allocated(model, spec, units, smallest)))
+    variant = spec.with_choice(allocated(model, spec, units, smallest))
+    file = model.file_bytes(variant)
     least = sum(min(unit.sizes.values()) for unit in units)
     most = sum(max(unit.sizes.values()) for unit in units)
     layers = sum(len(unit.layers) for unit in units)
-    return Prospect(file, file + most - least, file + min(room, most) - least, layers)
+    return Prospect(file, file + most - least, file + min(room, most) - least, layers, variant)
 
 
 def plain_or_like(job: Job, spec: VariantSpec, folder: Path) -> VariantSpec:

@@ -170,7 +170,7 @@ class _Variants:
             f"the file takes {in_units(found.least)} to {in_units(found.most)} by what is chosen",
         ]
         return {
-            **self._plain(spec.stand_in(tied=bool(self.skeleton.tied))),
+            **self._plain(found.smallest),
             "scheme": mixed_scheme(spec),
             "schemes": {},
             "notes": told,

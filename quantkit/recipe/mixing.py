@@ -348,11 +348,11 @@ class AutoSpec(VariantSpec):
         )
         return found.model_copy(update={"strict": False, "allow_float": True})
 
-    def stand_in(self, *, tied: bool = False) -> VariantSpec:
+    def stand_in(self) -> VariantSpec:
         """The variant in its first choice alone, which takes about as long to make as any; see :meth:`uniform`."""
         for name, scheme in self.choice_schemes().items():
             if scheme is not None:
-                return self.uniform(name, tied=tied)
+                return self.uniform(name)
         return self._plain(self.base_scheme(), ignore=self.ignore, embeddings=None)
 
     def with_choice(self, allocation: Chosen) -> VariantSpec:
