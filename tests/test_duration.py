@@ -133,6 +133,7 @@ def test_rates_are_of_the_device_and_the_dtype() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_rates_of_a_gpu_are_measured_there() -> None:
     found = rates("cuda:0", torch.bfloat16, 4096, 4096)
     assert found.products > rates("cpu", torch.float32, 4096, 4096).products

@@ -798,6 +798,7 @@ def test_the_process_ends_with_an_interrupt(
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_gives_the_figures_of_the_cpu(
     checkpoint: Path, perturbed_checkpoint: Path, spec: EvaluationSpec, tmp_path: Path
 ) -> None:
@@ -813,6 +814,7 @@ def test_a_gpu_gives_the_figures_of_the_cpu(
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_reports_its_own_memory(checkpoint: Path, spec: EvaluationSpec) -> None:
     chosen = spec.model_copy(update={"device": "cuda", "metrics": ("memory", "speed")})
     result = evaluate(EvaluationJob(checkpoint, chosen), silent)

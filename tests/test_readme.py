@@ -138,11 +138,13 @@ def test_recipes_in_commands_exist(page: Path) -> None:
 
 
 def test_every_make_target_in_the_documentation_exists() -> None:
-    targets = set(re.findall(r"^([a-z]+):", text_of("Makefile"), re.MULTILINE))
+    targets = set(re.findall(r"^([a-z-]+):", text_of("Makefile"), re.MULTILINE))
     named = {
         target
         for page in PAGES
-        for target in re.findall(r"^make (?:\w+=\S+ )?(\w+)|`make (?:\w+=\S+ )?(\w+)`", page.read_text("utf-8"), re.M)
+        for target in re.findall(
+            r"^make (?:\w+=\S+ )?([\w-]+)|`make (?:\w+=\S+ )?([\w-]+)[ `]", page.read_text("utf-8"), re.M
+        )
     }
     assert {first or second for first, second in named} <= targets
 
