@@ -23,6 +23,7 @@ from quantkit.formats.compressed_tensors import CompressedTensors
 from quantkit.formats.gptq import GptqFormat
 from quantkit.gguf.head import read_head
 from quantkit.gguf.types import type_of
+from quantkit.inspection.loading import loads
 from quantkit.quantization import Job
 from quantkit.quantization.stage import quantize
 from quantkit.recipe import VariantSpec
@@ -244,3 +245,10 @@ def test_rules_of_gptq_also_name_layers_as_vllm_does_in_a_model_of_several_parts
         assert re.match(pattern.removeprefix("+:"), name)
     for name in ("model.language_model.layers.11.self_attn.k_proj", "model.layers.1.self_attn.qkv_proj"):
         assert not re.match(pattern.removeprefix("+:"), name)
+
+
+def test_transformers_is_not_named_for_files_that_it_does_not_load() -> None:
+    """Of gptq and awq it loads one scheme throughout."""
+    config, one, two = {"dtype": "bfloat16"}, IntScheme(4, 32), IntScheme(8, 32)
+    assert any(line.startswith("transformers") for line in loads(GptqFormat, [one], config))
+    assert not any(line.startswith("transformers") for line in loads(GptqFormat, [one, two], config))

@@ -150,6 +150,8 @@ def test_defaults_of_mixed_variants_leave_the_others_as_they_are() -> None:
         ({"budget": {"siz": 1}}, "unknown key 'variants.0..budget.siz' .*'size'"),
         ({"budget": 4, "bits": 4}, "bits: 4 stands beside it .write bits: auto"),
         ({"budget": 4, "choices": ["int4"]}, "nothing to choose but int4"),
+        ({"budget": 4, "format": "aqlm"}, "format aqlm have no two to choose from .*compressed-tensors"),
+        ({"budget": 4, "choices": []}, "there are none"),
         ({"budget": 4, "choices": ["int4", "imt3"]}, "unknown scheme 'imt3' .did you mean 'int3'"),
         ({"budget": 4, "choices": ["int4", "w4a16"]}, "w4a16 is given twice"),
         ({"budget": 4, "choices": ["q4_k", "q6_k"], "format": "gptq"}, "gptq does not store q4_k .these do: gguf"),

@@ -24,7 +24,8 @@ def loads(
         whole: transformers has a place for all of its tensors.
     """
     dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
-    lines = [_runtime(name, store, schemes, dtype) for name in store.runtimes]
+    able = [name for name in store.runtimes if name != "transformers" or store.computes_in(schemes)]
+    lines = [_runtime(name, store, schemes, dtype) for name in able]
     if not whole:
         lines = [f"{line}, not whole: see the problems" if line.startswith("transformers") else line for line in lines]
     return [*lines, f"{REFERENCE}: as a float model"]

@@ -201,11 +201,11 @@ class AutoSpec(VariantSpec):
         """Refuse choices that are none, that are too few, or that the format cannot store."""
         store, schemes = FORMATS.get(self.format), self.choice_schemes()
         if len(schemes) < 2:
-            told = (
-                f"there is nothing to choose but {next(iter(schemes))}"
-                if schemes
-                else "nothing suits method and format"
-            )
+            if self.choices is None:
+                mixing = ", ".join(each.name for each in FORMATS if each.choices())
+                told = f"method {self.chain} and format {self.format} have no two to choose from"
+                raise SchemeError(f"choices: {told}", f"give two or more, or another format: {mixing}")
+            told = f"there is nothing to choose but {next(iter(schemes))}" if schemes else "there are none"
             raise SchemeError(f"choices: {told}", "give two or more, such as choices: [int3, int4, int8]")
         for name, scheme in schemes.items():
             if isinstance(scheme, GgmlMixture):
