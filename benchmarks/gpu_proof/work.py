@@ -49,9 +49,9 @@ def random_rows(vocabulary: int, rows: int, length: int, seed: int = 0) -> list[
     return found
 
 
-def job_of(folder: Path, rows: Sequence[Sequence[int]], device: str) -> Job:
-    """A model in bfloat16 with these calibration rows, and none that it writes itself."""
-    return Job(folder, {"reference": "proof"}, "bfloat16", rows, "0" * 64, device=device, generated=0)
+def job_of(folder: Path, rows: Sequence[Sequence[int]], device: str, dtype: str = "bfloat16") -> Job:
+    """A model of a dtype with these calibration rows, and none that it writes itself."""
+    return Job(folder, {"reference": "proof"}, dtype, rows, "0" * 64, device=device, generated=0)
 
 
 def digest(folder: Path) -> str:
