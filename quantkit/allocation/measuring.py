@@ -21,6 +21,7 @@ import torch
 from quantkit.allocation.table import Unit
 from quantkit.checkpoint import FLOATS, CheckpointReader
 from quantkit.engine.batches import Batch
+from quantkit.engine.dtype_trial import dtype_that_runs
 from quantkit.engine.precision import pass_dtype
 from quantkit.engine.sensitivity import Sensitivity
 from quantkit.engine.skeleton import Skeleton
@@ -238,7 +239,8 @@ class _Measuring:
         device: torch.device,
     ) -> bool:
         """Walk once; false where the memory of the GPU ran out and less is to be tried."""
-        dtype, reader = pass_dtype(device, FLOATS[self.job.dtype]), CheckpointReader(self.job.source)
+        reader = CheckpointReader(self.job.source)
+        dtype = dtype_that_runs(skeleton, reader, device, pass_dtype(device, FLOATS[self.job.dtype]), self.job.rows)
         rest = [place for place in range(len(self.job.rows)) if place not in held_out or len(self.job.rows) == 1]
         batches = [
             replace(batch, held_out=is_held, rows=tuple(places[row] for row in batch.rows))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -14,6 +15,7 @@ from quantkit.engine.skeleton import Skeleton, WeightReader
 
 LENGTH = 8
 """Tokens of the rows that are tried."""
+ROW = tuple(range(1, LENGTH + 1))
 TOLERANCE = 1e-3
 """Change on the left, relative to that of the token that was changed, that counts as none."""
 
@@ -33,19 +35,32 @@ def can_be_padded(skeleton: Skeleton, reader: WeightReader, device: torch.device
     Raises:
         CheckpointError: a tensor is missing, of the wrong shape, or not finite.
     """
-    first, second = _after_first_block(skeleton, reader, device, dtype)
+    first, second = after_first_block(skeleton, reader, device, dtype)
     if first.ndim != 3 or first.shape[:2] != (1, LENGTH) or first.shape != second.shape:
         return False
     change = (first.float() - second.float()).abs().amax(-1)[0]
     return bool((change[:-1] <= TOLERANCE * change[-1]).all())
 
 
-def _after_first_block(
-    skeleton: Skeleton, reader: WeightReader, device: torch.device, dtype: torch.dtype
+def after_first_block(
+    skeleton: Skeleton,
+    reader: WeightReader,
+    device: torch.device,
+    dtype: torch.dtype,
+    rows: Sequence[Sequence[int]] = (ROW, (*ROW[:-1], 0)),
 ) -> list[torch.Tensor]:
-    """What the first block makes of two rows that differ in their last token."""
-    rows = torch.arange(1, LENGTH + 1, device=device).repeat(2, 1)
-    rows[1, -1] = 0
+    """What the first block makes of rows, by default of two that differ in their last token.
+
+    Args:
+        skeleton: the model; its first block is loaded for the time.
+        reader: where weights come from.
+        device: where it is tried.
+        dtype: in which.
+        rows: token ids.
+
+    Raises:
+        CheckpointError: a tensor is missing, of the wrong shape, or not finite.
+    """
     segment, found = skeleton.segments[0], list[torch.Tensor]()
 
     def look(_: nn.Module, __: Any, returned: Any) -> None:
@@ -59,7 +74,7 @@ def _after_first_block(
         with torch.no_grad():
             for row in rows:
                 with told(skeleton.text), suppress(Enough):
-                    skeleton.text(input_ids=row[None], use_cache=False)
+                    skeleton.text(input_ids=torch.tensor([row], device=device), use_cache=False)
     finally:
         hook.remove()
         skeleton.unload(segment)

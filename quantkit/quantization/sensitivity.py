@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from quantkit.checkpoint import FLOATS, CheckpointReader
 from quantkit.engine.batches import BATCH_TOKENS, Batch, row_starts
+from quantkit.engine.dtype_trial import dtype_that_runs
 from quantkit.engine.fisher import Fisher, FisherSweep, LayerFisher
 from quantkit.engine.kept_calls import Keep, OnDisk, on_cpu, on_device
 from quantkit.engine.precision import pass_dtype
@@ -91,7 +92,7 @@ def made_from(job: Job) -> dict[str, Any]:
 def _found(job: Job, skeleton: Skeleton, folder: Path, on_segment: OnSegment, on_note: OnNote) -> Fisher:
     """One sweep; on a GPU that is full one with smaller batches."""
     device, reader = resolve_device(job.device), CheckpointReader(job.source)
-    dtype = pass_dtype(device, FLOATS[job.dtype])
+    dtype = dtype_that_runs(skeleton, reader, device, pass_dtype(device, FLOATS[job.dtype]), job.rows)
     keep = _keep(job, skeleton, device, dtype, folder, on_note)
 
     def done(segments: int, total: int) -> None:

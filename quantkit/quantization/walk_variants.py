@@ -17,6 +17,7 @@ import torch
 
 from quantkit.checkpoint import FLOATS, CheckpointReader
 from quantkit.engine.batches import Batch
+from quantkit.engine.dtype_trial import dtype_that_runs
 from quantkit.engine.precision import pass_dtype
 from quantkit.engine.skeleton import Skeleton
 from quantkit.engine.tasks import VariantTask
@@ -194,6 +195,8 @@ def _solve(job: Job, skeleton: Skeleton, runs: Sequence[VariantRun], on_segment:
     calibrated = any(task.calibrated for task in tasks)
     inputs = job.inputs if calibrated else "float"
     dtype = pass_dtype(device, FLOATS[job.dtype])
+    if calibrated:
+        dtype = dtype_that_runs(skeleton, CheckpointReader(job.source), device, dtype, job.rows)
     tokens = job.all_tokens if calibrated else 0
     corrected, tuned = any(task.method.corrects for task in tasks), any(task.tune is not None for task in tasks)
     strategy = choose_strategy(skeleton, tokens, dtype, device, corrected, tuned) if calibrated else "one-pass"

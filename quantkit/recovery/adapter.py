@@ -17,6 +17,7 @@ from quantkit.checkpoint import FLOATS, CheckpointReader
 from quantkit.checkpoint.adapter_folder import WEIGHTS
 from quantkit.engine.batches import make_batches
 from quantkit.engine.causality import can_be_padded
+from quantkit.engine.dtype_trial import dtype_that_runs
 from quantkit.engine.empty_model import empty_model
 from quantkit.engine.layers import Layer, whole_modules
 from quantkit.engine.low_rank_terms import LowRankWalk, Term
@@ -258,7 +259,7 @@ def fit_adapter(
 
 def _terms(job: AdapterJob, found: Opened, layers: Sequence[Layer], observer: Observer) -> list[Term]:
     device = resolve_device(job.device)
-    dtype = pass_dtype(device, found.dtype)
+    dtype = dtype_that_runs(found.skeleton, found.reader, device, pass_dtype(device, found.dtype), job.rows)
     rows = job.rows if job.options.start == "weighted" else ()
     may_pad = len(set(map(len, rows))) > 1 and not found.skeleton.has_routed_layers()
     may_pad = may_pad and can_be_padded(found.skeleton, found.reader, device, dtype)
@@ -286,6 +287,8 @@ def _train(
     schedule = replace(schedule_of(options), rates={KIND: job.options.rate})
     with alone(folder, "recover"), patient():
         take_up(folder, {**job.made_from(), **machine_of(job.device)})
+        dtype = training_dtype(device, found.dtype)
+        dtype = dtype_that_runs(found.skeleton, found.reader, device, dtype, job.rows)
         try:
             return train_terms(
                 terms,
@@ -297,7 +300,7 @@ def _train(
                 folder,
                 observer,
                 device=device,
-                dtypes=(training_dtype(device, found.dtype), found.dtype),
+                dtypes=(dtype, found.dtype),
             )
         except BaseException as error:
             if not may_pass(error):

@@ -16,6 +16,7 @@ import torch
 import yaml
 
 from quantkit.checkpoint import FLOATS, CheckpointReader
+from quantkit.engine.dtype_trial import dtype_that_runs
 from quantkit.engine.precision import training_dtype
 from quantkit.engine.skeleton import Skeleton
 from quantkit.errors import CheckpointError, QuantizationError
@@ -176,8 +177,8 @@ def _train(
 ) -> tuple[Student, Trained]:
     """Train, on the device and in the precision of calibration passes."""
     device = resolve_device(job.device)
-    dtype = training_dtype(device, FLOATS[job.dtype])
     original, weights = Skeleton(job.source, job.trust_remote_code), CheckpointReader(job.source)
+    dtype = dtype_that_runs(original, weights, device, training_dtype(device, FLOATS[job.dtype]), job.rows)
     export = open_export(checkpoint)
     student = Student(export, folder / "work", original, weights, options, device, job.trust_remote_code)
     if student.left:
