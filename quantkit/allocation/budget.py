@@ -21,7 +21,8 @@ from quantkit.errors import SchemeError
 from quantkit.estimation.inference import served
 from quantkit.estimation.use import Use
 from quantkit.formats import FORMATS
-from quantkit.recipe.mixing import FLOAT, AutoSpec, MixBudget
+from quantkit.recipe.mix_budget import MixBudget
+from quantkit.recipe.mixing import FLOAT, AutoSpec
 from quantkit.system.units import UNITS, in_units
 
 ENTRY = len('"":{"dtype":"F32","shape":[,],"data_offsets":[,]},')

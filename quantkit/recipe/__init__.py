@@ -21,7 +21,8 @@ from quantkit.recipe.evaluation import (
 )
 from quantkit.recipe.fields import Section
 from quantkit.recipe.library import LibrarySpec, LimitsSpec
-from quantkit.recipe.mixing import AutoSpec, MixBudget
+from quantkit.recipe.mix_budget import MixBudget
+from quantkit.recipe.mixing import AutoSpec
 from quantkit.recipe.model import AdapterSpec, MergeSpec, ModelSpec
 from quantkit.recipe.outputs import (
     BudgetSpec,
