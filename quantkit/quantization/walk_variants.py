@@ -196,7 +196,10 @@ def _solve(job: Job, skeleton: Skeleton, runs: Sequence[VariantRun], on_segment:
     inputs = job.inputs if calibrated else "float"
     dtype = pass_dtype(device, FLOATS[job.dtype])
     if calibrated:
-        dtype = dtype_that_runs(skeleton, CheckpointReader(job.source), device, dtype, job.rows)
+        wanted, dtype = dtype, dtype_that_runs(skeleton, CheckpointReader(job.source), device, dtype, job.rows)
+        if dtype != wanted:
+            found.notes.append("calibration computes in float32: the model's code does not run in bfloat16 here")
+            on_note(found.notes[-1])
     tokens = job.all_tokens if calibrated else 0
     corrected, tuned = any(task.method.corrects for task in tasks), any(task.tune is not None for task in tasks)
     strategy = choose_strategy(skeleton, tokens, dtype, device, corrected, tuned) if calibrated else "one-pass"
