@@ -178,7 +178,10 @@ def _train(
     """Train, on the device and in the precision of calibration passes."""
     device = resolve_device(job.device)
     original, weights = Skeleton(job.source, job.trust_remote_code), CheckpointReader(job.source)
-    dtype = dtype_that_runs(original, weights, device, training_dtype(device, FLOATS[job.dtype]), job.rows)
+    wanted = training_dtype(device, FLOATS[job.dtype])
+    dtype = dtype_that_runs(original, weights, device, wanted, job.rows)
+    if dtype != wanted:
+        observer.note("training computes in float32: the model's code does not run in bfloat16 here")
     export = open_export(checkpoint)
     student = Student(export, folder / "work", original, weights, options, device, job.trust_remote_code)
     if student.left:
