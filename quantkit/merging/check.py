@@ -10,7 +10,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from quantkit.checkpoint.model_class import model_class
@@ -19,6 +18,7 @@ from quantkit.merging.as_peft import for_peft, without_place
 from quantkit.merging.layers import nf4_round_trip
 from quantkit.merging.tensors import MergedTensors
 from quantkit.runtimes._checkpoint import load_tokenizer, whole_config
+from quantkit.system.free_memory import free_bytes
 
 PROMPT = "Name three rivers of Europe, and say in one sentence each where they begin and which sea they reach."
 FEWEST_ROWS_SHOWN = 8
@@ -48,7 +48,7 @@ def check_merge(merged: Path, tensors: MergedTensors, *, dtype: str, trust_remot
     """
     base = tensors.base
     needed = 4 * sum(base.reader.nbytes(name) // base.reader.dtype(name).itemsize for name in base.reader.names())
-    free = psutil.virtual_memory().available
+    free = free_bytes(torch.device("cpu"))
     if needed > SHARE_OF_MEMORY * free:
         return {"skipped": f"in float32 the model takes {needed >> 20} MiB, of {free >> 20} MiB that are free"}
     for adapter in tensors.adapters:

@@ -27,12 +27,12 @@ from quantkit.engine.skeleton import Skeleton
 from quantkit.errors import QuantizationError, QuantkitError
 from quantkit.methods.tuning import generated_for
 from quantkit.quantization.job import Job, Written, made_from
-from quantkit.quantization.plan import free_bytes
 from quantkit.recipe import VariantSpec
 from quantkit.runtimes._writing import KEPT_BYTES, Writing, write_rows
 from quantkit.system.artifacts import fingerprint, read_json, translated_os_errors, write_json
 from quantkit.system.child import run_child
 from quantkit.system.devices import resolve_device
+from quantkit.system.free_memory import free_bytes
 from quantkit.system.units import in_units
 
 SHORTEST, LONGEST = 128, 512

@@ -6,7 +6,6 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-import psutil
 import torch
 
 from quantkit.engine.float_parts import FloatPart, block_weights, float_parts
@@ -34,6 +33,7 @@ from quantkit.quantization.left_float import (
 from quantkit.quantization.packed_loading import loading_faults
 from quantkit.recipe import VariantSpec
 from quantkit.schemes import PlainScheme, Scheme
+from quantkit.system.free_memory import free_bytes
 
 SPARE_MEMORY = 0.5
 """Share of the free memory that paused activations may take."""
@@ -305,9 +305,3 @@ def choose_strategy(
 def experts_room(device: torch.device) -> int:
     """Bytes that the statistics of a layer's experts may take at a time."""
     return int(EXPERTS_MEMORY * free_bytes(device))
-
-
-def free_bytes(device: torch.device) -> int:
-    """Bytes that are free on a device."""
-    free: int = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    return free

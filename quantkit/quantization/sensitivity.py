@@ -27,9 +27,10 @@ from quantkit.engine.skeleton import Skeleton
 from quantkit.errors import OutputError, QuantizationError
 from quantkit.quantization.job import Job, Known, minor_versions
 from quantkit.quantization.oom import PARTS, out_of_memory
-from quantkit.quantization.plan import SPARE_MEMORY, free_bytes
+from quantkit.quantization.plan import SPARE_MEMORY
 from quantkit.system.artifacts import check_writable, new_folder, read_json, read_stage, write_json, write_stage
 from quantkit.system.devices import resolve_device
+from quantkit.system.free_memory import free_bytes
 from quantkit.system.shutdown import heed, patient
 from quantkit.system.units import in_units
 

@@ -58,18 +58,29 @@ def quota_of(root: Path = Path("/")) -> float | None:
     Args:
         root: the folder that has ``proc`` and ``sys``.
     """
+    quotas = [_quota_in(group) for group in control_groups("cpu", root)]
+    return min((quota for quota in quotas if quota is not None), default=None)
+
+
+def control_groups(controller: str, root: Path = Path("/")) -> list[Path]:
+    """The folders of the control groups that this process is in, with those around them, for a controller.
+
+    Args:
+        controller: such as ``cpu`` or ``memory``.
+        root: the folder that has ``proc`` and ``sys``.
+    """
     try:
         lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
     except OSError:  # another system than Linux, or one that hides it
-        return None
-    quotas = []
+        return []
+    found = []
     for line in lines:
         _, controllers, name = line.split(":", 2)
-        if controllers in ("", "cpu") or "cpu" in controllers.split(","):
-            top = root / "sys/fs/cgroup" / ("cpu" if controllers else "")
+        if controllers in ("", controller) or controller in controllers.split(","):
+            top = root / "sys/fs/cgroup" / (controller if controllers else "")
             group = top / name.strip("/")
-            quotas += [_quota_in(folder) for folder in (group, *group.parents) if folder.is_relative_to(top)]
-    return min((quota for quota in quotas if quota is not None), default=None)
+            found += [folder for folder in (group, *group.parents) if folder.is_relative_to(top)]
+    return found
 
 
 def _quota_in(group: Path) -> float | None:

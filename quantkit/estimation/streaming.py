@@ -1,0 +1,149 @@
+"""What scoring takes: of a model that is loaded whole, and of one that is read a block at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from quantkit.estimation.anatomy import Anatomy
+from quantkit.estimation.inference import activations_line
+from quantkit.estimation.lines import Line, Part, largest, written
+from quantkit.estimation.use import OVERHEAD
+from quantkit.formats.base import BYTES
+
+LOGITS_AT_ONCE = {"cpu": 1 << 21, "cuda": 1 << 26}
+"""Logits that a scorer handles at once."""
+LOGIT_COPIES = 5
+"""Float32 copies of these while divergence is taken."""
+STREAMED_LOGITS = 1 << 24
+"""Logits that a streamed model makes at once."""
+STREAMS = 2
+"""Tensors as wide as the model that a text holds between blocks, at most: what it is given, and what comes of it."""
+SHARE = 0.8
+"""Of what a device has free, what is counted on."""
+
+Waiting = Literal["device", "cpu", "disk"]
+"""Where activations wait between blocks."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """What is scored.
+
+    Attributes:
+        tokens: of all texts together.
+        window: tokens that are read at once.
+        dtype: in which the model computes.
+        device: ``cpu`` or ``cuda``.
+    """
+
+    tokens: int
+    window: int
+    dtype: str
+    device: str = "cpu"
+
+
+def whole_scoring(anatomy: Anatomy, scored: Scored, *, weights: int | None = None) -> Part:
+    """Memory of a model that is loaded whole while it is scored.
+
+    Args:
+        anatomy: the model.
+        scored: what is scored.
+        weights: bytes of those that stay packed; None for float weights in the dtype in which the model computes.
+    """
+    size = BYTES[scored.dtype]
+    held = Line("weights", anatomy.parameters * size, f"{written(anatomy.parameters)} values x {size} bytes")
+    weighed = held if weights is None else Line("weights", weights, "as they lie on disk")
+    beside = (_window_logits(anatomy, scored), activations_line(anatomy, 1, scored.window, scored.dtype))
+    lines = (weighed, max(beside, key=lambda line: line.nbytes), _handled(scored), *_device(scored))
+    return Part("scoring", "scoring, the whole model loaded", lines)
+
+
+def streamed_scoring(anatomy: Anatomy, scored: Scored, *, packed: bool = False, waiting: Waiting | None = None) -> Part:
+    """Memory of a model that is read a block at a time while it is scored, of its device.
+
+    Args:
+        anatomy: the model.
+        scored: what is scored.
+        packed: its layers are decoded when they are read.
+        waiting: where activations wait between blocks; None for the device.
+    """
+    frame = frame_bytes(anatomy, scored.dtype)
+    waits = waiting in (None, "device") or (waiting == "cpu" and scored.device == "cpu")
+    kept = (hidden_line(anatomy, scored),) if waits else ()
+    held = (Line("frame", frame, "the embedding and what else is no block"), *kept)
+    block = block_bytes(anatomy, scored.dtype)
+    through = (
+        *held,
+        Line("block", block, "the largest block, in the dtype of the model"),
+        _read_line(anatomy, packed),
+        activations_line(anatomy, 1, scored.window, scored.dtype),
+        *_device(scored),
+    )
+    head = anatomy.vocabulary * anatomy.hidden * BYTES[scored.dtype]
+    ends = (
+        *held,
+        Line("head", head, f"{anatomy.vocabulary:,} x {anatomy.hidden:,} x {BYTES[scored.dtype]} bytes"),
+        Line("logits", STREAMED_LOGITS * BYTES[scored.dtype], f"{STREAMED_LOGITS:,} at once"),
+        _handled(scored),
+        *_device(scored),
+    )
+    title = "scoring, a block at a time"
+    return largest([Part("scoring_streamed", title, through), Part("scoring_streamed", f"{title}, its logits", ends)])
+
+
+def where_activations_wait(anatomy: Anatomy, scored: Scored, device_free: int, cpu_free: int) -> Waiting:
+    """Where what texts hold between blocks has room: on the device, else in the memory of the CPU, else on disk.
+
+    Args:
+        anatomy: the model.
+        scored: what is scored.
+        device_free: bytes that its device has free.
+        cpu_free: bytes that the CPU has.
+    """
+    needed = hidden_line(anatomy, scored).nbytes
+    bare = streamed_scoring(anatomy, scored, waiting="disk").nbytes
+    if bare + needed <= SHARE * device_free:
+        return "device"
+    return "cpu" if scored.device != "cpu" and needed <= SHARE * cpu_free else "disk"
+
+
+def hidden_line(anatomy: Anatomy, scored: Scored) -> Line:
+    """What all texts hold between blocks."""
+    size = BYTES[scored.dtype]
+    nbytes = STREAMS * scored.tokens * anatomy.hidden * size
+    what = f"{STREAMS} x {scored.tokens:,} tokens x {anatomy.hidden:,} x {size} bytes"
+    return Line("hidden states", nbytes, what)
+
+
+def frame_bytes(anatomy: Anatomy, dtype: str) -> int:
+    """Bytes of what runs around the blocks, the output head aside."""
+    outside = [each for each in anatomy.weights if each.block is None and each.kind != "tower"]
+    return sum(each.numel for each in outside if each.layer != anatomy.head or anatomy.tied) * BYTES[dtype]
+
+
+def block_bytes(anatomy: Anatomy, dtype: str) -> int:
+    """Bytes of the largest block."""
+    return anatomy.in_largest() * BYTES[dtype]
+
+
+def _read_line(anatomy: Anatomy, packed: bool) -> Line:
+    """A tensor while it is read: as the file has it, and decoded in float32."""
+    most = max((each.numel for each in anatomy.weights if each.block is not None), default=0)
+    each = 8 if packed else BYTES[anatomy.dtype]
+    return Line("tensor that is read", most * each, f"{most:,} x {each} bytes")
+
+
+def _window_logits(anatomy: Anatomy, scored: Scored) -> Line:
+    size = BYTES[scored.dtype]
+    nbytes = scored.window * anatomy.vocabulary * size
+    return Line("logits", nbytes, f"{scored.window:,} tokens x {anatomy.vocabulary:,} x {size} bytes")
+
+
+def _handled(scored: Scored) -> Line:
+    count = LOGITS_AT_ONCE[scored.device]
+    return Line("figures", LOGIT_COPIES * count * 4, f"{LOGIT_COPIES} x {count:,} logits x 4 bytes")
+
+
+def _device(scored: Scored) -> tuple[Line, ...]:
+    return (Line("device", OVERHEAD, "context, kernels and allocator"),) if scored.device == "cuda" else ()
