@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         push,
         quantize,
         run,
+        run_all,
         verify,
     )
     from quantkit.pipeline.fitting import fit
@@ -49,6 +50,7 @@ __all__ = [
     "quantize",
     "recover",
     "run",
+    "run_all",
     "verify",
 ]
 

@@ -42,6 +42,60 @@ def run(
     return recorded_run(Recipe.of(recipe), observer or Logged(), installs=install)
 
 
+def run_all(
+    recipes: Sequence[Recipe | Mapping[str, Any] | str | Path],
+    observer: Observer | None = None,
+    *,
+    page: str | Path | None = None,
+    install: bool = True,
+) -> dict[str, Any]:
+    """Run several recipes, each as :func:`run` does, and write one page that lists them all.
+
+    One that cannot run, or of which a variant fails, leaves the others alone.
+
+    Args:
+        recipes: of each the recipe, its keys and values, or the path of its file.
+        observer: is told what happens; the logger ``quantkit`` by default.
+        page: where the page goes, a file that ends in ``.html``; beside it lies the same as JSON. By default
+            ``runs.html`` in the folder that holds all their folders.
+        install: make the environments of libraries that are not there.
+
+    Returns:
+        ``schema``, ``status`` (``failed`` if some run is not ``ok``) and ``runs``, each with ``name``, ``status``,
+        ``error``, ``report``, ``recommended``, ``gates_missed`` and ``variants``.
+
+    Raises:
+        QuantkitError: a recipe is not valid, two of them have one folder, or the page cannot be written.
+    """
+    from quantkit.pipeline.several import run_several
+
+    return run_several(
+        loaded_recipes(recipes),
+        observer or Logged(),
+        page=None if page is None else Path(page).expanduser(),
+        installs=install,
+    )
+
+
+def loaded_recipes(given: Sequence[Recipe | Mapping[str, Any] | str | Path]) -> list[Recipe]:
+    """Recipes from what people have of them.
+
+    Raises:
+        RecipeError: some are not valid, or there is none; all mistakes are told.
+    """
+    found, mistakes = [], []
+    for each in given:
+        try:
+            found.append(Recipe.of(each))
+        except RecipeError as error:
+            mistakes += [error, *(other for other in error.others if isinstance(other, RecipeError))]
+    if mistakes:
+        raise RecipeError.together(mistakes)
+    if not found:
+        raise RecipeError("no recipe was given", "name at least one")
+    return found
+
+
 def plan(recipe: Recipe | Mapping[str, Any] | str | Path) -> dict[str, Any]:
     """What a run would do: stages with their state, and for each variant its layers and estimated bytes.
 

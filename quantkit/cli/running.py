@@ -34,7 +34,7 @@ PANEL = "Runs"
 
 @app.command(rich_help_panel=PANEL)
 def run(
-    recipe: RecipePath,
+    recipes: Annotated[list[Path], typer.Argument(metavar="RECIPE...", help="Recipe files (YAML), one or several.")],
     as_json: Annotated[
         bool, typer.Option("--json", help="Print what happens as JSON lines; see docs/report.md.")
     ] = False,
@@ -43,15 +43,58 @@ def run(
     ] = True,
     dry_run: DryRun = False,
     all_columns: AllColumns = False,
+    page: Annotated[
+        Path | None, typer.Option(help="Where the page of several runs goes; runs.html above their folders by default.")
+    ] = None,
 ) -> None:
-    """Run a recipe: quantize every variant, score it, write the report."""
-    import quantkit
+    """Run a recipe: quantize every variant, score it, write the report. Of several recipes also a page of all."""
+    from quantkit.api import loaded_recipes
 
-    loaded = quantkit.Recipe.load(recipe)
+    loaded = loaded_recipes(recipes)
     if dry_run:
-        show_plan(loaded, as_json)
+        _show_plans(loaded, as_json)
         return
-    result = _run_as_json(loaded, install) if as_json else _run_shown(loaded, install, all_columns)
+    if len(loaded) > 1 or page is not None:
+        _run_several(loaded, install, as_json=as_json, page=page)
+        return
+    result = _run_as_json(loaded[0], install) if as_json else _run_shown(loaded[0], install, all_columns)
+    if result["status"] == "failed":
+        raise typer.Exit(EXIT_FAILED)
+
+
+def _show_plans(recipes: list[Recipe], as_json: bool) -> None:
+    """Print the plan of each recipe; one that cannot run makes the exit code 1."""
+    code = 0
+    for recipe in recipes:
+        try:
+            show_plan(recipe, as_json)
+        except typer.Exit as ended:
+            code = code or ended.exit_code
+    if code:
+        raise typer.Exit(code)
+
+
+def _run_several(recipes: list[Recipe], install: bool, *, as_json: bool, page: Path | None) -> None:
+    """Run recipes and tell of each how it ended and what to take, and where the page is that lists them all."""
+    import quantkit
+    from quantkit.cli.display import Display
+    from quantkit.pipeline.several import page_of
+    from quantkit.system.events import EventLog
+
+    place = page_of(recipes) if page is None else page.expanduser()
+    if as_json:
+        log = EventLog(sys.stdout)
+        log.write("start", runs=[recipe.name for recipe in recipes])
+        result = quantkit.run_all(recipes, log, page=place, install=install)
+        log.write("end", status=result["status"], runs=result["runs"], page=str(place))
+    else:
+        with Display(console(stderr=True)) as display:
+            result = quantkit.run_all(recipes, display, page=place, install=install)
+        for each in result["runs"]:
+            chosen = each["recommended"] or {}
+            told = each["error"] or f"recommended {chosen.get('variant') or 'none'}"
+            say(f"{each['name']}: {each['status']}, {told}")
+        say(f"page: {place}")
     if result["status"] == "failed":
         raise typer.Exit(EXIT_FAILED)
 

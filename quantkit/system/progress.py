@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Protocol
 
 from quantkit.system.pace import Ahead, tell_ahead
@@ -83,3 +84,32 @@ class Several:
         """Tell those that want to know."""
         for each in self._observers:
             tell_ahead(each, ahead)
+
+
+class Named:
+    """An observer that tells another, with a name before each stage and note: for one of several runs.
+
+    Args:
+        observer: it.
+        name: of the run.
+    """
+
+    def __init__(self, observer: Observer, name: str) -> None:
+        self._observer, self._name = observer, name
+
+    def stage(self, title: str) -> None:
+        """Tell it."""
+        self._observer.stage(f"{self._name}: {title}")
+
+    def progress(self, step: str, done: int, total: int) -> None:
+        """Tell it."""
+        self._observer.progress(step, done, total)
+
+    def note(self, text: str) -> None:
+        """Tell it; a warning stays one."""
+        start, mark, rest = text.partition("warning: ")
+        self._observer.note(f"warning: {self._name}: {rest}" if mark and not start else f"{self._name}: {text}")
+
+    def expect(self, ahead: Sequence[Ahead]) -> None:
+        """Tell it, if it wants to know."""
+        tell_ahead(self._observer, [replace(each, stage=f"{self._name}: {each.stage}") for each in ahead])

@@ -1,0 +1,83 @@
+"""Several recipes, one after another: each with its own report, and one page that lists them all."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from quantkit.errors import QuantkitError, RecipeError
+from quantkit.pipeline.recorded import recorded_run
+from quantkit.recipe import Recipe
+from quantkit.report.runs_page import run_entry, write_runs
+from quantkit.system.progress import Named, Observer
+from quantkit.system.redaction import redacted
+
+PAGE = "runs.html"
+
+
+def page_of(recipes: Sequence[Recipe]) -> Path:
+    """Where the page of several runs lies if nobody names another place: in the folder that holds all of theirs."""
+    folders = [recipe.folder.parent.absolute() for recipe in recipes]
+    return Path(os.path.relpath(os.path.commonpath(folders))) / PAGE
+
+
+def run_several(
+    recipes: Sequence[Recipe], observer: Observer, *, page: Path | None = None, installs: bool = True
+) -> dict[str, Any]:
+    """Run recipes one after another; one that cannot run leaves the others alone.
+
+    The page is written anew whenever a run has ended, so that it has what there is.
+
+    Args:
+        recipes: at least one.
+        observer: is told what happens, with the name of the run.
+        page: a file that ends in ``.html``; see :func:`page_of`.
+        installs: make the environments of libraries that are not there.
+
+    Returns:
+        What the page's JSON holds, see :func:`quantkit.report.runs_page.write_runs`.
+
+    Raises:
+        RecipeError: two of them have one folder, or the page's name ends in something else.
+        OutputError: the page cannot be written.
+    """
+    place = page_of(recipes) if page is None else page
+    check_several(recipes, place)
+    entries: list[dict[str, Any]] = []
+    found = write_runs(entries, place)  # whether it can be written is known before any work
+    for number, recipe in enumerate(recipes, 1):
+        observer.note(f"run {number} of {len(recipes)}: {recipe.name}")
+        entries.append(_entry(recipe, Named(observer, recipe.name), installs))
+        found = write_runs(entries, place)
+    return found
+
+
+def check_several(recipes: Sequence[Recipe], page: Path) -> None:
+    """Refuse recipes that would write over each other, and a page that is no page."""
+    counts = Counter(recipe.folder.absolute() for recipe in recipes)
+    for recipe in recipes:
+        if counts[recipe.folder.absolute()] > 1:
+            raise RecipeError(
+                f"several recipes write to {recipe.folder}", "give each a name or a report.folder of its own"
+            )
+    if page.suffix != ".html":
+        raise RecipeError(f"{page}: the page of several runs is HTML", "give a name that ends in .html")
+
+
+def _entry(recipe: Recipe, observer: Observer, installs: bool) -> dict[str, Any]:
+    """Run a recipe; what the page says of it."""
+    started = time.monotonic()
+    content, failure = None, None
+    try:
+        content = recorded_run(recipe, observer, installs=installs)
+    except QuantkitError as error:
+        failure = "; ".join(str(each) for each in (error, *error.others))
+    except Exception as error:  # a model's code may raise anything, and forty other recipes wait
+        failure = f"{type(error).__name__}: {redacted(str(error))} (unexpected)"
+    if failure is not None:
+        observer.note(f"did not run: {failure}")
+    return run_entry(recipe.name, recipe.folder, time.monotonic() - started, content, failure)
