@@ -66,6 +66,8 @@ def _of_the_whole(found: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
         if _is_number(speed.get(f"{phase}_tokens_per_second")):
             yield f"speed, {phase}", "", f"{speed[f'{phase}_tokens_per_second']:.4g} tokens/s"
     yield "loaded by", "", str(found.get("loaded_by"))
+    if found.get("rounded_inputs"):
+        yield "inputs rounded to", "", ", ".join(found["rounded_inputs"])
 
 
 def _is_number(value: object) -> bool:

@@ -41,7 +41,8 @@ def evaluate(job: EvaluationJob, progress: Progress) -> dict[str, Any]:
         ``metrics``: ``perplexity``, ``kl_divergence`` (:data:`KL_FIGURES`) and ``top1_agreement``, each by
         text; ``texts``: how each was cut, its token ids' hash, sums over it and over each of its windows, llama.cpp's
         table of divergence, and the tokens furthest from the reference;
-        ``size_bytes``; ``loaded_by``, the runtime's name; ``memory`` and ``speed``, None where the job does not ask,
+        ``size_bytes``; ``loaded_by``, the runtime's name; ``rounded_inputs``, what the reference decoder rounded the
+        inputs of layers to; ``memory`` and ``speed``, None where the job does not ask,
         and for a model that the reference decoder loaded those of float weights, which ``memory.weights_are`` says;
         ``seconds``; ``environment``; what :meth:`TasksAndAnswers.score` gives; and ``samples``, see
         :func:`quantkit.evaluation.samples.samples`.
@@ -81,6 +82,7 @@ def evaluate(job: EvaluationJob, progress: Progress) -> dict[str, Any]:
         "texts": {name: _text_facts(text, scores[name], tokenizer) for name, text in windows.items()},
         "size_bytes": checkpoint_bytes(job.checkpoint),
         "loaded_by": runtime.name,
+        "rounded_inputs": list(model.rounded_inputs),
         "memory": memory,
         "speed": speed,
         "seconds": time.perf_counter() - started,

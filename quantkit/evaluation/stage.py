@@ -29,7 +29,7 @@ from quantkit.system.artifacts import (
 )
 from quantkit.system.progress import Observer
 
-EVALUATION_VERSION = 4
+EVALUATION_VERSION = 5
 """Part of the fingerprint: raised when the same checkpoint and texts would give other figures."""
 STAGE = "evaluate"
 RESULT = "result.json"
@@ -192,6 +192,7 @@ def report_figures(result: dict[str, Any]) -> dict[str, Any]:
         **{key: result[key] for key in ("tasks", "answers", "samples") if key in result},
         "size_bytes": result["size_bytes"],
         "loaded_by": result.get("loaded_by"),
+        "rounded_inputs": result.get("rounded_inputs") or [],
         "scored_on": {key: result["environment"][key] for key in ("device", "dtype", "threads")},
         "memory": result["memory"],
         "speed": speed

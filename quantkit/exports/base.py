@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from quantkit.schemes import Decodable, QuantizedWeight, Scheme
+from quantkit.schemes.rounding import InputRounding
 
 
 class Export(ABC):
@@ -55,6 +56,10 @@ class Export(ABC):
             CheckpointError: the file is broken.
         """
         return self.weight(layer)
+
+    def input_rounding(self, layer: str) -> InputRounding | None:
+        """How runtimes round what a packed layer is given; None where they leave it as it is."""
+        return self.schemes[layer].input_rounding
 
     @abstractmethod
     def float_names(self) -> list[str]:

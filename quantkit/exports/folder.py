@@ -19,6 +19,7 @@ from quantkit.exports.manifest import FOREIGN, read_manifest
 from quantkit.formats import FORMATS
 from quantkit.formats.base import Format
 from quantkit.schemes import Decodable, QuantizedWeight, Scheme, scheme_from_json
+from quantkit.schemes.rounding import InputRounding
 from quantkit.system.artifacts import read_json
 
 W = TypeVar("W")
@@ -97,6 +98,10 @@ class FolderExport(Export):
                 f"layer {layer} of {self.path} cannot be unpacked: {type(error).__name__}: {what}",
                 "its tensors do not fit each other: get the checkpoint again",
             ) from error
+
+    def input_rounding(self, layer: str) -> InputRounding | None:
+        """As its format says."""
+        return self._store.input_rounding(self.schemes[layer])
 
     def float_names(self) -> list[str]:
         """All tensors but those of packed layers and the scales of activations."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from quantkit.errors import CheckpointError, SchemeError
 from quantkit.schemes import DEFAULT_KIND, Decodable, IntScheme, PlainScheme, QuantizedWeight, Scheme, make_scheme
+from quantkit.schemes.rounding import InputRounding
 
 if TYPE_CHECKING:
     import torch
@@ -288,6 +289,10 @@ class Format(ABC):
             ValueError: the tensors do not fit each other.
         """
         return self.unpack(tensors, scheme)
+
+    def input_rounding(self, scheme: Scheme) -> InputRounding | None:
+        """How runtimes round what a layer of a scheme is given; None where they leave it as it is."""
+        return scheme.input_rounding
 
     def layer_shape(
         self, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], torch.Tensor], scheme: Scheme

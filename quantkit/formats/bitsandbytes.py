@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -16,6 +17,7 @@ from quantkit.formats._bitsandbytes import INT8, STATE, layout_of, read_state
 from quantkit.formats.base import Format, PackedShapes
 from quantkit.schemes import QuantizedWeight, Scheme, make_scheme
 from quantkit.schemes.codebook import NESTED_BLOCK
+from quantkit.schemes.rounding import InputRounding
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +32,9 @@ class BitsAndBytes(Format):
     """The layouts of bitsandbytes.
 
     4-bit layers compute in the dtype of the float model.
+
+    Attributes:
+        outliers: columns of inputs of 8-bit layers with such a magnitude are multiplied in 16 bits.
     """
 
     name = "bitsandbytes"
@@ -48,6 +53,20 @@ class BitsAndBytes(Format):
     requires = ("accelerate", "bitsandbytes")
     varies = 4  # an offset in words has up to three more digits than most, which may move others
     fused = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+    outliers: float = 6.0
+
+    @classmethod
+    def for_config(cls, config: Mapping[str, Any], dtype: str) -> Format:
+        """With the magnitude from which on columns of inputs are not rounded."""
+        found = cls(dtype)
+        found.outliers = float(config.get("llm_int8_threshold", cls.outliers))
+        return found
+
+    def input_rounding(self, scheme: Scheme) -> InputRounding | None:
+        """Per token, but for columns that have outliers in a batch."""
+        rounding = scheme.input_rounding
+        return rounding and replace(rounding, outliers=self.outliers)
 
     @classmethod
     def check(cls, scheme: Scheme) -> None:
@@ -143,7 +162,7 @@ class BitsAndBytes(Format):
             "llm_int8_enable_fp32_cpu_offload": False,
             "llm_int8_has_fp16_weight": False,
             "llm_int8_skip_modules": skipped,
-            "llm_int8_threshold": 6.0,
+            "llm_int8_threshold": self.outliers,
         }
 
     def remarks(self, schemes: Collection[Scheme]) -> tuple[str, ...]:

@@ -110,6 +110,7 @@ def variant_facts(variant: Record) -> Facts:
     return present(
         ("checkpoint", words(variant.get("checkpoint"))),
         ("loaded by", words(LOADERS.get(str(loader), loader))),
+        ("computed with inputs rounded to", ", ".join(variant.get("rounded_inputs") or []) or ABSENT),
         *_mix_facts(variant),
         *((label, _beside_estimate(variant, name)) for name, label in ESTIMATED.items()),
         *((str(key), words(value)) for key, value in options.items()),

@@ -3,12 +3,12 @@
 The packed layers are decoded with :meth:`quantkit.exports.Export.decodable` and
 :meth:`quantkit.schemes.Decodable.dequantize`, one at a time as transformers asks for them; every other tensor
 comes as it lies on disk. So any format can be scored, on any device, whether or not a runtime for it is at hand.
-What it computes is what the file says; its memory and speed are those of a float model.
+What it computes is what the file says, the rounding of inputs too; its memory and speed are those of a float model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Collection, Mapping, Set
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -19,12 +19,13 @@ import torch
 
 from quantkit.checkpoint.model_class import build_model, config_for, loader
 from quantkit.checkpoint.names import Names
-from quantkit.engine.layers import give_way
+from quantkit.engine.layers import give_way, linear_modules
 from quantkit.exports import Export, open_export
 from quantkit.exports.adapter import adapter_beside, read_terms
 from quantkit.numerics.low_rank import LowRank
 from quantkit.runtimes._checkpoint import check_checkpoint, translated, whole_config
 from quantkit.runtimes._model import TransformersModel, whole
+from quantkit.runtimes._rounding import round_layers, rounders_of
 from quantkit.runtimes.base import LoadOptions
 
 if TYPE_CHECKING:
@@ -79,28 +80,43 @@ def load_decoded(path: Path, options: LoadOptions) -> TransformersModel:
         dtype = getattr(torch, options.dtype) if options.dtype else config.dtype or torch.float32
         with torch.device("meta"):
             empty = build_model(deepcopy(config), trust_remote_code=options.trust_remote_code)
+        state = decoded_state(export, dtype, terms)
+        names = layer_names(empty, state)
         model, found = loader(type(empty))(
             None,
             config=config_for(type(empty), config),
-            state_dict=as_transformers_stores(empty, decoded_state(export, dtype, terms), set(export.float_names())),
+            state_dict=as_transformers_stores(names, state, set(export.float_names())),
             dtype=dtype,
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # they are reported by name
             output_loading_info=True,
         )
-    return whole(path, model, found, torch.device(options.device))
+    loaded = whole(path, model, found, torch.device(options.device))
+    paths = {names.layer(f"{path}.weight"): path for path, _ in linear_modules(empty)}
+    round_layers(loaded, rounders_of(export), paths)
+    return loaded
 
 
-def as_transformers_stores(empty: PreTrainedModel, state: dict[str, Promise], floats: Set[str]) -> dict[str, Promise]:
-    """A state dict in which what checkpoints hold layer by layer is whole again where transformers needs it whole.
+def layer_names(empty: PreTrainedModel, state: Collection[str]) -> Names:
+    """What a model's parameters are called in a checkpoint, those of every layer by themselves.
 
     Args:
-        empty: the model on meta, which is used up.
-        state: by the names of the checkpoint.
-        floats: those that lie there as the source had them, in transformers' own layout.
+        empty: the model on meta, in which Linear modules stand in the place of whatever else provides layers from now.
+        state: the names of the checkpoint.
     """
     names = Names(empty, state)
     names.divide(give_way(empty))
+    return names
+
+
+def as_transformers_stores(names: Names, state: dict[str, Promise], floats: Set[str]) -> dict[str, Promise]:
+    """A state dict in which what checkpoints hold layer by layer is whole again where transformers needs it whole.
+
+    Args:
+        names: see :func:`layer_names`.
+        state: by the names of the checkpoint.
+        floats: those that lie there as the source had them, in transformers' own layout.
+    """
     found = dict(state)
     for parameter, parts in names.parts().items():
         layers = {part: f"{names.layer(part)}.{part.rpartition('.')[2]}" for part in parts}

@@ -41,11 +41,14 @@ class LoadedModel(ABC):
         vocabulary: logits per token.
         dtype: in which it computes.
         device: ``cpu``, or the name of the GPU.
+        rounded_inputs: what quantkit's own code rounds the inputs of layers to, as the file asks for, such as ``int8
+            per token``; runtimes that round by themselves do not say it.
     """
 
     vocabulary: int
     dtype: str
     device: str
+    rounded_inputs: tuple[str, ...] = ()
 
     @abstractmethod
     def logits(self, ids: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from quantkit.errors import SchemeError
+from quantkit.schemes.rounding import InputRounding
 
 if TYPE_CHECKING:
     from quantkit.schemes.grids import Grids
@@ -72,6 +73,11 @@ class Scheme(ABC):
     @property
     def activations(self) -> str | None:
         """What a runtime does to the inputs: None or ``dynamic``."""
+        return None
+
+    @property
+    def input_rounding(self) -> InputRounding | None:
+        """How a runtime rounds the inputs; None where it leaves them as they are."""
         return None
 
     @property

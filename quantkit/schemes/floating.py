@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 from quantkit.errors import SchemeError
 from quantkit.schemes.base import PER_CHANNEL, Scheme
 from quantkit.schemes.kinds import SCHEMES
+from quantkit.schemes.rounding import InputRounding
 
 BLOCK = 128
 
@@ -35,6 +36,11 @@ class Fp8Scheme(Scheme):
             raise SchemeError(f"fp8 has no granularity '{self.granularity}'", "use tensor, channel or block")
         if self.activations not in (None, "dynamic"):
             raise SchemeError(f"fp8 has no activations '{self.activations}'", "use dynamic, or leave it out")
+
+    @property
+    def input_rounding(self) -> InputRounding | None:
+        """8-bit floats per token, or per token and block, on request."""
+        return None if self.activations is None else InputRounding("fp8", self.group_size)
 
     @property
     def bits(self) -> int:

@@ -13,6 +13,7 @@ from typing import ClassVar, Literal
 from quantkit.errors import SchemeError
 from quantkit.schemes.base import PER_CHANNEL, Scheme, group_name
 from quantkit.schemes.kinds import SCHEMES
+from quantkit.schemes.rounding import InputRounding
 
 INTEGER_BITS = (1, 2, 3, 4, 5, 6, 7, 8)
 
@@ -65,6 +66,11 @@ class IntScheme(Scheme):
             )
         if self.desc_act and (self.axis == 0 or self.group_size == PER_CHANNEL):
             raise SchemeError("desc_act orders the columns of groups along axis 1", "give a group_size and axis: 1")
+
+    @property
+    def input_rounding(self) -> InputRounding | None:
+        """8-bit integers per token, on request."""
+        return None if self.activations is None else InputRounding("int8")
 
     @property
     def orders_columns(self) -> bool:

@@ -15,7 +15,7 @@ from quantkit.checkpoint.leftovers import is_stale, quantization_of
 from quantkit.engine.empty_model import empty_model
 from quantkit.errors import CheckpointError, SchemeError, SourceError
 from quantkit.exports import Export, open_export
-from quantkit.runtimes._decoded import Promise, as_transformers_stores, decoded_state
+from quantkit.runtimes._decoded import Promise, as_transformers_stores, decoded_state, layer_names
 from quantkit.source import native
 from quantkit.source.decoded import DecodedTensor
 from quantkit.source.float_names import float_name
@@ -110,8 +110,8 @@ def _refusal(folder: Path, config: Mapping[str, Any], method: str, *, readable: 
 def _packed_tensors(folder: Path, export: Export, dtype: torch.dtype, trust_remote_code: bool) -> list[DecodedTensor]:
     """The tensors of the float model, as transformers reads them: stacks whole, transposed ones transposed."""
     names = set(export.float_names())
-    empty = empty_model(folder, trust_remote_code)
-    stored = as_transformers_stores(empty, decoded_state(export, torch.float32), names)
+    empty, state = empty_model(folder, trust_remote_code), decoded_state(export, torch.float32)
+    stored = as_transformers_stores(layer_names(empty, state), state, names)
     floats = [
         DecodedTensor(name, export.float_shape(name), export.float_dtype(name), partial(_plain, export, name))
         for name in export.float_names()

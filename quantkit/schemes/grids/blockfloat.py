@@ -56,7 +56,7 @@ class _E2m1Grids(FixedGrids):
 
     def nearest_(self, values: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
         """Replace values by the nearest levels, beyond 6 by 6; of two equally near by the one with the even code."""
-        return torch.copysign(_nearest(values.abs()), values, out=values)
+        return nearest_e2m1(values)
 
     def encode(self, groups: torch.Tensor, grid: Grid) -> torch.Tensor:
         """The nearest codes; a quotient of -0.0 is 0.0, as in the package."""
@@ -69,6 +69,11 @@ class _E2m1Grids(FixedGrids):
         # From 1 on, levels are the float32 numbers of one bit of mantissa, in the order of their bits.
         counted = (levels.view(torch.int32) >> 22) - (ONE >> 22) + 2
         return torch.where(levels < 1, 2 * levels, counted).to(torch.uint8)
+
+
+def nearest_e2m1(values: torch.Tensor) -> torch.Tensor:
+    """Float32 values, which are overwritten, replaced by the nearest E2M1 numbers."""
+    return torch.copysign(_nearest(values.abs()), values, out=values)
 
 
 def _nearest(magnitudes: torch.Tensor) -> torch.Tensor:
@@ -91,7 +96,7 @@ class Mxfp4Grids(_E2m1Grids):
 
     def spanning(self, groups: torch.Tensor, scale_dtype: torch.dtype) -> Grid:
         """The power of two at which the largest magnitude rounds to 4 or 6."""
-        scales = _power(self._exponents(groups))
+        scales = power_of_two(self._exponents(groups))
         return self.stored(scales, torch.zeros_like(scales), scale_dtype)
 
     def candidates(
@@ -103,7 +108,7 @@ class Mxfp4Grids(_E2m1Grids):
         found = []
         for step in (0, 1, -1, -2)[:count]:
             exponents = (full + step).clamp_(1 - EXPONENT_BIAS, EXPONENT_BIAS)
-            found.append((_power(exponents), zero))
+            found.append((power_of_two(exponents), zero))
         return found
 
     def rounded(self, scales: torch.Tensor, zeros: torch.Tensor, scale_dtype: torch.dtype) -> Grid:
@@ -111,16 +116,21 @@ class Mxfp4Grids(_E2m1Grids):
         require_held(scales * HIGHEST, torch.float32)
         mantissas, exponents = torch.frexp(scales)
         nearest = (exponents - 1 + (mantissas >= 0.75)).clamp_(-EXPONENT_BIAS, EXPONENT_BIAS)
-        return Grid(_power(nearest), zeros)
+        return Grid(power_of_two(nearest), zeros)
 
     def _exponents(self, groups: torch.Tensor) -> torch.Tensor:
         """Of the spanning scales, int32 ``[rows, groups]``."""
         largest = groups.abs().amax(-1)
         require_held(largest, torch.float32)
-        mantissas, exponents = torch.frexp(largest)
-        exponents = exponents - 3 + (mantissas >= 0.875)
-        # Below E8M0's range lie blocks of zeros, too.
-        return torch.where(largest == 0, -EXPONENT_BIAS, exponents).clamp_(-EXPONENT_BIAS, EXPONENT_BIAS)
+        return spanning_exponents(largest)
+
+
+def spanning_exponents(largest: torch.Tensor) -> torch.Tensor:
+    """The E8M0 exponents, int32, at which the largest magnitudes of blocks round to 4 or 6."""
+    mantissas, exponents = torch.frexp(largest)
+    exponents = exponents - 3 + (mantissas >= 0.875)
+    # Below E8M0's range lie blocks of zeros, too.
+    return torch.where(largest == 0, -EXPONENT_BIAS, exponents).clamp_(-EXPONENT_BIAS, EXPONENT_BIAS)
 
 
 BEST_STEPS = (0, 5, -1, 4, 1, 6, 3, -2, 2)
@@ -169,10 +179,14 @@ class Nvfp4Grids(_E2m1Grids):
     def rounded(self, scales: torch.Tensor, zeros: torch.Tensor, scale_dtype: torch.dtype) -> Grid:
         """Scales rounded to E4M3 under the tensor's scale; float32 whatever ``scale_dtype`` is."""
         common = self._common if self._common is not None else global_scale(scales.amax() * HIGHEST)
-        local = _to_e4m3(common * scales)
-        local = torch.where(local.float() == 0, E4M3_EMPTY, local.float()).to(torch.float8_e4m3fn)
-        parts = {"scales": local.view(torch.uint8), "global_scale": common}
+        parts = {"scales": local_scales(scales, common).view(torch.uint8), "global_scale": common}
         return Grid(effective_scales(parts["scales"], common), zeros, parts)
+
+
+def local_scales(scales: torch.Tensor, common: torch.Tensor) -> torch.Tensor:
+    """The E4M3 scales of blocks under a scale of their tensor, by what they should come to together."""
+    local = _to_e4m3(common * scales).float()
+    return torch.where(local == 0, E4M3_EMPTY, local).to(torch.float8_e4m3fn)
 
 
 def effective_scales(bits: torch.Tensor, common: torch.Tensor) -> torch.Tensor:
@@ -191,7 +205,7 @@ def global_scale(largest: torch.Tensor) -> torch.Tensor:
     return torch.where(found.isinf(), 1.0, found).reshape(1)
 
 
-def _power(exponents: torch.Tensor) -> torch.Tensor:
+def power_of_two(exponents: torch.Tensor) -> torch.Tensor:
     """``2**exponents``, exact in float32."""
     return torch.ldexp(torch.ones_like(exponents, dtype=torch.float32), exponents)
 

@@ -1,0 +1,99 @@
+"""Inputs of a layer rounded as runtimes round them, and given back as floats.
+
+Scales are those of vLLM's kernels, in float32: ``max|x| / 127`` and ``max|x| / 448`` of a token for 8-bit integers and
+floats, E4M3 numbers under a scale of the tensor for NVFP4, powers of two for MXFP4. compressed-tensors gives the same
+floats of 4 and 8 bits, and for integers divides by 127.5.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from quantkit.schemes.grids.blockfloat import (
+    E4M3_HIGHEST,
+    HIGHEST,
+    local_scales,
+    nearest_e2m1,
+    power_of_two,
+    spanning_exponents,
+)
+from quantkit.schemes.rounding import GROUPS, TOKEN, InputRounding
+
+SMALLEST_SCALE = {"int8": torch.finfo(torch.float32).tiny, "fp8": 1 / (E4M3_HIGHEST * 512)}
+"""Of a token; that of floats is vLLM's."""
+
+
+def round_inputs(values: torch.Tensor, rounding: InputRounding, scale: torch.Tensor | None = None) -> torch.Tensor:
+    """What a layer computes with in the place of its inputs.
+
+    Args:
+        values: ``[..., in_features]``, in any dtype.
+        rounding: how.
+        scale: the static scale, float32 ``[1]``, see :data:`quantkit.schemes.rounding.INPUT_SCALE`; None where scales
+            come with the inputs.
+
+    Returns:
+        The same shape and dtype.
+
+    Raises:
+        ValueError: the rounding is static, and there is no scale.
+    """
+    if rounding.static and scale is None:
+        raise ValueError(f"inputs rounded to {rounding.describe()} need a static scale")
+    if values.numel() == 0:
+        return values
+    floats = values.float()
+    if rounding.numbers in GROUPS:
+        found = _blocks(_grouped(floats, GROUPS[rounding.numbers]), rounding, scale).flatten(-2)
+    elif rounding.group_size == TOKEN:
+        found = _eight_bits(floats, rounding, scale)
+    else:
+        found = _eight_bits(_grouped(floats, rounding.group_size), rounding, scale).flatten(-2)
+    if rounding.outliers:
+        columns = (floats.abs() >= rounding.outliers).flatten(0, -2).any(0)
+        found = torch.where(columns, floats, found)
+    return found.to(values.dtype)
+
+
+def _grouped(values: torch.Tensor, size: int) -> torch.Tensor:
+    return values.reshape(*values.shape[:-1], -1, size)
+
+
+def static_scale(largest: torch.Tensor, rounding: InputRounding) -> torch.Tensor:
+    """The static scale that spans inputs up to a magnitude, float32 ``[1]``; 1 where that is zero or too small.
+
+    Args:
+        largest: 0-d, the largest magnitude.
+        rounding: a static one.
+    """
+    largest = largest.float().clamp(min=torch.finfo(torch.float32).tiny)
+    found = rounding.highest / largest if rounding.numbers == "nvfp4" else largest / rounding.highest
+    usable = found.isfinite() & (found >= torch.finfo(torch.float32).tiny)
+    return torch.where(usable, found, 1.0).reshape(1)
+
+
+def _eight_bits(values: torch.Tensor, rounding: InputRounding, scale: torch.Tensor | None) -> torch.Tensor:
+    """Integers or floats of 8 bits; what the last dimension holds shares a scale."""
+    if scale is None:
+        spans = values.abs()
+        if rounding.outliers:
+            spans = torch.where(spans >= rounding.outliers, 0.0, spans)
+        scale = spans.amax(-1, keepdim=True) / rounding.highest
+        scale = scale.clamp(min=SMALLEST_SCALE[rounding.numbers])
+    else:
+        scale = scale.to(values.device)
+    steps = values / scale
+    if rounding.numbers == "int8":
+        return steps.round_().clamp_(-128, 127).mul_(scale)
+    return steps.clamp_(-E4M3_HIGHEST, E4M3_HIGHEST).to(torch.float8_e4m3fn).float().mul_(scale)
+
+
+def _blocks(groups: torch.Tensor, rounding: InputRounding, scale: torch.Tensor | None) -> torch.Tensor:
+    """E2M1 numbers of blocks ``[..., groups, inputs]``."""
+    largest = groups.abs().amax(-1, keepdim=True)
+    if scale is None:
+        scales = power_of_two(spanning_exponents(largest))
+    else:
+        common = scale.to(groups.device)
+        scales = local_scales(largest / HIGHEST, common).float() / common
+    return nearest_e2m1(groups / scales).mul_(scales)

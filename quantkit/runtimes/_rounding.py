@@ -1,0 +1,61 @@
+"""A decoded model whose layers round their inputs, as the runtimes of its checkpoint do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from quantkit.engine.input_rounding import Rounder, put_rounder
+from quantkit.engine.layers import give_way
+from quantkit.errors import EvaluationError
+from quantkit.exports import Export
+from quantkit.runtimes._model import TransformersModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def rounders_of(export: Export) -> dict[str, Rounder]:
+    """By layer what becomes of its inputs; layers that a runtime leaves them as they are have none.
+
+    Raises:
+        CheckpointError: a static scale is missing or broken.
+    """
+    asked = {layer: export.input_rounding(layer) for layer in export.schemes if layer != export.embedding}
+    return {layer: Rounder(rounding) for layer, rounding in asked.items() if rounding is not None}
+
+
+def round_layers(loaded: TransformersModel, rounders: Mapping[str, Rounder], paths: Mapping[str, str]) -> None:
+    """Let the layers of a model round their inputs, each expert's and each head's too, and let the model say so.
+
+    Args:
+        loaded: with all its weights.
+        rounders: by the names of layers in the checkpoint.
+        paths: by these names the places of layers in a model in which all are Linear modules.
+
+    Raises:
+        EvaluationError: the model has no such layer.
+    """
+    if not rounders:
+        return
+    lacking = sorted(rounders.keys() - paths.keys())
+    if lacking:
+        raise EvaluationError(
+            f"{type(loaded.model).__name__} has no layer {lacking[0]}, whose inputs the checkpoint has rounded",
+            "score it with a runtime that loads it",
+        )
+    put_linears(loaded.model)
+    for layer, rounder in rounders.items():
+        put_rounder(loaded.model.get_submodule(paths[layer]), rounder)
+    loaded.rounded_inputs = tuple(sorted({each.rounding.describe() for each in rounders.values()}))
+
+
+def put_linears(model: PreTrainedModel) -> None:
+    """Put Linear modules, whose weights are views, in the place of whatever else provides layers of a loaded model."""
+    whole = dict(model.named_parameters(remove_duplicate=False))
+    for name, part in give_way(model).items():
+        path, _, leaf = name.rpartition(".")
+        view = nn.Parameter(part.cut(whole[part.parameter].data), requires_grad=False)
+        setattr(model.get_submodule(path), leaf, view)

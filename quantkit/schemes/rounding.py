@@ -1,0 +1,53 @@
+"""How a runtime rounds what a layer is given: to which numbers, and what shares a scale."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Numbers = Literal["int8", "fp8", "nvfp4", "mxfp4"]
+TOKEN = -1
+"""In the place of a group's size: all inputs of a token share a scale."""
+GROUPS = {"nvfp4": 16, "mxfp4": 32}
+INPUT_SCALE = "input_scale"
+"""The part of a weight that is the static scale of its inputs, float32 ``[1]``.
+
+Of ``int8`` and ``fp8`` it is what codes are multiplied by, of ``nvfp4`` what the scales of blocks are divided by.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class InputRounding:
+    """The rounding of a layer's inputs.
+
+    Attributes:
+        numbers: 8-bit integers, 8-bit floats (E4M3), or 4-bit floats (E2M1) in blocks.
+        group_size: inputs of a token that share a scale; of blocks their size.
+        static: the file holds one scale for all tokens: of ``int8`` and ``fp8`` the only one, of ``nvfp4`` that above
+            the scales of blocks, which come with each token.
+        outliers: columns with a magnitude of so much or more in a batch stay as they are; 0 rounds all.
+    """
+
+    numbers: Numbers
+    group_size: int = TOKEN
+    static: bool = False
+    outliers: float = 0.0
+
+    @property
+    def bits(self) -> int:
+        """Width of a number."""
+        return 4 if self.numbers in GROUPS else 8
+
+    @property
+    def highest(self) -> float:
+        """The largest input over the static scale of a tensor; of ``nvfp4`` their product."""
+        return {"int8": 127.0, "fp8": 448.0, "nvfp4": 448.0 * 6.0, "mxfp4": 6.0}[self.numbers]
+
+    def describe(self) -> str:
+        """A short name, such as ``int8 per token``."""
+        if self.numbers in GROUPS:
+            return self.numbers
+        if self.static:
+            return f"{self.numbers} per tensor"
+        shared = "token" if self.group_size == TOKEN else f"{self.group_size} inputs"
+        return f"{self.numbers} per {shared}{f' below {self.outliers:g}' if self.outliers else ''}"

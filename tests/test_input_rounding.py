@@ -1,0 +1,175 @@
+"""What layers are given is rounded as runtimes round it, and scored so by the reference decoder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import quantkit
+from quantkit.engine.input_rounding import Rounder, put_rounder, take_rounders
+from quantkit.exports import open_export
+from quantkit.formats.bitsandbytes import BitsAndBytes
+from quantkit.numerics.activation_rounding import round_inputs, static_scale
+from quantkit.runtimes._model import TransformersModel
+from quantkit.runtimes.base import LoadOptions
+from quantkit.runtimes.reference import Reference
+from quantkit.schemes import IntScheme
+from quantkit.schemes.rounding import InputRounding
+from tests.architectures import make
+from tests.runs import logits
+from tests.tiny import make_model
+
+INT8, FP8 = InputRounding("int8"), InputRounding("fp8")
+W8A8: dict[str, Any] = {"method": "rtn", "bits": 8, "group_size": -1, "activations": "dynamic", "dtype": "own"}
+
+
+def by_hand(values: torch.Tensor) -> torch.Tensor:
+    """8-bit integers by the largest magnitude of each token."""
+    steps = values.abs().amax(-1, keepdim=True) / 127
+    return (values / steps).round() * steps
+
+
+def package(values: torch.Tensor, preset: str, common: torch.Tensor | None = None) -> torch.Tensor:
+    """What compressed-tensors makes of inputs ``[batch, tokens, in_features]`` by one of its presets."""
+    from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+    from compressed_tensors.quantization.quant_scheme import preset_name_to_scheme
+    from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
+
+    args = preset_name_to_scheme(preset, ["Linear"]).input_activations
+    scale, zero = compute_dynamic_scales_and_zp(values, args, torch.nn.Linear(1, 1), global_scale=common)
+    found: torch.Tensor = fake_quantize(values, scale, zero, args, global_scale=common)
+    return found
+
+
+def decoded(folder: Path) -> TransformersModel:
+    found = Reference.load(folder, LoadOptions(dtype="float32"))
+    assert isinstance(found, TransformersModel)
+    return found
+
+
+@pytest.fixture
+def values() -> torch.Tensor:
+    torch.manual_seed(0)
+    found = torch.randn(2, 7, 256) * torch.logspace(-2, 2, 14).view(2, 7, 1)
+    found[0, 1, :64] = 0
+    return found
+
+
+@pytest.mark.parametrize(
+    ("preset", "rounding"),
+    [("FP8_DYNAMIC", FP8), ("FP8_BLOCK", InputRounding("fp8", 128)), ("MXFP4", InputRounding("mxfp4"))],
+)
+def test_floats_are_rounded_as_compressed_tensors_does(
+    values: torch.Tensor, preset: str, rounding: InputRounding
+) -> None:
+    torch.testing.assert_close(round_inputs(values, rounding), package(values, preset), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("largest", [1.0, 1000.0])
+def test_nvfp4_is_rounded_under_a_static_scale_as_compressed_tensors_does(values: torch.Tensor, largest: float) -> None:
+    """Also where inputs go beyond what the scale was calibrated for."""
+    rounding = InputRounding("nvfp4", static=True)
+    common = static_scale(torch.tensor(largest), rounding)
+    assert float(common) == pytest.approx(448 * 6 / largest)
+    found = round_inputs(values, rounding, common)
+    torch.testing.assert_close(found, package(values, "NVFP4", common), rtol=1e-6, atol=0)
+
+
+def test_integers_take_the_127th_part_of_a_token() -> None:
+    given = torch.tensor([[12.7, 0.04, -0.06], [0.0, 0.0, 0.0]])
+    torch.testing.assert_close(round_inputs(given, INT8), torch.tensor([[12.7, 0.0, -0.1], [0.0, 0.0, 0.0]]))
+    assert round_inputs(given.bfloat16(), INT8).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("numbers", ["int8", "fp8"])
+def test_a_static_scale_clips_what_is_beyond_it(numbers: Any) -> None:
+    rounding = InputRounding(numbers, static=True)
+    scale = static_scale(torch.tensor(2.0), rounding)
+    found = round_inputs(torch.tensor([2.0, 5.0, -5.0, 0.0]), rounding, scale)
+    torch.testing.assert_close(found, torch.tensor([2.0, 2.0, -128 / 127 * 2 if numbers == "int8" else -2.0, 0.0]))
+    with pytest.raises(ValueError, match="static scale"):
+        round_inputs(torch.ones(3), rounding)
+
+
+def test_columns_with_outliers_stay_as_they_are() -> None:
+    rounding = BitsAndBytes().input_rounding(IntScheme(8, -1, activations="dynamic"))
+    assert rounding is not None
+    given = torch.tensor([[100.0, 1.0, 0.0031], [3.0, 0.5, 0.25]])
+    found = round_inputs(given, rounding)
+    torch.testing.assert_close(found[:, 0], given[:, 0])
+    torch.testing.assert_close(found[0, 1:], torch.tensor([1.0, 0.0]))  # the outlier does not widen its token's steps
+    assert (
+        BitsAndBytes.for_config({"llm_int8_threshold": 0.0}, "float32").input_rounding(
+            IntScheme(8, -1, activations="dynamic")
+        )
+        == INT8
+    )
+
+
+def test_a_rounder_that_is_put_while_a_call_stands_in_a_hook_counts() -> None:
+    linear = torch.nn.Linear(8, 3, bias=False)
+    given = torch.randn(2, 8)
+    put_rounder(linear, None)
+    seen = []
+
+    def hook(_: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        seen.append(args[0])
+        put_rounder(linear, Rounder(INT8))
+
+    linear.register_forward_pre_hook(hook)
+    torch.testing.assert_close(linear(given), by_hand(given) @ linear.weight.T)
+    assert seen[0] is given
+    take_rounders([linear])
+    assert "forward" not in vars(linear)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("models") / "llama")
+
+
+def test_the_reference_decoder_rounds_inputs(model: Path, tmp_path: Path) -> None:
+    folder = quantkit.quantize(model, out=tmp_path / "w8a8", **W8A8)
+    loaded = decoded(folder)
+    assert loaded.rounded_inputs == ("int8 per token",)
+    export, wanted = open_export(folder), AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    ids = torch.arange(3, 60)
+    plain = loaded.logits(ids)
+    for layer in export.schemes:
+        module = wanted.get_submodule(layer)
+        module.weight.data = export.weight(layer).dequantize(torch.float32)
+    without = logits(wanted)
+    for layer in export.schemes:
+        wanted.get_submodule(layer).register_forward_pre_hook(lambda _, args: (by_hand(args[0]),))
+    with torch.no_grad():
+        hand = wanted(ids[None]).logits[0]
+    divergence = torch.nn.functional.kl_div(
+        plain.log_softmax(-1), hand.log_softmax(-1), log_target=True, reduction="batchmean"
+    )
+    assert float(divergence) < 1e-3
+    torch.testing.assert_close(plain, hand, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(logits(wanted), without, rtol=1e-3)
+
+
+def test_experts_round_their_own_inputs(tmp_path: Path) -> None:
+    make(tmp_path / "moe", "qwen3_moe")
+    folder = quantkit.quantize(tmp_path / "moe", out=tmp_path / "out", **W8A8)
+    loaded = decoded(folder)
+    seen = {}
+    for name, module in loaded.model.named_modules():
+        if name.endswith(".experts.1.down_proj"):
+            module.register_forward_hook(lambda m, args, out, name=name: seen.update({name: (m, args[0], out)}))
+    ids = torch.arange(3, 60)
+    loaded.logits(ids)
+    assert len(seen) == 2
+    for module, given, output in seen.values():
+        torch.testing.assert_close(output, by_hand(given) @ module.weight.T)
+    tensors = load_file(folder / "model.safetensors")
+    codes = tensors["model.layers.0.mlp.experts.1.down_proj.weight"]
+    weight = codes * tensors["model.layers.0.mlp.experts.1.down_proj.weight_scale"].float()
+    torch.testing.assert_close(seen["model.layers.0.mlp.experts.1.down_proj"][0].weight.data, weight)
