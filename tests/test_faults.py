@@ -214,7 +214,7 @@ def attempts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, bool]]:
     run = Walk.run
 
     def noted(self: Walk) -> None:
-        found.append((self.settings.strategy, len(self.batches), self.settings.offload))
+        found.append((self.settings.strategy, len(self.batches), self.settings.parking is not None))
         run(self)
 
     monkeypatch.setattr(Walk, "run", noted)

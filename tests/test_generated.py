@@ -171,7 +171,7 @@ def test_where_the_model_cannot_write_a_note_says_so(
         raise ZeroDivisionError("a bug\nof many lines")
 
     if reason == "memory":
-        monkeypatch.setattr(generated, "free_bytes", lambda device: 1000)
+        monkeypatch.setattr(generated, "free_bytes", lambda *_: 1000)
     else:
         monkeypatch.setattr(generated, "write_rows", broken)
     done = quantize(job(model), variant(**TUNED), tmp_path / "automatic")

@@ -22,7 +22,7 @@ from quantkit.formats.compressed_tensors import CompressedTensors
 from quantkit.publishing import describe
 from quantkit.quantization import Job, finished_variant, made_from, plan_layers, quantize
 from quantkit.quantization import job as jobs
-from quantkit.quantization.plan import choose_strategy, paused_bytes
+from quantkit.quantization.memory_use import choose_strategy, paused_bytes
 from quantkit.recipe import VariantSpec
 from quantkit.schemes import IntScheme
 from quantkit.system.artifacts import read_json, write_json

@@ -153,7 +153,7 @@ def test_the_stage_is_reused_and_made_anew_for_other_rows(
     before = (tmp_path / "known" / stage.TENSORS).read_bytes()
     layers = json.loads((tmp_path / "known" / stage.FACTS).read_text())["layers"]
     assert set(layers) == {EMBEDDING, *Skeleton(llama).all_linears()}
-    monkeypatch.setattr(stage, "free_bytes", lambda _device: 0)  # inputs wait on disk
+    monkeypatch.setattr(stage, "free_bytes", lambda *_: 0)  # inputs wait on disk
     with monkeypatch.context() as patch:
         patch.setattr(FisherSweep, "run", lambda _self: pytest.fail("it was there"))
         assert known_of(job, tmp_path / "known") == known

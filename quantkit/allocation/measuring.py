@@ -22,6 +22,7 @@ from quantkit.allocation.table import Unit
 from quantkit.checkpoint import FLOATS, CheckpointReader
 from quantkit.engine.batches import Batch
 from quantkit.engine.dtype_trial import dtype_that_runs
+from quantkit.engine.parking import Parking
 from quantkit.engine.precision import pass_dtype
 from quantkit.engine.sensitivity import Sensitivity
 from quantkit.engine.skeleton import Skeleton
@@ -31,14 +32,16 @@ from quantkit.engine.walk import Walk, WalkSettings
 from quantkit.errors import QuantizationError
 from quantkit.formats import FORMATS
 from quantkit.quantization.job import NOT_IN_BYTES, Job, made_from
+from quantkit.quantization.memory_use import experts_room
 from quantkit.quantization.oom import FallbackStep, fallback_steps, out_of_memory, ran_out
-from quantkit.quantization.plan import experts_room, plan_layers
+from quantkit.quantization.plan import plan_layers
 from quantkit.quantization.sensitivity import load, sensitivity
 from quantkit.quantization.sensitivity import made_from as told_by
 from quantkit.schemes import QuantizedWeight
 from quantkit.system.artifacts import fingerprint, mapping_or_nothing, new_folder, read_json, read_stage, write_json
 from quantkit.system.artifacts import write_stage as mark
 from quantkit.system.devices import resolve_device
+from quantkit.system.free_memory import kept_to
 from quantkit.system.shutdown import heed, patient
 
 if TYPE_CHECKING:
@@ -252,15 +255,15 @@ class _Measuring:
             dtype,
             "float",
             step.strategy,
-            step.offload,
+            Parking() if step.offload else None,
             tries_again=not step.is_last,
             experts=self.job.experts,
-            room=experts_room(device) // step.parts,
+            room=experts_room(device, self.job.bounds) // step.parts,
             sensitivity=judged,
         )
         walk = Walk(skeleton, reader, batches, tasks, settings, self._segment_done)
         try:
-            with patient():
+            with patient(), kept_to(device, self.job.bounds):
                 walk.run()
         except torch.OutOfMemoryError as error:
             if step.is_last:

@@ -16,7 +16,8 @@ from quantkit.engine.experts import showing_all
 from quantkit.engine.groups import Enough, PreHook, call_order, hooked, shared_inputs
 from quantkit.engine.layers import Layer
 from quantkit.engine.mismatch import MismatchGatherer, stream_hooks, take_streams
-from quantkit.engine.passes import CPU, AtEnd, AtGroup, AtSegment, Pass, move, pause, running_pass, states, told
+from quantkit.engine.parking import Parking
+from quantkit.engine.passes import AtEnd, AtGroup, AtSegment, Pass, pause, running_pass, states, told
 from quantkit.engine.routing import (
     ROUTED,
     ExpertSettings,
@@ -170,7 +171,7 @@ class Streams:
         model: what they run.
         batches: the calibration tokens.
         needs: what is gathered of inputs.
-        offload: passes that stand before a segment leave their activations in the memory of the CPU meanwhile.
+        parking: where passes that stand before a segment leave their activations meanwhile; None where they are.
         experts: how experts are calibrated.
         room: bytes that statistics of experts may take at a time; None for no limit.
         sensitivity: says how much tokens count in the statistics of each layer; None if all alike.
@@ -179,7 +180,7 @@ class Streams:
     model: nn.Module
     batches: Sequence[Batch]
     needs: frozenset[Statistic]
-    offload: bool = False
+    parking: Parking | None = None
     experts: ExpertSettings = ROUTED
     room: int | None = None
     sensitivity: Sensitivity | None = None
@@ -240,14 +241,14 @@ class Streams:
         self._park(each)
 
     def _fetch(self, each: Pass) -> None:
-        """Bring back what a pass left in the memory of the CPU."""
-        if self.offload:
-            move(each.place, each.batch.token_ids.device)
+        """Bring back what a pass left elsewhere."""
+        if self.parking is not None:
+            self.parking.fetch(each, each.batch.token_ids.device)
 
     def _park(self, each: Pass) -> None:
-        """Leave the activations of a pass in the memory of the CPU, if it stands before a segment."""
-        if self.offload:
-            move(each.place, CPU)
+        """Leave the activations of a pass elsewhere, if it stands before a segment."""
+        if self.parking is not None:
+            self.parking.park(each)
 
     def advance_from(self, index: int) -> None:
         """Run the passes that stand at a group to where they pause next."""
@@ -434,8 +435,8 @@ class Streams:
                 raise Enough
 
             take = partial(MismatchGatherer.now_stream, batch=each.batch)
-            take_streams([group.mismatch], standing(each, segment), take)
-            with hooked([(group.leader, gather), *stream_hooks([group.mismatch], take)]):
+            with self.fetched(each), hooked([(group.leader, gather), *stream_hooks([group.mismatch], take)]):
+                take_streams([group.mismatch], standing(each, segment), take)
                 self.try_alone(segment, each)
         return group.result()
 

@@ -3,7 +3,7 @@
 Every batch's forward through the whole model is a greenlet. It pauses before each segment and wherever a
 hook asks it to, and goes on when the walk resumes it, so the model's own code decides what each block is
 given (masks, rotary embeddings, sliding windows) and no block is run twice. While it stands before a segment, what it
-holds may wait in the memory of the CPU: the tensors stay the same objects, and the model's code finds them again.
+holds may wait elsewhere, see :mod:`quantkit.engine.parking`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from weakref import ref
 
 import torch
 from greenlet import getcurrent, greenlet
@@ -54,6 +55,7 @@ class Pass(greenlet):  # type: ignore[misc]  # greenlet has no type hints
         state: what modules of the segment at which it stands keep between calls, see :func:`states`.
         been: the indices of the segments before which it stood; it does not pause there again.
         is_back: whether it runs through one of these again.
+        parked: tensors that it has left elsewhere, see :mod:`quantkit.engine.parking`.
     """
 
     def __init__(self, model: nn.Module, batch: Batch) -> None:
@@ -64,6 +66,7 @@ class Pass(greenlet):  # type: ignore[misc]  # greenlet has no type hints
         self.state: dict[tuple[nn.Module, str], Any] = {}
         self.been: set[int] = set()
         self.is_back = False
+        self.parked: list[ref[torch.Tensor]] = []
 
     def run(self) -> None:
         """The body of the coroutine: the model's forward, without a cache."""
@@ -159,15 +162,6 @@ def told(model: nn.Module) -> Iterator[None]:
 CPU = torch.device("cpu")
 
 
-def move(place: Place | None, device: torch.device) -> None:
-    """Move what a pass that stands before a segment holds; nothing where it stands elsewhere."""
-    if not isinstance(place, AtSegment):
-        return
-    for tensor in _tensors([place.args, place.kwargs]):
-        if tensor.device != device:
-            tensor.data = tensor.data.to(device)
-
-
 def brought(value: Any, device: torch.device) -> Any:
     """Nested tuples, lists and mappings with all tensors on a device; nothing is copied that lies there."""
     if isinstance(value, torch.Tensor):
@@ -175,14 +169,3 @@ def brought(value: Any, device: torch.device) -> Any:
     if type(value) in (list, tuple):
         return type(value)(brought(each, device) for each in value)
     return {key: brought(each, device) for key, each in value.items()} if type(value) is dict else value
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    """All tensors in nested tuples, lists and mappings."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
-    elif isinstance(value, list | tuple):
-        for each in value:
-            yield from _tensors(each)

@@ -23,6 +23,7 @@ from quantkit.engine.gathering import Group, Replay, Streams, standing
 from quantkit.engine.groups import Enough, hooked
 from quantkit.engine.layers import Layer
 from quantkit.engine.mismatch import HeldOut, MismatchGatherer, stream_hooks, stream_places, take_streams
+from quantkit.engine.parking import Parking
 from quantkit.engine.passes import is_running, output_of, running_pass
 from quantkit.engine.routing import Routes
 from quantkit.engine.skeleton import Segment
@@ -51,13 +52,13 @@ class Twins:
     Args:
         model: what they run.
         batches: the calibration tokens.
-        offload: see :class:`Streams`.
+        parking: see :class:`Streams`.
         all_paired: every batch has one, as where segments are tuned.
     """
 
     model: nn.Module
     batches: Sequence[Batch]
-    offload: bool = False
+    parking: Parking | None = None
     all_paired: bool = False
     _streams: Streams = field(init=False)
     _held: HeldOut = field(init=False)
@@ -67,7 +68,7 @@ class Twins:
         whole = len(self.batches)
         count = whole if self.all_paired else paired(whole)
         batches = [self.batches[place * whole // count] for place in range(count)]
-        self._streams = Streams(self.model, batches, frozenset(), self.offload)
+        self._streams = Streams(self.model, batches, frozenset(), self.parking)
         self._held = HeldOut.of(batches)
 
     def start(self, segments: Sequence[Segment], cleanup: ExitStack) -> None:

@@ -33,6 +33,7 @@ import torch
 
 from quantkit.engine.batches import Batch
 from quantkit.engine.gathering import Group, Replay, Solvable, Step, Streams, batch_of, pause_at
+from quantkit.engine.parking import Parking
 from quantkit.engine.passes import AtSegment
 from quantkit.engine.routing import ROUTED, ExpertSettings
 from quantkit.engine.sensitivity import Sensitivity
@@ -57,7 +58,7 @@ class WalkSettings:
         dtype: of weights and activations in the forward passes; layers are solved in float32.
         inputs: what a layer is calibrated on, see :class:`quantkit.recipe.CalibrationSpec`.
         strategy: ``one-pass`` keeps the activations of all batches alive at a pause, ``recompute`` those of one.
-        offload: between segments activations wait in the memory of the CPU.
+        parking: where activations wait between segments; None where they are.
         tries_again: a GPU that is full ends the walk, and whoever runs it tries with less; without, it is the failure
             of the task whose own work it is.
         experts: how experts are calibrated.
@@ -69,7 +70,7 @@ class WalkSettings:
     dtype: torch.dtype = torch.float32
     inputs: Inputs = "quantized"
     strategy: Strategy = "one-pass"
-    offload: bool = False
+    parking: Parking | None = None
     tries_again: bool = False
     experts: ExpertSettings = ROUTED
     room: int | None = None
@@ -109,14 +110,14 @@ class Walk:
             self.skeleton.text,
             self.batches,
             self._solver.needs(),
-            settings.offload,
+            settings.parking,
             settings.experts,
             settings.room,
             settings.sensitivity,
         )
         tunes = self._solver.tunes()
         if self._is_quantized and (tunes or self._solver.corrects()) and self.skeleton.runs_once:
-            self._twins = Twins(self.skeleton.text, self.batches, settings.offload, all_paired=tunes)
+            self._twins = Twins(self.skeleton.text, self.batches, settings.parking, all_paired=tunes)
 
     @property
     def failures(self) -> dict[str, Exception]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from quantkit.evaluation.task_files import read_task
 from quantkit.recipe import EvaluationSpec
+from quantkit.system.memory_bounds import NO_BOUNDS, MemoryBounds
 
 Progress = Callable[[str, int, int], None]
 """Called with the name of a step, how much of it is done, and how much there is."""
@@ -44,6 +45,7 @@ class EvaluationJob:
         float_samples: of the float model, ``items`` of :func:`quantkit.evaluation.samples.samples`, to set beside; None
             if this is the float model, or it wrote none.
         seen: the questions that the model was calibrated on, as :func:`quantkit.evaluation.answers.asked` has them.
+        bounds: what the process may take of each device.
     """
 
     checkpoint: Path
@@ -55,6 +57,7 @@ class EvaluationJob:
     float_answers: Path | None = None
     float_samples: Sequence[Mapping[str, Any]] | None = None
     seen: tuple[str, ...] = ()
+    bounds: MemoryBounds = NO_BOUNDS
 
     @property
     def compares(self) -> bool:
@@ -81,6 +84,7 @@ class EvaluationJob:
             "float_answers": None if self.float_answers is None else str(self.float_answers),
             "float_samples": None if self.float_samples is None else [dict(each) for each in self.float_samples],
             "seen": list(self.seen),
+            "bounds": self.bounds.to_json(),
         }
 
     @classmethod
@@ -96,4 +100,5 @@ class EvaluationJob:
             float_answers=None if data["float_answers"] is None else Path(data["float_answers"]),
             float_samples=data["float_samples"],
             seen=tuple(data["seen"]),
+            bounds=MemoryBounds.from_json(data["bounds"]),
         )

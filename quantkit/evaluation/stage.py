@@ -27,6 +27,7 @@ from quantkit.system.artifacts import (
     write_json,
     write_stage,
 )
+from quantkit.system.memory_bounds import NO_BOUNDS, MemoryBounds
 from quantkit.system.progress import Observer
 
 EVALUATION_VERSION = 5
@@ -52,6 +53,7 @@ class Scoring:
         trust_remote_code: run Python code that comes with the checkpoint.
         anew: score it although its result is there.
         seen: the questions that the model was calibrated on; they are not asked.
+        bounds: what the process may take of each device.
     """
 
     name: str
@@ -64,6 +66,7 @@ class Scoring:
     trust_remote_code: bool = False
     anew: bool = False
     seen: tuple[str, ...] = ()
+    bounds: MemoryBounds = NO_BOUNDS
 
     def made_from(self) -> dict[str, Any]:
         """What the figures depend on, for the fingerprint."""
@@ -132,6 +135,7 @@ def score(scoring: Scoring, observer: Observer) -> dict[str, Any]:
             float_answers=scoring.reference.with_name(ANSWERS) if scoring.reference and scoring.spec.answers else None,
             float_samples=_float_samples(scoring),
             seen=scoring.seen,
+            bounds=scoring.bounds,
         )
         result = run_job(job, log=scoring.log, on_progress=observer.progress)
         write_json(folder / RESULT, result)

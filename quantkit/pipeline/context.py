@@ -84,5 +84,6 @@ def score_beside(current: Run, name: str, folder: Path, content: Any, baseline: 
         current.recipe.model.trust_remote_code,
         current.anew,
         current.seen,
+        current.recipe.max_memory,
     )
     return score(scoring, current.observer)

@@ -12,6 +12,7 @@ from quantkit.engine.routing import ExpertSettings
 from quantkit.quantization import Job
 from quantkit.quantization.sensitivity import sensitivity
 from quantkit.recipe import CalibrationSpec, Recipe
+from quantkit.system.memory_bounds import NO_BOUNDS, MemoryBounds
 from quantkit.system.progress import Observer
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ def quantize_job(recipe: Recipe, model: SourceModel, calibrated: CalibrationSet 
         recipe.calibration,
         device=recipe.quantization.device,
         trust_remote_code=recipe.model.trust_remote_code,
+        bounds=recipe.max_memory,
     )
 
 
@@ -36,6 +38,7 @@ def job_of(
     *,
     device: str = "auto",
     trust_remote_code: bool = False,
+    bounds: MemoryBounds = NO_BOUNDS,
 ) -> Job:
     """What is quantized: a float model, and the calibration set where a method needs one, used as ``spec`` says."""
     return Job(
@@ -51,6 +54,7 @@ def job_of(
         experts=ExpertSettings(spec.experts, spec.expert_prior),
         device=device,
         trust_remote_code=trust_remote_code,
+        bounds=bounds,
         hub=(model.reference, model.revision) if model.kind == "hub" else None,
     )
 

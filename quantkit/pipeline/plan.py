@@ -28,7 +28,8 @@ from quantkit.pipeline.preflight import preflight
 from quantkit.quantization.calibration_need import few_tokens
 from quantkit.quantization.generated import generated_tokens, widest_input
 from quantkit.quantization.job import Job, finished_variant, made_from
-from quantkit.quantization.plan import Layers, choose_strategy, plan_layers
+from quantkit.quantization.memory_use import choose_strategy
+from quantkit.quantization.plan import Layers, plan_layers
 from quantkit.recipe import AutoSpec, LibrarySpec, Recipe, RecoverSpec, VariantSpec
 from quantkit.system.artifacts import STAGE_FILE
 from quantkit.system.devices import resolve_device
@@ -219,7 +220,9 @@ class _Variants:
             return "one walk for all"
         dtype = pass_dtype(self.device, FLOATS[self.job.dtype])
         corrected, tuned = variant.build_method().corrects, variant.tune is not None
-        return choose_strategy(self.skeleton, self._tokens(variant), dtype, self.device, corrected, tuned)
+        return choose_strategy(
+            self.skeleton, self._tokens(variant), dtype, self.device, corrected, tuned, self.job.bounds
+        )
 
 
 def _float_bytes(reader: CheckpointReader, name: str, store: type[Format], cast: str | None) -> int:

@@ -162,6 +162,7 @@ def _baseline(current: Run, model: SourceModel) -> dict[str, Any]:
         trust_remote_code=current.recipe.model.trust_remote_code,
         anew=current.anew,
         seen=current.seen,
+        bounds=current.recipe.max_memory,
     )
     if scoring.finished() is None:
         reader = CheckpointReader(model.folder)

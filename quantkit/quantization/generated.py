@@ -131,7 +131,7 @@ def _write(job: Job, asked: Writing) -> Written:
     device, dtype = torch.device(asked.device), getattr(torch, asked.dtype)
     reader = CheckpointReader(job.source)
     size = sum(prod(reader.shape(name)) for name in reader.names()) * dtype.itemsize
-    free = free_bytes(device)
+    free = free_bytes(device, job.bounds)
     if size + KEPT_BYTES * (size > SMALL) > MEMORY * free:
         told = f"it takes {in_units(size)} in {asked.dtype}, and {in_units(free)} are free"
         return Written(note=f"the float model writes no calibration tokens: {told}")

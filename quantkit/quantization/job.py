@@ -19,6 +19,7 @@ from quantkit.exports.manifest import is_whole
 from quantkit.recipe import VariantSpec
 from quantkit.system.artifacts import read_stage
 from quantkit.system.devices import resolve_device
+from quantkit.system.memory_bounds import NO_BOUNDS, MemoryBounds
 
 if TYPE_CHECKING:
     import torch
@@ -87,6 +88,7 @@ class Job:
         hub: name and commit of the model on the hub, for one that comes from there.
         images: of rows with images the further inputs of the model, by the places of the rows and by name.
         sensitivity: what is known of the model's loss, for methods that are calibrated; None for nothing.
+        bounds: what the work may take of each device; no byte depends on it.
     """
 
     source: Path
@@ -104,6 +106,7 @@ class Job:
     generated: int | None = None
     written: Written = Written()
     sensitivity: Known | None = None
+    bounds: MemoryBounds = NO_BOUNDS
 
     @property
     def tokens(self) -> int:

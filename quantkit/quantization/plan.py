@@ -6,13 +6,9 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-import torch
-
 from quantkit.engine.float_parts import FloatPart, block_weights, float_parts
 from quantkit.engine.skeleton import Skeleton
 from quantkit.engine.text_alone import names_alone
-from quantkit.engine.twins import paired_tokens
-from quantkit.engine.walk import Strategy
 from quantkit.errors import SchemeError
 from quantkit.formats import FORMATS
 from quantkit.formats.base import Format
@@ -33,12 +29,6 @@ from quantkit.quantization.left_float import (
 from quantkit.quantization.packed_loading import loading_faults
 from quantkit.recipe import VariantSpec
 from quantkit.schemes import PlainScheme, Scheme
-from quantkit.system.free_memory import free_bytes
-
-SPARE_MEMORY = 0.5
-"""Share of the free memory that paused activations may take."""
-EXPERTS_MEMORY = 0.2
-"""Share of it that the statistics of a layer's experts may take."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,40 +258,3 @@ def _plan_embedding(
     if scheme is None:
         return None, {layer.name: reason}
     return (layer.name, scheme, (rows, columns)), {}
-
-
-def paused_bytes(skeleton: Skeleton, tokens: int, dtype: torch.dtype, paired: int = 0) -> int:
-    """Bytes of activations alive at the widest pause: what the widest layer reads, and the stream beside it.
-
-    Args:
-        skeleton: the model.
-        tokens: of all batches.
-        dtype: of the passes.
-        paired: tokens of those that have a twin, see :mod:`quantkit.engine.twins`.
-    """
-    widest = max((layer.shape[1] for layer in skeleton.layers()), default=0)
-    hidden: int = skeleton.text.get_input_embeddings().weight.shape[1]
-    # At down_proj a block holds the gate, its activation and the product, and the residual stream twice.
-    # A twin has left what the groups of the block are given, and stands before the next.
-    return (tokens * (3 * widest + 2 * hidden) + paired * (widest + 5 * hidden)) * dtype.itemsize
-
-
-def choose_strategy(
-    skeleton: Skeleton,
-    tokens: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    corrected: bool = False,
-    tuned: bool = False,
-) -> Strategy:
-    """One pass where the paused activations fit into half of the free memory, else, or to tune, a run per group."""
-    if tuned:
-        return "recompute"
-    paired = paired_tokens(tokens, device.type) if corrected else 0
-    paused = paused_bytes(skeleton, tokens, dtype, paired)
-    return "one-pass" if paused <= SPARE_MEMORY * free_bytes(device) else "recompute"
-
-
-def experts_room(device: torch.device) -> int:
-    """Bytes that the statistics of a layer's experts may take at a time."""
-    return int(EXPERTS_MEMORY * free_bytes(device))

@@ -26,8 +26,8 @@ from quantkit.engine.sensitivity import Sensitivity
 from quantkit.engine.skeleton import Skeleton
 from quantkit.errors import OutputError, QuantizationError
 from quantkit.quantization.job import Job, Known, minor_versions
+from quantkit.quantization.memory_use import SPARE_MEMORY
 from quantkit.quantization.oom import PARTS, out_of_memory
-from quantkit.quantization.plan import SPARE_MEMORY
 from quantkit.system.artifacts import check_writable, new_folder, read_json, read_stage, write_json, write_stage
 from quantkit.system.devices import resolve_device
 from quantkit.system.free_memory import free_bytes
@@ -128,7 +128,7 @@ def _keep(
     hidden: int = skeleton.text.get_input_embeddings().weight.shape[1]
     wanted = sum(map(len, job.rows)) * hidden * len(skeleton.segments) * dtype.itemsize
     for place, keep in ((device, on_device), (torch.device("cpu"), on_cpu)):
-        if wanted <= SPARE_MEMORY * free_bytes(place):
+        if wanted <= SPARE_MEMORY * free_bytes(place, job.bounds):
             return keep
     if wanted > shutil.disk_usage(folder).free:
         raise OutputError(

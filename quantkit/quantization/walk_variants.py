@@ -25,11 +25,12 @@ from quantkit.engine.walk import Strategy, Walk, WalkSettings
 from quantkit.errors import QuantizationError
 from quantkit.quantization.generated import written_for
 from quantkit.quantization.job import Job, Quantized, Wanted, Written
+from quantkit.quantization.memory_use import choose_parking, choose_strategy, experts_room
 from quantkit.quantization.oom import FallbackStep, fallback_steps, out_of_memory, ran_out
-from quantkit.quantization.plan import choose_strategy, experts_room
 from quantkit.quantization.sensitivity import known_sensitivity
 from quantkit.quantization.variant import Describe, VariantRun, WalkFacts
 from quantkit.system.devices import resolve_device
+from quantkit.system.free_memory import kept_to
 from quantkit.system.shutdown import heed, patient
 
 OnSegment = Callable[[int, int], None]
@@ -202,12 +203,16 @@ def _solve(job: Job, skeleton: Skeleton, runs: Sequence[VariantRun], on_segment:
             on_note(found.notes[-1])
     tokens = job.all_tokens if calibrated else 0
     corrected, tuned = any(task.method.corrects for task in tasks), any(task.tune is not None for task in tasks)
-    strategy = choose_strategy(skeleton, tokens, dtype, device, corrected, tuned) if calibrated else "one-pass"
+    takes = (skeleton, tokens, dtype, device, corrected and inputs == "quantized", tuned, job.bounds)
+    strategy = choose_strategy(*takes) if calibrated else "one-pass"
     before = min((tokens for run in runs for tokens in run.solved.batch_tokens), default=None)
     for step in fallback_steps(device, strategy, inputs, calibrated=calibrated, batch_tokens=before):
         if step.says:
             found.notes.append(ran_out(step, device))
             on_note(found.notes[-1])
+        parking, told = choose_parking(*takes, runs[0].store, always=step.offload) if calibrated else (None, "")
+        if told and not step.offload:
+            on_note(told)
         for run in runs:
             with kept(found.failures, run.name):
                 run.begin_walk(step.batch_tokens)
@@ -217,10 +222,10 @@ def _solve(job: Job, skeleton: Skeleton, runs: Sequence[VariantRun], on_segment:
             dtype,
             inputs,
             step.strategy,
-            step.offload,
+            parking,
             tries_again=not step.is_last,
             experts=job.experts,
-            room=experts_room(device) // step.parts if calibrated else None,
+            room=experts_room(device, job.bounds) // step.parts if calibrated else None,
         )
         if _is_done(job, skeleton, left, settings, step, found, on_segment):
             break
@@ -254,7 +259,7 @@ def _is_done(
     settings = replace(settings, sensitivity=known_sensitivity(job.sensitivity, batches))
     walk = Walk(skeleton, reader, batches, tasks, settings, done)
     try:
-        with _failures_kept(walk), patient():
+        with _failures_kept(walk), patient(), kept_to(settings.device, job.bounds):
             walk.run()
     except torch.OutOfMemoryError as error:
         if step.is_last:
@@ -264,6 +269,8 @@ def _is_done(
         ran_out_here = False
     finally:
         found.add(walk, time.perf_counter() - started)
+        if settings.parking is not None:
+            settings.parking.close()
     _name_exhausted(found.failures, settings.device)
     if ran_out_here:
         del walk, batches

@@ -18,6 +18,7 @@ from quantkit.recipe.fields import Name, Section, Title, require_distinct
 from quantkit.recipe.implied import NAMES, implied
 from quantkit.recipe.library import LibrarySpec, taken_keys
 from quantkit.recipe.local_files import beside_recipe
+from quantkit.recipe.memory_bounds import MaxMemory
 from quantkit.recipe.mixing import OWN, AutoSpec, is_mixed
 from quantkit.recipe.model import MergeSpec, ModelSpec
 from quantkit.recipe.outputs import BudgetSpec, HistorySpec, ReportSpec, RetentionSpec, TrackingSpec, WebhookSpec
@@ -28,6 +29,7 @@ from quantkit.recipe.steps import DEFAULT_METHOD, option_names
 from quantkit.recipe.variant import VariantSpec
 from quantkit.schemes import DEFAULT_KIND, SCHEMES, scheme_keys
 from quantkit.schemes.kinds import keys_of
+from quantkit.system.memory_bounds import NO_BOUNDS
 from quantkit.system.strict_yaml import parse_mapping
 from quantkit.system.validation import located, parse_section
 from quantkit.system.variables import escaped
@@ -62,6 +64,7 @@ class Recipe(Section):
     Attributes:
         name: of the run, its folder and its history.
         title: what people read in its place; any text.
+        max_memory: what the stages may take of each device, and where activations may wait on disk.
         gates: conditions such as ``kl_divergence.prose.mean <= 0.05`` that every variant must meet.
     """
 
@@ -73,6 +76,7 @@ class Recipe(Section):
     defaults: dict[str, Any] = Field(default_factory=dict)
     variants: Annotated[tuple[AnyVariant, ...], Field(min_length=1)]
     quantization: QuantizationSpec = QuantizationSpec()
+    max_memory: MaxMemory = NO_BOUNDS
     evaluation: EvaluationSpec = EvaluationSpec()
     report: ReportSpec = ReportSpec()
     tracking: TrackingSpec = TrackingSpec()

@@ -30,7 +30,7 @@ from quantkit.exports.decoded_reader import DecodedReader
 from quantkit.exports.manifest import model_name
 from quantkit.exports.rewriting import origin_folder
 from quantkit.quantization.left_float import few
-from quantkit.quantization.plan import experts_room
+from quantkit.quantization.memory_use import experts_room
 from quantkit.recipe.adapting import AdapterOptions
 from quantkit.recipe.fields import compiled
 from quantkit.recipe.recovering import RecoverOptions

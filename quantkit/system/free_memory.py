@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 import torch
 
+from quantkit.system.memory_bounds import NO_BOUNDS, MemoryBounds
 from quantkit.system.threads import control_groups
 
 UNLIMITED = 1 << 60
@@ -17,16 +19,37 @@ GIVEN_BACK = ("total_inactive_file", "total_active_file", "inactive_file", "acti
 """What of a control group's use is the cache of files, which it gives back; version 1 first, of all below a group."""
 
 
-def free_bytes(device: torch.device) -> int:
+def free_bytes(device: torch.device, bounds: MemoryBounds = NO_BOUNDS) -> int:
     """Bytes that this process can still take on a device.
 
-    On the CPU the least of what the machine has, what control groups leave (a container's ``memory.max``), and what
-    ``ulimit -v`` and ``ulimit -d`` do.
+    On the CPU the least of what the machine has, what control groups leave (a container's ``memory.max``), what
+    ``ulimit -v`` and ``ulimit -d`` do, and what the process has not taken yet of the user's bound.
+
+    Args:
+        device: of torch.
+        bounds: the user's.
     """
+    bound = bounds.of(device)
     if device.type == "cuda":
-        free: int = torch.cuda.mem_get_info(device)[0]
-        return free
-    return max(0, min([psutil.virtual_memory().available, *_left_by_limits(), *left_by_groups()]))
+        left = [] if bound is None else [bound - torch.cuda.memory_allocated(device)]
+        return max(0, min([torch.cuda.mem_get_info(device)[0], *left]))
+    left = [] if bound is None else [bound - psutil.Process().memory_info().rss]
+    return max(0, min([psutil.virtual_memory().available, *_left_by_limits(), *left_by_groups(), *left]))
+
+
+@contextmanager
+def kept_to(device: torch.device, bounds: MemoryBounds) -> Iterator[None]:
+    """Inside the block, torch takes no more of a GPU than its bound: what asks for more is told that it is full."""
+    bound = bounds.of(device)
+    if bound is None or device.type != "cuda":
+        yield
+        return
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, bound / total), device)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
 
 
 def left_by_groups(root: Path = Path("/")) -> Iterator[int]:
