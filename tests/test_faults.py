@@ -328,24 +328,24 @@ def test_a_variant_whose_own_work_does_not_fit_fails_alone(
 def test_activations_that_wait_elsewhere_change_no_byte(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from quantkit.engine import gathering
-    from quantkit.engine.passes import AtSegment
+    from quantkit.engine.parking import Parking
+    from quantkit.engine.passes import AtSegment, Pass
     from quantkit.quantization.oom import FallbackStep
 
-    moved: list[tuple[int, str]] = []
+    moved: set[int] = set()
 
-    def spied(place: Any, device: torch.device) -> None:
-        if isinstance(place, AtSegment):
-            moved.append((place.index, str(device)))
-            hidden = place.args[0]
+    def spied(_: Parking, each: Pass) -> None:
+        if isinstance(each.place, AtSegment):
+            moved.add(each.place.index)
+            hidden = each.place.args[0]
             hidden.data = hidden.data.clone()  # as a move does: another memory behind the same tensor
 
     whole = quantize(job(model), variant("awq+gptq"), tmp_path / "whole" / "out")
-    monkeypatch.setattr(gathering, "move", spied)
+    monkeypatch.setattr(Parking, "park", spied)
     only = FallbackStep(2048, "recompute", offload=True, is_last=True)
     monkeypatch.setattr(walking, "fallback_steps", lambda *_, **__: [only])
     done = quantize(job(model), variant("awq+gptq"), tmp_path / "out")
-    assert {index for index, _ in moved} == {0, 1}
+    assert moved == {0, 1}
     assert (done.folder / "model.safetensors").read_bytes() == (whole.folder / "model.safetensors").read_bytes()
 
 
