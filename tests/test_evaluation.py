@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from quantkit import records
 from quantkit.errors import CalibrationError, CheckpointError, EvaluationError, MissingDependencyError, QuantkitError
 from quantkit.evaluation import EvaluationJob, process, run_job, scoring, texts
+from quantkit.evaluation import speed as timing
 from quantkit.evaluation.divergence import clustered_stderr, summarize
 from quantkit.evaluation.evaluate import evaluate
 from quantkit.evaluation.memory import checkpoint_bytes, peak_rss
@@ -563,16 +564,29 @@ def test_the_peak_of_a_process_is_not_that_of_its_parent() -> None:
     assert 50 << 20 < child < ballast.nbytes < peak_rss()
 
 
-def test_speed_counts_what_it_says(model: TransformersModel) -> None:
+@pytest.mark.parametrize(
+    ("is_warm", "briefly", "seconds", "runs"),
+    [(False, False, 60.0, (PREFILL_RUNS, DECODE_RUNS)), (True, True, 60.0, (2, 2)), (True, False, 0.0, (2, 2))],
+)
+def test_speed_counts_what_it_says(
+    model: TransformersModel,
+    monkeypatch: pytest.MonkeyPatch,
+    is_warm: bool,
+    briefly: bool,
+    seconds: float,
+    runs: tuple[int, int],
+) -> None:
     fed: list[int] = []
     hook = model.model.register_forward_pre_hook(
         lambda module, args, kwargs: fed.append(kwargs["input_ids"].shape[1]), with_kwargs=True
     )
-    speed = measure_speed(model, random_windows(1, 48).ids[0])
+    monkeypatch.setattr(timing, "ENOUGH", seconds)
+    speed = measure_speed(model, random_windows(1, 48).ids[0], is_warm=is_warm, briefly=briefly)
     hook.remove()
-    decoding = [PROMPT_TOKENS, *[1] * NEW_TOKENS] * (1 + DECODE_RUNS)
-    assert fed == [48] * (1 + PREFILL_RUNS) + decoding
-    assert (speed["prefill"]["tokens"], speed["prefill"]["runs"]) == (48, PREFILL_RUNS)
+    prefills, decodes = (count + (not is_warm) for count in runs)
+    assert fed == [48] * prefills + [PROMPT_TOKENS, *[1] * NEW_TOKENS] * decodes
+    assert (speed["prefill"]["tokens"], speed["prefill"]["runs"], speed["decode"]["runs"]) == (48, *runs)
+    assert [len(speed[phase]["seconds_per_token"]) for phase in ("prefill", "decode")] == [*runs]
     assert speed["prefill"]["tokens_per_second"] > 0
     assert speed["decode"]["tokens_per_second"] > 0
     assert (speed["threads"], speed["device"], speed["dtype"]) == (torch.get_num_threads(), "cpu", "float32")

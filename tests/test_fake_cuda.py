@@ -370,13 +370,18 @@ def test_passes_compute_in_sixteen_bits_on_cuda() -> None:
     assert pass_dtype(CUDA, torch.float16) is torch.float16
 
 
-@pytest.mark.parametrize(("amx", "avx512"), [(True, False), (False, True), (False, False)])
+@pytest.mark.parametrize(
+    ("amx", "avx512", "used"), [(True, False, True), (False, True, True), (False, False, True), (True, True, False)]
+)
 def test_passes_compute_in_bfloat16_on_a_cpu_that_is_fast_at_it(
-    monkeypatch: pytest.MonkeyPatch, amx: bool, avx512: bool
+    monkeypatch: pytest.MonkeyPatch, amx: bool, avx512: bool, used: bool
 ) -> None:
+    """``used``: oneDNN may use the instructions."""
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: used)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512, raising=False)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
     for checkpoint in (torch.float32, torch.float16, torch.bfloat16):
-        assert pass_dtype(torch.device("cpu"), checkpoint) is (torch.bfloat16 if amx or avx512 else torch.float32)
+        fast = used and (amx or avx512)
+        assert pass_dtype(torch.device("cpu"), checkpoint) is (torch.bfloat16 if fast else torch.float32)
         assert training_dtype(torch.device("cpu"), checkpoint) is pass_dtype(torch.device("cpu"), checkpoint)

@@ -165,6 +165,7 @@ def test_the_lower_triangle_mirrors_the_upper(columns: int) -> None:
 
 def test_a_torch_that_does_not_tell_of_bfloat16_computes_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True, raising=False)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
     assert pass_dtype(CPU, torch.bfloat16) == torch.bfloat16
     monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported")
     monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported", raising=False)

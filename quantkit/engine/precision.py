@@ -27,14 +27,21 @@ def pass_dtype(device: torch.device, checkpoint: torch.dtype) -> torch.dtype:
 
 
 def _multiplies_bfloat16() -> bool:
-    """Whether the CPU has instructions for products of bfloat16, which are several times as fast as those of float32.
+    """Whether products of bfloat16 are several times as fast as those of float32 on this CPU.
 
+    It has instructions for them, and oneDNN, which does these products, may use them: ``ONEDNN_MAX_CPU_ISA`` can bar
+    it.
     torch has no public way to ask; where it no longer answers, the passes are right in float32, and slower.
     """
     names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-    asked: list[Callable[[], bool]] = [getattr(torch.cpu, name, lambda: False) for name in names]
+    has: list[Callable[[], bool]] = [getattr(torch.cpu, name, _no) for name in names]
+    may: Callable[[], bool] = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", _no)
     has_onednn: Callable[[], bool] = torch.backends.mkldnn.is_available
-    return any(each() for each in asked) and has_onednn()
+    return any(each() for each in has) and has_onednn() and may()
+
+
+def _no() -> bool:
+    return False
 
 
 def training_dtype(device: torch.device, checkpoint: torch.dtype) -> torch.dtype:

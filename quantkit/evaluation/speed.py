@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import statistics
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 
 from quantkit.runtimes.base import LoadedModel
 
-PREFILL_RUNS = 5
-DECODE_RUNS = 4
+T = TypeVar("T")
+
+FEWEST_RUNS, PREFILL_RUNS, DECODE_RUNS = 2, 5, 4
+"""Runs at least, and at most of each."""
+ENOUGH = 2.0
+"""Seconds after which no further run begins: one of so many tells as much as several that are short."""
 PROMPT_TOKENS = 64
 NEW_TOKENS = 32
 
 
-def measure_speed(model: LoadedModel, ids: torch.Tensor) -> dict[str, Any]:
+def measure_speed(
+    model: LoadedModel, ids: torch.Tensor, *, is_warm: bool = False, briefly: bool = False
+) -> dict[str, Any]:
     """Prefill and decode tokens per second, batch size 1, after one run of each to warm up.
 
     Prefill reads ``ids`` at once. Decode continues the first 64 of them greedily with the KV cache; its figure
@@ -26,31 +33,44 @@ def measure_speed(model: LoadedModel, ids: torch.Tensor) -> dict[str, Any]:
     Args:
         model: as a runtime has loaded it.
         ids: int64 ``[length]``, one window.
+        is_warm: it has read the window and continued a prompt before.
+        briefly: as few runs as tell a noise, as of a model whose speed says little.
 
     Raises:
         EvaluationError: the model keeps no KV cache, so its decode speed cannot be taken.
     """
     prompt = ids.repeat(-(-PROMPT_TOKENS // len(ids)))[:PROMPT_TOKENS]
-    prefill = [_prefill_seconds(model, ids) for _ in range(1 + PREFILL_RUNS)][1:]
-    decode = [model.decode(prompt, NEW_TOKENS)[1] for _ in range(1 + DECODE_RUNS)][1:]
+    warm_up, longest = 0 if is_warm else 1, 0.0 if briefly else ENOUGH
+    prefill = _repeated(lambda: _prefill_seconds(model, ids), PREFILL_RUNS, longest, warm_up)
+    decode = _repeated(lambda: model.decode(prompt, NEW_TOKENS)[1], DECODE_RUNS, longest, warm_up)
     return {
         "prefill": {
             "tokens_per_second": len(ids) / statistics.median(prefill),
             "tokens": len(ids),
-            "runs": PREFILL_RUNS,
+            "runs": len(prefill),
             "seconds_per_token": [seconds / len(ids) for seconds in prefill],
         },
         "decode": {
             "tokens_per_second": 1 / statistics.median([seconds for run in decode for seconds in run]),
             "tokens": NEW_TOKENS,
             "prompt_tokens": PROMPT_TOKENS,
-            "runs": DECODE_RUNS,
+            "runs": len(decode),
             "seconds_per_token": [statistics.median(run) for run in decode],
         },
         "threads": torch.get_num_threads(),
         "device": model.device,
         "dtype": model.dtype,
     }
+
+
+def _repeated(run: Callable[[], T], most: int, longest: float, warm_up: int) -> list[T]:
+    """What runs gave, as many as fit into so many seconds: at least :data:`FEWEST_RUNS`, at most ``most``."""
+    for _ in range(warm_up):
+        run()
+    started, found = time.perf_counter(), list[T]()
+    while len(found) < FEWEST_RUNS or (len(found) < most and time.perf_counter() - started < longest):
+        found.append(run())
+    return found
 
 
 def _prefill_seconds(model: LoadedModel, ids: torch.Tensor) -> float:

@@ -204,7 +204,7 @@ class _Work:
         size = self.anatomy.parameters * 2
         yield Ahead(title, "load", START + size / DISK, "load")
         if "speed" in spec.metrics or "memory" in spec.metrics:
-            yield Ahead(title, "", read(7 * spec.context_length) + written(160), "speed")
+            yield Ahead(title, "", read(4 * spec.context_length) + written(96), "speed")
         for text in spec.texts:
             beside = spec.max_tokens * self.anatomy.vocabulary * 20 / self.scoring_rates.nbytes
             yield Ahead(title, text.name, read(spec.max_tokens) + beside, f"text {text.name}")
