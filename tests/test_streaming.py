@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+import quantkit
+from quantkit.engine.kept_calls import OnDisk, on_cpu
+from quantkit.errors import EvaluationError, OutputError, RecipeError
 from quantkit.estimation import anatomy_of
 from quantkit.estimation.streaming import (
     Scored,
@@ -15,11 +20,179 @@ from quantkit.estimation.streaming import (
     where_activations_wait,
     whole_scoring,
 )
+from quantkit.evaluation import EvaluationJob, loading, stage
+from quantkit.evaluation.evaluate import evaluate
+from quantkit.quantization import Job
+from quantkit.recipe import EvaluationSpec
+from quantkit.runtimes import RUNTIMES
+from quantkit.runtimes._streamed import StreamedModel, load_streamed
+from quantkit.runtimes.base import LoadOptions
 from quantkit.system.free_memory import left_by_groups
+from quantkit.system.validation import parse_section
+from tests.runs import make_recipe, write_records
+from tests.test_engine_memory import PeakBytes
+from tests.test_estimation import exported, variant
 from tests.test_threads import group
+from tests.tiny import make_model
 
 GIB = 1 << 30
 LARGE = "llama-3.1-70b"
+FIGURES = ["perplexity", "kl_divergence", "top1_agreement"]
+SPEC: dict[str, Any] = {
+    "texts": ["prose", "answers"], "context_length": 48, "max_tokens": 192, "device": "cpu", "metrics": FIGURES,
+    "samples": False,
+}  # fmt: skip
+FILES: dict[str, dict[str, Any]] = {
+    "rounded inputs": {"scheme": "fp8", "activations": "dynamic"},
+    "gguf": {"format": "gguf", "group_size": 32},
+    "nf4": {"scheme": "nf4", "format": "bitsandbytes"},
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("models") / "llama", dtype=torch.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def files(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Exports of it, all of one walk."""
+    specs = [variant(name=f"v{place}", **keys) for place, keys in enumerate(FILES.values())]
+    made = exported(Job(model, {"reference": "small"}, "bfloat16"), specs, tmp_path_factory.mktemp("files"))
+    return dict(zip(FILES, made, strict=True))
+
+
+def spec_of(**changes: Any) -> EvaluationSpec:
+    return parse_section(EvaluationSpec, {**SPEC, **changes}, "evaluation")
+
+
+def silent(*_: object) -> None:
+    """Progress is not looked at."""
+
+
+def rows(*lengths: int) -> list[torch.Tensor]:
+    draw = torch.Generator().manual_seed(0)
+    return [torch.randint(5, 200, (length,), generator=draw) for length in lengths]
+
+
+def read(folder: Path, given: list[torch.Tensor], keep: Any = None) -> tuple[StreamedModel, list[torch.Tensor]]:
+    loaded = load_streamed(folder, LoadOptions(dtype="float32"), keep)
+    loaded.read_ahead(given, silent)
+    return loaded, [loaded.logits(row) for row in given]
+
+
+def test_figures_are_those_of_models_that_are_loaded_whole(model: Path, files: dict[str, Path], tmp_path: Path) -> None:
+    stored = {name: tmp_path / name for name in ("whole", "streamed")}
+    before = {
+        name: evaluate(EvaluationJob(model, spec_of(loader=name), folder, writes_reference=True), silent)
+        for name, folder in stored.items()
+    }
+    assert [before[name]["loaded_by"] for name in stored] == ["transformers", "streamed"]
+    for name, folder in {"float": model, **files}.items():
+        whole = evaluate(EvaluationJob(folder, spec_of(loader="reference"), stored["whole"]), silent)
+        block = evaluate(EvaluationJob(folder, spec_of(loader="streamed"), stored["streamed"]), silent)
+        assert block["rounded_inputs"] == whole["rounded_inputs"]
+        assert bool(block["rounded_inputs"]) == (name == "rounded inputs")
+        for text in ("prose", "answers"):
+            for sums in ("nll_by_window", "kl_by_window"):
+                assert block["texts"][text][sums] == pytest.approx(whole["texts"][text][sums], abs=1e-5), name
+            assert block["texts"][text]["agreements_by_window"] == whole["texts"][text]["agreements_by_window"]
+            assert block["texts"][text]["token_ids_sha256"] == whole["texts"][text]["token_ids_sha256"]
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gpt_neox", "gemma"])
+def test_logits_are_those_of_the_whole_model_wherever_rows_wait(family: str, tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model", family, tie_word_embeddings=family == "qwen3")
+    given, kept = [*rows(40, 40, 24), *rows(40)], tmp_path / "kept"
+    kept.mkdir()
+    whole = RUNTIMES.get("transformers").load(folder, LoadOptions(dtype="float32"))
+    expected = [whole.logits(row) for row in given]
+    for keep in (None, on_cpu, OnDisk(kept)):
+        loaded, found = read(folder, given, keep)
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    assert not any(kept.iterdir())
+    (alone,) = rows(17)
+    torch.testing.assert_close(loaded.logits(alone), whole.logits(alone), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(next(iter(loaded.logits_of([alone]))), whole.logits(alone), rtol=1e-5, atol=1e-5)
+
+
+def test_memory_does_not_grow_with_blocks(tmp_path: Path) -> None:
+    peaks = {}
+    for blocks in (3, 9):
+        folder = make_model(tmp_path / str(blocks), num_hidden_layers=blocks, hidden_size=128, intermediate_size=512)
+        with PeakBytes() as tracker:
+            loaded, _ = read(folder, rows(16, 16))
+        peaks[blocks] = tracker.peak
+        whole = RUNTIMES.get("transformers").load(folder, LoadOptions(dtype="float32")).weights_bytes()
+        assert loaded.weights_bytes() < whole / 2
+    assert peaks[9] <= 1.02 * peaks[3]
+
+
+def test_what_does_not_fit_is_read_a_block_at_a_time_and_says_so(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = EvaluationJob(model, spec_of(metrics=["perplexity", "memory", "speed"], samples=2))
+    assert evaluate(job, silent)["loaded_by"] == "transformers"
+    monkeypatch.setattr(loading, "free_bytes", lambda *_: 1 << 20)
+    steps: list[str] = []
+    found = evaluate(job, lambda step, *_: steps.append(step))
+    assert (found["loaded_by"], found["speed"]) == ("streamed", None)
+    assert "samples" not in found
+    assert found["notes"][0].startswith("read a block at a time: loaded whole it would take ")
+    assert "waits on disk" in found["notes"][1]
+    assert found["notes"][2] == "left out, as each token would read all weights anew: speed, samples"
+    memory = found["memory"]
+    assert memory["weights_are"] == "one block at a time, decoded to float"
+    assert list(memory["phases"]) == ["load"]
+    assert steps.count("blocks") == 2
+    whole = evaluate(EvaluationJob(model, spec_of(loader="whole", metrics=["perplexity"])), silent)
+    assert whole["loaded_by"] == "transformers"
+    assert found["metrics"]["perplexity"] == pytest.approx(whole["metrics"]["perplexity"], rel=1e-6)
+
+
+def test_a_model_that_makes_its_logits_of_more_is_loaded_whole(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import LlamaForCausalLM
+
+    own = LlamaForCausalLM.forward
+
+    def forward(self: Any, input_ids: torch.Tensor, **given: Any) -> Any:
+        found = own(self, input_ids=input_ids, **given)
+        found.logits = found.logits * (1 + input_ids[..., None] % 3)
+        return found
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", forward)
+    with pytest.raises(EvaluationError, match="not made of the last hidden states alone"):
+        evaluate(EvaluationJob(model, spec_of(loader="streamed", metrics=["perplexity"])), silent)
+    monkeypatch.setattr(loading, "free_bytes", lambda *_: 1 << 20)
+    found = evaluate(EvaluationJob(model, spec_of(metrics=["perplexity"])), silent)
+    assert found["loaded_by"] == "transformers"
+    assert found["notes"][1].startswith("loaded whole all the same: the model cannot be read a block at a time")
+
+
+def test_a_full_disk_is_one_line(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "0").symlink_to("/dev/full")
+    with pytest.raises(OutputError, match="No space left"):
+        read(model, rows(40), OnDisk(tmp_path))
+
+
+def test_answers_are_refused_of_a_model_that_does_not_write() -> None:
+    with pytest.raises(RecipeError, match="writes no answers"):
+        spec_of(loader="streamed", answers={"samples": 2})
+
+
+def test_a_run_tells_of_blocks(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage, "run_job", lambda job, *, log, on_progress: evaluate(job, on_progress))
+    evaluation = {**SPEC, "texts": ["prose"], "loader": "streamed", "metrics": [*FIGURES, "memory"], "samples": 2}
+    variants = [{"name": "plain", "method": "rtn", "format": "hqq"}]
+    records = write_records(tmp_path / "records.jsonl")
+    found = quantkit.run(make_recipe(model, records, tmp_path / "run", variants, evaluation=evaluation))
+    (row,) = found["variants"]
+    assert found["baseline"]["loaded_by"] == row["loaded_by"] == "streamed"
+    assert row["notes"][-1] == "scoring: left out, as each token would read all weights anew: samples"
+    assert row["memory"]["estimates"]["weights"]["ratio"] == pytest.approx(1, rel=0.05)
+    report = (tmp_path / "run" / "report.md").read_text()
+    assert "The model was read a block at a time" in report
+    assert "the reference decoder, a block at a time" in Path(row["checkpoint"], "README.md").read_text()
+    assert not list((tmp_path / "run").rglob("activations-*"))
 
 
 def test_a_70b_does_not_fit_on_a_card_and_its_blocks_do() -> None:

@@ -443,7 +443,7 @@ def evaluate(
     context_length: Annotated[int, typer.Option(help="Tokens per window.")] = 512,
     max_tokens: Annotated[int, typer.Option(help="Tokens scored per text at most.")] = 8192,
     bos: Annotated[str, typer.Option(help="Where a BOS token stands: before each window, stream or none.")] = "window",
-    loader: Annotated[str, typer.Option(help="auto, or a name of 'quantkit runtimes'.")] = "auto",
+    loader: Annotated[str, typer.Option(help="auto, whole, streamed, or a name of 'quantkit runtimes'.")] = "auto",
     tasks: Annotated[
         list[str] | None, typer.Option("--task", help="Of lm-evaluation-harness: a name or a file; repeatable.")
     ] = None,

@@ -8,7 +8,7 @@ gradients arrive, and its inputs are slots, which know where they came from.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -19,8 +19,9 @@ from torch import nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from quantkit.engine.batches import Batch
-from quantkit.engine.passes import CPU, AtEnd, AtSegment, Pass
+from quantkit.engine.passes import CPU, AtEnd, AtHead, AtSegment, Pass
 from quantkit.errors import QuantizationError
+from quantkit.system.os_errors import translated_os_errors
 
 Fetch = Callable[[], torch.Tensor]
 Keep = Callable[[torch.Tensor], Fetch]
@@ -63,16 +64,21 @@ class OnDisk:
     _numbers: Iterator[int] = field(default_factory=count)
 
     def __call__(self, tensor: torch.Tensor) -> Fetch:
-        """Keep a tensor."""
-        from safetensors.torch import load_file, save_file
+        """Keep a tensor.
 
-        file, device = self.folder / f"{next(self._numbers)}.safetensors", tensor.device
-        save_file({"kept": tensor.detach().to(CPU).contiguous()}, file)
+        Raises:
+            OutputError: the disk is full.
+        """
+        file, device, shape, dtype = self.folder / str(next(self._numbers)), tensor.device, tensor.shape, tensor.dtype
+        with translated_os_errors(file), file.open("wb") as written:
+            written.write(tensor.detach().to(CPU).contiguous().view(-1).view(torch.uint8).numpy().data)
 
         def fetch() -> torch.Tensor:
-            found: torch.Tensor = load_file(file)["kept"].to(device)
+            found = torch.empty(shape, dtype=dtype)
+            with file.open("rb") as stored:
+                stored.readinto(found.view(-1).view(torch.uint8).numpy().data)
             file.unlink()
-            return found
+            return found.to(device)
 
         return fetch
 
@@ -224,6 +230,8 @@ class KeepingPass(Pass):
         calls: in their order.
         hidden: what the head is given, ``[rows, length, width]``.
         edge: where that comes from; None without a graph.
+        proves: it runs through the head, which is loaded for it, to the model's own ``logits``.
+        logits: of one that does, ``[rows, length, vocabulary]``.
     """
 
     def __init__(self, model: nn.Module, batch: Batch, keep: Keep | None) -> None:
@@ -231,8 +239,11 @@ class KeepingPass(Pass):
         self.calls: list[_Call] = []
         self.hidden = torch.empty(0)
         self.edge: GradientEdge | None = None
+        self.proves = False
+        self.logits = torch.empty(0)
         self._keep = keep
         self._anchor = torch.empty(0, requires_grad=True)
+        self._waiting: list[tuple[torch.Tensor, Fetch]] = []
 
     def through(self, index: int, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Stand before a segment until it is loaded, and go through it."""
@@ -257,11 +268,36 @@ class KeepingPass(Pass):
         self.calls.append(call)
         return returned
 
+    def run(self) -> AtEnd:
+        """The body of the coroutine: the model's forward, without a cache."""
+        self.logits = self._model(input_ids=self.batch.token_ids, use_cache=False, **self.batch.inputs).logits
+        return AtEnd()
+
     def ends(self, hidden: torch.Tensor) -> None:
-        """Stand before the head, and go no further."""
+        """Stand before the head, and go no further but to prove."""
         self.edge = get_gradient_edge(hidden) if hidden.requires_grad else None
         self.hidden = hidden.detach()
-        self.parent.switch(AtEnd())
+        self.parent.switch(AtHead() if self.proves else AtEnd())
+
+    def park(self, keep: Keep, shared: Collection[int]) -> None:
+        """Have what is as long as the batch wait elsewhere until :meth:`fetch`, without a graph.
+
+        Args:
+            keep: where.
+            shared: by their identities the tensors that belong to the model.
+        """
+        place = self.place
+        held = _leaves((place.args, place.kwargs)) if isinstance(place, AtSegment) else [self.hidden]
+        for tensor in {id(each): each for each in held if id(each) not in shared}.values():
+            if tensor.is_floating_point() and tensor.ndim == 3 and tensor.shape[:2] == self.batch.token_ids.shape:
+                self._waiting.append((tensor, keep(tensor)))
+                tensor.data = tensor.data.new_empty(0)
+
+    def fetch(self) -> None:
+        """Have it back."""
+        for tensor, fetch in self._waiting:
+            tensor.data = fetch()
+        self._waiting = []
 
     def read(self) -> torch.Tensor:
         """What the head is given of each token, ``[tokens, width]``, padding left out.

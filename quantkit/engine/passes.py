@@ -43,7 +43,12 @@ class AtEnd:
     """A pass stands behind the last segment."""
 
 
-Place = AtSegment | AtGroup | AtEnd
+@dataclass(frozen=True, slots=True)
+class AtHead:
+    """A pass stands before the output head, and will go through it."""
+
+
+Place = AtSegment | AtGroup | AtEnd | AtHead
 
 
 class Pass(greenlet):  # type: ignore[misc]  # greenlet has no type hints
@@ -68,9 +73,10 @@ class Pass(greenlet):  # type: ignore[misc]  # greenlet has no type hints
         self.is_back = False
         self.parked: list[ref[torch.Tensor]] = []
 
-    def run(self) -> None:
-        """The body of the coroutine: the model's forward, without a cache."""
+    def run(self) -> Place | None:
+        """The body of the coroutine: the model's forward, without a cache; it gives where the pass stands then."""
         self._model(input_ids=self.batch.token_ids, use_cache=False, **self.batch.inputs)
+        return None
 
     def resume(self, keeping: Collection[tuple[nn.Module, str]] = ()) -> None:
         """Go on until the next pause.

@@ -16,9 +16,10 @@ trains, by tensors that stand in for a segment's parameters (:func:`standing_in`
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -35,6 +36,8 @@ from quantkit.errors import QuantizationError
 
 CHUNK_LOGITS = 1 << 24
 """Logits that are made at a time: tokens times the vocabulary."""
+PROVEN = {torch.float32: 1e-4, torch.float16: 5e-2}
+"""Difference of logits, relative to them, that counts as rounding, in float32 and in dtypes of 16 bits."""
 
 Loaded = Callable[[Segment, bool], AbstractContextManager[None]]
 """Inside the block a segment has its weights. The flag: it is run for gradients, not for its outputs alone."""
@@ -110,6 +113,8 @@ class ReverseWalk:
         keep: where what segments are given waits, see :func:`quantkit.engine.kept_calls.on_device`, the default.
         sees: batches have images or the like, whose models are loaded with the frame.
         on_step: called with the number of segments that were run and how many there are, forward and backward.
+        parks: where what passes that leave no gradients hold waits while others go through a segment; None for where it
+            is.
 
     Attributes:
         batch: the one that is run.
@@ -124,10 +129,12 @@ class ReverseWalk:
     keep: Keep = on_device
     sees: bool = False
     on_step: Callable[[int, int], None] = lambda _done, _total: None
+    parks: Keep | None = None
     batch: Batch | None = field(init=False, default=None)
     chunk: torch.Tensor | None = field(init=False, default=None)
     _cleanup: ExitStack = field(init=False, default_factory=ExitStack)
     _read: torch.Tensor | None = field(init=False, default=None)
+    _own: set[int] = field(init=False, default_factory=set)
 
     def __enter__(self) -> ReverseWalk:
         """Load the frame, and let passes stand before segments.
@@ -143,6 +150,7 @@ class ReverseWalk:
             name = type(text).__name__
             raise QuantizationError(f"{name} has no output head beside its decoder", "it cannot be run backward")
         self.skeleton.load_frame(self.reader, self.device, self.dtype, towers=self.sees)
+        self._own = {id(each) for each in chain(text.parameters(), text.buffers())}
         for index, segment in enumerate(self.skeleton.segments):
             self._replace(segment.module, partial(self._segment, index))
         self._replace(head, self._head)
@@ -173,6 +181,8 @@ class ReverseWalk:
         current = getcurrent()
         if isinstance(current, KeepingPass):
             current.ends(hidden)
+            with self._loaded_head(False):
+                return forward(hidden)
         return forward(hidden if self._read is None else self._read.to(hidden.dtype))
 
     def _decoder(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -205,6 +215,37 @@ class ReverseWalk:
             passes, _ = self._forward(batches, None)
         return [each.read() for each in passes]
 
+    def proven_hidden(self, batches: Sequence[Batch], proof: Batch) -> Iterator[torch.Tensor]:
+        """What :meth:`hidden` gives, one batch after another, each fetched from where it waits.
+
+        Args:
+            batches: they are run together.
+            proof: one more, of few tokens, that the model's own code reads to the end: its logits must be those that
+                :meth:`logits` makes of what its head was given.
+
+        Raises:
+            QuantizationError: they are not, or the model's code fails on the batches.
+        """
+        with torch.no_grad():
+            first, *passes = self._forward([proof, *batches], None, proves=True)[0]
+            self._check_logits(first)
+        while passes:
+            each = passes.pop(0)
+            each.fetch()
+            yield each.read()
+
+    def _check_logits(self, proof: KeepingPass) -> None:
+        proof.fetch()
+        expected = proof.batch.tokens_of(proof.logits.flatten(0, 1))[0].float()
+        with self._loaded_head(False):
+            found = self.logits(proof.read()).float()
+        within = PROVEN.get(self.dtype, PROVEN[torch.float16])
+        if found.shape != expected.shape or not bool((found - expected).norm() <= within * expected.norm()):
+            raise QuantizationError(
+                f"the logits of {type(self.skeleton.text).__name__} are not made of the last hidden states alone",
+                "load the whole model",
+            )
+
     def run(self, batches: Sequence[Batch], loss: Loss) -> float:
         """One run forward and backward; gradients are added to those that are there.
 
@@ -221,9 +262,7 @@ class ReverseWalk:
         """
         with torch.enable_grad():
             passes, rounds = self._forward(batches, self.keep)
-        with ExitStack() as ends:
-            if self.skeleton.head is not None:
-                ends.enter_context(self._loaded(self.skeleton.head, True))
+        with self._loaded_head(True):
             total = sum(self._end(each, loss) for each in passes)
         self.on_step(len(rounds) + 1, 2 * len(rounds) + 1)
         for done, (segment, here) in enumerate(reversed(rounds)):
@@ -239,8 +278,11 @@ class ReverseWalk:
         loaded = self.loaded or from_checkpoint(self.skeleton, self.reader, self.device, self.dtype)
         return loaded(segment, for_gradients)
 
+    def _loaded_head(self, for_gradients: bool) -> AbstractContextManager[None]:
+        return nullcontext() if self.skeleton.head is None else self._loaded(self.skeleton.head, for_gradients)
+
     def _forward(
-        self, batches: Sequence[Batch], keep: Keep | None
+        self, batches: Sequence[Batch], keep: Keep | None, *, proves: bool = False
     ) -> tuple[list[KeepingPass], list[tuple[Segment, list[KeepingPass]]]]:
         """Bring all batches up to the head.
 
@@ -249,11 +291,13 @@ class ReverseWalk:
         """
         rounds = list[tuple[Segment, list[KeepingPass]]]()
         passes = [KeepingPass(self.skeleton.text, batch, keep) for batch in batches]
+        passes[0].proves = proves
         with ExitStack() as cleanup:
             for each in passes:
                 cleanup.callback(each.stop)
             self._resume(passes)
             self._through_segments(passes, rounds)
+            self._resume([each for each in passes if each.proves])
         return passes, rounds
 
     def _through_segments(self, passes: Sequence[KeepingPass], rounds: list[tuple[Segment, list[KeepingPass]]]) -> None:
@@ -270,8 +314,11 @@ class ReverseWalk:
     def _resume(self, passes: Sequence[KeepingPass]) -> None:
         for each in passes:
             self.batch = each.batch
+            each.fetch()
             with told(self.skeleton.text):
                 each.resume()
+            if self.parks is not None and not torch.is_grad_enabled():
+                each.park(self.parks, self._own)
 
     def _end(self, each: KeepingPass, loss: Loss) -> float:
         """Ask for the loss of a batch, and run its gradient back to the last segment."""

@@ -12,16 +12,18 @@ from quantkit.estimation.anatomy import Anatomy
 from quantkit.estimation.inference import LLAMA_CPP_TOKENS, activations_line, cache_lines, served, weights_line
 from quantkit.estimation.lines import Line, Part, written
 from quantkit.estimation.models import anatomy_by
+from quantkit.estimation.streaming import streamed_weights
 from quantkit.estimation.use import Use
 from quantkit.estimation.weights import Stored, stored
 from quantkit.formats import FORMATS
 from quantkit.formats.base import BYTES
 from quantkit.recipe import VariantSpec
+from quantkit.recipe.evaluation import STREAMED
 from quantkit.system.validation import parse_section
 
 ESTIMATED = "weights_estimated_bytes"
 ESTIMATES = "estimates"
-How = Literal["decoded", "decoded at first use", "packed", "packed, a layer decoded at a time"]
+How = Literal["decoded", "decoded at first use", "packed", "packed, a layer decoded at a time", "a block at a time"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,8 @@ def held_by(runtime: str | None, store: str, dtype: str | None) -> Held:
     dtype = dtype if dtype in BYTES else None
     if runtime == "llama.cpp":
         return Held("packed", None, llama_cpp=True)
+    if runtime == STREAMED:
+        return Held("a block at a time", dtype)
     if store == "float":
         return Held("packed", dtype)
     if runtime == "reference":
@@ -61,6 +65,8 @@ def held_by(runtime: str | None, store: str, dtype: str | None) -> Held:
 
 def loaded_line(anatomy: Anatomy, file: Stored, held: Held) -> Line:
     """The weights as they are loaded."""
+    if held.how == "a block at a time":
+        return streamed_weights(anatomy, held.dtype or file.dtype)
     if held.how == "decoded":
         return weights_line(anatomy, file, held.dtype or file.dtype)
     if held.llama_cpp or held.dtype in (None, file.dtype):

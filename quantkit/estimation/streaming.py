@@ -80,11 +80,13 @@ def streamed_scoring(anatomy: Anatomy, scored: Scored, *, packed: bool = False, 
         activations_line(anatomy, 1, scored.window, scored.dtype),
         *_device(scored),
     )
-    head = anatomy.vocabulary * anatomy.hidden * BYTES[scored.dtype]
+    size = BYTES[scored.dtype]
+    head = 0 if anatomy.tied else anatomy.vocabulary * anatomy.hidden * size
+    shape = f"{anatomy.vocabulary:,} x {anatomy.hidden:,} x {size} bytes"
     ends = (
         *held,
-        Line("head", head, f"{anatomy.vocabulary:,} x {anatomy.hidden:,} x {BYTES[scored.dtype]} bytes"),
-        Line("logits", STREAMED_LOGITS * BYTES[scored.dtype], f"{STREAMED_LOGITS:,} at once"),
+        Line("head", head, "the embedding" if anatomy.tied else shape),
+        Line("logits", STREAMED_LOGITS * size, f"{STREAMED_LOGITS:,} x {size} bytes"),
         _handled(scored),
         *_device(scored),
     )
@@ -125,6 +127,14 @@ def frame_bytes(anatomy: Anatomy, dtype: str) -> int:
 def block_bytes(anatomy: Anatomy, dtype: str) -> int:
     """Bytes of the largest block."""
     return anatomy.in_largest() * BYTES[dtype]
+
+
+def streamed_weights(anatomy: Anatomy, dtype: str) -> Line:
+    """The weights that are in memory at once, at most: the frame, and the largest block or the head."""
+    head = 0 if anatomy.tied else anatomy.vocabulary * anatomy.hidden * BYTES[dtype]
+    frame, block = frame_bytes(anatomy, dtype), block_bytes(anatomy, dtype)
+    what = f"{written(frame)} of the frame + {written(max(head, block))} of {'the head' if head > block else 'a block'}"
+    return Line("weights", frame + max(head, block), what)
 
 
 def _read_line(anatomy: Anatomy, packed: bool) -> Line:

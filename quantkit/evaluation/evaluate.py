@@ -13,17 +13,20 @@ import torch
 from quantkit.errors import EvaluationError
 from quantkit.evaluation.divergence import in_words
 from quantkit.evaluation.job import EvaluationJob, Progress, compute_dtype
+from quantkit.evaluation.loading import Loading, choose_loading, streamed
 from quantkit.evaluation.memory import MemoryWatch, checkpoint_bytes
 from quantkit.evaluation.reference import TextReader, check_reference, prepare_folder, text_writer, write_index
 from quantkit.evaluation.scoring import TextScore, score
 from quantkit.evaluation.speed import NEW_TOKENS, PROMPT_TOKENS, measure_speed
-from quantkit.evaluation.tasks_and_answers import tasks_and_answers
+from quantkit.evaluation.tasks_and_answers import TasksAndAnswers, tasks_and_answers
 from quantkit.evaluation.texts import Windows, cut, load_text
+from quantkit.recipe.evaluation import STREAMED
 from quantkit.records import Record
 from quantkit.runtimes._checkpoint import load_config, load_tokenizer
-from quantkit.runtimes._choice import choose_runtime
+from quantkit.runtimes._streamed import LOAD_WHOLE
 from quantkit.runtimes.base import LoadedModel, LoadOptions, Runtime
 from quantkit.system.devices import device_name, resolve_device
+from quantkit.system.free_memory import kept_to
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -41,9 +44,10 @@ def evaluate(job: EvaluationJob, progress: Progress) -> dict[str, Any]:
         ``metrics``: ``perplexity``, ``kl_divergence`` (:data:`KL_FIGURES`) and ``top1_agreement``, each by
         text; ``texts``: how each was cut, its token ids' hash, sums over it and over each of its windows, llama.cpp's
         table of divergence, and the tokens furthest from the reference;
-        ``size_bytes``; ``loaded_by``, the runtime's name; ``rounded_inputs``, what the reference decoder rounded the
-        inputs of layers to; ``memory`` and ``speed``, None where the job does not ask,
-        and for a model that the reference decoder loaded those of float weights, which ``memory.weights_are`` says;
+        ``size_bytes``; ``loaded_by``, the runtime's name, or ``streamed`` where a block was read at a time, of which
+        ``notes`` tell why and what was left out; ``rounded_inputs``, what the reference decoder rounded the inputs of
+        layers to; ``memory`` and ``speed``, None where the job does not ask, and for a model that the reference decoder
+        loaded those of float weights, which ``memory.weights_are`` says;
         ``seconds``; ``environment``; what :meth:`TasksAndAnswers.score` gives; and ``samples``, see
         :func:`quantkit.evaluation.samples.samples`.
 
@@ -57,31 +61,35 @@ def evaluate(job: EvaluationJob, progress: Progress) -> dict[str, Any]:
     started = time.perf_counter()
     device = resolve_device(job.spec.device)
     options = _load_options(job, device)
-    runtime = choose_runtime(job.checkpoint, job.spec.loader, options.dtype)
     tokenizer = load_tokenizer(job.checkpoint, trust_remote_code=job.trust_remote_code)
     config = load_config(job.checkpoint, trust_remote_code=job.trust_remote_code)
     windows, conversations = _cut_texts(job, tokenizer, progress)
+    loading = choose_loading(job, options, windows)
     _check_job(job, config, windows)
-    with tasks_and_answers(job, config, tokenizer) as others, _memory_errors(device):
+    with tasks_and_answers(job, config, tokenizer) as others, _memory_errors(device), ExitStack() as ends:
+        ends.enter_context(kept_to(device, job.bounds))
         prompts = others.prompts(conversations, windows)
         needed = prompts.context_length if prompts else 0
         options = replace(options, context_length=max(options.context_length, others.context_length, needed))
-        watch = MemoryWatch(device, own_allocator=runtime.own_allocator)
-        model = _load(job, runtime, options, progress)
+        watch = MemoryWatch(device, own_allocator=loading.runtime.own_allocator)
+        model, loading = _load(job, loading, options, windows, ends, progress)
+        if not model.writes:
+            others, prompts, loading = _without_writing(others, loading, job)
         watch.loaded(model)
-        memory, speed = _run_once(job, runtime, model, next(iter(windows.values())), watch)
+        memory, speed = _run_once(job, loading.runtime, model, next(iter(windows.values())), watch)
         scores = {name: _score_text(job, model, text, progress) for name, text in windows.items()}
         other_metrics, other_facts = others.score(model, progress)
         read = others.samples(model, prompts, progress) if prompts else None
     if job.writes_reference and job.reference is not None:
         write_index(job.reference, windows, config.vocab_size)
     if memory is not None:
-        memory["weights_are"] = f"as loaded by {runtime.name}" if runtime.packed else "decoded to float"
+        memory["weights_are"] = loading.weights_are
     return {
         "metrics": _metrics(job, scores) | other_metrics,
         "texts": {name: _text_facts(text, scores[name], tokenizer) for name, text in windows.items()},
         "size_bytes": checkpoint_bytes(job.checkpoint),
-        "loaded_by": runtime.name,
+        "loaded_by": loading.name,
+        "notes": list(loading.notes),
         "rounded_inputs": list(model.rounded_inputs),
         "memory": memory,
         "speed": speed,
@@ -142,11 +150,41 @@ def _check_job(job: EvaluationJob, config: PreTrainedConfig, windows: Mapping[st
         check_reference(job.reference, windows, vocabulary)
 
 
-def _load(job: EvaluationJob, runtime: type[Runtime], options: LoadOptions, progress: Progress) -> LoadedModel:
+def _load(
+    job: EvaluationJob,
+    loading: Loading,
+    options: LoadOptions,
+    windows: Mapping[str, Windows],
+    ends: ExitStack,
+    progress: Progress,
+) -> tuple[LoadedModel, Loading]:
+    """The model; one that is read a block at a time has read all texts, or is loaded whole where that is not asked."""
     progress("load", 0, 1)
-    model = runtime.load(job.checkpoint, options)
+    if loading.streams:
+        try:
+            model, notes = ends.enter_context(streamed(job, options, windows))
+            progress("load", 1, 1)
+            rows = [row for text in windows.values() for row in text.ids]
+            model.read_ahead(rows, lambda done, total: progress("blocks", done, total))
+        except EvaluationError as error:
+            if job.spec.loader == STREAMED or error.remedy != LOAD_WHOLE:
+                raise
+            loading = Loading(loading.runtime, notes=(*loading.notes, f"loaded whole all the same: {error.problem}"))
+        else:
+            return model, replace(loading, notes=(*loading.notes, *notes))
+    model = loading.runtime.load(job.checkpoint, options)
     progress("load", 1, 1)
-    return model
+    return model, loading
+
+
+def _without_writing(
+    others: TasksAndAnswers, loading: Loading, job: EvaluationJob
+) -> tuple[TasksAndAnswers, None, Loading]:
+    """What is asked of a model that does not write, with a note of what is not."""
+    kept, left = others.without_writing()
+    left = [*(["speed"] if "speed" in job.spec.metrics else []), *left]
+    note = f"left out, as each token would read all weights anew: {', '.join(left)}"
+    return kept, None, replace(loading, notes=(*loading.notes, *([note] if left else [])))
 
 
 def _run_once(
@@ -160,9 +198,10 @@ def _run_once(
     memory = speed = None
     loaded = model.weights_bytes()
     if "memory" in job.spec.metrics:
-        watch.run(model, text.ids[0])
+        if model.writes:
+            watch.run(model, text.ids[0])
         memory = watch.figures(model)
-    if "speed" in job.spec.metrics:
+    if "speed" in job.spec.metrics and model.writes:
         is_decoded = not runtime.packed or model.weights_bytes() > loaded
         speed = measure_speed(model, text.ids[0], is_warm=memory is not None, briefly=is_decoded)
     return memory, speed

@@ -46,6 +46,7 @@ class EvaluationJob:
             if this is the float model, or it wrote none.
         seen: the questions that the model was calibrated on, as :func:`quantkit.evaluation.answers.asked` has them.
         bounds: what the process may take of each device.
+        scratch: a folder for what does not fit into the memory while the job is at work; None for the system's own.
     """
 
     checkpoint: Path
@@ -58,6 +59,7 @@ class EvaluationJob:
     float_samples: Sequence[Mapping[str, Any]] | None = None
     seen: tuple[str, ...] = ()
     bounds: MemoryBounds = NO_BOUNDS
+    scratch: Path | None = None
 
     @property
     def compares(self) -> bool:
@@ -85,6 +87,7 @@ class EvaluationJob:
             "float_samples": None if self.float_samples is None else [dict(each) for each in self.float_samples],
             "seen": list(self.seen),
             "bounds": self.bounds.to_json(),
+            "scratch": None if self.scratch is None else str(self.scratch),
         }
 
     @classmethod
@@ -101,4 +104,5 @@ class EvaluationJob:
             float_samples=data["float_samples"],
             seen=tuple(data["seen"]),
             bounds=MemoryBounds.from_json(data["bounds"]),
+            scratch=None if data["scratch"] is None else Path(data["scratch"]),
         )

@@ -87,16 +87,20 @@ def score(
     count, rows = windows.ids.shape[0], windows.scored_per_window
     figures = torch.zeros(len(FIGURES), count, rows, dtype=torch.float64)
     for window, ids in enumerate(windows.ids):
-        logits = model.logits(ids)[:-1]
-        _check_width(logits.shape[-1], reference, writer)
-        expected = None if reference is None else partial(_rows_after, reference, window * rows)
-        figures[:, window] = window_figures(logits, ids[1:], expected, writer).cpu()
+        start = 0
+        for part in model.logits_in_parts(ids):
+            logits, targets = part[: rows - start], ids[1 + start : 1 + start + len(part)]
+            _check_width(logits.shape[-1], reference, writer)
+            expected = None if reference is None else partial(_rows_after, reference, window * rows + start)
+            stop = start + len(logits)
+            figures[:, window, start:stop] = window_figures(logits, targets, expected, writer).cpu()
+            start = stop
+            del logits, part
         if not figures[FIGURES.index("lowest"), window].isfinite().all():
             raise EvaluationError(
                 f"the model gives NaN or infinite logits in window {window} of text '{windows.name}'",
                 "its weights are broken, or its activations overflow: try evaluation.dtype float32",
             )
-        del logits
         if on_window is not None:
             on_window(window + 1, count)
     return _text_score(dict(zip(FIGURES, figures, strict=True)), reference)

@@ -85,12 +85,11 @@ class Scoring:
         written = read_stage(self.out, STAGE, self.made_from())
         if written is None or (self.reference is None and self.spec.compares and not (self.out / LOGPROBS).is_dir()):
             return None
-        if self.spec.answers is not None and not (self.out / ANSWERS).is_file():
-            return None
         try:
-            return {**read_json(self.out / RESULT), "fingerprint": written["fingerprint"]}
+            result = {**read_json(self.out / RESULT), "fingerprint": written["fingerprint"]}
         except (OSError, ValueError, TypeError):
             return None  # damaged since it was written: scored again
+        return result if "answers" not in result or (self.out / ANSWERS).is_file() else None
 
     def computed_otherwise(self) -> dict[str, str] | None:
         """What the result that is there was computed by, if it is of the same all but for that."""
@@ -132,23 +131,34 @@ def score(scoring: Scoring, observer: Observer) -> dict[str, Any]:
             writes_reference=is_baseline and compares,
             trust_remote_code=scoring.trust_remote_code,
             answers_file=folder / ANSWERS if scoring.spec.answers else None,
-            float_answers=scoring.reference.with_name(ANSWERS) if scoring.reference and scoring.spec.answers else None,
+            float_answers=_float_answers(scoring),
             float_samples=_float_samples(scoring),
             seen=scoring.seen,
             bounds=scoring.bounds,
+            scratch=folder.absolute(),
         )
         result = run_job(job, log=scoring.log, on_progress=observer.progress)
+        for note in result["notes"]:
+            observer.note(f"{scoring.name}: {note}")
         write_json(folder / RESULT, result)
         mark = write_stage(folder, STAGE, scoring.made_from())
     return {**result, "fingerprint": mark}
 
 
+def _float_answers(scoring: Scoring) -> Path | None:
+    """The float model's answers, which lie beside its log-probabilities where it was asked for some and could write."""
+    if scoring.reference is None or scoring.spec.answers is None:
+        return None
+    file = scoring.reference.with_name(ANSWERS)
+    return file if file.is_file() else None
+
+
 def _float_samples(scoring: Scoring) -> list[dict[str, Any]] | None:
-    """What the float model wrote, which lies beside its log-probabilities."""
+    """What the float model wrote; None where it did not."""
     if scoring.reference is None or scoring.spec.samples is None:
         return None
-    found: list[dict[str, Any]] = read_json(scoring.reference.with_name(RESULT))["samples"]["items"]
-    return found
+    found: dict[str, Any] = read_json(scoring.reference.with_name(RESULT))
+    return found["samples"]["items"] if "samples" in found else None
 
 
 def evaluation_identity(spec: EvaluationSpec) -> dict[str, Any]:
@@ -197,6 +207,7 @@ def report_figures(result: dict[str, Any]) -> dict[str, Any]:
         "size_bytes": result["size_bytes"],
         "loaded_by": result.get("loaded_by"),
         "rounded_inputs": result.get("rounded_inputs") or [],
+        **({"scoring_notes": result["notes"]} if result.get("notes") else {}),
         "scored_on": {key: result["environment"][key] for key in ("device", "dtype", "threads")},
         "memory": result["memory"],
         "speed": speed

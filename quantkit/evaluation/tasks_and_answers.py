@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from quantkit.evaluation import answers
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 UNLIMITED = 1 << 30
+WRITING = "generate_until"
+"""What lm-evaluation-harness calls the kind of tasks whose answers the model writes."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,15 @@ class TasksAndAnswers:
             longest = max(len(question.prompt) for question in self.questions.items)
             needed.append(longest + self.job.spec.answers.max_new_tokens)
         return max(needed, default=0)
+
+    def without_writing(self) -> tuple[TasksAndAnswers, list[str]]:
+        """What of them can be had from a model that does not write, and the names of all that cannot."""
+        write = [task for task in self.tasks if any(each.OUTPUT_TYPE == WRITING for each in _plain(task))]
+        left = [*(f"task {task.spec.label}" for task in write), *(["answers"] if self.questions is not None else [])]
+        left += ["samples"] if self.job.spec.samples is not None else []
+        job = replace(self.job, spec=self.job.spec.model_copy(update={"samples": None}))
+        kept = [task for task in self.tasks if task not in write]
+        return replace(self, job=job, tasks=kept, questions=None), left
 
     def score(self, model: LoadedModel, progress: Progress) -> tuple[dict[str, Any], dict[str, Any]]:
         """Take the scores.
@@ -127,6 +138,12 @@ def tasks_and_answers(
     ends = end_tokens(job.checkpoint, config, tokenizer)
     with loaded_tasks(job.spec.tasks, trusted=trusted) as tasks:
         yield TasksAndAnswers(job, tokenizer, ends, longest, tasks, questions, metrics)
+
+
+def _plain(task: LoadedTask) -> Collection[Any]:
+    """The tasks of an entry, which may be a group."""
+    found: Mapping[str, Any] = task.content["tasks"]
+    return found.values()
 
 
 def _named(progress: Progress, step: str) -> Callable[[int, int], None]:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 import torch
 
 from quantkit.errors import CheckpointError
 from quantkit.exports.base import Export
+from quantkit.numerics.low_rank import LowRank
 
 
 class DecodedReader:
@@ -13,10 +17,11 @@ class DecodedReader:
 
     Args:
         export: the checkpoint.
+        terms: by layer what is added to its decoded weight.
     """
 
-    def __init__(self, export: Export) -> None:
-        self._export = export
+    def __init__(self, export: Export, terms: Mapping[str, LowRank] = MappingProxyType({})) -> None:
+        self._export, self._terms = export, terms
         self._floats = set(export.float_names())
 
     def names(self) -> list[str]:
@@ -40,7 +45,8 @@ class DecodedReader:
         layer = self._layer(name)
         if layer is None:
             return self._export.float_tensor(name)
-        return self._export.decodable(layer).dequantize(torch.float32)
+        weight = self._export.decodable(layer).dequantize(torch.float32)
+        return weight + self._terms[layer].product() if layer in self._terms else weight
 
     def read_finite(self, name: str) -> torch.Tensor:
         """A tensor without NaN and infinities.

@@ -36,6 +36,7 @@ def report_content(
     figures = beside_measured(report_figures(baseline), baseline, model.folder)
     figures = beside_server(figures, model.folder, context)
     before = {**figures, "seconds": {"evaluate": baseline["seconds"]}}
+    rows = [_with_scoring_notes(row) for row in rows]
     gates = report.evaluate_gates(recipe.gates, [row for row in rows if row["name"] in variants], before)
     titles = {variant.name: variant.title for variant in recipe.variants if variant.title}
     rows = [row | {"title": titles[row["name"]]} if row["name"] in titles else row for row in rows]
@@ -57,6 +58,12 @@ def report_content(
         "gates": gates,
     }
     return {**report.noted(content), "recommendation": report.recommend(content).to_json()}
+
+
+def _with_scoring_notes(row: dict[str, Any]) -> dict[str, Any]:
+    """A row whose notes tell how it was scored, too."""
+    told = row.get("scoring_notes") or []
+    return {**row, "notes": [*(row.get("notes") or []), *(f"scoring: {note}" for note in told)]} if told else row
 
 
 def _source_facts(model: SourceModel) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from quantkit.gguf.head import read_head
 from quantkit.llama_cpp.library import library
 from quantkit.publishing.mlflow import check_tracking
 from quantkit.recipe import CalibrationSpec, EvaluationSpec, ModelSpec, Recipe
+from quantkit.recipe.evaluation import LOADERS
 from quantkit.recipe.local_files import (
     LLAMAFACTORY,
     allocation_files,
@@ -201,7 +202,7 @@ def check_loader(spec: EvaluationSpec) -> None:
     Raises:
         RecipeError: with the reason.
     """
-    if spec.loader == "auto":
+    if spec.loader in LOADERS:
         return
     runtime = RUNTIMES.get(spec.loader)
     reason = runtime.missing()

@@ -21,6 +21,7 @@ from quantkit.publishing.front_matter import front_matter
 from quantkit.publishing.markdown import code, fenced, plain, table
 from quantkit.publishing.usage import Subject, usage
 from quantkit.quantization.left_float import few
+from quantkit.recipe.evaluation import STREAMED
 from quantkit.schemes import Scheme, scheme_from_json
 from quantkit.source.model import decoded_from
 from quantkit.system.artifacts import read_json, write_text
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 CARD = "README.md"
 RECIPE = "recipe.yaml"
 NOT_MEASURED = "Not measured."
+BLOCKS = "the reference decoder, a block at a time"
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +186,8 @@ def _scores(scores: Mapping[str, Any], baseline: Mapping[str, Any] | None) -> st
     header = ["Text", "Perplexity, float", "Perplexity", "KL divergence", "Same top token"]
     sizes = [("float model", (baseline or {}).get("size_bytes")), ("this checkpoint", scores.get("size_bytes"))]
     lines = "\n".join(f"- {what}: {count / 2**20:.1f} MiB of tensors" for what, count in sizes if count is not None)
-    by = f"\n\nMeasured through {plain(scores['loaded_by'])}." if scores.get("loaded_by") else ""
+    who = BLOCKS if scores.get("loaded_by") == STREAMED else scores.get("loaded_by")
+    by = f"\n\nMeasured through {plain(who)}." if who else ""
     return f"{table(header, rows, figures=4)}\n\n{lines}{by}"
 
 

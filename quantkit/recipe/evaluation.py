@@ -23,6 +23,8 @@ COMPARING_METRICS: tuple[Metric, ...] = ("kl_divergence", "top1_agreement")
 METRICS: tuple[Metric, ...] = ("perplexity", "kl_divergence", "top1_agreement", "memory", "speed")
 BUNDLED_TEXTS = ("prose", "answers")
 AnswerMetric = Literal["exact_match", "rouge"]
+AUTO, WHOLE, STREAMED = LOADERS = ("auto", "whole", "streamed")
+"""How checkpoints are loaded where no runtime is named."""
 ANSWER_METRICS: tuple[AnswerMetric, ...] = ("exact_match", "rouge")
 ANSWER_FIGURES = {"exact_match": ("exact_match",), "rouge": ("rouge1", "rouge2", "rougeL", "rougeLsum")}
 """The figures that each metric gives."""
@@ -229,8 +231,9 @@ class EvaluationSpec(Section):
         dtype: compute dtype; ``auto`` is float32 on CPU and the checkpoint's dtype on CUDA.
         reference_limit: bytes that the float model's stored log-probabilities may take, all texts together.
         loader: the runtime that loads the checkpoints: ``transformers`` loads the files as they are, ``reference``
-            decodes them by quantkit's own formats into a float model, ``llama.cpp`` loads GGUF files; ``auto`` is
-            transformers or llama.cpp where they and the packages there can load the format, else the reference.
+            decodes them by quantkit's own formats into a float model, ``llama.cpp`` loads GGUF files; ``whole`` is
+            transformers or llama.cpp where they and the packages there can load the format, else the reference;
+            ``streamed`` reads a block at a time, and ``auto`` does so where the whole would not fit.
         tasks: of lm-evaluation-harness, each its name, the path of a task file, or a :class:`TaskSpec`.
         answers: instructions to answer; see :class:`AnswerSpec`.
         samples: continuations to read side by side, see :class:`SampleSpec`; a list of prompts, a file, a number, or
@@ -248,7 +251,7 @@ class EvaluationSpec(Section):
     device: Device = "auto"
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     reference_limit: Annotated[Whole, Field(ge=1 << 20)] = 8 << 30
-    loader: str = "auto"
+    loader: str = AUTO
     tasks: tuple[TaskSpec, ...] = ()
     answers: AnswerSpec | None = None
     samples: SampleSpec | None = SampleSpec()
@@ -278,11 +281,11 @@ class EvaluationSpec(Section):
     @field_validator("loader")
     @classmethod
     def _loader_scores(cls, loader: str) -> str:
-        if loader.casefold() == "auto":
-            return "auto"
+        if loader.casefold() in LOADERS:
+            return loader.casefold()
         with located():
             if loader not in RUNTIMES:
-                raise RecipeError(f"'{loader}' is not allowed", did_you_mean(loader, ["auto", *RUNTIMES.names()]))
+                raise RecipeError(f"'{loader}' is not allowed", did_you_mean(loader, [*LOADERS, *RUNTIMES.names()]))
             loader = RUNTIMES.name_of(loader)
             if RUNTIMES.get(loader).separate:
                 raise RecipeError(
@@ -290,3 +293,13 @@ class EvaluationSpec(Section):
                     f"score with auto or reference, and verify the checkpoints with {loader}",
                 )
         return loader
+
+    @model_validator(mode="after")
+    def _streamed_does_not_write(self) -> EvaluationSpec:
+        if self.loader == STREAMED and self.answers is not None:
+            with located():
+                raise RecipeError(
+                    "a model that is read a block at a time writes no answers: each token would read all its weights",
+                    "leave out answers, or set loader: whole",
+                )
+        return self

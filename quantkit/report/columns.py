@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from quantkit.recipe.evaluation import STREAMED
 from quantkit.report.numbers import (
     ABSENT,
     byte_unit,
@@ -24,6 +25,8 @@ Record = dict[str, Any]
 Better = Literal["low", "high"]
 DECODED_MARK = "\N{DAGGER}"
 """Stands at the bytes of weights that the reference decoder made float."""
+STREAMED_MARK = "\N{DOUBLE DAGGER}"
+"""Stands at those of a model of which one block was in memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +116,7 @@ def _cost_columns(rows: Sequence[Record], ratio: str) -> dict[str, Column]:
             "Bits, whole file", _values(rows, "bits_per_weight_file"), lambda value: fixed(value, 2), "low"
         ),
         "blocks": _column("Of the blocks", shares, percent, "high"),
-        "weights": _marked_decoded(_bytes("Weights", _values(rows, "memory", "weights_bytes")), rows),
+        "weights": _marked(_bytes("Weights", _values(rows, "memory", "weights_bytes")), rows),
         "peak": _bytes("Peak", _values(rows, "memory", "peak_bytes")),
         "server": _bytes("On a server", _values(rows, "server", "bytes")),
         **_estimate_columns(rows),
@@ -143,11 +146,17 @@ def is_decoded(row: Record) -> bool:
     return row.get("loaded_by") == "reference"
 
 
-def _marked_decoded(column: Column, rows: Sequence[Record]) -> Column:
-    """The same with a mark at the models that were scored with their weights decoded to float."""
+def is_streamed(row: Record) -> bool:
+    """Whether one block of the model was in memory, so that its memory is that of a block and it has no speed."""
+    return row.get("loaded_by") == STREAMED
+
+
+def _marked(column: Column, rows: Sequence[Record]) -> Column:
+    """The same with a mark at the models that were scored with their weights decoded to float, or block by block."""
+    marks = [DECODED_MARK if is_decoded(row) else STREAMED_MARK if is_streamed(row) else "" for row in rows]
     cells = [
-        replace(cell, text=f"{cell.text} {DECODED_MARK}") if is_decoded(row) and cell.text != ABSENT else cell
-        for cell, row in zip(column.cells, rows, strict=True)
+        replace(cell, text=f"{cell.text} {mark}") if mark and cell.text != ABSENT else cell
+        for cell, mark in zip(column.cells, marks, strict=True)
     ]
     return replace(column, cells=tuple(cells))
 

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from quantkit.report.columns import DECODED_MARK, Record, is_decoded, reference_name, rows_of
+from quantkit.report.columns import (
+    DECODED_MARK,
+    STREAMED_MARK,
+    Record,
+    is_decoded,
+    is_streamed,
+    reference_name,
+    rows_of,
+)
 from quantkit.report.facts import Facts, present, words
 from quantkit.report.numbers import count, figure, fixed, pick
 
@@ -102,6 +110,11 @@ def _memory_definitions(rows: list[Record]) -> Facts:
         resident += (
             f" {DECODED_MARK} The reference decoder loaded the model as float weights: these bytes, the peak and the "
             "speed are those of a float model, and not of a runtime that keeps the weights packed."
+        )
+    if any(map(is_streamed, rows)):
+        resident += (
+            f" {STREAMED_MARK} The model was read a block at a time: these bytes are those of the largest block, "
+            "decoded, and of what is around the blocks, and the peak is that of bringing all texts through it."
         )
     return [("Weights memory", resident), *found]
 

@@ -6,13 +6,17 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from quantkit.recipe.evaluation import STREAMED
 from quantkit.report.columns import Record, reference_name
 from quantkit.report.numbers import ABSENT, count, duration, figure, fixed, in_bytes, parameters, pick, significant
 from quantkit.schemes.mix import mix_of
 from quantkit.system.units import finite
 
 Facts = list[tuple[str, str]]
-LOADERS = {"reference": "the reference decoder, as float weights"}
+LOADERS = {
+    "reference": "the reference decoder, as float weights",
+    STREAMED: "the reference decoder, a block at a time",
+}
 """Who loaded a checkpoint to score it, in words; the others have names that say it."""
 ENVIRONMENTS = {"own": "an environment of its own", "current": "quantkit's environment"}
 ESTIMATED = {

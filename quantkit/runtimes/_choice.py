@@ -83,6 +83,20 @@ def is_float(path: Path) -> bool:
     return not is_gguf(path) and not is_quantized(path, _config(path))
 
 
+def format_name(path: Path) -> str:
+    """The name of a checkpoint's format: ``float`` for one that is not quantized, empty for one that nobody here knows.
+
+    Raises:
+        EvaluationError: there is no checkpoint, or its config cannot be read.
+    """
+    if is_float(path):
+        return "float"
+    if is_gguf(path):
+        return "gguf"
+    found = _format_in(path, _config(path)["quantization_config"])
+    return "" if found is None else found[0].name
+
+
 def _config(folder: Path) -> dict[str, Any]:
     with translated(folder, "config.json"):
         return dict(read_json(folder / "config.json"))

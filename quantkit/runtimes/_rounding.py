@@ -40,16 +40,30 @@ def round_layers(loaded: TransformersModel, rounders: Mapping[str, Rounder], pat
     """
     if not rounders:
         return
+    check_layers(loaded.model, rounders, paths)
+    put_linears(loaded.model)
+    loaded.rounded_inputs = put_rounders(loaded.model, rounders, paths)
+
+
+def check_layers(model: nn.Module, rounders: Mapping[str, Rounder], paths: Mapping[str, str]) -> None:
+    """Refuse to round inputs of layers that a model has not.
+
+    Raises:
+        EvaluationError: with the first.
+    """
     lacking = sorted(rounders.keys() - paths.keys())
     if lacking:
         raise EvaluationError(
-            f"{type(loaded.model).__name__} has no layer {lacking[0]}, whose inputs the checkpoint has rounded",
+            f"{type(model).__name__} has no layer {lacking[0]}, whose inputs the checkpoint has rounded",
             "score it with a runtime that loads it",
         )
-    put_linears(loaded.model)
+
+
+def put_rounders(model: nn.Module, rounders: Mapping[str, Rounder], paths: Mapping[str, str]) -> tuple[str, ...]:
+    """Let layers, all of which are Linear modules, round their inputs; returns to what they do, in words."""
     for layer, rounder in rounders.items():
-        put_rounder(loaded.model.get_submodule(paths[layer]), rounder)
-    loaded.rounded_inputs = tuple(sorted({each.rounding.describe() for each in rounders.values()}))
+        put_rounder(model.get_submodule(paths[layer]), rounder)
+    return tuple(sorted({each.rounding.describe() for each in rounders.values()}))
 
 
 def put_linears(model: PreTrainedModel) -> None:

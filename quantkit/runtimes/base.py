@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -43,12 +43,14 @@ class LoadedModel(ABC):
         device: ``cpu``, or the name of the GPU.
         rounded_inputs: what quantkit's own code rounds the inputs of layers to, as the file asks for, such as ``int8
             per token``; runtimes that round by themselves do not say it.
+        writes: whether it can be asked for one token after another; one that reads its weights for every pass cannot.
     """
 
     vocabulary: int
     dtype: str
     device: str
     rounded_inputs: tuple[str, ...] = ()
+    writes: ClassVar[bool] = True
 
     @abstractmethod
     def logits(self, ids: torch.Tensor) -> torch.Tensor:
@@ -66,6 +68,18 @@ class LoadedModel(ABC):
 
         Raises:
             EvaluationError: the model keeps no KV cache.
+        """
+
+    def logits_in_parts(self, ids: torch.Tensor) -> Iterator[torch.Tensor]:
+        """What :meth:`logits` gives, for some of the tokens at a time, in their order; at once by default."""
+        yield self.logits(ids)
+
+    def read_ahead(self, rows: Sequence[torch.Tensor], on_step: Callable[[int, int], None]) -> None:
+        """Be told of all rows whose logits will be asked for; a model that takes them together does so now.
+
+        Args:
+            rows: int64 ``[n]`` each.
+            on_step: called with the number of blocks that they went through, and how many there are.
         """
 
     def logits_of(self, rows: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
