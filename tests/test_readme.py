@@ -254,6 +254,17 @@ def test_the_page_on_methods_has_every_option_with_its_default(method: str) -> N
         assert_default(default, fields[name].default)
 
 
+@pytest.mark.parametrize("name", TRANSFORMS.names())
+def test_the_page_on_methods_has_every_option_of_a_transform_with_its_default(name: str) -> None:
+    shown, fields = (
+        table(section("docs/methods.md", f"The transform {name}")),
+        TRANSFORMS.get(name).Options.model_fields,
+    )
+    assert list(shown) == list(fields)
+    for option, (_, default, _) in shown.items():
+        assert_default(default, fields[option].default)
+
+
 def test_the_page_on_methods_has_every_option_of_tuning_with_its_default() -> None:
     shown, fields = table(section("docs/methods.md", "tune")), TuneOptions.model_fields
     assert list(shown) == list(fields)

@@ -187,16 +187,34 @@ class OneOfTwo(Transform):
         return ChannelScales({"lm_head": torch.full((64,), 2.0)}, {"model.norm": (torch.full((64,), 0.5), 0.0)})
 
 
-def test_a_head_and_an_embedding_that_share_a_weight_are_not_changed_apart(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ignore", [[], ["lm_head"]], ids=["head quantized", "head float"])
+def test_a_head_and_an_embedding_that_share_a_weight_are_two_once_one_is_changed(
+    tmp_path: Path, ignore: list[str]
+) -> None:
     TRANSFORMS.register(OneOfTwo)
     model = model_in(tmp_path / "model", tie_word_embeddings=True)
-    spec = variant(method="rtn", transforms=["one-of-two"])
-    with pytest.raises(QuantizationError, match=r"v: the transforms change the input embedding and the output head"):
-        quantize(job(model), spec, tmp_path / "out")
-    spec = variant(method="rtn", bits=8, transforms=["one-of-two"], ignore=[])
+    spec = variant(method="rtn", bits=8, transforms=["one-of-two"], ignore=ignore)
     done = quantize(job(model), spec, tmp_path / "out").folder
-    plain = quantize(job(model), variant(method="rtn", bits=8, ignore=[]), tmp_path / "plain").folder
+    plain = quantize(job(model), variant(method="rtn", bits=8, ignore=ignore), tmp_path / "plain").folder
     torch.testing.assert_close(logits(done), logits(plain), rtol=1e-4, atol=1e-4)
+    assert not read_json(done / "config.json")["tie_word_embeddings"]
+
+
+class Broken(Transform):
+    """Doubles the head alone."""
+
+    name: ClassVar[str] = "broken"
+
+    def of_model(self, model: ModelView) -> Change | None:
+        return ChannelScales({"lm_head": torch.full((64,), 2.0)})
+
+
+def test_a_transform_that_changes_what_the_model_computes_is_refused(tmp_path: Path) -> None:
+    TRANSFORMS.register(Broken)
+    with pytest.raises(
+        QuantizationError, match=r"broken changes what the float model computes: logits differ by 1\.0e"
+    ):
+        quantize(job(model_in(tmp_path / "model")), variant(method="rtn", transforms=["broken"]), tmp_path / "out")
 
 
 def test_awq_says_where_it_scaled_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

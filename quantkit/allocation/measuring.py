@@ -22,12 +22,12 @@ from quantkit.allocation.table import Unit
 from quantkit.checkpoint import FLOATS, CheckpointReader
 from quantkit.engine.batches import Batch
 from quantkit.engine.dtype_trial import dtype_that_runs
+from quantkit.engine.originals import Originals
 from quantkit.engine.parking import Parking
 from quantkit.engine.precision import pass_dtype
 from quantkit.engine.sensitivity import Sensitivity
 from quantkit.engine.skeleton import Skeleton
 from quantkit.engine.tasks import LayerResult, SavedChange, Tuned, VariantTask
-from quantkit.engine.transforming import Originals
 from quantkit.engine.walk import Walk, WalkSettings
 from quantkit.errors import QuantizationError
 from quantkit.formats import FORMATS

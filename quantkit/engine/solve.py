@@ -14,10 +14,11 @@ import torch
 
 from quantkit.engine.layers import Layer
 from quantkit.engine.ordering import quantize_in_order
+from quantkit.engine.originals import Originals
 from quantkit.engine.sensitivity import Sensitivity
 from quantkit.engine.skeleton import Segment
 from quantkit.engine.tasks import LayerResult, Tuned, VariantTask
-from quantkit.engine.transforming import Originals, Transforming
+from quantkit.engine.transforming import Transforming
 from quantkit.engine.tunable_floats import tunable_floats
 from quantkit.engine.tuning import Example, Polish
 from quantkit.errors import QuantizationError
@@ -55,7 +56,7 @@ class Solver:
     Args:
         tasks: all of them.
         originals: the parameters of the checkpoint.
-        live: see :class:`quantkit.engine.transforming.Transforming`.
+        live, mixed: see :class:`quantkit.engine.transforming.Transforming`.
         tries_again: see :class:`quantkit.engine.walk.WalkSettings`.
         sensitivity: see there.
 
@@ -72,6 +73,7 @@ class Solver:
     originals: Originals
     live: bool
     tries_again: bool
+    mixed: bool = False
     sensitivity: Sensitivity | None = None
     transforming: Transforming = field(init=False)
     failures: dict[str, Exception] = field(default_factory=dict)
@@ -80,7 +82,7 @@ class Solver:
     _solved: dict[str, dict[str, QuantizedWeight]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.transforming = Transforming(self.originals, self.live)
+        self.transforming = Transforming(self.originals, self.live, self.mixed)
 
     def alive(self) -> list[VariantTask]:
         """The tasks that did not fail."""
@@ -153,7 +155,7 @@ class Solver:
 
     def enter(self, segment: Segment) -> None:
         """Put into a loaded segment what the tasks' transforms make of the whole model, where the passes see it."""
-        for task in self.alive() if self.live else []:
+        for task in self.alive()[:1] if self.transforming.mixed else []:
             self.transforming.apply(task, segment)
 
     def finish(self, segment: Segment, spent: Spent) -> None:
@@ -220,10 +222,11 @@ class Solver:
             place: changes.apply(paths[place], "weight", self.originals.weight(paths[place])) for place in weights
         }
         others: dict[str, torch.Tensor] = {}
-        if not self.live:
+        unseen = self.transforming.unseen(task)
+        if unseen.parts:
             for name, value in segment.module.named_parameters():
                 path, _, leaf = f"{start}{name}".rpartition(".")
-                others |= {} if name in weights else {name: changes.apply(path, leaf, value.data)}
+                others |= {} if name in weights else {name: unseen.apply(path, leaf, value.data)}
         trained = tunable_floats(self.originals.skeleton, segment, options.train)
         floats = {name.removeprefix(start): each.data for name, each in trained.items()}
         floats |= {name: others.pop(name) for name in list(others) if name in floats}
@@ -285,8 +288,10 @@ class Solver:
                 }
                 leader = next(iter(members.values())).path
                 told = members.items() if self.sensitivity is not None and task.transforms else ()
-                factors = {name: _factors(changes, layer) for name, layer in told}
-                given.append(InputGroup(weights, self.transforming.statistics(task, leader, found), experts, factors))
+                mixed = frozenset(name for name, layer in told if changes.mixes_outputs(layer.path))
+                factors = {name: _factors(changes, layer) for name, layer in told if name not in mixed}
+                known = self.transforming.statistics(task, leader, found)
+                given.append(InputGroup(weights, known, experts, factors, mixed))
             with _no_garbage_collection():
                 solved = self.work(task, partial(solve_groups, task, given, sensitivity=self.sensitivity))
             for name, weight in (solved or {}).items() if replace else ():
@@ -334,12 +339,14 @@ class InputGroup:
         statistics: of the input, likewise.
         experts: what the names of the experts begin with whose layers they are; else empty.
         factors: by which transforms multiply each output of a layer, float32 ``[out_features]``; nothing for 1.
+        mixed: layers whose outputs transforms mix: what the model's loss minds of each is then alike.
     """
 
     weights: Mapping[str, torch.Tensor]
     statistics: InputStatistics
     experts: str = ""
     factors: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    mixed: frozenset[str] = frozenset()
 
 
 def _factors(changes: Change, layer: Layer) -> torch.Tensor:
@@ -493,6 +500,8 @@ def _judged(result: LayerResult, errors: torch.Tensor, stack: _Stack, sensitivit
         effective = None if known.evenness == 1 else known.effective_tokens
     if told is not None and name in group.factors:
         told = told / group.factors[name].square()
+    if told is not None and name in group.mixed:
+        told = told.mean().expand_as(told)
     nats = None if told is None else sensitivity.nats(name, told)
     return replace(result, nats=nats, effective_tokens=effective)
 

@@ -171,6 +171,11 @@ class VariantTask:
         return any(transform.needs for transform in self.transforms)
 
     @property
+    def mixing(self) -> tuple[Transform, ...]:
+        """The transforms through which passes are to run whatever layers are calibrated on."""
+        return tuple(transform for transform in self.transforms if transform.mixes)
+
+    @property
     def smooths(self) -> bool:
         """Whether a transform asks where inputs can be scaled."""
         return any(transform.smooths for transform in self.transforms)

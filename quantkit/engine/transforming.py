@@ -6,39 +6,30 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import nn
 
-from quantkit.engine.skeleton import Segment, Skeleton, WeightReader
+from quantkit.engine.equality import check_logits
+from quantkit.engine.originals import Originals, inside
+from quantkit.engine.skeleton import Segment
 from quantkit.engine.smoothing import SmoothingFinder, Trial
+from quantkit.engine.structure import find_structure
 from quantkit.engine.tasks import MODEL, SavedChange, VariantTask
-from quantkit.errors import QuantizationError
 from quantkit.methods.base import InputStatistics
-from quantkit.transforms.base import Change, Changes, SegmentView, SmoothingPlace, Transform
-
-
-@dataclass(frozen=True, slots=True)
-class Originals:
-    """The parameters of the checkpoint in float32, whatever the passes compute in."""
-
-    skeleton: Skeleton
-    reader: WeightReader
-    device: torch.device
-
-    def parameter(self, name: str) -> torch.Tensor:
-        """A parameter by its name in the model."""
-        return self.skeleton.read(name, self.reader.read).to(self.device).float()
-
-    def weight(self, path: str) -> torch.Tensor:
-        """The weight of the layer at a place of the model, ``[out_features, in_features]``."""
-        return self.parameter(f"{path}.weight")
+from quantkit.transforms.base import Change, Changes, SegmentView, SmoothingPlace, Structure, Transform
 
 
 @dataclass(frozen=True, slots=True)
 class _Model:
     """See :class:`quantkit.transforms.base.ModelView`."""
 
-    originals: Originals
+    transforming: Transforming
     before: Changes
+
+    @property
+    def originals(self) -> Originals:
+        return self.transforming.originals
+
+    def structure(self) -> Structure:
+        return self.transforming.structure()
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         named = self.originals.skeleton.model.named_parameters(remove_duplicate=False)
@@ -54,15 +45,23 @@ class Transforming:
 
     Args:
         originals: the parameters of the checkpoint.
-        live: the passes run through what a task's transforms make of the model, as with quantized inputs; otherwise
-            they run through the model as it is, and statistics follow from its own.
+        live: the passes run through what a task's transforms make of each segment, as with quantized inputs; otherwise
+            they run through the segment as it is, and statistics follow from its own.
+        mixed: the passes run through what transforms make of the whole model, which is the same for all tasks; as they
+            do with quantized inputs.
     """
 
     originals: Originals
     live: bool
+    mixed: bool = False
     _models: dict[str, Changes] = field(default_factory=dict)
     _segments: dict[str, list[Change | None]] = field(default_factory=dict)
     _places: list[SmoothingPlace] = field(default_factory=list)
+    _structure: Structure | None = None
+    _asked: list[tuple[tuple[Transform, ...], list[Change | None]]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.mixed = self.mixed or self.live
 
     # What a task's weights become
 
@@ -72,27 +71,53 @@ class Transforming:
 
     def statistics(self, task: VariantTask, layer: str, found: InputStatistics) -> InputStatistics:
         """The statistics of a layer's input for a task, from those that were gathered."""
-        return found if self.live else self.of(task).statistics(layer, found)
+        return self.unseen(task).statistics(layer, found)
+
+    def unseen(self, task: VariantTask) -> Changes:
+        """The changes of a task at the segment at which the walk stands through which the passes do not run."""
+        model = () if self.mixed else self._model(task).parts
+        return Changes((*model, *(() if self.live else _made(self._segments.get(task.name, [])))))
+
+    def structure(self) -> Structure:
+        """What a run of a few tokens through the model shows of it; found once."""
+        if self._structure is None:
+            self._structure = find_structure(self.originals)
+        return self._structure
 
     # The whole model
 
     def begin(self, task: VariantTask) -> None:
         """Ask a task's transforms what they do to the whole model, and give its sink what no segment will."""
-        changes: list[Change | None] = []
-        for transform in task.transforms:
-            changes.append(transform.of_model(_Model(self.originals, Changes(_made(changes)))))
+        changes = self._of_model(task)
         self._models[task.name] = Changes(_made(changes))
         if task.memory is not None and task.transforms:
             task.memory.remember_changes(MODEL, [SavedChange.of(change) for change in changes])
-        self._check_tied(task)
         self._hand_over_rest(task)
+
+    def _of_model(self, task: VariantTask) -> list[Change | None]:
+        """What a task's transforms do to the whole model, which must compute what it did; found once for all alike.
+
+        Raises:
+            QuantizationError: it does not.
+        """
+        for transforms, known in self._asked:
+            if _alike(transforms, task.transforms):
+                return known
+        changes: list[Change | None] = []
+        for transform in task.transforms:
+            changes.append(transform.of_model(_Model(self, Changes(_made(changes)))))
+        made = [each.name for each, change in zip(task.transforms, changes, strict=True) if change is not None]
+        if made:
+            check_logits(self.originals, Changes(_made(changes)), "+".join(made))
+        self._asked.append((task.transforms, changes))
+        return changes
 
     def apply_to_frame(self, task: VariantTask) -> None:
         """Put what a task changes outside the segments into the parameters through which the passes run."""
         for name in self._model(task).touches():
             module = self.originals.skeleton.model.get_submodule(name)
             if self._segment_of(name) is None and not any(each.is_meta for each in module.parameters(recurse=False)):
-                self._put(self._model(task), name, module)
+                self.originals.put(self._model(task), name)
 
     # A segment
 
@@ -119,9 +144,9 @@ class Transforming:
         self, task: VariantTask, transform: Transform, segment: Segment, known: Mapping[str, InputStatistics]
     ) -> SegmentView:
         """A segment as a transform finds it after those before it."""
-        before, new = self.of(task), Changes(_made(self._segments[task.name]))
+        before, unseen = self.of(task), self.unseen(task)
         gathered = {layer.path: known[layer.name] for layer in segment.layers if layer.name in known}
-        seen = new if self.live else before
+        seen = Changes(_made(self._segments[task.name])) if self.live else unseen
         statistics = {path: seen.statistics(path, found) for path, found in gathered.items()}
         if before.parts:  # what was derived for variants that see the model as it is does not hold for its weights
             statistics = {path: replace(found, derived={}) for path, found in statistics.items()}
@@ -138,9 +163,8 @@ class Transforming:
     def apply(self, task: VariantTask, segment: Segment) -> None:
         """Put a task's changes into the parameters of the segment through which the passes run."""
         changes = self.of(task)
-        for name in changes.touches():
-            if name == segment.prefix or name.startswith(f"{segment.prefix}."):
-                self._put(changes, name, self.originals.skeleton.model.get_submodule(name))
+        for name in inside(changes.touches(), segment.prefix):
+            self.originals.put(changes, name)
 
     def put_back(self, task: VariantTask, segment: Segment) -> None:
         """Put into the segment what an earlier walk's transforms made of its parameters."""
@@ -178,11 +202,6 @@ class Transforming:
         skeleton = self.originals.skeleton
         return [*skeleton.towers, *skeleton.segments]
 
-    def _put(self, changes: Changes, name: str, module: nn.Module) -> None:
-        for leaf, parameter in module.named_parameters(recurse=False):
-            changed = changes.apply(name, leaf, self.originals.parameter(f"{name}.{leaf}"))
-            parameter.data = changed.to(parameter.dtype)
-
     def _hand_over_rest(self, task: VariantTask) -> None:
         """Give a task's sink what its transforms change where it solves nothing, unless an earlier walk did."""
         skeleton = self.originals.skeleton
@@ -209,25 +228,6 @@ class Transforming:
         """Whether a parameter is the weight of a layer that a task quantizes."""
         return parameter.endswith(".weight") and self.originals.skeleton.names.layer(parameter) in task.schemes
 
-    def _check_tied(self, task: VariantTask) -> None:
-        """Refuse changes by which a head and an embedding that share a weight would have to differ.
-
-        Raises:
-            QuantizationError: the transforms change one of them only, or each in its way.
-        """
-        skeleton, changes = self.originals.skeleton, self._model(task)
-        outside = [each.prefix for each in (skeleton.embedding, skeleton.head) if each is not None]
-        if not skeleton.tied or any(name in task.schemes for name in skeleton.tied) or not changes.parts:
-            return
-        original = self.originals.weight(outside[0])
-        first, second = (changes.apply(path, "weight", original) for path in outside)
-        if not torch.equal(first, second):
-            raise QuantizationError(
-                f"{task.name}: the transforms change the input embedding and the output head, which share a weight, "
-                "each in its own way",
-                "quantize one of them, which makes two weights of it: embeddings, or ignore without lm_head",
-            )
-
 
 def _made(changes: Sequence[Change | None]) -> tuple[Change, ...]:
     return tuple(change for change in changes if change is not None)
@@ -236,3 +236,8 @@ def _made(changes: Sequence[Change | None]) -> tuple[Change, ...]:
 def _changed(changes: Changes, parameter: str, value: torch.Tensor) -> torch.Tensor:
     module, _, leaf = parameter.rpartition(".")
     return changes.apply(module, leaf, value)
+
+
+def _alike(one: Sequence[Transform], other: Sequence[Transform]) -> bool:
+    """Whether transforms are the same with the same options."""
+    return [(type(each), each.options) for each in one] == [(type(each), each.options) for each in other]

@@ -19,6 +19,7 @@ it is read with are token ids.
 
 Transforms are asked what they do to the whole model before the first segment, and what they do to a segment before its
 first layer is solved, from its statistics as it is; with quantized inputs these are gathered by one more run of it.
+Where one mixes channels, passes run through what transforms make of the whole model with float inputs too.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ import torch
 
 from quantkit.engine.batches import Batch
 from quantkit.engine.gathering import Group, Replay, Solvable, Step, Streams, batch_of, pause_at
+from quantkit.engine.originals import Originals
 from quantkit.engine.parking import Parking
 from quantkit.engine.passes import AtSegment
 from quantkit.engine.routing import ROUTED, ExpertSettings
@@ -40,7 +42,6 @@ from quantkit.engine.sensitivity import Sensitivity
 from quantkit.engine.skeleton import Segment, Skeleton, WeightReader
 from quantkit.engine.solve import Solver
 from quantkit.engine.tasks import VariantTask
-from quantkit.engine.transforming import Originals
 from quantkit.engine.tuning import Example
 from quantkit.engine.twins import Outputs, Twins, leaving
 from quantkit.methods.base import InputStatistics
@@ -103,7 +104,12 @@ class Walk:
     def __post_init__(self) -> None:
         originals = Originals(self.skeleton, self.reader, self.settings.device)
         self._solver = Solver(
-            self.tasks, originals, self._is_quantized, self.settings.tries_again, self.settings.sensitivity
+            self.tasks,
+            originals,
+            self._is_quantized,
+            self.settings.tries_again,
+            any(task.mixing for task in self.tasks if task.calibrated),
+            self.settings.sensitivity,
         )
         settings = self.settings
         self._streams = Streams(
@@ -143,6 +149,11 @@ class Walk:
         """
         if self._is_quantized and len(self.tasks) > 1:
             raise ValueError("quantized inputs is the stream of one variant: give one task per walk")
+        if (
+            len({str([(each.name, each.options) for each in task.mixing]) for task in self.tasks if task.calibrated})
+            > 1
+        ):
+            raise ValueError("what mixes channels is the same for all tasks of a walk")
         segments = self._wanted_segments()
         if not self._is_left(segments):
             return
@@ -170,8 +181,8 @@ class Walk:
         sees = any(batch.inputs for batch in self.batches)
         apart = self._wanted_towers()
         self.skeleton.load_frame(self.reader, self.settings.device, self.settings.dtype, towers=sees, apart=apart)
-        if self._is_quantized:
-            self._solver.transforming.apply_to_frame(self.tasks[0])
+        if self._solver.transforming.mixed:
+            self._solver.transforming.apply_to_frame(self._solver.alive()[0])
 
     def _pass(self, segment: Segment, calibrated: bool, last: bool) -> None:
         """Load a segment, solve what is still to be solved of it, and go on."""

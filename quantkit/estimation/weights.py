@@ -145,7 +145,7 @@ def stored(anatomy: Anatomy, variant: VariantSpec, dtype: str | None = None) -> 
     cast = (whole.dtype if isinstance(whole, PlainScheme) else None) or dtype
     floats = {
         name: (_numel(shape), _numel(shape) * float_bytes(kind.container, cast, shape))
-        for name, shape in _kept(anatomy, packed, kind).items()
+        for name, shape in _kept(anatomy, packed, kind, parted=variant.parts_tied).items()
     }
     if kind.container == "gguf" and anatomy.rope_factors:
         floats["rope_freqs"] = (anatomy.rope_factors, anatomy.rope_factors * BYTES["float32"])
@@ -177,9 +177,11 @@ def _packed(place: str, store: Format, scheme: Scheme, shape: tuple[int, int]) -
     return Packed(scheme, shape, store.layer_bytes(scheme, *shape))
 
 
-def _kept(anatomy: Anatomy, packed: Mapping[str, Packed], store: type[Format]) -> dict[str, tuple[int, ...]]:
+def _kept(
+    anatomy: Anatomy, packed: Mapping[str, Packed], store: type[Format], *, parted: bool
+) -> dict[str, tuple[int, ...]]:
     """The tensors that stay float; what a head and an embedding share is there for each once one is packed,
-    but for formats in which the packed embedding is the head as well.
+    but for formats in which the packed embedding is the head as well, and where transforms part them.
 
     GGUF files have no towers.
     """
@@ -187,7 +189,7 @@ def _kept(anatomy: Anatomy, packed: Mapping[str, Packed], store: type[Format]) -
     found = {weight.name: weight.shape for weight in there if weight.layer not in packed}
     both = (anatomy.embedding, anatomy.head)
     shared = store.shares_head and anatomy.head not in packed
-    if anatomy.tied and any(name in packed for name in both) and not shared:
+    if anatomy.tied and (parted or (any(name in packed for name in both) and not shared)):
         found |= {f"{name}.weight": anatomy.head_shape for name in both if name not in packed}
     return found
 

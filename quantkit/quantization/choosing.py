@@ -253,7 +253,8 @@ def _check_experts(variant: VariantSpec, schemes: Mapping[str, Scheme | None]) -
 
 def shares_tensor(variant: VariantSpec) -> bool:
     """Whether a head and an embedding of one weight stay one quantized tensor, as in what llama.cpp mixes."""
-    return variant.embeddings is not None and isinstance(variant.base_scheme(), GgmlMixture)
+    mixes = variant.embeddings is not None and isinstance(variant.base_scheme(), GgmlMixture)
+    return mixes and not variant.parts_tied
 
 
 def choose_embedding(

@@ -50,6 +50,7 @@ class Layers:
         left: the matrices of the decoder blocks that stay float.
         apart: what was to be quantized outside the blocks, the head or the embedding, and stays float: name to reason.
         in_blocks: number of weights in all matrices of the blocks, each once.
+        parted: transforms make two weights of one that the head and the embedding share.
     """
 
     schemes: Mapping[str, Scheme | None]
@@ -66,6 +67,7 @@ class Layers:
     left: tuple[Left, ...] = ()
     apart: Mapping[str, str] = field(default_factory=dict)
     in_blocks: int = 0
+    parted: bool = False
 
     @property
     def share(self) -> float | None:
@@ -96,8 +98,8 @@ class Layers:
 
     @property
     def unties(self) -> bool:
-        """Whether a weight that the head and the embedding share is quantized for one of them, or for each."""
-        return any(name in self.quantized for name in self.tied)
+        """Whether a weight that the head and the embedding share is two, as it is quantized for one of them or each."""
+        return bool(self.tied) and (self.parted or any(name in self.quantized for name in self.tied))
 
     def kept(self, names: Collection[str], changed: Collection[str] = ()) -> dict[str, str]:
         """The tensors that stay float, each with the name under which the source holds it.
@@ -200,6 +202,7 @@ def _plan(skeleton: Skeleton, variant: VariantSpec) -> Layers:
         return layers
     name, scheme, shape = embedding
     shared = FORMATS.get(variant.format).shares_head and not any(layers.schemes.get(each) for each in skeleton.tied)
+    shared = shared and not variant.parts_tied
     return replace(
         layers,
         schemes={name: scheme, **layers.schemes},

@@ -49,14 +49,15 @@ def walks(job: Job, variants: Sequence[VariantSpec]) -> list[list[int]]:
     """Which variants share a walk, by their places: all with float inputs, and all that need no calibration.
 
     With quantized inputs a calibrated variant has activations of its own and so a walk of its own. With float inputs
-    those that are calibrated also on tokens that the float model writes share none with those that are not, and those
-    that are tuned have batches of their own, of as many tokens as their steps.
+    those that are calibrated also on tokens that the float model writes share none with those that are not, those
+    that are tuned have batches of their own, of as many tokens as their steps, and passes run through what a transform
+    makes of the model where it mixes channels.
     """
     if job.inputs == "float":
-        alike: dict[tuple[bool, int | None], list[int]] = {}
+        alike: dict[tuple[bool, int | None, str], list[int]] = {}
         for place, variant in enumerate(variants):
             tokens = None if variant.tune is None else variant.tune.batch_tokens
-            alike.setdefault((bool(job.generates(variant)), tokens), []).append(place)
+            alike.setdefault((bool(job.generates(variant)), tokens, variant.mixing), []).append(place)
         return list(alike.values())
     free = [place for place, variant in enumerate(variants) if not variant.calibrated]
     alone = [[place] for place in range(len(variants)) if place not in free]

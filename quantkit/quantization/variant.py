@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from quantkit.checkpoint import FLOATS, CheckpointReader
@@ -215,7 +216,8 @@ class VariantRun:
         and those that follow from the config.
         A weight that the head and the embedding shared is there for each of them once one is quantized.
         """
-        job, layers, solved, skeleton = self._job, self.layers, self.solved, self._skeleton
+        job, solved, skeleton = self._job, self.solved, self._skeleton
+        layers = self.layers = replace(self.layers, parted=self._is_parted())
         reader = CheckpointReader(job.source)
         changed = [name for held in layers.stacks.values() for name in held if solved.replaces(f"{name}.weight")]
         floats = float_tensors(skeleton, layers, reader, names_in_file(skeleton, reader, self._store), changed)
@@ -226,6 +228,17 @@ class VariantRun:
         decoded = None if layers.quantized else decoded_from(job.source_facts)
         changes = content.changes if decoded is None else {**content.changes, DECODED_FROM: decoded}
         return replace(content, digests=solved.digests(), changes=changes)
+
+    def _is_parted(self) -> bool:
+        """Whether transforms made two weights of one that the head and the embedding share."""
+        changed = [self.solved.stored(f"{name}.weight") for name in self.layers.tied if self._replaces(name)]
+        if len(changed) < 2 or any(name in self.layers.quantized for name in self.layers.tied):
+            return bool(changed)
+        first, second = (each.read() for each in changed)
+        return not torch.equal(first, second)
+
+    def _replaces(self, layer: str) -> bool:
+        return self.solved.replaces(f"{layer}.weight")
 
     def _check_parts(self, floats: Collection[str]) -> None:
         """Refuse a change of what lies in a tensor that is written whole, such as the biases of stacked experts."""
@@ -279,7 +292,7 @@ class VariantRun:
             *correction_notes(layers),
             *sensitivity_notes(layers, self.layers.shapes),
             *tuning_notes(tuning),
-            *(note for each, done in self._transformed() for note in each.notes(list(done.values()))),
+            *self._transform_notes(),
             *dict.fromkeys(f"{layer['name']}: {note}" for layer in layers for note in layer["notes"]),
         ]
         stored = self.solved.stored_bytes
@@ -305,6 +318,13 @@ class VariantRun:
         prefixes = [prefix for prefix in self._segments() if prefix != self.layers.embedding]
         for place, transform in enumerate(self._transforms):
             yield transform, {prefix: self.solved.transformed(prefix)[place] for prefix in prefixes}
+
+    def _transform_notes(self) -> Iterator[str]:
+        """What the transforms have to say of what they did."""
+        model = self.solved.transformed(MODEL)
+        for place, (transform, done) in enumerate(self._transformed()):
+            yield from transform.model_notes(model[place])
+            yield from transform.notes(list(done.values()))
 
     def _transform_records(self) -> list[dict[str, Any]]:
         """What the manifest says of the transforms."""

@@ -170,6 +170,19 @@ class VariantSpec(SchemeKeys, Choice):
         own = tuple(spec.build() for spec in self.transforms)
         return own + self._steps.build_transforms(self.method_options())
 
+    @property
+    def parts_tied(self) -> bool:
+        """Whether transforms may make two weights of one that the head and the embedding share."""
+        return any(transform.parts_tied for transform in self.build_transforms())
+
+    @property
+    def mixing(self) -> str:
+        """The transforms of a calibrated variant that mixes channels, with their options; empty for none."""
+        transforms = self.build_transforms()
+        if not self.calibrated or not any(transform.mixes for transform in transforms):
+            return ""
+        return str([(transform.name, transform.options) for transform in transforms])
+
     def needs(self) -> frozenset[Statistic]:
         """The statistics of inputs that the method and the transforms ask for."""
         return self.build_method().needs.union(*(transform.needs for transform in self.build_transforms()))

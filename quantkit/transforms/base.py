@@ -45,6 +45,10 @@ class Change(ABC):
         """The statistics of a layer's input as it becomes, from those of the input as it was; itself where it stays."""
         return found
 
+    def mixes_outputs(self, module: str) -> bool:
+        """Whether outputs of a layer are mixed, so that none is one of those before, times a number."""
+        return False
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """The tensors from which :meth:`Transform.restore` makes it again, by names of its own."""
         return {}
@@ -75,6 +79,10 @@ class Changes(Change):
         for part in self.parts:
             found = part.statistics(layer, found)
         return found
+
+    def mixes_outputs(self, module: str) -> bool:
+        """Whether one of them does."""
+        return any(part.mixes_outputs(module) for part in self.parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +117,77 @@ class SmoothingPlace:
         return found.index_copy_(0, self.channels.to(factors.device), factors)
 
 
+@dataclass(frozen=True, slots=True)
+class StreamNorm:
+    """A norm that reads the residual stream.
+
+    Attributes:
+        name: of the module.
+        readers: what reads its output: linear layers and routers.
+        offset: added to its weight before that is applied, as some norms add 1.
+        takes_mean: it takes the mean over the channels away, as LayerNorm does.
+    """
+
+    name: str
+    readers: tuple[str, ...]
+    offset: float = 0.0
+    takes_mean: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ResidualStream:
+    """What reads and writes the stream of hidden states that goes through all blocks; full names.
+
+    Attributes:
+        width: its channels.
+        tables: embeddings, whose rows are written to it before the first block.
+        writers: linear layers whose outputs are added to it.
+        norms: that read it, the last one before the head among them.
+        readers: linear layers that read it as it is.
+    """
+
+    width: int
+    tables: tuple[str, ...]
+    writers: tuple[str, ...]
+    norms: tuple[StreamNorm, ...]
+    readers: tuple[str, ...] = ()
+
+    @property
+    def takes_mean(self) -> bool:
+        """Whether some norm takes the mean over the channels away."""
+        return any(norm.takes_mean for norm in self.norms)
+
+
+@dataclass(frozen=True, slots=True)
+class ValueHeads:
+    """A layer of values whose heads pass through attention unmixed to the layer that reads them; full names.
+
+    Attributes:
+        values: each head of its output is ``size`` channels.
+        reader: its input is such heads, each of one of these, in the same order of channels.
+        size: channels of a head.
+    """
+
+    values: str
+    reader: str
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Structure:
+    """What a trial run shows of how a model is put together.
+
+    Attributes:
+        stream: its residual stream; None where that cannot be turned.
+        why: the reason for that, which names the module.
+        heads: of values, in every block that has some.
+    """
+
+    stream: ResidualStream | None
+    why: str = ""
+    heads: tuple[ValueHeads, ...] = ()
+
+
 class ModelView(Protocol):
     """The whole model before the first segment is read."""
 
@@ -117,6 +196,9 @@ class ModelView(Protocol):
 
     def parameter(self, name: str) -> torch.Tensor:
         """A parameter in float32, as the transforms before left it."""
+
+    def structure(self) -> Structure:
+        """What reads and writes the residual stream, and where heads of values are; found by a run of a few tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +235,8 @@ class Transform(ABC):
         summary: one line for ``quantkit methods``.
         source: the paper that it follows.
         Options: its own options.
+        mixes: it mixes channels, so that statistics of the float model do not tell those of what it makes: passes run
+            through that, whatever layers are calibrated on.
         needs: the statistics of inputs that it asks for; without any, :meth:`of_segment` is not asked.
         smooths: whether it asks where inputs can be scaled, which is then looked for.
     """
@@ -161,11 +245,20 @@ class Transform(ABC):
     summary: ClassVar[str]
     source: ClassVar[str]
     Options: ClassVar[type[TransformOptions]] = TransformOptions
+    mixes: ClassVar[bool] = False
     needs: frozenset[Statistic] = frozenset()
     smooths: ClassVar[bool] = False
 
     def __init__(self, options: TransformOptions) -> None:
         self.options = options
+
+    @property
+    def parts_tied(self) -> bool:
+        """Whether it may change a head and an embedding that share a weight each in its way, so that they are two.
+
+        What is not told here is found out when the file is written, and not counted in estimates.
+        """
+        return False
 
     @classmethod
     def check(cls, scheme: Scheme) -> None:
@@ -196,4 +289,8 @@ class Transform(ABC):
         Args:
             done: the JSON of the change of each segment that holds quantized layers; None where it made none.
         """
+        return ()
+
+    def model_notes(self, done: Mapping[str, Any] | None) -> tuple[str, ...]:
+        """The same of what was done to the whole model, the JSON of that change; None where there was none."""
         return ()

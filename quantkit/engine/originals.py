@@ -1,0 +1,55 @@
+"""The parameters of the checkpoint, and what changes make of them in the modules through which passes run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from quantkit.engine.skeleton import Skeleton, WeightReader
+from quantkit.transforms.base import Change
+
+
+@dataclass(frozen=True, slots=True)
+class Originals:
+    """The parameters of the checkpoint in float32, whatever the passes compute in."""
+
+    skeleton: Skeleton
+    reader: WeightReader
+    device: torch.device
+
+    def parameter(self, name: str) -> torch.Tensor:
+        """A parameter by its name in the model."""
+        return self.skeleton.read(name, self.reader.read).to(self.device).float()
+
+    def weight(self, path: str) -> torch.Tensor:
+        """The weight of the layer at a place of the model, ``[out_features, in_features]``."""
+        return self.parameter(f"{path}.weight")
+
+    def put(self, change: Change, name: str) -> None:
+        """Let a module that is loaded compute with what a change makes of its parameters."""
+        for leaf, parameter in self.skeleton.model.get_submodule(name).named_parameters(recurse=False):
+            changed = change.apply(name, leaf, self.parameter(f"{name}.{leaf}"))
+            parameter.data = changed.to(parameter.device, parameter.dtype)
+
+    @contextmanager
+    def changed(self, change: Change, names: Iterable[str]) -> Iterator[None]:
+        """Inside the block, modules compute with what a change makes of them; those that are not loaded stay so."""
+        kept = []
+        try:
+            for name in names:
+                own = list(self.skeleton.model.get_submodule(name).parameters(recurse=False))
+                if not any(parameter.is_meta for parameter in own):
+                    kept += [(parameter, parameter.data) for parameter in own]
+                    self.put(change, name)
+            yield
+        finally:
+            for parameter, data in kept:
+                parameter.data = data
+
+
+def inside(names: Iterable[str], prefix: str) -> list[str]:
+    """The names of modules that are a module, or in it."""
+    return [name for name in names if name == prefix or name.startswith(f"{prefix}.")]
