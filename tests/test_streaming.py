@@ -29,7 +29,8 @@ from quantkit.runtimes._streamed import StreamedModel, load_streamed
 from quantkit.runtimes.base import LoadOptions
 from quantkit.system.free_memory import left_by_groups
 from quantkit.system.validation import parse_section
-from tests.runs import make_recipe, write_records
+from tests.runs import make_recipe, score_here, write_records
+from tests.test_duration import Listener
 from tests.test_engine_memory import PeakBytes
 from tests.test_estimation import exported, variant
 from tests.test_threads import group
@@ -180,13 +181,17 @@ def test_answers_are_refused_of_a_model_that_does_not_write() -> None:
 
 
 def test_a_run_tells_of_blocks(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stage, "run_job", lambda job, *, log, on_progress: evaluate(job, on_progress))
+    monkeypatch.setattr(stage, "run_job", score_here)
     evaluation = {**SPEC, "texts": ["prose"], "loader": "streamed", "metrics": [*FIGURES, "memory"], "samples": 2}
     variants = [{"name": "plain", "method": "rtn", "format": "hqq"}]
     records = write_records(tmp_path / "records.jsonl")
-    found = quantkit.run(make_recipe(model, records, tmp_path / "run", variants, evaluation=evaluation))
+    told = Listener()
+    found = quantkit.run(make_recipe(model, records, tmp_path / "run", variants, evaluation=evaluation), told)
     (row,) = found["variants"]
     assert found["baseline"]["loaded_by"] == row["loaded_by"] == "streamed"
+    ahead = [step.step for step in told.ahead if step.step != "block"]
+    assert ahead == ["load", "blocks", "prose", ""] * 2
+    assert {"blocks", "prose"} <= {name for name, _, _ in told.steps}
     assert row["notes"][-1] == "scoring: left out, as each token would read all weights anew: samples"
     assert row["memory"]["estimates"]["weights"]["ratio"] == pytest.approx(1, rel=0.05)
     report = (tmp_path / "run" / "report.md").read_text()

@@ -94,6 +94,11 @@ def streamed_scoring(anatomy: Anatomy, scored: Scored, *, packed: bool = False, 
     return largest([Part("scoring_streamed", title, through), Part("scoring_streamed", f"{title}, its logits", ends)])
 
 
+def fits_whole(whole: Part, free: int) -> bool:
+    """Whether a model is loaded whole to be scored, where that is left to quantkit."""
+    return whole.nbytes <= SHARE * free
+
+
 def where_activations_wait(anatomy: Anatomy, scored: Scored, device_free: int, cpu_free: int) -> Waiting:
     """Where what texts hold between blocks has room: on the device, else in the memory of the CPU, else on disk.
 

@@ -13,8 +13,9 @@ import torch
 
 from quantkit.engine.kept_calls import Keep, OnDisk, on_cpu
 from quantkit.errors import EvaluationError
+from quantkit.estimation.lines import Part
 from quantkit.estimation.measured import held_by, known_anatomy
-from quantkit.estimation.streaming import SHARE, Scored, hidden_line, where_activations_wait, whole_scoring
+from quantkit.estimation.streaming import SHARE, Scored, fits_whole, hidden_line, where_activations_wait, whole_scoring
 from quantkit.evaluation.job import EvaluationJob
 from quantkit.evaluation.memory import checkpoint_bytes
 from quantkit.evaluation.texts import Windows
@@ -72,17 +73,17 @@ def choose_loading(job: EvaluationJob, options: LoadOptions, windows: Mapping[st
     free = free_bytes(device, job.bounds)
     if wanted != AUTO or SURELY * size <= SHARE * free:
         return Loading(runtime)
-    needed = _whole_bytes(job, runtime, options, windows)
-    if needed is None or needed <= SHARE * free:
+    whole = _whole(job, runtime, options, windows)
+    if whole is None or fits_whole(whole, free):
         return Loading(runtime)
     where = "" if device.type == "cpu" else f" on {device}"
-    why = f"loaded whole it would take {in_units(needed)} of {in_units(free)} that are free{where}"
+    why = f"loaded whole it would take {in_units(whole.nbytes)} of {in_units(free)} that are free{where}"
     return Loading(runtime, streams=True, notes=(f"read a block at a time: {why}",))
 
 
-def _whole_bytes(
+def _whole(
     job: EvaluationJob, runtime: type[Runtime], options: LoadOptions, windows: Mapping[str, Windows]
-) -> int | None:
+) -> Part | None:
     """What the whole would take; None for a model that transformers does not build by itself."""
     anatomy = known_anatomy(job.checkpoint)
     if anatomy is None:
@@ -91,7 +92,7 @@ def _whole_bytes(
     how = held_by(runtime.name, store, options.dtype).how
     packed = how.startswith("packed") and store != "float"
     weights = checkpoint_bytes(job.checkpoint) if packed else None
-    return whole_scoring(anatomy, _scored(options, windows, anatomy.dtype), weights=weights).nbytes
+    return whole_scoring(anatomy, _scored(options, windows, anatomy.dtype), weights=weights)
 
 
 def _scored(options: LoadOptions, windows: Mapping[str, Windows], own: str) -> Scored:

@@ -18,7 +18,9 @@ from quantkit.engine.precision import pass_dtype
 from quantkit.errors import QuantkitError
 from quantkit.estimation.anatomy import Anatomy
 from quantkit.estimation.measured import known_anatomy
+from quantkit.estimation.streaming import Scored, fits_whole, whole_scoring
 from quantkit.estimation.tuning import step_tokens
+from quantkit.evaluation.job import compute_dtype
 from quantkit.methods.tuning import TuneOptions
 from quantkit.pipeline.machine_rates import Rates, rates, solving_seconds
 from quantkit.pipeline.mixing import costs_folder, measured_alike, plain_or_like
@@ -34,6 +36,7 @@ from quantkit.quantization import Job, walks
 from quantkit.quantization.generated import generated_tokens
 from quantkit.quantization.job import finished_variant, made_from
 from quantkit.recipe import AutoSpec, EvaluationSpec, LibrarySpec, Recipe, RecoverSpec, VariantSpec
+from quantkit.recipe.evaluation import AUTO, STREAMED
 from quantkit.run_history.record import RunRecord, private
 from quantkit.run_history.store import History
 from quantkit.run_history.store import Wanted as WantedRuns
@@ -41,6 +44,7 @@ from quantkit.runtimes._writing import ROWS
 from quantkit.system.artifacts import STAGE_FILE, fingerprint
 from quantkit.system.devices import resolve_device
 from quantkit.system.environment import describe
+from quantkit.system.free_memory import free_bytes
 from quantkit.system.pace import Ahead
 
 if TYPE_CHECKING:
@@ -152,6 +156,7 @@ class _Work:
         scored_in = torch.float32 if scored_on.type == "cpu" else torch.bfloat16
         self.scoring_rates = rates(str(scored_on), scored_in, *widths)
         self.scored_bytes = 4 if scored_on.type == "cpu" else 2
+        self.streams = _streams(recipe, anatomy, scored_on)
         self.mixes = measured_alike(recipe.own_variants)
         self.own = [plain_or_like(job, variant, recipe.folder) for variant in recipe.own_variants]
         linear = [weight for weight in anatomy.weights if weight.kind == "linear" and weight.block is not None]
@@ -202,6 +207,9 @@ class _Work:
     def _evaluation(self, title: str) -> Iterator[Ahead]:
         spec, read, written = self.recipe.evaluation, self._reading, self._writing
         size = self.anatomy.parameters * 2
+        if self.streams:
+            yield from self._streamed(title, spec, size)
+            return
         yield Ahead(title, "load", START + size / DISK, "load")
         if "speed" in spec.metrics or "memory" in spec.metrics:
             yield Ahead(title, "", read(4 * spec.context_length) + written(96), "speed")
@@ -211,6 +219,21 @@ class _Work:
         for task in spec.tasks:
             yield Ahead(title, task.label, read((task.limit or TASK_DOCUMENTS) * TASK_TOKENS), f"task {task.label}")
         yield from self._written(title, spec)
+
+    def _streamed(self, title: str, spec: EvaluationSpec, size: int) -> Iterator[Ahead]:
+        """The same of a model that is read a block at a time, once for all texts."""
+        tokens = len(spec.texts) * spec.max_tokens
+        yield Ahead(title, "load", START, "load")
+        yield Ahead(title, "blocks", self._reading(tokens) + size / DISK, "blocks")
+        rows, columns = self.anatomy.head_shape
+        for text in spec.texts:
+            head = spec.max_tokens * 2 * rows * columns / self.scoring_rates.products
+            beside = spec.max_tokens * rows * 20 / self.scoring_rates.nbytes
+            yield Ahead(title, text.name, head + beside, f"text {text.name}")
+        for task in spec.tasks:
+            tokens = (task.limit or TASK_DOCUMENTS) * TASK_TOKENS
+            yield Ahead(title, task.label, self._reading(tokens) + size / DISK, f"task {task.label}")
+        yield Ahead(title, "", END, "close")
 
     def _written(self, title: str, spec: EvaluationSpec) -> Iterator[Ahead]:
         if spec.answers is not None:
@@ -300,6 +323,16 @@ class _Work:
         """Seconds of another library, of which nothing is known: twice what a pass with its statistics takes."""
         weights = sum(height * width for height, width in self.shapes)
         return START + 2 * (self._passing(self.tokens) + self._gathering(self.tokens)) + weights / DISK
+
+
+def _streams(recipe: Recipe, anatomy: Anatomy, device: torch.device) -> bool:
+    """Whether the float model will be read a block at a time to be scored."""
+    spec = recipe.evaluation
+    if spec.loader != AUTO:
+        return spec.loader == STREAMED
+    dtype = compute_dtype(spec.dtype, device.type) or anatomy.dtype
+    scored = Scored(len(spec.texts) * spec.max_tokens, spec.context_length, dtype, device.type)
+    return not fits_whole(whole_scoring(anatomy, scored), free_bytes(device, recipe.max_memory))
 
 
 def _past(recipe: Recipe, model: SourceModel) -> dict[str, tuple[int, float]]:
