@@ -6,7 +6,7 @@ whether the file is what vLLM reads, not whether its kernels for CUDA compute it
 
     python benchmarks/vllm_mixed_files.py --python vllm-env/bin/python [--only gptq ...]
 
-vLLM's own interpreter runs the file, too, with a job instead of options.
+vLLM's own interpreter runs the file, too, with a folder instead of options.
 """
 
 from __future__ import annotations
@@ -141,8 +141,8 @@ def emulate() -> None:
     compressed_tensors_w4a4_mxfp4.init_mxfp4_linear_kernel = lambda **given: Floats()
 
 
-def work(job: str) -> int:
-    """Carry out a job by quantkit's own script, with the emulation in place."""
+def work(folder: str) -> int:
+    """Answer requests by quantkit's own script, with the emulation in place."""
     spec = importlib.util.spec_from_file_location("_vllm_script", os.environ[SCRIPT])
     if spec is None or spec.loader is None:
         raise ImportError("quantkit's script for vLLM is missing")
@@ -155,11 +155,11 @@ def work(job: str) -> int:
         return load(*args)
 
     script.load = loaded
-    code: int = script.main([job])
+    code: int = script.main([folder])
     return code
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] and sys.argv[1].endswith(".json"):
+    if SCRIPT in os.environ:
         sys.exit(work(sys.argv[1]))
     main()

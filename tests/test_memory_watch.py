@@ -28,6 +28,8 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux can begin
 class Model:
     """Takes memory as it is told, and lets go of it."""
 
+    process: int | None = None
+
     def __init__(self, take: Callable[[int], Any], prefill: int = 96, decode: int = 32) -> None:
         self._take, self._prefill, self._decode = take, prefill, decode
         self.prompts: list[int] = []

@@ -108,17 +108,8 @@ def test_names_are_looked_up_with_a_hint(exported: Path) -> None:
         choose_runtime(exported, "transfromers")
     with pytest.raises(RecipeError, match=r"loader: 'refrence' is not allowed .did you mean 'reference'"):
         parse_section(EvaluationSpec, {"loader": "refrence"}, "evaluation")
-    for name in ("auto", "llama.cpp", "reference", "transformers"):
+    for name in ("auto", "llama.cpp", "reference", "transformers", "vllm"):
         assert parse_section(EvaluationSpec, {"loader": name}, "evaluation").loader == name
-
-
-def test_a_runtime_in_another_interpreter_does_not_score(exported: Path) -> None:
-    with pytest.raises(EvaluationError, match=r"vllm lives in an interpreter of its own.*verify .* with vllm"):
-        choose_runtime(exported, "vllm")
-    with pytest.raises(RecipeError, match="loader: vllm lives in an interpreter of its own"):
-        parse_section(EvaluationSpec, {"loader": "vllm"}, "evaluation")
-    with pytest.raises(EvaluationError, match="vllm lives in an interpreter of its own"):
-        RUNTIMES.get("vllm").load(exported, LoadOptions())
 
 
 def test_every_runtime_says_what_it_is() -> None:

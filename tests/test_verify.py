@@ -54,7 +54,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> list[VerificationJob]:
     """Jobs are carried out in this process; they are listed."""
     jobs: list[VerificationJob] = []
 
-    def carried_out(command: list[str], job: VerificationJob) -> dict[str, Any]:
+    def carried_out(job: VerificationJob) -> dict[str, Any]:
         jobs.append(job)
         return perform(job)
 
@@ -183,7 +183,7 @@ def test_a_runtime_that_refuses_the_format_is_a_verdict(checkpoint: Path, monkey
     def refuse(path: Path, options: LoadOptions) -> LoadedModel:
         raise EvaluationError("no kernel for this scheme", "choose another")
 
-    def carried_out(command: list[str], job: VerificationJob) -> dict[str, Any]:
+    def carried_out(job: VerificationJob) -> dict[str, Any]:
         return perform(job)
 
     monkeypatch.setattr(verdicts, "carry_out", carried_out)
@@ -201,7 +201,7 @@ def test_tensors_that_the_loader_passes_over_are_named_and_fail_where_the_number
     if matters:
         changed("transformers", lambda logits: logits.roll(1, dims=-1), monkeypatch)
 
-    def carried_out(command: list[str], job: VerificationJob) -> dict[str, Any]:
+    def carried_out(job: VerificationJob) -> dict[str, Any]:
         return {**perform(job), "dropped": ["model.layers.0.self_attn.k_proj.weight_zero_point"]}
 
     monkeypatch.setattr(verdicts, "carry_out", carried_out)
@@ -282,7 +282,7 @@ def test_a_job_survives_the_way_through_json(tmp_path: Path) -> None:
 )
 def test_a_process_that_dies_is_told(tmp_path: Path, code: str, message: str) -> None:
     with pytest.raises(EvaluationError, match=message):
-        carry_out([sys.executable, "-c", code], job_for(tmp_path, tmp_path))
+        carry_out(job_for(tmp_path, tmp_path), (sys.executable, "-c", code))
 
 
 def test_a_process_that_hangs_is_ended_with_all_that_it_started(tmp_path: Path) -> None:
@@ -295,16 +295,15 @@ def test_a_process_that_hangs_is_ended_with_all_that_it_started(tmp_path: Path) 
     )
     job = replace(job_for(tmp_path, tmp_path), seconds=5.0)
     with pytest.raises(EvaluationError, match=r"within 5 s; last line of its log: waiting .*--time-limit"):
-        carry_out([sys.executable, "-c", code], job)
+        carry_out(job, (sys.executable, "-c", code))
     left = int((tmp_path / "pid").read_text())
     _, alive = psutil.wait_procs([psutil.Process(left)] if psutil.pid_exists(left) else [], timeout=10)
     assert [each for each in alive if each.status() != psutil.STATUS_ZOMBIE] == []
 
 
 def test_a_mistake_found_in_the_process_keeps_its_class(model: Path, tmp_path: Path) -> None:
-    command = RUNTIMES.get("transformers").worker()
     with pytest.raises(EvaluationError, match=r"is not a checkpoint: it has no config\.json"):
-        carry_out(command, job_for(tmp_path / "nowhere", tmp_path))
+        carry_out(job_for(tmp_path / "nowhere", tmp_path))
 
 
 def test_logits_are_written_in_the_order_of_the_prompts(model: Path, tmp_path: Path) -> None:
@@ -355,12 +354,17 @@ def test_the_script_keeps_logits_as_the_engine_computes_them() -> None:
 
     engine, hidden = Engine(), torch.arange(8, dtype=torch.bfloat16).view(4, 2)
     tap = Tap(engine)
-    engine.compute_logits(hidden[3:])
-    engine.compute_logits(hidden[:3])
-    rows = prompt_logits(tap.take(), 4)
-    assert rows.dtype == torch.float32
-    assert rows[:, 0].tolist() == [1, 5, 9, 13]
+    for count in (4, 2, 1):
+        tap.open()
+        engine.compute_logits(hidden[count - 1 : count])
+        if count > 1:
+            engine.compute_logits(hidden[: count - 1])
+        rows = prompt_logits(tap.take(), count)
+        assert rows.dtype == torch.bfloat16
+        assert rows[:, 0].tolist() == [1, 5, 9, 13][:count]
+    engine.compute_logits(hidden)
     assert tap.take() == []
+    tap.open()
     engine.compute_logits(hidden[:2])
     with pytest.raises(RuntimeError, match=r"computes the logits of 4 tokens as \[\[2, 5\]\]"):
         prompt_logits(tap.take(), 4)
@@ -381,7 +385,7 @@ def test_the_interpreter_of_vllm_is_looked_for(tmp_path: Path, monkeypatch: pyte
     stub.chmod(0o755)
     monkeypatch.setenv(VARIABLE, str(stub))
     assert runtime.missing() is None
-    assert runtime.worker()[0] == str(stub)
+    assert interpreter() == str(stub)
 
 
 # Figures

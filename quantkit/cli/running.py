@@ -443,7 +443,15 @@ def evaluate(
     context_length: Annotated[int, typer.Option(help="Tokens per window.")] = 512,
     max_tokens: Annotated[int, typer.Option(help="Tokens scored per text at most.")] = 8192,
     bos: Annotated[str, typer.Option(help="Where a BOS token stands: before each window, stream or none.")] = "window",
-    loader: Annotated[str, typer.Option(help="auto, whole, streamed, or a name of 'quantkit runtimes'.")] = "auto",
+    loader: Annotated[
+        str, typer.Option("--loader", "--runtime", help="auto, whole, streamed, or a name of 'quantkit runtimes'.")
+    ] = "auto",
+    python: Annotated[
+        str | None, typer.Option(metavar="PATH", help="Interpreter of the environment that vllm lives in.")
+    ] = None,
+    batch_sizes: Annotated[
+        list[int] | None, typer.Option("--batch-size", help="Rows at once whose speed is taken; repeatable.")
+    ] = None,
     tasks: Annotated[
         list[str] | None, typer.Option("--task", help="Of lm-evaluation-harness: a name or a file; repeatable.")
     ] = None,
@@ -468,6 +476,8 @@ def evaluate(
             max_tokens=max_tokens,
             bos=bos,
             loader=loader,
+            python=python,
+            batch_sizes=batch_sizes or [1],
             tasks=tasks or [],
             device=device,
             dtype=dtype,

@@ -23,6 +23,8 @@ from quantkit.system.validation import parse_section
 
 ESTIMATED = "weights_estimated_bytes"
 ESTIMATES = "estimates"
+SERVERS = ("vllm",)
+"""Runtimes that take memory for a cache of many rows before they are given one."""
 How = Literal["decoded", "decoded at first use", "packed", "packed, a layer decoded at a time", "a block at a time"]
 
 
@@ -123,10 +125,10 @@ def beside_measured(
 
     Returns:
         The figures; their ``memory`` with :data:`ESTIMATED` and :data:`ESTIMATES`, see :func:`estimates`, both None for
-        a model that transformers does not build.
+        a model that transformers does not build; without them where one of :data:`SERVERS` scored.
     """
     memory = figures.get("memory")
-    if not memory:
+    if not memory or result.get("loaded_by") in SERVERS:
         return figures
     anatomy = known_anatomy(folder)
     found = None if anatomy is None else estimates(anatomy, variant or _float(anatomy), memory, result)

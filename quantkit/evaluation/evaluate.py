@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -73,6 +73,7 @@ def evaluate(job: EvaluationJob, progress: Progress) -> dict[str, Any]:
         options = replace(options, context_length=max(options.context_length, others.context_length, needed))
         watch = MemoryWatch(device, own_allocator=loading.runtime.own_allocator)
         model, loading = _load(job, loading, options, windows, ends, progress)
+        ends.enter_context(closing(model))
         if not model.writes:
             others, prompts, loading = _without_writing(others, loading, job)
         watch.loaded(model)
@@ -101,11 +102,14 @@ def evaluate(job: EvaluationJob, progress: Progress) -> dict[str, Any]:
 
 
 def _load_options(job: EvaluationJob, device: torch.device) -> LoadOptions:
+    spec = job.spec
     return LoadOptions(
         device=str(device),
-        dtype=compute_dtype(job.spec.dtype, device.type),
-        context_length=max(job.spec.context_length, PROMPT_TOKENS + NEW_TOKENS),
+        dtype=compute_dtype(spec.dtype, device.type, served=job.is_served),
+        context_length=max(spec.context_length, PROMPT_TOKENS + NEW_TOKENS),
         trust_remote_code=job.trust_remote_code,
+        python=spec.python,
+        batch=max(spec.batch_sizes) if "speed" in spec.metrics else 1,
     )
 
 
@@ -203,7 +207,7 @@ def _run_once(
         memory = watch.figures(model)
     if "speed" in job.spec.metrics and model.writes:
         is_decoded = not runtime.packed or model.weights_bytes() > loaded
-        speed = measure_speed(model, text.ids[0], is_warm=memory is not None, briefly=is_decoded)
+        speed = measure_speed(model, text.ids[0], job.spec.batch_sizes, is_warm=memory is not None, briefly=is_decoded)
     return memory, speed
 
 
@@ -258,10 +262,11 @@ def _text_facts(text: Windows, score: TextScore, tokenizer: PreTrainedTokenizerB
 def _environment(model: LoadedModel) -> dict[str, Any]:
     return {
         "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
         **model.facts(),
+        **({"settings": dict(model.settings)} if model.settings else {}),
         "device": model.device,
         "dtype": model.dtype,
-        "threads": torch.get_num_threads(),
     }
 
 

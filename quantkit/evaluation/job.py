@@ -18,16 +18,17 @@ COMPARING_METRICS = frozenset({"kl_divergence", "top1_agreement"})
 """Metrics that need the float model's log-probabilities."""
 
 
-def compute_dtype(asked: str, device: str) -> str | None:
+def compute_dtype(asked: str, device: str, *, served: bool = False) -> str | None:
     """The dtype in which a model is run; None is the checkpoint's own.
 
     Args:
         asked: of a recipe; ``auto`` is float32 on a CPU, and on CUDA the checkpoint's own.
         device: ``cpu`` or ``cuda``.
+        served: by a runtime of another interpreter, which chooses by itself.
     """
     if asked != "auto":
         return asked
-    return "float32" if device == "cpu" else None
+    return "float32" if device == "cpu" and not served else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +66,11 @@ class EvaluationJob:
     def compares(self) -> bool:
         """Whether the job compares with the float model's log-probabilities."""
         return not self.writes_reference and bool(COMPARING_METRICS & set(self.spec.metrics))
+
+    @property
+    def is_served(self) -> bool:
+        """Whether a runtime of another interpreter loads the checkpoint, which it never does for the baseline."""
+        return not self.writes_reference and self.spec.is_served
 
     @property
     def is_local(self) -> bool:

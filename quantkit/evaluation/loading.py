@@ -65,7 +65,7 @@ def choose_loading(job: EvaluationJob, options: LoadOptions, windows: Mapping[st
     Raises:
         EvaluationError: there is no checkpoint, or the runtime that is asked for cannot score it.
     """
-    wanted = job.spec.loader
+    wanted = AUTO if job.spec.is_served and not job.is_served else job.spec.loader
     runtime = choose_runtime(job.checkpoint, AUTO if wanted in LOADERS else wanted, options.dtype)
     if wanted == STREAMED:
         return Loading(runtime, streams=True)

@@ -49,26 +49,35 @@ class Probe(Protocol):
 
 
 class HostProbe:
-    """The resident set of this process, with Python, torch and mapped files in it."""
+    """The resident set of a process, with Python, torch and mapped files in it.
+
+    Args:
+        process: its id; None is this one.
+    """
 
     kind = "RSS"
+
+    def __init__(self, process: int | None = None) -> None:
+        self._process = process
 
     def begin(self) -> bool:
         """Give back what the C library keeps, then forget the peak.
 
         Linux alone can forget it, and not everywhere: in some containers ``/proc`` may not be written to.
         """
-        gc.collect()
-        give_back()
+        if self._process is None:
+            gc.collect()
+            give_back()
+        file = CLEAR_REFS if self._process is None else Path(f"/proc/{self._process}/clear_refs")
         try:
-            CLEAR_REFS.write_text(RESETS_PEAK, encoding="ascii")
+            file.write_text(RESETS_PEAK, encoding="ascii")
         except OSError:
             return False
         return True
 
     def read(self) -> dict[str, Any]:
         """Resident set, now and at most."""
-        used, peak = int(psutil.Process().memory_info().rss), peak_rss()
+        used, peak = int(psutil.Process(self._process).memory_info().rss), peak_rss(self._process)
         return {"used_bytes": used, "peak_bytes": max(used, peak)}
 
 
@@ -80,12 +89,13 @@ class CudaProbe:
 
     Args:
         device: a CUDA device.
+        process: of which process what it holds is told; None is this one. The allocator is this one's.
     """
 
     kind = "CUDA allocator"
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, process: int | None = None) -> None:
+        self._device, self._process = device, process
 
     def begin(self) -> bool:
         """Give back what the allocator keeps, and begin its peaks anew."""
@@ -105,13 +115,13 @@ class CudaProbe:
             "used_bytes": torch.cuda.memory_allocated(self._device),
             "peak_bytes": torch.cuda.max_memory_allocated(self._device),
             "reserved_bytes": torch.cuda.max_memory_reserved(self._device),
-            "process_bytes": process_bytes(self._device),
+            "process_bytes": process_bytes(self._device, self._process),
         }
 
 
-def probe_of(device: torch.device) -> Probe:
-    """The probe of a device."""
-    return CudaProbe(device) if device.type == "cuda" else HostProbe()
+def probe_of(device: torch.device, process: int | None = None) -> Probe:
+    """The probe of a device, and of a process by its id; None is this one."""
+    return CudaProbe(device, process) if device.type == "cuda" else HostProbe(process)
 
 
 def give_back() -> None:
@@ -121,26 +131,32 @@ def give_back() -> None:
         trim(ctypes.c_size_t(0))
 
 
-def peak_rss() -> int:
-    """The largest resident set that this process has had, in bytes.
+def peak_rss(process: int | None = None) -> int:
+    """The largest resident set that a process has had, in bytes: this one, or another by its id.
 
     On Linux from ``VmHWM``, which begins with the program or where :meth:`HostProbe.begin` began it anew;
-    ``ru_maxrss`` would begin with the size of the process that started it (``execve`` keeps it).
+    ``ru_maxrss`` would begin with the size of the process that started it (``execve`` keeps it). Where another process
+    is asked for and the system tells no peak, it is what the process has now.
     """
     if sys.platform == "win32":
-        return int(psutil.Process().memory_info().peak_wset)
+        return int(psutil.Process(process).memory_info().peak_wset)
     if sys.platform == "linux":
-        found = re.search(r"^VmHWM:\s+(\d+) kB$", Path("/proc/self/status").read_text(encoding="ascii"), re.MULTILINE)
+        status = Path(f"/proc/{process or 'self'}/status").read_text(encoding="ascii")
+        found = re.search(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)
         if found:
             return int(found[1]) * 1024
+    if process is not None:
+        return int(psutil.Process(process).memory_info().rss)
     import resource
 
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def process_bytes(device: torch.device) -> int | None:
-    """What NVML says that this process holds on a CUDA device; None without ``nvidia-ml-py`` or its answer.
+def process_bytes(device: torch.device, process: int | None = None) -> int | None:
+    """What NVML says that a process holds on a CUDA device, this one or another by its id.
+
+    None without ``nvidia-ml-py`` or its answer.
 
     In a container the driver may list processes by numbers that mean nothing there, and some drivers, such as those
     of Windows, do not tell how much a process holds.
@@ -155,7 +171,7 @@ def process_bytes(device: torch.device) -> int | None:
         running = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
     except pynvml.NVMLError:
         return None
-    found = next((process.usedGpuMemory for process in running if process.pid == os.getpid()), None)
+    found = next((each.usedGpuMemory for each in running if each.pid == (process or os.getpid())), None)
     return None if found is None else int(found)
 
 
@@ -190,14 +206,21 @@ class MemoryWatch:
         before = self._probe.read()
         self._resets = self._probe.begin()
         baseline = self._probe.read()
-        self._baseline: int = baseline["used_bytes"]
+        self._baseline: int | None = baseline["used_bytes"]
         self._process_baseline: int | None = baseline.get("process_bytes")
-        self._highest: int = before["peak_bytes"] if device.type == "cpu" else self._baseline
+        self._highest: int = before["peak_bytes"] if device.type == "cpu" else baseline["used_bytes"]
         self._phases: dict[Phase, dict[str, Any]] = {}
         self._weights = 0
 
     def loaded(self, model: LoadedModel) -> None:
-        """Note the weights as they were loaded, and what loading took, before any forward pass."""
+        """Note the weights as they were loaded, and what loading took, before any forward pass.
+
+        If another process has the model, its memory is watched from here on.
+        """
+        if model.process is not None:
+            self._probe = probe_of(self._device, model.process)
+            self._baseline = self._process_baseline = None  # of a process that has begun with the model
+            self._highest = 0
         self._weights = model.weights_bytes()
         self._note("load")
 

@@ -1,14 +1,15 @@
-"""How fast a model reads a prompt and writes tokens."""
+"""How fast a model reads prompts and writes tokens, one row at a time or several at once."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
 
+from quantkit.errors import EvaluationError
 from quantkit.runtimes.base import LoadedModel
 
 T = TypeVar("T")
@@ -17,28 +18,36 @@ FEWEST_RUNS, PREFILL_RUNS, DECODE_RUNS = 2, 5, 4
 """Runs at least, and at most of each."""
 ENOUGH = 2.0
 """Seconds after which no further run begins: one of so many tells as much as several that are short."""
+BATCH_RUNS = 2
 PROMPT_TOKENS = 64
 NEW_TOKENS = 32
 
 
 def measure_speed(
-    model: LoadedModel, ids: torch.Tensor, *, is_warm: bool = False, briefly: bool = False
+    model: LoadedModel,
+    ids: torch.Tensor,
+    batch_sizes: Sequence[int] = (1,),
+    *,
+    is_warm: bool = False,
+    briefly: bool = False,
 ) -> dict[str, Any]:
-    """Prefill and decode tokens per second, batch size 1, after one run of each to warm up.
+    """Prefill and decode tokens per second, after one run of each to warm up.
 
     Prefill reads ``ids`` at once. Decode continues the first 64 of them greedily with the KV cache; its figure
     is the inverse of the median time per token over all runs. ``seconds_per_token`` of both holds one figure a run,
-    from which the noise of the two is told.
+    from which the noise of the two is told. Both are of one row; ``batches`` has the figures of other sizes.
 
     Args:
         model: as a runtime has loaded it.
         ids: int64 ``[length]``, one window.
+        batch_sizes: rows at once, for each of which figures are taken.
         is_warm: it has read the window and continued a prompt before.
         briefly: as few runs as tell a noise, as of a model whose speed says little.
 
     Raises:
         EvaluationError: the model keeps no KV cache, so its decode speed cannot be taken.
     """
+    sizes = [size for size in batch_sizes if size > 1]
     prompt = ids.repeat(-(-PROMPT_TOKENS // len(ids)))[:PROMPT_TOKENS]
     warm_up, longest = 0 if is_warm else 1, 0.0 if briefly else ENOUGH
     prefill = _repeated(lambda: _prefill_seconds(model, ids), PREFILL_RUNS, longest, warm_up)
@@ -57,7 +66,8 @@ def measure_speed(
             "runs": len(decode),
             "seconds_per_token": [statistics.median(run) for run in decode],
         },
-        "threads": torch.get_num_threads(),
+        **({"batches": [_batch(model, ids, prompt, size) for size in sizes]} if sizes else {}),
+        "threads": model.facts().get("threads", torch.get_num_threads()),
         "device": model.device,
         "dtype": model.dtype,
     }
@@ -71,6 +81,22 @@ def _repeated(run: Callable[[], T], most: int, longest: float, warm_up: int) -> 
     while len(found) < FEWEST_RUNS or (len(found) < most and time.perf_counter() - started < longest):
         found.append(run())
     return found
+
+
+def _batch(model: LoadedModel, ids: torch.Tensor, prompt: torch.Tensor, size: int) -> dict[str, Any]:
+    """Tokens per second of ``size`` rows at once, all of them together; or why there are none."""
+    windows, prompts = (torch.stack([row.roll(-shift) for shift in range(size)]) for row in (ids, prompt))
+    try:
+        read = [model.throughput(windows, 0).prefill for _ in range(1 + BATCH_RUNS)][1:]
+        written = [model.throughput(prompts, NEW_TOKENS).steps for _ in range(1 + BATCH_RUNS)][1:]
+    except EvaluationError as error:
+        return {"size": size, "missing": error.problem}
+    return {
+        "size": size,
+        "prefill_tokens_per_second": windows.numel() / statistics.median(read),
+        "decode_tokens_per_second": size / statistics.median([seconds for run in written for seconds in run]),
+        "runs": BATCH_RUNS,
+    }
 
 
 def _prefill_seconds(model: LoadedModel, ids: torch.Tensor) -> float:

@@ -16,7 +16,9 @@ from quantkit.evaluation import EvaluationJob, run_job
 from quantkit.evaluation.job import compute_dtype
 from quantkit.evaluation.task_files import read_task
 from quantkit.recipe import EvaluationSpec
+from quantkit.recipe.evaluation import LOADERS
 from quantkit.records.llamafactory import LLAMAFACTORY_PREFIX
+from quantkit.runtimes import RUNTIMES
 from quantkit.system.artifacts import (
     STAGE_FILE,
     file_sha256,
@@ -169,7 +171,8 @@ def evaluation_identity(spec: EvaluationSpec) -> dict[str, Any]:
         tasks["answers"] = {"file": content}
     if spec.samples is not None and spec.samples.file and (content := _content(spec.samples.file)) is not None:
         tasks["samples"] = {"file": content}
-    return {"settings": spec.model_dump(mode="json", exclude={"device", "dtype"}), "files": {**files, **tasks}}
+    settings = spec.model_dump(mode="json", exclude={"device", "dtype", "python"})
+    return {"settings": settings, "files": {**files, **tasks}}
 
 
 def _content(file: str) -> Any:
@@ -184,16 +187,20 @@ def _content(file: str) -> Any:
 def computed(spec: EvaluationSpec) -> dict[str, str]:
     """By what figures are computed here: ``device``, a GPU by its name, ``dtype``, ``torch`` and ``transformers``.
 
+    Of a runtime that has an interpreter of its own also its version, and settings of its.
+
     Raises:
         QuantkitError: the device that the recipe names is not there.
     """
     from quantkit.system.devices import device_name, resolve_device
 
     device = resolve_device(spec.device)
+    other = {} if spec.loader in LOADERS else RUNTIMES.get(spec.loader).computes_by(spec.python)
     return {
         "device": device_name(device),
         "dtype": compute_dtype(spec.dtype, device.type) or "the checkpoint's",
         **{package: version(package) for package in ("torch", "transformers")},
+        **other,
     }
 
 

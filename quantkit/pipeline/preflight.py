@@ -204,7 +204,7 @@ def check_loader(spec: EvaluationSpec) -> None:
     """
     if spec.loader in LOADERS:
         return
-    runtime = RUNTIMES.get(spec.loader)
-    reason = runtime.missing()
-    if reason:
-        raise RecipeError(f"evaluation.loader: {spec.loader} cannot be used here: {reason}", runtime.install)
+    try:
+        RUNTIMES.get(spec.loader).check(spec.python)
+    except QuantkitError as error:
+        raise RecipeError(f"evaluation.loader: {error.problem}", error.remedy) from error

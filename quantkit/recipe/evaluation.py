@@ -231,9 +231,12 @@ class EvaluationSpec(Section):
         dtype: compute dtype; ``auto`` is float32 on CPU and the checkpoint's dtype on CUDA.
         reference_limit: bytes that the float model's stored log-probabilities may take, all texts together.
         loader: the runtime that loads the checkpoints: ``transformers`` loads the files as they are, ``reference``
-            decodes them by quantkit's own formats into a float model, ``llama.cpp`` loads GGUF files; ``whole`` is
-            transformers or llama.cpp where they and the packages there can load the format, else the reference;
-            ``streamed`` reads a block at a time, and ``auto`` does so where the whole would not fit.
+            decodes them by quantkit's own formats into a float model, ``llama.cpp`` loads GGUF files, ``vllm`` has its
+            own interpreter; ``whole`` is transformers or llama.cpp where they and the packages there can load the
+            format, else the reference; ``streamed`` reads a block at a time, and ``auto`` does so where the whole would
+            not fit.
+        python: the interpreter of a runtime that has its own.
+        batch_sizes: rows at once, for each of which speed is taken.
         tasks: of lm-evaluation-harness, each its name, the path of a task file, or a :class:`TaskSpec`.
         answers: instructions to answer; see :class:`AnswerSpec`.
         samples: continuations to read side by side, see :class:`SampleSpec`; a list of prompts, a file, a number, or
@@ -252,14 +255,27 @@ class EvaluationSpec(Section):
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     reference_limit: Annotated[Whole, Field(ge=1 << 20)] = 8 << 30
     loader: str = AUTO
+    python: Place | None = None
+    batch_sizes: Annotated[tuple[Annotated[Whole, Field(ge=1, le=4096)], ...], Field(min_length=1)] = (1,)
     tasks: tuple[TaskSpec, ...] = ()
     answers: AnswerSpec | None = None
     samples: SampleSpec | None = SampleSpec()
 
     @property
+    def is_served(self) -> bool:
+        """Whether the loader is a runtime of another interpreter."""
+        return self.loader not in LOADERS and RUNTIMES.get(self.loader).separate
+
+    @property
     def compares(self) -> bool:
         """Whether a metric needs the float model's log-probabilities."""
         return any(metric in COMPARING_METRICS for metric in self.metrics)
+
+    @model_validator(mode="after")
+    def _python_is_somebodys(self) -> EvaluationSpec:
+        if self.python is not None and not self.is_served:
+            raise ValueError(f"'python' is the interpreter of a runtime that has its own, and loader is {self.loader}")
+        return self
 
     @field_validator("samples", mode="before")
     @classmethod
@@ -286,13 +302,7 @@ class EvaluationSpec(Section):
         with located():
             if loader not in RUNTIMES:
                 raise RecipeError(f"'{loader}' is not allowed", did_you_mean(loader, [*LOADERS, *RUNTIMES.names()]))
-            loader = RUNTIMES.name_of(loader)
-            if RUNTIMES.get(loader).separate:
-                raise RecipeError(
-                    f"{loader} lives in an interpreter of its own, and scoring needs the runtime in this one",
-                    f"score with auto or reference, and verify the checkpoints with {loader}",
-                )
-        return loader
+        return RUNTIMES.name_of(loader)
 
     @model_validator(mode="after")
     def _streamed_does_not_write(self) -> EvaluationSpec:

@@ -24,12 +24,12 @@ AUTO = "auto"
 
 
 def choose_runtime(path: Path, wanted: str = AUTO, dtype: str | None = None) -> type[Runtime]:
-    """Who loads a checkpoint in this interpreter.
+    """Who loads a checkpoint.
 
-    A float checkpoint is transformers' in any case. ``auto`` gives it also what it can load: a format of which
-    quantkit knows nothing, and one that it knows to load there, if its packages are installed and its schemes run in
-    this dtype. A GGUF file is llama.cpp's where that is installed and no adapter lies beside it. The reference decoder
-    has the rest.
+    A float checkpoint is transformers', unless a runtime of another interpreter is asked for. ``auto`` gives it also
+    what it can load: a format of which quantkit knows nothing, and one that it knows to load there, if its packages are
+    installed and its schemes run in this dtype. A GGUF file is llama.cpp's where that is installed and no adapter lies
+    beside it. The reference decoder has the rest.
 
     Args:
         path: the checkpoint.
@@ -37,25 +37,41 @@ def choose_runtime(path: Path, wanted: str = AUTO, dtype: str | None = None) -> 
         dtype: in which the model will compute; None is the checkpoint's own.
 
     Raises:
-        EvaluationError: there is no checkpoint, the runtime has an interpreter of its own, or it cannot compute with
-            the adapter that lies there.
+        EvaluationError: there is no checkpoint, or the runtime does not serve it or cannot compute with the adapter
+            that lies there.
         RecipeError: there is no such runtime.
         CheckpointError: the manifest is broken.
     """
     chosen = None if wanted == AUTO else RUNTIMES.get(wanted)
-    if chosen is not None and chosen.separate:
-        raise EvaluationError(
-            f"{chosen.name} lives in an interpreter of its own, and scoring needs it in this one",
-            f"score with auto or reference, and verify the checkpoint with {chosen.name}",
-        )
-    if is_float(path):
+    served = chosen is not None and chosen.separate
+    if not served and is_float(path):
         return RUNTIMES.get("transformers")
     if chosen is not None:
         check_adapter(path, chosen)
+        reason = refusal(path, chosen) if served else None
+        if reason is not None:
+            raise EvaluationError(f"{path} is not served: {reason}", "score it with loader auto or reference")
         return chosen
     if is_gguf(path):
         return RUNTIMES.get("llama.cpp" if _is_usable("llama.cpp") and not adapter_beside(path) else "reference")
     return RUNTIMES.get("transformers" if _transformers_loads(path, dtype) else "reference")
+
+
+def refusal(path: Path, runtime: type[Runtime]) -> str | None:
+    """Why a runtime does not load a checkpoint, a sentence; None where it does, or where quantkit cannot tell.
+
+    Raises:
+        EvaluationError: there is no checkpoint, or its config cannot be read.
+    """
+    check_checkpoint(path)
+    if is_gguf(path):
+        return f"quantkit gives {runtime.name} no GGUF files."
+    if is_float(path):
+        return None
+    found = _format_in(path, _config(path)["quantization_config"])
+    if found is None:
+        return None
+    return runtime.refusal(*found, embedding=(read_manifest(path) or {}).get("embedding") is not None)
 
 
 def check_adapter(path: Path, runtime: type[Runtime]) -> None:

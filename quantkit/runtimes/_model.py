@@ -15,7 +15,7 @@ import torch
 from quantkit.checkpoint.extra_tensors import of_quantization
 from quantkit.checkpoint.model_class import text_part
 from quantkit.errors import EvaluationError
-from quantkit.runtimes.base import LoadedModel
+from quantkit.runtimes.base import LoadedModel, Throughput
 from quantkit.system.devices import device_name, synchronize
 
 if TYPE_CHECKING:
@@ -147,6 +147,24 @@ class TransformersModel(LoadedModel):
             seconds.append(time.perf_counter() - started)
             ids.append(int(token))
         return ids, seconds
+
+    @torch.inference_mode()
+    def throughput(self, rows: torch.Tensor, count: int) -> Throughput:
+        """All rows in one forward pass, then one token of each at a time with the KV cache."""
+        device, seconds = self.model.device, []
+        synchronize(device)
+        started = time.perf_counter()
+        state = self._forward(rows)
+        synchronize(device)
+        seconds.append(time.perf_counter() - started)
+        for _ in range(count):
+            if state.get("past_key_values") is None:
+                raise EvaluationError(f"{type(self.model).__name__} keeps no KV cache")
+            started = time.perf_counter()
+            state = self._forward(state["logits"][:, -1:].argmax(dim=-1), past_key_values=state["past_key_values"])
+            synchronize(device)
+            seconds.append(time.perf_counter() - started)
+        return Throughput(seconds[0], tuple(seconds[1:]))
 
     def weights_bytes(self) -> int:
         """Bytes of the storages behind all parameters and buffers; what is shared counts once."""

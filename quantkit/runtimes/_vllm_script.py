@@ -1,8 +1,8 @@
-"""What runs inside vLLM's own interpreter: ``PYTHON _vllm_script.py JOB.json``.
+"""What runs inside vLLM's own interpreter: ``PYTHON _vllm_script.py FOLDER``, the other side of :mod:`_distant`.
 
-It imports nothing of quantkit, because vLLM pins other versions of torch and transformers, and follows the protocol of
-:mod:`quantkit.verification.job`: it reads the job, and writes the logits as float32 ``[tokens of all prompts,
-vocabulary]`` (``.npy``) and then the result (JSON).
+It imports nothing of quantkit, because vLLM pins other versions of torch and transformers. Each line of its standard
+input is a request, JSON with ``do``, and is answered by a line. The first is ``load``, the others are methods of
+:class:`Engine`. Logits go to a safetensors file in the folder, in the dtype that the engine gives them in.
 
 vLLM gives log-probabilities of a few tokens, not logits. So the engine runs in this process, prompts ask for
 log-probabilities of their own tokens, for which vLLM computes the logits of every position, and what the model's
@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
-import resource
 import sys
 import time
+import traceback
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,34 +27,46 @@ ENGINE_SETTINGS = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the model is reached in this process
     "VLLM_USE_V2_MODEL_RUNNER": "0",  # computes the logits of a prompt in one piece
     "VLLM_CPU_INT4_W4A8": "0",  # on CPUs, 4-bit layers would round their inputs to 8 bits
-    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",  # the token that is drawn after the longest prompt is not read
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
 }
 """Environment of the engine; what the user has set already stands."""
-
-
+CACHE_SPACE = "VLLM_CPU_KVCACHE_SPACE"
+"""GiB that vLLM takes for its KV cache on a CPU."""
+TOKENS_AT_ONCE = 2048
+"""Tokens that the engine reads in one step, if prompts are not longer."""
+BLOCK = 128
+"""Tokens of a block of the cache on a CPU, of which each row fills its last in part."""
+LOGITS = "logits.safetensors"
+LONGEST_ERROR = 500
+NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "larger than the available kv cache memory")
+"""What engines and allocators say where memory does not suffice, in lower case."""
 QUESTIONS = {"__get__", "dim", "element_size", "numel", "size", "stride"}
 """What can be asked of a tensor without a use of it, if the answer is no tensor."""
 
 
 class Tap:
-    """Keeps what a model's ``compute_logits`` returns, float32 on the CPU."""
+    """Keeps what a model's ``compute_logits`` returns, on the CPU."""
 
     def __init__(self, model: Any) -> None:
         self._original = model.compute_logits
-        self.kept: list[Any] = []
+        self.kept: list[Any] | None = None
         model.compute_logits = self._compute
 
     def _compute(self, *args: Any, **kwargs: Any) -> Any:
         logits = self._original(*args, **kwargs)
-        if logits is not None:
-            self.kept.append(logits.detach().float().cpu().clone())
+        if logits is not None and self.kept is not None:
+            self.kept.append(logits.detach().to("cpu", copy=True))
         return logits
 
+    def open(self) -> None:
+        """Keep from now on."""
+        self.kept = []
+
     def take(self) -> list[Any]:
-        """What came since the last call."""
-        taken, self.kept = self.kept, []
+        """What came since, and no more."""
+        taken, self.kept = self.kept or [], None
         return taken
 
 
@@ -89,22 +103,141 @@ class Reads:
             yield name, watched
 
 
+class Engine:
+    """A checkpoint in vLLM; what can be asked of it are its methods, with the keys of a request, and give the answer.
+
+    Args:
+        job: ``checkpoint``, ``dtype``, ``context_length`` (of a prompt with what follows it), ``batch`` (rows at once
+            at most) and ``trust_remote_code``.
+        folder: for logits.
+    """
+
+    def __init__(self, job: dict[str, Any], folder: Path) -> None:
+        started, reads = time.perf_counter(), Reads()
+        self._file = folder / LOGITS
+        self._engine = load(job, reads).llm_engine
+        seconds = time.perf_counter() - started
+        self._model = self._engine.model_executor.driver_worker.worker.model_runner.model
+        self._tap = Tap(self._model)
+        self._room, self._asked = job["context_length"], 0
+        self._going = ""
+        self._coming: list[int] = []
+        self._told = 0
+        self.facts = {**self.logits([0, 0]), **self._described(), "load_seconds": seconds}
+        self.facts["dropped"] = sorted(reads.given - reads.used)
+
+    def _described(self) -> dict[str, Any]:
+        import torch
+        import vllm  # type: ignore[import-not-found]  # it lives in the other interpreter
+
+        device = next(self._model.parameters()).device
+        return {
+            **self.weights(),
+            "dtype": str(self._engine.model_config.dtype).removeprefix("torch."),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+            "versions": {"vllm": vllm.__version__, "torch": torch.__version__},
+            "settings": {name: os.environ[name] for name in (*ENGINE_SETTINGS, CACHE_SPACE) if name in os.environ},
+            "threads": torch.get_num_threads(),
+        }
+
+    def weights(self) -> dict[str, Any]:
+        """``weights_bytes``: of the storages behind all parameters and buffers; what is shared counts once."""
+        tensors = [*self._model.parameters(), *self._model.buffers()]
+        storages = {(each.device, each.untyped_storage().data_ptr()): each.untyped_storage() for each in tensors}
+        return {"weights_bytes": sum(each.nbytes() for each in storages.values())}
+
+    def logits(self, ids: list[int]) -> dict[str, Any]:
+        """The logits after each token, in the file; ``vocabulary``, how many after one."""
+        from safetensors.torch import save_file
+
+        self._tap.open()
+        self.generate([ids], 1, prompt_logprobs=0)
+        found = prompt_logits(self._tap.take(), len(ids))
+        save_file({"logits": found}, self._file)
+        return {"vocabulary": found.shape[1]}
+
+    def generate(self, rows: list[list[int]], count: int, **options: Any) -> dict[str, Any]:
+        """Each row goes on greedily by ``count`` tokens, by vLLM's own sampler; ends of turns are not looked at.
+
+        Returns:
+            ``ids`` of each row, and ``seconds``: until every row has its first token, and then of each step in which
+            every row got another.
+        """
+        started = time.perf_counter()
+        names = [self._add(row, count, **options) for row in rows]
+        found: dict[str, list[int]] = {}
+        ended: set[str] = set()
+        times = [started]
+        while len(ended) < len(names):
+            whole = not ended
+            for output in self._engine.step():
+                found[output.request_id] = list(output.outputs[0].token_ids)
+                ended |= {output.request_id} if output.finished else set()
+            if len(found) == len(names) and (whole or len(times) == 1):
+                times.append(time.perf_counter())
+        seconds = [later - former for former, later in pairwise(times)]
+        return {"ids": [found[name] for name in names], "seconds": seconds}
+
+    def begin(self, ids: list[int]) -> dict[str, Any]:
+        """Begin to go on greedily after a prompt, for :meth:`more`."""
+        self._coming, self._told = [], 0
+        self._going = self._add(ids, self._room - len(ids)) if len(ids) < self._room else ""
+        return {}
+
+    def more(self) -> dict[str, Any]:
+        """``id``, the next token after the prompt; None where there is no room for another."""
+        while self._going and self._told == len(self._coming):
+            for output in self._engine.step():
+                self._coming = list(output.outputs[0].token_ids)
+                if output.finished:
+                    self._going = ""
+        self._told += 1
+        return {"id": self._coming[self._told - 1] if self._told <= len(self._coming) else None}
+
+    def _add(self, ids: list[int], count: int, **options: Any) -> str:
+        """Ask the engine to go on after a prompt, and for nothing that it was at before; gives the request's name."""
+        from vllm import SamplingParams, TokensPrompt
+
+        if self._going:
+            self._engine.abort_request([self._going])
+            self._going = ""
+        settings = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, detokenize=False, **options)
+        self._asked += 1
+        self._engine.add_request(str(self._asked), TokensPrompt(prompt_token_ids=ids), settings)
+        return str(self._asked)
+
+
 def main(arguments: list[str]) -> int:
-    """Carry out the job in the file ``arguments[0]``; returns the exit code."""
+    """Answer requests until there is nobody to answer."""
     own = Path(__file__).resolve().parent
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != own]  # has a module named vllm
-    _live_no_longer_than_the_parent()
-    job_file = Path(arguments[0])
-    job = json.loads(job_file.read_text(encoding="utf-8"))
+    requests, answer = _worker().requests_and_answers()
     for key, value in ENGINE_SETTINGS.items():
         os.environ.setdefault(key, value)
-    result = perform(job)
-    Path(job["result"]).write_text(json.dumps(result), encoding="utf-8")
-    return 0
+    engines: list[Engine] = []
+    while True:
+        request = json.loads(requests.get())
+        try:
+            answer(answered(request, engines, Path(arguments[0])))
+        except Exception as error:  # vLLM and what it is built on raise whatever befalls them
+            traceback.print_exc()
+            text = " ".join(f"{type(error).__name__}: {error}".split())
+            answer({"error": text[:LONGEST_ERROR], "memory": any(each in text.lower() for each in NO_MEMORY)})
 
 
-def _live_no_longer_than_the_parent() -> None:
-    """By quantkit's own file for it, which imports nothing of quantkit."""
+def answered(request: dict[str, Any], engines: list[Engine], folder: Path) -> dict[str, Any]:
+    """What a request gives: of the first, ``load``, the facts of an engine, which then has the others."""
+    do = request.pop("do")
+    if do == "load":
+        ask_for_tiles()
+        engines.append(Engine(request, folder))
+        return engines[0].facts
+    found: dict[str, Any] = getattr(engines[0], do)(**request)
+    return found
+
+
+def _worker() -> Any:
+    """Quantkit's own file for it, which imports nothing of quantkit."""
     spec = importlib.util.spec_from_file_location(
         "worker", Path(__file__).resolve().parents[1] / "system" / "worker.py"
     )
@@ -112,38 +245,7 @@ def _live_no_longer_than_the_parent() -> None:
         raise ImportError("quantkit's worker.py is missing")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    module.live_no_longer_than_the_parent()
-
-
-def perform(job: dict[str, Any]) -> dict[str, Any]:
-    """Load the checkpoint, write the logits of all prompts, and continue one of them."""
-    import numpy as np
-    import torch
-    import vllm  # type: ignore[import-not-found]  # it lives in the other interpreter
-
-    ask_for_tiles()
-    reads, started = Reads(), time.perf_counter()
-    engine = load(job, reads)
-    seconds = time.perf_counter() - started
-    model = engine.llm_engine.model_executor.driver_worker.worker.model_runner.model
-    tap, rows = Tap(model), []
-    for ids in job["prompts"]:
-        tap.take()
-        continued(engine, ids, 1, prompt_logprobs=0)
-        rows.append(prompt_logits(tap.take(), len(ids)))
-    np.save(job["logits"], torch.cat(rows).numpy())
-    new = job["new_tokens"]
-    return {
-        "generated": continued(engine, job["prompts"][job["generate"]], new) if new else [],
-        "load_seconds": seconds,
-        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "dtype": str(engine.llm_engine.model_config.dtype).removeprefix("torch."),
-        "device": str(next(model.parameters()).device),
-        "vocabulary": rows[0].shape[1],
-        "versions": {"vllm": vllm.__version__, "torch": torch.__version__},
-        "settings": {name: os.environ[name] for name in ENGINE_SETTINGS},
-        "dropped": sorted(reads.given - reads.used),
-    }
+    return module
 
 
 def ask_for_tiles() -> None:
@@ -159,10 +261,11 @@ def ask_for_tiles() -> None:
 
 
 def load(job: dict[str, Any], reads: Reads) -> Any:
-    """The engine with the checkpoint, one prompt at a time, without compilation or reuse of prompts' beginnings.
+    """The engine with the checkpoint, without compilation or reuse of prompts' beginnings.
 
     Of a model that sees or hears, too, it is the language model, as prompts are text.
     """
+    os.environ.setdefault(CACHE_SPACE, str(cache_gib(job)))
     from vllm import LLM
     from vllm.engine.arg_utils import EngineArgs  # type: ignore[import-not-found]  # as above
     from vllm.model_executor.model_loader.default_loader import (  # type: ignore[import-not-found]  # as above
@@ -178,8 +281,8 @@ def load(job: dict[str, Any], reads: Reads) -> Any:
         skip_tokenizer_init=True,
         dtype=job["dtype"],
         max_model_len=job["context_length"],
-        max_num_batched_tokens=max(job["context_length"], 2048),
-        max_num_seqs=1,
+        max_num_batched_tokens=max(job["context_length"], TOKENS_AT_ONCE),
+        max_num_seqs=job["batch"],
         enforce_eager=True,
         enable_prefix_caching=False,
         distributed_executor_backend="uni",
@@ -187,25 +290,25 @@ def load(job: dict[str, Any], reads: Reads) -> Any:
     )
 
 
-def continued(engine: Any, ids: list[int], count: int, **options: Any) -> list[int]:
-    """The ``count`` tokens that follow a prompt greedily."""
-    from vllm import SamplingParams, TokensPrompt
-
-    settings = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, detokenize=False, **options)
-    found = engine.generate(TokensPrompt(prompt_token_ids=ids), settings, use_tqdm=False)
-    return list(found[0].outputs[0].token_ids)
+def cache_gib(job: dict[str, Any]) -> int:
+    """GiB that the keys and values of all rows take in 16 bits, at least one."""
+    config = json.loads(Path(job["checkpoint"], "config.json").read_text(encoding="utf-8"))
+    text = config.get("text_config") or config
+    heads = text.get("num_attention_heads") or 1
+    width = text.get("head_dim") or text.get("hidden_size", 0) // heads
+    token = 4 * text.get("num_hidden_layers", 0) * (text.get("num_key_value_heads") or heads) * width
+    found: int = math.ceil(token * job["batch"] * (job["context_length"] + BLOCK) / 2**30)
+    return max(1, found)
 
 
 def prompt_logits(kept: list[Any], count: int) -> Any:
-    """The logits of a prompt's tokens in order: the engine computes the last position's apart from the others'."""
+    """The logits of a prompt's tokens in order: the engine computes those of the last before those of the others."""
     import torch
 
-    last = [part for part in kept if part.shape[0] == 1]
-    others = [part for part in kept if part.shape[0] == count - 1]
-    if len(kept) != 2 or len(last) != 1 or len(others) != 1:
-        shapes = [list(part.shape) for part in kept]
+    shapes = [list(part.shape) for part in kept]
+    if [part.shape[0] for part in kept] != [1, count - 1][: min(count, 2)]:
         raise RuntimeError(f"this version of vLLM computes the logits of {count} tokens as {shapes}")
-    return torch.cat([others[0], last[0]])
+    return torch.cat([*kept[1:], kept[0]])
 
 
 if __name__ == "__main__":

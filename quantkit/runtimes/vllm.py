@@ -10,7 +10,7 @@ import sys
 from collections.abc import Collection
 from pathlib import Path
 
-from quantkit.errors import EvaluationError, QuantkitError
+from quantkit.errors import QuantkitError
 from quantkit.formats.base import Format
 from quantkit.runtimes import RUNTIMES
 from quantkit.runtimes.base import LoadedModel, LoadOptions, Runtime
@@ -19,6 +19,18 @@ from quantkit.schemes import Scheme
 VARIABLE = "QUANTKIT_VLLM_PYTHON"
 """Environment variable that names the interpreter."""
 SCRIPT = Path(__file__).with_name("_vllm_script.py")
+INPUTS = "VLLM_CPU_INT4_W4A8"
+"""Environment variable by which vLLM rounds the inputs of 4-bit layers to 8 bits on a CPU, as it does by default."""
+GPUS = "CUDA_VISIBLE_DEVICES"
+VERSION = (
+    "from importlib.metadata import distributions as all;"
+    "print(next(each.version for each in all() if each.name in ('vllm', 'vllm-cpu')))"
+)
+"""Prints the version of whatever brings the package ``vllm``, without its import."""
+NO_MEMORY = (
+    "free some memory, lower evaluation.context_length, take smaller evaluation.batch_sizes, or, on a CPU, set "
+    "VLLM_CPU_KVCACHE_SPACE to fewer GiB"
+)
 HOW = (
     "python -m venv vllm-env, then vllm-env/bin/pip install vllm on a machine with CUDA, or vllm-cpu without (and no "
     f"torchvision or torchaudio, whose builds for CUDA stop its import); then set {VARIABLE}=vllm-env/bin/python"
@@ -27,12 +39,13 @@ HOW = (
 
 @RUNTIMES.register
 class Vllm(Runtime):
-    """Runs a script in vLLM's interpreter, so that it can be verified with; it does not score."""
+    """Has a script load the checkpoint in vLLM's interpreter, and asks it."""
 
     name = "vllm"
-    summary = "vLLM, the server; in a Python environment of its own, to verify with"
+    summary = "vLLM, the server; in a Python environment of its own"
     install = HOW
     separate = True
+    own_allocator = True
     fused = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
     @classmethod
@@ -50,14 +63,19 @@ class Vllm(Runtime):
         return ("bfloat16", "float16") if schemes or device != "cpu" else ("float32", "bfloat16", "float16")
 
     @classmethod
-    def refusal(cls, store: type[Format], schemes: Collection[Scheme], *, embedding: bool) -> str | None:
-        """Why vLLM does not load a checkpoint, a sentence; None where it does, or should, as far as is known.
+    def check(cls, python: str | None = None) -> None:
+        """Look for the interpreter, and for vLLM in it."""
+        interpreter(python)
 
-        Args:
-            store: its format.
-            schemes: of its layers.
-            embedding: whether its input embedding is quantized.
-        """
+    @classmethod
+    def computes_by(cls, python: str | None = None) -> dict[str, str]:
+        """VLLM's version, and how it computes on a CPU with 4-bit layers."""
+        found = subprocess.run([interpreter(python), "-c", VERSION], capture_output=True, text=True, check=False)
+        return {"vllm": found.stdout.strip(), INPUTS: os.environ.get(INPUTS, "0")}
+
+    @classmethod
+    def refusal(cls, store: type[Format], schemes: Collection[Scheme], *, embedding: bool) -> str | None:
+        """Why vLLM does not load a checkpoint; see :meth:`Runtime.refusal`."""
         if cls.name not in store.runtimes:
             return f"vLLM does not load {store.name} files, or not so that quantkit would vouch for it."
         if embedding:
@@ -66,15 +84,34 @@ class Vllm(Runtime):
 
     @classmethod
     def load(cls, path: Path, options: LoadOptions) -> LoadedModel:
-        """Refuse: the model would live in another interpreter."""
-        raise EvaluationError(
-            f"vllm lives in an interpreter of its own, so {path} cannot be loaded by it here", "verify the checkpoint"
-        )
+        """Load a checkpoint in the interpreter that is named, or the variable names, or this one.
 
-    @classmethod
-    def worker(cls, python: str | None = None) -> list[str]:
-        """The script, in the interpreter that is named, or the variable names, or this one."""
-        return [interpreter(python), str(SCRIPT)]
+        The dtype None is the one that vLLM takes by itself: the checkpoint's own, if it has 16 bits.
+
+        Raises:
+            QuantkitError: there is no such interpreter, or it has no vLLM.
+            EvaluationError: vLLM cannot load it.
+        """
+        from quantkit.runtimes._distant import DistantModel, Server
+
+        server = Server(cls.name, [interpreter(options.python), str(SCRIPT)], _environment(options), NO_MEMORY)
+        job = {
+            "checkpoint": str(path.absolute()),
+            "dtype": options.dtype or "auto",
+            "context_length": options.context_length + 1,  # it draws a token after each prompt
+            "batch": options.batch,
+            "trust_remote_code": options.trust_remote_code,
+        }
+        return DistantModel(server, job)
+
+
+def _environment(options: LoadOptions) -> dict[str, str]:
+    """The variables of vLLM's process, which takes the first of the GPUs that it sees."""
+    kind, _, place = options.device.partition(":")
+    if kind != "cuda" or not place:
+        return dict(os.environ)
+    seen = [each for each in os.environ.get(GPUS, "").split(",") if each]
+    return {**os.environ, GPUS: seen[int(place)] if int(place) < len(seen) else place}
 
 
 def interpreter(python: str | None = None) -> str:

@@ -1,8 +1,9 @@
 """What every worker process does at its start and its end: the other side of :mod:`quantkit.system.child`.
 
 Its standard input is its lifeline. A process that is killed cannot end its children; so each child watches for the end
-of its standard input, of which its parent holds the other end and writes nothing: it comes however the parent ends, and
-on every system. Its standard output carries its progress, a line of JSON for each step, and nothing else.
+of its standard input, of which its parent holds the other end: it comes however the parent ends, and on every system. A
+child that does one job is given nothing else by it; one that lives on is given requests, a line each. Its standard
+output carries its progress or its answers, a line of JSON for each, and nothing else.
 
 This file imports nothing of quantkit at its head, so that processes in other interpreters can load it by its path.
 """
@@ -13,6 +14,7 @@ import contextlib
 import faulthandler
 import json
 import os
+import queue
 import signal
 import sys
 import threading
@@ -57,10 +59,13 @@ def serve(arguments: list[str], perform: Callable[[Any, Report], dict[str, Any]]
     return code
 
 
-def live_no_longer_than_the_parent() -> None:
+def live_no_longer_than_the_parent(hear: Callable[[bytes], None] | None = None) -> None:
     """Watch the lifeline in a thread, out of sight of all that runs here and of the processes that it starts.
 
     Standard input is empty from then on. Where it ends, so does this process, with its group if it leads one.
+
+    Args:
+        hear: called in that thread with each line that comes.
     """
     lifeline = os.dup(0)
     os.set_inheritable(lifeline, False)
@@ -69,8 +74,10 @@ def live_no_longer_than_the_parent() -> None:
     os.close(nothing)
 
     def watch() -> None:
-        while os.read(lifeline, 1):
-            pass
+        with os.fdopen(lifeline, "rb") as stream:
+            for line in stream:
+                if hear is not None:
+                    hear(line)
         if os.name == "posix" and os.getpgid(0) == os.getpid():
             os.killpg(0, signal.SIGKILL)
         os._exit(EXIT_ORPHANED)
@@ -80,15 +87,31 @@ def live_no_longer_than_the_parent() -> None:
 
 def progress_channel() -> Report:
     """Keep standard output for progress: whatever else is printed goes to standard error from here on."""
+    tell = _channel()
+    return lambda step, done, total: tell({"step": str(step), "done": int(done), "total": int(total)})
+
+
+def requests_and_answers() -> tuple[queue.SimpleQueue[bytes], Callable[[Any], None]]:
+    """Live no longer than the parent, and serve it: the lines that it writes, and what answers with JSON data.
+
+    Whatever else is printed goes to standard error from here on.
+    """
+    heard: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    live_no_longer_than_the_parent(heard.put)
+    return heard, _channel()
+
+
+def _channel() -> Callable[[Any], None]:
+    """Standard output for lines of JSON alone: whatever else is printed goes to standard error from here on."""
     channel = os.dup(1)
     os.set_inheritable(channel, False)
     stream = os.fdopen(channel, "w", encoding="utf-8")
     sys.stdout.flush()
     os.dup2(2, 1)
 
-    def report(step: str, done: int, total: int) -> None:
+    def tell(data: Any) -> None:
         with contextlib.suppress(OSError, ValueError):  # nobody need listen
-            stream.write(json.dumps({"step": str(step), "done": int(done), "total": int(total)}) + "\n")
+            stream.write(json.dumps(data) + "\n")
             stream.flush()
 
-    return report
+    return tell

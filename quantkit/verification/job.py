@@ -1,6 +1,6 @@
 """What a process is asked to do with a checkpoint, what it answers, and how it is run.
 
-A process is started with a runtime's command and the path of a job. It loads the checkpoint, writes the logits after
+A process is started with the path of a job. It loads the checkpoint, writes the logits after
 every token of every prompt as float32 ``[tokens, vocabulary]`` (``.npy``, prompts one after another) to ``logits``,
 then its answer to ``result``, which lies beside the job:
 
@@ -21,6 +21,7 @@ What it prints is its log. Its standard input ends when whoever asked has ended,
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from quantkit.system.worker import RESULT_FILE
 
 SECONDS = 3600.0
 """A runtime that has not answered by then hangs."""
+WORKER = (sys.executable, "-m", "quantkit.verification.worker")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,7 @@ class VerificationJob:
         new_tokens: by how many tokens; 0 is not at all.
         folder: for what is asked, the logits, the answer and the log of this job alone; it is there.
         trust_remote_code: run Python code that comes with the checkpoint.
+        python: the interpreter of a runtime that has its own.
         seconds: after which whoever started the process ends it; no part of the JSON.
     """
 
@@ -62,6 +65,7 @@ class VerificationJob:
     new_tokens: int
     folder: Path
     trust_remote_code: bool = False
+    python: str | None = None
     seconds: float = SECONDS
 
     @property
@@ -88,6 +92,7 @@ class VerificationJob:
             "logits": str(self.logits),
             "result": str(self.folder / RESULT_FILE),
             "trust_remote_code": self.trust_remote_code,
+            "python": self.python,
         }
 
     @classmethod
@@ -98,12 +103,12 @@ class VerificationJob:
         return cls(**{**given, **places, "prompts": tuple(map(tuple, data["prompts"]))})
 
 
-def carry_out(command: list[str], job: VerificationJob) -> dict[str, Any]:
-    """Run a job by a runtime's command.
+def carry_out(job: VerificationJob, command: tuple[str, ...] = WORKER) -> dict[str, Any]:
+    """Run a job in a process of its own.
 
     Args:
-        command: what the job's file is appended to.
         job: what to do.
+        command: what the job's file is appended to.
 
     Returns:
         The answer.

@@ -72,7 +72,7 @@ def verify(
     """
     watching, path = observer or Silent(), Path(checkpoint)
     chosen = RUNTIMES.get(runtime)
-    command = _command(chosen, python)
+    chosen.check(python)
     place = str(resolve_device(device))
     with ExitStack() as stack:
         seen = stack.enter_context(loadable(path, trust_remote_code=trust_remote_code, tell=watching.note))
@@ -83,12 +83,12 @@ def verify(
         texts = tokenize(seen, PROMPTS if prompts is None else prompts, trust_remote_code=trust_remote_code)
         scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="quantkit-verify-"))
         job = _job(subject, chosen.name, place, computed, texts, _new(Path(scratch) / "runtime"), trust_remote_code)
-        job = replace(job, seconds=seconds)
+        job = replace(job, python=python, seconds=seconds)
         expected = _reference_job(job, _new(Path(scratch) / "reference"))
         watching.stage(f"reference: {path} in {expected.dtype}")
-        carry_out(RUNTIMES.get("reference").worker(), expected)
+        carry_out(expected)
         watching.stage(f"{chosen.name}: {path} in {computed}")
-        verdict = _verdict(chosen, subject, command, job, expected, texts)
+        verdict = _verdict(chosen, subject, job, expected, texts)
     _record(path, chosen.name, verdict)
     return verdict
 
@@ -96,15 +96,6 @@ def verify(
 def _new(folder: Path) -> Path:
     folder.mkdir()
     return folder
-
-
-def _command(chosen: type[Runtime], python: str | None) -> list[str]:
-    """The runtime's command; a runtime that is not installed is no fault of the checkpoint."""
-    if not chosen.separate:
-        reason = chosen.missing()
-        if reason is not None:
-            raise QuantkitError(f"runtime {chosen.name} cannot be used: {reason}", chosen.install)
-    return chosen.worker(python)
 
 
 def _check_packages(chosen: type[Runtime], subject: Subject) -> None:
@@ -147,6 +138,7 @@ def _reference_job(job: VerificationJob, folder: Path) -> VerificationJob:
     return replace(
         job,
         runtime="reference",
+        python=None,
         dtype="float32" if job.dtype == "float16" else job.dtype,
         new_tokens=0,
         folder=folder,
@@ -156,7 +148,6 @@ def _reference_job(job: VerificationJob, folder: Path) -> VerificationJob:
 def _verdict(
     chosen: type[Runtime],
     subject: Subject,
-    command: list[str],
     job: VerificationJob,
     expected: VerificationJob,
     texts: Prompts,
@@ -166,7 +157,7 @@ def _verdict(
     answer: dict[str, Any] = {}
     figures = reason = None
     try:
-        answer = carry_out(command, job)
+        answer = carry_out(job)
         figures = compare(expected.logits, job.logits, [len(ids) for ids in job.prompts])
     except MissingDependencyError:
         raise

@@ -1,9 +1,13 @@
-"""The process of runtimes that live in this interpreter: ``python -m quantkit.verification.worker JOB.json``."""
+"""The process that verifies: ``python -m quantkit.verification.worker JOB.json``.
+
+It loads the checkpoint, or a process of another interpreter that it starts does.
+"""
 
 from __future__ import annotations
 
 import sys
 import time
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -24,21 +28,25 @@ def perform(job: VerificationJob) -> dict[str, Any]:
         QuantkitError: the runtime cannot load it.
     """
     started = time.perf_counter()
-    options = LoadOptions(job.device, job.dtype, job.context_length, job.trust_remote_code)
-    model = RUNTIMES.get(job.runtime).load(job.checkpoint, options)
-    seconds = time.perf_counter() - started
+    options = LoadOptions(job.device, job.dtype, job.context_length, job.trust_remote_code, job.python)
+    with closing(RUNTIMES.get(job.runtime).load(job.checkpoint, options)) as model:
+        return _answer(job, model, time.perf_counter() - started)
+
+
+def _answer(job: VerificationJob, model: LoadedModel, seconds: float) -> dict[str, Any]:
     _write_logits(job, model)
     prompt = torch.tensor(job.prompts[job.generate])
+    facts = model.facts()
     return {
         "generated": model.decode(prompt, job.new_tokens)[0] if job.new_tokens else [],
         "load_seconds": seconds,
-        "peak_bytes": peak_rss(),
+        "peak_bytes": peak_rss(model.process),
         "dtype": model.dtype,
         "device": model.device,
         "vocabulary": model.vocabulary,
-        "versions": {"quantkit": own_version(), "torch": torch.__version__, **model.facts()},
-        "settings": {"threads": torch.get_num_threads()},
-        "dropped": [],  # the loaders of this interpreter raise for a tensor that finds no place
+        "versions": {"quantkit": own_version(), "torch": torch.__version__, **facts},
+        "settings": {"threads": facts.get("threads", torch.get_num_threads()), **model.settings},
+        "dropped": list(model.dropped),  # the loaders of this interpreter raise for a tensor that finds no place
     }
 
 

@@ -1,0 +1,286 @@
+"""vLLM as a runtime that scores: by a stand-in for the package, in a process as vLLM's own would be."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import quantkit
+from quantkit.cli import app
+from quantkit.errors import EvaluationError, QuantkitError, RecipeError
+from quantkit.evaluation import EvaluationJob
+from quantkit.evaluation.evaluate import evaluate
+from quantkit.evaluation.harness import HarnessModel
+from quantkit.evaluation.speed import measure_speed
+from quantkit.evaluation.stage import computed, evaluation_identity
+from quantkit.pipeline.preflight import check_loader
+from quantkit.recipe import EvaluationSpec
+from quantkit.runtimes import RUNTIMES
+from quantkit.runtimes._choice import choose_runtime
+from quantkit.runtimes.base import LoadedModel, LoadOptions
+from quantkit.runtimes.vllm import VARIABLE
+from quantkit.system.validation import parse_section
+from quantkit.verification import verdict as verdicts
+from quantkit.verification.worker import perform
+from tests.runs import edit_json
+from tests.tiny import make_model, tiny_tokenizer
+
+STAND_IN = Path(__file__).with_name("fake_vllm")
+IDS = torch.arange(5, 45)
+TEXT = "The tide went out further than anyone had seen, and we walked to the rocks. " * 5
+
+
+@pytest.fixture(autouse=True, scope="module")
+def stand_in() -> Iterator[None]:
+    """Processes find the stand-in, and quantkit, of which it is made."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(STAND_IN), str(STAND_IN.parents[1])]))
+        patch.setenv(VARIABLE, sys.executable)
+        yield
+
+
+@pytest.fixture(scope="module")
+def exported(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return quantkit.quantize(model, out=tmp_path_factory.mktemp("out") / "rtn", method="rtn", group_size=32)
+
+
+@pytest.fixture(scope="module")
+def served(exported: Path) -> Iterator[LoadedModel]:
+    found = RUNTIMES.get("vllm").load(exported, LoadOptions(context_length=99, batch=4))
+    yield found
+    found.close()
+    assert found.process is not None
+    assert not psutil.pid_exists(found.process)
+
+
+@pytest.fixture(scope="module")
+def decoded(exported: Path) -> LoadedModel:
+    return RUNTIMES.get("reference").load(exported, LoadOptions(dtype="float32"))
+
+
+def failing(folder: Path, how: str) -> Path:
+    """A checkpoint that the stand-in fails on."""
+    checkpoint = make_model(folder / "model")
+    (checkpoint / "fails").write_text(how, encoding="utf-8")
+    return checkpoint
+
+
+def spec_of(tmp_path: Path, **keys: Any) -> EvaluationSpec:
+    (tmp_path / "tide.txt").write_text(TEXT, encoding="utf-8")
+    given = {"texts": str(tmp_path / "tide.txt"), "context_length": 64, "device": "cpu", "samples": 2}
+    return parse_section(EvaluationSpec, {**given, **keys}, "evaluation")
+
+
+# The model
+
+
+def test_logits_are_those_of_the_engine_in_its_dtype(served: LoadedModel, decoded: LoadedModel) -> None:
+    for count in (1, 2, 3, 40):
+        assert torch.equal(served.logits(IDS[:count]), decoded.logits(IDS[:count]))
+    rows = [IDS[:7], IDS[3:30]]
+    assert [len(found) for found in served.logits_of(rows)] == [7, 27]
+    assert (served.vocabulary, served.dtype, served.device) == (decoded.vocabulary, "float32", "cpu")
+    assert served.weights_bytes() == decoded.weights_bytes()
+    assert served.dropped == ("passed",)
+    assert served.settings["VLLM_CPU_INT4_W4A8"] == "0"
+    assert served.facts()["vllm"] == "0.0.1"
+
+
+def test_it_goes_on_as_the_reference_decoder_does(served: LoadedModel, decoded: LoadedModel) -> None:
+    expected = list(islice(decoded.greedy(IDS), 12))
+    going = served.greedy(IDS)
+    assert list(islice(going, 5)) == expected[:5]
+    assert list(islice(going, 7)) == expected[5:]
+    ids, seconds = served.decode(IDS, 12)
+    assert (ids, len(seconds)) == (expected, 12)
+    assert list(islice(served.greedy(IDS[:9]), 1)) == list(islice(decoded.greedy(IDS[:9]), 1))
+
+
+def test_what_does_not_fit_is_said(served: LoadedModel) -> None:
+    full = served.greedy(torch.ones(97, dtype=torch.int64))
+    assert len(list(islice(full, 3))) == 3
+    with pytest.raises(EvaluationError, match="vllm was given room for 100 tokens, which are full"):
+        next(full)
+    with pytest.raises(EvaluationError, match="vllm cannot logits: ValueError: the context length is 100 tokens"):
+        served.logits(torch.ones(100, dtype=torch.int64))
+    assert len(served.logits(IDS)) == len(IDS)
+
+
+def test_rows_are_read_and_continued_at_once(served: LoadedModel) -> None:
+    found = served.throughput(IDS.expand(4, -1), 6)
+    assert len(found.steps) == 5  # two rows begin at a step
+    assert served.throughput(IDS.expand(4, -1), 0).steps == ()
+    with pytest.raises(EvaluationError, match="never had all rows at work at once"):
+        served.throughput(IDS.expand(4, -1).repeat(4, 1), 1)
+
+
+def test_a_harness_asks_it_as_any_other(served: LoadedModel, decoded: LoadedModel) -> None:
+    class Request:
+        def __init__(self, *args: Any) -> None:
+            self.args = args
+
+    pairs = [Request("the tide", " went"), Request("the tide", " goes"), Request("", "rocks")]
+    written = [Request("the tide", {"until": ["e"], "max_gen_toks": 6})]
+    found = []
+    for each in (served, decoded):
+        harness = HarnessModel(each, tiny_tokenizer(), {2}, 90, lambda done, total: None)
+        found.append((harness.loglikelihood(pairs), harness.generate_until(written)))
+    (scores, texts), (expected, expected_texts) = found
+    assert [each[0] for each in scores] == pytest.approx([each[0] for each in expected], rel=1e-5)
+    assert [each[1] for each in scores] == [each[1] for each in expected]
+    assert texts == expected_texts
+
+
+# Scores
+
+
+def test_a_served_file_is_scored_beside_the_float_reference(model: Path, exported: Path, tmp_path: Path) -> None:
+    logprobs = tmp_path / "logprobs"
+    spec = spec_of(tmp_path, loader="vllm", batch_sizes=[1, 3], metrics=["ppl", "kl", "top1", "memory", "speed"])
+    alone = spec.model_copy(update={"metrics": ("perplexity", "kl_divergence")})
+    floats = evaluate(EvaluationJob(model, alone, logprobs, writes_reference=True), lambda *told: None)
+    assert floats["loaded_by"] == "transformers"
+    items = floats["samples"]["items"]
+    found = evaluate(EvaluationJob(exported, spec, logprobs, float_samples=items), lambda *told: None)
+    decoder = spec_of(tmp_path, loader="reference", metrics=["ppl", "kl", "top1"])
+    expected = evaluate(EvaluationJob(exported, decoder, logprobs, float_samples=items), lambda *told: None)
+    assert found["loaded_by"] == "vllm"
+    assert found["metrics"] == expected["metrics"]
+    assert found["samples"]["items"] == expected["samples"]["items"]
+    assert found["environment"]["vllm"] == "0.0.1"
+    assert found["environment"]["settings"]["VLLM_CPU_INT4_W4A8"] == "0"
+    assert found["memory"]["weights_bytes"] > 0
+    assert found["memory"]["phases"]["prefill"]["peak_bytes"] > 0
+    assert found["memory"]["baseline_bytes"] is None
+    (batch,) = found["speed"]["batches"]
+    assert batch["size"] == 3
+    assert batch["prefill_tokens_per_second"] > 0
+    assert batch["decode_tokens_per_second"] > 0
+
+
+def test_the_command_scores_with_the_interpreter_that_it_is_given(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def here(job: EvaluationJob, *, log: Path, on_progress: Any) -> dict[str, Any]:
+        return evaluate(job, on_progress)
+
+    monkeypatch.setattr("quantkit.evaluation.run_job", here)
+    (tmp_path / "tide.txt").write_text(TEXT, encoding="utf-8")
+    options = ["--text", str(tmp_path / "tide.txt"), "--context-length", "64", "--device", "cpu", "--json"]
+    served_by = ["--runtime", "vllm", "--python", sys.executable, "--batch-size", "2"]
+    monkeypatch.setenv(VARIABLE, "nowhere")
+    done = CliRunner().invoke(app, ["evaluate", str(model), *options, *served_by])
+    assert done.exit_code == 0, done.output
+    told = json.loads(done.stdout)
+    assert (told["loaded_by"], told["environment"]["vllm"]) == ("vllm", "0.0.1")
+    assert [each["size"] for each in told["speed"]["batches"]] == [2]
+
+
+@pytest.mark.parametrize("loader", ["transformers", "vllm"])
+def test_one_row_needs_no_batches(served: LoadedModel, decoded: LoadedModel, loader: str) -> None:
+    model = served if loader == "vllm" else decoded
+    assert "batches" not in measure_speed(model, IDS)
+
+
+def test_transformers_takes_batches_and_who_does_not_says_so(decoded: LoadedModel) -> None:
+    two, five = measure_speed(decoded, IDS, (1, 2, 5))["batches"]
+    assert (two["size"], five["size"]) == (2, 5)
+    assert five["decode_tokens_per_second"] > 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(decoded), "throughput", LoadedModel.throughput)
+        (batch,) = measure_speed(decoded, IDS, (2,))["batches"]
+    assert batch == {"size": 2, "missing": "its runtime takes one row at a time, as quantkit runs it"}
+
+
+# What goes wrong
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("load", r"vllm cannot load: ValueError: 1 validation error Unknown quantization method: made-up"),
+        ("memory", r"vllm cannot load: RuntimeError: .*allocate memory \(free some memory.*VLLM_CPU_KVCACHE_SPACE"),
+        ("kill", r"vllm was asked to load and ended \(SIGKILL.*most likely ran out of memory.*context_length"),
+    ],
+)
+def test_a_checkpoint_that_is_not_served_is_one_line(tmp_path: Path, how: str, message: str) -> None:
+    with pytest.raises(EvaluationError, match=message) as failed:
+        RUNTIMES.get("vllm").load(failing(tmp_path, how), LoadOptions())
+    assert "\n" not in str(failed.value)
+
+
+def test_a_process_that_dies_while_it_works_is_told(tmp_path: Path) -> None:
+    found = RUNTIMES.get("vllm").load(failing(tmp_path, "kill later"), LoadOptions())
+    with pytest.raises(EvaluationError, match=r"vllm was asked to logits and ended \(SIGKILL"):
+        found.logits(IDS)
+    with pytest.raises(EvaluationError, match="vllm has been closed"):
+        found.logits(IDS)
+    found.close()
+
+
+def test_a_script_that_prints_and_dies_leaves_its_last_error(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "vllm.py").write_text("print('hello')\nraise ImportError('libcudart.so.13 is not there')\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(tmp_path))
+        with pytest.raises(EvaluationError, match=r"vllm cannot load: ImportError: libcudart\.so\.13 is not there"):
+            RUNTIMES.get("vllm").load(model, LoadOptions())
+
+
+def test_who_is_served_by_vllm(model: Path, exported: Path, tmp_path: Path) -> None:
+    assert choose_runtime(exported, "vllm").name == "vllm"
+    assert choose_runtime(model, "vllm").name == "vllm"
+    spec = spec_of(tmp_path, loader="vllm")
+    assert EvaluationJob(model, spec).is_served
+    assert not EvaluationJob(model, spec, writes_reference=True).is_served
+    other = quantkit.quantize(model, out=tmp_path / "hqq", method="hqq", group_size=32, format="hqq")
+    with pytest.raises(EvaluationError, match=r"hqq is not served: vLLM does not load hqq files.*loader auto or ref"):
+        choose_runtime(other, "vllm")
+    edit_json(other / "manifest.json", lambda manifest: manifest.update(format="made-up"))
+    assert choose_runtime(other, "vllm").name == "vllm"
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(EvaluationError, match=r"model\.gguf is not served: quantkit gives vllm no GGUF files"):
+        choose_runtime(tmp_path / "model.gguf", "vllm")
+
+
+def test_the_interpreter_is_looked_for_before_any_work(tmp_path: Path) -> None:
+    spec = spec_of(tmp_path, loader="vllm", python=str(tmp_path / "python"))
+    with pytest.raises(RecipeError, match=r"evaluation\.loader: there is no interpreter .*python"):
+        check_loader(spec)
+    check_loader(spec_of(tmp_path, loader="vllm"))
+    with pytest.raises(RecipeError, match="'python' is the interpreter of a runtime that has its own, and loader is"):
+        spec_of(tmp_path, python="python3")
+    with pytest.raises(QuantkitError, match="there is no interpreter nowhere"):
+        quantkit.verify(tmp_path, runtime="vllm", python="nowhere")
+
+
+def test_figures_of_another_version_are_not_reused(tmp_path: Path) -> None:
+    spec = spec_of(tmp_path, loader="vllm")
+    assert computed(spec)["vllm"] == "0.0.1"
+    assert "vllm" not in computed(spec_of(tmp_path))
+    before = computed(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_CPU_INT4_W4A8", "1")
+        assert computed(spec) != before
+    named = spec_of(tmp_path, loader="vllm", python=sys.executable)
+    assert evaluation_identity(named) == evaluation_identity(spec)
+
+
+def test_a_checkpoint_is_verified_by_the_same_process(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verdicts, "carry_out", perform)
+    verdict = quantkit.verify(exported, runtime="vllm", dtype="float32", device="cpu")
+    assert verdict["passed"], verdict["reason"]
+    assert verdict["figures"]["kl"] < 1e-9
+    assert verdict["versions"]["vllm"] == "0.0.1"
+    assert [trap["name"] for trap in verdict["traps"]] == ["dropped tensors"]
+    assert verdict["generated"]
+    assert verdict["peak_bytes"] > 0
