@@ -120,6 +120,7 @@ def quantize(
     adapter: str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]] = (),
     calibration: str | Path | Mapping[str, Any] | CalibrationSpec | None = None,
     device: str = "auto",
+    devices: str | int | Sequence[str] | None = None,
     dtype: str = "auto",
     decode: bool = False,
     trust_remote_code: bool = False,
@@ -138,6 +139,8 @@ def quantize(
         adapter: LoRA adapters to merge first; see :class:`quantkit.recipe.AdapterSpec`.
         calibration: a data set, or the keys of a recipe's ``calibration`` section.
         device: ``auto`` (CUDA where there is one), ``cpu``, ``cuda`` or ``cuda:N``.
+        devices: over which the walk is dealt: ``all`` GPUs, how many, or their names; see
+            :class:`quantkit.recipe.QuantizationSpec`.
         dtype: of scales and of all that stays float; ``auto`` is one of 16 bits, ``own`` the model's own.
         decode: decode a model that a tool has quantized; see :class:`quantkit.recipe.ModelSpec`.
         trust_remote_code: run Python code that comes with the model.
@@ -165,7 +168,7 @@ def quantize(
         "trust_remote_code": trust_remote_code,
     }
     keys = {"method": method, "scheme": scheme, "format": format, **options}
-    recipe, lines = single_recipe(told, keys, calibration=calibration, device=device, target=target)
+    recipe, lines = single_recipe(told, keys, calibration=calibration, device=device, devices=devices, target=target)
     for line in lines:
         watching.note(line)
     check_inputs(recipe)

@@ -128,7 +128,7 @@ def test_rows_of_a_stack_are_those_of_the_layers(kind: str) -> None:
     method = tiny_method("llama.cpp")
     task = VariantTask("variant", method, dict.fromkeys(weights, scheme), torch.float16, sink)
     statistics = InputStatistics(tokens=9, square_mean=strengths())
-    for name, found in solve_groups(task, [InputGroup(weights, statistics)]).items():
+    for name, found in ((each.name, each.weight) for each in solve_groups(task, [InputGroup(weights, statistics)])):
         alone = method.quantize(weights[name], statistics, scheme, torch.float16).weight
         assert set(found.parts) == {"blocks", "importance"}
         for part in found.parts:

@@ -61,3 +61,10 @@ def settings_of(given: list[str]) -> dict[str, Any]:
                 f"--set {text}: '{outer}' is given as a whole too", f"write --set {outer}.KEY=VALUE alone"
             )
     return found
+
+
+def several(given: str | None) -> str | int | list[str] | None:
+    """Devices as ``--devices`` gives them: ``all``, how many, or their names with commas between them."""
+    if given is None or given.strip() == "all":
+        return given and "all"
+    return int(given) if given.strip().isdigit() else [each.strip() for each in given.split(",")]

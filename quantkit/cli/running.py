@@ -24,7 +24,7 @@ from quantkit.cli.base import (
     say,
     warn,
 )
-from quantkit.cli.given import columns_of, settings_of, weighted
+from quantkit.cli.given import columns_of, settings_of, several, weighted
 
 if TYPE_CHECKING:
     from quantkit.recipe import Recipe
@@ -299,6 +299,9 @@ def quantize(
         typer.Option(help="Tokens that the float model writes to calibrate on; by default as many as tuning wants."),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    devices: Annotated[
+        str | None, typer.Option(help="Several, over which the walk is dealt: all, how many, or names with commas.")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="Of scales and float tensors: auto (16 bits), own, or a dtype.")] = "auto",
     decode: Annotated[bool, typer.Option("--decode", help="Decode a model that a tool has quantized.")] = False,
     trust_remote_code: TrustsCode = False,
@@ -332,7 +335,7 @@ def quantize(
     if dry_run:
         source = {"source": model, "adapter": merged, "dtype": dtype, "decode": decode}
         source["trust_remote_code"] = trust_remote_code
-        _plan_one(source, keys, records, device, target, out)
+        _plan_one(source, keys, records, {"device": device, "devices": several(devices)}, target, out)
         return
     with Display(console(stderr=True)) as display:
         folder = quantkit.quantize(
@@ -342,6 +345,7 @@ def quantize(
             adapter=merged,
             calibration=records,
             device=device,
+            devices=several(devices),
             dtype=dtype,
             decode=decode,
             trust_remote_code=trust_remote_code,
@@ -359,7 +363,12 @@ def quantize(
 
 
 def _plan_one(
-    model: dict[str, Any], variant: dict[str, Any], records: dict[str, Any], device: str, target: str | None, out: Path
+    model: dict[str, Any],
+    variant: dict[str, Any],
+    records: dict[str, Any],
+    where: dict[str, Any],
+    target: str | None,
+    out: Path,
 ) -> None:
     """Print what quantizing one checkpoint would do; what has to be converted for that is put away again."""
     import tempfile
@@ -368,7 +377,7 @@ def _plan_one(
 
     with tempfile.TemporaryDirectory(prefix="quantkit-") as scratch:
         recipe, lines = single_recipe(
-            model, variant, calibration=records, device=device, target=target, folder=Path(scratch) / "plan"
+            model, variant, calibration=records, **where, target=target, folder=Path(scratch) / "plan"
         )
         for line in lines:
             say(line, stderr=True)

@@ -12,10 +12,11 @@ import torch
 from torch import nn
 
 from quantkit.engine.batches import Batch
+from quantkit.engine.crew import ALONE, Crew
 from quantkit.engine.experts import showing_all
 from quantkit.engine.groups import Enough, PreHook, call_order, hooked, shared_inputs
 from quantkit.engine.layers import Layer
-from quantkit.engine.mismatch import MismatchGatherer, stream_hooks, take_streams
+from quantkit.engine.mismatch import Lost, MismatchGatherer, stream_hooks, take_streams
 from quantkit.engine.parking import Parking
 from quantkit.engine.passes import AtEnd, AtGroup, AtSegment, Pass, pause, running_pass, states, told
 from quantkit.engine.routing import (
@@ -32,12 +33,27 @@ from quantkit.engine.routing import (
 from quantkit.engine.sensitivity import Sensitivity
 from quantkit.engine.skeleton import Segment
 from quantkit.engine.smoothing import Trial
-from quantkit.engine.statistics import Gatherer, Pool
+from quantkit.engine.statistics import Gatherer, Pool, Sums
 from quantkit.errors import QuantizationError
 from quantkit.methods.base import InputStatistics, Statistic
 
 BATCH_WEIGHTS = {"cpu": 1 << 21, "cuda": 1 << 26}
 """Weights of like groups that are solved together: enough to keep a GPU busy, no more than a CPU's caches hold."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What a batch adds to a group, for the process that owns it.
+
+    Attributes:
+        gathered: to its statistics.
+        judged: to those of what is held out, by layer.
+        lost: to what its input lost.
+    """
+
+    gathered: Sums | None = None
+    judged: Mapping[str, Sums] = field(default_factory=dict)
+    lost: Lost | None = None
 
 
 @dataclass(slots=True)
@@ -51,6 +67,7 @@ class Group:
         mismatch: gathers what the input lost, where that is wanted.
         judges: gather that of the batches that are held out, where there are some, by the layers whose errors it
             tells.
+        is_dealt: what batches add is kept for the process that owns the group, see :meth:`take_parts`.
     """
 
     layers: dict[str, Layer]
@@ -58,6 +75,8 @@ class Group:
     solved: bool = False
     mismatch: MismatchGatherer | None = None
     judges: Mapping[str, Gatherer] = field(default_factory=dict)
+    is_dealt: bool = False
+    _parts: list[Part] = field(default_factory=list)
 
     @classmethod
     def of(cls, layers: dict[str, Layer]) -> Group:
@@ -74,8 +93,20 @@ class Group:
         """The module of the layer that is called first."""
         return next(iter(self.layers.values())).module
 
-    def add(self, inputs: torch.Tensor, batch: Batch) -> None:
-        """Take in the inputs of one batch; see :meth:`Gatherer.add`."""
+    def add(self, inputs: torch.Tensor, batch: Batch, *, alone: bool = False) -> None:
+        """Take in the inputs of one batch; see :meth:`Gatherer.add`.
+
+        Args:
+            inputs: ``[..., in_features]``.
+            batch: whose they are.
+            alone: for its statistics alone, and not for what its inputs lost.
+        """
+        if self.is_dealt:
+            self._parts.append(Part(self.gatherer.of_batch(inputs, batch)) if alone else self._part(inputs, batch))
+            return
+        if alone:
+            self.gatherer.add(inputs, batch)
+            return
         if batch.held_out:
             for judge in self.judges.values():
                 judge.add(inputs, batch)
@@ -83,6 +114,26 @@ class Group:
         self.gatherer.add(inputs, batch)
         if self.mismatch is not None:
             self.mismatch.add(inputs, batch)
+
+    def _part(self, inputs: torch.Tensor, batch: Batch) -> Part:
+        if batch.held_out:
+            return Part(judged={name: judge.of_batch(inputs, batch) for name, judge in self.judges.items()})
+        gathered = self.gatherer.of_batch(inputs, batch)
+        return Part(gathered, lost=None if self.mismatch is None else self.mismatch.of_batch(inputs, batch))
+
+    def take_parts(self) -> list[Part]:
+        """What batches added since this was last asked."""
+        parts, self._parts = self._parts, []
+        return parts
+
+    def absorb(self, part: Part) -> None:
+        """Add what a batch adds, to the statistics that are kept here."""
+        if part.gathered is not None:
+            self.gatherer.absorb(part.gathered)
+        for name, sums in part.judged.items():
+            self.judges[name].absorb(sums)
+        if part.lost is not None and self.mismatch is not None:
+            self.mismatch.absorb(part.lost)
 
     def result(self) -> InputStatistics:
         """What was gathered, with what the inputs lost where that was, too; see :meth:`Gatherer.result`."""
@@ -175,6 +226,7 @@ class Streams:
         experts: how experts are calibrated.
         room: bytes that statistics of experts may take at a time; None for no limit.
         sensitivity: says how much tokens count in the statistics of each layer; None if all alike.
+        crew: has the batches that are not run here.
     """
 
     model: nn.Module
@@ -184,7 +236,9 @@ class Streams:
     experts: ExpertSettings = ROUTED
     room: int | None = None
     sensitivity: Sensitivity | None = None
+    crew: Crew = ALONE
     _passes: list[Pass] = field(default_factory=list)
+    _gathering: Sequence[Group] = ()
     _states: set[tuple[nn.Module, str]] = field(default_factory=set)
     _index: dict[str, int] = field(default_factory=dict)
 
@@ -200,7 +254,7 @@ class Streams:
         """
         cleanup.callback(self.stop)
         self._index = {segment.prefix: index for index, segment in enumerate(segments)}
-        self._passes = [Pass(self.model, batch) for batch in self.batches]
+        self._passes = [Pass(self.model, batch) for batch in self.crew.mine(self.batches)]
         for each in self._passes:
             with told(self.model):
                 self._resume(each)
@@ -221,6 +275,22 @@ class Streams:
             )
         return [each for each in self._passes if isinstance(each.place, AtSegment) and each.place.index == index]
 
+    def comes_to(self, segment: Segment) -> bool:
+        """Whether some batch stands before a segment, here or elsewhere."""
+        return any(self.crew.gathered(bool(self.at(segment))))
+
+    def _in_turn(self, passes: Sequence[Pass], groups: Sequence[Group] = ()) -> Iterator[Pass]:
+        """Some passes, in the turns of their batches; behind each turn what it added to groups goes to the owners."""
+        if self.crew.is_alone:
+            yield from passes
+            return
+        places = {id(batch): index for index, batch in enumerate(self.batches)}
+        due = {self.crew.turn_of(places[id(each.batch)]): each for each in passes}
+        for turn in range(self.crew.turns(len(self.batches))):
+            if turn in due:
+                yield due[turn]
+            self.crew.hand_over(groups, turn)
+
     def standing(self, segment: Segment) -> list[tuple[Batch, AtSegment]]:
         """The batches that stand before a segment, and with what they would call it."""
         return [(each.batch, standing(each, segment)) for each in self.at(segment)]
@@ -232,7 +302,7 @@ class Streams:
 
     def advance(self, segment: Segment) -> None:
         """Run the passes that stand before a segment to where they pause next."""
-        for each in self.at(segment):
+        for each in self._in_turn(self.at(segment), self._gathering):
             self._resume(each)
 
     def _resume(self, each: Pass) -> None:
@@ -252,10 +322,10 @@ class Streams:
 
     def advance_from(self, index: int) -> None:
         """Run the passes that stand at a group to where they pause next."""
-        for each in self._passes:
-            if each.place == AtGroup(index):
-                each.resume(self._states)
-                self._park(each)
+        standing_there = [each for each in self._passes if each.place == AtGroup(index)]
+        for each in self._in_turn(standing_there, self._gathering):
+            each.resume(self._states)
+            self._park(each)
 
     def steps(self, segment: Segment, wanted: dict[str, Layer]) -> list[Step]:
         """The groups of a segment in the order in which they are solved.
@@ -273,7 +343,9 @@ class Streams:
 
         smallest_first = sorted(self.at(segment), key=lambda each: each.batch.token_ids.numel())
         with states(segment.module) as self._states:
-            order = call_order(list(wanted), map(shown, smallest_first)) if wanted else []
+            order = call_order(list(wanted), map(shown, smallest_first)) if wanted and smallest_first else []
+        told = self.crew.agreed((order, routed) if smallest_first else None)
+        order, routed = told if told is not None else (order, routed)
         found = []
         for members in steps(order, numbered, routed):
             groups = tuple(self.group({name: wanted[name] for name in names}) for names in members)
@@ -286,8 +358,9 @@ class Streams:
         weights = None if self.sensitivity is None else self.sensitivity.weights(layers)
         group, gram = Group(layers, Gatherer(self.needs, next(iter(layers)), weights)), frozenset({Statistic.GRAM})
         if any(each.held_out for each in self.batches):
-            told = {name: None if self.sensitivity is None else self.sensitivity.moments(name) for name in layers}
-            group.judges = {name: Gatherer(gram, name, moments) for name, moments in told.items()}
+            moments_of = {name: None if self.sensitivity is None else self.sensitivity.moments(name) for name in layers}
+            group.judges = {name: Gatherer(gram, name, moments) for name, moments in moments_of.items()}
+        group.is_dealt = not self.crew.is_alone
         return group
 
     def trial(self, segment: Segment) -> Trial:
@@ -309,8 +382,25 @@ class Streams:
     def observe(self, segment: Segment, found: Sequence[Step]) -> dict[str, InputStatistics]:
         """The statistics of all inputs of a segment as it is, from one more run of it."""
         seen = [Step(tuple(self.group(group.layers) for group in step.groups), step.experts) for step in found]
+        self.deal(seen)
         self._gather(segment, [group for step in seen for group in step.groups])
-        return self.results(seen)
+        return self.results(seen, everywhere=True)
+
+    def deal(self, found: Sequence[Step], *, whole: bool = True) -> None:
+        """Say which process owns which groups: of experts each a part of their row, of the others as they weigh.
+
+        Args:
+            found: the steps.
+            whole: the statistics of all experts of a step are there at once, see :meth:`Step.parts`.
+        """
+        if self.crew.is_alone:
+            return
+        self.crew.deal([(group,) for step in found if not step.experts for group in step.groups])
+        device = self.batches[0].token_ids.device
+        for step in found:
+            for part in (step.parts(None if whole else self.room, device)) if step.experts else ():
+                size = batch_of(part[0], device)
+                self.crew.deal_row([part[start : start + size] for start in range(0, len(part), size)])
 
     def _gather(
         self, segment: Segment, groups: Sequence[Group], replay: Replay | None = None, *, compares: bool = False
@@ -323,31 +413,38 @@ class Streams:
             replay: the float passes whose way each batch is sent.
             compares: add what the inputs lost to these, too, and what is held out.
         """
-        for each in self.at(segment):
+        for each in self._in_turn(self.at(segment), groups):
             if each.batch.held_out and not compares:
                 continue
             if replay is not None:
                 replay.see(groups if compares else (), each.batch)
 
             def gather(_: nn.Module, args: tuple[Any, ...], group: Group, each: Pass = each) -> None:
-                (group if compares else group.gatherer).add(args[0], each.batch)
+                group.add(args[0], each.batch, alone=not compares)
 
             hooks = [(group.leader, partial(gather, group=group)) for group in groups]
             way = nullcontext() if replay is None else replay.routes.replaying(each.batch)
             with hooked(hooks), self._showing(segment), way:
                 self.try_alone(segment, each)
 
-    def results(self, found: Sequence[Step]) -> dict[str, InputStatistics]:
-        """The finished statistics of each step by the names of its layers."""
+    def results(self, found: Sequence[Step], *, everywhere: bool = False) -> dict[str, InputStatistics]:
+        """The finished statistics of each step by the names of its layers; those of the groups that are owned here.
+
+        Args:
+            found: the steps.
+            everywhere: those of all groups, at each process.
+        """
         known: dict[str, InputStatistics] = {}
         for step in found:
             for group, statistics in self._finished(step, step.groups, None):
                 known |= dict.fromkeys(group.layers, statistics)
-        return known
+        if not everywhere or self.crew.is_alone:
+            return known
+        return {name: each for part in self.crew.gathered(known) for name, each in part.items()}
 
     def gather_experts(
         self, segment: Segment, step: Step, device: torch.device, replay: Replay | None = None
-    ) -> Iterator[Solvable]:
+    ) -> Iterator[tuple[Sequence[Group], Solvable]]:
         """Gather the statistics of experts by runs of the segment by itself, as many at a time as there is room for.
 
         Where they come in parts each is gathered twice, first for what all have in common.
@@ -357,37 +454,52 @@ class Streams:
             step: the experts.
             device: of the walk.
             replay: the float passes with which they are compared.
+
+        Yields:
+            The groups, and those that are owned here with their statistics.
         """
         parts, pool = step.parts(self.room, device), None
         if len(parts) > 1 and self.experts.prior:
             pool = Pool()
             for part in parts:
                 self._gather(segment, part, replay)
+                pool = self._pooled(pool, part)
                 for group in part:
-                    pool.add(group.gatherer)
                     group.gatherer.forget()
         for part in parts:
             self._gather(segment, part, replay, compares=True)
-            yield self._finished(step, part, pool)
+            yield part, self._finished(step, part, pool)
 
     def fits(self, step: Step, device: torch.device) -> bool:
         """Whether there is room for the statistics of all its groups at once."""
         return not step.experts or len(step.parts(self.room, device)) == 1
 
     def _finished(self, step: Step, groups: Sequence[Group], pool: Pool | None) -> Solvable:
-        """Groups with what was gathered of them; an expert's own together with that of all."""
+        """The groups that are owned here with what was gathered of them; an expert's own together with that of all."""
+        own = [group for group in groups if self.crew.owns(group)]
         if not step.experts:
-            return [(group, group.result()) for group in groups]
-        self._check_shown(groups)
+            return [(group, group.result()) for group in own]
+        self._check_shown(own)
         if pool is None:
             pool = Pool()
-            for group in groups if self.experts.prior else ():
-                pool.add(group.gatherer)
-        found = [(group, group.judged(pool.blended(group.gatherer, self.experts.prior))) for group in groups]
+            if self.experts.prior:
+                pool = self._pooled(pool, groups)
+        found = [(group, group.judged(pool.blended(group.gatherer, self.experts.prior))) for group in own]
         for group, statistics in found:
             if group.mismatch is not None and group.gatherer.seen and statistics.gram is not None:
                 statistics.mismatch = group.mismatch.result()
         return found
+
+    def _pooled(self, pool: Pool, groups: Sequence[Group]) -> Pool:
+        """A pool with the statistics of further experts, in their order."""
+
+        def add(found: Pool) -> Pool:
+            for group in groups:
+                if self.crew.owns(group):
+                    found.add(group.gatherer)
+            return found
+
+        return self.crew.in_turn(pool, add)
 
     def _check_shown(self, groups: Sequence[Group]) -> None:
         """Refuse to show experts all tokens where it is the model's own code that computes with them."""
@@ -411,7 +523,7 @@ class Streams:
 
     def read_before(self, segment: Segment, group: Group) -> InputStatistics:
         """The statistics of what the passes stand before a segment with, for one that is a single layer."""
-        for each in self.at(segment):
+        for each in self._in_turn(self.at(segment), [group]):
             with self.fetched(each):
                 group.add(standing(each, segment).args[0], each.batch)
         return group.result()
@@ -426,7 +538,7 @@ class Streams:
             group: of it.
             before: called with each batch before it runs.
         """
-        for each in self.at(segment):
+        for each in self._in_turn(self.at(segment), [group]):
             if before is not None:
                 before(each.batch)
 
@@ -459,8 +571,10 @@ class Streams:
             take_streams(mismatches, standing(each, segment), partial(MismatchGatherer.now_stream, batch=each.batch))
         hooks = [(group.leader, gather(index, group)) for index, group in enumerate(groups)]
         hooks += stream_hooks(mismatches, lambda each, stream: each.now_stream(stream, running_pass().batch))
+        self._gathering = groups
         with hooked(hooks), self._showing(segment):
             yield
+        self._gathering = ()
 
     def try_alone(self, segment: Segment, each: Pass) -> None:
         """Run a segment with the arguments of a pass that stands before it, which stays where it is."""

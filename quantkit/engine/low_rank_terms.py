@@ -132,7 +132,7 @@ class LowRankWalk:
             yield step.group.layers, known[step.group.name]
         for step in found:
             if step.experts:
-                for part in self._streams.gather_experts(segment, step, self.device):
+                for _, part in self._streams.gather_experts(segment, step, self.device):
                     yield from ((group.layers, statistics) for group, statistics in part)
 
     def _solve(self, layer: Layer, statistics: InputStatistics) -> None:

@@ -123,6 +123,23 @@ class _Seen:
         return any(each is not None and each._version != version for each, version in kept)
 
 
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """What one batch adds to what a group is to make up for.
+
+    Attributes:
+        tokens: that the group was given.
+        weight: of all of them together.
+        products: ``XᵀZ`` of those that are not held out; None where the two passes of the batch do not pair up.
+        kept: inputs, what was lost, and how much each counts, of those that are held out.
+    """
+
+    tokens: int = 0
+    weight: torch.Tensor | float = 0.0
+    products: torch.Tensor | None = None
+    kept: tuple[torch.Tensor, ...] = ()
+
+
 @dataclass(slots=True)
 class MismatchGatherer:
     """Sums what a group of layers is to make up for.
@@ -177,31 +194,61 @@ class MismatchGatherer:
 
     def add(self, inputs: torch.Tensor, batch: Batch) -> None:
         """Take in the inputs ``[..., in_features]`` of a batch, if it has a float pass."""
+        part = self._part(inputs, batch, self._check)
+        if part is not None:
+            self.absorb(part)
+
+    def of_batch(self, inputs: torch.Tensor, batch: Batch) -> Lost | None:
+        """What a batch would add, which is left to :meth:`absorb`; None for nothing.
+
+        Raises:
+            QuantizationError: something was not finite.
+        """
+        check = FiniteCheck(self.name)
+        part = self._part(inputs, batch, check)
+        check.result()
+        return part
+
+    def _part(self, inputs: torch.Tensor, batch: Batch, check: FiniteCheck) -> Lost | None:
         given = now_given(batch.token_ids.numel())
         if given is not None and not given.is_routed:
-            return
+            return None
         seen = self._seen.pop(id(batch), None)
         if not self.held.has(batch) or not self._paired:
-            return
+            return None
         pairs = seen is not None and (given is None or given.is_replayed)
         lost = self._lost(inputs.detach(), seen) if pairs and seen is not None else None
-        self._paired = lost is not None
         if lost is None:
-            return
+            return Lost()
         positions = None if given is None else given.positions
         flat, places = batch.tokens_of(inputs.detach().reshape(-1, inputs.shape[-1]), positions)
         lost, _ = batch.tokens_of(lost.reshape(-1, lost.shape[-1]), positions)
-        self._check.add(lost, batch, places)
+        check.add(lost, batch, places)
         held, weights = self.held.among(flat, batch, places), self._weights_of(batch, flat, places)
-        if self.is_expert:
-            held = held[: max(0, most_held(flat.shape[1]) - sum(len(each[0]) for each in self._kept))]
-        self._tokens += len(flat)
         counts = torch.ones(len(flat), device=flat.device) if weights is None else weights
-        self._kept.append(tuple(each.index_select(0, held) for each in (flat, lost, counts)))
-        self._weight = self._weight + counts.sum()
-        if self._sum is None:
-            self._sum = torch.zeros(flat.shape[1], lost.shape[1], device=flat.device)
-        _add_products(self._sum, flat, lost.index_fill(0, held, 0.0), weights)
+        products = torch.zeros(flat.shape[1], lost.shape[1], device=flat.device)
+        _add_products(products, flat, lost.index_fill(0, held, 0.0), weights)
+        kept = (flat.index_select(0, held), lost.index_select(0, held), counts.index_select(0, held))
+        return Lost(len(flat), counts.sum(), products, kept)
+
+    def absorb(self, part: Lost) -> None:
+        """Add what :meth:`of_batch` of this gatherer, or of one like it in another process, gave, batch by batch.
+
+        Of an expert only some tokens are held out; those of a batch that are too many then count.
+        """
+        self._paired = self._paired and part.products is not None
+        if part.products is None or not self._paired:
+            return
+        kept, room = part.kept, len(part.kept[0])
+        if self.is_expert:
+            room = min(room, max(0, most_held(kept[0].shape[1]) - sum(len(each[0]) for each in self._kept)))
+        if room < len(kept[0]):
+            flat, lost, counts = (each[room:] for each in kept)
+            _add_products(part.products, flat, lost, None if self.token_weights is None else counts)
+        self._tokens += part.tokens
+        self._kept.append(tuple(each[:room] for each in kept))
+        self._weight = self._weight + part.weight
+        self._sum = part.products if self._sum is None else self._sum.add_(part.products)
 
     def result(self) -> Mismatch | None:
         """What was summed; None where passes could not be paired or all that there is was held out.

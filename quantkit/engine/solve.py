@@ -12,6 +12,7 @@ from typing import TypeVar
 
 import torch
 
+from quantkit.engine.crew import ALONE, Crew
 from quantkit.engine.layers import Layer
 from quantkit.engine.ordering import quantize_in_order
 from quantkit.engine.originals import Originals
@@ -65,6 +66,7 @@ class Solver:
         failures: by name the tasks that failed and were dropped while others went on.
         seconds: by name what each task's own work took.
         tuned: by name what tuning made of the segment at which the walk stands, handed over when it is finished.
+        crew: solves the groups that are not solved here.
 
     A task that remembers a segment from an earlier walk is alive there, and has nothing to do.
     """
@@ -75,11 +77,13 @@ class Solver:
     tries_again: bool
     mixed: bool = False
     sensitivity: Sensitivity | None = None
+    crew: Crew = ALONE
     transforming: Transforming = field(init=False)
     failures: dict[str, Exception] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     tuned: dict[str, Tuned] = field(default_factory=dict)
     _solved: dict[str, dict[str, QuantizedWeight]] = field(init=False, default_factory=dict)
+    _waiting: dict[str, dict[str, LayerResult]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self.transforming = Transforming(self.originals, self.live, self.mixed)
@@ -133,7 +137,7 @@ class Solver:
             if self.tries_again and isinstance(error, torch.OutOfMemoryError):
                 raise
             self.failures[task.name] = error
-            if not self.alive():
+            if self.crew.is_alone and not self.alive():
                 raise
             return None
         else:
@@ -270,6 +274,8 @@ class Solver:
     ) -> None:
         """Solve groups of layers for every task that still has to.
 
+        In a crew others solve others: what is solved waits for :meth:`share`.
+
         Args:
             segment: they are of.
             groups: layers that share an input, by their names, the one that is called first at the head, and the
@@ -293,13 +299,66 @@ class Solver:
                 known = self.transforming.statistics(task, leader, found)
                 given.append(InputGroup(weights, known, experts, factors, mixed))
             with _no_garbage_collection():
-                solved = self.work(task, partial(solve_groups, task, given, sensitivity=self.sensitivity))
-            for name, weight in (solved or {}).items() if replace else ():
-                layers[name].put(weight.dequantize(torch.float32))
-            if task.tune is not None:
-                self._solved.setdefault(task.name, {}).update(solved or {})
+                solved = self.work(task, partial(solve_groups, task, given, sensitivity=self.sensitivity)) or []
+            if self.crew.is_alone:
+                self._give(task, solved, layers, replace=replace)
+            else:
+                self._waiting.setdefault(task.name, {}).update({result.name: result for result in solved})
         for _, found in groups:
             found.derived.clear()  # factors of a wide layer are as large as its Gram matrix
+
+    def share(self, segment: Segment, layers: Sequence[Layer], *, replace: bool) -> None:
+        """Tell the crew what was solved here, and take what the others solved: all that is solved of some layers.
+
+        Args:
+            segment: they are of.
+            layers: in the order in which one process would solve them.
+            replace: put the results in their places.
+
+        Raises:
+            Exception: that of a task's failure, where no other task is left.
+        """
+        if self.crew.is_alone:
+            return
+        tasks = self.at_work(segment)
+        waiting, self._waiting = self._waiting, {}
+        told = self.crew.gathered(waiting)
+        self.agree()
+        by_name = {layer.name: layer for layer in layers}
+        for task in [task for task in tasks if task.name not in self.failures]:
+            found = {name: result for solved in told for name, result in solved.get(task.name, {}).items()}
+            self._give(task, [found[name] for name in by_name if name in found], by_name, replace=replace)
+        self.agree()
+
+    def agree(self) -> None:
+        """Have the crew drop the same tasks: those that failed anywhere.
+
+        Raises:
+            Exception: that of a failure, where no task is left.
+        """
+        if self.crew.is_alone:
+            return
+        for failures in self.crew.gathered(self.failures):
+            for name, error in failures.items():
+                self.failures.setdefault(name, error)
+        if not self.alive():
+            raise next(iter(self.failures.values()))
+
+    def _give(
+        self, task: VariantTask, solved: Sequence[LayerResult], layers: Mapping[str, Layer], *, replace: bool
+    ) -> None:
+        """Give a task's sink what was solved for it, and put that into the places of the layers."""
+
+        def take() -> None:
+            for result in solved:
+                task.sink.take(result)
+
+        self.work(task, take)
+        for result in solved if task.name not in self.failures else ():
+            if replace:
+                layers[result.name].put(result.weight.dequantize(torch.float32))
+            if task.tune is not None:
+                self._solved.setdefault(task.name, {})[result.name] = result.weight
 
     def solve_embedding(self, segment: Segment, *, replace: bool) -> None:
         """Solve the input embedding, from its weight alone, for each task that wants it."""
@@ -323,11 +382,14 @@ class Solver:
         (name,) = segment.linears
         if task.memory is not None and task.memory.has(segment.prefix):
             return task.memory.weight(name).to(self.originals.device)
-        solve: Callable[[], dict[str, QuantizedWeight]]
+        solve: Callable[[], list[LayerResult]]
         solve = partial(solve_groups, task, [InputGroup(weights, InputStatistics())], embedding=True)
         with _no_garbage_collection():
             solved = self.work(task, solve)
-        return None if solved is None else solved[name]
+        if solved is None:
+            return None
+        self.work(task, partial(task.sink.take, solved[0]))
+        return None if task.name in self.failures else solved[0].weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -360,7 +422,7 @@ def solve_groups(
     *,
     embedding: bool = False,
     sensitivity: Sensitivity | None = None,
-) -> dict[str, QuantizedWeight]:
+) -> list[LayerResult]:
     """Solve the layers of groups that a task wants; those of one group and scheme are stacked and solved as one.
 
     Where a scheme does not stack, each layer is solved by itself. The method sees the statistics that it asks for and
@@ -371,9 +433,6 @@ def solve_groups(
         groups: several if they are alike.
         embedding: the group is the input embedding, which no calibration token is expected to reach.
         sensitivity: predicts what errors cost.
-
-    Returns:
-        The weights by layer.
 
     Raises:
         QuantizationError: naming the layer.
@@ -387,7 +446,7 @@ def solve_groups(
             stack = _corrected(_Stack(names, _stacked(group, names), asked, group), method)
             alike.setdefault((scheme, stack.weight.shape), []).append(stack)
         group.statistics.mismatch = None  # with the tokens that were held out it may be as large as a Gram matrix
-    solved: dict[str, QuantizedWeight] = {}
+    solved: list[LayerResult] = []
     for (scheme, _), stacks in alike.items():
         for stack, solution in zip(stacks, _solved(task, method, stacks, scheme), strict=True):
             start = 0
@@ -396,8 +455,7 @@ def solve_groups(
                 result = _layer(name, solution, start, stop, stack, is_calibrated)
                 if sensitivity is not None:
                     result = _judged(result, solution.error[start:stop], stack, sensitivity)
-                task.sink.take(result)
-                solved[name] = result.weight
+                solved.append(result)
                 start = stop
     return solved
 

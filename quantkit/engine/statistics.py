@@ -20,12 +20,28 @@ CHUNK_TOKENS = 512
 """Tokens multiplied at a time on a CPU: what its caches hold."""
 WHOLE_COLUMNS = 768
 """Up to this many columns a CPU multiplies the whole matrix faster than the tiles of its upper triangle."""
+GPU_TILE = 4096
+"""Rows of the matrix that a GPU multiplies at a time."""
 MIRRORED = 256
 """Rows and columns of a tile that is mirrored at a time."""
 
 
+@dataclass(slots=True)
+class Sums:
+    """What one batch adds to the statistics of an input; attributes as of :class:`Gatherer`."""
+
+    sums: dict[Statistic, torch.Tensor]
+    weight: torch.Tensor | int
+    squares: torch.Tensor | int
+    tokens: int
+    seen: int
+
+
 class Gatherer:
     """Accumulates what the methods of a walk ask to know of one input.
+
+    The sums of a batch are taken by themselves and then added, in the order of the batches. So it does not matter who
+    takes them: one process for all batches, or several that each have some.
 
     Args:
         needs: the union of their statistics.
@@ -71,6 +87,27 @@ class Gatherer:
             self._sum(Statistic.ABS_MEAN, flat).add_(_weighed(flat.float().abs(), weights).sum(0))
         if Statistic.SQUARE_MEAN in self._needs:
             self._sum(Statistic.SQUARE_MEAN, flat).add_(_weighed(flat.float().square(), weights).sum(0))
+
+    def of_batch(self, inputs: torch.Tensor, batch: Batch) -> Sums:
+        """What a batch would add, which is left to :meth:`absorb`.
+
+        Raises:
+            QuantizationError: see :meth:`check`.
+        """
+        alone = Gatherer(self._needs, self._name, self.token_weights)
+        alone.add(inputs, batch)
+        alone.check()
+        return Sums(alone.sums, alone.weight, alone.squares, alone.tokens, alone.seen)
+
+    def absorb(self, part: Sums) -> None:
+        """Add what :meth:`of_batch` of this gatherer, or of one like it in another process, gave."""
+        for statistic, total in part.sums.items():
+            if statistic in self.sums:
+                self.sums[statistic].add_(total)
+            else:
+                self.sums[statistic] = total
+        self.weight, self.squares = self.weight + part.weight, self.squares + part.squares
+        self.tokens, self.seen = self.tokens + part.tokens, self.seen + part.seen
 
     def check(self) -> None:
         """Refuse an input that is not finite.
@@ -175,7 +212,8 @@ class Pool:
 def add_gram(total: torch.Tensor, inputs: torch.Tensor, weights: torch.Tensor | None = None) -> None:
     """Add ``XᵀX``, or with weights ``Xᵀ diag(w) X``, to the upper triangle of ``total``; below it nothing is defined.
 
-    The sums are float32 whatever the inputs are. On CPU only the tiles of the upper triangle are multiplied,
+    The sums are float32 whatever the inputs are. Those of the inputs are taken from zero, a tile of the matrix at a
+    time, and then added. On CPU only the tiles of the upper triangle are multiplied,
     and inputs that are bfloat16 go through the processor's bfloat16 units without being rounded again; weighed ones,
     which bfloat16 could not hold, do not.
 
@@ -184,19 +222,23 @@ def add_gram(total: torch.Tensor, inputs: torch.Tensor, weights: torch.Tensor | 
         inputs: ``[tokens, in_features]``.
         weights: float32 ``[tokens]``, how much each token counts.
     """
+    columns = inputs.shape[1]
     if inputs.device.type != "cpu":
         inputs = inputs.float()
-        total.addmm_(_weighed(inputs, weights).T, inputs)
+        left = _weighed(inputs, weights)
+        for start in range(0, columns, GPU_TILE):
+            total[start : start + GPU_TILE].add_(left[:, start : start + GPU_TILE].T @ inputs)
         return
-    columns = inputs.shape[1]
     tile = columns if columns <= WHOLE_COLUMNS else -(-columns // 2)
     with bfloat16_products(inputs) if weights is None else nullcontext():
-        for first in range(0, len(inputs), CHUNK_TOKENS):
-            part = inputs[first : first + CHUNK_TOKENS].float()
-            left = _weighed(part, None if weights is None else weights[first : first + CHUNK_TOKENS])
-            for start in range(0, columns, tile):
-                stop = min(start + tile, columns)
-                total[start:stop, start:].addmm_(left[:, start:stop].T, part[:, start:])
+        for start in range(0, columns, tile):
+            stop = min(start + tile, columns)
+            found = torch.zeros(stop - start, columns - start)
+            for first in range(0, len(inputs), CHUNK_TOKENS):
+                part = inputs[first : first + CHUNK_TOKENS, start:].float()
+                left = _weighed(part, None if weights is None else weights[first : first + CHUNK_TOKENS])
+                found.addmm_(left[:, : stop - start].T, part)
+            total[start:stop, start:].add_(found)
 
 
 def _weighed(values: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from quantkit.engine.crew import ALONE, Crew
 from quantkit.engine.equality import check_logits
 from quantkit.engine.originals import Originals, inside
 from quantkit.engine.skeleton import Segment
@@ -121,12 +122,20 @@ class Transforming:
 
     # A segment
 
-    def find(self, trial: Trial) -> None:
-        """Find where the inputs of a segment can be scaled; what held in the last segment is tried first."""
+    def find(self, trial: Trial | None, crew: Crew = ALONE) -> None:
+        """Find where the inputs of a segment can be scaled; what held in the last segment is tried first.
+
+        Args:
+            trial: the segment with a batch; None where none stands before it here.
+            crew: the processes that are to find the same.
+        """
+        found = None if trial is None else self._found(trial)
+        self._places = crew.agreed(found) or []
+
+    def _found(self, trial: Trial) -> list[SmoothingPlace]:
         finder, inputs = SmoothingFinder(trial), [tuple(layers) for layers in trial.inputs]
         same = bool(self._places) and all(place.balance_layers in inputs for place in self._places)
-        if not (same and finder.confirms(self._places)):
-            self._places = finder.find()
+        return self._places if same and finder.confirms(self._places) else finder.find()
 
     def has_work(self, tasks: Sequence[VariantTask]) -> bool:
         """Whether some transform can do something in the segment: one that does more than to smooth, or has a place."""

@@ -18,13 +18,21 @@ import torch
 from torch import nn
 
 from quantkit.engine.batches import BATCH_TOKENS, Batch
+from quantkit.engine.crew import Crew
 from quantkit.engine.experts import replayed_layers
 from quantkit.engine.gathering import Group, Replay, Streams, standing
 from quantkit.engine.groups import Enough, hooked
 from quantkit.engine.layers import Layer
-from quantkit.engine.mismatch import HeldOut, MismatchGatherer, stream_hooks, stream_places, take_streams
+from quantkit.engine.mismatch import (
+    HeldOut,
+    MismatchGatherer,
+    StreamPlace,
+    stream_hooks,
+    stream_places,
+    take_streams,
+)
 from quantkit.engine.parking import Parking
-from quantkit.engine.passes import is_running, output_of, running_pass
+from quantkit.engine.passes import Pass, is_running, output_of, running_pass
 from quantkit.engine.routing import Routes
 from quantkit.engine.skeleton import Segment
 
@@ -54,12 +62,14 @@ class Twins:
         batches: the calibration tokens.
         parking: see :class:`Streams`.
         all_paired: every batch has one, as where segments are tuned.
+        crew: has the twins of the batches that are not run here.
     """
 
     model: nn.Module
     batches: Sequence[Batch]
     parking: Parking | None = None
     all_paired: bool = False
+    crew: Crew = field(default_factory=Crew)
     _streams: Streams = field(init=False)
     _held: HeldOut = field(init=False)
     _floats: dict[nn.Module, torch.Tensor] = field(default_factory=dict)
@@ -67,9 +77,10 @@ class Twins:
     def __post_init__(self) -> None:
         whole = len(self.batches)
         count = whole if self.all_paired else paired(whole)
-        batches = [self.batches[place * whole // count] for place in range(count)]
-        self._streams = Streams(self.model, batches, frozenset(), self.parking)
-        self._held = HeldOut.of(batches)
+        places = [place * whole // count for place in range(count)]
+        here = [self.batches[place] for place in places if self.crew.is_mine(place)]
+        self._streams = Streams(self.model, here, frozenset(), self.parking)
+        self._held = HeldOut.of([self.batches[place] for place in places])
 
     def start(self, segments: Sequence[Segment], cleanup: ExitStack) -> None:
         """Run every twin up to its first segment, before anything is quantized."""
@@ -78,12 +89,10 @@ class Twins:
     def prepare(self, segment: Segment, groups: Iterable[Group]) -> None:
         """Let groups of a segment of which nothing is solved yet sum what their inputs lost."""
         groups, twins = list(groups), self._streams.at(segment)
-        if not twins:
-            return
         alone = {group.name: group.leader for group in groups if len(group.layers) == 1 and _is_linear(group.leader)}
-        smallest = min(twins, key=lambda each: each.batch.token_ids.numel())
-        with self._streams.fetched(smallest):
-            streams = stream_places(segment.module, list(alone.values()), standing(smallest, segment))
+        streams = self._stream_places(segment, list(alone.values()), twins)
+        if streams is None:
+            return
         for group in groups:
             layer = alone.get(group.name)
             stream = None if layer is None else streams.get(layer)
@@ -92,6 +101,34 @@ class Twins:
                 group.name, self._held, known, stream, token_weights=group.gatherer.token_weights
             )
 
+    def _stream_places(
+        self, segment: Segment, layers: Sequence[nn.Linear], twins: Sequence[Pass]
+    ) -> dict[nn.Linear, StreamPlace] | None:
+        """What :func:`stream_places` finds by the smallest twin, here or elsewhere; None where there is none."""
+        found = None
+        if twins:
+            smallest = min(twins, key=lambda each: each.batch.token_ids.numel())
+            with self._streams.fetched(smallest):
+                found = stream_places(segment.module, layers, standing(smallest, segment))
+        if self.crew.is_alone:
+            return found
+        names = {module: name for name, module in segment.module.named_modules()}
+        told = None
+        if found is not None:
+            told = [
+                (names[layer], place.argument, None if place.module is None else names[place.module])
+                for layer, place in found.items()
+            ]
+        agreed = self.crew.agreed(told)
+        if agreed is None:
+            return None
+        inside = segment.module.get_submodule
+        places = {
+            inside(name): StreamPlace(argument, None if module is None else inside(module))
+            for name, argument, module in agreed
+        }
+        return {layer: places[layer] for layer in layers if layer in places}
+
     def prepare_experts(self, segment: Segment, experts: Iterable[Group]) -> Replay | None:
         """Let the groups of experts of a segment of which nothing is solved yet sum what their inputs lost.
 
@@ -99,7 +136,7 @@ class Twins:
         """
         inside = replayed_layers(segment.module)
         groups = [group for group in experts if group.leader in inside]
-        if not groups or not self._streams.at(segment):
+        if not groups or not any(self.crew.gathered(bool(self._streams.at(segment)))):
             return None
         for group in groups:
             layer = group.leader if len(group.layers) == 1 and _is_linear(group.leader) else None

@@ -33,6 +33,7 @@ from typing import Literal
 import torch
 
 from quantkit.engine.batches import Batch
+from quantkit.engine.crew import ALONE, Crew
 from quantkit.engine.gathering import Group, Replay, Solvable, Step, Streams, batch_of, pause_at
 from quantkit.engine.originals import Originals
 from quantkit.engine.parking import Parking
@@ -89,6 +90,7 @@ class Walk:
         tasks: what is solved; quantized inputs is the stream of one variant and takes one task.
         settings: how.
         on_segment: called with the number of finished segments and how many there are.
+        crew: the processes that walk together, of which this is one.
     """
 
     skeleton: Skeleton
@@ -97,6 +99,7 @@ class Walk:
     tasks: Sequence[VariantTask]
     settings: WalkSettings
     on_segment: Callable[[int, int], None] = lambda _done, _total: None
+    crew: Crew = ALONE
     _solver: Solver = field(init=False)
     _streams: Streams = field(init=False)
     _twins: Twins | None = field(init=False, default=None)
@@ -110,6 +113,7 @@ class Walk:
             self.settings.tries_again,
             any(task.mixing for task in self.tasks if task.calibrated),
             self.settings.sensitivity,
+            self.crew,
         )
         settings = self.settings
         self._streams = Streams(
@@ -118,12 +122,13 @@ class Walk:
             self._solver.needs(),
             settings.parking,
             settings.experts,
-            settings.room,
+            settings.room if settings.room is None or self.crew.is_alone else settings.room // 2,  # sums, and a turn's
             settings.sensitivity,
+            self.crew,
         )
         tunes = self._solver.tunes()
         if self._is_quantized and (tunes or self._solver.corrects()) and self.skeleton.runs_once:
-            self._twins = Twins(self.skeleton.text, self.batches, settings.parking, all_paired=tunes)
+            self._twins = Twins(self.skeleton.text, self.batches, settings.parking, all_paired=tunes, crew=self.crew)
 
     @property
     def failures(self) -> dict[str, Exception]:
@@ -161,12 +166,14 @@ class Walk:
         calibrated = (bool(self._solver.needs()) or self._solver.tunes() or judged) and bool(self.batches)
         with torch.no_grad(), ExitStack() as cleanup:
             self._solver.begin()
+            self._solver.agree()
             if calibrated:
                 self._load_frame()
                 pause_at(segments, self.skeleton.text.get_output_embeddings(), cleanup)
                 if self._twins is not None:
                     self._twins.start(segments, cleanup)
             self._solve_embedding(live=calibrated)
+            self._solver.agree()
             if calibrated:
                 self._streams.start(segments, cleanup)
             for index, segment in enumerate(segments):
@@ -174,6 +181,7 @@ class Walk:
                 if calibrated or self._solver.at_work(segment):
                     self._pass(segment, calibrated, last=index == len(segments) - 1)
                 self._solver.finish(segment, started)
+                self._solver.agree()
                 self.on_segment(index + 1, len(segments))
 
     def _load_frame(self) -> None:
@@ -189,9 +197,10 @@ class Walk:
         self.skeleton.load(segment, self.reader, self.settings.device, self.settings.dtype)
         self._solver.enter(segment)
         try:
-            if not calibrated or (self._solver.at_work(segment) and not self._streams.at(segment)):
+            at_work = bool(self._solver.at_work(segment))
+            if not calibrated or (at_work and not self._streams.comes_to(segment)):
                 self._solve_uncalibrated(segment)
-            elif self._solver.at_work(segment):
+            elif at_work:
                 self._calibrate(segment, last)
             else:
                 self._repeat(segment, last)
@@ -200,14 +209,19 @@ class Walk:
 
     def _repeat(self, segment: Segment, last: bool) -> None:
         """Bring every pass through a segment that all tasks remember, as it was when they solved it."""
-        if self._solver.smooths() and not segment.is_layer and self._streams.at(segment):
-            self._solver.transforming.find(self._streams.trial(segment))
+        if self._solver.smooths() and not segment.is_layer and self._streams.comes_to(segment):
+            self._find_places(segment)
         if self._is_quantized:
             self._solver.put_back_changes(segment)
             self._advance_twins(segment, last)
             self._solver.put_back(segment)
         if not last:
             self._streams.advance(segment)
+
+    def _find_places(self, segment: Segment) -> None:
+        """Find where the inputs of a segment can be scaled."""
+        trial = self._streams.trial(segment) if self._streams.at(segment) else None
+        self._solver.transforming.find(trial, self.crew)
 
     def _advance_twins(self, segment: Segment, last: bool) -> None:
         if self._twins is not None and not last:
@@ -251,16 +265,18 @@ class Walk:
         if segment.is_layer:
             for name, layer in self._solver.wanted(segment).items():
                 group = self._streams.group({name: layer})
+                self.crew.deal([(group,)])
                 if self._twins is not None and self._solver.corrects():
                     self._twins.prepare_layer(segment, group)
-                self._solve(segment, [(group, self._streams.read_before(segment, group))])
+                statistics = self._streams.read_before(segment, group)
+                self._solve(segment, [(group, statistics)])
             self._advance_twins(segment, last)
             if not last:
                 self._streams.advance(segment)
             return
         found = self._streams.steps(segment, self._solver.wanted(segment))
         if self._solver.smooths():
-            self._solver.transforming.find(self._streams.trial(segment))
+            self._find_places(segment)
         if self._is_quantized:
             self._calibrate_quantized(segment, found, last)
         else:
@@ -274,19 +290,23 @@ class Walk:
         """
         observing = self._solver.observing(segment)
         large = [step for step in found if not observing and not self._streams.fits(step, self.settings.device)]
+        self._streams.deal(large, whole=False)
         for step in large:
             self._solve_experts(segment, step)
         rest = [step for step in found if step not in large]
+        self._streams.deal(rest)
         groups, tunes = [group for step in rest for group in step.groups], bool(self._solver.tuning(segment))
         places = self._streams.standing(segment) if tunes else ()
         with self._streams.gathering(segment, groups, pausing=False), ExitStack() as seeing:
             outputs = seeing.enter_context(leaving(segment)) if tunes else {}
             self._streams.advance(segment)
-        known = self._streams.results(rest)
+        known = self._streams.results(rest, everywhere=bool(observing))
         for task in observing:
             self._solver.work(task, partial(self._solver.transforming.choose, task, segment, known))
         for step in rest:
-            self._solve(segment, [(group, known[group.name]) for group in step.groups], step.experts)
+            own = [group for group in step.groups if self.crew.owns(group)]
+            self._solve_own(segment, [(group, known[group.name]) for group in own], step.experts)
+        self._share(segment, groups)
         if tunes:
             self._tune(segment, places, outputs)
 
@@ -297,6 +317,7 @@ class Walk:
             known = self._streams.observe(segment, found)
             self._solver.work(observing[0], partial(transforming.choose, observing[0], segment, known))
             transforming.apply(observing[0], segment)
+        self._streams.deal(found, whole=False)
         tunes, corrects = bool(self._solver.tuning(segment)), self._solver.corrects()
         one_pass = self.settings.strategy == "one-pass" and not tunes and not any(step.experts for step in found)
         replay = None
@@ -317,7 +338,8 @@ class Walk:
                 self._solve_experts(segment, step, replay)
             else:
                 see = partial(self._twins.see, segment, step.group) if self._twins is not None and corrects else None
-                self._solve(segment, [(step.group, self._streams.gather_alone(segment, step.group, see))])
+                statistics = self._streams.gather_alone(segment, step.group, see)
+                self._solve(segment, [(step.group, statistics)])
         if tunes and self._twins is not None:
             self._tune(segment, self._streams.standing(segment), self._twins.outputs(segment, last=last))
         else:
@@ -332,8 +354,9 @@ class Walk:
 
     def _solve_experts(self, segment: Segment, step: Step, replay: Replay | None = None) -> None:
         """Gather and solve the experts of a step, as many at a time as there is room for."""
-        for part in self._streams.gather_experts(segment, step, self.settings.device, replay):
-            self._solve(segment, part, step.experts)
+        for groups, part in self._streams.gather_experts(segment, step, self.settings.device, replay):
+            self._solve_own(segment, part, step.experts)
+            self._share(segment, groups)
 
     def _one_pass(self, segment: Segment, groups: Sequence[Group], last: bool) -> None:
         """Solve the groups in their order, each when all passes stand at it or beyond."""
@@ -349,19 +372,39 @@ class Walk:
         wanted = self._solver.wanted(segment)
         fused = dict.fromkeys(names for task in self.tasks for names in task.fused if set(names) <= set(wanted))
         alone = set(wanted) - {name for names in fused for name in names}
-        for names in [*fused, *((name,) for name in wanted if name in alone)]:
-            self._solve(segment, [(Group.of({name: wanted[name] for name in names}), InputStatistics())])
+        named = [*fused, *((name,) for name in wanted if name in alone)]
+        groups = [Group.of({name: wanted[name] for name in names}) for names in named]
+        self.crew.deal([(group,) for group in groups])
+        for group in groups:
+            self._solve_own(segment, [(group, InputStatistics())] if self.crew.owns(group) else [])
+        self._share(segment, groups)
 
-    def _solve(self, segment: Segment, part: Solvable, experts: str = "") -> None:
-        """Solve groups; of experts as many together as are best."""
-        size = batch_of(part[0][0], self.settings.device) if experts else len(part)
+    def _solve(self, segment: Segment, part: Solvable) -> None:
+        """Solve groups, each by who owns it."""
+        self._solve_own(segment, [(group, statistics) for group, statistics in part if self.crew.owns(group)])
+        self._share(segment, [group for group, _ in part])
+
+    def _solve_own(self, segment: Segment, part: Solvable, experts: str = "") -> None:
+        """Solve groups that are owned here; of experts as many together as are best."""
+        size = batch_of(part[0][0], self.settings.device) if experts and part else max(1, len(part))
         for start in range(0, len(part), size):
             batch = [(group.layers, statistics) for group, statistics in part[start : start + size]]
-            if self._twins is not None:
-                self._twins.keep(segment, [layer for layers, _ in batch for layer in layers.values()])
+            self._keep(segment, [group for group, _ in part[start : start + size]])
             self._solver.solve(segment, batch, experts, replace=self._is_quantized)
-        for group, _ in part:
+
+    def _share(self, segment: Segment, groups: Sequence[Group]) -> None:
+        """Have what is solved of groups at every process."""
+        if not self.crew.is_alone:
+            self._keep(segment, groups)
+            layers = [layer for group in groups for layer in group.layers.values()]
+            self._solver.share(segment, layers, replace=self._is_quantized)
+        for group in groups:
             group.solved = True
+
+    def _keep(self, segment: Segment, groups: Sequence[Group]) -> None:
+        """Keep what twins need of layers that are about to be solved."""
+        if self._twins is not None:
+            self._twins.keep(segment, [layer for group in groups for layer in group.layers.values()])
 
 
 def _list_of(segment: Segment) -> str:

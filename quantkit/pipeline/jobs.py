@@ -17,6 +17,7 @@ from quantkit.system.progress import Observer
 
 if TYPE_CHECKING:
     from quantkit.source import SourceModel
+    from quantkit.system.devices import Devices
 
 
 def quantize_job(recipe: Recipe, model: SourceModel, calibrated: CalibrationSet | None) -> Job:
@@ -25,7 +26,8 @@ def quantize_job(recipe: Recipe, model: SourceModel, calibrated: CalibrationSet 
         model,
         calibrated,
         recipe.calibration,
-        device=recipe.quantization.device,
+        device=recipe.quantization.first,
+        devices=recipe.quantization.devices,
         trust_remote_code=recipe.model.trust_remote_code,
         bounds=recipe.max_memory,
     )
@@ -37,6 +39,7 @@ def job_of(
     spec: CalibrationSpec,
     *,
     device: str = "auto",
+    devices: Devices = None,
     trust_remote_code: bool = False,
     bounds: MemoryBounds = NO_BOUNDS,
 ) -> Job:
@@ -53,6 +56,7 @@ def job_of(
         generated=spec.generated,
         experts=ExpertSettings(spec.experts, spec.expert_prior),
         device=device,
+        devices=devices,
         trust_remote_code=trust_remote_code,
         bounds=bounds,
         hub=(model.reference, model.revision) if model.kind == "hub" else None,

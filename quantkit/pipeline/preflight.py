@@ -33,7 +33,7 @@ from quantkit.recipe.model import HUB_REFERENCE
 from quantkit.records.hub import HUB_PREFIX
 from quantkit.runtimes import RUNTIMES
 from quantkit.source import package
-from quantkit.system.devices import resolve_device
+from quantkit.system.devices import Devices, resolve_devices
 from quantkit.system.distribution import requirement
 
 LLAMA_CPP = "llama.cpp"
@@ -94,7 +94,7 @@ def _input_mistakes(recipe: Recipe) -> Iterator[QuantkitError]:
     yield from missing(allocation_files(recipe))
     yield from _failures(
         lambda: check_package_source(recipe.model),
-        lambda: check_device("quantization", recipe.quantization.device),
+        lambda: check_device("quantization", recipe.quantization.first, recipe.quantization.devices),
         *([lambda: check_data_set(recipe.calibration)] if calibrated else []),
         *(partial(check_data_set, each.data) for each in recipe.recover_variants if each.data is not None),
         *([library] if any(variant.method == LLAMA_CPP for variant in recipe.own_variants) else []),
@@ -184,16 +184,17 @@ def check_data_set(spec: CalibrationSpec) -> None:
         raise CalibrationError(f"calibration.dataset: unknown data set '{reference}'", remedy)
 
 
-def check_device(section: str, name: str) -> None:
-    """Refuse a device that is not there.
+def check_device(section: str, name: str, devices: Devices = None) -> None:
+    """Refuse a device that is not there, or one of several.
 
     Raises:
         QuantkitError: with the key.
     """
     try:
-        resolve_device(name)
+        resolve_devices(name, devices)
     except QuantkitError as error:
-        raise RecipeError(f"{section}.device: {error.problem}", error.remedy) from error
+        key = "device" if devices is None else "devices"
+        raise RecipeError(f"{section}.{key}: {error.problem}", error.remedy) from error
 
 
 def check_loader(spec: EvaluationSpec) -> None:

@@ -27,7 +27,7 @@ def quantize_one(recipe: Recipe, out: Path, observer: Observer) -> Path:
     Raises:
         QuantkitError: with what is wrong and the remedy.
     """
-    model, spec, device = recipe.model, recipe.calibration, recipe.quantization.device
+    model, spec, where = recipe.model, recipe.calibration, recipe.quantization
     (variant,) = recipe.own_variants
     check_writable(out, stage=STAGE, source=model.source)
     with workplace(out, "quantize") as scratch:
@@ -41,7 +41,7 @@ def quantize_one(recipe: Recipe, out: Path, observer: Observer) -> Path:
             for line in calibration.audit_lines(calibrated.audit):
                 observer.note(line)
         trusted = model.trust_remote_code
-        job = job_of(found, calibrated, spec, device=device, trust_remote_code=trusted)
+        job = job_of(found, calibrated, spec, device=where.first, devices=where.devices, trust_remote_code=trusted)
         on_segment = partial(observer.progress, "block")
 
         def note(text: str) -> None:

@@ -18,14 +18,14 @@ from quantkit.engine.walk import Inputs
 from quantkit.exports.manifest import is_whole
 from quantkit.recipe import VariantSpec
 from quantkit.system.artifacts import read_stage
-from quantkit.system.devices import resolve_device
+from quantkit.system.devices import Devices, resolve_device
 from quantkit.system.memory_bounds import NO_BOUNDS, MemoryBounds
 
 if TYPE_CHECKING:
     import torch
 
 STAGE = "quantize"
-CODE_VERSION = 5
+CODE_VERSION = 6
 """Part of the fingerprint: raised when the same inputs would give other bytes."""
 WRITING_VERSION = 1
 """Part of the fingerprint of variants that are calibrated on generated tokens: raised when others would be written."""
@@ -84,6 +84,7 @@ class Job:
         inputs: see :class:`quantkit.recipe.CalibrationSpec`.
         experts: how experts are calibrated.
         device: ``auto`` is CUDA where there is one.
+        devices: over which walks are dealt, see :func:`quantkit.system.devices.resolve_devices`. No byte depends on it.
         trust_remote_code: run Python code that comes with the model.
         hub: name and commit of the model on the hub, for one that comes from there.
         images: of rows with images the further inputs of the model, by the places of the rows and by name.
@@ -98,6 +99,7 @@ class Job:
     calibration_sha256: str | None = None
     inputs: Inputs = "quantized"
     device: str = "auto"
+    devices: Devices = None
     trust_remote_code: bool = False
     hub: tuple[str, str | None] | None = None
     experts: ExpertSettings = ROUTED

@@ -67,6 +67,28 @@ class _Taken:
     effective_tokens: int | None
 
 
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """What is saved of a variant, for a process that reads it while another one writes on; see :class:`SolvedLayers`.
+
+    Attributes:
+        segments: that are whole on disk.
+    """
+
+    folder: Path
+    store: Format
+    schemes: Mapping[str, Scheme]
+    embedding: str | None
+    replays: bool
+    segments: Sequence[SavedSegment]
+
+    def layers(self) -> SolvedLayers:
+        """The layers that are there."""
+        found = SolvedLayers(self.folder, self.store, self.schemes, self.embedding, replays=self.replays)
+        found.take_up(self.segments)
+        return found
+
+
 class SolvedLayers(LayerStore):
     """A layer store for the layers of a variant as a walk solves them.
 
@@ -96,6 +118,7 @@ class SolvedLayers(LayerStore):
         super().__init__(folder, store, embedding)
         self._schemes = schemes
         self._replays = replays
+        self._saved: list[SavedSegment] = []
         self._facts: list[_Facts] = []
         self._taken: list[_Taken] = []
         self._finished: set[str] = set()
@@ -231,6 +254,11 @@ class SolvedLayers(LayerStore):
             self._know(segment)
         self._stored_before = self.stored_bytes
 
+    def saved(self) -> Saved:
+        """What is on disk, of which another process can be told."""
+        self.settle()
+        return Saved(self._folder, self._store, self._schemes, self._embedding, self._replays, tuple(self._saved))
+
     def has(self, prefix: str) -> bool:
         """Whether a segment is finished; the last one may still be on its way to the disk."""
         return prefix in self._finished
@@ -300,6 +328,7 @@ class SolvedLayers(LayerStore):
     def _know(self, segment: SavedSegment) -> None:
         """A segment that lies on disk counts as finished."""
         record = segment.record
+        self._saved.append(segment)
         reader = CheckpointReader(segment.folder)
         self._readers.update(dict.fromkeys(reader.names(), reader))
         self._digests |= record["digests"]

@@ -17,6 +17,7 @@ import torch
 
 from quantkit.checkpoint import FLOATS, CheckpointReader
 from quantkit.engine.batches import Batch
+from quantkit.engine.crew import ALONE, Crew
 from quantkit.engine.dtype_trial import dtype_that_runs
 from quantkit.engine.precision import pass_dtype
 from quantkit.engine.skeleton import Skeleton
@@ -24,12 +25,14 @@ from quantkit.engine.tasks import VariantTask
 from quantkit.engine.walk import Strategy, Walk, WalkSettings
 from quantkit.errors import QuantizationError
 from quantkit.quantization.generated import written_for
+from quantkit.quantization.helpers import Nowhere, SharedWalk, crew_on
 from quantkit.quantization.job import Job, Quantized, Wanted, Written
 from quantkit.quantization.memory_use import choose_parking, choose_strategy, experts_room
 from quantkit.quantization.oom import FallbackStep, fallback_steps, out_of_memory, ran_out
 from quantkit.quantization.sensitivity import known_sensitivity
+from quantkit.quantization.solved_layers import SolvedLayers
 from quantkit.quantization.variant import Describe, VariantRun, WalkFacts
-from quantkit.system.devices import resolve_device
+from quantkit.system.devices import resolve_device, resolve_devices
 from quantkit.system.free_memory import kept_to
 from quantkit.system.shutdown import heed, patient
 
@@ -257,10 +260,12 @@ def _is_done(
         limit = batch_limit(tasks, job.all_tokens, step.batch_tokens)
         batches = job.batches(skeleton, reader, settings.device, settings.dtype, limit)
     settings = replace(settings, sensitivity=known_sensitivity(job.sensitivity, batches))
-    walk = Walk(skeleton, reader, batches, tasks, settings, done)
+    walk: Walk | None = None
     try:
-        with _failures_kept(walk), patient(), kept_to(settings.device, job.bounds):
-            walk.run()
+        with patient(), kept_to(settings.device, job.bounds), _crew(job, tasks, batches, settings) as crew:
+            walk = Walk(skeleton, reader, batches, tasks, settings, done, crew)
+            with _failures_kept(walk):
+                walk.run()
     except torch.OutOfMemoryError as error:
         if step.is_last:
             raise out_of_memory(error, settings.device) from error
@@ -268,7 +273,8 @@ def _is_done(
     else:
         ran_out_here = False
     finally:
-        found.add(walk, time.perf_counter() - started)
+        if walk is not None:
+            found.add(walk, time.perf_counter() - started)
         if settings.parking is not None:
             settings.parking.close()
     _name_exhausted(found.failures, settings.device)
@@ -276,6 +282,33 @@ def _is_done(
         del walk, batches
         _let_go(settings.device)
     return not ran_out_here
+
+
+@contextmanager
+def _crew(job: Job, tasks: Sequence[VariantTask], batches: Sequence[Batch], settings: WalkSettings) -> Iterator[Crew]:
+    """The processes that walk together, on the devices of the job; this one alone where there is nothing to deal."""
+    devices = walk_devices(job, tasks)[: max(1, len(batches))]
+    if len(devices) < 2:
+        yield ALONE
+        return
+    sent = []
+    for task in tasks:
+        if not isinstance(task.memory, SolvedLayers):
+            raise TypeError(f"{task.name} keeps what is solved where no other process can read it")
+        sent.append((replace(task, sink=Nowhere(), memory=None), task.memory.saved()))
+    walk = SharedWalk(job.source, job.trust_remote_code, batches, sent, settings, job.bounds)
+    with crew_on(devices, walk) as crew:
+        yield crew
+
+
+def walk_devices(job: Job, tasks: Sequence[VariantTask]) -> list[torch.device]:
+    """The devices over which a walk is dealt: those of the job, or its first where the walk cannot be.
+
+    Tuning goes from batch to batch, and without calibration there is nothing to deal.
+    """
+    devices = resolve_devices(job.device, job.devices)
+    dealt = any(task.calibrated for task in tasks) and not any(task.tune is not None for task in tasks)
+    return devices if dealt else devices[:1]
 
 
 def batch_limit(tasks: Sequence[VariantTask], tokens: int, limit: int) -> int:

@@ -6,8 +6,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from quantkit.errors import RecipeError
 from quantkit.recipe.columns import Columns, Tags, with_entry
 from quantkit.recipe.fields import Device, Place, Section, Whole
+from quantkit.system.validation import located
 
 
 class CalibrationSpec(Section):
@@ -66,10 +68,34 @@ class CalibrationSpec(Section):
 
 
 class QuantizationSpec(Section):
-    """The device on which variants are quantized.
+    """The device on which variants are quantized, or several.
 
     Attributes:
         device: ``auto`` is CUDA where there is one.
+        devices: over which a walk is dealt, in the place of ``device``: ``all`` GPUs of the machine, how many (on a CPU
+            that many processes), or their names. No byte depends on it.
     """
 
     device: Device = "auto"
+    devices: (
+        Literal["all"]
+        | Annotated[Whole, Field(ge=1, le=64)]
+        | Annotated[tuple[Device, ...], Field(min_length=1)]
+        | None
+    ) = None
+
+    @model_validator(mode="after")
+    def _is_of_one_kind(self) -> QuantizationSpec:
+        with located():
+            if self.devices is not None and self.device != "auto" and not isinstance(self.devices, int):
+                raise RecipeError("give device or devices, and not both", "leave out device")
+            if isinstance(self.devices, tuple) and len({each.partition(":")[0] for each in self.devices}) > 1:
+                raise RecipeError("devices of several kinds give other bytes each", "give devices of one kind")
+            if isinstance(self.devices, tuple) and "auto" in self.devices:
+                raise RecipeError("devices names auto, which is one device", "give their names, or all")
+        return self
+
+    @property
+    def first(self) -> str:
+        """The name of the device of the first process."""
+        return self.devices[0] if isinstance(self.devices, tuple) else self.device

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ def single_recipe(
     *,
     calibration: str | Path | Mapping[str, Any] | CalibrationSpec | None = None,
     device: str = "auto",
+    devices: str | int | Sequence[str] | None = None,
     target: str | None = None,
     folder: str | Path = "quantize",
 ) -> tuple[Recipe, tuple[str, ...]]:
@@ -36,6 +37,7 @@ def single_recipe(
         variant: keys of a variant; None is not given.
         calibration: a data set, or the keys of a recipe's section.
         device: on which it is quantized.
+        devices: over which its walk is dealt, see :class:`quantkit.recipe.QuantizationSpec`.
         target: who will load the checkpoint, where that is said instead of a format.
         folder: of whatever a plan has to write.
 
@@ -57,7 +59,7 @@ def single_recipe(
         model=parse_section(ModelSpec, model, "model"),
         calibration=_calibration(calibration),
         variants=(made,),
-        quantization=parse_section(QuantizationSpec, {"device": device}, "quantize"),
+        quantization=parse_section(QuantizationSpec, {"device": device, "devices": devices}, "quantize"),
         report=ReportSpec(folder=str(folder)),
     )
     said = {**variant, **({} if target is None else {"format": made.format})}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 
 from quantkit.errors import QuantkitError
@@ -32,6 +34,33 @@ def resolve_device(name: str) -> torch.device:
             "use auto or cpu",
         )
     return device if device.type == "cpu" else torch.device("cuda", device.index or 0)
+
+
+Devices = Literal["all"] | int | tuple[str, ...] | None
+"""Over which devices work is dealt: all GPUs, so many, or these; None is over none but one's own."""
+
+
+def resolve_devices(name: str, devices: Devices) -> list[torch.device]:
+    """The devices of a walk, the first that of its own process.
+
+    So many are the first GPUs, or on a CPU so many processes.
+
+    Args:
+        name: of the one device, where ``devices`` does not say them.
+        devices: those over which work is dealt.
+
+    Raises:
+        QuantkitError: one is not there.
+    """
+    first = resolve_device(name)
+    if devices is None:
+        return [first]
+    if isinstance(devices, tuple):
+        return [resolve_device(each) for each in devices]
+    if first.type == "cpu":
+        return [first] * (1 if devices == "all" else devices)
+    count = torch.cuda.device_count() if devices == "all" else devices
+    return [resolve_device(f"cuda:{index}") for index in range(count)]
 
 
 def device_name(device: torch.device) -> str:
