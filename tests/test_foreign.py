@@ -129,9 +129,10 @@ CASES: dict[str, tuple[dict[str, Any], Scheme]] = {
     "W8A8 asym": (group("int-quantized", {**INT8, "symmetric": False}, DYNAMIC), IntScheme(8, -1, False)),
     "W8 per tensor": (group("int-quantized", {**INT8, "strategy": "tensor"}), IntScheme(8, -1)),
     "W8 naive": (group("naive-quantized", INT8), IntScheme(8, -1)),
-    "W8A8 static": (group("int-quantized", INT8, STATIC), IntScheme(8, -1)),
+    "W8A8 static": (group("int-quantized", INT8, STATIC), IntScheme(8, -1, activations="static")),
+    "W4A8": (group("int-quantized", {**INT4, "group_size": 32}, DYNAMIC), IntScheme(4, 32, activations="dynamic")),
     "FP8 dynamic": (group("float-quantized", FP8, DYNAMIC), Fp8Scheme("channel", "dynamic")),
-    "FP8": (group("float-quantized", {**FP8, "strategy": "tensor"}, STATIC), Fp8Scheme("tensor")),
+    "FP8": (group("float-quantized", {**FP8, "strategy": "tensor"}, STATIC), Fp8Scheme("tensor", "static")),
     "FP8 naive": (group("naive-quantized", FP8), Fp8Scheme("channel")),
 }
 
@@ -166,7 +167,8 @@ def test_groups_are_found_by_name_pattern_and_class(model: Path, tmp_path: Path)
 
 
 def test_static_inputs_and_caches_are_said_and_left_out(model: Path, tmp_path: Path) -> None:
-    folder, _ = written(model, tmp_path / "out", [CASES["W8A8 static"][0]], kv_cache_scheme={"num_bits": 8})
+    given = group("int-quantized", INT8, {**STATIC, "symmetric": False})
+    folder, _ = written(model, tmp_path / "out", [given], kv_cache_scheme={"num_bits": 8})
     add_tensors(folder, {"model.layers.0.self_attn.k_scale": torch.ones(1)})
     export = opened(folder)
     assert len(export.activation_scales()) == 15

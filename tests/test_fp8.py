@@ -176,8 +176,10 @@ def test_a_scale_beyond_float16_is_refused(scheme: Fp8Scheme) -> None:
 def test_what_fp8_does_not_take() -> None:
     with pytest.raises(SchemeError, match="no granularity 'group'"):
         Fp8Scheme("group")  # type: ignore[arg-type]  # a recipe may say it
-    with pytest.raises(SchemeError, match="no activations 'static'"):
-        Fp8Scheme("tensor", "static")  # type: ignore[arg-type]  # a recipe may say it
+    with pytest.raises(SchemeError, match="no activations 'fp8'"):
+        Fp8Scheme("tensor", "fp8")  # type: ignore[arg-type]  # a recipe may say it
+    with pytest.raises(SchemeError, match="fp8 blocks have no static scale of inputs"):
+        Fp8Scheme("block", "static")
     with pytest.raises(SchemeError, match="need a multiple of 128 input columns, not 200"):
         Fp8Scheme("block", "dynamic").check_layer(128, 200)
     Fp8Scheme("block", "dynamic").check_layer(100, 256)

@@ -2,27 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+from compressed_tensors.quantization.quant_args import QuantizationArgs
+from compressed_tensors.quantization.quant_scheme import preset_name_to_scheme
+from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import quantkit
+from quantkit.checkpoint import CheckpointReader
+from quantkit.engine.batches import make_batches
 from quantkit.engine.input_rounding import Rounder, put_rounder, take_rounders
+from quantkit.engine.layers import is_linear
+from quantkit.engine.skeleton import Skeleton
+from quantkit.engine.solve import with_input_scale
+from quantkit.engine.walk import Walk, WalkSettings
+from quantkit.errors import QuantizationError
 from quantkit.exports import open_export
+from quantkit.formats._compressed_tensors.reading import groups_in
 from quantkit.formats.bitsandbytes import BitsAndBytes
+from quantkit.formats.compressed_tensors import CompressedTensors
+from quantkit.methods.base import InputStatistics
 from quantkit.numerics.activation_rounding import round_inputs, static_scale
+from quantkit.recipe.scheme import written_keys
 from quantkit.runtimes._model import TransformersModel
 from quantkit.runtimes.base import LoadOptions
 from quantkit.runtimes.reference import Reference
-from quantkit.schemes import IntScheme
-from quantkit.schemes.rounding import InputRounding
+from quantkit.schemes import Fp8Scheme, IntScheme, Mxfp4Scheme, Nvfp4Scheme, QuantizedWeight, Scheme
+from quantkit.schemes.rounding import INPUT_SCALE, InputRounding
 from tests.architectures import make
-from tests.runs import logits
-from tests.tiny import make_model
+from tests.runs import logits, write_records
+from tests.tiny import make_model, tiny_method, tiny_rows, tiny_task
 
 INT8, FP8 = InputRounding("int8"), InputRounding("fp8")
 W8A8: dict[str, Any] = {"method": "rtn", "bits": 8, "group_size": -1, "activations": "dynamic", "dtype": "own"}
@@ -36,10 +52,6 @@ def by_hand(values: torch.Tensor) -> torch.Tensor:
 
 def package(values: torch.Tensor, preset: str, common: torch.Tensor | None = None) -> torch.Tensor:
     """What compressed-tensors makes of inputs ``[batch, tokens, in_features]`` by one of its presets."""
-    from compressed_tensors.quantization.lifecycle.forward import fake_quantize
-    from compressed_tensors.quantization.quant_scheme import preset_name_to_scheme
-    from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
-
     args = preset_name_to_scheme(preset, ["Linear"]).input_activations
     scale, zero = compute_dynamic_scales_and_zp(values, args, torch.nn.Linear(1, 1), global_scale=common)
     found: torch.Tensor = fake_quantize(values, scale, zero, args, global_scale=common)
@@ -173,3 +185,122 @@ def test_experts_round_their_own_inputs(tmp_path: Path) -> None:
     codes = tensors["model.layers.0.mlp.experts.1.down_proj.weight"]
     weight = codes * tensors["model.layers.0.mlp.experts.1.down_proj.weight_scale"].float()
     torch.testing.assert_close(seen["model.layers.0.mlp.experts.1.down_proj"][0].weight.data, weight)
+
+
+STATIC = [Fp8Scheme("tensor", "static"), IntScheme(8, -1, activations="static"), Nvfp4Scheme("static")]
+
+
+def rounded_model(model: Path, weights: Mapping[str, QuantizedWeight], *, rounds: bool = True) -> PreTrainedModel:
+    """The float model with solved weights, whose layers round their inputs."""
+    found: PreTrainedModel = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    for name, weight in weights.items():
+        module = found.get_submodule(name)
+        module.weight.data = weight.dequantize(torch.float32)
+        rounding, scale = weight.scheme.input_rounding, weight.parts.get(INPUT_SCALE)
+        if rounds and rounding is not None:
+            put_rounder(module, Rounder(rounding, scale))
+    return found
+
+
+def largest_inputs(model: PreTrainedModel, names: Iterable[str], rows: Iterable[Sequence[int]]) -> dict[str, float]:
+    """The largest magnitude that each layer is given, before it is rounded."""
+    found: dict[str, float] = {}
+    for name in names:
+
+        def see(_: Any, args: tuple[torch.Tensor, ...], name: str = name) -> None:
+            found[name] = max(found.get(name, 0.0), float(args[0].abs().max()))
+
+        model.get_submodule(name).register_forward_pre_hook(see)
+    with torch.no_grad():
+        for row in rows:
+            model(torch.tensor([row]))
+    return found
+
+
+@pytest.mark.parametrize("strategy", ["one-pass", "recompute"])
+@pytest.mark.parametrize("scheme", STATIC, ids=lambda scheme: scheme.kind)
+def test_quantized_inputs_are_those_of_layers_that_round(model: Path, scheme: Scheme, strategy: Any) -> None:
+    """Static scales span what layers are given behind those that are solved already, and round their inputs."""
+    rows, cpu = tiny_rows(), torch.device("cpu")
+    skeleton = Skeleton(model)
+    task, sink = tiny_task(skeleton, tiny_method("gptq"), scheme)
+    batches = make_batches(rows, cpu, may_pad=True)
+    Walk(skeleton, CheckpointReader(model), batches, [task], WalkSettings(cpu, strategy=strategy)).run()
+    weights = {name: result.weight for name, result in sink.results.items()}
+    rounding = scheme.input_rounding
+    assert rounding is not None
+    scales = {name: float(weight.parts[INPUT_SCALE]) for name, weight in weights.items()}
+    spans = {
+        name: rounding.highest / each if scheme.kind == "nvfp4" else rounding.highest * each
+        for name, each in scales.items()
+    }
+    seen = largest_inputs(rounded_model(model, weights), weights, rows)
+    assert seen == pytest.approx(spans, rel=0.003)
+    without = largest_inputs(rounded_model(model, weights, rounds=False), weights, rows)
+    assert without != pytest.approx(spans, rel=0.003)
+    assert not any("forward" in vars(module) for module in skeleton.model.modules() if is_linear(module))
+
+
+@pytest.mark.parametrize("scheme", STATIC, ids=lambda scheme: scheme.kind)
+def test_static_scales_are_stored_and_read_back(scheme: Scheme, model: Path, tmp_path: Path) -> None:
+    """Layers that servers load as one matrix share them, and a conversion keeps them."""
+    keys = written_keys(scheme) | {"method": "rtn", "dtype": "own", "format": "compressed-tensors"}
+    records = str(write_records(tmp_path / "rows.jsonl"))
+    out = quantkit.quantize(model, out=tmp_path / "out", calibration=records, **keys)
+    export, name = open_export(out), "model.layers.0.self_attn.{}_proj"
+    suffix = "input_global_scale" if scheme.kind == "nvfp4" else "input_scale"
+    tensors = load_file(out / "model.safetensors")
+    stored = [tensors[f"{name.format(leaf)}.{suffix}"] for leaf in "qkvo"]
+    assert (stored[0].dtype, stored[0].shape) == (torch.float32, (1,))
+    assert float(stored[0]) == float(stored[1]) == float(stored[2]) != float(stored[3])
+    assert export.input_scale(name.format("q")) == stored[0]
+    assert export.weight(name.format("q")).parts[INPUT_SCALE] == stored[0]
+    assert not any(each.endswith(suffix) for each in export.float_names())
+    quantkit.convert(out, to="compressed-tensors", out=tmp_path / "again")
+    assert load_file(tmp_path / "again" / "model.safetensors")[f"{name.format('q')}.{suffix}"] == stored[0]
+    (tmp_path / "again" / "manifest.json").unlink()
+    foreign = open_export(tmp_path / "again")
+    assert set(foreign.schemes.values()) == set(export.schemes.values()) == {scheme}
+    ids = torch.arange(3, 60)
+    torch.testing.assert_close(decoded(tmp_path / "again").logits(ids), decoded(out).logits(ids))
+
+
+PRESETS: dict[str, Scheme] = {
+    "W8A8": IntScheme(8, -1, activations="dynamic"),
+    "W4A8": IntScheme(4, 128, activations="dynamic"),
+    "W4AFP8": IntScheme(4, 128, activations="fp8"),
+    "FP8": Fp8Scheme("tensor", "static"),
+    "FP8_DYNAMIC": Fp8Scheme("channel", "dynamic"),
+    "FP8_BLOCK": Fp8Scheme("block", "dynamic"),
+    "NVFP4": Nvfp4Scheme("static"),
+    "MXFP4": Mxfp4Scheme("dynamic"),
+    "MXFP4XFP8": Mxfp4Scheme("fp8"),
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_config_groups_are_the_presets_of_the_package(name: str) -> None:
+    """Weights and inputs are asked for in its words, and a group in its words is read as the scheme."""
+    preset = preset_name_to_scheme(name, ["Linear"])
+    config = CompressedTensors().quantization_config({"model.layers.0.mlp.up_proj": PRESETS[name]})
+    group = config["config_groups"]["group_0"]
+    for part in ("weights", "input_activations"):
+        ours, theirs = QuantizationArgs.model_validate(group[part]), getattr(preset, part)
+        for key in ("num_bits", "type", "strategy", "group_size", "symmetric", "dynamic", "scale_dtype"):
+            assert getattr(ours, key) == getattr(theirs, key), (part, key)
+    given = {**preset.model_dump(mode="json"), "format": group["format"]}
+    (read,) = groups_in({"config_groups": {"group_0": given}, "format": group["format"]})
+    assert (read.scheme, read.notes) == (PRESETS[name], ())
+
+
+def test_a_layer_of_whose_inputs_nothing_is_known_has_no_static_scale() -> None:
+    weight = QuantizedWeight(STATIC[0], torch.zeros(2, 8, dtype=torch.uint8), torch.ones(2, 1), torch.zeros(2, 1))
+    with pytest.raises(QuantizationError, match=r"down: no calibration token reached it.*activations: dynamic"):
+        with_input_scale(weight, InputStatistics(), "down")
+
+
+def test_gradients_pass_through_rounded_inputs() -> None:
+    given = torch.randn(3, 8, requires_grad=True)
+    Rounder(INT8)(given).sum().backward()  # type: ignore[no-untyped-call]
+    assert given.grad is not None
+    assert torch.equal(given.grad, torch.ones(3, 8))

@@ -29,6 +29,12 @@ SCHEME_NAMES = {
     "Q3_K_L": make_scheme("q3_k_l", {}), "8": INT8, "mostly_q4_k_m": make_scheme("q4_k_m", {}),
     "Q5_K_S.gguf": make_scheme("q5_k_s", {}), "NVFP4": make_scheme("nvfp4", {}), "MXFP4A16": make_scheme("mxfp4", {}),
     "Q4_K_M": make_scheme("q4_k_m", {}), "q4-k-m": make_scheme("q4_k_m", {}), "IQ4_NL": make_scheme("iq4_nl", {}),
+    "W4A8": IntScheme(4, activations="dynamic"), "W8A8-128g": IntScheme(8, 128, activations="dynamic"),
+    "W4AFP8": IntScheme(4, 128, activations="fp8"), "FP8_STATIC": Fp8Scheme("tensor", "static"),
+    "int8-static": IntScheme(8, -1, activations="static"), "int4 g32 sym a8": IntScheme(4, 32, activations="dynamic"),
+    "NVFP4-W4A4": make_scheme("nvfp4", {"activations": "static"}),
+    "mxfp4_a4": make_scheme("mxfp4", {"activations": "dynamic"}),
+    "MXFP4xFP8": make_scheme("mxfp4", {"activations": "fp8"}),
     "BF16": make_scheme("bfloat16", {}), "fp16": make_scheme("float16", {}), "NF4": Nf4Scheme(),
 }  # fmt: skip
 
@@ -102,15 +108,13 @@ def test_a_name_of_one_format_brings_it(name: str, format_: str, method: str) ->
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("W4A8", "no 8-bit activations beside such 4-bit weights"),
+        ("W4A4", "no 4-bit activations beside such 4-bit weights"),
         ("W8A8_ASYM", "no 8-bit activations beside such 8-bit weights"),
         ("IQ3_XXS", "llama.cpp has such a type"),
         ("Q3_K_XL", "did you mean 'q3_k_l'?"),
-        ("W8A8-128g", "8-bit activations need weights per channel"),
         ("int4:128", "unknown scheme 'int4:128'"),
         ("AWQ_MARLIN", "it is a kernel of vLLM"),
         ("marlin", "it is a kernel of vLLM"),
-        ("FP8_STATIC", "FP8_DYNAMIC needs none"),
         ("gptq-5.5bpw", "unknown scheme 'gptq-5.5bpw'"),
         ("mxfp8", "quantkit has no such numbers"),
         ("fp8_e5m2", "E4M3"),

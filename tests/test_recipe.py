@@ -117,15 +117,15 @@ MISTAKES: dict[str, tuple[dict[Any, Any], str]] = {
     ),
     "a key of another scheme": (
         variant(scheme="mxfp4", group_size=64),
-        "variants[0]: scheme mxfp4 does not take 'group_size' (it takes no keys: its blocks and scales are fixed)",
+        "variants[0]: scheme mxfp4 does not take 'group_size' (it takes activations)",
     ),
     "a key of another scheme in an override": (
         variant(method="rtn", format="compressed-tensors", scheme="fp8", overrides={"q": {"bits": 8}}),
         "variants[0]: overrides.q: scheme fp8 does not take 'bits' (it takes granularity, activations)",
     ),
     "keys that exclude each other": (
-        variant(bits=4, activations="dynamic"),
-        "variants[0]: integer activations need 8-bit symmetric weights per channel",
+        variant(bits=4, activations="static"),
+        "variants[0]: a static scale of inputs needs 8-bit weights per channel",
     ),
     "an axis": (variant(axis=2), "variants[0].axis: must be 0 or 1, not 2"),
     "zeros": (variant(zeros="flaot"), "variants[0].zeros: 'flaot' is not allowed (did you mean 'float'?"),

@@ -42,7 +42,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "gguf": {"method": "gptq", "format": "gguf", "embeddings": {"bits": 8}, **INT4},
     "gguf1": {"method": "gptq", "format": "gguf", "symmetric": False, "zeros": "float", **INT4},
     "int8": {"method": "gptq", "bits": 8, "group_size": -1, "format": "bitsandbytes", "activations": "dynamic"},
-    "nvfp4": {"method": "gptq", "scheme": "nvfp4"},
+    "nvfp4": {"method": "gptq", "scheme": "nvfp4", "activations": "static"},
     "rtn": {"method": "rtn", **INT4},
 }
 

@@ -26,12 +26,14 @@ STATISTIC_WORDS = {
     Statistic.ABS_MEAN: "mean |x|",
     Statistic.SQUARE_MEAN: "mean x²",
     Statistic.GRAM: "XᵀX",
+    Statistic.ABS_MAX: "max |x|",
 }
 SMALL_GROUP = 32
 FURTHER = {
     "float zeros too": IntScheme(4, SMALL_GROUP, symmetric=False, zeros="float"),
     "axis 0 too": IntScheme(4, SMALL_GROUP, symmetric=False, zeros="float", axis=0),
     "w8a8 too": IntScheme(8, PER_CHANNEL, activations="dynamic"),
+    "w4a8 too": IntScheme(4, SMALL_GROUP, activations="dynamic"),
     "desc_act too": IntScheme(4, SMALL_GROUP, desc_act=True),
 }
 """Integers that not everything takes which takes the plain ones."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,8 +27,9 @@ class Rounder:
     scale: torch.Tensor | None = None
 
     def __call__(self, values: torch.Tensor) -> torch.Tensor:
-        """The inputs, ``[..., in_features]``, as the layer computes with them."""
-        return round_inputs(values, self.rounding, self.scale)
+        """The inputs, ``[..., in_features]``, as the layer computes with them; gradients pass as if they were not."""
+        found = round_inputs(values.detach(), self.rounding, self.scale)
+        return values + (found - values).detach() if values.requires_grad else found
 
 
 class _Forward:
@@ -55,6 +57,20 @@ def put_rounder(module: nn.Module, rounder: Rounder | None) -> None:
         forward.rounder = rounder
     else:
         vars(module)["forward"] = _Forward(module, rounder)
+
+
+@contextmanager
+def without_rounding(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Inside the block, modules leave their inputs as they are."""
+    asked = [each for module in modules if isinstance(each := vars(module).get("forward"), _Forward)]
+    kept = [each.rounder for each in asked]
+    for each in asked:
+        each.rounder = None
+    try:
+        yield
+    finally:
+        for each, rounder in zip(asked, kept, strict=True):
+            each.rounder = rounder
 
 
 def take_rounders(modules: Iterable[nn.Module]) -> None:

@@ -13,6 +13,7 @@ from typing import TypeVar
 import torch
 
 from quantkit.engine.crew import ALONE, Crew
+from quantkit.engine.input_rounding import Rounder, put_rounder
 from quantkit.engine.layers import Layer
 from quantkit.engine.ordering import quantize_in_order
 from quantkit.engine.originals import Originals
@@ -24,9 +25,11 @@ from quantkit.engine.tunable_floats import tunable_floats
 from quantkit.engine.tuning import Example, Polish
 from quantkit.errors import QuantizationError
 from quantkit.methods.base import InputStatistics, Method, Solution, Statistic
+from quantkit.numerics.activation_rounding import static_scale
 from quantkit.numerics.mismatch import corrected
 from quantkit.numerics.refine import row_errors
 from quantkit.schemes import QuantizedWeight, Scheme
+from quantkit.schemes.rounding import INPUT_SCALE
 from quantkit.system.devices import synchronize
 from quantkit.transforms.base import Change
 
@@ -161,6 +164,9 @@ class Solver:
         """Put into a loaded segment what the tasks' transforms make of the whole model, where the passes see it."""
         for task in self.alive()[:1] if self.transforming.mixed else []:
             self.transforming.apply(task, segment)
+            for layer in segment.layers:
+                if task.rounding_of(layer.name) is not None:
+                    put_rounder(layer.module, None)
 
     def finish(self, segment: Segment, spent: Spent) -> None:
         """Tell every task that solved a segment that all its layers were given.
@@ -239,7 +245,7 @@ class Solver:
             return None
         return replace(
             done,
-            weights={places[place]: weight for place, weight in done.weights.items()},
+            weights={places[place]: _with_scale_of(weights[place], weight) for place, weight in done.weights.items()},
             floats={f"{start}{name}": value for name, value in done.floats.items()},
         )
 
@@ -258,8 +264,7 @@ class Solver:
                 continue
             for layer in segment.layers:
                 if layer.name in task.schemes:
-                    weight = task.memory.weight(layer.name).to(self.originals.device)
-                    layer.put(weight.dequantize(torch.float32))
+                    _put(task, layer, task.memory.weight(layer.name).to(self.originals.device))
             for name, value in task.memory.floats(segment.prefix).items():
                 parameter = self.originals.skeleton.model.get_parameter(name)
                 parameter.data = value.to(parameter.device, parameter.dtype)
@@ -356,7 +361,7 @@ class Solver:
         self.work(task, take)
         for result in solved if task.name not in self.failures else ():
             if replace:
-                layers[result.name].put(result.weight.dequantize(torch.float32))
+                _put(task, layers[result.name], result.weight)
             if task.tune is not None:
                 self._solved.setdefault(task.name, {})[result.name] = result.weight
 
@@ -390,6 +395,20 @@ class Solver:
             return None
         self.work(task, partial(task.sink.take, solved[0]))
         return None if task.name in self.failures else solved[0].weight
+
+
+def _put(task: VariantTask, layer: Layer, weight: QuantizedWeight) -> None:
+    """Let the passes compute with a solved weight, and round the layer's inputs where its scheme does."""
+    layer.put(weight.dequantize(torch.float32))
+    rounding = task.rounding_of(layer.name)
+    if rounding is not None:
+        put_rounder(layer.module, Rounder(rounding, weight.parts.get(INPUT_SCALE)))
+
+
+def _with_scale_of(solved: QuantizedWeight, tuned: QuantizedWeight) -> QuantizedWeight:
+    """A tuned weight with the static scale of inputs that it had before."""
+    kept = {name: part for name, part in solved.parts.items() if name == INPUT_SCALE}
+    return replace(tuned, parts={**tuned.parts, **kept}) if kept else tuned
 
 
 @dataclass(frozen=True, slots=True)
@@ -533,9 +552,29 @@ def _layer(name: str, solution: Solution, start: int, stop: int, stack: _Stack, 
     if is_calibrated and group.statistics.is_empty():
         notes = (*notes, "no calibration token reached this layer: its inputs were taken as uncorrelated")
     tokens = group.statistics.tokens if is_calibrated else 0
-    weight = solution.weight.rows(start, stop)
+    weight = with_input_scale(solution.weight.rows(start, stop), group.statistics, name)
     experts = group.experts if is_calibrated else ""
     return LayerResult(name, weight, error, before, tokens, notes, experts, stack.shares.get(name))
+
+
+def with_input_scale(weight: QuantizedWeight, known: InputStatistics, name: str) -> QuantizedWeight:
+    """A weight with the static scale of its layer's inputs, where its scheme has one.
+
+    Layers that share an input get the same, as servers need it of those that they load as one matrix.
+
+    Raises:
+        QuantizationError: nothing is known of the inputs.
+    """
+    rounding = weight.scheme.input_rounding
+    if rounding is None or not rounding.static:
+        return weight
+    if known.abs_max is None:
+        raise QuantizationError(
+            f"{name}: no calibration token reached it, so that the static scale of its inputs is not known",
+            "give more or other calibration records, keep the layer float with 'ignore', or round inputs as they come: "
+            "activations: dynamic",
+        )
+    return replace(weight, parts={**weight.parts, INPUT_SCALE: static_scale(known.abs_max.amax(), rounding)})
 
 
 def _judged(result: LayerResult, errors: torch.Tensor, stack: _Stack, sensitivity: Sensitivity) -> LayerResult:

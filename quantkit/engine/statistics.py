@@ -35,6 +35,7 @@ class Sums:
     squares: torch.Tensor | int
     tokens: int
     seen: int
+    largest: torch.Tensor | None = None
 
 
 class Gatherer:
@@ -52,6 +53,7 @@ class Gatherer:
         tokens: that reached the layer.
         seen: tokens in the statistics: an expert may be shown more than the router sends it.
         sums: of each statistic over them, weighed; of the Gram matrix the upper triangle.
+        largest: the largest magnitudes, where these are asked for.
         weight: of all of them together.
         squares: of their weights together.
     """
@@ -66,6 +68,7 @@ class Gatherer:
         """Let go of everything that was gathered, and begin anew."""
         self._check = FiniteCheck(self._name)
         self.sums: dict[Statistic, torch.Tensor] = {}
+        self.largest: torch.Tensor | None = None
         self.weight: torch.Tensor | int = 0
         self.squares: torch.Tensor | int = 0
         self.tokens = self.seen = 0
@@ -88,6 +91,9 @@ class Gatherer:
         if Statistic.SQUARE_MEAN in self._needs:
             self._sum(Statistic.SQUARE_MEAN, flat).add_(_weighed(flat.float().square(), weights).sum(0))
 
+        if Statistic.ABS_MAX in self._needs and len(flat):
+            self.largest = _larger(self.largest, flat.abs().amax(0).float())
+
     def of_batch(self, inputs: torch.Tensor, batch: Batch) -> Sums:
         """What a batch would add, which is left to :meth:`absorb`.
 
@@ -97,7 +103,7 @@ class Gatherer:
         alone = Gatherer(self._needs, self._name, self.token_weights)
         alone.add(inputs, batch)
         alone.check()
-        return Sums(alone.sums, alone.weight, alone.squares, alone.tokens, alone.seen)
+        return Sums(alone.sums, alone.weight, alone.squares, alone.tokens, alone.seen, alone.largest)
 
     def absorb(self, part: Sums) -> None:
         """Add what :meth:`of_batch` of this gatherer, or of one like it in another process, gave."""
@@ -108,6 +114,7 @@ class Gatherer:
                 self.sums[statistic] = total
         self.weight, self.squares = self.weight + part.weight, self.squares + part.squares
         self.tokens, self.seen = self.tokens + part.tokens, self.seen + part.seen
+        self.largest = _larger(self.largest, part.largest)
 
     def check(self) -> None:
         """Refuse an input that is not finite.
@@ -127,7 +134,7 @@ class Gatherer:
             return InputStatistics()
         self.check()
         evenness = self.evenness()
-        return _finished(self.tokens, _means(self), self.tokens / self.seen, evenness)
+        return _finished(self.tokens, _means(self), self.largest, self.tokens / self.seen, evenness)
 
     def evenness(self) -> float:
         """As how many even tokens those in the statistics are worth, by how many there are."""
@@ -150,13 +157,26 @@ def _means(sums: Gatherer | Pool) -> dict[Statistic, torch.Tensor]:
     return {statistic: total.div_(divisor) for statistic, total in found.items()}
 
 
+def _larger(one: torch.Tensor | None, other: torch.Tensor | None) -> torch.Tensor | None:
+    """The larger of the magnitudes of two sets of tokens, either of which may be empty."""
+    if one is None or other is None:
+        return other if one is None else one
+    return torch.maximum(one, other)
+
+
 def _finished(
-    tokens: int, means: Mapping[Statistic, torch.Tensor], own: float, evenness: float = 1.0
+    tokens: int,
+    means: Mapping[Statistic, torch.Tensor],
+    largest: torch.Tensor | None,
+    own: float,
+    evenness: float = 1.0,
 ) -> InputStatistics:
     if Statistic.GRAM in means:
         mirror_(means[Statistic.GRAM])
     abs_mean, square_mean = means.get(Statistic.ABS_MEAN), means.get(Statistic.SQUARE_MEAN)
-    return InputStatistics(tokens, abs_mean, square_mean, means.get(Statistic.GRAM), own=own, evenness=evenness)
+    return InputStatistics(
+        tokens, abs_mean, square_mean, means.get(Statistic.GRAM), largest, own=own, evenness=evenness
+    )
 
 
 @dataclass(slots=True)
@@ -168,6 +188,7 @@ class Pool:
     """
 
     sums: dict[Statistic, torch.Tensor] = field(default_factory=dict)
+    largest: torch.Tensor | None = None
     weight: torch.Tensor | int = 0
     tokens: int = 0
     _found: InputStatistics | None = None
@@ -180,6 +201,7 @@ class Pool:
                 self.sums[statistic].add_(total)
             else:
                 self.sums[statistic] = total.clone()
+        self.largest = _larger(self.largest, part.largest)
         self.weight = self.weight + part.weight
         self.tokens += part.seen
 
@@ -187,7 +209,8 @@ class Pool:
         """The statistics of an expert as if it had seen tokens like those of all experts beside its own.
 
         ``(n G + k P) / (n + k)``, where ``G`` are its own, of ``n`` tokens, ``P`` those of all, and ``k`` is ``prior``
-        times the width of the input. One that saw none has those of all, and shares what is derived from them.
+        times the width of the input; the largest magnitudes are its own. One that saw none has those of all, and shares
+        what is derived from them.
 
         Args:
             part: what was gathered of the expert; its sums are taken out.
@@ -196,7 +219,7 @@ class Pool:
         if prior == 0 or self.tokens == 0:
             return part.result()
         if self._found is None:
-            self._found = _finished(0, _means(self), 0.0)
+            self._found = _finished(0, _means(self), self.largest, 0.0)
         if part.seen == 0:
             return self._found
         part.check()
@@ -206,7 +229,7 @@ class Pool:
             known: torch.Tensor = getattr(self._found, statistic.value)
             share = part.seen / (part.seen + prior * own.shape[-1])
             own.mul_(share).add_(known, alpha=1 - share)
-        return _finished(part.tokens, means, share * part.tokens / part.seen, evenness)
+        return _finished(part.tokens, means, part.largest, share * part.tokens / part.seen, evenness)
 
 
 def add_gram(total: torch.Tensor, inputs: torch.Tensor, weights: torch.Tensor | None = None) -> None:

@@ -12,9 +12,10 @@ from typing import Any, Protocol
 
 import torch
 
-from quantkit.methods.base import Method, Statistic
+from quantkit.methods.base import Method, Statistic, input_needs
 from quantkit.methods.tuning import TuneOptions
 from quantkit.schemes import QuantizedWeight, Scheme
+from quantkit.schemes.rounding import InputRounding
 from quantkit.transforms.base import Change, Transform
 
 MODEL = ""
@@ -143,6 +144,7 @@ class VariantTask:
         memory: what an earlier walk left of it, and where this one leaves its own; None for a task that forgets.
         transforms: change the weights before they are solved, in this order.
         tune: how each segment is tuned when its layers are solved; None leaves it as the method solved it.
+        roundings: how runtimes round the inputs of layers, by their schemes; of those that are left out as these say.
     """
 
     name: str
@@ -154,6 +156,12 @@ class VariantTask:
     memory: Memory | None = None
     transforms: tuple[Transform, ...] = ()
     tune: TuneOptions | None = None
+    roundings: Mapping[Scheme, InputRounding | None] = field(default_factory=dict)
+
+    def rounding_of(self, layer: str) -> InputRounding | None:
+        """How a layer's inputs are rounded, by its full name; None where they are left as they are."""
+        scheme = self.schemes.get(layer)
+        return None if scheme is None else self.roundings.get(scheme, scheme.input_rounding)
 
     @property
     def calibrated(self) -> bool:
@@ -162,8 +170,9 @@ class VariantTask:
 
     @property
     def needs(self) -> frozenset[Statistic]:
-        """The statistics of inputs that its method and its transforms ask for."""
-        return self.method.needs.union(*(transform.needs for transform in self.transforms))
+        """The statistics of inputs that its method and its transforms ask for, and static scales of inputs."""
+        own = self.method.needs.union(*(transform.needs for transform in self.transforms))
+        return own | input_needs(self.schemes.values())
 
     @property
     def observes(self) -> bool:

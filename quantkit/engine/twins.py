@@ -22,6 +22,7 @@ from quantkit.engine.crew import Crew
 from quantkit.engine.experts import replayed_layers
 from quantkit.engine.gathering import Group, Replay, Streams, standing
 from quantkit.engine.groups import Enough, hooked
+from quantkit.engine.input_rounding import without_rounding
 from quantkit.engine.layers import Layer
 from quantkit.engine.mismatch import (
     HeldOut,
@@ -224,12 +225,16 @@ class Twins:
 
     @contextmanager
     def _float_weights(self) -> Iterator[None]:
-        """Inside the block, the float weights that were kept are in the places of what was made of them."""
+        """Inside the block, the float weights that were kept are in the places of what was made of them.
+
+        Their inputs are not rounded meanwhile.
+        """
         solved = {module: module.get_parameter("weight").data for module in self._floats}
         for module, weight in self._floats.items():
             module.get_parameter("weight").data = weight
         try:
-            yield
+            with without_rounding(self._floats):
+                yield
         finally:
             for module, weight in solved.items():
                 module.get_parameter("weight").data = weight

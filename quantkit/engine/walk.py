@@ -35,6 +35,7 @@ import torch
 from quantkit.engine.batches import Batch
 from quantkit.engine.crew import ALONE, Crew
 from quantkit.engine.gathering import Group, Replay, Solvable, Step, Streams, batch_of, pause_at
+from quantkit.engine.input_rounding import take_rounders
 from quantkit.engine.originals import Originals
 from quantkit.engine.parking import Parking
 from quantkit.engine.passes import AtSegment
@@ -165,6 +166,7 @@ class Walk:
         judged = any(batch.held_out for batch in self.batches)
         calibrated = (bool(self._solver.needs()) or self._solver.tunes() or judged) and bool(self.batches)
         with torch.no_grad(), ExitStack() as cleanup:
+            cleanup.callback(take_rounders, [layer.module for segment in segments for layer in segment.layers])
             self._solver.begin()
             self._solver.agree()
             if calibrated:

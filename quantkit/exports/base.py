@@ -61,6 +61,14 @@ class Export(ABC):
         """How runtimes round what a packed layer is given; None where they leave it as it is."""
         return self.schemes[layer].input_rounding
 
+    def input_scale(self, layer: str) -> torch.Tensor | None:
+        """The static scale of what a packed layer is given, float32 ``[1]``; None where it has none.
+
+        Raises:
+            CheckpointError: the file is broken.
+        """
+        return None
+
     @abstractmethod
     def float_names(self) -> list[str]:
         """Names of the tensors that belong to no packed layer."""

@@ -13,6 +13,7 @@ import torch
 from quantkit.checkpoint import CheckpointReader
 from quantkit.errors import CheckpointError
 from quantkit.schemes import QuantizedWeight, Scheme
+from quantkit.schemes.rounding import INPUT_SCALE
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,11 +133,11 @@ def digest(tensors: Iterable[torch.Tensor]) -> str:
 
 
 def same_values(one: QuantizedWeight, other: QuantizedWeight) -> bool:
-    """Whether two weights have the same codes, scales, zero points and groups of columns."""
+    """Whether two weights have the same codes, scales, zero points, groups of columns and scales of inputs."""
 
     def parts(weight: QuantizedWeight) -> list[torch.Tensor]:
-        groups = [weight.parts["g_idx"].int()] if "g_idx" in weight.parts else []
-        return [weight.codes, weight.scales.float(), weight.zeros.float(), *groups]
+        beside = [weight.parts[name].float() for name in ("g_idx", INPUT_SCALE) if name in weight.parts]
+        return [weight.codes, weight.scales.float(), weight.zeros.float(), *beside]
 
     found, wanted = parts(one), parts(other)
     return len(found) == len(wanted) and all(map(torch.equal, found, wanted))

@@ -25,6 +25,7 @@ from quantkit.exports.writing import check_origin, origin_remarks, write_export
 from quantkit.formats import FORMATS
 from quantkit.formats.base import Format
 from quantkit.schemes import IntScheme, QuantizedWeight, Scheme
+from quantkit.schemes.rounding import INPUT_SCALE
 from quantkit.system.artifacts import check_writable, new_folder, translated_os_errors, write_stage
 from quantkit.system.distribution import own_version
 from quantkit.system.scratch import workplace
@@ -230,7 +231,7 @@ def _recast(weight: QuantizedWeight, scheme: Scheme) -> QuantizedWeight:
 
 def _with_scales_in(weight: QuantizedWeight, dtype: torch.dtype) -> QuantizedWeight:
     """Scales that a dtype of 16 bits holds; they are the only part of a weight that this may move."""
-    if weight.parts or weight.scales.dtype == dtype or not isinstance(weight.scheme, IntScheme):
+    if weight.parts.keys() - {INPUT_SCALE} or weight.scales.dtype == dtype or not isinstance(weight.scheme, IntScheme):
         return weight
     return replace(weight, scales=weight.scales.to(dtype))
 

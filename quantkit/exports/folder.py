@@ -103,6 +103,12 @@ class FolderExport(Export):
         """As its format says."""
         return self._store.input_rounding(self.schemes[layer])
 
+    def input_scale(self, layer: str) -> torch.Tensor | None:
+        """By the code of its format, without reading its codes."""
+        store, names = self._store_of(layer), self._names[layer]
+        with self._unpacking(layer):
+            return store.input_scale(lambda suffix: self._reader.read(names[suffix]), self.schemes[layer])
+
     def float_names(self) -> list[str]:
         """All tensors but those of packed layers and the scales of activations."""
         packed = {name for names in self._names.values() for name in names.values()}

@@ -294,6 +294,15 @@ class Format(ABC):
         """How runtimes round what a layer of a scheme is given; None where they leave it as it is."""
         return scheme.input_rounding
 
+    def input_scale(self, read: Callable[[str], torch.Tensor], scheme: Scheme) -> torch.Tensor | None:
+        """The static scale of a layer's inputs, float32 ``[1]``; None where it has none.
+
+        Args:
+            read: gives a tensor of the layer by suffix.
+            scheme: of the layer.
+        """
+        return None
+
     def layer_shape(
         self, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], torch.Tensor], scheme: Scheme
     ) -> tuple[int, int] | None:

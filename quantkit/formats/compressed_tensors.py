@@ -7,14 +7,17 @@ The package (https://github.com/vllm-project/compressed-tensors) has a sub-forma
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quantkit.errors import CheckpointError
 from quantkit.formats import FORMATS
 from quantkit.formats._compressed_tensors import Layout, embedding_layout_of, layout_of
 from quantkit.formats._per_layer import BITS_OF_VLLM, FUSED
 from quantkit.formats.base import FLOAT, Format, PackedShapes
-from quantkit.schemes import IntScheme, Mxfp4Scheme, Nvfp4Scheme, QuantizedWeight, Scheme
+from quantkit.schemes import PER_CHANNEL, IntScheme, Mxfp4Scheme, Nvfp4Scheme, QuantizedWeight, Scheme
+from quantkit.schemes.rounding import INPUT_SCALE
 
 if TYPE_CHECKING:
     import torch
@@ -36,6 +39,18 @@ FOUR_BIT_FLOATS = (
     "mxfp4 and nvfp4: compressed-tensors decodes them to bfloat16 whatever the model computes in, so that transformers "
     "needs dtype=torch.bfloat16 for them; in float32 its first forward pass fails"
 )
+FP8_INPUTS = (
+    "4-bit integers with inputs in fp8: vLLM 0.32 computes with them on Hopper GPUs alone, in groups of 128; "
+    "transformers loads them anywhere"
+)
+INT8_INPUTS = (
+    "integers of fewer than 8 bits, or in groups, with inputs in int8: vLLM 0.32 computes with them on CUDA alone (its "
+    "Humming kernels, which are not tested); llm-compressor stores their codes in whole bytes (int-quantized)"
+)
+FOUR_BIT_INPUTS = (
+    "inputs in mxfp4 or nvfp4: vLLM multiplies in 4 bits on Blackwell GPUs, and computes on older ones with the "
+    "weights alone or emulates the rounding; it has no kernels for CPUs"
+)
 KV_CACHE = (
     "runtimes store the KV cache in 8 bits with scales of the file (kv_cache_scheme), which quantkit does not read"
 )
@@ -46,11 +61,11 @@ EMBEDDING = "quantized input embedding: transformers loads it, vLLM does not"
 
 @FORMATS.register
 class CompressedTensors(Format):
-    """The sub-formats of compressed-tensors for weights, with inputs as they are or rounded to 8 bits per token."""
+    """The sub-formats of compressed-tensors for weights, with inputs as they are or rounded to 8 or 4 bits."""
 
     name = "compressed-tensors"
     decoding_config = "CompressedTensorsConfig"
-    summary = "int1-8 grouped or per channel, W8A8, fp8, mxfp4, nvfp4, mixed by layer"
+    summary = "int1-8 grouped or per channel, fp8, mxfp4, nvfp4, inputs rounded to 8 or 4 bits too, mixed by layer"
     runtimes = ("transformers", "vllm")
     requires = ("compressed-tensors",)
     decoded_at_first_use = True
@@ -62,6 +77,12 @@ class CompressedTensors(Format):
         *({"scheme": "fp8", "granularity": shape} for shape in ("tensor", "channel", "block")),
         {"scheme": "fp8", "granularity": "channel", "activations": "dynamic"},
         *({"scheme": kind} for kind in ("mxfp4", "nvfp4")),
+        {"bits": 8, "group_size": -1, "activations": "static"},
+        {"bits": 4, "group_size": 32, "activations": "dynamic"},
+        {"bits": 4, "group_size": 32, "activations": "fp8"},
+        {"scheme": "fp8", "granularity": "tensor", "activations": "static"},
+        {"scheme": "mxfp4", "activations": "dynamic"},
+        {"scheme": "nvfp4", "activations": "static"},
     )
     fused = FUSED
     experts = "all"
@@ -149,20 +170,38 @@ class CompressedTensors(Format):
         return ("bfloat16",) if _has_four_bit_floats(schemes) else super().computes_in(schemes)
 
     def pack(self, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
-        """The tensors of the scheme's sub-format."""
-        return self._layout(weight.scheme).pack(weight)
+        """The tensors of the scheme's sub-format, and the static scale of inputs, float32 ``[1]``."""
+        layout = self._layout(weight.scheme)
+        scale = {} if layout.input_suffix is None else {layout.input_suffix: weight.parts[INPUT_SCALE]}
+        return {**layout.pack(weight), **scale}
 
     def unpack(self, tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> QuantizedWeight:
-        """The inverse of :meth:`pack`."""
-        return self._layout(scheme).unpack(tensors)
+        """The inverse of :meth:`pack`.
+
+        Raises:
+            CheckpointError: a static scale of inputs is no positive number.
+        """
+        found, scale = self._layout(scheme).unpack(tensors), self.input_scale(tensors.__getitem__, scheme)
+        return found if scale is None else replace(found, parts={**found.parts, INPUT_SCALE: scale})
+
+    def input_scale(self, read: Callable[[str], torch.Tensor], scheme: Scheme) -> torch.Tensor | None:
+        """From the tensor that holds it.
+
+        Raises:
+            CheckpointError: it is no positive number.
+        """
+        suffix = self._layout(scheme).input_suffix
+        return None if suffix is None else _scale_of_inputs(read(suffix))
 
     def packed_shapes(self, scheme: Scheme, out_features: int, in_features: int) -> PackedShapes:
         """As the scheme's sub-format has them."""
-        return self._layout(scheme).packed_shapes(out_features, in_features, self.scale_dtype(self.dtype))
+        layout = self._layout(scheme)
+        scale: PackedShapes = {} if layout.input_suffix is None else {layout.input_suffix: ("float32", (1,))}
+        return {**layout.packed_shapes(out_features, in_features, self.scale_dtype(self.dtype)), **scale}
 
     def layer_suffixes(self, scheme: Scheme) -> tuple[str, ...]:
         """The suffixes of :meth:`pack`."""
-        return self._layout(scheme).suffixes
+        return self._layout(scheme).all_suffixes
 
     def quantization_config(self, layers: Mapping[str, Scheme | None]) -> dict[str, Any]:
         """One config group per scheme; a single one targets every Linear, several name their layers."""
@@ -192,8 +231,23 @@ class CompressedTensors(Format):
             ASYMMETRIC: not all(scheme.symmetric for scheme in schemes),
             OTHER_BITS: any(isinstance(each, IntScheme) and each.bits not in BITS_OF_VLLM for each in schemes),
             FOUR_BIT_FLOATS: _has_four_bit_floats(schemes),
+            FP8_INPUTS: any(isinstance(each, IntScheme) and each.activations == "fp8" for each in schemes),
+            INT8_INPUTS: any(_has_packed_int8_inputs(each) for each in schemes),
+            FOUR_BIT_INPUTS: any(each.input_rounding and each.input_rounding.bits == 4 for each in schemes),
         }
         return tuple(remark for remark, holds in remarks.items() if holds)
+
+
+def _scale_of_inputs(found: torch.Tensor) -> torch.Tensor:
+    scale = found.float().reshape(-1)
+    if scale.numel() != 1 or not bool(scale.isfinite().all() and scale.gt(0).all()):
+        raise CheckpointError("the static scale of its inputs is no positive number", "get the checkpoint again")
+    return scale
+
+
+def _has_packed_int8_inputs(scheme: Scheme) -> bool:
+    whole = (scheme.bits, scheme.group_size) == (8, PER_CHANNEL)
+    return isinstance(scheme, IntScheme) and scheme.activations == "dynamic" and not whole
 
 
 def _has_four_bit_floats(schemes: Collection[Scheme]) -> bool:

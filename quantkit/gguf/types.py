@@ -39,7 +39,7 @@ def type_of(scheme: Scheme) -> str:
     match scheme:
         case IntScheme():
             return _type_of_integers(scheme)
-        case Mxfp4Scheme():
+        case Mxfp4Scheme(activations=None):
             return MXFP4
         case GgmlScheme():
             return scheme.ggml_type

@@ -7,7 +7,7 @@ help printed at once; a method imports its numerics where it uses them.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -37,6 +37,14 @@ class Statistic(Enum):
     """Mean of ``x**2``, the diagonal of the Gram matrix, ``[in_features]``."""
     GRAM = "gram"
     """``XᵀX / tokens``, ``[in_features, in_features]``."""
+    ABS_MAX = "abs_max"
+    """The largest ``|x|``, ``[in_features]``, from which static scales of inputs follow."""
+
+
+def input_needs(schemes: Iterable[Scheme]) -> frozenset[Statistic]:
+    """The statistics that schemes need whatever the method: those of static scales of inputs."""
+    asked = (scheme.input_rounding for scheme in schemes)
+    return frozenset({Statistic.ABS_MAX} if any(each is not None and each.static for each in asked) else ())
 
 
 class MethodOptions(BaseModel):
@@ -51,7 +59,7 @@ class InputStatistics:
 
     Attributes:
         tokens: how many calibration tokens reached the layers; 0 for an expert that got none.
-        abs_mean, square_mean, gram: see :class:`Statistic`; float32.
+        abs_mean, square_mean, gram, abs_max: see :class:`Statistic`; float32.
         derived: what was computed from them once for all variants.
         mismatch: what the input lost in the layers before it, where that was gathered; methods do not see it.
         own: the share of the tokens in them that the layer is given; below 1 for an expert's, beside others'.
@@ -63,6 +71,7 @@ class InputStatistics:
     abs_mean: torch.Tensor | None = None
     square_mean: torch.Tensor | None = None
     gram: torch.Tensor | None = None
+    abs_max: torch.Tensor | None = None
     derived: dict[Any, Any] = field(default_factory=dict)
     mismatch: Mismatch | None = None
     own: float = 1.0
@@ -76,7 +85,7 @@ class InputStatistics:
 
     def is_empty(self) -> bool:
         """Whether nothing is known of the input, as no token reached any layer like this."""
-        return self.abs_mean is None and self.square_mean is None and self.gram is None
+        return all(getattr(self, each.value) is None for each in Statistic)
 
     def only(self, needs: frozenset[Statistic]) -> InputStatistics:
         """What was asked for and no more; what is derived from it is shared by all who ask for the same."""

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 STAGE = "quantize"
 CODE_VERSION = 6
 """Part of the fingerprint: raised when the same inputs would give other bytes."""
+ROUNDING_VERSION = 1
+"""Likewise, of what is calibrated on inputs that are rounded."""
 WRITING_VERSION = 1
 """Part of the fingerprint of variants that are calibrated on generated tokens: raised when others would be written."""
 NOT_IN_BYTES = ("name", "title", "allow_float", "strict")
@@ -211,7 +213,13 @@ def made_from(job: Job, variant: VariantSpec) -> dict[str, Any]:
         "passes": str(pass_dtype(device, FLOATS[job.dtype])) if calibrated else None,
         "versions": minor_versions("torch", *(["transformers"] if calibrated else [])),
         **({"sensitivity": job.sensitivity.made_from()} if calibrated and job.sensitivity is not None else {}),
+        **({"rounding": ROUNDING_VERSION} if calibrated and _sees_rounding(job, variant) else {}),
     }
+
+
+def _sees_rounding(job: Job, variant: VariantSpec) -> bool:
+    """Whether the passes round the inputs of layers that are solved."""
+    return job.inputs == "quantized" and any(scheme.input_rounding is not None for scheme in variant.schemes())
 
 
 def minor_versions(*packages: str) -> dict[str, str]:

@@ -26,9 +26,12 @@ from quantkit.exports.layer_store import LayerStore, write_layers
 from quantkit.formats.base import Format
 from quantkit.quantization.segments import SavedSegment, save_segment
 from quantkit.schemes import QuantizedWeight, Scheme
+from quantkit.schemes.rounding import INPUT_SCALE
 
 EXACT = "exact."
 """Before the suffix of a tensor that holds a layer as the method returned it."""
+EXACT_PARTS = ("g_idx", INPUT_SCALE)
+"""The parts of a weight that it has beside codes, scales and zero points there."""
 TRANSFORM = "transform"
 """Before the place of a transform, and the name of a tensor that it needs to be restored."""
 TUNED = "tuned in"
@@ -172,7 +175,7 @@ class SolvedLayers(LayerStore):
         """Pack a layer, and keep what the format cannot hold of it where a later walk will ask; returns what it can."""
         kept = self.keep(layer, given)
         parts = {"codes": given.codes, "scales": given.scales, "zeros": given.zeros}
-        parts |= {"g_idx": given.parts["g_idx"]} if "g_idx" in given.parts else {}
+        parts |= {name: given.parts[name] for name in EXACT_PARTS if name in given.parts}
         exact = {f"{layer}.{EXACT}{part}": tensor for part, tensor in parts.items()}
         for name in exact:
             self._waiting.pop(name, None)
@@ -270,7 +273,8 @@ class SolvedLayers(LayerStore):
             store = self._store_of(layer)
             tensors = {suffix: self.stored(f"{layer}.{suffix}").read() for suffix in store.layer_suffixes(scheme)}
             return store.unpack(tensors, scheme)
-        names = [name for name in ("codes", "scales", "zeros", "g_idx") if f"{layer}.{EXACT}{name}" in self._readers]
+        wanted = ("codes", "scales", "zeros", *EXACT_PARTS)
+        names = [name for name in wanted if f"{layer}.{EXACT}{name}" in self._readers]
         parts = {name: self.stored(f"{layer}.{EXACT}{name}").read() for name in names}
         return QuantizedWeight(scheme, parts.pop("codes"), parts.pop("scales"), parts.pop("zeros"), parts)
 

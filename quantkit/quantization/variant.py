@@ -185,6 +185,7 @@ class VariantRun:
             memory=self.solved,
             transforms=self._transforms,
             tune=self._variant.tune,
+            roundings={each: self._store.input_rounding(each) for each in set(self.layers.quantized.values())},
         )
 
     def finish(self, walk: WalkFacts, describe: Describe) -> Quantized:

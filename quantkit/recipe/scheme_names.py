@@ -22,6 +22,8 @@ _ROUNDED: dict[str, Any] = {
     "scheme": "int", "bits": 8, "group_size": PER_CHANNEL, "symmetric": True, "activations": "dynamic",
 }  # fmt: skip
 _FP8_ROUNDED = {"scheme": "fp8", "activations": "dynamic"}
+_STATIC: dict[str, Any] = {"activations": "static"}
+_W4AFP8: dict[str, Any] = {"scheme": "int", "bits": 4, "group_size": 128, "symmetric": True, "activations": "fp8"}
 _BNB: dict[str, Any] = {"format": "bitsandbytes", "method": "rtn"}
 _FP8 = {"scheme": "fp8"}
 _MEANINGS: tuple[tuple[dict[str, Any], tuple[str, ...]], ...] = (
@@ -38,9 +40,19 @@ _MEANINGS: tuple[tuple[dict[str, Any], tuple[str, ...]], ...] = (
         ({**_FP8_ROUNDED, "granularity": shape}, (f"fp8 {shape} a8", f"fp8 {shape} dynamic"))
         for shape in ("tensor", "channel", "block")
     ),
+    *(
+        ({**_FP8, **_STATIC, "granularity": shape}, (f"fp8 {shape} a8 static", f"fp8 {shape} static"))
+        for shape in ("tensor", "channel")
+    ),
+    ({**_FP8, **_STATIC, "granularity": "tensor"}, ("fp8 static", "float8 static", "fp8 w8a8 static")),
     (_ROUNDED, ("int8 dynamic", "int8dq", "int8 dynamic activation int8 weight")),
+    ({**_ROUNDED, **_STATIC}, ("int8 static", "w8a8 static")),
+    (_W4AFP8, ("w4afp8", "w4a8 fp8", "fp8 w4a8", "int4 fp8")),
     ({"scheme": "nvfp4"}, ("nvfp4 a16", "w4a16 nvfp4")),
+    ({"scheme": "nvfp4", **_STATIC}, ("nvfp4 a4", "nvfp4 w4a4", "w4a4 nvfp4")),
     ({"scheme": "mxfp4"}, ("mxfp4 a16", "w4a16 mxfp4")),
+    ({"scheme": "mxfp4", "activations": "dynamic"}, ("mxfp4 a4", "mxfp4 w4a4", "w4a4 mxfp4")),
+    ({"scheme": "mxfp4", "activations": "fp8"}, ("mxfp4 a8", "mxfp4 w4a8", "w4a8 mxfp4", "mxfp4xfp8")),
     ({"scheme": "nf4"}, ("normal float 4", "4bit nf4", "nf4 4bit")),
     *(
         ({"scheme": kind, "double_quant": True}, (f"{kind} dq", f"{kind} double quant", f"{kind} nested"))
@@ -61,16 +73,18 @@ _MEANINGS: tuple[tuple[dict[str, Any], tuple[str, ...]], ...] = (
     *(({"scheme": "int", "bits": bits}, (f"i{bits}", f"s{bits}")) for bits in (4, 8)),
     *(({"scheme": "int", "bits": bits, "symmetric": False}, (f"u{bits}",)) for bits in (4, 8)),
 )  # fmt: skip
+_ACTIVATIONS = {"a8": "dynamic", "a8static": "static", "afp8": "fp8"}
+"""What is written behind a scheme of integers, and the key that it stands for."""
 NAMED = {folded(name): keys for keys, names in _MEANINGS for name in names}
 """The keys of a variant by a name of the field."""
 _INTEGER = re.compile(
     r"(?:w(?P<weights>{width})a(?P<inputs>{width})|a(?P<inputs2>{width})w(?P<weights2>{width})"
     r"|(?P<sign>u?)int(?P<int>{width})|(?P<bits>{width})(?:bits?)?)"
-    r"(?P<rest>(?:g\d+|group(?:size)?\d+|perchannel|channelwise|channel|sym|asym|wo|weightonly|int\d|\d+g|a8|descact"
+    r"(?P<rest>(?:g\d+|group(?:size)?\d+|perchannel|channelwise|channel|sym|asym|wo|weightonly|int\d|\d+g|a8static|a8|afp8|descact"
     r"|floatzeros|axis0)*)".replace("{width}", r"32|16|\d")
 )
 _TAIL = re.compile(
-    r"int\d|(?:g(?:roup(?:size)?)?(?=\d)|(?=\d+g))(\d+)g?|(perchannel|channelwise|channel)|(asym)|(sym)|(a8)|(descact)"
+    r"int\d|(?:g(?:roup(?:size)?)?(?=\d)|(?=\d+g))(\d+)g?|(perchannel|channelwise|channel)|(asym)|(sym)|(a8static|a8|afp8)|(descact)"
     r"|(floatzeros)|(axis0)"
 )
 _OWNERS = "gptq|awq|hqq|rtn|gguf"
@@ -82,7 +96,6 @@ PRESETS = {"q2k": "q2_k_mix", "q6k": "q6_k_mix"}
 """llama.cpp's presets of which one type of block has the name too."""
 _OTHERS = {
     r"(gptq|awq)?marlin.*": "it is a kernel of vLLM, which it takes for files of the formats gptq and awq by itself",
-    r"fp8(tensor|channel)?(a8)?static.*": "quantkit has no static scales of activations; FP8_DYNAMIC needs none",
     r".*kv(cache)?\d*(fp8|int8)?": "in how many bits the KV cache is kept is said to the server",
     r"(i?q\d[a-z0-9]*|tq\d[a-z0-9]*|ud.*)": "llama.cpp has such a type or mixture, and quantkit does not make it",
     r"(mxfp[68].*|mxint.*|fp6.*|float6.*|int16|uint16)": "quantkit has no such numbers",
@@ -153,16 +166,16 @@ def _integers(name: str, found: re.Match[str]) -> dict[str, Any]:
         keys |= {"zeros": "float"} if zeros else {}
         keys |= {"axis": 0} if axis else {}
         inputs = 8 if rounded else inputs
+        keys |= {"activations": _ACTIVATIONS[rounded]} if rounded else {}
     if inputs >= 16:
         return keys
-    if (bits, inputs) != (8, 8) or keys.get("symmetric") is False:
+    if inputs != 8 or keys.get("symmetric") is False:
         raise SchemeError(
             f"scheme '{name}': quantkit has no {inputs}-bit activations beside such {bits}-bit weights",
-            f"write W{bits}A16 for weights alone, or W8A8 or FP8_DYNAMIC for both",
+            f"write W{bits}A16 for weights alone, W8A8, W4A8 or FP8_DYNAMIC for both, or nvfp4_a4 for 4 bits of both",
         )
-    if keys.get("group_size", PER_CHANNEL) != PER_CHANNEL:
-        raise SchemeError(f"scheme '{name}': 8-bit activations need weights per channel", "write W8A8")
-    return dict(_ROUNDED)
+    whole = {"group_size": PER_CHANNEL} if bits == 8 else {}
+    return {**whole, "symmetric": True, "activations": "dynamic", **keys}
 
 
 def _near(name: str) -> str:

@@ -11,7 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from quantkit.errors import SchemeError
 from quantkit.formats import FORMATS
 from quantkit.methods import METHODS
-from quantkit.methods.base import Method, MethodOptions, Statistic
+from quantkit.methods.base import Method, MethodOptions, Statistic, input_needs
 from quantkit.methods.tuning import TUNE, TuneOptions
 from quantkit.recipe.fields import Flag, Name, Patterns, Section, Title, compiled
 from quantkit.recipe.implied import DEFAULT_FORMAT, check_pair, implied, keys_beside
@@ -184,8 +184,9 @@ class VariantSpec(SchemeKeys, Choice):
         return str([(transform.name, transform.options) for transform in transforms])
 
     def needs(self) -> frozenset[Statistic]:
-        """The statistics of inputs that the method and the transforms ask for."""
-        return self.build_method().needs.union(*(transform.needs for transform in self.build_transforms()))
+        """The statistics of inputs that the method, the transforms and static scales of inputs ask for."""
+        own = self.build_method().needs.union(*(transform.needs for transform in self.build_transforms()))
+        return own | input_needs(self.schemes())
 
     @property
     def chain(self) -> str:

@@ -24,7 +24,7 @@ def rounders_of(export: Export) -> dict[str, Rounder]:
         CheckpointError: a static scale is missing or broken.
     """
     asked = {layer: export.input_rounding(layer) for layer in export.schemes if layer != export.embedding}
-    return {layer: Rounder(rounding) for layer, rounding in asked.items() if rounding is not None}
+    return {layer: Rounder(each, export.input_scale(layer)) for layer, each in asked.items() if each is not None}
 
 
 def round_layers(loaded: TransformersModel, rounders: Mapping[str, Rounder], paths: Mapping[str, str]) -> None:

@@ -35,8 +35,8 @@ class Scheme(ABC):
         bits: width of a code.
         group_size: input columns that share a scale; ``-1`` is one scale per output row.
         symmetric: zero is a level and no zero point is stored.
-        activations: what a runtime does to a layer's inputs: None leaves them as they are, ``dynamic`` rounds them
-            per token to the type of the weights.
+        activations: what a runtime does to a layer's inputs: None leaves them as they are; ``dynamic`` rounds them by
+            scales that come with each token, ``static`` by a scale of the file; see :attr:`input_rounding`.
     """
 
     kind: ClassVar[str]
@@ -72,7 +72,7 @@ class Scheme(ABC):
 
     @property
     def activations(self) -> str | None:
-        """What a runtime does to the inputs: None or ``dynamic``."""
+        """What a runtime does to the inputs, in a word; None for nothing."""
         return None
 
     @property

@@ -20,7 +20,8 @@ class Fp8Scheme(Scheme):
 
     Args:
         granularity: what shares a scale.
-        activations: ``dynamic`` has the runtime round a layer's inputs to E4M3 as well, with a scale per token.
+        activations: has the runtime round a layer's inputs to E4M3 as well: ``dynamic`` with a scale per token,
+            ``static`` with a calibrated scale per tensor.
     """
 
     kind: ClassVar[str] = "fp8"
@@ -29,18 +30,23 @@ class Fp8Scheme(Scheme):
     grid_class: ClassVar[str] = "quantkit.schemes.grids.floating:Fp8Grids"
 
     granularity: Literal["tensor", "channel", "block"] = "channel"
-    activations: Literal["dynamic"] | None = None
+    activations: Literal["dynamic", "static"] | None = None
 
     def __post_init__(self) -> None:
         if self.granularity not in ("tensor", "channel", "block"):
             raise SchemeError(f"fp8 has no granularity '{self.granularity}'", "use tensor, channel or block")
-        if self.activations not in (None, "dynamic"):
-            raise SchemeError(f"fp8 has no activations '{self.activations}'", "use dynamic, or leave it out")
+        if self.activations not in (None, "dynamic", "static"):
+            raise SchemeError(f"fp8 has no activations '{self.activations}'", "use dynamic or static, or leave it out")
+        if self.activations == "static" and self.granularity == "block":
+            raise SchemeError(
+                "fp8 blocks have no static scale of inputs", "use activations: dynamic, or granularity: channel"
+            )
 
     @property
     def input_rounding(self) -> InputRounding | None:
-        """8-bit floats per token, or per token and block, on request."""
-        return None if self.activations is None else InputRounding("fp8", self.group_size)
+        """8-bit floats per token, per token and block, or per tensor, on request."""
+        static = self.activations == "static"
+        return None if self.activations is None else InputRounding("fp8", self.group_size, static)
 
     @property
     def bits(self) -> int:
@@ -89,4 +95,5 @@ class Fp8Scheme(Scheme):
 
     def describe(self) -> str:
         """A short name, such as ``fp8 channel``."""
-        return f"fp8 {self.granularity}{' a8' if self.activations else ''}"
+        rounded = {None: "", "dynamic": " a8", "static": " a8 static"}[self.activations]
+        return f"fp8 {self.granularity}{rounded}"

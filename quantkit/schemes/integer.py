@@ -30,7 +30,8 @@ class IntScheme(Scheme):
         zeros: zero points are whole codes (``int``), or any number, stored like a scale (``float``).
         axis: 1 groups neighbouring weights of a row; 0 groups weights of one column, those whose places in the
             flattened weight differ by a multiple of ``numel / group_size``, as HQQ does.
-        activations: ``dynamic`` has the runtime round a layer's inputs to 8 bits per token as well (W8A8).
+        activations: has the runtime round a layer's inputs as well: ``dynamic`` to 8-bit integers per token (W8A8,
+            W4A8), ``static`` to 8-bit integers per tensor by a calibrated scale, ``fp8`` to 8-bit floats per token.
         desc_act: groups gather columns of like activation, strongest first, instead of neighbours; the weight's part
             ``g_idx``, int32 ``[in_features]``, tells the group of each column.
     """
@@ -45,7 +46,7 @@ class IntScheme(Scheme):
     symmetric: bool = True
     zeros: Literal["int", "float"] = "int"
     axis: Literal[0, 1] = 1
-    activations: Literal["dynamic"] | None = None
+    activations: Literal["dynamic", "static", "fp8"] | None = None
     desc_act: bool = False
 
     def __post_init__(self) -> None:
@@ -60,17 +61,33 @@ class IntScheme(Scheme):
             raise SchemeError("a symmetric scheme stores no zero points", "use symmetric: false with zeros: float")
         if self.axis == 0 and self.group_size == PER_CHANNEL:
             raise SchemeError("axis 0 shares scales down a column and needs a group_size", "give a group_size")
-        if self.activations is not None and (self.bits, self.group_size, self.symmetric) != (8, PER_CHANNEL, True):
-            raise SchemeError(
-                "integer activations need 8-bit symmetric weights per channel", "use bits: 8, group_size: -1"
-            )
+        self._check_activations()
         if self.desc_act and (self.axis == 0 or self.group_size == PER_CHANNEL):
             raise SchemeError("desc_act orders the columns of groups along axis 1", "give a group_size and axis: 1")
 
+    def _check_activations(self) -> None:
+        """Refuse weights beside which no runtime rounds inputs."""
+        if self.activations is None:
+            return
+        if not self.symmetric or self.bits == 1 or self.axis == 0 or self.desc_act:
+            raise SchemeError(
+                "rounded inputs need symmetric weights of 2 bits or more, along axis 1 and without desc_act",
+                "use symmetric: true, or leave out activations",
+            )
+        if self.activations == "static" and (self.bits, self.group_size) != (8, PER_CHANNEL):
+            raise SchemeError(
+                "a static scale of inputs needs 8-bit weights per channel",
+                "use bits: 8 with group_size: -1, or activations: dynamic",
+            )
+        if self.activations == "fp8" and (self.bits != 4 or self.group_size == PER_CHANNEL):
+            raise SchemeError("inputs in fp8 need 4-bit weights in groups", "use bits: 4 with group_size: 128")
+
     @property
     def input_rounding(self) -> InputRounding | None:
-        """8-bit integers per token, on request."""
-        return None if self.activations is None else InputRounding("int8")
+        """8-bit integers or floats per token, or 8-bit integers per tensor, on request."""
+        if self.activations is None:
+            return None
+        return InputRounding("fp8" if self.activations == "fp8" else "int8", static=self.activations == "static")
 
     @property
     def orders_columns(self) -> bool:
@@ -119,6 +136,7 @@ class IntScheme(Scheme):
     def describe(self) -> str:
         """A short name, such as ``int4 g64 sym``."""
         parts = [f"int{self.bits}", group_name(self.group_size), "sym" if self.symmetric else "asym"]
-        extras = {"float zeros": self.zeros == "float", "axis 0": self.axis == 0, "a8": self.activations is not None}
+        extras = {"float zeros": self.zeros == "float", "axis 0": self.axis == 0, "a8": self.activations == "dynamic"}
+        extras |= {"a8 static": self.activations == "static", "afp8": self.activations == "fp8"}
         extras |= {"desc_act": self.desc_act}
         return " ".join([*parts, *(name for name, there in extras.items() if there)])

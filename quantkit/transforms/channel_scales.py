@@ -63,6 +63,7 @@ class ChannelScales(Change):
             abs_mean=None if found.abs_mean is None else found.abs_mean / divisor,
             square_mean=None if found.square_mean is None else found.square_mean / divisor.square(),
             gram=None if found.gram is None else found.gram / divisor.outer(divisor),
+            abs_max=None if found.abs_max is None else found.abs_max / divisor.abs(),
             derived={},
             held_out={name: self.statistics(layer, each) for name, each in found.held_out.items()},
         )

@@ -7,7 +7,7 @@ from quantkit.formats._compressed_tensors.fp4 import Mxfp4Packed, Nvfp4Packed
 from quantkit.formats._compressed_tensors.layout import Layout
 from quantkit.formats._compressed_tensors.packed import PackQuantized
 from quantkit.formats._compressed_tensors.plain import FloatQuantized, IntQuantized
-from quantkit.schemes import Fp8Scheme, IntScheme, Mxfp4Scheme, Nvfp4Scheme, Scheme
+from quantkit.schemes import PER_CHANNEL, Fp8Scheme, IntScheme, Mxfp4Scheme, Nvfp4Scheme, Scheme
 
 __all__ = ["Layout", "embedding_layout_of", "layout_of"]
 
@@ -61,4 +61,5 @@ def _layout_of_integers(scheme: IntScheme) -> Layout:
         )
     if scheme.zeros == "float":
         raise SchemeError("compressed-tensors stores zero points as codes", "use zeros: int")
-    return PackQuantized(scheme) if scheme.activations is None else IntQuantized(scheme)
+    whole = scheme.activations is not None and scheme.bits == 8 and scheme.group_size == PER_CHANNEL
+    return IntQuantized(scheme) if whole else PackQuantized(scheme)

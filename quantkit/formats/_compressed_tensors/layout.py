@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from quantkit.formats.base import PackedShapes
 from quantkit.schemes import PER_CHANNEL, IntScheme, QuantizedWeight, Scheme
+from quantkit.schemes.rounding import TOKEN, InputRounding
 
 if TYPE_CHECKING:
     import torch
 
 GET_AGAIN = "config and tensors do not fit each other: get the checkpoint again"
+STATIC_OBSERVER = "static_minmax"
+"""What the package calls the largest magnitude over all calibration tokens."""
 
 
 class Layout(ABC):
@@ -66,7 +69,21 @@ class Layout(ABC):
 
     def input_args(self) -> dict[str, Any] | None:
         """The ``input_activations`` of a config group; None leaves them as they are."""
-        return None
+        rounding = self.scheme.input_rounding
+        return None if rounding is None else rounding_args(rounding)
+
+    @property
+    def input_suffix(self) -> str | None:
+        """Of the tensor that holds the static scale of a layer's inputs; None where it has none."""
+        rounding = self.scheme.input_rounding
+        if rounding is None or not rounding.static:
+            return None
+        return "input_global_scale" if rounding.numbers == "nvfp4" else "input_scale"
+
+    @property
+    def all_suffixes(self) -> tuple[str, ...]:
+        """Those of the weight, and that of the static scale of inputs."""
+        return self.suffixes if self.input_suffix is None else (*self.suffixes, self.input_suffix)
 
 
 def quantization_args(kind: str, bits: int, strategy: str, **changes: Any) -> dict[str, Any]:
@@ -90,6 +107,20 @@ def integer_args(scheme: IntScheme) -> dict[str, Any]:
     return quantization_args("int", scheme.bits, "group", group_size=size, symmetric=symmetric)
 
 
-def dynamic_args(kind: str, strategy: str, group_size: int | None = None) -> dict[str, Any]:
-    """Activations that the runtime rounds to 8 bits, by scales that it finds as they come."""
-    return quantization_args(kind, 8, strategy, group_size=group_size, dynamic=True, observer=None)
+def rounding_args(rounding: InputRounding) -> dict[str, Any]:
+    """Activations that the runtime rounds, as the package's presets have them."""
+    match rounding.numbers:
+        case "nvfp4":
+            dtypes = {"scale_dtype": "torch.float8_e4m3fn", "zp_dtype": "torch.float8_e4m3fn"}
+            return quantization_args(
+                "float", 4, "tensor_group", group_size=16, dynamic="local", observer=STATIC_OBSERVER, **dtypes
+            )
+        case "mxfp4":
+            dtypes = {"scale_dtype": "torch.uint8", "zp_dtype": "torch.uint8"}
+            return quantization_args("float", 4, "group", group_size=32, dynamic=True, observer=None, **dtypes)
+    kind = "int" if rounding.numbers == "int8" else "float"
+    if rounding.static:
+        return quantization_args(kind, 8, "tensor", observer=STATIC_OBSERVER)
+    size = None if rounding.group_size == TOKEN else rounding.group_size
+    strategy = "token" if size is None else "group"
+    return quantization_args(kind, 8, strategy, group_size=size, dynamic=True, observer=None)

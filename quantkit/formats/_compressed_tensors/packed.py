@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class PackQuantized(Layout):
-    """Integers of 1 to 8 bits, grouped or per channel."""
+    """Integers of 1 to 8 bits, grouped or per channel; also with rounded inputs, but for 8 bits per channel."""
 
     name = "pack-quantized"
 

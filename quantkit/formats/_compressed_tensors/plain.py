@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from quantkit.formats._compressed_tensors.layout import Layout, dynamic_args, integer_args, quantization_args
+from quantkit.formats._compressed_tensors.layout import Layout, integer_args, quantization_args
 from quantkit.formats.base import PackedShapes
 from quantkit.schemes import Fp8Scheme, IntScheme, QuantizedWeight
 from quantkit.schemes.floating import BLOCK
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class IntQuantized(Layout):
-    """W8A8: int8 weights with a scale per channel, inputs rounded to int8 per token.
+    """W8A8: int8 weights with a scale per channel, inputs rounded to int8 per token or per tensor.
 
     Weights alone, and scales by group, are for embeddings, which have no packed layout. Files of other tools may also
     have fewer bits, zero points, and one scale per tensor.
@@ -82,10 +82,6 @@ class IntQuantized(Layout):
     def weight_args(self) -> dict[str, Any]:
         """8-bit integers by group or channel."""
         return integer_args(self.scheme)
-
-    def input_args(self) -> dict[str, Any] | None:
-        """8-bit integers per token."""
-        return None if self.scheme.activations is None else dynamic_args("int", "token")
 
 
 class FloatQuantized(Layout):
@@ -156,11 +152,3 @@ class FloatQuantized(Layout):
         if self.scheme.granularity == "block":
             return quantization_args("float", 8, "block", block_structure=[BLOCK, BLOCK])
         return quantization_args("float", 8, self.scheme.granularity)
-
-    def input_args(self) -> dict[str, Any] | None:
-        """8-bit floats per token, for blocks per token and 128 columns, as the package's preset FP8_BLOCK has it."""
-        if self.scheme.activations is None:
-            return None
-        if self.scheme.granularity == "block":
-            return dynamic_args("float", "group", BLOCK)
-        return dynamic_args("float", "token")

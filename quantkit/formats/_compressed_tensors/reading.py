@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from quantkit.errors import CheckpointError, SchemeError
 from quantkit.formats._compressed_tensors.fp4 import Mxfp4Packed, Nvfp4Packed
-from quantkit.formats._compressed_tensors.layout import GET_AGAIN, Layout
+from quantkit.formats._compressed_tensors.layout import GET_AGAIN, Layout, rounding_args
 from quantkit.formats._compressed_tensors.packed import PackQuantized
 from quantkit.formats._compressed_tensors.plain import FloatQuantized, IntQuantized
-from quantkit.schemes import PER_CHANNEL, Fp8Scheme, IntScheme, Mxfp4Scheme, Nvfp4Scheme, Scheme
+from quantkit.schemes import PER_CHANNEL, Fp8Scheme, IntScheme, Mxfp4Scheme, Nvfp4Scheme, Scheme, make_scheme
 from quantkit.schemes.floating import BLOCK
 from quantkit.system.patterns import why_refused
 
@@ -189,7 +190,7 @@ def _group_of(layer: str, groups: Sequence[Group], reader: CheckpointReader) -> 
 
 def _check_tensors(layer: str, layout: Layout, reader: CheckpointReader) -> None:
     """The tensors of a layer have the shapes and types that its scheme needs."""
-    shapes = {suffix: reader.shape(f"{layer}.{suffix}") for suffix in layout.suffixes}
+    shapes = {suffix: reader.shape(f"{layer}.{suffix}") for suffix in layout.all_suffixes}
     try:
         rows, columns = layout.size(shapes, lambda suffix: reader.read(f"{layer}.{suffix}"))
         layout.scheme.check_layer(rows, columns)
@@ -210,6 +211,8 @@ def _check_tensors(layer: str, layout: Layout, reader: CheckpointReader) -> None
 
 
 READ = "quantkit reads int of 1 to 8 bits by group, channel or tensor, 8-bit float, mxfp4 and nvfp4"
+ACTIVATIONS = ("dynamic", "static", "fp8")
+"""What schemes may say of the inputs of layers."""
 GROUPS_OF_COLUMNS = ("group", True)
 """``actorder`` of files whose groups gather columns, and store ``weight_g_idx``; ``static`` and ``weight`` do not."""
 
@@ -221,10 +224,15 @@ def _scheme_of(group: Mapping[str, Any]) -> tuple[Scheme, tuple[str, ...]]:
         SchemeError: quantkit has no such scheme.
         KeyError, TypeError, ValueError: the group is broken.
     """
-    weights, inputs = group["weights"], group.get("input_activations")
-    scheme = _weights(weights, inputs)
-    if inputs is None or scheme.activations is not None:
+    inputs = group.get("input_activations")
+    scheme = _weights(group["weights"])
+    if inputs is None:
         return scheme, ()
+    for activations in ACTIVATIONS:
+        with suppress(SchemeError, TypeError):
+            rounded = make_scheme(scheme.kind, {**keys(scheme), "activations": activations})
+            if rounded.input_rounding is not None and _asks(inputs, rounding_args(rounded.input_rounding)):
+                return rounded, ()
     how = "with static scales" if inputs.get("dynamic") is False else "as they come"
     note = (
         f"runtimes round the inputs of {scheme.describe()} layers to {inputs['num_bits']}-bit {inputs['type']} {how}; "
@@ -233,22 +241,32 @@ def _scheme_of(group: Mapping[str, Any]) -> tuple[Scheme, tuple[str, ...]]:
     return scheme, (note,)
 
 
-def _weights(weights: Mapping[str, Any], inputs: Mapping[str, Any] | None) -> Scheme:
+def keys(scheme: Scheme) -> dict[str, Any]:
+    """The keys of a scheme as a recipe gives them."""
+    return {name: value for name, value in scheme.to_json().items() if name != "kind"}
+
+
+def _asks(inputs: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    """Whether arguments of a config ask for a rounding of inputs; what they leave out is as usual."""
+    usual = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": None, "group_size": None, "dynamic": False}
+    return all(inputs.get(key, value) == wanted[key] for key, value in usual.items())
+
+
+def _weights(weights: Mapping[str, Any]) -> Scheme:
     match weights["type"], int(weights["num_bits"]):
         case "int", bits:
-            return _integers(bits, weights, inputs)
+            return _integers(bits, weights)
         case "float", 8:
-            return _floats(weights, inputs)
+            return _floats(weights)
         case "float", 4:
             return _four_bit_floats(weights)
     raise SchemeError(f"quantkit has no {weights['num_bits']}-bit {weights['type']}", READ)
 
 
-def _integers(bits: int, weights: Mapping[str, Any], inputs: Mapping[str, Any] | None) -> Scheme:
+def _integers(bits: int, weights: Mapping[str, Any]) -> Scheme:
     symmetric = bool(weights.get("symmetric", True))
     if weights["strategy"] in ("channel", "tensor"):
-        rounds = bits == 8 and symmetric and _rounds_tokens(inputs, "int")
-        return IntScheme(bits, PER_CHANNEL, symmetric, activations="dynamic" if rounds else None)
+        return IntScheme(bits, PER_CHANNEL, symmetric)
     if weights["strategy"] == "group":
         return IntScheme(
             bits, int(weights["group_size"]), symmetric, desc_act=weights.get("actorder") in GROUPS_OF_COLUMNS
@@ -256,14 +274,13 @@ def _integers(bits: int, weights: Mapping[str, Any], inputs: Mapping[str, Any] |
     raise SchemeError(f"quantkit has no integers by {weights['strategy']}", READ)
 
 
-def _floats(weights: Mapping[str, Any], inputs: Mapping[str, Any] | None) -> Scheme:
+def _floats(weights: Mapping[str, Any]) -> Scheme:
     strategy = weights["strategy"]
     if strategy == "block" and list(weights["block_structure"]) != [BLOCK, BLOCK]:
         raise SchemeError(f"quantkit has no fp8 blocks of {weights['block_structure']}", f"it has {BLOCK} x {BLOCK}")
     if strategy not in ("tensor", "channel", "block"):
         raise SchemeError(f"quantkit has no 8-bit float by {strategy}", READ)
-    rounds = _rounds_tokens(inputs, "float", BLOCK if strategy == "block" else None)
-    return Fp8Scheme(strategy, "dynamic" if rounds else None)
+    return Fp8Scheme(strategy)
 
 
 def _four_bit_floats(weights: Mapping[str, Any]) -> Scheme:
@@ -273,13 +290,3 @@ def _four_bit_floats(weights: Mapping[str, Any]) -> Scheme:
         case "tensor_group", 16:
             return Nvfp4Scheme()
     raise SchemeError(f"quantkit has no 4-bit float by {weights['strategy']} of {weights['group_size']}", READ)
-
-
-def _rounds_tokens(inputs: Mapping[str, Any] | None, kind: str, block: int | None = None) -> bool:
-    """Whether inputs are rounded to 8 bits by scales of each token, or of each token's blocks."""
-    if inputs is None or inputs.get("dynamic") is not True or not inputs.get("symmetric", True):
-        return False
-    shape = ("token", None) if block is None else ("group", block)
-    return (inputs["type"], int(inputs["num_bits"])) == (kind, 8) and (
-        (inputs.get("strategy"), inputs.get("group_size")) == shape
-    )
