@@ -17,6 +17,7 @@ from quantkit.pipeline.duration import END, START
 from quantkit.pipeline.machine_rates import rates, solving_seconds
 from quantkit.pipeline.recorded import recorded_run
 from quantkit.recipe import Recipe, VariantSpec
+from quantkit.system.artifacts import read_json
 from quantkit.system.pace import Ahead
 from tests.runs import Notebook, make_recipe, score_here, write_records
 from tests.tiny import make_model
@@ -65,6 +66,22 @@ def test_what_is_expected_is_what_comes(whole: tuple[Recipe, Listener, dict[str,
     assert [each["stage"] for each in before["time"]["stages"]] == expected
 
 
+def test_a_report_has_what_stages_took_beside_what_was_expected(
+    whole: tuple[Recipe, Listener, dict[str, Any], dict[str, Any]],
+) -> None:
+    recipe, _, before, _ = whole
+    told = {each["stage"]: each for each in read_json(recipe.folder / "report.json")["stages"]}
+    assert {each["stage"] for each in before["stages"]} <= set(told)
+    for stage in before["stages"]:
+        found = told[stage["stage"]]
+        assert found["estimated_bytes"] == pytest.approx(stage["bytes"], rel=0.02)
+        assert found["how"] == stage["how"]
+        assert found["measured_bytes"] > 0
+        assert found["ratio"] == pytest.approx(found["estimated_bytes"] / found["measured_bytes"])
+    assert told["calibration"]["measured_bytes"] >= 0
+    assert told["calibration"]["estimated_bytes"] is None
+
+
 def test_a_plan_tells_within_what_it_is_right_and_from_what(
     whole: tuple[Recipe, Listener, dict[str, Any], dict[str, Any]],
 ) -> None:
@@ -74,6 +91,7 @@ def test_a_plan_tells_within_what_it_is_right_and_from_what(
     assert time["high"] == pytest.approx(time["seconds"] * 3)
     assert "a short measurement on this machine" in time["by"]
     assert "GFLOP/s in" in time["by"]
+    assert "MB/s of disk" in time["by"]
     assert time_words(time) in list(plan_notes(before))
     assert after["time"]["stages"] == []
     assert "nothing is left to do" in next(iter(plan_notes(after)))

@@ -87,7 +87,7 @@ def test_a_bound_counts_what_the_process_holds() -> None:
 
 def test_less_memory_is_another_strategy(model: Path) -> None:
     skeleton, resident = Skeleton(model), psutil.Process().memory_info().rss
-    waiting = waiting_bytes(skeleton, 10**5, torch.float32)
+    waiting = waiting_bytes(skeleton.text.get_input_embeddings().weight.shape[1], 10**5, 4)
     for free, strategy, parks in ((200, "one-pass", False), (4, "recompute", False), (1, "recompute", True)):
         bound = MemoryBounds({"cpu": resident + free * waiting}, Path("scratch"))
         assert choose_strategy(skeleton, 10**5, torch.float32, CPU, bounds=bound) == strategy

@@ -325,7 +325,7 @@ def test_the_strategy_follows_the_free_memory(models: dict[str, Path], monkeypat
     skeleton, cpu = Skeleton(models["llama"]), torch.device("cpu")
     assert choose_strategy(skeleton, 100, torch.float32, cpu) == "one-pass"
     assert choose_strategy(skeleton, 10**14, torch.float32, cpu) == "recompute"
-    assert paused_bytes(skeleton, 10, torch.float32) == 2 * paused_bytes(skeleton, 10, torch.bfloat16)
+    assert paused_bytes(64, 32, 10, 4) == 2 * paused_bytes(64, 32, 10, 2)
 
 
 def test_a_method_that_needs_calibration_refuses_to_go_without(models: dict[str, Path], tmp_path: Path) -> None:

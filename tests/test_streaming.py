@@ -133,7 +133,7 @@ def test_memory_does_not_grow_with_blocks(tmp_path: Path) -> None:
 def test_what_does_not_fit_is_read_a_block_at_a_time_and_says_so(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = EvaluationJob(model, spec_of(metrics=["perplexity", "memory", "speed"], samples=2))
     assert evaluate(job, silent)["loaded_by"] == "transformers"
-    monkeypatch.setattr(loading, "free_bytes", lambda *_: 1 << 20)
+    monkeypatch.setattr(loading, "free_bytes", lambda *_: 1 << 16)
     steps: list[str] = []
     found = evaluate(job, lambda step, *_: steps.append(step))
     assert (found["loaded_by"], found["speed"]) == ("streamed", None)
@@ -163,7 +163,7 @@ def test_a_model_that_makes_its_logits_of_more_is_loaded_whole(model: Path, monk
     monkeypatch.setattr(LlamaForCausalLM, "forward", forward)
     with pytest.raises(EvaluationError, match="not made of the last hidden states alone"):
         evaluate(EvaluationJob(model, spec_of(loader="streamed", metrics=["perplexity"])), silent)
-    monkeypatch.setattr(loading, "free_bytes", lambda *_: 1 << 20)
+    monkeypatch.setattr(loading, "free_bytes", lambda *_: 1 << 16)
     found = evaluate(EvaluationJob(model, spec_of(metrics=["perplexity"])), silent)
     assert found["loaded_by"] == "transformers"
     assert found["notes"][1].startswith("loaded whole all the same: the model cannot be read a block at a time")

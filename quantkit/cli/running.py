@@ -172,7 +172,7 @@ def plan(recipe: RecipePath, as_json: AsJson = False) -> None:
 def show_plan(recipe: Recipe, as_json: bool = False, out: Path | None = None) -> None:
     """Print the plan of a recipe, whose results go to ``out``; a variant that cannot run makes the exit code 1."""
     import quantkit
-    from quantkit.cli.tables import cannot_run, plan_notes, plan_table
+    from quantkit.cli.tables import cannot_run, plan_notes, plan_table, stages_table
 
     found = quantkit.plan(recipe)
     found["folder"] = found["folder"] if out is None else str(out)
@@ -181,6 +181,8 @@ def show_plan(recipe: Recipe, as_json: bool = False, out: Path | None = None) ->
         say(json.dumps(found, indent=2))
     else:
         console().print(plan_table(found))
+        if found["stages"]:
+            console().print(stages_table(found))
         for note in plan_notes(found):
             say(note)
     if any(cannot_run(variant) for variant in found["variants"]):

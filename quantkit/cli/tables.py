@@ -27,7 +27,7 @@ from quantkit.schemes import SCHEMES, GgmlMixture, Scheme
 from quantkit.schemes.kinds import all_kinds
 from quantkit.system.fitted_table import FittedTable, Shown
 from quantkit.system.pace import about
-from quantkit.system.units import percentage
+from quantkit.system.units import in_units, percentage
 from quantkit.transforms import TRANSFORMS
 
 if TYPE_CHECKING:
@@ -43,6 +43,17 @@ _PLAN_COLUMNS = (
     ("state", 2, False),
 )
 """Titles of the columns of a plan, the rank of each, and whether it is a number, which is never wrapped."""
+_STAGE_COLUMNS = (
+    ("stage", 0, False),
+    ("memory", 0, True),
+    ("CPU memory beside", 2, True),
+    ("disk", 2, True),
+    ("time", 1, True),
+    ("how it gets by", 1, False),
+)
+"""The same of its stages."""
+BESIDE = 2
+"""The place of the column that only a GPU has."""
 LABEL_WIDTH, LINE_WIDTH = 14, 118
 
 
@@ -205,6 +216,32 @@ def plan_table(found: Mapping[str, Any]) -> FittedTable:
     ]
     title = f"{source['reference']} ({source['dtype']}, {_size(source['size_bytes'])})"
     return FittedTable(shown, title=title, notes=[Text(f"results in {found['folder']}")], remedy="--json has all")
+
+
+def stages_table(found: Mapping[str, Any]) -> FittedTable:
+    """What each stage of a plan takes: memory, disk and time."""
+    from rich.text import Text
+
+    times = {stage["stage"]: float(stage["seconds"]) for stage in (found["time"] or {"stages": ()})["stages"]}
+    rows = [
+        [
+            stage["stage"],
+            "not known" if stage["bytes"] is None else in_units(stage["bytes"]),
+            in_units(stage["cpu_bytes"]) if stage["cpu_bytes"] else "",
+            in_units(stage["disk_bytes"]) if stage["disk_bytes"] else "",
+            about(times[stage["stage"]]) if stage["stage"] in times else "",
+            stage["how"],
+        ]
+        for stage in found["stages"]
+    ]
+    columns = [
+        Shown(title, [Text(row[place]) for row in rows], rank, number)
+        for place, (title, rank, number) in enumerate(_STAGE_COLUMNS)
+        if place != BESIDE or any(row[place] for row in rows)
+    ]
+    devices = dict.fromkeys(str(stage["device"]) for stage in found["stages"])
+    own = f"what stages take at most on {' and '.join(devices)}, beside Python and its packages"
+    return FittedTable(columns, title="memory, disk and time of each stage", notes=[Text(own)], remedy="--json has all")
 
 
 def cannot_run(variant: Mapping[str, Any]) -> bool:

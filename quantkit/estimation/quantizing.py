@@ -212,15 +212,24 @@ def _activations(run: _Run, group: Group, *, reading: bool) -> Line:
     """Those of all batches that stand at a group; where none pauses, those between two blocks, and of one that runs."""
     from quantkit.engine.batches import BATCH_TOKENS
 
-    use, size, hidden = run.use, run.size, run.anatomy.hidden
+    use, size = run.use, run.size
     tokens = use.calibration_tokens
     if use.inputs == "quantized" and run.pauses:
         return Line("activations", tokens * group.paused * size, f"{tokens:,} tokens x {group.paused:,} x {size} bytes")
+    waiting, words = _waiting(run, tokens)
     if not reading:
-        return Line("activations", tokens * 2 * hidden * size, f"{tokens:,} tokens x 2 x {hidden:,} x {size} bytes")
+        return Line("activations", waiting, words)
     running = min(tokens, BATCH_TOKENS[use.device])
-    nbytes = (tokens * 2 * hidden + running * group.paused) * size
-    return Line("activations", nbytes, f"({tokens:,} x 2 x {hidden:,} + {running:,} x {group.paused:,}) x {size} bytes")
+    nbytes = waiting + running * group.paused * size
+    return Line("activations", nbytes, f"{words} + {running:,} x {group.paused:,} x {size} bytes")
+
+
+def _waiting(run: _Run, tokens: int) -> tuple[int, str]:
+    """Bytes of activations that wait on the device between blocks, and that in words."""
+    nbytes = tokens * 2 * run.anatomy.hidden * run.size
+    if run.use.waiting is None or nbytes <= run.use.waiting:
+        return nbytes, f"{tokens:,} tokens x 2 x {run.anatomy.hidden:,} x {run.size} bytes"
+    return run.use.waiting, f"{written(run.use.waiting)} bytes, the rest elsewhere"
 
 
 def _twins(run: _Run, group: Group) -> Iterator[Line]:
@@ -230,7 +239,7 @@ def _twins(run: _Run, group: Group) -> Iterator[Line]:
     tuned = run.variant.tune is not None and run.use.inputs == "quantized"
     if not (run.corrects or tuned):
         return
-    tokens, widths = run.use.calibration_tokens, [2 * run.anatomy.hidden]
+    tokens, widths = run.use.calibration_tokens, [2 * run.anatomy.hidden] if run.use.waiting is None else []
     tokens = tokens if tuned else paired_tokens(tokens, run.use.device)
     if run.pauses and group in run.groups:
         widths += [each.columns for each in run.groups[run.groups.index(group) :]]

@@ -55,7 +55,7 @@ def whole_scoring(anatomy: Anatomy, scored: Scored, *, weights: int | None = Non
     held = Line("weights", anatomy.parameters * size, f"{written(anatomy.parameters)} values x {size} bytes")
     weighed = held if weights is None else Line("weights", weights, "as they lie on disk")
     beside = (_window_logits(anatomy, scored), activations_line(anatomy, 1, scored.window, scored.dtype))
-    lines = (weighed, max(beside, key=lambda line: line.nbytes), _handled(scored), *_device(scored))
+    lines = (weighed, max(beside, key=lambda line: line.nbytes), _handled(anatomy, scored), *_device(scored))
     return Part("scoring", "scoring, the whole model loaded", lines)
 
 
@@ -86,8 +86,8 @@ def streamed_scoring(anatomy: Anatomy, scored: Scored, *, packed: bool = False, 
     ends = (
         *held,
         Line("head", head, "the embedding" if anatomy.tied else shape),
-        Line("logits", STREAMED_LOGITS * size, f"{STREAMED_LOGITS:,} x {size} bytes"),
-        _handled(scored),
+        _streamed_logits(anatomy, scored),
+        _handled(anatomy, scored),
         *_device(scored),
     )
     title = "scoring, a block at a time"
@@ -155,8 +155,13 @@ def _window_logits(anatomy: Anatomy, scored: Scored) -> Line:
     return Line("logits", nbytes, f"{scored.window:,} tokens x {anatomy.vocabulary:,} x {size} bytes")
 
 
-def _handled(scored: Scored) -> Line:
-    count = LOGITS_AT_ONCE[scored.device]
+def _streamed_logits(anatomy: Anatomy, scored: Scored) -> Line:
+    count = min(STREAMED_LOGITS, scored.tokens * anatomy.vocabulary)
+    return Line("logits", count * BYTES[scored.dtype], f"{count:,} at once")
+
+
+def _handled(anatomy: Anatomy, scored: Scored) -> Line:
+    count = min(LOGITS_AT_ONCE[scored.device], scored.window * anatomy.vocabulary)
     return Line("figures", LOGIT_COPIES * count * 4, f"{LOGIT_COPIES} x {count:,} logits x 4 bytes")
 
 

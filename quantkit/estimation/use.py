@@ -48,6 +48,7 @@ class Use(Section):
         calibration_tokens: that the model is quantized with.
         inputs: what a layer is calibrated on, see :class:`quantkit.recipe.CalibrationSpec`.
         strategy: how the walk waits for statistics, see ``docs/engine.md``.
+        waiting: bytes of activations that may wait on the device between blocks; None for all.
         pass_dtype: in which calibration computes: float32 on most CPUs; None is 16 bits, as on CUDA and on CPUs that
             multiply bfloat16.
         lora_rank: of the adapters, which all linear layers of the blocks get.
@@ -63,6 +64,7 @@ class Use(Section):
     calibration_tokens: Count = CALIBRATION_TOKENS
     inputs: Literal["quantized", "float"] = "quantized"
     strategy: Literal["one-pass", "recompute"] = "one-pass"
+    waiting: Annotated[int, Field(ge=0)] | None = None
     pass_dtype: Literal["float32", "float16", "bfloat16"] | None = None
     lora_rank: Count = 16
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "paged_adamw_8bit"

@@ -47,9 +47,9 @@ def evaluate(job: EvaluationJob, progress: Progress) -> dict[str, Any]:
         ``size_bytes``; ``loaded_by``, the runtime's name, or ``streamed`` where a block was read at a time, of which
         ``notes`` tell why and what was left out; ``rounded_inputs``, what the reference decoder rounded the inputs of
         layers to; ``memory`` and ``speed``, None where the job does not ask, and for a model that the reference decoder
-        loaded those of float weights, which ``memory.weights_are`` says;
-        ``seconds``; ``environment``; what :meth:`TasksAndAnswers.score` gives; and ``samples``, see
-        :func:`quantkit.evaluation.samples.samples`.
+        loaded those of float weights, which ``memory.weights_are`` says; ``peak``, that of the whole process, see
+        :meth:`MemoryWatch.whole`; ``seconds``; ``environment``; what :meth:`TasksAndAnswers.score` gives; and
+        ``samples``, see :func:`quantkit.evaluation.samples.samples`.
 
     Raises:
         EvaluationError: the checkpoint cannot be loaded, a text is too short, logits are NaN, tokens differ
@@ -94,6 +94,7 @@ def evaluate(job: EvaluationJob, progress: Progress) -> dict[str, Any]:
         "rounded_inputs": list(model.rounded_inputs),
         "memory": memory,
         "speed": speed,
+        "peak": watch.whole(),
         "seconds": time.perf_counter() - started,
         "environment": _environment(model),
         **other_facts,

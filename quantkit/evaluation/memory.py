@@ -279,6 +279,16 @@ class MemoryWatch:
             figures["process_bytes"] = max(filter(None, processes), default=None)
         return figures
 
+    def whole(self) -> dict[str, Any] | None:
+        """The peak of all that the process did until now, for :class:`quantkit.evaluation.stage_peak.StagePeaks`.
+
+        None where it cannot be told: a runtime has an allocator of its own.
+        """
+        if not self._knows:
+            return None
+        self._highest = max(self._highest, self._probe.read()["peak_bytes"])
+        return {"kind": self._probe.kind, "baseline_bytes": self._baseline, "peak_bytes": self._highest}
+
     def _note(self, name: Phase, **facts: int) -> None:
         found = self._probe.read()
         self._highest = max(self._highest, found["peak_bytes"])

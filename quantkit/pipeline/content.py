@@ -28,6 +28,7 @@ def report_content(
     calibrated: CalibrationSet | None,
     baseline: dict[str, Any],
     rows: list[dict[str, Any]],
+    stages: list[dict[str, Any]],
 ) -> dict[str, Any]:
     """The report of a run, with the verdicts of its gates; ``status`` is ``failed`` if a variant or a gate failed."""
     recipe = current.recipe
@@ -56,6 +57,7 @@ def report_content(
         "baseline": before,
         "variants": rows,
         "gates": gates,
+        "stages": stages,
     }
     return {**report.noted(content), "recommendation": report.recommend(content).to_json()}
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from quantkit.errors import QuantkitError
 from quantkit.evaluation.stage import LOGPROBS, Scoring, score
+from quantkit.evaluation.stage_peak import StagePeaks
 from quantkit.pipeline.titles import evaluation_title
 from quantkit.recipe import Recipe, VariantSpec
 from quantkit.system.artifacts import write_text
@@ -29,6 +30,7 @@ class Run:
         seen: the questions of the calibration set, which are not asked.
         installs: environments of libraries that are not there may be made.
         plain: of mixed variants, by name, what they became.
+        peaks: what its stages took at most, those that were not reused.
     """
 
     recipe: Recipe
@@ -38,6 +40,7 @@ class Run:
     seen: tuple[str, ...] = ()
     installs: bool = True
     plain: Mapping[str, VariantSpec] = field(default_factory=dict)
+    peaks: StagePeaks = field(default_factory=StagePeaks)
 
     @property
     def baseline(self) -> Path:
@@ -86,4 +89,6 @@ def score_beside(current: Run, name: str, folder: Path, content: Any, baseline: 
         current.seen,
         current.recipe.max_memory,
     )
-    return score(scoring, current.observer)
+    result = score(scoring, current.observer)
+    current.peaks.note(evaluation_title(name), result.get("peak"))
+    return result

@@ -22,10 +22,11 @@ from quantkit.estimation.streaming import Scored, fits_whole, whole_scoring
 from quantkit.estimation.tuning import step_tokens
 from quantkit.evaluation.job import compute_dtype
 from quantkit.methods.tuning import TuneOptions
-from quantkit.pipeline.machine_rates import Rates, rates, solving_seconds
+from quantkit.pipeline.machine_rates import Rates, disk_rate, rates, solving_seconds
 from quantkit.pipeline.mixing import costs_folder, measured_alike, plain_or_like
 from quantkit.pipeline.titles import (
     BASELINE_TITLE,
+    SENSITIVITY_TITLE,
     evaluation_title,
     library_title,
     mixing_title,
@@ -56,8 +57,6 @@ ATTENTION = 1.5
 """What a pass takes beside the products of its weights."""
 START, END = 6.0, 1.5
 """Seconds in which a process that scores is there, and is gone."""
-DISK = 5e8
-"""Bytes that a disk gives in a second."""
 CALL = 5e-4
 """Seconds that a block takes for a single token beside reading its weights."""
 TASK_DOCUMENTS, TASK_TOKENS = 1000, 200
@@ -84,11 +83,13 @@ class Foreseen:
         ahead: its steps.
         past: by stage the number of the run in the history that it is known from.
         rates: that the others are told from.
+        disk: bytes that the disk gives in a second.
     """
 
     ahead: tuple[Ahead, ...]
     past: Mapping[str, int]
     rates: Rates
+    disk: float
 
     def to_json(self) -> dict[str, Any]:
         """``seconds``, ``low``, ``high``, ``by``, and ``stages`` with ``stage``, ``seconds`` and ``by`` of each."""
@@ -111,7 +112,7 @@ class Foreseen:
         told = [f"run {', '.join(map(str, runs))} of the history"] if runs else []
         if any(stage not in self.past for stage in stages):
             speed = f"{self.rates.products / 1e9:,.0f} GFLOP/s in {self.rates.dtype} on {self.rates.device}"
-            told.append(f"a short measurement on this machine ({speed})")
+            told.append(f"a short measurement on this machine ({speed}, {self.disk / 1e6:,.0f} MB/s of disk)")
         return " and ".join(told)
 
 
@@ -140,7 +141,7 @@ def foreseen(recipe: Recipe, model: SourceModel, job: Job, tokens: int, *, anew:
         for step in steps
     ]
     there = {stage: number for stage, (number, _) in past.items() if spent.get(stage)}
-    return Foreseen(tuple(moved), there, work.pass_rates)
+    return Foreseen(tuple(moved), there, work.pass_rates, work.disk)
 
 
 class _Work:
@@ -155,6 +156,7 @@ class _Work:
         self.pass_rates, self.job_bytes = rates(self.device, dtype, *widths), dtype.itemsize
         scored_in = torch.float32 if scored_on.type == "cpu" else torch.bfloat16
         self.scoring_rates = rates(str(scored_on), scored_in, *widths)
+        self.disk = disk_rate(recipe.folder)
         self.scored_bytes = 4 if scored_on.type == "cpu" else 2
         self.streams = _streams(recipe, anatomy, scored_on)
         self.mixes = measured_alike(recipe.own_variants)
@@ -167,6 +169,9 @@ class _Work:
         """All of them, in the order of a run."""
         yield from self._evaluation(BASELINE_TITLE)
         own = self.own
+        if self.recipe.calibration.wants_sensitivity:
+            seconds = self._passing((1 + BACKWARD) * self.tokens)
+            yield Ahead(SENSITIVITY_TITLE, "block", seconds, SENSITIVITY_TITLE)
         for mixes in self.mixes:
             yield Ahead(mixing_title(mixes), "block", self._measuring(mixes[0]), "choose bits")
         for places in walks(self.job, own):
@@ -187,6 +192,8 @@ class _Work:
         if stage == BASELINE_TITLE:
             return not anew and (self.recipe.folder / "baseline" / STAGE_FILE).exists()
         own, folder = self.own, self.recipe.folder
+        if stage == SENSITIVITY_TITLE:
+            return (folder / SENSITIVITY_TITLE / STAGE_FILE).exists()
         for mixes in self.mixes:
             if stage == mixing_title(mixes):
                 return (costs_folder(mixes[0], folder) / STAGE_FILE).exists() or mixes[0].allocation is not None
@@ -210,7 +217,7 @@ class _Work:
         if self.streams:
             yield from self._streamed(title, spec, size)
             return
-        yield Ahead(title, "load", START + size / DISK, "load")
+        yield Ahead(title, "load", START + size / self.disk, "load")
         if "speed" in spec.metrics or "memory" in spec.metrics:
             yield Ahead(title, "", read(4 * spec.context_length) + written(96), "speed")
         for text in spec.texts:
@@ -224,7 +231,7 @@ class _Work:
         """The same of a model that is read a block at a time, once for all texts."""
         tokens = len(spec.texts) * spec.max_tokens
         yield Ahead(title, "load", START, "load")
-        yield Ahead(title, "blocks", self._reading(tokens) + size / DISK, "blocks")
+        yield Ahead(title, "blocks", self._reading(tokens) + size / self.disk, "blocks")
         rows, columns = self.anatomy.head_shape
         for text in spec.texts:
             head = spec.max_tokens * 2 * rows * columns / self.scoring_rates.products
@@ -232,7 +239,7 @@ class _Work:
             yield Ahead(title, text.name, head + beside, f"text {text.name}")
         for task in spec.tasks:
             tokens = (task.limit or TASK_DOCUMENTS) * TASK_TOKENS
-            yield Ahead(title, task.label, self._reading(tokens) + size / DISK, f"task {task.label}")
+            yield Ahead(title, task.label, self._reading(tokens) + size / self.disk, f"task {task.label}")
         yield Ahead(title, "", END, "close")
 
     def _written(self, title: str, spec: EvaluationSpec) -> Iterator[Ahead]:
@@ -271,7 +278,7 @@ class _Work:
             solved = solving_seconds(variant, self.shapes, self.device)
             transforms = TRANSFORMED if variant.build_transforms() else 1.0
             found += transforms * (weights * 100 / self.pass_rates.nbytes if solved is None else solved)
-            found += weights * 12 / self.pass_rates.nbytes + weights / DISK
+            found += weights * 12 / self.pass_rates.nbytes + weights / self.disk
             found += 0.0 if variant.tune is None else self._tuning(variant.tune, tokens)
         return found
 
@@ -294,7 +301,7 @@ class _Work:
         """Seconds in which the float model is loaded and writes tokens, many rows at a time."""
         size = self.job_bytes
         moved = tokens / ROWS * (self.anatomy.active * size / self.pass_rates.nbytes + CALL * self.anatomy.blocks)
-        return START + self.anatomy.parameters * size / DISK + self._passing(tokens) + moved
+        return START + self.anatomy.parameters * size / self.disk + self._passing(tokens) + moved
 
     def _tuning(self, options: TuneOptions, tokens: int) -> float:
         """Seconds in which every block is tuned: further passes, the steps, and what is held out to judge them.
@@ -322,7 +329,7 @@ class _Work:
     def _library(self) -> float:
         """Seconds of another library, of which nothing is known: twice what a pass with its statistics takes."""
         weights = sum(height * width for height, width in self.shapes)
-        return START + 2 * (self._passing(self.tokens) + self._gathering(self.tokens)) + weights / DISK
+        return START + 2 * (self._passing(self.tokens) + self._gathering(self.tokens)) + weights / self.disk
 
 
 def _streams(recipe: Recipe, anatomy: Anatomy, device: torch.device) -> bool:

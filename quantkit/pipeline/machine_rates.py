@@ -8,10 +8,13 @@ narrow matrices. All are of the first moment: caches, clocks and other work of t
 from __future__ import annotations
 
 import math
+import os
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 
@@ -27,6 +30,10 @@ ROWS = {"cpu": 256, "cuda": 4096}
 WIDEST = 4096
 COPIED = 32 << 20
 """Bytes that are copied back and forth."""
+FILED = 32 << 20
+"""Bytes of a file that is written and read."""
+USUAL_DISK = 5e8
+"""Bytes that a disk gives in a second, where nothing may be written."""
 SOLVED = (256, 512)
 """Rows and columns of a weight that a method is tried on, at most."""
 
@@ -68,6 +75,30 @@ def rates(device: str, dtype: torch.dtype, hidden: int, wide: int) -> Rates:
         copied = _seconds(lambda: target.copy_(source), place)
     name = str(dtype).removeprefix("torch.")
     return Rates(device, name, 2 * rows * inner * outer / product, 2 * COPIED / copied)
+
+
+@lru_cache(maxsize=8)
+def disk_rate(folder: Path) -> float:
+    """Bytes that a disk takes and gives in a second: of a file without a name that is written through and read back.
+
+    Args:
+        folder: on the disk; where it does not exist yet, the nearest one above it that does.
+    """
+    there = next((each for each in (folder, *folder.absolute().parents) if each.is_dir()), Path())
+    content = os.urandom(FILED)
+    try:
+        with tempfile.TemporaryFile(dir=there) as file:
+            begun = time.perf_counter()
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            file.seek(0)
+            file.read()
+            return 2 * FILED / (time.perf_counter() - begun)
+    except OSError:  # nothing may be written there, as the run itself will say
+        return USUAL_DISK
 
 
 def solving_seconds(variant: VariantSpec, shapes: list[tuple[int, int]], device: str) -> float | None:

@@ -25,6 +25,7 @@ from quantkit.pipeline import needs_calibration, quantize_job
 from quantkit.pipeline.duration import foreseen
 from quantkit.pipeline.mixing import given_back, known_choice, mixed_scheme, prospect
 from quantkit.pipeline.preflight import preflight
+from quantkit.pipeline.stage_needs import check_bounds, stage_needs
 from quantkit.quantization.calibration_need import few_tokens
 from quantkit.quantization.generated import generated_tokens, widest_input
 from quantkit.quantization.job import Job, finished_variant, made_from
@@ -46,7 +47,8 @@ def forecast(recipe: Recipe) -> dict[str, Any]:
     Returns:
         ``folder``, ``source``, ``calibration`` (or None), ``baseline``, ``warnings``, ``time`` (None, or the
         ``seconds`` that the run takes from its baseline on, between ``low`` and ``high``, ``by`` what that is known,
-        and its ``stages``), and ``variants``, each with
+        and its ``stages``), ``stages`` (what each takes, see :meth:`quantkit.estimation.stages.StageNeed.to_json`; none
+        for a model that transformers does not build), and ``variants``, each with
         ``name``, ``state`` (beginning with ``finished``, ``to do`` or ``cannot run``), ``method``, ``format``,
         ``scheme``, ``schemes`` (each that occurs to its number of layers), ``layers`` (quantized, all), ``share`` (of
         the weights in the blocks' matrices that is quantized, or None), ``notes`` (what stays float and why),
@@ -71,7 +73,10 @@ def forecast(recipe: Recipe) -> dict[str, Any]:
         )
     told = list(found_of.values())
     able = [spec for spec, each in zip(recipe.variants, told, strict=True) if not each["state"].startswith(BARRED)]
-    ahead = foreseen(recipe.model_copy(update={"variants": tuple(able)}), model, job, tokens)
+    narrowed = recipe.model_copy(update={"variants": tuple(able)})
+    needs = stage_needs(narrowed, model, job, tokens)
+    check_bounds(needs or (), recipe)
+    ahead = foreseen(narrowed, model, job, tokens)
     return {
         "folder": str(recipe.folder),
         "source": {
@@ -84,6 +89,7 @@ def forecast(recipe: Recipe) -> dict[str, Any]:
         "baseline": _evaluation_state(recipe.folder / "baseline"),
         "warnings": [*recipe.warnings(), *filter(None, [model.note]), *model.notes],
         "time": None if ahead is None else ahead.to_json(),
+        "stages": [need.to_json() for need in needs or ()],
         "variants": told,
     }
 

@@ -25,6 +25,7 @@ from quantkit.recipe.model import HUB_REFERENCE
 from quantkit.recovery.stage import STAGE, recover
 from quantkit.source import SourceModel
 from quantkit.system.artifacts import STAGE_FILE, check_writable, read_json
+from quantkit.system.devices import resolve_device
 from quantkit.system.progress import Observer
 from quantkit.system.scratch import workplace
 
@@ -135,11 +136,12 @@ def recover_row(
         current.observer.stage(recover_title(variant))
         given = job if variant.data is None else _with_data(current, job, variant)
         out = current.variant_folder(variant.name)
-        checkpoint = Path(original["checkpoint"])
-        if variant.adapter is None:
-            done = recover(given, checkpoint, variant.options, out, current.observer, partial(describe, given))
-        else:
-            done = adapted(given, checkpoint, variant.adapter, variant.options, out, current.observer)
+        checkpoint, there = Path(original["checkpoint"]), (out / STAGE_FILE).exists()
+        with current.peaks.of(recover_title(variant), resolve_device(given.device), there=there):
+            if variant.adapter is None:
+                done = recover(given, checkpoint, variant.options, out, current.observer, partial(describe, given))
+            else:
+                done = adapted(given, checkpoint, variant.adapter, variant.options, out, current.observer)
         scored = _scored(current, variant, done, baseline)
         write_card(row | scored)
         return scored

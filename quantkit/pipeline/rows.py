@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,9 +22,11 @@ from quantkit.pipeline.recovering import recover_row
 from quantkit.pipeline.titles import walk_title
 from quantkit.publishing import CARD, CardFacts, card, describe
 from quantkit.quantization import Job, Quantized, Wanted, quantize_together, walks
+from quantkit.quantization.job import finished_variant, made_from
 from quantkit.recipe import AutoSpec, VariantSpec
 from quantkit.schemes.base import PER_CHANNEL
 from quantkit.system.artifacts import write_text
+from quantkit.system.devices import resolve_device
 
 
 def variant_rows(
@@ -73,9 +75,10 @@ def _quantized(
     wanted = [Wanted(each, current.variant_folder(each.name), beside.get(each.name, {})) for each in variants]
     try:
         on_segment = partial(current.observer.progress, "block")
-        return quantize_together(
-            job, wanted, describe=partial(describe, job), on_segment=on_segment, on_note=current.observer.note
-        )
+        with current.peaks.of(walk_title(variants), resolve_device(job.device), there=_all_there(job, wanted)):
+            return quantize_together(
+                job, wanted, describe=partial(describe, job), on_segment=on_segment, on_note=current.observer.note
+            )
     except Exception as error:  # methods and formats are plugins; any error becomes the rows of these variants
         return [error] * len(variants)
 
@@ -111,6 +114,10 @@ def _variant_row(
         return scored
 
     return attempted(current, row, work)
+
+
+def _all_there(job: Job, wanted: Sequence[Wanted]) -> bool:
+    return all(finished_variant(each.out, made_from(job, each.variant)) is not None for each in wanted)
 
 
 def _mixed_row(spec: VariantSpec, mixes: Mapping[str, Mixed] | None = None) -> dict[str, Any]:

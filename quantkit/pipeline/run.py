@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantkit import calibration, records, report
 from quantkit.calibration import CalibrationSet
 from quantkit.checkpoint import CheckpointReader
+from quantkit.engine.passes import CPU
 from quantkit.errors import OutputError
 from quantkit.evaluation.answers import asked
 from quantkit.evaluation.stage import Scoring, score
@@ -20,11 +22,13 @@ from quantkit.pipeline.jobs import needs_calibration, quantize_job, with_sensiti
 from quantkit.pipeline.library_rows import check_environments
 from quantkit.pipeline.preflight import preflight
 from quantkit.pipeline.rows import other_merge_rows, variant_rows
-from quantkit.pipeline.titles import BASELINE_TITLE
+from quantkit.pipeline.stage_needs import beside_peaks, check_bounds, stage_needs
+from quantkit.pipeline.titles import BASELINE_TITLE, CALIBRATION_TITLE, SENSITIVITY_TITLE, SOURCE_TITLE
 from quantkit.publishing.mlflow import track_after
 from quantkit.quantization import Job
 from quantkit.recipe import Recipe
-from quantkit.system.artifacts import check_writable, translated_os_errors
+from quantkit.system.artifacts import STAGE_FILE, check_writable, translated_os_errors
+from quantkit.system.devices import resolve_device
 from quantkit.system.distribution import own_version
 from quantkit.system.events import event_log
 from quantkit.system.locks import held
@@ -87,19 +91,30 @@ def _run(current: Run) -> dict[str, Any]:
     for warning in recipe.warnings():
         observer.note(f"warning: {warning}")
     observer.stage(f"source: {recipe.model.source}")
-    model = merged_source(recipe.model, recipe.merge, current.folder, observer)
-    calibrated = _calibrate(current, model)
+    with current.peaks.of(SOURCE_TITLE, CPU):
+        model = merged_source(recipe.model, recipe.merge, current.folder, observer)
+    with current.peaks.of(CALIBRATION_TITLE, CPU, there=_is_there(current.folder / "calibration")):
+        calibrated = _calibrate(current, model)
     current = replace(current, seen=seen_questions(recipe, calibrated))
     job = quantize_job(recipe, model, calibrated)
+    needs = stage_needs(recipe, model, job, calibrated.tokens if calibrated else 0)
+    check_bounds(needs or (), recipe)
     _foresee(current, model, job, calibrated.tokens if calibrated else 0)
     baseline = _baseline(current, model)
-    job = with_sensitivity(job, recipe.calibration, current.folder / "sensitivity", observer)
+    known = _is_there(current.folder / "sensitivity") or not recipe.calibration.wants_sensitivity
+    with current.peaks.of(SENSITIVITY_TITLE, resolve_device(job.device), there=known):
+        job = with_sensitivity(job, recipe.calibration, current.folder / "sensitivity", observer)
     rows = other_merge_rows(current, baseline)
     rows += variant_rows(current, job, baseline, calibrated.audit if calibrated else None)
-    content = report_content(current, model, calibrated, baseline, rows)
+    stages = beside_peaks(needs, current.peaks.found)
+    content = report_content(current, model, calibrated, baseline, rows, stages)
     report.write(content, current.folder, recipe.report.formats)
     track_after(recipe.tracking, current.folder, observer)
     return content
+
+
+def _is_there(folder: Path) -> bool:
+    return (folder / STAGE_FILE).exists()
 
 
 def _foresee(current: Run, model: SourceModel, job: Job, tokens: int) -> None:
@@ -168,4 +183,6 @@ def _baseline(current: Run, model: SourceModel) -> dict[str, Any]:
         reader = CheckpointReader(model.folder)
         for name in reader.names():
             reader.read_finite(name)
-    return score(scoring, current.observer)
+    result = score(scoring, current.observer)
+    current.peaks.note(BASELINE_TITLE, result.get("peak"))
+    return result

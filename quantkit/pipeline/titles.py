@@ -8,6 +8,8 @@ from quantkit.recipe import AutoSpec, LibrarySpec, RecoverSpec, VariantSpec
 
 NAMES_SHOWN = 3
 """Variants of a stage that its progress names."""
+SOURCE_TITLE, CALIBRATION_TITLE, SENSITIVITY_TITLE = "source", "calibration", "sensitivity"
+"""How the titles of these stages begin, by which what they take is told."""
 BASELINE_TITLE = "baseline: the float model"
 
 

@@ -23,28 +23,27 @@ EXPERTS_MEMORY = 0.2
 """Share of it that the statistics of a layer's experts may take."""
 
 
-def paused_bytes(skeleton: Skeleton, tokens: int, dtype: torch.dtype, paired: int = 0) -> int:
+def paused_bytes(widest: int, hidden: int, tokens: int, size: int, paired: int = 0) -> int:
     """Bytes of activations alive at the widest pause: what the widest layer reads, and the stream beside it.
 
     Args:
-        skeleton: the model.
+        widest: numbers that a layer reads of a token, at most.
+        hidden: width of the residual stream.
         tokens: of all batches.
-        dtype: of the passes.
+        size: bytes of a number in the passes.
         paired: tokens of those that have a twin, see :mod:`quantkit.engine.twins`.
     """
-    widest = max((layer.shape[1] for layer in skeleton.layers()), default=0)
-    hidden = _hidden(skeleton)
     # At down_proj a block holds the gate, its activation and the product, and the residual stream twice.
     # A twin has left what the groups of the block are given, and stands before the next.
-    return (tokens * (3 * widest + 2 * hidden) + paired * (widest + 5 * hidden)) * dtype.itemsize
+    return (tokens * (3 * widest + 2 * hidden) + paired * (widest + 5 * hidden)) * size
 
 
-def waiting_bytes(skeleton: Skeleton, tokens: int, dtype: torch.dtype, paired: int = 0) -> int:
+def waiting_bytes(hidden: int, tokens: int, size: int, paired: int = 0) -> int:
     """Bytes of activations that wait between two blocks: the hidden states of all tokens, and their embeddings.
 
     See :func:`paused_bytes` for the arguments.
     """
-    return (tokens + paired) * 2 * _hidden(skeleton) * dtype.itemsize
+    return (tokens + paired) * 2 * hidden * size
 
 
 def choose_strategy(
@@ -59,7 +58,9 @@ def choose_strategy(
     """One pass where the paused activations fit into half of the free memory, else, or to tune, a run per group."""
     if tuned:
         return "recompute"
-    paused = paused_bytes(skeleton, tokens, dtype, _paired(tokens, device, corrected))
+    widest = max((layer.shape[1] for layer in skeleton.layers()), default=0)
+    paired = _paired(tokens, device, corrected)
+    paused = paused_bytes(widest, _hidden(skeleton), tokens, dtype.itemsize, paired)
     return "one-pass" if paused <= SPARE_MEMORY * free_bytes(device, bounds) else "recompute"
 
 
@@ -88,7 +89,7 @@ def choose_parking(
         folder: where they wait on disk if the bounds name none; None for nowhere.
         always: not on a GPU, whatever is free.
     """
-    waiting = waiting_bytes(skeleton, tokens, dtype, _paired(tokens, device, corrected))
+    waiting = waiting_bytes(_hidden(skeleton), tokens, dtype.itemsize, _paired(tokens, device, corrected))
     if not always and (tuned or waiting <= SPARE_MEMORY * free_bytes(device, bounds)):
         return None, ""
     if tuned:

@@ -1,0 +1,45 @@
+"""What a stage of a run takes at most, of the process that does it and of a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from quantkit.evaluation.memory import probe_of
+
+
+@dataclass(slots=True)
+class StagePeaks:
+    """The peaks of stages by their titles.
+
+    Attributes:
+        found: for each ``kind`` (of the measurement), ``baseline_bytes`` that were there before, and ``peak_bytes``.
+    """
+
+    found: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @contextmanager
+    def of(self, stage: str, device: torch.device, *, there: bool = False) -> Iterator[None]:
+        """Measure what this process takes inside the block; nothing where no peak can be begun anew.
+
+        Args:
+            stage: its title.
+            device: on which it computes: on a GPU torch's allocator is asked.
+            there: its result is there, so that it takes nothing worth telling.
+        """
+        probe = probe_of(device)
+        if there or not probe.begin():
+            yield
+            return
+        before = probe.read()["used_bytes"]
+        yield
+        self.note(stage, {"kind": probe.kind, "baseline_bytes": before, "peak_bytes": probe.read()["peak_bytes"]})
+
+    def note(self, stage: str, peak: dict[str, Any] | None) -> None:
+        """What another process told of a stage; None where that is nothing."""
+        if peak is not None:
+            self.found[stage] = peak

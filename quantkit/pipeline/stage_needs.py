@@ -1,0 +1,220 @@
+"""What each stage of a run will take on this machine, whether bounds leave it that, and what it took."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import torch
+
+from quantkit.checkpoint import FLOATS, CheckpointReader
+from quantkit.engine.passes import CPU
+from quantkit.engine.precision import pass_dtype
+from quantkit.errors import RecipeError, SchemeError
+from quantkit.estimation.anatomy import Anatomy
+from quantkit.estimation.measured import known_anatomy
+from quantkit.estimation.stages import (
+    Room,
+    StageNeed,
+    copying_need,
+    recover_need,
+    scoring_need,
+    sensitivity_need,
+    walk_need,
+)
+from quantkit.estimation.streaming import Scored
+from quantkit.estimation.use import Use
+from quantkit.estimation.weights import Stored, stored
+from quantkit.evaluation.job import compute_dtype
+from quantkit.formats import FORMATS
+from quantkit.merging import MergedModel
+from quantkit.pipeline.mixing import measured_alike, plain_or_like
+from quantkit.pipeline.titles import (
+    BASELINE_TITLE,
+    SENSITIVITY_TITLE,
+    SOURCE_TITLE,
+    evaluation_title,
+    library_title,
+    mixing_title,
+    recover_title,
+    walk_title,
+)
+from quantkit.quantization import Job, walks
+from quantkit.recipe import LibrarySpec, Recipe, RecoverSpec, VariantSpec
+from quantkit.recipe.evaluation import AUTO, LOADERS
+from quantkit.runtimes import RUNTIMES
+from quantkit.system.devices import resolve_device
+from quantkit.system.free_memory import free_bytes
+from quantkit.system.units import in_units
+
+if TYPE_CHECKING:
+    from quantkit.source import SourceModel
+
+LOGPROB_BYTES = 2
+"""Of a log-probability of the float model, of every token of the vocabulary."""
+MERGING = 3
+"""Copies of the largest tensor while a difference is added to it, in float32 as twice 16 bits."""
+MIB = 1 << 20
+
+
+def stage_needs(recipe: Recipe, model: SourceModel, job: Job, tokens: int) -> list[StageNeed] | None:
+    """What each stage takes, in the order of a run; None for a model that transformers does not build by itself.
+
+    Args:
+        recipe: what is run.
+        model: its source.
+        job: of quantizing.
+        tokens: of the calibration set.
+    """
+    anatomy = known_anatomy(model.folder)
+    return None if anatomy is None else list(_Needs(recipe, model, job, tokens, anatomy).all())
+
+
+class _Needs:
+    """What the stages of one run take."""
+
+    def __init__(self, recipe: Recipe, model: SourceModel, job: Job, tokens: int, anatomy: Anatomy) -> None:
+        self.recipe, self.model, self.job, self.anatomy = recipe, model, job, anatomy
+        device, scored_on = resolve_device(job.device), resolve_device(recipe.evaluation.device)
+        self.room, self.scoring_room = _room(device, job), _room(scored_on, job)
+        dtype = str(pass_dtype(device, FLOATS[job.dtype])).removeprefix("torch.")
+        self.use = Use(
+            calibration_tokens=max(1, tokens),
+            inputs=job.inputs,
+            device=self.room.device,
+            pass_dtype=dtype,
+        )
+        self.own = [plain_or_like(job, variant, recipe.folder) for variant in recipe.own_variants]
+        self.files: dict[str, Stored] = {}
+        self.stores: dict[str, str] = {}
+        for variant in self.own:
+            with suppress(SchemeError):  # it does not suit the model, as its row will say
+                self.files[variant.name] = stored(anatomy, variant, job.dtype)
+                self.stores[variant.name] = variant.format
+
+    def all(self) -> Iterator[StageNeed]:
+        """All of them."""
+        if isinstance(self.model, MergedModel):
+            reader = CheckpointReader(self.model.folder)
+            sizes = [reader.nbytes(name) for name in reader.names()]
+            yield copying_need(SOURCE_TITLE, "adding adapters", max(sizes), MERGING, sum(sizes))
+        compares = self.recipe.evaluation.compares
+        logprobs = LOGPROB_BYTES * self._scored().tokens * self.anatomy.vocabulary if compares else 0
+        yield self._scoring_of(BASELINE_TITLE, disk=logprobs)
+        if self.recipe.calibration.wants_sensitivity:
+            yield sensitivity_need(SENSITIVITY_TITLE, self.anatomy, self.use, self.room)
+        for mixes in measured_alike(self.recipe.own_variants):
+            choices = [mixes[0].uniform(name) for name, each in mixes[0].choice_schemes().items() if each is not None]
+            planned = [(choice, stored(self.anatomy, choice, self.job.dtype)) for choice in choices]
+            use = self.use.model_copy(update={"inputs": "float"})
+            yield walk_need(mixing_title(mixes), self.anatomy, planned, use, self.room)
+        for places in walks(self.job, self.own):
+            yield from self._walk([self.own[place] for place in places])
+        for library in self.recipe.library_variants:
+            yield StageNeed(library_title(library), self.room.device, None, "by the library")
+            yield self._scoring(library)
+        for trained in self.recipe.recover_variants:
+            yield from self._trained(trained)
+
+    def _walk(self, group: Sequence[VariantSpec]) -> Iterator[StageNeed]:
+        planned = [(variant, self.files[variant.name]) for variant in group if variant.name in self.files]
+        if not planned:
+            return
+        yield walk_need(walk_title(group), self.anatomy, planned, self.use, self.room)
+        for variant, _ in planned:
+            yield self._scoring(variant)
+
+    def _trained(self, variant: RecoverSpec) -> Iterator[StageNeed]:
+        file = self.files.get(variant.recover)
+        title = recover_title(variant)
+        if file is None:
+            yield StageNeed(title, self.room.device, None, "a block at a time")
+        else:
+            self.files[variant.name], self.stores[variant.name] = file, self.stores[variant.recover]
+            yield recover_need(title, self.anatomy, file, variant.options, self.use, self.room)
+        yield self._scoring(variant)
+
+    def _scoring(self, variant: VariantSpec | LibrarySpec | RecoverSpec) -> StageNeed:
+        file, store = self.files.get(variant.name), self.stores.get(variant.name, "")
+        weights = file.nbytes if file is not None and self._stays_packed(store) else None
+        return self._scoring_of(evaluation_title(variant.name), weights=weights)
+
+    def _scoring_of(self, title: str, *, weights: int | None = None, disk: int = 0) -> StageNeed:
+        room, loader = self.scoring_room, self.recipe.evaluation.loader
+        return scoring_need(title, self.anatomy, self._scored(), room, weights=weights, disk=disk, loader=loader)
+
+    def _stays_packed(self, store: str) -> bool:
+        """Whether who scores a file computes with it as it lies."""
+        if not store:
+            return False
+        kind, asked = FORMATS.get(store), self.recipe.evaluation.loader
+        wanted = AUTO if asked in LOADERS else asked
+        if kind.container == "gguf":
+            return wanted in (AUTO, "llama.cpp") and RUNTIMES.get("llama.cpp").missing() is None
+        return "transformers" in kind.runtimes and wanted != "reference" and not kind.decoded_at_first_use
+
+    def _scored(self) -> Scored:
+        spec, device = self.recipe.evaluation, self.scoring_room.device
+        dtype = compute_dtype(spec.dtype, device) or self.job.dtype
+        return Scored(spec.max_tokens * len(spec.texts), spec.context_length, dtype, device)
+
+
+def _room(device: torch.device, job: Job) -> Room:
+    return Room(device.type, free_bytes(device, job.bounds), free_bytes(CPU, job.bounds))
+
+
+def check_bounds(needs: Sequence[StageNeed], recipe: Recipe) -> None:
+    """Refuse a run that needs more than its bounds however it gets by.
+
+    Raises:
+        RecipeError: with the smallest bound that does.
+    """
+    for kind, key in (("quantization", recipe.quantization.device), ("evaluation", recipe.evaluation.device)):
+        device = resolve_device(key)
+        bound = recipe.max_memory.of(device)
+        own = [need for need in needs if need.stage.startswith(("baseline", "evaluate")) == (kind == "evaluation")]
+        if bound is None or not own:
+            continue
+        base = int(psutil.Process().memory_info().rss) if device.type == "cpu" else 0
+        most = max(own, key=lambda need: need.least)
+        if most.least + base > bound:
+            wanted = -(-(most.least + base) // MIB)
+            beside = f", {in_units(base)} of Python and its packages among them" if base else ""
+            raise RecipeError(
+                f"max_memory: '{most.stage}' takes {wanted} MiB of {device} at the least{beside}, and may have "
+                f"{in_units(bound)}",
+                f"give {device} {wanted}MiB or more",
+            )
+
+
+def beside_peaks(needs: Sequence[StageNeed] | None, peaks: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What stages were expected to take and what they took, for a report.
+
+    Args:
+        needs: None where nothing is known.
+        peaks: by title ``kind``, ``baseline_bytes`` and ``peak_bytes``.
+
+    Returns:
+        For each ``stage``, ``how``, ``estimated_bytes`` (None if unknown), ``measured_bytes`` (what it took beside what
+        was there; None where it was not measured or its result was there), ``ratio``, ``baseline_bytes``, ``kind``.
+    """
+    known = {need.stage: need for need in needs or ()}
+    found = []
+    for stage in dict.fromkeys([*peaks, *known]):
+        need, peak = known.get(stage), peaks.get(stage)
+        estimated = None if need is None else need.nbytes
+        measured = None if peak is None else max(0, int(peak["peak_bytes"]) - int(peak["baseline_bytes"]))
+        found.append(
+            {
+                "stage": stage,
+                "how": "" if need is None else need.how,
+                "estimated_bytes": estimated,
+                "measured_bytes": measured,
+                "ratio": estimated / measured if estimated and measured else None,
+                "baseline_bytes": None if peak is None else peak["baseline_bytes"],
+                "kind": None if peak is None else peak["kind"],
+            }
+        )
+    return found
