@@ -31,7 +31,7 @@ from quantkit.checkpoint import CheckpointReader
 from tests.runs import write_records
 from tests.tiny import make_model
 
-EVERY = 0.05
+EVERY = 0.2
 """Seconds between two looks at the processes."""
 METHODS: dict[str, dict[str, Any]] = {
     "rtn": {"method": "rtn"},

@@ -17,6 +17,7 @@ from quantkit.engine import skeleton as skeleton_module
 from quantkit.engine.empty_model import empty_model, find_blocks
 from quantkit.engine.skeleton import Skeleton
 from quantkit.errors import CheckpointError, SourceError
+from tests.architectures import make
 from tests.tiny import FAMILIES, make_model
 
 CPU = torch.device("cpu")
@@ -67,6 +68,14 @@ def test_large_parameters_start_and_end_on_meta(tmp_path: Path, family: str) -> 
     assert {name: id(parameter) for name, parameter in after.items()} == {
         name: id(parameter) for name, parameter in before.items()
     }
+
+
+def test_experts_that_begin_as_zeros_are_not_there_for_all_blocks(tmp_path: Path) -> None:
+    """Those of a block of Llama 4 Scout are 5 GB of zeros where they are made."""
+    make(tmp_path, "llama4_text", num_local_experts=8, intermediate_size=96)
+    stacks = [each for each in empty_model(tmp_path).parameters() if each.ndim > 2]
+    assert stacks
+    assert all(each.is_meta for each in stacks)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

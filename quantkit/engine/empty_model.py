@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
@@ -16,6 +18,9 @@ from quantkit.checkpoint.foreign_errors import said_by_transformers
 from quantkit.checkpoint.model_class import build_model, text_config, text_part
 from quantkit.engine.layers import linear_modules
 from quantkit.errors import SourceError
+
+LARGE = 1 << 16
+"""Values of a parameter from which on it does not stay where it was made."""
 
 
 def empty_model(folder: Path, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -30,7 +35,7 @@ def empty_model(folder: Path, trust_remote_code: bool = False) -> PreTrainedMode
 
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
-        with _ParametersOnMeta():
+        with _ParametersOnMeta(), _filled_on_meta():
             model = build_model(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, ImportError, StrictDataclassError) as error:
         problem, remedy = said_by_transformers(error)
@@ -110,6 +115,25 @@ def outermost_lists(module: nn.Module, configs: Set[type] | None = None) -> Iter
             yield from [child] if len(child) else []
         elif configs is None or not isinstance(child, PreTrainedModel) or type(child.config) in configs:
             yield from outermost_lists(child, configs)
+
+
+@contextmanager
+def _filled_on_meta() -> Iterator[None]:
+    """Inside the block a large parameter that is made with values, as experts that begin as zeros, goes to meta.
+
+    Otherwise those of all blocks would be there together.
+    """
+
+    def moved(_: nn.Module, __: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+        if parameter is None or parameter.is_meta or parameter.numel() < LARGE:
+            return None
+        return nn.Parameter(parameter.data.to("meta"), parameter.requires_grad)
+
+    hook = register_module_parameter_registration_hook(moved)  # type: ignore[arg-type]  # a hook may return one
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 class _ParametersOnMeta(TorchFunctionMode):
