@@ -24,7 +24,7 @@ from quantkit.recovery import training
 from quantkit.recovery.saved import save_state
 from quantkit.recovery.stage import recover, training_folder
 from quantkit.recovery.student import NEAR
-from quantkit.recovery.training import Training
+from quantkit.recovery.training import Training, relative_error
 from quantkit.runtimes import RUNTIMES
 from quantkit.runtimes.base import LoadOptions
 from quantkit.schemes import IntScheme
@@ -82,6 +82,28 @@ def test_other_rows_diverge_less_and_the_file_has_the_same_tensors(job: Job, two
     manifest = read_manifest(recovered)
     assert manifest is not None
     assert manifest["recovered"]["after"] < 0.8 * manifest["recovered"]["before"]
+
+
+def block_errors(job: Job, checkpoint: Path, rows: list[list[int]]) -> float:
+    """Of what the first block gives for every token, relative to what the float model's gives, on average."""
+    given: list[list[torch.Tensor]] = [[], []]
+    for folder, found in zip((job.source, checkpoint), given, strict=True):
+        options = LoadOptions(device="cpu", dtype="float32", context_length=64)
+        loaded: Any = RUNTIMES.get("reference").load(folder, options)
+        block = loaded.model.model.layers[0]
+        block.register_forward_hook(lambda _block, _args, output, found=found: found.append(output[0]))
+        for row in rows:
+            loaded.logits(torch.tensor(row))
+    return float(relative_error(torch.cat(given[0]), torch.cat(given[1]))) / sum(map(len, rows))
+
+
+def test_hidden_states_between_the_blocks_come_closer(
+    job: Job, two_bits: Path, recovered: Path, tmp_path: Path
+) -> None:
+    without = recover(job, two_bits, replace_options(FEW, hidden=0.0), tmp_path / "without", Silent()).folder
+    other = tiny_rows(4, seed=5)
+    assert block_errors(job, recovered, other) < 0.95 * block_errors(job, without, other)
+    assert divergence(job, recovered, other) < 1.05 * divergence(job, without, other)
 
 
 def test_codes_of_two_bits_are_trained_unless_it_is_said_what(job: Job, two_bits: Path, tmp_path: Path) -> None:
@@ -228,7 +250,7 @@ def test_every_format_is_trained_and_loads_where_it_did(
 ) -> None:
     given = exported(job, tmp_path / "given", **keys)
     options = replace_options(
-        FEW, steps=3, batch_tokens=96, evaluations=1, learning_rate=2e-3, train=("scales", "zeros")
+        FEW, steps=8, batch_tokens=96, evaluations=2, learning_rate=2e-3, train=("scales", "zeros")
     )
     done = recover(job, given, options, tmp_path / "done", Silent())
     told = done.facts["recovered"]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from quantkit.checkpoint import CheckpointReader
@@ -42,7 +42,10 @@ def loss(logits: torch.Tensor, _: Batch, places: torch.Tensor) -> torch.Tensor:
 
 
 def gradients(
-    folder: Path, batches: Sequence[Batch], keep: Keep = on_device
+    folder: Path,
+    batches: Sequence[Batch],
+    keep: Keep = on_device,
+    on_output: Callable[[int, torch.Tensor], None] | None = None,
 ) -> tuple[float, dict[str, torch.Tensor], Skeleton]:
     """Of the loss to all parameters of the blocks, by their names in the model."""
     skeleton, reader = Skeleton(folder), CheckpointReader(folder)
@@ -60,7 +63,7 @@ def gradients(
                     full = f"{segment.prefix}.{name}"
                     found[full] = found[full] + each.grad if full in found else each.grad
 
-    with ReverseWalk(skeleton, reader, CPU, torch.float32, loaded, keep) as walk:
+    with ReverseWalk(skeleton, reader, CPU, torch.float32, loaded, keep, on_output=on_output) as walk:
         total = walk.run(batches, loss)
     return total, found, skeleton
 
@@ -105,6 +108,34 @@ def aliases(model: PreTrainedModel, parameter: torch.Tensor) -> list[str]:
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("llama"), num_hidden_layers=3)
+
+
+def test_a_gradient_from_between_the_blocks_joins_the_one_from_behind(llama: Path) -> None:
+    def weighed(output: torch.Tensor) -> torch.Tensor:
+        return 3 * output.square().sum()
+
+    seen = list[int]()
+
+    def on_output(index: int, output: torch.Tensor) -> None:
+        seen.append(index)
+        if index == 0:
+            torch.autograd.backward(weighed(output))
+
+    batches = make_batches(tiny_rows(2, 8, 12), CPU, may_pad=True)
+    _, found, _ = gradients(llama, batches, on_output=on_output)
+    assert set(seen) == {0, 1, 2}
+    model: Any = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
+    outputs = list[torch.Tensor]()
+    model.model.layers[0].register_forward_hook(lambda _module, _args, output: outputs.append(output))
+    expected(model, batches)
+    before = model.model.layers[0].mlp.down_proj.weight.grad.clone()
+    for batch in batches:
+        model(input_ids=batch.token_ids, use_cache=False)
+        torch.autograd.backward(weighed(outputs[-1]))
+    for number in range(3):
+        name = f"model.layers.{number}.mlp.down_proj.weight"
+        torch.testing.assert_close(found[name], model.get_parameter(name).grad, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(before, model.model.layers[0].mlp.down_proj.weight.grad, rtol=1e-2)
 
 
 def test_what_waits_elsewhere_gives_the_same(llama: Path, tmp_path: Path) -> None:

@@ -115,6 +115,9 @@ class ReverseWalk:
         on_step: called with the number of segments that were run and how many there are, forward and backward.
         parks: where what passes that leave no gradients hold waits while others go through a segment; None for where it
             is.
+        on_output: called with the index of a segment and what it gave, ``[rows, length, width]`` as a rule, each time
+            that a batch went through it, forward. A gradient that is run back from there reaches the segment with
+            those that come from behind it.
 
     Attributes:
         batch: the one that is run.
@@ -130,6 +133,7 @@ class ReverseWalk:
     sees: bool = False
     on_step: Callable[[int, int], None] = lambda _done, _total: None
     parks: Keep | None = None
+    on_output: Callable[[int, torch.Tensor], None] | None = None
     batch: Batch | None = field(init=False, default=None)
     chunk: torch.Tensor | None = field(init=False, default=None)
     _cleanup: ExitStack = field(init=False, default_factory=ExitStack)
@@ -173,9 +177,13 @@ class ReverseWalk:
 
     def _segment(self, index: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         current = getcurrent()
-        if isinstance(current, KeepingPass):
-            return current.through(index, forward, args, kwargs)
-        return forward(*args, **kwargs)
+        if not isinstance(current, KeepingPass):
+            return forward(*args, **kwargs)
+        made = current.through(index, forward, args, kwargs)
+        first = made[0] if isinstance(made, tuple | list) and made else made
+        if self.on_output is not None and isinstance(first, torch.Tensor):
+            self.on_output(index, first)
+        return made
 
     def _head(self, forward: Callable[..., Any], hidden: torch.Tensor) -> Any:
         current = getcurrent()

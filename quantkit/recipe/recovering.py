@@ -46,6 +46,8 @@ class RecoverOptions(Section):
             :meth:`rate_of_codes`.
         norm_rate: of norms and biases, relative to their size.
         warmup: share of the steps in which the rates rise.
+        hidden: how much the hidden states between blocks count beside the divergence: their squared errors, each
+            relative to the square of the float model's, on average.
         held_out: share of the rows by which the training is judged and on which nothing is trained, at least 2 rows.
         evaluations: how often it is judged.
         optimizer: what moves codes: ``signs`` of their gradients, which need no memory, ``adam``, or one of
@@ -62,6 +64,7 @@ class RecoverOptions(Section):
     code_rate: Annotated[float, Field(gt=0, le=1)] | None = None
     norm_rate: Annotated[float, Field(gt=0, le=1)] = 3e-3
     warmup: Annotated[float, Field(ge=0, le=0.5)] = 0.1
+    hidden: Annotated[float, Field(ge=0)] = 16
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.05
     evaluations: Annotated[Whole, Field(ge=1, le=10_000)] = 8
     optimizer: Optimizer = "signs"

@@ -46,7 +46,7 @@ from quantkit.system.progress import Observer
 from quantkit.system.shutdown import patient
 
 STAGE = "adapter"
-CODE_VERSION = 2
+CODE_VERSION = 3
 """Part of the fingerprint: raised when the same inputs would give other bytes."""
 STRANGE = 0.9
 """Share of a weight's square that its error may be before the float model is taken for another one."""

@@ -48,7 +48,7 @@ from quantkit.system.progress import Observer
 from quantkit.system.shutdown import patient
 
 STAGE = "recover"
-CODE_VERSION = 2
+CODE_VERSION = 3
 """Part of the fingerprint: raised when the same inputs would give other bytes."""
 IDENTITY = "identity.json"
 RECIPE = "recipe.yaml"
@@ -217,6 +217,7 @@ def schedule_of(options: RecoverOptions) -> Schedule:
         batch_tokens=options.batch_tokens,
         rates=rates,
         warmup=options.warmup,
+        hidden=options.hidden,
         held_out=options.held_out,
         evaluations=options.evaluations,
         optimizer=options.optimizer,

@@ -1,7 +1,8 @@
 """What the float model says of every token of the rows, to be matched by another model.
 
-Its hidden states before the head are computed once, block by block for some rows together, and kept on disk. Its logits
-are made of them anew, of some tokens at a time: they are a hundred times as many numbers.
+Its hidden states before the head, and between some of its blocks, are computed once, block by block for some rows
+together, and kept on disk. Its logits are made of them anew, of some tokens at a time: they are a hundred times as many
+numbers.
 """
 
 from __future__ import annotations
@@ -24,6 +25,10 @@ from quantkit.system.artifacts import translated_os_errors
 
 TOGETHER = 1 << 15
 """Tokens that go through the float model together."""
+POINTS = 8
+"""Of how many segments what they give is kept, at most; they lie evenly, up to the last."""
+HEAD, BETWEEN = "head", "|"
+"""Stands for what the head is given where a segment's index may stand; and what stands behind the place of a row."""
 
 
 @dataclass(slots=True)
@@ -40,6 +45,7 @@ class Targets:
 
     Attributes:
         may_pad: rows of different length may share a batch.
+        points: the indexes of segments of which it is known what they give; known when all is prepared.
     """
 
     skeleton: Skeleton
@@ -49,6 +55,7 @@ class Targets:
     device: torch.device
     dtype: torch.dtype
     may_pad: bool = field(init=False, default=False)
+    points: frozenset[int] = field(init=False, default=frozenset())
     _walk: ReverseWalk = field(init=False)
     _ends: ExitStack = field(init=False, default_factory=ExitStack)
     _files: dict[int, Path] = field(init=False, default_factory=dict)
@@ -92,6 +99,9 @@ class Targets:
                 self._compute(places, file)
             self._files |= dict.fromkeys(places, file)
             on_rows(len(self._files), len(self.rows))
+        with safe_open(self._files[0], "pt") as stored:
+            names = list(stored.keys())
+        self.points = frozenset(int(end) for _, _, end in (name.partition(BETWEEN) for name in names) if end != HEAD)
 
     def _parts(self) -> list[list[int]]:
         """Rows that are computed together."""
@@ -106,24 +116,28 @@ class Targets:
         return found
 
     def _compute(self, places: Sequence[int], file: Path) -> None:
+        found = _Outputs(self._walk, set(points_of(len(self.skeleton.segments))))
         batches = self.batches(places)
-        tensors: dict[str, torch.Tensor] = {}
         for batch, hidden in zip(batches, self._walk.hidden(batches), strict=True):
-            lengths = [len(self.rows[place]) for place in batch.rows]
-            for place, states in zip(batch.rows, torch.split(hidden, lengths), strict=True):
-                tensors[str(place)] = states.cpu().contiguous()
+            found.keep(batch, hidden, HEAD)
+        tensors = found.tensors()
         part = file.with_suffix(".part")
         with translated_os_errors(file):
             self.folder.mkdir(parents=True, exist_ok=True)
             save_file(tensors, part)
             part.rename(file)
 
-    def hidden(self, batch: Batch) -> torch.Tensor:
-        """What the head is given of each token of a batch, ``[tokens, width]``, padding left out."""
+    def hidden(self, batch: Batch, point: int | str = HEAD) -> torch.Tensor:
+        """What the head is given of each token of a batch, ``[tokens, width]``, padding left out.
+
+        Args:
+            batch: made by :meth:`batches`.
+            point: one of :attr:`points`, for what that segment gives.
+        """
         found = []
         for place in batch.rows:
             with safe_open(self._files[place], "pt") as stored:
-                found.append(stored.get_tensor(str(place)))
+                found.append(stored.get_tensor(_name(place, point)))
         return torch.cat(found).to(self.device)
 
     def log_probabilities(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -135,3 +149,51 @@ class Targets:
 def _placed(batch: Batch, places: Sequence[int]) -> Batch:
     """A batch that knows its rows by their places among all."""
     return replace(batch, rows=tuple(places[each] for each in batch.rows))
+
+
+@dataclass(slots=True)
+class _Outputs:
+    """What segments give while batches go through a walk.
+
+    Args:
+        walk: it tells them.
+        points: the indexes of the segments that are looked at; those that give no hidden states, or are run several
+            times for a batch, go from among them.
+    """
+
+    walk: ReverseWalk
+    points: set[int]
+    _kept: dict[str, torch.Tensor] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.walk.on_output = self._see
+
+    def _see(self, index: int, output: torch.Tensor) -> None:
+        batch = self.walk.batch
+        if batch is None or index not in self.points:
+            return
+        if output.shape[:-1] != batch.token_ids.shape or _name(batch.rows[0], index) in self._kept:
+            self.points.remove(index)
+            return
+        self.keep(batch, batch.tokens_of(output.flatten(0, 1))[0], index)
+
+    def keep(self, batch: Batch, states: torch.Tensor, point: int | str) -> None:
+        """Keep hidden states ``[tokens, width]`` of a batch."""
+        for place, own in zip(batch.rows, torch.split(states, list(batch.row_lengths())), strict=True):
+            self._kept[_name(place, point)] = own.to("cpu", copy=True)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All that was kept, by row and point."""
+        ends = {HEAD, *map(str, self.points)}
+        return {name: each for name, each in self._kept.items() if name.partition(BETWEEN)[2] in ends}
+
+
+def _name(place: int, point: int | str) -> str:
+    """Of what is kept of a row."""
+    return f"{place}{BETWEEN}{point}"
+
+
+def points_of(segments: int) -> frozenset[int]:
+    """The indexes of the segments of which it is kept what they give, of so many."""
+    count = min(segments, POINTS)
+    return frozenset(-(-number * segments // count) - 1 for number in range(1, count + 1))

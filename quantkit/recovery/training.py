@@ -52,6 +52,7 @@ class Schedule:
         batch_tokens: tokens of a step, about: whole rows.
         rates: the learning rate of each kind of leaves.
         warmup: share of the steps in which the rates rise.
+        hidden: how much the error of hidden states between blocks counts beside the divergence.
         held_out: share of the rows that judge.
         evaluations: how often they do.
         optimizer: of codes :data:`SIGNS`, or see :func:`optimizer`.
@@ -62,6 +63,7 @@ class Schedule:
     batch_tokens: int
     rates: Mapping[str, float]
     warmup: float = 0.1
+    hidden: float = 0.0
     held_out: float = 0.05
     evaluations: int = 8
     optimizer: str = SIGNS
@@ -307,9 +309,30 @@ class Training:
                 raise _NotFiniteError
             return value
 
-        with standing_in(self.skeleton.model, self._stand_ins(FRAME, with_graph=True)):
-            self._walk.run(batches, loss)
+        self._walk.on_output = self._between(total)
+        try:
+            with standing_in(self.skeleton.model, self._stand_ins(FRAME, with_graph=True)):
+                self._walk.run(batches, loss)
+        finally:
+            self._walk.on_output = None
         self._descend(FRAME)
+
+    def _between(self, total: int) -> Callable[[int, torch.Tensor], None]:
+        """What is called with the outputs of segments: it runs the gradient of their errors back.
+
+        Args:
+            total: tokens of the step.
+        """
+        points = self.targets.points if self.schedule.hidden else frozenset()
+        weight = self.schedule.hidden / (total * max(len(points), 1))
+
+        def seen(index: int, output: torch.Tensor) -> None:
+            batch = self._walk.batch
+            if batch is not None and index in points:
+                found, _ = batch.tokens_of(output.flatten(0, 1))
+                torch.autograd.backward(weight * relative_error(self.targets.hidden(batch, index), found))
+
+        return seen
 
     # Judging
 
@@ -439,6 +462,19 @@ def divergence(target: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     """
     value: torch.Tensor = _Divergence.apply(logits, target)  # type: ignore[no-untyped-call]  # torch does not type it
     return value
+
+
+def relative_error(target: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
+    """Squared errors of hidden states, each relative to the square of what it should be, summed over tokens, 0-d.
+
+    Args:
+        target: ``[tokens, width]``.
+        found: likewise.
+    """
+    wanted = target.float()
+    size = wanted.square().sum(-1)
+    least = torch.clamp(size.mean() * 1e-6, min=torch.finfo(torch.float32).tiny)
+    return ((found.float() - wanted).square().sum(-1) / torch.maximum(size, least)).sum()
 
 
 def optimizer(name: str, groups: Sequence[dict[str, Any]]) -> torch.optim.Optimizer:
