@@ -35,7 +35,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from quantkit.methods import METHODS
 from quantkit.methods.base import InputStatistics, Method
-from quantkit.numerics.smoothing import Sample, pooled, sampled, search_factors, weight_sizes
+from quantkit.numerics.smoothing import Sample, Strength, pooled, sampled, search_factors, weight_sizes
 from quantkit.schemes import IntScheme, Scheme
 from quantkit.transforms.channel_scales import ChannelScales
 
@@ -86,7 +86,9 @@ def chosen(
     strength = known.abs_mean
     known = InputStatistics(known.tokens, strength, known.square_mean, known.gram)
     size = pooled(weight_sizes(members), shared)
-    found = search_factors(lambda tried: judge(method, rows, known, tried), pooled(strength, shared), size, 20)
+    found = search_factors(
+        lambda tried: judge(method, rows, known, tried), Strength(pooled(strength, shared), size), 20
+    )
     return torch.ones_like(strength) if found is None else found
 
 

@@ -18,7 +18,7 @@ from quantkit.errors import RecipeError
 from quantkit.methods.base import InputStatistics, Method, Statistic
 from quantkit.numerics.factor import Curvature
 from quantkit.numerics.grid_search import encode, quantized, range_grid, search_grid
-from quantkit.numerics.smoothing import candidate, pooled, sampled, search_factors
+from quantkit.numerics.smoothing import Strength, candidate, pooled, sampled, search_factors
 from quantkit.recipe import VariantSpec
 from quantkit.recipe.steps import steps_of
 from quantkit.schemes import IntScheme, Mxfp4Scheme, Nf4Scheme, Scheme
@@ -159,7 +159,7 @@ def test_exponents_are_found_from_coarse_to_fine_and_the_mildest_wins_a_tie() ->
                 return 1 + 1e-4 * torch.rand(len(factors))
             return torch.stack([(each / wanted).log().square().sum() for each in factors])
 
-        return search_factors(trial, strength, size, 20)
+        return search_factors(trial, Strength(strength, size), 20)
 
     for of, step in ((size, 7), (size, 0), (None, 3), (None, 20)):
         wanted = candidate(strength, of, step / 20)
@@ -252,7 +252,7 @@ def test_a_float_tensor_that_no_factor_touches_is_not_replaced(tmp_path: Path) -
 
 def test_a_method_behind_a_transform_takes_the_options_of_both_and_asks_for_what_both_need() -> None:
     found = VariantSpec.model_validate({"name": "v", "method": "awq+gptq", "alphas": 5, "damping": 0.1})
-    assert found.needs() == {Statistic.ABS_MEAN, Statistic.GRAM}
+    assert found.needs() == {Statistic.ABS_MEAN, Statistic.GRAM, Statistic.SAMPLE}
     options = found.method_options().model_dump()
     assert (options["alphas"], options["damping"]) == (5, 0.1)
     assert "clip" not in options, "the method chooses the ranges"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Set
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -18,6 +19,8 @@ from quantkit.system.host import decide, numbers
 
 CHUNK_TOKENS = 512
 """Tokens multiplied at a time on a CPU: what its caches hold."""
+SAMPLED_EACH, SAMPLED = 64, 512
+"""Tokens whose inputs are kept of a batch, and in all, where a sample is asked for."""
 WHOLE_COLUMNS = 768
 """Up to this many columns a CPU multiplies the whole matrix faster than the tiles of its upper triangle."""
 GPU_TILE = 4096
@@ -54,6 +57,7 @@ class Gatherer:
         seen: tokens in the statistics: an expert may be shown more than the router sends it.
         sums: of each statistic over them, weighed; of the Gram matrix the upper triangle.
         largest: the largest magnitudes, where these are asked for.
+        sample: inputs of some tokens, where these are asked for.
         weight: of all of them together.
         squares: of their weights together.
     """
@@ -69,6 +73,7 @@ class Gatherer:
         self._check = FiniteCheck(self._name)
         self.sums: dict[Statistic, torch.Tensor] = {}
         self.largest: torch.Tensor | None = None
+        self.sample: torch.Tensor | None = None
         self.weight: torch.Tensor | int = 0
         self.squares: torch.Tensor | int = 0
         self.tokens = self.seen = 0
@@ -90,9 +95,10 @@ class Gatherer:
             self._sum(Statistic.ABS_MEAN, flat).add_(_weighed(flat.float().abs(), weights).sum(0))
         if Statistic.SQUARE_MEAN in self._needs:
             self._sum(Statistic.SQUARE_MEAN, flat).add_(_weighed(flat.float().square(), weights).sum(0))
-
         if Statistic.ABS_MAX in self._needs and len(flat):
             self.largest = _larger(self.largest, flat.abs().amax(0).float())
+        if Statistic.SAMPLE in self._needs and len(flat):
+            self.sample = _longer(self.sample, flat[:: -(-len(flat) // SAMPLED_EACH)])
 
     def of_batch(self, inputs: torch.Tensor, batch: Batch) -> Sums:
         """What a batch would add, which is left to :meth:`absorb`.
@@ -134,7 +140,7 @@ class Gatherer:
             return InputStatistics()
         self.check()
         evenness = self.evenness()
-        return _finished(self.tokens, _means(self), self.largest, self.tokens / self.seen, evenness)
+        return _finished(self.tokens, _means(self), self, self.tokens / self.seen, evenness)
 
     def evenness(self) -> float:
         """As how many even tokens those in the statistics are worth, by how many there are."""
@@ -164,19 +170,24 @@ def _larger(one: torch.Tensor | None, other: torch.Tensor | None) -> torch.Tenso
     return torch.maximum(one, other)
 
 
+def _longer(one: torch.Tensor | None, other: torch.Tensor | None) -> torch.Tensor | None:
+    """The inputs of more tokens, float32; no more than :data:`SAMPLED`."""
+    if other is None or (one is not None and len(one) >= SAMPLED):
+        return one
+    return torch.cat([*([] if one is None else [one]), other.float()])[:SAMPLED]
+
+
 def _finished(
     tokens: int,
     means: Mapping[Statistic, torch.Tensor],
-    largest: torch.Tensor | None,
+    kept: Gatherer | Pool,
     own: float,
     evenness: float = 1.0,
 ) -> InputStatistics:
     if Statistic.GRAM in means:
         mirror_(means[Statistic.GRAM])
-    abs_mean, square_mean = means.get(Statistic.ABS_MEAN), means.get(Statistic.SQUARE_MEAN)
-    return InputStatistics(
-        tokens, abs_mean, square_mean, means.get(Statistic.GRAM), largest, own=own, evenness=evenness
-    )
+    found: dict[str, Any] = {statistic.value: mean for statistic, mean in means.items()}
+    return InputStatistics(tokens, **found, abs_max=kept.largest, sample=kept.sample, own=own, evenness=evenness)
 
 
 @dataclass(slots=True)
@@ -189,6 +200,7 @@ class Pool:
 
     sums: dict[Statistic, torch.Tensor] = field(default_factory=dict)
     largest: torch.Tensor | None = None
+    sample: torch.Tensor | None = None
     weight: torch.Tensor | int = 0
     tokens: int = 0
     _found: InputStatistics | None = None
@@ -202,6 +214,7 @@ class Pool:
             else:
                 self.sums[statistic] = total.clone()
         self.largest = _larger(self.largest, part.largest)
+        self.sample = _longer(self.sample, part.sample)
         self.weight = self.weight + part.weight
         self.tokens += part.seen
 
@@ -209,8 +222,8 @@ class Pool:
         """The statistics of an expert as if it had seen tokens like those of all experts beside its own.
 
         ``(n G + k P) / (n + k)``, where ``G`` are its own, of ``n`` tokens, ``P`` those of all, and ``k`` is ``prior``
-        times the width of the input; the largest magnitudes are its own. One that saw none has those of all, and shares
-        what is derived from them.
+        times the width of the input; the largest magnitudes and the sample are its own. One that saw none has those of
+        all, and shares what is derived from them.
 
         Args:
             part: what was gathered of the expert; its sums are taken out.
@@ -219,7 +232,7 @@ class Pool:
         if prior == 0 or self.tokens == 0:
             return part.result()
         if self._found is None:
-            self._found = _finished(0, _means(self), self.largest, 0.0)
+            self._found = _finished(0, _means(self), self, 0.0)
         if part.seen == 0:
             return self._found
         part.check()
@@ -229,7 +242,7 @@ class Pool:
             known: torch.Tensor = getattr(self._found, statistic.value)
             share = part.seen / (part.seen + prior * own.shape[-1])
             own.mul_(share).add_(known, alpha=1 - share)
-        return _finished(part.tokens, means, part.largest, share * part.tokens / part.seen, evenness)
+        return _finished(part.tokens, means, part, share * part.tokens / part.seen, evenness)
 
 
 def add_gram(total: torch.Tensor, inputs: torch.Tensor, weights: torch.Tensor | None = None) -> None:

@@ -39,6 +39,8 @@ class Statistic(Enum):
     """``XᵀX / tokens``, ``[in_features, in_features]``."""
     ABS_MAX = "abs_max"
     """The largest ``|x|``, ``[in_features]``, from which static scales of inputs follow."""
+    SAMPLE = "sample"
+    """``x`` of some tokens, ``[tokens, in_features]``."""
 
 
 def input_needs(schemes: Iterable[Scheme]) -> frozenset[Statistic]:
@@ -59,7 +61,7 @@ class InputStatistics:
 
     Attributes:
         tokens: how many calibration tokens reached the layers; 0 for an expert that got none.
-        abs_mean, square_mean, gram, abs_max: see :class:`Statistic`; float32.
+        abs_mean, square_mean, gram, abs_max, sample: see :class:`Statistic`; float32.
         derived: what was computed from them once for all variants.
         mismatch: what the input lost in the layers before it, where that was gathered; methods do not see it.
         own: the share of the tokens in them that the layer is given; below 1 for an expert's, beside others'.
@@ -72,6 +74,7 @@ class InputStatistics:
     square_mean: torch.Tensor | None = None
     gram: torch.Tensor | None = None
     abs_max: torch.Tensor | None = None
+    sample: torch.Tensor | None = None
     derived: dict[Any, Any] = field(default_factory=dict)
     mismatch: Mismatch | None = None
     own: float = 1.0

@@ -1,4 +1,4 @@
-"""The search of AWQ (Lin et al. 2023, arXiv:2306.00978) for factors of input channels.
+"""The search of AWQ (Lin et al. 2023, arXiv:2306.00978) for factors of input channels, and that of SmoothQuant's.
 
 Channels with strong inputs get larger weights, so that rounding hurts them less, and the input is divided by the
 same factors. The paper tries ``s = mean|x|**alpha`` for some alphas; with ``duo_scaling``, as its code came to do,
@@ -13,8 +13,10 @@ from dataclasses import dataclass
 
 import torch
 
+from quantkit.numerics.activation_rounding import round_inputs, static_scale
 from quantkit.schemes import Scheme
 from quantkit.schemes.grids import Grid
+from quantkit.schemes.rounding import InputRounding
 from quantkit.system.host import number
 
 SEARCH_ROWS = 192
@@ -134,6 +136,46 @@ def expected_errors(
     return torch.stack(errors)
 
 
+def input_errors(
+    weight: torch.Tensor, sample: torch.Tensor, rounding: InputRounding, factors: Sequence[torch.Tensor]
+) -> torch.Tensor:
+    """Mean square error of the outputs, summed over rows, when inputs divided by factors are rounded.
+
+    Args:
+        weight: float32 ``[rows, in_features]``.
+        sample: the input of some tokens, float32 ``[tokens, in_features]``.
+        rounding: of the input.
+        factors: each float32 ``[in_features]``.
+
+    Returns:
+        float32 ``[len(factors)]``.
+    """
+    errors = []
+    for each in factors:
+        scaled = sample / each
+        scale = static_scale(scaled.abs().amax(), rounding) if rounding.static else None
+        missing = (scaled - round_inputs(scaled, rounding, scale)) @ (weight * each).T
+        errors.append(missing.square().sum() / len(sample))
+    return torch.stack(errors)
+
+
+@dataclass(frozen=True, slots=True)
+class Strength:
+    """What factors are powers of.
+
+    Attributes:
+        inputs: strength of each channel, float32 ``[in_features]``; factors are its power ``alpha``.
+        weights: size of the weights of each channel, whose power ``1 - alpha`` they are divided by; None leaves it out.
+        both: try factors without the weights as well.
+        alpha: the only exponent; None for any.
+    """
+
+    inputs: torch.Tensor
+    weights: torch.Tensor | None
+    both: bool = True
+    alpha: float | None = None
+
+
 @dataclass(frozen=True, slots=True, order=True)
 class Exponent:
     """What factors are made of; the mildest comes first.
@@ -151,7 +193,7 @@ NONE = Exponent(duo=False, step=0)
 """All factors are one."""
 
 
-def search_factors(trial: Trial, strength: torch.Tensor, size: torch.Tensor | None, alphas: int) -> torch.Tensor | None:
+def search_factors(trial: Trial, strength: Strength, alphas: int) -> torch.Tensor | None:
     """The factors of least output error, or None if none is better than leaving the weights as they are.
 
     Exponents are tried from coarse to fine: first a quarter of the way apart, then at ever half the distance on both
@@ -159,15 +201,15 @@ def search_factors(trial: Trial, strength: torch.Tensor, size: torch.Tensor | No
 
     Args:
         trial: judges factors.
-        strength: mean ``|x|`` per channel, float32 ``[in_features]``.
-        size: see :func:`weight_sizes`; factors that fall with it are tried beside those that do not. None tries the
-            latter alone.
+        strength: what factors are made of.
         alphas: steps of the exponent between 0 and 1.
     """
+    if strength.alpha is not None:
+        return candidate(strength.inputs, strength.weights, strength.alpha)
     errors: dict[Exponent, float] = {}
 
     def factors(exponent: Exponent) -> torch.Tensor:
-        return candidate(strength, size if exponent.duo else None, exponent.step / alphas)
+        return candidate(strength.inputs, strength.weights if exponent.duo else None, exponent.step / alphas)
 
     def judge(wanted: Iterable[Exponent]) -> None:
         new = sorted({each for each in wanted if 0 <= each.step <= alphas} - errors.keys())
@@ -175,11 +217,15 @@ def search_factors(trial: Trial, strength: torch.Tensor, size: torch.Tensor | No
         errors.update({exponent: number(error) for exponent, error in zip(new, found, strict=True)})
 
     distance = max(1, alphas // 4)
-    families = (False,) if size is None else (False, True)
+    families = [
+        *([False] if strength.both or strength.weights is None else []),
+        *[True][: strength.weights is not None],
+    ]
     judge(Exponent(duo, step) for duo in families for step in {*range(0, alphas + 1, distance), alphas})
+    judge([NONE])
     while distance > 1:
         distance //= 2
-        best = _least(errors)
+        best = _least({each: error for each, error in errors.items() if each.duo in families})
         judge(Exponent(best.duo, best.step + side) for side in (-distance, distance))
     best = _least(errors)
     return None if best == NONE else factors(best)

@@ -64,6 +64,7 @@ class ChannelScales(Change):
             square_mean=None if found.square_mean is None else found.square_mean / divisor.square(),
             gram=None if found.gram is None else found.gram / divisor.outer(divisor),
             abs_max=None if found.abs_max is None else found.abs_max / divisor.abs(),
+            sample=None if found.sample is None else found.sample / divisor,
             derived={},
             held_out={name: self.statistics(layer, each) for name, each in found.held_out.items()},
         )
