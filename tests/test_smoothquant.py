@@ -106,14 +106,19 @@ def test_the_error_of_rounded_inputs_is_that_of_the_outputs(static: bool) -> Non
 
 
 def test_a_sample_and_the_largest_inputs_are_gathered() -> None:
-    gathered = Gatherer(frozenset({Statistic.SAMPLE, Statistic.ABS_MAX}))
+    gathered, other = (Gatherer(frozenset({Statistic.SAMPLE, Statistic.ABS_MAX})) for _ in range(2))
     rows = make_batches([[1] * 200] * 10, torch.device("cpu"), may_pad=False, limit=200)
     inputs = [torch.randn(200, 8) for _ in rows]
     for batch, each in zip(rows, inputs, strict=True):
         gathered.add(each, batch)
-    found = gathered.result()
+        other.absorb(other.of_batch(each, batch))  # as another process would
+    found, elsewhere = gathered.result(), other.result()
     assert found.sample is not None
     assert found.abs_max is not None
+    assert elsewhere.sample is not None
+    assert elsewhere.abs_max is not None
+    assert torch.equal(found.sample, elsewhere.sample)
+    assert torch.equal(found.abs_max, elsewhere.abs_max)
     assert 50 < SAMPLED_EACH < 200
     assert torch.equal(found.sample[:50], inputs[0][::4])
     assert len(found.sample) <= SAMPLED

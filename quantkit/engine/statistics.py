@@ -39,6 +39,7 @@ class Sums:
     tokens: int
     seen: int
     largest: torch.Tensor | None = None
+    sample: torch.Tensor | None = None
 
 
 class Gatherer:
@@ -109,7 +110,8 @@ class Gatherer:
         alone = Gatherer(self._needs, self._name, self.token_weights)
         alone.add(inputs, batch)
         alone.check()
-        return Sums(alone.sums, alone.weight, alone.squares, alone.tokens, alone.seen, alone.largest)
+        kept = alone.largest, alone.sample
+        return Sums(alone.sums, alone.weight, alone.squares, alone.tokens, alone.seen, *kept)
 
     def absorb(self, part: Sums) -> None:
         """Add what :meth:`of_batch` of this gatherer, or of one like it in another process, gave."""
@@ -120,7 +122,7 @@ class Gatherer:
                 self.sums[statistic] = total
         self.weight, self.squares = self.weight + part.weight, self.squares + part.squares
         self.tokens, self.seen = self.tokens + part.tokens, self.seen + part.seen
-        self.largest = _larger(self.largest, part.largest)
+        self.largest, self.sample = _larger(self.largest, part.largest), _longer(self.sample, part.sample)
 
     def check(self) -> None:
         """Refuse an input that is not finite.

@@ -185,6 +185,11 @@ class VariantTask:
         return tuple(transform for transform in self.transforms if transform.mixes)
 
     @property
+    def learns(self) -> bool:
+        """Whether a transform learns from runs of each segment."""
+        return any(transform.learns for transform in self.transforms)
+
+    @property
     def smooths(self) -> bool:
         """Whether a transform asks where inputs can be scaled."""
         return any(transform.smooths for transform in self.transforms)

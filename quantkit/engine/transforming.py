@@ -7,9 +7,12 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from quantkit.engine.batches import Batch
 from quantkit.engine.crew import ALONE, Crew
 from quantkit.engine.equality import check_logits
 from quantkit.engine.originals import Originals, inside
+from quantkit.engine.passes import AtSegment
+from quantkit.engine.segment_runs import SegmentRuns
 from quantkit.engine.skeleton import Segment
 from quantkit.engine.smoothing import SmoothingFinder, Trial
 from quantkit.engine.structure import find_structure
@@ -91,6 +94,8 @@ class Transforming:
         """Ask a task's transforms what they do to the whole model, and give its sink what no segment will."""
         changes = self._of_model(task)
         self._models[task.name] = Changes(_made(changes))
+        if any(transform.learns for transform in task.transforms):
+            self.structure()  # now: later it would take the place of what passes run through
         if task.memory is not None and task.transforms:
             task.memory.remember_changes(MODEL, [SavedChange.of(change) for change in changes])
         self._hand_over_rest(task)
@@ -142,11 +147,27 @@ class Transforming:
         asked = [transform for task in tasks for transform in task.transforms if transform.needs]
         return any(bool(self._places) or not transform.smooths for transform in asked)
 
-    def choose(self, task: VariantTask, segment: Segment, known: Mapping[str, InputStatistics]) -> None:
-        """Ask a task's transforms what they do to a segment, from the gathered statistics of each layer's input."""
+    def choose(
+        self,
+        task: VariantTask,
+        segment: Segment,
+        known: Mapping[str, InputStatistics],
+        places: Sequence[tuple[Batch, AtSegment]] = (),
+    ) -> None:
+        """Ask a task's transforms what they do to a segment.
+
+        Args:
+            task: it.
+            segment: it is loaded.
+            known: the gathered statistics of each layer's input.
+            places: the batches that come to the segment, and with what, where a transform learns from them.
+        """
         done = self._segments[task.name] = []
         for transform in task.transforms:
             view = self._view(task, transform, segment, known)
+            if transform.learns and places:
+                heads = [each for each in self.structure().heads if inside([each.values], segment.prefix)]
+                view = replace(view, heads=heads, runs=SegmentRuns.of(segment, places))
             done.append(transform.of_segment(view) if transform.needs else None)
 
     def _view(
@@ -167,7 +188,12 @@ class Transforming:
             lambda name: _changed(before, name, self.originals.parameter(name)),
             {path: found.only(transform.needs) for path, found in statistics.items()},
             task.method,
+            leaves=self._leaves,
         )
+
+    def _leaves(self, module: str) -> list[str]:
+        owner = self.originals.skeleton.model.get_submodule(module)
+        return [leaf for leaf, _ in owner.named_parameters(recurse=False)]
 
     def apply(self, task: VariantTask, segment: Segment) -> None:
         """Put a task's changes into the parameters of the segment through which the passes run."""

@@ -298,13 +298,14 @@ class Walk:
         rest = [step for step in found if step not in large]
         self._streams.deal(rest)
         groups, tunes = [group for step in rest for group in step.groups], bool(self._solver.tuning(segment))
-        places = self._streams.standing(segment) if tunes else ()
+        learns = any(task.learns for task in observing)
+        places = self._streams.standing(segment) if tunes or learns else ()
         with self._streams.gathering(segment, groups, pausing=False), ExitStack() as seeing:
             outputs = seeing.enter_context(leaving(segment)) if tunes else {}
             self._streams.advance(segment)
         known = self._streams.results(rest, everywhere=bool(observing))
         for task in observing:
-            self._solver.work(task, partial(self._solver.transforming.choose, task, segment, known))
+            self._solver.work(task, partial(self._solver.transforming.choose, task, segment, known, places))
         for step in rest:
             own = [group for group in step.groups if self.crew.owns(group)]
             self._solve_own(segment, [(group, known[group.name]) for group in own], step.experts)
@@ -317,7 +318,8 @@ class Walk:
         transforming, observing = self._solver.transforming, self._solver.observing(segment)
         if transforming.has_work(observing):
             known = self._streams.observe(segment, found)
-            self._solver.work(observing[0], partial(transforming.choose, observing[0], segment, known))
+            places = self._streams.standing(segment) if observing[0].learns else ()
+            self._solver.work(observing[0], partial(transforming.choose, observing[0], segment, known, places))
             transforming.apply(observing[0], segment)
         self._streams.deal(found, whole=False)
         tunes, corrects = bool(self._solver.tuning(segment)), self._solver.corrects()

@@ -304,10 +304,10 @@ def _crew(job: Job, tasks: Sequence[VariantTask], batches: Sequence[Batch], sett
 def walk_devices(job: Job, tasks: Sequence[VariantTask]) -> list[torch.device]:
     """The devices over which a walk is dealt: those of the job, or its first where the walk cannot be.
 
-    Tuning goes from batch to batch, and without calibration there is nothing to deal.
+    Tuning and transforms that learn go from batch to batch, and without calibration there is nothing to deal.
     """
     devices = resolve_devices(job.device, job.devices)
-    dealt = any(task.calibrated for task in tasks) and not any(task.tune is not None for task in tasks)
+    dealt = any(task.calibrated for task in tasks) and not any(task.tune is not None or task.learns for task in tasks)
     return devices if dealt else devices[:1]
 
 
@@ -320,7 +320,8 @@ def batch_limit(tasks: Sequence[VariantTask], tokens: int, limit: int) -> int:
         limit: what memory allows.
     """
     asked = [task.tune.batch_tokens for task in tasks if task.tune is not None]
-    return min([limit, *asked, *([max(1, tokens // FEWEST_BATCHES)] if asked else [])])
+    few = asked or any(task.learns for task in tasks)
+    return min([limit, *asked, *([max(1, tokens // FEWEST_BATCHES)] if few else [])])
 
 
 def _name_exhausted(failures: dict[str, Exception], device: torch.device) -> None:

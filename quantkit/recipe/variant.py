@@ -177,9 +177,9 @@ class VariantSpec(SchemeKeys, Choice):
 
     @property
     def mixing(self) -> str:
-        """The transforms of a calibrated variant that mixes channels, with their options; empty for none."""
+        """The transforms of a calibrated variant that mixes channels or learns, with their options; empty for none."""
         transforms = self.build_transforms()
-        if not self.calibrated or not any(transform.mixes for transform in transforms):
+        if not self.calibrated or not any(transform.mixes or transform.learns for transform in transforms):
             return ""
         return str([(transform.name, transform.options) for transform in transforms])
 

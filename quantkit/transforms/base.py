@@ -201,6 +201,21 @@ class ModelView(Protocol):
         """What reads and writes the residual stream, and where heads of values are; found by a run of a few tokens."""
 
 
+class BlockRuns(Protocol):
+    """Runs of a block on calibration batches with other parameters, compared with what it gives as it is."""
+
+    def divided(self, share: float) -> tuple[list[int], list[int]]:
+        """The places of batches of which a share is held out, at least one, and of those to learn from."""
+
+    def error(self, place: int, parameters: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The mean square of what the output of a batch is off by, 0-d, with a graph back to the parameters.
+
+        Args:
+            place: of the batch.
+            parameters: that are others, by their full names.
+        """
+
+
 @dataclass(frozen=True, slots=True)
 class SegmentView:
     """A segment whose inputs are known and of which nothing is solved.
@@ -213,6 +228,9 @@ class SegmentView:
         parameter: a parameter by its full name in float32, as the transforms before left it.
         statistics: of the input of each layer, as the transforms before left it; what the transform needs of them.
         method: what will choose the codes, to be asked what it would lose: :meth:`Method.trial_errors`.
+        heads: of values in it; empty for a transform that does not learn.
+        runs: of it, for a transform that learns; None where no batch comes to it.
+        leaves: the names of the parameters of a module, such as ``weight``, by its full name.
     """
 
     prefix: str
@@ -222,6 +240,13 @@ class SegmentView:
     parameter: Callable[[str], torch.Tensor]
     statistics: Mapping[str, InputStatistics]
     method: Method
+    heads: Sequence[ValueHeads] = ()
+    runs: BlockRuns | None = None
+    leaves: Callable[[str], Sequence[str]] = lambda _: ("weight",)
+
+    def floats(self, module: str) -> dict[str, torch.Tensor]:
+        """The parameters of a module, by their names in it; see :attr:`parameter`."""
+        return {leaf: self.parameter(f"{module}.{leaf}") for leaf in self.leaves(module)}
 
 
 class Transform(ABC):
@@ -237,6 +262,7 @@ class Transform(ABC):
         Options: its own options.
         mixes: it mixes channels, so that statistics of the float model do not tell those of what it makes: passes run
             through that, whatever layers are calibrated on.
+        learns: it asks for runs of each block, by which it learns; its batches are as small as those of tuning.
         needs: the statistics of inputs that it asks for; without any, :meth:`of_segment` is not asked.
         smooths: whether it asks where inputs can be scaled, which is then looked for.
     """
@@ -246,6 +272,7 @@ class Transform(ABC):
     source: ClassVar[str]
     Options: ClassVar[type[TransformOptions]] = TransformOptions
     mixes: ClassVar[bool] = False
+    learns: ClassVar[bool] = False
     needs: frozenset[Statistic] = frozenset()
     smooths: ClassVar[bool] = False
 
