@@ -15,7 +15,7 @@ import torch
 from quantkit.methods.base import Method, Statistic, input_needs
 from quantkit.methods.tuning import TuneOptions
 from quantkit.schemes import QuantizedWeight, Scheme
-from quantkit.schemes.rounding import InputRounding
+from quantkit.schemes.rounding import CacheRounding, InputRounding
 from quantkit.transforms.base import Change, Transform
 
 MODEL = ""
@@ -144,6 +144,7 @@ class VariantTask:
         memory: what an earlier walk left of it, and where this one leaves its own; None for a task that forgets.
         transforms: change the weights before they are solved, in this order.
         tune: how each segment is tuned when its layers are solved; None leaves it as the method solved it.
+        cache: how runtimes store keys and values, whose scales are calibrated; None for as usual.
         roundings: how runtimes round the inputs of layers, by their schemes; of those that are left out as these say.
     """
 
@@ -156,6 +157,7 @@ class VariantTask:
     memory: Memory | None = None
     transforms: tuple[Transform, ...] = ()
     tune: TuneOptions | None = None
+    cache: CacheRounding | None = None
     roundings: Mapping[Scheme, InputRounding | None] = field(default_factory=dict)
 
     def rounding_of(self, layer: str) -> InputRounding | None:
@@ -165,8 +167,8 @@ class VariantTask:
 
     @property
     def calibrated(self) -> bool:
-        """Whether it asks for calibration tokens, for statistics or to tune with."""
-        return bool(self.needs) or self.tune is not None
+        """Whether it asks for calibration tokens, for statistics, to tune with, or for scales of the KV cache."""
+        return bool(self.needs) or self.tune is not None or self.cache is not None
 
     @property
     def needs(self) -> frozenset[Statistic]:

@@ -33,6 +33,7 @@ from typing import Literal
 import torch
 
 from quantkit.engine.batches import Batch
+from quantkit.engine.cache_rounding import Largest, hand_over_scales
 from quantkit.engine.crew import ALONE, Crew
 from quantkit.engine.gathering import Group, Replay, Solvable, Step, Streams, batch_of, pause_at
 from quantkit.engine.input_rounding import take_rounders
@@ -164,7 +165,8 @@ class Walk:
         if not self._is_left(segments):
             return
         judged = any(batch.held_out for batch in self.batches)
-        calibrated = (bool(self._solver.needs()) or self._solver.tunes() or judged) and bool(self.batches)
+        wanted = any(task.calibrated for task in self.tasks) or judged
+        calibrated = wanted and bool(self.batches)
         with torch.no_grad(), ExitStack() as cleanup:
             cleanup.callback(take_rounders, [layer.module for segment in segments for layer in segment.layers])
             self._solver.begin()
@@ -290,6 +292,7 @@ class Walk:
         Experts whose statistics would not fit together are gathered and solved before, part by part, unless a transform
         is to see those of the whole segment.
         """
+        self._observe_cache(segment)
         observing = self._solver.observing(segment)
         large = [step for step in found if not observing and not self._streams.fits(step, self.settings.device)]
         self._streams.deal(large, whole=False)
@@ -322,6 +325,7 @@ class Walk:
             self._solver.work(observing[0], partial(transforming.choose, observing[0], segment, known, places))
             transforming.apply(observing[0], segment)
         self._streams.deal(found, whole=False)
+        self._observe_cache(segment)
         tunes, corrects = bool(self._solver.tuning(segment)), self._solver.corrects()
         one_pass = self.settings.strategy == "one-pass" and not tunes and not any(step.experts for step in found)
         replay = None
@@ -350,6 +354,23 @@ class Walk:
             self._advance_twins(segment, last)
         if not last:
             self._streams.advance(segment)
+
+    def _observe_cache(self, segment: Segment) -> None:
+        """Calibrate the scales of keys and values for the tasks that want them, from one run before layers are solved.
+
+        So keys and values are those of float weights, as they are with what the transforms made of these.
+        """
+        tasks = [task for task in self._solver.at_work(segment) if task.cache is not None]
+        if not tasks:
+            return
+        largest, paths = Largest(), {layer.path: layer.name for layer in segment.layers}
+        for each in self._streams.at(segment):
+            with largest.watching(segment.module, partial(_tokens_of, each.batch)):
+                self._streams.try_alone(segment, each)
+        for found in self.crew.gathered(largest.found):
+            largest.add(found)
+        for task in tasks:
+            self._solver.work(task, partial(hand_over_scales, task, segment.prefix, paths, largest, segment.module))
 
     def _tune(self, segment: Segment, places: Sequence[tuple[Batch, AtSegment]], outputs: Outputs) -> None:
         """Tune a solved segment by what batches bring to it and what the float model makes of them."""
@@ -409,6 +430,10 @@ class Walk:
         """Keep what twins need of layers that are about to be solved."""
         if self._twins is not None:
             self._twins.keep(segment, [layer for group in groups for layer in group.layers.values()])
+
+
+def _tokens_of(batch: Batch, flat: torch.Tensor) -> torch.Tensor:
+    return batch.tokens_of(flat)[0]
 
 
 def _list_of(segment: Segment) -> str:

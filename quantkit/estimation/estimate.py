@@ -16,6 +16,7 @@ from quantkit.estimation.training import training
 from quantkit.estimation.use import Use
 from quantkit.estimation.weights import Stored, stored, taken_in
 from quantkit.recipe import VariantSpec
+from quantkit.schemes.rounding import CACHES
 from quantkit.system.names import chosen
 from quantkit.system.units import in_units
 from quantkit.system.validation import parse_section
@@ -136,6 +137,8 @@ def of_variant(
         train: estimate QLoRA training too.
     """
     file = stored(anatomy, variant, dtype)
+    if variant.kv_cache is not None and use.kv_dtype is None:
+        use = use.model_copy(update={"kv_dtype": CACHES[variant.kv_cache].numbers})
     parts = [
         Part("file", "tensors of the exported file", file.lines(), anatomy.notes),
         running(anatomy, file, use, decoded=decoded),

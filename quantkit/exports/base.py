@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from quantkit.schemes import Decodable, QuantizedWeight, Scheme
-from quantkit.schemes.rounding import InputRounding
+from quantkit.schemes.rounding import CacheRounding, InputRounding
 
 
 class Export(ABC):
@@ -24,6 +24,7 @@ class Export(ABC):
         made_by: who wrote it, such as ``quantkit 0.1.0`` or ``gptqmodel 7.7.0``; ``unknown`` where it does not say.
         schemes: full name of each packed layer to its scheme.
         embedding: which of them is the input embedding.
+        cache: how it asks runtimes to store keys and values; None where it does not.
     """
 
     path: Path
@@ -31,6 +32,7 @@ class Export(ABC):
     made_by: str
     schemes: Mapping[str, Scheme]
     embedding: str | None = None
+    cache: CacheRounding | None = None
 
     @abstractmethod
     def config(self) -> dict[str, Any]:
@@ -68,6 +70,10 @@ class Export(ABC):
             CheckpointError: the file is broken.
         """
         return None
+
+    def cache_scales(self) -> list[str]:
+        """Names of the tensors by which :attr:`cache` is rounded, ``k_scale`` and ``v_scale`` of each attention."""
+        return []
 
     @abstractmethod
     def float_names(self) -> list[str]:

@@ -13,7 +13,7 @@ import torch
 from quantkit.checkpoint import CheckpointReader
 from quantkit.errors import CheckpointError
 from quantkit.schemes import QuantizedWeight, Scheme
-from quantkit.schemes.rounding import INPUT_SCALE
+from quantkit.schemes.rounding import INPUT_SCALE, CacheRounding
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +61,7 @@ class Content:
         digests: of each quantized layer, see :func:`digest`.
         embedding: name and scheme of the input embedding where that is quantized.
         name: of the model; empty where it is that of the folder ``origin``.
+        cache: how runtimes are asked to store keys and values, by scales that are among the floats; None for as usual.
         unties: head and embedding no longer share one weight, whatever the origin's config says.
         changes: keys of ``config.json`` that differ from the origin's.
         runs_code: the model comes with Python code, which goes along.
@@ -84,6 +85,7 @@ class Content:
     preset: str | None = None
     others: Collection[str] = ()
     unties: bool = False
+    cache: CacheRounding | None = None
     name: str = ""
 
     @property

@@ -87,6 +87,9 @@ def convert(
     return facts
 
 
+LOST_CACHE = "this format does not say how runtimes store keys and values: the scales of the KV cache are left out"
+
+
 @contextmanager
 def _scratch(work: Path) -> Iterator[Path]:
     """An empty folder for the time of the block; what a killed process left there is of no use."""
@@ -153,6 +156,7 @@ def _facts(
         "largest_shift": largest,
         "notes": [
             *mended,
+            *([LOST_CACHE] if export.cache is not None and export.cache.name not in store.caches else []),
             *origin_remarks(store, origin, store.dtype, export.float_names()),
             *store.remarks(set(schemes.values())),
         ],

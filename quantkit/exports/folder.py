@@ -19,7 +19,7 @@ from quantkit.exports.manifest import FOREIGN, read_manifest
 from quantkit.formats import FORMATS
 from quantkit.formats.base import Format
 from quantkit.schemes import Decodable, QuantizedWeight, Scheme, scheme_from_json
-from quantkit.schemes.rounding import InputRounding
+from quantkit.schemes.rounding import CACHE_SCALES, InputRounding
 from quantkit.system.artifacts import read_json
 
 W = TypeVar("W")
@@ -58,6 +58,7 @@ class FolderExport(Export):
                     "export the checkpoint again",
                 )
             self.made_by = str(manifest.get("created_by", "quantkit"))
+        self.cache = self._store.cache_rounding(self._config["quantization_config"])
         self.format = self._store.name
         self._names = {layer: self._packed_names(layer, scheme) for layer, scheme in self.schemes.items()}
 
@@ -112,8 +113,12 @@ class FolderExport(Export):
     def float_names(self) -> list[str]:
         """All tensors but those of packed layers and the scales of activations."""
         packed = {name for names in self._names.values() for name in names.values()}
-        left_out = packed | set(self.activation_scales())
+        left_out = packed | {*self.activation_scales(), *self.cache_scales()}
         return [name for name in self._reader.names() if name not in left_out]
+
+    def cache_scales(self) -> list[str]:
+        """Those of names that end so, where the config asks for it."""
+        return [name for name in self._reader.names() if self.cache is not None and name.endswith(CACHE_SCALES)]
 
     def activation_scales(self) -> list[str]:
         """Names of the tensors by which runtimes of another tool's file round activations and KV caches."""

@@ -66,6 +66,8 @@ def _write_config(content: Content, store: Format, folder: Path) -> None:
         quantization = store.quantization_config(content.spelled)
         if content.embedding is not None:
             quantization = store.with_embedding(quantization, *content.embedding)
+        if content.cache is not None:
+            quantization = store.with_cache(quantization, content.cache)
         config["quantization_config"] = quantization
     if "dtype" in content.changes:
         config.pop("torch_dtype", None)

@@ -12,6 +12,7 @@ from quantkit.errors import CheckpointError
 from quantkit.exports.content import Stored, digest, same_values
 from quantkit.formats.base import Format
 from quantkit.schemes import QuantizedWeight
+from quantkit.schemes.rounding import CACHE_SCALES, CacheRounding
 
 
 class LayerStore:
@@ -86,6 +87,14 @@ class LayerStore:
     def replaces(self, name: str) -> bool:
         """Whether a float tensor of the source is replaced by one of the layer store."""
         return name in self._replaced
+
+    def cache_scales(self) -> list[str]:
+        """Names of the scales of keys and values that it was given."""
+        return sorted(name for name in self._replaced if name.endswith(CACHE_SCALES))
+
+    def takes_cache(self, rounding: CacheRounding | None) -> bool:
+        """Whether the format can say that runtimes store keys and values so."""
+        return rounding is not None and rounding.name in self._store.caches
 
     def stored(self, name: str) -> Stored:
         """A tensor of the layer store."""

@@ -79,12 +79,14 @@ def content_of(
     def plain(name: str) -> Stored:
         return Stored(export.float_dtype(name), export.float_shape(name), lambda: export.float_tensor(name))
 
+    cache = export.cache if layers.takes_cache(export.cache) else None
     return Content(
         origin=origin,
         dtype=float_dtype(export),
         linears={layer.name: schemes.get(layer.name) for layer in skeleton.layers()},
         packed={layer: layers.packed(layer) for layer in schemes},
-        floats={name: plain(name) for name in floats},
+        floats={name: plain(name) for name in (*floats, *(export.cache_scales() if cache is not None else ()))},
+        cache=cache,
         digests=layers.digests(),
         embedding=None if export.embedding is None else (export.embedding, schemes[export.embedding]),
         paths={layer.name: layer.path for layer in skeleton.layers() if layer.name != layer.path},

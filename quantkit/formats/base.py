@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from quantkit.errors import CheckpointError, SchemeError
 from quantkit.schemes import DEFAULT_KIND, Decodable, IntScheme, PlainScheme, QuantizedWeight, Scheme, make_scheme
-from quantkit.schemes.rounding import InputRounding
+from quantkit.schemes.rounding import CacheRounding, InputRounding
 
 if TYPE_CHECKING:
     import torch
@@ -55,6 +55,8 @@ class Format(ABC):
             decoded, where PEFT finds no weights in them otherwise; else empty.
         usual: the keys of a scheme that a variant of this format has where it does not give them: the first of these
             that suit what it gives.
+        caches: in what runtimes store keys and values as a file of it says, names of
+            :data:`quantkit.schemes.rounding.CACHES`.
         examples: the keys of schemes as a variant gives them, one of every kind, which the matrix tries.
         fused: names of layers beside each other that runtimes load as one matrix, so that they must agree in scheme.
         experts: which layers of a block's experts runtimes load as one tensor, and so in one scheme: all, or those of a
@@ -78,6 +80,7 @@ class Format(ABC):
     decoded_at_first_use: ClassVar[bool] = False
     decoding_config: ClassVar[str] = ""
     usual: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
+    caches: ClassVar[tuple[str, ...]] = ()
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ()
     fused: ClassVar[tuple[tuple[str, ...], ...]] = ()
     experts: ClassVar[Experts] = "none"
@@ -289,6 +292,16 @@ class Format(ABC):
             ValueError: the tensors do not fit each other.
         """
         return self.unpack(tensors, scheme)
+
+    @classmethod
+    def cache_rounding(cls, config: Mapping[str, Any]) -> CacheRounding | None:
+        """How a ``quantization_config`` asks runtimes to store keys and values; None where it does not."""
+        return None
+
+    @classmethod
+    def with_cache(cls, config: dict[str, Any], rounding: CacheRounding) -> dict[str, Any]:
+        """A ``quantization_config`` that asks for that; of a format whose :attr:`caches` have it."""
+        raise NotImplementedError(f"{cls.name} says nothing of the KV cache")
 
     def input_rounding(self, scheme: Scheme) -> InputRounding | None:
         """How runtimes round what a layer of a scheme is given; None where they leave it as it is."""

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 from quantkit.errors import CheckpointError
 from quantkit.formats import FORMATS
 from quantkit.formats._compressed_tensors import Layout, embedding_layout_of, layout_of
+from quantkit.formats._compressed_tensors.layout import STATIC_OBSERVER, quantization_args
 from quantkit.formats._per_layer import BITS_OF_VLLM, FUSED
 from quantkit.formats.base import FLOAT, Format, PackedShapes
 from quantkit.schemes import PER_CHANNEL, IntScheme, Mxfp4Scheme, Nvfp4Scheme, QuantizedWeight, Scheme
-from quantkit.schemes.rounding import INPUT_SCALE
+from quantkit.schemes.rounding import CACHES, INPUT_SCALE, CacheRounding
 
 if TYPE_CHECKING:
     import torch
@@ -51,9 +52,7 @@ FOUR_BIT_INPUTS = (
     "inputs in mxfp4 or nvfp4: vLLM multiplies in 4 bits on Blackwell GPUs, and computes on older ones with the "
     "weights alone or emulates the rounding; it has no kernels for CPUs"
 )
-KV_CACHE = (
-    "runtimes store the KV cache in 8 bits with scales of the file (kv_cache_scheme), which quantkit does not read"
-)
+KV_CACHE = "runtimes store the KV cache as the file says (kv_cache_scheme), in a way that quantkit does not read"
 MIXED_BITS = (2, 3, 4, 5, 6, 8)
 """Of the integers among which a mix chooses."""
 EMBEDDING = "quantized input embedding: transformers loads it, vLLM does not"
@@ -69,6 +68,7 @@ class CompressedTensors(Format):
     runtimes = ("transformers", "vllm")
     requires = ("compressed-tensors",)
     decoded_at_first_use = True
+    caches = tuple(CACHES)
     examples = (
         *({"bits": bits, "group_size": 32, "symmetric": symmetric} for bits in (4, 8) for symmetric in (True, False)),
         {"bits": 8, "group_size": -1},
@@ -219,6 +219,19 @@ class CompressedTensors(Format):
             "kv_cache_scheme": None,
         }
 
+    @classmethod
+    def cache_rounding(cls, config: Mapping[str, Any]) -> CacheRounding | None:
+        """From ``kv_cache_scheme``, where it asks for what quantkit has."""
+        asked = config.get("kv_cache_scheme")
+        if not isinstance(asked, dict):
+            return None
+        return next((each for each in CACHES.values() if _asks_for(asked, _cache_args(each))), None)
+
+    @classmethod
+    def with_cache(cls, config: dict[str, Any], rounding: CacheRounding) -> dict[str, Any]:
+        """As ``kv_cache_scheme``; the scales lie in the file as ``k_scale`` and ``v_scale`` of each attention."""
+        return {**config, "kv_cache_scheme": _cache_args(rounding)}
+
     def with_embedding(self, config: dict[str, Any], name: str, scheme: Scheme) -> dict[str, Any]:
         """A group of its own, with the full name of the embedding: a model may have others that stay float."""
         groups = dict(config["config_groups"])
@@ -273,7 +286,7 @@ class _Described(CompressedTensors):
 
         super().__init__(dtype)
         self._groups: list[Group] = groups_in(config)
-        self._caches = config.get("kv_cache_scheme") is not None
+        self._leaves_cache = config.get("kv_cache_scheme") is not None and self.cache_rounding(config) is None
 
     def for_embeddings(self) -> Format:
         """The same: groups say how an embedding is stored."""
@@ -282,7 +295,7 @@ class _Described(CompressedTensors):
     def remarks(self, schemes: Collection[Scheme]) -> tuple[str, ...]:
         """Also what the groups ask of a runtime beyond the schemes."""
         notes = [note for group in self._groups if group.scheme in schemes for note in group.notes]
-        return tuple(dict.fromkeys([*super().remarks(schemes), *notes, *([KV_CACHE] if self._caches else [])]))
+        return tuple(dict.fromkeys([*super().remarks(schemes), *notes, *([KV_CACHE] if self._leaves_cache else [])]))
 
     def _layout(self, scheme: Scheme) -> Layout:
         return next(group.layout for group in self._groups if group.scheme == scheme)
@@ -291,6 +304,16 @@ class _Described(CompressedTensors):
 def _common_format(groups: Mapping[str, Mapping[str, Any]]) -> str:
     formats = {group["format"] for group in groups.values()}
     return formats.pop() if len(formats) == 1 else MIXED
+
+
+def _cache_args(rounding: CacheRounding) -> dict[str, Any]:
+    kind, strategy = "float" if rounding.numbers == "fp8" else "int", "attn_head" if rounding.per_head else "tensor"
+    return quantization_args(kind, 8, strategy, observer=STATIC_OBSERVER)
+
+
+def _asks_for(given: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    keys = ("num_bits", "type", "strategy", "symmetric", "dynamic")
+    return all(given.get(key, wanted[key]) == wanted[key] for key in keys)
 
 
 def _config_group(layout: Layout, targets: list[str]) -> dict[str, Any]:

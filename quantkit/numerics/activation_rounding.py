@@ -63,13 +63,13 @@ def static_scale(largest: torch.Tensor, rounding: InputRounding) -> torch.Tensor
     """The static scale that spans inputs up to a magnitude, float32 ``[1]``; 1 where that is zero or too small.
 
     Args:
-        largest: 0-d, the largest magnitude.
+        largest: 0-d, the largest magnitude; ``[n]`` for as many scales.
         rounding: a static one.
     """
     largest = largest.float().clamp(min=torch.finfo(torch.float32).tiny)
     found = rounding.highest / largest if rounding.numbers == "nvfp4" else largest / rounding.highest
     usable = found.isfinite() & (found >= torch.finfo(torch.float32).tiny)
-    return torch.where(usable, found, 1.0).reshape(1)
+    return torch.where(usable, found, 1.0).reshape(-1)
 
 
 def _eight_bits(values: torch.Tensor, rounding: InputRounding, scale: torch.Tensor | None) -> torch.Tensor:

@@ -15,6 +15,7 @@ import yaml
 
 from quantkit.checkpoint import FLOATS, CheckpointReader
 from quantkit.checkpoint.companions import asks_for_code
+from quantkit.engine.cache_rounding import check_cache
 from quantkit.engine.skeleton import Skeleton
 from quantkit.engine.tasks import MODEL, VariantTask
 from quantkit.errors import QuantizationError
@@ -33,6 +34,7 @@ from quantkit.quantization.resume import TakenUp, drop_layers, is_worth_keeping,
 from quantkit.quantization.solved_layers import SolvedLayers
 from quantkit.quantization.solving_notes import correction_notes, sensitivity_notes, tuning_notes
 from quantkit.recipe import VariantSpec
+from quantkit.schemes.rounding import CACHES
 from quantkit.source.model import DECODED_FROM, decoded_from
 from quantkit.system.artifacts import STAGE_FILE, check_writable, new_folder, write_json, write_stage
 from quantkit.system.distribution import version_of
@@ -103,6 +105,15 @@ class VariantRun:
             raise QuantizationError(text, "give a data set")
         check_writable(self._out)
         check_model(job, skeleton, wanted.variant)
+        self._cache = CACHES.get(wanted.variant.kv_cache or "")
+        if self._cache is not None:
+            check_cache(skeleton, self.layers.quantized)
+            if job.inputs == "float" and self._transforms:
+                raise QuantizationError(
+                    f"{self.name}: float inputs do not show what {self._variant.chain} makes of keys and values, for "
+                    "which kv_cache needs scales",
+                    "set calibration.inputs: quantized",
+                )
 
     @property
     def name(self) -> str:
@@ -185,6 +196,7 @@ class VariantRun:
             memory=self.solved,
             transforms=self._transforms,
             tune=self._variant.tune,
+            cache=self._cache,
             roundings={each: self._store.input_rounding(each) for each in set(self.layers.quantized.values())},
         )
 
@@ -224,11 +236,12 @@ class VariantRun:
         floats = float_tensors(skeleton, layers, reader, names_in_file(skeleton, reader, self._store), changed)
         self._check_parts(floats)
         floats |= {name: solved.stored(name) for name in floats if solved.replaces(name)}
+        floats |= {name: solved.stored(name) for name in solved.cache_scales()}
         packed = {layer: solved.packed(layer) for layer in layers.quantized}
         content = file_content(job, skeleton, self._variant, layers, packed, floats)
         decoded = None if layers.quantized else decoded_from(job.source_facts)
         changes = content.changes if decoded is None else {**content.changes, DECODED_FROM: decoded}
-        return replace(content, digests=solved.digests(), changes=changes)
+        return replace(content, digests=solved.digests(), changes=changes, cache=self._cache)
 
     def _is_parted(self) -> bool:
         """Whether transforms made two weights of one that the head and the embedding share."""

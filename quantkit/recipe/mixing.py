@@ -127,6 +127,8 @@ class AutoSpec(VariantSpec):
             if self.budget is None:
                 raise RecipeError("bits: auto needs a budget", BUDGETS)
             self._check_choices()
+        if self.kv_cache is not None:
+            raise RecipeError("kv_cache: a mix says nothing of the KV cache", "leave it out, and tell the server")
         for key in ("budget", "choices"):
             if self.allocation is not None and getattr(self, key) is not None:
                 raise RecipeError(f"{key} has no meaning beside allocation", f"leave out {key}: all is chosen")

@@ -96,7 +96,7 @@ PRESETS = {"q2k": "q2_k_mix", "q6k": "q6_k_mix"}
 """llama.cpp's presets of which one type of block has the name too."""
 _OTHERS = {
     r"(gptq|awq)?marlin.*": "it is a kernel of vLLM, which it takes for files of the formats gptq and awq by itself",
-    r".*kv(cache)?\d*(fp8|int8)?": "in how many bits the KV cache is kept is said to the server",
+    r".*kv(cache)?\d*(fp8|int8)?": "in what the KV cache is stored is no scheme: write kv_cache: fp8 beside one",
     r"(i?q\d[a-z0-9]*|tq\d[a-z0-9]*|ud.*)": "llama.cpp has such a type or mixture, and quantkit does not make it",
     r"(mxfp[68].*|mxint.*|fp6.*|float6.*|int16|uint16)": "quantkit has no such numbers",
     r".*e5m2.*": "quantkit's 8-bit floats are E4M3",

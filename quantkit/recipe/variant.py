@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -76,6 +76,7 @@ class VariantSpec(SchemeKeys, Choice):
         embeddings: a patch of the scheme for the input embedding; None keeps it float.
         strict: whether a layer whose shape suits neither scheme nor format stops the variant, and does not stay float.
         allow_float: whether more than half of the weights of the blocks may be in no layer that can be quantized.
+        kv_cache: in what servers store keys and values, by scales that are calibrated; None leaves that to them.
         options: the method's own options; in YAML they stand beside the other keys.
     """
 
@@ -88,6 +89,7 @@ class VariantSpec(SchemeKeys, Choice):
     embeddings: SchemePatch | None = None
     strict: Flag = False
     allow_float: Flag = False
+    kv_cache: Literal["fp8", "fp8_head", "int8", "int8_head"] | None = None
     options: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="before")
@@ -129,6 +131,12 @@ class VariantSpec(SchemeKeys, Choice):
             check_pair(self.method, self.format)
         self._check_transforms()
         self._check_tuning()
+        if self.kv_cache is not None and self.kv_cache not in store.caches:
+            able = ", ".join(each.name for each in FORMATS if self.kv_cache in each.caches)
+            raise SchemeError(
+                f"kv_cache: the {store.name} format does not say how servers store keys and values",
+                f"use format {able}, or leave it out and tell the server",
+            )
         for place, patch in {"": None, **self._patches()}.items():
             with _placed(place):
                 scheme = self._patched(patch)
@@ -271,8 +279,8 @@ class VariantSpec(SchemeKeys, Choice):
 
     @property
     def calibrated(self) -> bool:
-        """Whether calibration tokens are asked for: by the method, by a transform, or to tune blocks with."""
-        return bool(self.needs()) or self.tune is not None
+        """Whether calibration tokens are asked for: by the method, a transform, tuning, or static scales."""
+        return bool(self.needs()) or self.tune is not None or self.kv_cache is not None
 
     def implied_by(self, given: Mapping[str, Any]) -> tuple[str, ...]:
         """What follows from the names that were given, as a line; nothing where the rest is as usual.
@@ -293,9 +301,10 @@ class VariantSpec(SchemeKeys, Choice):
     def resolved(self) -> dict[str, Any]:
         """The variant as JSON data, with every key of its scheme and every option of its method filled in.
 
-        It has ``tune`` where it tunes.
+        It has ``tune`` where it tunes, and ``kv_cache`` where it says that.
         """
-        left = {*SchemeKeys.model_fields, "scheme", *([TUNE] if self.tune is None else [])}
+        unsaid = [key for key in (TUNE, "kv_cache") if getattr(self, key) is None]
+        left = {*SchemeKeys.model_fields, "scheme", *unsaid}
         data = self.model_dump(mode="json", exclude=left)
         scheme = written_keys(self.base_scheme())
         overrides = {pattern: patch.model_dump(exclude_none=True) for pattern, patch in self.overrides.items()}

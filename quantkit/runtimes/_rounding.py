@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from quantkit.engine.cache_rounding import CacheRounder, attention_modules, put_cache_rounder
 from quantkit.engine.input_rounding import Rounder, put_rounder
 from quantkit.engine.layers import give_way
 from quantkit.errors import EvaluationError
 from quantkit.exports import Export
 from quantkit.runtimes._model import TransformersModel
+from quantkit.schemes.rounding import CACHE_SCALES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,6 +45,36 @@ def round_layers(loaded: TransformersModel, rounders: Mapping[str, Rounder], pat
     check_layers(loaded.model, rounders, paths)
     put_linears(loaded.model)
     loaded.rounded_inputs = put_rounders(loaded.model, rounders, paths)
+
+
+def put_cache_rounders(model: nn.Module, export: Export, paths: Mapping[str, str]) -> tuple[str, ...]:
+    """Let attention compute with keys and values as a server stores them.
+
+    Args:
+        model: whose attention modules are there, with weights or without.
+        export: the checkpoint.
+        paths: by the names of layers in the checkpoint their places in the model.
+
+    Returns:
+        What the model says of it.
+
+    Raises:
+        EvaluationError: a module has no scales, or the model has no module for some.
+    """
+    if export.cache is None:
+        return ()
+    modules, (of_keys, _) = attention_modules(model), CACHE_SCALES
+    for name in [each.removesuffix(of_keys) for each in export.cache_scales() if each.endswith(of_keys)]:
+        layer = next((each for each in paths if each.startswith(f"{name}.")), "")
+        module = modules.get(paths[layer].removesuffix(layer.removeprefix(name)) if layer else name)
+        if module is None:
+            raise EvaluationError(
+                f"{type(model).__name__} has no attention {name}, for whose keys and values the checkpoint has scales",
+                "score it with a runtime that loads it",
+            )
+        key_scale, value_scale = (export.float_tensor(f"{name}{end}").float() for end in CACHE_SCALES)
+        put_cache_rounder(module, CacheRounder(export.cache, (key_scale, value_scale)))
+    return (export.cache.describe(),)
 
 
 def check_layers(model: nn.Module, rounders: Mapping[str, Rounder], paths: Mapping[str, str]) -> None:

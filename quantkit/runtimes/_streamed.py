@@ -28,7 +28,7 @@ from quantkit.exports.decoded_reader import DecodedReader
 from quantkit.exports.rewriting import model_of, origin_folder
 from quantkit.runtimes._checkpoint import check_checkpoint
 from quantkit.runtimes._choice import is_float
-from quantkit.runtimes._rounding import check_layers, put_rounders, rounders_of
+from quantkit.runtimes._rounding import check_layers, put_cache_rounders, put_rounders, rounders_of
 from quantkit.runtimes.base import LoadedModel, LoadOptions
 from quantkit.system.devices import device_name
 
@@ -213,6 +213,7 @@ def load_streamed(path: Path, options: LoadOptions, keep: Keep | None) -> Stream
             rounders, paths = rounders_of(export), {layer.name: layer.path for layer in skeleton.layers()}
             check_layers(skeleton.model, rounders, paths)
             rounded = put_rounders(skeleton.model, rounders, paths)
+            rounded += put_cache_rounders(skeleton.model, export, paths)
         skeleton.check_blocks()
         own = getattr(skeleton.model.config, "dtype", None)
         model = StreamedModel(skeleton, reader, device, wanted or own or torch.float32, keep)

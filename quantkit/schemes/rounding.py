@@ -1,4 +1,4 @@
-"""How a runtime rounds what a layer is given: to which numbers, and what shares a scale."""
+"""How a runtime rounds what layers are given, and keys and values: to which numbers, and what shares a scale."""
 
 from __future__ import annotations
 
@@ -14,6 +14,36 @@ INPUT_SCALE = "input_scale"
 
 Of ``int8`` and ``fp8`` it is what codes are multiplied by, of ``nvfp4`` what the scales of blocks are divided by.
 """
+
+
+CACHE_SCALES = (".k_scale", ".v_scale")
+"""Ends of the names of the static scales of keys and values."""
+
+
+@dataclass(frozen=True, slots=True)
+class CacheRounding:
+    """How a server stores keys and values in its cache: by calibrated scales.
+
+    Attributes:
+        numbers: 8-bit floats or integers.
+        per_head: each head of keys and values has a scale; else all of a block share one.
+    """
+
+    numbers: Literal["fp8", "int8"]
+    per_head: bool = False
+
+    @property
+    def name(self) -> str:
+        """What recipes call it."""
+        return f"{self.numbers}_head" if self.per_head else self.numbers
+
+    def as_inputs(self) -> InputRounding:
+        """The same numbers under a static scale."""
+        return InputRounding(self.numbers, static=True)
+
+    def describe(self) -> str:
+        """A short name, such as ``KV cache fp8 per head``."""
+        return f"KV cache {self.numbers} per {'head' if self.per_head else 'tensor'}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,3 +81,10 @@ class InputRounding:
             return f"{self.numbers} per tensor"
         shared = "token" if self.group_size == TOKEN else f"{self.group_size} inputs"
         return f"{self.numbers} per {shared}{f' below {self.outliers:g}' if self.outliers else ''}"
+
+
+_CACHED: tuple[Literal["fp8", "int8"], ...] = ("fp8", "int8")
+CACHES = {
+    each.name: each for each in (CacheRounding(numbers, per_head) for numbers in _CACHED for per_head in (False, True))
+}
+"""What a KV cache may be stored in, by the names that recipes have."""
