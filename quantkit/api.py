@@ -279,6 +279,8 @@ def evaluate(
     watching = observer or Logged()
     given = settings if texts is None else {**settings, "texts": texts if isinstance(texts, str) else list(texts)}
     spec = parse_section(EvaluationSpec, given, "evaluation")
+    if spec.served is not None:
+        raise RecipeError("'served' is for recipes, whose files are scored twice", "give loader: vllm to score by it")
     check_scoring(spec, [checkpoint] if reference is None else [checkpoint, reference])
     folder = _checkpoint_folder(checkpoint, trusted=trust_remote_code)
     with tempfile.TemporaryDirectory(prefix="quantkit-") as scratch, _logs() as logs, ExitStack() as ends:

@@ -23,8 +23,10 @@ from quantkit.evaluation.evaluate import evaluate
 from quantkit.evaluation.harness import HarnessModel
 from quantkit.evaluation.speed import measure_speed
 from quantkit.evaluation.stage import computed, evaluation_identity
-from quantkit.pipeline.preflight import check_loader
+from quantkit.pipeline.preflight import check_loader, check_served
 from quantkit.recipe import EvaluationSpec
+from quantkit.report.numbers import ABSENT
+from quantkit.report.served import build_served
 from quantkit.runtimes import RUNTIMES
 from quantkit.runtimes._choice import choose_runtime
 from quantkit.runtimes.base import LoadedModel, LoadOptions
@@ -61,6 +63,20 @@ def served(exported: Path) -> Iterator[LoadedModel]:
     found.close()
     assert found.process is not None
     assert not psutil.pid_exists(found.process)
+
+
+@pytest.fixture
+def loaded(served: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> list[LoadOptions]:
+    """Whoever loads the file in vLLM gets the model that is there; with which options is listed."""
+    asked: list[LoadOptions] = []
+
+    def load(path: Path, options: LoadOptions) -> LoadedModel:
+        asked.append(options)
+        return served
+
+    monkeypatch.setattr(RUNTIMES.get("vllm"), "load", load)
+    monkeypatch.setattr(served, "close", lambda: None)
+    return asked
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +160,9 @@ def test_a_harness_asks_it_as_any_other(served: LoadedModel, decoded: LoadedMode
 # Scores
 
 
-def test_a_served_file_is_scored_beside_the_float_reference(model: Path, exported: Path, tmp_path: Path) -> None:
+def test_a_served_file_is_scored_beside_the_float_reference(
+    model: Path, exported: Path, tmp_path: Path, loaded: list[LoadOptions]
+) -> None:
     logprobs = tmp_path / "logprobs"
     spec = spec_of(tmp_path, loader="vllm", batch_sizes=[1, 3], metrics=["ppl", "kl", "top1", "memory", "speed"])
     alone = spec.model_copy(update={"metrics": ("perplexity", "kl_divergence")})
@@ -154,6 +172,8 @@ def test_a_served_file_is_scored_beside_the_float_reference(model: Path, exporte
     found = evaluate(EvaluationJob(exported, spec, logprobs, float_samples=items), lambda *told: None)
     decoder = spec_of(tmp_path, loader="reference", metrics=["ppl", "kl", "top1"])
     expected = evaluate(EvaluationJob(exported, decoder, logprobs, float_samples=items), lambda *told: None)
+    (options,) = loaded
+    assert (options.dtype, options.context_length, options.batch) == (None, 96, 3)
     assert found["loaded_by"] == "vllm"
     assert found["metrics"] == expected["metrics"]
     assert found["samples"]["items"] == expected["samples"]["items"]
@@ -168,22 +188,18 @@ def test_a_served_file_is_scored_beside_the_float_reference(model: Path, exporte
     assert batch["decode_tokens_per_second"] > 0
 
 
-def test_the_command_scores_with_the_interpreter_that_it_is_given(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def here(job: EvaluationJob, *, log: Path, on_progress: Any) -> dict[str, Any]:
-        return evaluate(job, on_progress)
+def test_the_command_hands_on_the_interpreter_and_the_batch_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
 
-    monkeypatch.setattr("quantkit.evaluation.run_job", here)
-    (tmp_path / "tide.txt").write_text(TEXT, encoding="utf-8")
-    options = ["--text", str(tmp_path / "tide.txt"), "--context-length", "64", "--device", "cpu", "--json"]
-    served_by = ["--runtime", "vllm", "--python", sys.executable, "--batch-size", "2"]
-    monkeypatch.setenv(VARIABLE, "nowhere")
-    done = CliRunner().invoke(app, ["evaluate", str(model), *options, *served_by])
+    def scored(checkpoint: str, **keys: Any) -> dict[str, Any]:
+        given.update(keys)
+        return {}
+
+    monkeypatch.setattr(quantkit, "evaluate", scored)
+    options = ["--runtime", "vllm", "--python", "vllm-env/bin/python", "--batch-size", "1", "--batch-size", "8"]
+    done = CliRunner().invoke(app, ["evaluate", "out", *options, "--json"])
     assert done.exit_code == 0, done.output
-    told = json.loads(done.stdout)
-    assert (told["loaded_by"], told["environment"]["vllm"]) == ("vllm", "0.0.1")
-    assert [each["size"] for each in told["speed"]["batches"]] == [2]
+    assert (given["loader"], given["python"], given["batch_sizes"]) == ("vllm", "vllm-env/bin/python", [1, 8])
 
 
 @pytest.mark.parametrize("loader", ["transformers", "vllm"])
@@ -200,6 +216,101 @@ def test_transformers_takes_batches_and_who_does_not_says_so(decoded: LoadedMode
         patch.setattr(type(decoded), "throughput", LoadedModel.throughput)
         (batch,) = measure_speed(decoded, IDS, (2,))["batches"]
     assert batch == {"size": 2, "missing": "its runtime takes one row at a time, as quantkit runs it"}
+
+
+# A run
+
+
+@pytest.fixture(scope="module")
+def told(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The report of a run whose files are served too, scored in this process."""
+
+    def here(job: EvaluationJob, *, log: Path, on_progress: Any) -> dict[str, Any]:
+        return evaluate(job, on_progress)
+
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "tide.txt").write_text(TEXT, encoding="utf-8")
+    recipe = {
+        "name": "served",
+        "model": {"source": str(model)},
+        "variants": [
+            {"name": "int4", "method": "rtn", "group_size": 32},
+            {"name": "hqq", "method": "rtn", "format": "hqq", "group_size": 32},
+        ],
+        "evaluation": {
+            "texts": str(folder / "tide.txt"),
+            "context_length": 64,
+            "device": "cpu",
+            "loader": "reference",
+            "samples": False,
+            "metrics": ["perplexity", "kl_divergence", "top1_agreement", "memory", "speed"],
+            "served": {"runtime": "vllm", "batch_sizes": [1, 2]},
+        },
+        "report": {"folder": str(folder / "out")},
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("quantkit.evaluation.stage.run_job", here)
+        quantkit.run(recipe)
+    return {**json.loads((folder / "out" / "report.json").read_text(encoding="utf-8")), "folder": folder / "out"}
+
+
+def test_a_report_says_what_the_served_model_loses_beside_the_reference_decoder(told: dict[str, Any]) -> None:
+    int4, hqq = told["variants"]
+    assert int4["loaded_by"] == "reference"
+    assert int4["served"]["by"] == "vllm"
+    assert int4["served"]["metrics"] == int4["metrics"]
+    assert [each["size"] for each in int4["served"]["speed"]["batches"]] == [2]
+    assert told["baseline"]["served"]["metrics"]["kl_divergence"]["tide"]["mean"] < 1e-6
+    assert hqq["status"] == "ok"
+    assert "vLLM does not load hqq files" in hqq["served"]["missing"]
+    for file in ("report.md", "report.html"):
+        page = (told["folder"] / file).read_text(encoding="utf-8")
+        assert "As served" in page
+        assert "0.0.1 in float32 on cpu" in page
+        assert "KL as served" in page
+        assert "Decode, 2 rows" in page
+        assert "vLLM does not load hqq files" in page
+    card = (told["folder"] / "variants" / "int4" / "README.md").read_text(encoding="utf-8")
+    assert "As served by vllm 0.0.1 in float32 on cpu" in card
+    assert "- 2 rows: prefill " in card
+    assert "As served" not in (told["folder"] / "variants" / "hqq" / "README.md").read_text(encoding="utf-8")
+
+
+def test_tables_of_what_is_served(told: dict[str, Any]) -> None:
+    found = build_served({**told, "variants": told["variants"][:1]})
+    assert found is not None
+    losses, speed = found.tables
+    assert losses.header[:4] == ["Variant", "Scored by", "KL", "KL as served"]
+    assert losses.rows[1][:2] == ["int4", "reference decoder"]
+    assert losses.rows[1][2] == losses.rows[1][3]
+    assert losses.rows[0][2] == ABSENT
+    assert speed.header[2:] == ["Prefill, 1 row", "Decode, 1 row", "Prefill, 2 rows", "Decode, 2 rows"]
+    row = dict(told["variants"][0])
+    accuracy = {"task.acc": {"value": 0.5, "stderr": 0.1, "samples": 25}}
+    row["metrics"] = {**row["metrics"], "tasks": accuracy}
+    row["served"] = {**row["served"], "metrics": {"tasks": accuracy}, "speed": None}
+    one = build_served({**told, "variants": [row], "baseline": None})
+    assert one is not None
+    assert [table.rows for table in one.tables] == [[["task.acc", "int4", "0.500 ± 0.100", "0.500 ± 0.100"]]]
+    assert build_served({**told, "variants": [], "baseline": None}) is None
+
+
+def test_serving_is_asked_for_in_short_or_at_length(tmp_path: Path) -> None:
+    assert spec_of(tmp_path).as_served is None
+    assert spec_of(tmp_path, served=False).as_served is None
+    shorts: tuple[Any, ...] = ("vLLM", True, {})
+    for given in shorts:
+        found = spec_of(tmp_path, served=given, dtype="float16", loader="reference").as_served
+        assert found is not None
+        assert (found.loader, found.dtype, found.served, found.samples) == ("vllm", "auto", None, None)
+    plain, asked = (evaluation_identity(spec_of(tmp_path, **keys)) for keys in ({}, {"served": True}))
+    assert plain == asked
+    with pytest.raises(RecipeError, match="'transformers' is no runtime with an interpreter of its own"):
+        spec_of(tmp_path, served="transformers")
+    with pytest.raises(RecipeError, match=r"evaluation\.served: there is no interpreter nowhere"):
+        check_served(spec_of(tmp_path, served={"python": "nowhere"}))
+    with pytest.raises(RecipeError, match="'served' is for recipes"):
+        quantkit.evaluate(tmp_path, served=True)
 
 
 # What goes wrong
@@ -242,7 +353,7 @@ def test_who_is_served_by_vllm(model: Path, exported: Path, tmp_path: Path) -> N
     spec = spec_of(tmp_path, loader="vllm")
     assert EvaluationJob(model, spec).is_served
     assert not EvaluationJob(model, spec, writes_reference=True).is_served
-    other = quantkit.quantize(model, out=tmp_path / "hqq", method="hqq", group_size=32, format="hqq")
+    other = quantkit.quantize(model, out=tmp_path / "hqq", method="rtn", group_size=32, format="hqq")
     with pytest.raises(EvaluationError, match=r"hqq is not served: vLLM does not load hqq files.*loader auto or ref"):
         choose_runtime(other, "vllm")
     edit_json(other / "manifest.json", lambda manifest: manifest.update(format="made-up"))
@@ -275,9 +386,13 @@ def test_figures_of_another_version_are_not_reused(tmp_path: Path) -> None:
     assert evaluation_identity(named) == evaluation_identity(spec)
 
 
-def test_a_checkpoint_is_verified_by_the_same_process(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_is_verified_by_the_same_process(
+    exported: Path, loaded: list[LoadOptions], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(verdicts, "carry_out", perform)
-    verdict = quantkit.verify(exported, runtime="vllm", dtype="float32", device="cpu")
+    given: dict[str, Any] = {"dtype": "float32", "device": "cpu", "prompts": ("The tide went out", "def f(x):")}
+    verdict = verdicts.verify(exported, "vllm", python=sys.executable, **given)
+    assert loaded[0].python == sys.executable
     assert verdict["passed"], verdict["reason"]
     assert verdict["figures"]["kl"] < 1e-9
     assert verdict["versions"]["vllm"] == "0.0.1"

@@ -282,9 +282,9 @@ class MemoryWatch:
     def whole(self) -> dict[str, Any] | None:
         """The peak of all that the process did until now, for :class:`quantkit.evaluation.stage_peak.StagePeaks`.
 
-        None where it cannot be told: a runtime has an allocator of its own.
+        None where it cannot be told: a runtime has an allocator of its own, or another process has the model.
         """
-        if not self._knows:
+        if not self._knows or self._baseline is None:
             return None
         self._highest = max(self._highest, self._probe.read()["peak_bytes"])
         return {"kind": self._probe.kind, "baseline_bytes": self._baseline, "peak_bytes": self._highest}

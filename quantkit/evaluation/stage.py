@@ -171,7 +171,7 @@ def evaluation_identity(spec: EvaluationSpec) -> dict[str, Any]:
         tasks["answers"] = {"file": content}
     if spec.samples is not None and spec.samples.file and (content := _content(spec.samples.file)) is not None:
         tasks["samples"] = {"file": content}
-    settings = spec.model_dump(mode="json", exclude={"device", "dtype", "python"})
+    settings = spec.model_dump(mode="json", exclude={"device", "dtype", "python", "served"})
     return {"settings": settings, "files": {**files, **tasks}}
 
 
@@ -223,4 +223,20 @@ def report_figures(result: dict[str, Any]) -> dict[str, Any]:
             "decode_tokens_per_second": speed["decode"]["tokens_per_second"],
             **speed,
         },
+        **({"served": result["served"]} if "served" in result else {}),
+    }
+
+
+def served_figures(result: dict[str, Any]) -> dict[str, Any]:
+    """What a report has of a file as it is served, beside the figures of the loader."""
+    environment = result["environment"]
+    told = {key: environment[key] for key in ("device", "dtype", "threads", "settings") if key in environment}
+    return {
+        "by": result["loaded_by"],
+        "version": environment.get(result["loaded_by"]),
+        **told,
+        "metrics": result["metrics"],
+        "weights_bytes": (result["memory"] or {}).get("weights_bytes"),
+        "speed": result["speed"],
+        "seconds": result["seconds"],
     }

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from quantkit.errors import QuantkitError
-from quantkit.evaluation.stage import LOGPROBS, Scoring, score
+from quantkit.evaluation.stage import LOGPROBS, Scoring, score, served_figures
 from quantkit.evaluation.stage_peak import StagePeaks
-from quantkit.pipeline.titles import evaluation_title
+from quantkit.pipeline.titles import evaluation_title, served_title
 from quantkit.recipe import Recipe, VariantSpec
 from quantkit.system.artifacts import write_text
 from quantkit.system.progress import Observer
@@ -91,4 +91,34 @@ def score_beside(current: Run, name: str, folder: Path, content: Any, baseline: 
     )
     result = score(scoring, current.observer)
     current.peaks.note(evaluation_title(name), result.get("peak"))
-    return result
+    return with_served(current, scoring, result)
+
+
+def with_served(current: Run, scoring: Scoring, result: dict[str, Any]) -> dict[str, Any]:
+    """A result with ``served``, the figures of the file as a server computes with it, where the recipe asks for them.
+
+    A file that is not served is no failed row: ``served`` then has ``missing``, the reason.
+
+    Args:
+        current: the run.
+        scoring: of the file, by the recipe's loader; of the float model without a reference.
+        result: its result.
+    """
+    spec = scoring.spec.as_served
+    if spec is None:
+        return result
+    current.observer.stage(served_title(scoring.name, spec.loader))
+    is_baseline = scoring.reference is None
+    served = replace(
+        scoring,
+        identity={"checkpoint": scoring.identity, "beside": result["fingerprint"]},
+        spec=spec,
+        out=current.folder / ("baseline-served" if is_baseline else f"served/{scoring.name}"),
+        log=current.log("baseline-served") if is_baseline else current.log("served", scoring.name),
+        reference=scoring.reference or scoring.out / LOGPROBS,
+    )
+    try:
+        return {**result, "served": served_figures(score(served, current.observer))}
+    except QuantkitError as error:
+        current.observer.note(f"{scoring.name}: {error}")
+        return {**result, "served": {"by": spec.loader, "missing": str(error)}}

@@ -54,6 +54,7 @@ def preflight(recipe: Recipe) -> None:
             lambda: check_device("evaluation", scoring.device),
             lambda: check_tracking(recipe.tracking),
             lambda: check_loader(scoring),
+            lambda: check_served(scoring),
         ),
         scoring_mistakes(scoring, longest_input(recipe.model.source)),
     )
@@ -195,6 +196,20 @@ def check_device(section: str, name: str, devices: Devices = None) -> None:
     except QuantkitError as error:
         key = "device" if devices is None else "devices"
         raise RecipeError(f"{section}.{key}: {error.problem}", error.remedy) from error
+
+
+def check_served(spec: EvaluationSpec) -> None:
+    """Refuse to serve files by what is not here.
+
+    Raises:
+        RecipeError: with the reason.
+    """
+    if spec.served is None:
+        return
+    try:
+        RUNTIMES.get(spec.served.runtime).check(spec.served.python)
+    except QuantkitError as error:
+        raise RecipeError(f"evaluation.served: {error.problem}", error.remedy) from error
 
 
 def check_loader(spec: EvaluationSpec) -> None:

@@ -16,7 +16,7 @@ from quantkit.evaluation.stage import Scoring, score
 from quantkit.merging import merged_source
 from quantkit.pipeline.cleanup import clear_leftovers
 from quantkit.pipeline.content import report_content
-from quantkit.pipeline.context import Run
+from quantkit.pipeline.context import Run, with_served
 from quantkit.pipeline.duration import foreseen
 from quantkit.pipeline.jobs import needs_calibration, quantize_job, with_sensitivity
 from quantkit.pipeline.library_rows import check_environments
@@ -185,4 +185,4 @@ def _baseline(current: Run, model: SourceModel) -> dict[str, Any]:
             reader.read_finite(name)
     result = score(scoring, current.observer)
     current.peaks.note(BASELINE_TITLE, result.get("peak"))
-    return result
+    return with_served(current, scoring, result)

@@ -42,3 +42,8 @@ def recover_title(variant: RecoverSpec) -> str:
 def evaluation_title(name: str) -> str:
     """Of the scoring of a file."""
     return f"evaluate: {name}"
+
+
+def served_title(name: str, runtime: str) -> str:
+    """Of the scoring of a file as a server computes with it."""
+    return f"evaluate: {name} as {runtime} serves it"

@@ -22,6 +22,7 @@ from quantkit.publishing.markdown import code, fenced, plain, table
 from quantkit.publishing.usage import Subject, usage
 from quantkit.quantization.left_float import few
 from quantkit.recipe.evaluation import STREAMED
+from quantkit.report.served import served_by, served_losses, served_speeds
 from quantkit.schemes import Scheme, scheme_from_json
 from quantkit.source.model import decoded_from
 from quantkit.system.artifacts import read_json, write_text
@@ -188,7 +189,18 @@ def _scores(scores: Mapping[str, Any], baseline: Mapping[str, Any] | None) -> st
     lines = "\n".join(f"- {what}: {count / 2**20:.1f} MiB of tensors" for what, count in sizes if count is not None)
     who = BLOCKS if scores.get("loaded_by") == STREAMED else scores.get("loaded_by")
     by = f"\n\nMeasured through {plain(who)}." if who else ""
-    return f"{table(header, rows, figures=4)}\n\n{lines}{by}"
+    return f"{table(header, rows, figures=4)}\n\n{lines}{by}{_served(scores)}"
+
+
+def _served(scores: Mapping[str, Any]) -> str:
+    """The same by a server's own kernels, and its speed; empty where it was not served."""
+    by = served_by(dict(scores))
+    if not by:
+        return ""
+    rows = [[plain(cell) for cell in line] for line in served_losses(dict(scores))]
+    losses = table(["Text", "Perplexity", "KL divergence", "Same top token"], rows, figures=3)
+    speeds = "\n".join(f"- {line}" for line in served_speeds(dict(scores)))
+    return "\n\n".join(["", f"As served by {plain(by)}:", losses, *([speeds] if speeds else [])])
 
 
 def _mixed(folder: Path, facts: CardFacts) -> str:

@@ -28,6 +28,7 @@ AUTO, WHOLE, STREAMED = LOADERS = ("auto", "whole", "streamed")
 ANSWER_METRICS: tuple[AnswerMetric, ...] = ("exact_match", "rouge")
 ANSWER_FIGURES = {"exact_match": ("exact_match",), "rouge": ("rouge1", "rouge2", "rougeL", "rougeLsum")}
 """The figures that each metric gives."""
+BatchSizes = Annotated[tuple[Annotated[Whole, Field(ge=1, le=4096)], ...], Field(min_length=1)]
 _TASK_FILE = re.compile(r"/|\.ya?ml$")
 
 
@@ -217,6 +218,37 @@ class TextSpec(Section):
         return self
 
 
+class ServedSpec(Section):
+    """Every file scored once more, as a server computes with it, beside what the loader finds.
+
+    Attributes:
+        runtime: a runtime of another interpreter.
+        python: that interpreter.
+        dtype: compute dtype; ``auto`` is what the runtime takes by itself.
+        batch_sizes: rows at once, for each of which speed is taken.
+    """
+
+    runtime: str = "vllm"
+    python: Place | None = None
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    batch_sizes: BatchSizes = (1,)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_short_form(cls, given: Any) -> Any:
+        return {"runtime": given} if isinstance(given, str) else {} if given is True else given
+
+    @field_validator("runtime")
+    @classmethod
+    def _is_separate(cls, runtime: str) -> str:
+        able = [each.name for each in RUNTIMES if each.separate]
+        with located():
+            found = RUNTIMES.name_of(runtime) if runtime in RUNTIMES else runtime
+            if found not in able:
+                raise RecipeError(f"'{found}' is no runtime with an interpreter of its own", did_you_mean(found, able))
+        return found
+
+
 class EvaluationSpec(Section):
     """How exported files are scored.
 
@@ -241,6 +273,7 @@ class EvaluationSpec(Section):
         answers: instructions to answer; see :class:`AnswerSpec`.
         samples: continuations to read side by side, see :class:`SampleSpec`; a list of prompts, a file, a number, or
             ``false`` for none.
+        served: score every file as a server computes with it, too; see :class:`ServedSpec`.
     """
 
     texts: Annotated[tuple[TextSpec, ...], Field(min_length=1)] = (
@@ -256,15 +289,24 @@ class EvaluationSpec(Section):
     reference_limit: Annotated[Whole, Field(ge=1 << 20)] = 8 << 30
     loader: str = AUTO
     python: Place | None = None
-    batch_sizes: Annotated[tuple[Annotated[Whole, Field(ge=1, le=4096)], ...], Field(min_length=1)] = (1,)
+    batch_sizes: BatchSizes = (1,)
     tasks: tuple[TaskSpec, ...] = ()
     answers: AnswerSpec | None = None
     samples: SampleSpec | None = SampleSpec()
+    served: ServedSpec | None = None
 
     @property
     def is_served(self) -> bool:
         """Whether the loader is a runtime of another interpreter."""
         return self.loader not in LOADERS and RUNTIMES.get(self.loader).separate
+
+    @property
+    def as_served(self) -> EvaluationSpec | None:
+        """How files are scored as they are served; None where nobody asks for it. Nothing is continued to be read."""
+        if self.served is None:
+            return None
+        told = {"loader": self.served.runtime, **self.served.model_dump(exclude={"runtime"})}
+        return self.model_copy(update={**told, "samples": None, "served": None})
 
     @property
     def compares(self) -> bool:
@@ -277,7 +319,7 @@ class EvaluationSpec(Section):
             raise ValueError(f"'python' is the interpreter of a runtime that has its own, and loader is {self.loader}")
         return self
 
-    @field_validator("samples", mode="before")
+    @field_validator("samples", "served", mode="before")
     @classmethod
     def _none_where_off(cls, given: Any) -> Any:
         return None if given is False or (given == 0 and isinstance(given, int)) else given

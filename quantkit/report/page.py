@@ -26,6 +26,7 @@ from quantkit.report.mixes import TITLES, mix_sentences, mix_tables
 from quantkit.report.numbers import figure, fixed, pick
 from quantkit.report.plot import Plot, build_plot
 from quantkit.report.samples import brief, build_samples
+from quantkit.report.served import build_served
 from quantkit.report.tables import experts, gate_table, histogram, loading, worst_layers, written_date
 from quantkit.report.tasks_and_answers import changed_answers, further_models, further_rows
 from quantkit.schemes.mix import LEGEND as BITS_LEGEND
@@ -75,6 +76,7 @@ def context(report: Record, plot: Plot | None) -> dict[str, Any]:
         "plot": plot,
         "mixes": _mixes(report),
         "divergences": divergence_tables(report),
+        "served": build_served(report),
         "samples": build_samples(report),
         "maps": layer_maps(report),
         "map_legend": LEGEND,

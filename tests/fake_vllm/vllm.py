@@ -49,6 +49,28 @@ class DefaultModelLoader:
         yield from {"used": torch.ones(2), "passed": torch.ones(3)}.items()
 
 
+class Nothing:
+    """What has the parts of a model that are looked at before it is asked for more."""
+
+    dtype = torch.float32
+
+    def parameters(self) -> Iterator[torch.Tensor]:
+        """One."""
+        yield torch.ones(1)
+
+    def buffers(self) -> Iterator[torch.Tensor]:
+        """None."""
+        yield from ()
+
+    def logits(self, ids: torch.Tensor) -> torch.Tensor:
+        """Of five tokens."""
+        return torch.ones(len(ids), 5)
+
+    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The logits."""
+        return hidden
+
+
 class Model:
     """A decoder whose hidden states are its logits."""
 
@@ -92,7 +114,7 @@ class Engine:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
         if self._fails == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
-        self._model = Model(path, given["dtype"])
+        self._model: Any = Nothing() if self._fails else Model(path, given["dtype"])
         self._room, self._rows = given["max_model_len"], given["max_num_seqs"]
         self._requests: dict[str, Request] = {}
         self.model_config = SimpleNamespace(dtype=self._model.dtype)
