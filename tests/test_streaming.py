@@ -29,6 +29,7 @@ from quantkit.runtimes._streamed import StreamedModel, load_streamed
 from quantkit.runtimes.base import LoadOptions
 from quantkit.system.free_memory import left_by_groups
 from quantkit.system.validation import parse_section
+from tests.architectures import make
 from tests.runs import make_recipe, score_here, write_records
 from tests.test_duration import Listener
 from tests.test_engine_memory import PeakBytes
@@ -116,6 +117,17 @@ def test_logits_are_those_of_the_whole_model_wherever_rows_wait(family: str, tmp
     (alone,) = rows(17)
     torch.testing.assert_close(loaded.logits(alone), whole.logits(alone), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(next(iter(loaded.logits_of([alone]))), whole.logits(alone), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "gpt_oss", "dbrx", "zamba2"])
+def test_layers_that_the_model_holds_otherwise_are_read_by_their_names(architecture: str, tmp_path: Path) -> None:
+    """Transposed, in stacks of experts, and shared by blocks."""
+    make(tmp_path / "model", architecture)
+    spec = variant(group_size=32, ignore=["lm_head", "o_proj"])
+    (folder,) = exported(Job(tmp_path / "model", {"reference": "small"}, "float32"), [spec], tmp_path)
+    whole = RUNTIMES.get("reference").load(folder, LoadOptions(dtype="float32"))
+    given = rows(24)
+    torch.testing.assert_close(read(folder, given)[1][0], whole.logits(given[0]), rtol=1e-4, atol=1e-5)
 
 
 def test_memory_does_not_grow_with_blocks(tmp_path: Path) -> None:

@@ -81,6 +81,8 @@ class Skeleton:
         trust_remote_code: run model code that comes with the checkpoint.
         stored: names of the checkpoint's tensors; by default those of the folder, and where it has no weights those
             that transformers would write.
+        packed: names of the layers of a quantized checkpoint, each of which is read by its own name as ``[out_features,
+            in_features]``, whatever the float model holds it in.
 
     Attributes:
         model: the whole model.
@@ -96,12 +98,19 @@ class Skeleton:
         SourceError: transformers cannot build the model, or it has no decoder blocks.
     """
 
-    def __init__(self, folder: Path, trust_remote_code: bool = False, stored: Collection[str] | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        trust_remote_code: bool = False,
+        stored: Collection[str] | None = None,
+        packed: Collection[str] = (),
+    ) -> None:
         self.model = empty_model(folder, trust_remote_code)
         self.text: Any = text_part(self.model)
         shapes = _stored_shapes(folder) if stored is None else None
         self.names = Names(self.model, shapes if stored is None else stored, shapes)
         self.names.divide(give_way(self.model))
+        self._packed = frozenset(packed)
         self._first = {name: names[0] for names in shared_parameters(self.model) for name in names}
         self._became: dict[str, torch.Tensor] = {}
         lists = find_blocks(self.model)
@@ -217,7 +226,9 @@ class Skeleton:
         for segment in self.segments:
             for name, _ in segment.module.named_parameters():
                 full = _joined(segment.prefix, name)
-                self._there(self._first.get(full, full))
+                first = self._first.get(full, full)
+                if self._by_layer(first) is None:
+                    self._there(first)
 
     def others(self) -> list[str]:
         """What has a matrix and is no linear layer: routers that are bare parameters, what the model does not know.
@@ -363,7 +374,16 @@ class Skeleton:
         Raises:
             CheckpointError: it does not hold it, or what it is made of does not fit together.
         """
-        return self.names.read(self._there(parameter), read)
+        alone = self._by_layer(parameter)
+        return self.names.read(self._there(parameter), read) if alone is None else read(alone)
+
+    def _by_layer(self, parameter: str) -> str | None:
+        """The tensor of a quantized checkpoint that is a layer's own, as packed ones are and others may be."""
+        if not self._packed or not parameter.endswith(".weight"):
+            return None
+        layer = self.names.layer(parameter)
+        is_float = not self.names.has(parameter) and f"{layer}.weight" in self.names.stored
+        return f"{layer}.weight" if layer in self._packed or is_float else None
 
     def stored_name(self, parameter: str) -> str:
         """The name under which the checkpoint holds a parameter or, where it makes it of several, the first of them.

@@ -34,7 +34,7 @@ def origin_folder(export: Export, folder: Path) -> Path:
 def model_of(export: Export, origin: Path, trust_remote_code: bool) -> tuple[Skeleton, list[str]]:
     """The model whose layers an export holds, and what its config said of the head and its tensors do not."""
     stored = [*export.float_names(), *(f"{layer}.weight" for layer in export.schemes)]
-    skeleton = Skeleton(origin, trust_remote_code, stored)
+    skeleton = Skeleton(origin, trust_remote_code, stored, export.schemes.keys())
 
     def parts(name: str) -> list[torch.Tensor]:
         layer = name.removesuffix(".weight")
@@ -45,7 +45,7 @@ def model_of(export: Export, origin: Path, trust_remote_code: bool) -> tuple[Ske
     if tied is None:
         return skeleton, []
     write_json(origin / "config.json", set_tied(export.config(), tied))
-    return Skeleton(origin, trust_remote_code, stored), [TIED if tied else UNTIED]
+    return Skeleton(origin, trust_remote_code, stored, export.schemes.keys()), [TIED if tied else UNTIED]
 
 
 def floats_that_stay(export: Export, skeleton: Skeleton, target: type[Format]) -> list[str]:

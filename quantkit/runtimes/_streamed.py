@@ -21,7 +21,14 @@ from quantkit.engine.batches import Batch, make_batches
 from quantkit.engine.kept_calls import Fetch, Keep
 from quantkit.engine.reverse import CHUNK_LOGITS, ReverseWalk
 from quantkit.engine.skeleton import Segment, Skeleton, WeightReader
-from quantkit.errors import EvaluationError, QuantizationError, SchemeError, SourceError
+from quantkit.errors import (
+    CheckpointError,
+    EvaluationError,
+    QuantizationError,
+    QuantkitError,
+    SchemeError,
+    SourceError,
+)
 from quantkit.exports import open_export
 from quantkit.exports.adapter import adapter_beside, read_terms
 from quantkit.exports.decoded_reader import DecodedReader
@@ -200,7 +207,7 @@ def load_streamed(path: Path, options: LoadOptions, keep: Keep | None) -> Stream
     """
     check_checkpoint(path)
     device, wanted = torch.device(options.device), FLOATS[options.dtype] if options.dtype else None
-    with _as_evaluation(), TemporaryDirectory(prefix="quantkit-streamed-") as scratch:
+    with _as_evaluation(CheckpointError), TemporaryDirectory(prefix="quantkit-streamed-") as scratch:
         reader: WeightReader
         rounded: tuple[str, ...] = ()
         if is_float(path):
@@ -222,11 +229,12 @@ def load_streamed(path: Path, options: LoadOptions, keep: Keep | None) -> Stream
 
 
 @contextmanager
-def _as_evaluation() -> Iterator[None]:
-    """Turn what the engine says of a model into what an evaluation says of it."""
+def _as_evaluation(*further: type[QuantkitError]) -> Iterator[None]:
+    """Turn what the engine says of a model, and further errors, into what an evaluation says of it."""
+    known: tuple[type[QuantkitError], ...] = (SourceError, QuantizationError, SchemeError, *further)
     try:
         yield
-    except (SourceError, QuantizationError, SchemeError) as error:
+    except known as error:
         problem = error.problem.replace("the calibration rows", "the text")
         raise EvaluationError(f"the model cannot be read a block at a time: {problem}", LOAD_WHOLE) from error
 
