@@ -33,11 +33,16 @@ def _multiplies_bfloat16() -> bool:
     it.
     torch has no public way to ask; where it no longer answers, the passes are right in float32, and slower.
     """
-    names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-    has: list[Callable[[], bool]] = [getattr(torch.cpu, name, _no) for name in names]
+    has_avx512: Callable[[], bool] = getattr(torch.cpu, "_is_avx512_bf16_supported", _no)
     may: Callable[[], bool] = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", _no)
     has_onednn: Callable[[], bool] = torch.backends.mkldnn.is_available
-    return any(each() for each in has) and has_onednn() and may()
+    return (multiplies_by_amx() or has_avx512()) and has_onednn() and may()
+
+
+def multiplies_by_amx() -> bool:
+    """Whether the CPU has AMX, in which products of bfloat16 take so little time that what is around them counts."""
+    has: Callable[[], bool] = getattr(torch.cpu, "_is_amx_tile_supported", _no)
+    return has()
 
 
 def _no() -> bool:

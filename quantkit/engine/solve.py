@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from time import perf_counter
@@ -31,6 +30,7 @@ from quantkit.numerics.refine import row_errors
 from quantkit.schemes import QuantizedWeight, Scheme
 from quantkit.schemes.rounding import INPUT_SCALE
 from quantkit.system.devices import synchronize
+from quantkit.system.garbage import no_garbage_collection
 from quantkit.transforms.base import Change
 
 T = TypeVar("T")
@@ -303,7 +303,7 @@ class Solver:
                 factors = {name: _factors(changes, layer) for name, layer in told if name not in mixed}
                 known = self.transforming.statistics(task, leader, found)
                 given.append(InputGroup(weights, known, experts, factors, mixed))
-            with _no_garbage_collection():
+            with no_garbage_collection():  # a view of every column and no cycles: it would cost a tenth
                 solved = self.work(task, partial(solve_groups, task, given, sensitivity=self.sensitivity)) or []
             if self.crew.is_alone:
                 self._give(task, solved, layers, replace=replace)
@@ -389,7 +389,7 @@ class Solver:
             return task.memory.weight(name).to(self.originals.device)
         solve: Callable[[], list[LayerResult]]
         solve = partial(solve_groups, task, [InputGroup(weights, InputStatistics())], embedding=True)
-        with _no_garbage_collection():
+        with no_garbage_collection():
             solved = self.work(task, solve)
         if solved is None:
             return None
@@ -601,15 +601,3 @@ def _judged(result: LayerResult, errors: torch.Tensor, stack: _Stack, sensitivit
         told = told.mean().expand_as(told)
     nats = None if told is None else sensitivity.nats(name, told)
     return replace(result, nats=nats, effective_tokens=effective)
-
-
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """Solving makes a view of every column and no cycles: looking for garbage among them costs a tenth of it."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()

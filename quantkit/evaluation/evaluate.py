@@ -27,6 +27,7 @@ from quantkit.runtimes._streamed import LOAD_WHOLE
 from quantkit.runtimes.base import LoadedModel, LoadOptions, Runtime
 from quantkit.system.devices import device_name, resolve_device
 from quantkit.system.free_memory import kept_to
+from quantkit.system.garbage import no_garbage_collection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -61,8 +62,9 @@ def evaluate(job: EvaluationJob, progress: Progress) -> dict[str, Any]:
     started = time.perf_counter()
     device = resolve_device(job.spec.device)
     options = _load_options(job, device)
-    tokenizer = load_tokenizer(job.checkpoint, trust_remote_code=job.trust_remote_code)
-    config = load_config(job.checkpoint, trust_remote_code=job.trust_remote_code)
+    with no_garbage_collection():  # transformers imports most of itself for a tokenizer
+        tokenizer = load_tokenizer(job.checkpoint, trust_remote_code=job.trust_remote_code)
+        config = load_config(job.checkpoint, trust_remote_code=job.trust_remote_code)
     windows, conversations = _cut_texts(job, tokenizer, progress)
     loading = choose_loading(job, options, windows)
     _check_job(job, config, windows)
