@@ -11,6 +11,9 @@ in its own environment: ``autoround/autoround-int4-g64-sym:iters=50``, ``gptqmod
 ``gptq-int2-g64-sym=>recover:steps=60:train=[scales,norms]``. All calibrate on the same token ids. The divergence from
 the float model is that of the reference decoder; with --llama-cpp GGUF files are scored in llama.cpp.
 
+Inputs and the KV cache are rounded as the scheme says: ``gptq-w8a8``, ``gptq-int4-g64-sym-a8``, ``gptq-nvfp4-a4``,
+``gptq-fp8-static:kv_cache=fp8``.
+
 ``gptq-auto:budget=3.5:choices=[int2,int3,int4]`` mixes schemes to a budget, ``budget.size=130MB`` to bytes of the file;
 what choices cost is measured once for cases that differ in their budgets, and is in the seconds of the processor of the
 first. ``random=1`` chooses at random instead, by that seed among some of the choices. The table tells the divergence

@@ -24,7 +24,7 @@ from quantkit.engine.tunable_floats import tunable_floats
 from quantkit.engine.tuning import Example, Polish
 from quantkit.errors import QuantizationError
 from quantkit.methods.base import InputStatistics, Method, Solution, Statistic
-from quantkit.numerics.activation_rounding import static_scale
+from quantkit.numerics.activation_rounding import searched_scale, static_scale
 from quantkit.numerics.mismatch import corrected
 from quantkit.numerics.refine import row_errors
 from quantkit.schemes import QuantizedWeight, Scheme
@@ -552,12 +552,12 @@ def _layer(name: str, solution: Solution, start: int, stop: int, stack: _Stack, 
     if is_calibrated and group.statistics.is_empty():
         notes = (*notes, "no calibration token reached this layer: its inputs were taken as uncorrelated")
     tokens = group.statistics.tokens if is_calibrated else 0
-    weight = with_input_scale(solution.weight.rows(start, stop), group.statistics, name)
+    weight = with_input_scale(solution.weight.rows(start, stop), group, name)
     experts = group.experts if is_calibrated else ""
     return LayerResult(name, weight, error, before, tokens, notes, experts, stack.shares.get(name))
 
 
-def with_input_scale(weight: QuantizedWeight, known: InputStatistics, name: str) -> QuantizedWeight:
+def with_input_scale(weight: QuantizedWeight, group: InputGroup, name: str) -> QuantizedWeight:
     """A weight with the static scale of its layer's inputs, where its scheme has one.
 
     Layers that share an input get the same, as servers need it of those that they load as one matrix.
@@ -565,7 +565,7 @@ def with_input_scale(weight: QuantizedWeight, known: InputStatistics, name: str)
     Raises:
         QuantizationError: nothing is known of the inputs.
     """
-    rounding = weight.scheme.input_rounding
+    rounding, known = weight.scheme.input_rounding, group.statistics
     if rounding is None or not rounding.static:
         return weight
     if known.abs_max is None:
@@ -574,7 +574,13 @@ def with_input_scale(weight: QuantizedWeight, known: InputStatistics, name: str)
             "give more or other calibration records, keep the layer float with 'ignore', or round inputs as they come: "
             "activations: dynamic",
         )
-    return replace(weight, parts={**weight.parts, INPUT_SCALE: static_scale(known.abs_max.amax(), rounding)})
+    key = ("scale of inputs", rounding)
+    if key not in known.derived:
+        largest, scale = known.abs_max.amax(), None
+        if rounding.numbers == "int8" and known.sample is not None:
+            scale = searched_scale(largest, known.sample, list(group.weights.values()), rounding)
+        known.derived[key] = static_scale(largest, rounding) if scale is None else scale
+    return replace(weight, parts={**weight.parts, INPUT_SCALE: known.derived[key]})
 
 
 def _judged(result: LayerResult, errors: torch.Tensor, stack: _Stack, sensitivity: Sensitivity) -> LayerResult:

@@ -62,6 +62,8 @@ def _summary(found: dict[str, Any]) -> Table:
         facts["tensor parallel over"] = sizes + "".join(f" ({size}: {limit})" for size, limit in list(limits)[:1])
     if found["activation_scales"]:
         facts["scales of activations"] = f"{len(found['activation_scales'])} tensors"
+    if found["kv_cache"] is not None:
+        facts["stored by servers"] = f"{found['kv_cache']}, by scales of the file"
     for name, text in facts.items():
         table.add_row(Text(name), Text(text))
     return table

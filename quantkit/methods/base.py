@@ -45,8 +45,9 @@ class Statistic(Enum):
 
 def input_needs(schemes: Iterable[Scheme]) -> frozenset[Statistic]:
     """The statistics that schemes need whatever the method: those of static scales of inputs."""
-    asked = (scheme.input_rounding for scheme in schemes)
-    return frozenset({Statistic.ABS_MAX} if any(each is not None and each.static for each in asked) else ())
+    static = {each.numbers for scheme in schemes if (each := scheme.input_rounding) is not None and each.static}
+    searched = {Statistic.SAMPLE} if "int8" in static else set()
+    return frozenset({Statistic.ABS_MAX, *searched} if static else ())
 
 
 class MethodOptions(BaseModel):

@@ -7,6 +7,8 @@ floats of 4 and 8 bits, and for integers divides by 127.5.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from quantkit.schemes.grids.blockfloat import (
@@ -70,6 +72,31 @@ def static_scale(largest: torch.Tensor, rounding: InputRounding) -> torch.Tensor
     found = rounding.highest / largest if rounding.numbers == "nvfp4" else largest / rounding.highest
     usable = found.isfinite() & (found >= torch.finfo(torch.float32).tiny)
     return torch.where(usable, found, 1.0).reshape(-1)
+
+
+SHRINKS = (1.0, 0.85, 0.7, 0.6, 0.5, 0.4, 0.33, 0.27, 0.22, 0.18, 0.15, 0.12, 0.1)
+"""Shares of the largest magnitude that a static scale of integers may span."""
+
+
+def searched_scale(
+    largest: torch.Tensor, sample: torch.Tensor, weights: Sequence[torch.Tensor], rounding: InputRounding
+) -> torch.Tensor:
+    """The static scale at which layers lose least of their outputs on some tokens, float32 ``[1]``.
+
+    What lies beyond it is clipped. Integers of one scale leave few steps to most inputs where some are far larger.
+
+    Args:
+        largest: 0-d, the largest magnitude of all tokens.
+        sample: the inputs of some, float32 ``[tokens, in_features]``.
+        weights: of the layers that read them, float32 ``[out_features, in_features]``.
+        rounding: a static one.
+    """
+    scales = [static_scale(largest * shrink, rounding) for shrink in SHRINKS]
+    errors = []
+    for scale in scales:
+        missing = sample - round_inputs(sample, rounding, scale)
+        errors.append(sum((missing @ weight.T).square().sum() for weight in weights))
+    return torch.stack(scales)[torch.stack([torch.as_tensor(each) for each in errors]).argmin()]
 
 
 def _eight_bits(values: torch.Tensor, rounding: InputRounding, scale: torch.Tensor | None) -> torch.Tensor:
