@@ -16,7 +16,7 @@ from quantkit.errors import QuantizationError
 from quantkit.exports import open_export
 from quantkit.methods.base import InputStatistics
 from quantkit.methods.rtn import Rtn, RtnOptions
-from quantkit.methods.tuning import TuneOptions
+from quantkit.methods.tuning import ROUNDED_STEPS, STEPS, TuneOptions
 from quantkit.quantization import Job, Quantized, quantize, quantize_together
 from quantkit.quantization.job import Wanted
 from quantkit.quantization.stage import walks
@@ -133,11 +133,20 @@ def test_roundings_are_trained_by_themselves_where_tokens_are_many(
     block: Block, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     few = polished(block, examples(block), rounding=None)
-    monkeypatch.setattr("quantkit.engine.tuning.ROUNDING_TOKENS", 3)
+    monkeypatch.setattr("quantkit.methods.tuning.ROUNDING_TOKENS", 3)
     many = polished(block, examples(block), rounding=None)
     assert torch.equal(few.weights["up.weight"].codes, rounded(block.up.weight).codes)
     assert not torch.equal(many.weights["up.weight"].codes, rounded(block.up.weight).codes)
     assert many.after < few.after
+
+
+def test_roundings_take_more_steps_than_scales_alone_unless_it_is_said_how_many(block: Block) -> None:
+    usual, few = TuneOptions(), TuneOptions(steps=3)
+    assert (usual.steps_for(rounding=False), usual.steps_for(rounding=True)) == (STEPS, ROUNDED_STEPS)
+    assert {few.steps_for(rounding=each) for each in (False, True)} == {3}
+    assert not usual.rounds(tokens=127 * 64, width=64)
+    assert usual.rounds(tokens=128 * 64, width=64)
+    assert polished(block, examples(block), steps=None).steps <= STEPS
 
 
 def test_float_zeros_are_trained(block: Block) -> None:

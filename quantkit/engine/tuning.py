@@ -34,12 +34,10 @@ WARM_UP = 5
 """Steps in which the learning rate rises."""
 TRIALS = 4
 """How often the held-out batches judge in all steps."""
-ROUNDING_REACH = 0.05
+ROUNDING_REACH = 0.1
 """How far a rounding comes in all steps, in steps of the grid, if the sign of its gradient never turns."""
 NEAR = 0.49
 """How far from its code a rounding begins at most, on the side on which the float weight lies."""
-ROUNDING_TOKENS = 128
-"""Tokens for a column of the widest layer from which roundings are trained where nobody says: with few they overfit."""
 BETAS = (0.9, 0.95)
 EPSILON = 1e-12
 """Of Adam: gradients of single factors are small beside the loss, which is 1 at the start."""
@@ -186,6 +184,11 @@ class _Leaves:
         """Whether roundings are trained, which are good for nothing before they have come to rest."""
         return self.origins is not None
 
+    @property
+    def steps(self) -> int:
+        """How many are made at most."""
+        return self.options.steps_for(rounding=self.rounds)
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """All parameters as they are now, float32, with a graph back to the leaves."""
         found = {name: each.weight() for name, each in self._layers.items()} | self._still
@@ -208,7 +211,7 @@ class _Leaves:
         for each in self._layers.values():
             latents = each.parameters().get("latents")
             if latents is not None and latents.grad is not None:
-                latents.sub_(latents.grad.sign(), alpha=rate * 2 * ROUNDING_REACH / self.options.steps)
+                latents.sub_(latents.grad.sign(), alpha=rate * 2 * ROUNDING_REACH / self.steps)
                 latents.grad = None
             each.clamp_()
 
@@ -273,17 +276,15 @@ class Polish:
         weights, floats = self.weights, self.floats
         if not rounding:
             return _Leaves(weights, floats, self.options) if self.options.train else None
-        wanted = self.options.rounding
-        if wanted is None:
-            widest = max((each.codes.shape[1] for each in weights.values()), default=0)
-            wanted = sum(each.batch.tokens for each in self.examples) >= ROUNDING_TOKENS * widest
+        widest = max((each.codes.shape[1] for each in weights.values()), default=0)
+        wanted = self.options.rounds(sum(each.batch.tokens for each in self.examples), widest)
         return _Leaves(weights, floats, self.options, self.origins) if wanted else None
 
     def _train(
         self, leaves: _Leaves, best: _Best, held: Sequence[Example], train: Sequence[Example]
     ) -> tuple[int, str]:
         """Train leaves; returns the steps taken, and why they ended early."""
-        count, unit = self.options.steps, best.loss
+        count, unit = leaves.steps, best.loss
         trials = {-(-count * number // TRIALS) for number in range(1, TRIALS + 1)}
         for step in range(1, count + 1):
             loss = self._step(leaves, train[(step - 1) % len(train)], unit, _rate(step, count))

@@ -20,6 +20,11 @@ GENERATED = 8192
 ENOUGH = 16
 """Tokens for each column of the widest layer from which on more that the model writes do not help."""
 
+STEPS, ROUNDED_STEPS = 64, 256
+"""Steps for a block where nobody says how many: of scales and the like alone, and with roundings."""
+ROUNDING_TOKENS = 128
+"""Tokens for a column of the widest layer from which roundings are trained where nobody says: with few they overfit."""
+
 Part = Literal["scales", "zeros", "norms", "biases"]
 
 
@@ -37,7 +42,7 @@ class TuneOptions(MethodOptions):
     """Options of block polish.
 
     Attributes:
-        steps: of the optimizer for a block, at most.
+        steps: of the optimizer for a block, at most; by default :data:`STEPS`, or :data:`ROUNDED_STEPS` with roundings.
         learning_rate: of scales, norms and biases, relative to their size; it rises for some steps and falls to
             nothing. By default 0.005.
         batch_tokens: tokens of a step.
@@ -48,9 +53,9 @@ class TuneOptions(MethodOptions):
         patience: how many times in a row the held-out rows may see no gain before a block is done.
     """
 
-    steps: Annotated[int, Field(strict=True, ge=1, le=100_000)] = 64
+    steps: Annotated[int, Field(strict=True, ge=1, le=100_000)] | None = None
     learning_rate: Annotated[float, Field(gt=0, le=1)] | None = None
-    batch_tokens: Annotated[int, Field(strict=True, ge=1)] = 2048
+    batch_tokens: Annotated[int, Field(strict=True, ge=1)] = 1024
     train: tuple[Part, ...] = ("scales", "zeros")
     rounding: Annotated[bool, Field(strict=True)] | None = None
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.125
@@ -66,6 +71,19 @@ class TuneOptions(MethodOptions):
         if not self.train and not self.rounding:
             raise ValueError("nothing is trained: name scales, zeros, norms or biases in 'train', or leave it out")
         return self
+
+    def rounds(self, tokens: int, width: int) -> bool:
+        """Whether roundings are trained.
+
+        Args:
+            tokens: of all rows.
+            width: of the widest input of a layer of the block.
+        """
+        return tokens >= ROUNDING_TOKENS * width if self.rounding is None else self.rounding
+
+    def steps_for(self, *, rounding: bool) -> int:
+        """Steps for a block, at most, with roundings or without."""
+        return self.steps or (ROUNDED_STEPS if rounding else STEPS)
 
     def trains(self, scheme: Scheme) -> bool:
         """Whether it trains something of a layer of a scheme, or beside it."""

@@ -309,9 +309,11 @@ class _Work:
         At each step all weights of the block are decoded, and have gradients.
         """
         weights = sum(height * width for height, width in self.shapes)
-        stepped = options.steps * step_tokens(options, tokens) * STEP
+        widest = max((width for _, width in self.shapes), default=0)
+        steps = options.steps_for(rounding=options.rounds(tokens, widest))
+        stepped = steps * step_tokens(options, tokens) * STEP
         passed = (GROUPS + LOOKS * options.held_out) * tokens
-        moved = options.steps * weights * DECODED / self.pass_rates.nbytes
+        moved = steps * weights * DECODED / self.pass_rates.nbytes
         return self._passing(passed + stepped) + moved
 
     def _gathering(self, tokens: int) -> float:
