@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from quantkit.errors import EvaluationError, RecipeError
 from quantkit.recipe import COMPARING_METRICS, CalibrationSpec, EvaluationSpec, ModelSpec, Recipe
 from quantkit.recipe.mixing import is_mixed
-from quantkit.system.progress import Logged, Observer
+from quantkit.system.progress import Among, Logged, Observer
 from quantkit.system.units import parse_seconds
 from quantkit.system.validation import parse_section
 
@@ -21,7 +21,11 @@ if TYPE_CHECKING:
 
 
 def run(
-    recipe: Recipe | Mapping[str, Any] | str | Path, observer: Observer | None = None, *, install: bool = True
+    recipe: Recipe | Mapping[str, Any] | str | Path,
+    observer: Observer | None = None,
+    *,
+    install: bool = True,
+    cluster: str | None = None,
 ) -> dict[str, Any]:
     """Run a recipe: quantize every variant, score each exported file, write the report.
 
@@ -29,6 +33,7 @@ def run(
         recipe: a recipe, its keys and values, or the path of its file.
         observer: is told what happens; the logger ``quantkit`` by default.
         install: make the environments of libraries that are not there.
+        cluster: address of a Ray cluster whose nodes do the work, ``auto`` for the one of this machine.
 
     Returns:
         The content of ``report.json``. ``status`` is ``failed`` if a variant or a gate failed.
@@ -39,7 +44,13 @@ def run(
     """
     from quantkit.pipeline.recorded import recorded_run
 
-    return recorded_run(Recipe.of(recipe), observer or Logged(), installs=install)
+    found, watching = Recipe.of(recipe), observer or Logged()
+    if cluster is None:
+        return recorded_run(found, watching, installs=install)
+    from quantkit.pipeline.cluster import joined
+
+    with joined(cluster) as workers:
+        return recorded_run(found, Among(watching), installs=install, workers=workers)
 
 
 def run_all(
@@ -48,6 +59,7 @@ def run_all(
     *,
     page: str | Path | None = None,
     install: bool = True,
+    cluster: str | None = None,
 ) -> dict[str, Any]:
     """Run several recipes, each as :func:`run` does, and write one page that lists them all.
 
@@ -59,6 +71,7 @@ def run_all(
         page: where the page goes, a file that ends in ``.html``; beside it lies the same as JSON. By default
             ``runs.html`` in the folder that holds all their folders.
         install: make the environments of libraries that are not there.
+        cluster: see :func:`run`; the recipes then run at the same time.
 
     Returns:
         ``schema``, ``status`` (``failed`` if some run is not ``ok``) and ``runs``, each with ``name``, ``status``,
@@ -69,12 +82,14 @@ def run_all(
     """
     from quantkit.pipeline.several import run_several
 
-    return run_several(
-        loaded_recipes(recipes),
-        observer or Logged(),
-        page=None if page is None else Path(page).expanduser(),
-        installs=install,
-    )
+    found, watching = loaded_recipes(recipes), observer or Logged()
+    place = None if page is None else Path(page).expanduser()
+    if cluster is None:
+        return run_several(found, watching, page=place, installs=install)
+    from quantkit.pipeline.cluster import joined
+
+    with joined(cluster) as workers:
+        return run_several(found, Among(watching), page=place, installs=install, workers=workers)
 
 
 def loaded_recipes(given: Sequence[Recipe | Mapping[str, Any] | str | Path]) -> list[Recipe]:

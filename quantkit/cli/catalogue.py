@@ -27,6 +27,7 @@ STATISTIC_WORDS = {
     Statistic.SQUARE_MEAN: "mean x²",
     Statistic.GRAM: "XᵀX",
     Statistic.ABS_MAX: "max |x|",
+    Statistic.SAMPLE: "some of the inputs",
 }
 SMALL_GROUP = 32
 FURTHER = {

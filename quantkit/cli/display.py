@@ -6,12 +6,14 @@ import sys
 import time
 from collections.abc import Sequence
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 from quantkit.system.pace import Ahead, Pace, about
+from quantkit.system.progress import Row
 
 LINE_EVERY = 5.0
 """Seconds between plain progress lines."""
@@ -86,6 +88,26 @@ class Display:
             print(text, file=sys.stderr)  # noqa: T201 - the console prints nothing
         self._print(f"  {text}")
 
+    def row(self, title: str) -> Row:
+        """A row for a piece of work among others: on a terminal a bar of its own, which says where it runs."""
+        return _TaskRow(self, title)
+
+    def add_bar(self, title: str) -> TaskID | None:
+        """A further bar; None where there are no bars."""
+        return self._bars.add_task(title, total=None, step="waits for a node") if self._live else None
+
+    def move_bar(self, bar: TaskID, **fields: Any) -> None:
+        """Change a bar."""
+        self._bars.update(bar, **fields)
+
+    def drop_bar(self, bar: TaskID) -> None:
+        """Take a bar away."""
+        self._bars.remove_task(bar)
+
+    def say(self, text: str) -> None:
+        """Print a line."""
+        self._print(text)
+
     def _close_stage(self) -> None:
         if self._task is not None:
             self._bars.remove_task(self._task)
@@ -96,6 +118,51 @@ class Display:
 
     def _print(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+class _TaskRow:
+    """A piece of work among others; see :class:`quantkit.system.progress.Row`."""
+
+    def __init__(self, display: Display, title: str) -> None:
+        self._display, self._title = display, title
+        self._bar = display.add_bar(title)
+        self._begun = self._last_line = time.monotonic()
+        self._host = ""
+
+    def stage(self, title: str) -> None:
+        """A part of it begins."""
+        self._display.say(f"  {self._title}: {title}")
+
+    def placed(self, host: str) -> None:
+        """It runs there."""
+        self._host, self._begun = host, time.monotonic()
+        if self._bar is None:
+            self._display.say(f"{self._title} on {host} ...")
+        else:
+            self._display.move_bar(self._bar, description=f"{self._title} on {host}", step="")
+
+    def progress(self, step: str, done: int, total: int) -> None:
+        """Move its bar, or print a line now and then."""
+        if self._bar is not None:
+            self._display.move_bar(self._bar, completed=done, total=total, step=f"{step} {done}/{total}")
+            return
+        now = time.monotonic()
+        if now - self._last_line >= LINE_EVERY:
+            self._last_line = now
+            where = f" on {self._host}" if self._host else ""
+            self._display.say(f"{self._title}{where}: {step} {done}/{total}, {now - self._begun:.0f} s")
+
+    def note(self, text: str) -> None:
+        """Print a line that names it."""
+        start, mark, rest = text.partition("warning: ")
+        named = f"warning: {self._title}: {rest}" if mark and not start else f"{self._title}: {text}"
+        self._display.note(named)
+
+    def close(self) -> None:
+        """Take its bar away, and say how long it took."""
+        if self._bar is not None:
+            self._display.drop_bar(self._bar)
+        self._display.say(f"{self._title}: ended after {time.monotonic() - self._begun:.1f} s")
 
 
 class _Left(ProgressColumn):

@@ -46,6 +46,9 @@ def run(
     page: Annotated[
         Path | None, typer.Option(help="Where the page of several runs goes; runs.html above their folders by default.")
     ] = None,
+    cluster: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Run on the nodes of a Ray cluster; auto is this machine's.")
+    ] = None,
 ) -> None:
     """Run a recipe: quantize every variant, score it, write the report. Of several recipes also a page of all."""
     from quantkit.api import loaded_recipes
@@ -55,9 +58,10 @@ def run(
         _show_plans(loaded, as_json)
         return
     if len(loaded) > 1 or page is not None:
-        _run_several(loaded, install, as_json=as_json, page=page)
+        _run_several(loaded, install, cluster, as_json=as_json, page=page)
         return
-    result = _run_as_json(loaded[0], install) if as_json else _run_shown(loaded[0], install, all_columns)
+    (recipe,) = loaded
+    result = _run_as_json(recipe, install, cluster) if as_json else _run_shown(recipe, install, cluster, all_columns)
     if result["status"] == "failed":
         raise typer.Exit(EXIT_FAILED)
 
@@ -74,7 +78,9 @@ def _show_plans(recipes: list[Recipe], as_json: bool) -> None:
         raise typer.Exit(code)
 
 
-def _run_several(recipes: list[Recipe], install: bool, *, as_json: bool, page: Path | None) -> None:
+def _run_several(
+    recipes: list[Recipe], install: bool, cluster: str | None, *, as_json: bool, page: Path | None
+) -> None:
     """Run recipes and tell of each how it ended and what to take, and where the page is that lists them all."""
     import quantkit
     from quantkit.cli.display import Display
@@ -85,11 +91,11 @@ def _run_several(recipes: list[Recipe], install: bool, *, as_json: bool, page: P
     if as_json:
         log = EventLog(sys.stdout)
         log.write("start", runs=[recipe.name for recipe in recipes])
-        result = quantkit.run_all(recipes, log, page=place, install=install)
+        result = quantkit.run_all(recipes, log, page=place, install=install, cluster=cluster)
         log.write("end", status=result["status"], runs=result["runs"], page=str(place))
     else:
         with Display(console(stderr=True)) as display:
-            result = quantkit.run_all(recipes, display, page=place, install=install)
+            result = quantkit.run_all(recipes, display, page=place, install=install, cluster=cluster)
         for each in result["runs"]:
             chosen = each["recommended"] or {}
             told = each["error"] or f"recommended {chosen.get('variant') or 'none'}"
@@ -99,13 +105,13 @@ def _run_several(recipes: list[Recipe], install: bool, *, as_json: bool, page: P
         raise typer.Exit(EXIT_FAILED)
 
 
-def _run_shown(recipe: Recipe, install: bool, all_columns: bool) -> dict[str, Any]:
+def _run_shown(recipe: Recipe, install: bool, cluster: str | None, all_columns: bool) -> dict[str, Any]:
     """Run with progress on standard error, then print the table, the choice, the gates and where the report is."""
     import quantkit
     from quantkit.cli.display import Display
 
     with Display(console(stderr=True)) as display:
-        result = quantkit.run(recipe, display, install=install)
+        result = quantkit.run(recipe, display, install=install, cluster=cluster)
     _show(result, all_columns)
     say(f"report: {report_page(recipe)}")
     return result
@@ -122,7 +128,7 @@ def _show(content: dict[str, Any], all_columns: bool) -> None:
         say(line)
 
 
-def _run_as_json(recipe: Recipe, install: bool) -> dict[str, Any]:
+def _run_as_json(recipe: Recipe, install: bool, cluster: str | None) -> dict[str, Any]:
     """Run with every event as a line of JSON on standard output; the last says how it ended and where the report is."""
     import quantkit
     from quantkit.pipeline.run import outcome
@@ -131,7 +137,7 @@ def _run_as_json(recipe: Recipe, install: bool) -> dict[str, Any]:
     log = EventLog(sys.stdout)
     log.write("start", name=recipe.name, folder=str(recipe.folder))
     try:
-        result = quantkit.run(recipe, log, install=install)
+        result = quantkit.run(recipe, log, install=install, cluster=cluster)
     except BaseException as error:
         log.write("error", kind=type(error).__name__, text=str(error))
         raise

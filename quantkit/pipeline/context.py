@@ -5,17 +5,24 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from quantkit.errors import QuantkitError
 from quantkit.evaluation.stage import LOGPROBS, Scoring, score, served_figures
 from quantkit.evaluation.stage_peak import StagePeaks
 from quantkit.pipeline.titles import evaluation_title, served_title
+from quantkit.pipeline.workers import HERE, Task, Work, Workers
 from quantkit.recipe import Recipe, VariantSpec
 from quantkit.system.artifacts import write_text
+from quantkit.system.devices import resolve_device
 from quantkit.system.progress import Observer
 from quantkit.system.redaction import redacted
+
+T = TypeVar("T")
+Baseline = Callable[[], dict[str, Any]]
+"""Gives the figures of the float model, once they are there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +38,8 @@ class Run:
         installs: environments of libraries that are not there may be made.
         plain: of mixed variants, by name, what they became.
         peaks: what its stages took at most, those that were not reused.
+        workers: who does what takes long.
+        needs: bytes that stages are expected to take, by their titles, as far as that is known.
     """
 
     recipe: Recipe
@@ -41,6 +50,23 @@ class Run:
     installs: bool = True
     plain: Mapping[str, VariantSpec] = field(default_factory=dict)
     peaks: StagePeaks = field(default_factory=StagePeaks)
+    workers: Workers = HERE
+    needs: Mapping[str, int] = field(default_factory=dict)
+
+    def do(self, task: Task, work: Work[T], *, there: Callable[[], bool] = lambda: False, peak: bool = True) -> T:
+        """Have a stage done, with the memory that it is expected to take.
+
+        Args:
+            task: it.
+            work: what is done.
+            there: whether its result is there.
+            peak: measure what it takes, where it is done here.
+        """
+        task = replace(task, memory=task.memory or self.needs.get(task.title, 0))
+        if not peak or self.workers is not HERE:
+            return self.workers.do(task, work, self.observer)
+        with self.peaks.of(task.title, resolve_device(task.device), there=there()):
+            return self.workers.do(task, work, self.observer)
 
     @property
     def baseline(self) -> Path:
@@ -73,13 +99,12 @@ def attempted(current: Run, row: dict[str, Any], work: Callable[[], dict[str, An
     return row | {"status": "failed", "error": failure}
 
 
-def score_beside(current: Run, name: str, folder: Path, content: Any, baseline: dict[str, Any]) -> dict[str, Any]:
+def score_beside(current: Run, name: str, folder: Path, content: Any, baseline: Baseline) -> dict[str, Any]:
     """Score a checkpoint, known by its ``content``, beside the baseline."""
-    current.observer.stage(evaluation_title(name))
     scoring = Scoring(
         name,
         folder,
-        {"checkpoint": content, "reference": baseline["fingerprint"]},
+        {"checkpoint": content, "reference": baseline()["fingerprint"]},
         current.recipe.evaluation,
         current.folder / "evaluations" / name,
         current.log("evaluate", name),
@@ -89,8 +114,10 @@ def score_beside(current: Run, name: str, folder: Path, content: Any, baseline: 
         current.seen,
         current.recipe.max_memory,
     )
-    result = score(scoring, current.observer)
-    current.peaks.note(evaluation_title(name), result.get("peak"))
+    device, reads = current.recipe.evaluation.device, (marker(folder),)
+    task = Task(evaluation_title(name), device, reads=reads, outputs=(scoring.out,))
+    result = current.do(task, partial(score, scoring), peak=False)
+    current.peaks.note(task.title, result.get("peak"))
     return with_served(current, scoring, result)
 
 
@@ -107,7 +134,6 @@ def with_served(current: Run, scoring: Scoring, result: dict[str, Any]) -> dict[
     spec = scoring.spec.as_served
     if spec is None:
         return result
-    current.observer.stage(served_title(scoring.name, spec.loader))
     is_baseline = scoring.reference is None
     served = replace(
         scoring,
@@ -117,8 +143,15 @@ def with_served(current: Run, scoring: Scoring, result: dict[str, Any]) -> dict[
         log=current.log("baseline-served") if is_baseline else current.log("served", scoring.name),
         reference=scoring.reference or scoring.out / LOGPROBS,
     )
+    reads = (marker(scoring.checkpoint),)
+    task = Task(served_title(scoring.name, spec.loader), spec.device, reads=reads, outputs=(served.out,))
     try:
-        return {**result, "served": served_figures(score(served, current.observer))}
+        return {**result, "served": served_figures(current.do(task, partial(score, served), peak=False))}
     except QuantkitError as error:
         current.observer.note(f"{scoring.name}: {error}")
         return {**result, "served": {"by": spec.loader, "missing": str(error)}}
+
+
+def marker(path: Path) -> Path:
+    """The file by which it is known whether a machine sees a checkpoint."""
+    return path if path.is_file() else path / "config.json"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from quantkit.errors import RecipeError
@@ -15,13 +17,15 @@ from quantkit.isolation.environments import environment_of
 from quantkit.isolation.install import announcement
 from quantkit.isolation.launch import WorkerFailedError
 from quantkit.isolation.stage import quantize_by_library
-from quantkit.pipeline.context import Run, attempted, score_beside
+from quantkit.pipeline.context import Baseline, Run, attempted, marker, score_beside
 from quantkit.pipeline.titles import library_title
+from quantkit.pipeline.workers import Task
 from quantkit.publishing import CARD, describe
 from quantkit.quantization import Job, Quantized
 from quantkit.recipe import LibrarySpec, VariantSpec
 from quantkit.recipe.scheme import written_keys
 from quantkit.schemes import scheme_from_json
+from quantkit.system.progress import Observer
 from quantkit.system.validation import parse_section
 
 LOG = "quantize"
@@ -55,7 +59,7 @@ def library_row(
     current: Run,
     job: Job,
     variant: LibrarySpec,
-    baseline: dict[str, Any],
+    baseline: Baseline,
     write_card: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:
     """Quantize a variant in a worker and score it; whatever goes wrong becomes its row."""
@@ -75,11 +79,10 @@ def library_row(
     log = current.log(LOG, variant.name)
 
     def work() -> dict[str, Any]:
-        current.observer.stage(library_title(variant))
         out = current.variant_folder(variant.name)
-        attempt = Attempt(job, variant, out, log, current.observer, current.installs)
+        task = Task(library_title(variant), job.device, reads=(marker(job.source),), outputs=(out,))
         try:
-            done = quantize_by_library(attempt)
+            done = current.do(task, partial(_attempt, job, variant, out, log, current.installs), peak=False)
         except WorkerFailedError as error:
             row[FAILURE] = error.facts
             raise
@@ -92,7 +95,12 @@ def library_row(
     return attempted(current, row, work)
 
 
-def _scored(current: Run, variant: LibrarySpec, done: Quantized, baseline: dict[str, Any]) -> dict[str, Any]:
+def _attempt(job: Job, variant: LibrarySpec, out: Path, log: Path, installs: bool, observer: Observer) -> Quantized:
+    """Quantize it, wherever that is done."""
+    return quantize_by_library(Attempt(job, variant, out, log, observer, installs))
+
+
+def _scored(current: Run, variant: LibrarySpec, done: Quantized, baseline: Baseline) -> dict[str, Any]:
     if done.reused:
         current.observer.note(f"{variant.name}: reused the finished checkpoint")
     for note in done.facts["notes"]:

@@ -7,19 +7,23 @@ from typing import Any
 from quantkit.errors import QuantkitError
 from quantkit.gates import parse_gate
 from quantkit.pipeline.run import run
+from quantkit.pipeline.workers import HERE, Workers
 from quantkit.recipe import Recipe
 from quantkit.run_history.record import RunRecord, finished_record, now, stopped_record
 from quantkit.run_history.store import History
 from quantkit.system.progress import Observer
 
 
-def recorded_run(recipe: Recipe, observer: Observer, *, installs: bool = True) -> dict[str, Any]:
+def recorded_run(
+    recipe: Recipe, observer: Observer, *, installs: bool = True, workers: Workers = HERE
+) -> dict[str, Any]:
     """Run a recipe and append its record; a history that cannot be written is a note, and the result stands.
 
     Args:
         recipe: what to run.
         observer: is told what happens.
         installs: make the environments of libraries that are not there.
+        workers: who does what takes long.
 
     Returns:
         The content of ``report.json``.
@@ -29,7 +33,7 @@ def recorded_run(recipe: Recipe, observer: Observer, *, installs: bool = True) -
     """
     started = now()
     try:
-        content = run(recipe, observer, installs=installs)
+        content = run(recipe, observer, installs=installs, workers=workers)
     except BaseException as error:
         append(recipe, stopped_record(recipe, error, "run", started), observer)
         raise

@@ -15,9 +15,10 @@ from quantkit.evaluation.stage import report_figures
 from quantkit.exports.manifest import identity, read_manifest
 from quantkit.merging import merged_source
 from quantkit.pipeline.adapting import adapted
-from quantkit.pipeline.context import Run, attempted, score_beside
+from quantkit.pipeline.context import Baseline, Run, attempted, marker, score_beside
 from quantkit.pipeline.jobs import job_of
 from quantkit.pipeline.titles import recover_title
+from quantkit.pipeline.workers import Task
 from quantkit.publishing import describe
 from quantkit.quantization import Job, Quantized
 from quantkit.recipe import CalibrationSpec, MergeSpec, ModelSpec, RecoverOptions, RecoverSpec, VariantSpec
@@ -25,7 +26,6 @@ from quantkit.recipe.model import HUB_REFERENCE
 from quantkit.recovery.stage import STAGE, recover
 from quantkit.source import SourceModel
 from quantkit.system.artifacts import STAGE_FILE, check_writable, read_json
-from quantkit.system.devices import resolve_device
 from quantkit.system.progress import Observer
 from quantkit.system.scratch import workplace
 
@@ -106,7 +106,7 @@ def recover_row(
     job: Job,
     variant: RecoverSpec,
     original: Mapping[str, Any],
-    baseline: dict[str, Any],
+    baseline: Baseline,
     write_card: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:
     """Train another variant's checkpoint and score the result; whatever goes wrong becomes its row.
@@ -133,20 +133,24 @@ def recover_row(
     def work() -> dict[str, Any]:
         if original["status"] != "ok":
             raise QuantizationError(f"{variant.recover} failed, of which it is made", "mend that variant first")
-        current.observer.stage(recover_title(variant))
         given = job if variant.data is None else _with_data(current, job, variant)
         out = current.variant_folder(variant.name)
         checkpoint, there = Path(original["checkpoint"]), (out / STAGE_FILE).exists()
-        with current.peaks.of(recover_title(variant), resolve_device(given.device), there=there):
-            if variant.adapter is None:
-                done = recover(given, checkpoint, variant.options, out, current.observer, partial(describe, given))
-            else:
-                done = adapted(given, checkpoint, variant.adapter, variant.options, out, current.observer)
+        reads = (marker(job.source), marker(checkpoint))
+        task = Task(recover_title(variant), given.device, reads=reads, outputs=(out,))
+        done = current.do(task, partial(_trained, given, checkpoint, variant, out), there=lambda: there)
         scored = _scored(current, variant, done, baseline)
         write_card(row | scored)
         return scored
 
     return attempted(current, row, work)
+
+
+def _trained(job: Job, checkpoint: Path, variant: RecoverSpec, out: Path, observer: Observer) -> Quantized:
+    """Train it, wherever that is done."""
+    if variant.adapter is None:
+        return recover(job, checkpoint, variant.options, out, observer, partial(describe, job))
+    return adapted(job, checkpoint, variant.adapter, variant.options, out, observer)
 
 
 def _with_data(current: Run, job: Job, variant: RecoverSpec) -> Job:
@@ -161,7 +165,7 @@ def _with_data(current: Run, job: Job, variant: RecoverSpec) -> Job:
     return replace(job, rows=built.rows, images={}, calibration_sha256=built.sha256, audit=built.audit)
 
 
-def _scored(current: Run, variant: RecoverSpec, done: Quantized, baseline: dict[str, Any]) -> dict[str, Any]:
+def _scored(current: Run, variant: RecoverSpec, done: Quantized, baseline: Baseline) -> dict[str, Any]:
     if done.reused:
         current.observer.note(f"{variant.name}: reused the finished checkpoint")
     scored = score_beside(current, variant.name, done.folder, identity(done.folder), baseline)

@@ -15,29 +15,28 @@ from quantkit.evaluation.stage import report_figures
 from quantkit.exports.manifest import identity
 from quantkit.merging import other_merge
 from quantkit.methods.tuning import TUNE
-from quantkit.pipeline.context import Run, attempted, score_beside
+from quantkit.pipeline.context import Baseline, Run, attempted, marker, score_beside
 from quantkit.pipeline.library_rows import library_row
 from quantkit.pipeline.mixing import Mixed, mixed_all, mixed_scheme
 from quantkit.pipeline.recovering import recover_row
 from quantkit.pipeline.titles import walk_title
+from quantkit.pipeline.workers import HERE, Task
 from quantkit.publishing import CARD, CardFacts, card, describe
 from quantkit.quantization import Job, Quantized, Wanted, quantize_together, walks
 from quantkit.quantization.job import finished_variant, made_from
-from quantkit.recipe import AutoSpec, VariantSpec
+from quantkit.recipe import AutoSpec, LibrarySpec, VariantSpec
 from quantkit.schemes.base import PER_CHANNEL
 from quantkit.system.artifacts import write_text
-from quantkit.system.devices import resolve_device
+from quantkit.system.progress import Observer
 
 
-def variant_rows(
-    current: Run, job: Job, baseline: dict[str, Any], audit: dict[str, Any] | None
-) -> list[dict[str, Any]]:
+def variant_rows(current: Run, job: Job, baseline: Baseline, audit: dict[str, Any] | None) -> list[dict[str, Any]]:
     """Quantize walk by walk, then library by library, score what each gives; rows are in the order of the recipe."""
     own = current.recipe.own_variants
-    card_of = partial(_write_card, job, report_figures(baseline), audit)
+    card_of = partial(_write_card, job, baseline, audit)
     rows: dict[str, dict[str, Any]] = {}
     specs = {variant.name: variant for variant in own}
-    mixes = mixed_all(job, own, current.folder, current.observer)
+    mixes = _mixed(current, job, own)
     made = {name: mix for name, mix in mixes.items() if isinstance(mix, Mixed)}
     current = replace(current, plain={name: mix.variant for name, mix in made.items()})
     for variant in own:
@@ -45,49 +44,92 @@ def variant_rows(
         if isinstance(failure, Exception):
             rows[variant.name] = _variant_row(current, variant, failure, baseline, card_of, _mixed_row(variant))
     variants = [current.plain.get(variant.name, variant) for variant in own if variant.name not in rows]
-    for places in walks(job, variants):
-        outcomes = _quantized(current, job, [variants[place] for place in places], made)
-        for place, outcome in zip(places, outcomes, strict=True):
-            name, mix = variants[place].name, _mixed_row(specs[variants[place].name], made)
-            rows[name] = _variant_row(current, variants[place], outcome, baseline, card_of, mix)
-    for other in current.recipe.library_variants:
-        rows[other.name] = library_row(current, job, other, baseline, card_of)
+
+    def walked(places: Sequence[int], whole: Sequence[int]) -> list[dict[str, Any]]:
+        specs_here = [variants[place] for place in places]
+        memory = current.needs.get(walk_title([variants[place] for place in whole]), 0)
+        outcomes = _quantized(current, job, specs_here, made, memory)
+        jobs = [
+            partial(_variant_row, current, spec, outcome, baseline, card_of, _mixed_row(specs[spec.name], made))
+            for spec, outcome in zip(specs_here, outcomes, strict=True)
+        ]
+        return current.workers.each(jobs)
+
+    def by_library(other: LibrarySpec) -> list[dict[str, Any]]:
+        return [library_row(current, job, other, baseline, card_of)]
+
+    together = walks(job, variants)
+    parts = max(1, current.workers.parallel // max(1, len(together)))
+    jobs = [partial(walked, part, places) for places in together for part in parted(places, parts)]
+    jobs += [partial(by_library, each) for each in current.recipe.library_variants]
+    for found in current.workers.each(jobs):
+        rows |= {row["name"]: row for row in found}
     for trained in current.recipe.recover_variants:
         rows[trained.name] = recover_row(current, job, trained, rows[trained.recover], baseline, card_of)
     return [rows[each.name] for each in current.recipe.variants]
 
 
-def _write_card(job: Job, before: dict[str, Any], audit: dict[str, Any] | None, row: dict[str, Any]) -> None:
+def parted(places: Sequence[int], parts: int) -> list[list[int]]:
+    """A walk that variants share as so many walks, which give the same bytes, as far as there are variants."""
+    return [list(places[start::parts]) for start in range(min(parts, len(places)))]
+
+
+def _mixed(current: Run, job: Job, own: Sequence[VariantSpec]) -> dict[str, Mixed | Exception]:
+    """What each mixed variant became."""
+    if current.workers is HERE or not any(isinstance(each, AutoSpec) for each in own):
+        return mixed_all(job, own, current.folder, current.observer)
+    names = ", ".join(each.name for each in own if isinstance(each, AutoSpec))
+    task = Task(f"bits: {names}", job.device, reads=(marker(job.source),))
+    return current.do(task, partial(mixed_all, job, own, current.folder))
+
+
+def _write_card(job: Job, baseline: Baseline, audit: dict[str, Any] | None, row: dict[str, Any]) -> None:
     """Write the measured figures into the model card of a checkpoint, where they are not there yet."""
     file = Path(row["checkpoint"]) / CARD
-    facts = replace(CardFacts.of(job, file.parent.name), scores=row, baseline=before, calibration=audit)
+    facts = replace(
+        CardFacts.of(job, file.parent.name), scores=row, baseline=report_figures(baseline()), calibration=audit
+    )
     text = card(file.parent, facts)
     if not file.is_file() or file.read_bytes() != text.encode():
         write_text(file, text)
 
 
 def _quantized(
-    current: Run, job: Job, variants: list[VariantSpec], mixes: Mapping[str, Mixed]
+    current: Run, job: Job, variants: list[VariantSpec], mixes: Mapping[str, Mixed], memory: int
 ) -> list[Quantized | Exception]:
-    """The outcome of each variant of a walk; what stops the whole walk is that of all."""
-    current.observer.stage(walk_title(variants))
+    """The outcome of each variant of a walk that takes so much memory; what stops the whole walk is that of all."""
     beside = {name: mix.documents() for name, mix in mixes.items()}
     wanted = [Wanted(each, current.variant_folder(each.name), beside.get(each.name, {})) for each in variants]
     try:
-        on_segment = partial(current.observer.progress, "block")
-        with current.peaks.of(walk_title(variants), resolve_device(job.device), there=_all_there(job, wanted)):
-            return quantize_together(
-                job, wanted, describe=partial(describe, job), on_segment=on_segment, on_note=current.observer.note
-            )
+        task = Task(
+            walk_title(variants),
+            job.device,
+            job.devices,
+            memory,
+            reads=(marker(job.source),),
+            outputs=tuple(each.out for each in wanted),
+        )
+        return current.do(task, partial(_walk, job, wanted), there=partial(_all_there, job, wanted))
     except Exception as error:  # methods and formats are plugins; any error becomes the rows of these variants
         return [error] * len(variants)
+
+
+def _walk(job: Job, wanted: Sequence[Wanted], observer: Observer) -> list[Quantized | Exception]:
+    """A walk, wherever it is done."""
+    return quantize_together(
+        job,
+        wanted,
+        describe=partial(describe, job),
+        on_segment=partial(observer.progress, "block"),
+        on_note=observer.note,
+    )
 
 
 def _variant_row(
     current: Run,
     variant: VariantSpec,
     outcome: Quantized | Exception,
-    baseline: dict[str, Any],
+    baseline: Baseline,
     write_card: Callable[[dict[str, Any]], None],
     mixed: Mapping[str, Any],
 ) -> dict[str, Any]:
@@ -132,7 +174,7 @@ def _tune_options(variant: VariantSpec) -> dict[str, Any]:
     return {} if variant.tune is None else {TUNE: variant.tune.model_dump(mode="json")}
 
 
-def _scored(current: Run, variant: VariantSpec, done: Quantized, baseline: dict[str, Any]) -> dict[str, Any]:
+def _scored(current: Run, variant: VariantSpec, done: Quantized, baseline: Baseline) -> dict[str, Any]:
     if done.reused:
         current.observer.note(f"{variant.name}: reused the finished checkpoint")
     scored = score_beside(current, variant.name, done.folder, identity(done.folder), baseline)
@@ -157,7 +199,7 @@ def _quantize_facts(done: Quantized) -> dict[str, Any]:
     }
 
 
-def other_merge_rows(current: Run, baseline: dict[str, Any]) -> list[dict[str, Any]]:
+def other_merge_rows(current: Run, baseline: Baseline) -> list[dict[str, Any]]:
     """The row of the float model merged into the other base, where the recipe asks for one to compare with."""
     merge = current.recipe.merge
     if merge.compare is None:
@@ -175,7 +217,7 @@ def other_merge_rows(current: Run, baseline: dict[str, Any]) -> list[dict[str, A
     return [attempted(current, row, partial(_other_merge, current, row["name"], baseline))]
 
 
-def _other_merge(current: Run, name: str, baseline: dict[str, Any]) -> dict[str, Any]:
+def _other_merge(current: Run, name: str, baseline: Baseline) -> dict[str, Any]:
     recipe = current.recipe
     model = other_merge(recipe.model, recipe.merge, current.folder, current.observer)
     scored = score_beside(current, name, model.folder, model.made_from(), baseline)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,13 +12,13 @@ from quantkit import calibration, records, report
 from quantkit.calibration import CalibrationSet
 from quantkit.checkpoint import CheckpointReader
 from quantkit.engine.passes import CPU
-from quantkit.errors import OutputError
+from quantkit.errors import OutputError, QuantkitError
 from quantkit.evaluation.answers import asked
 from quantkit.evaluation.stage import Scoring, score
 from quantkit.merging import merged_source
 from quantkit.pipeline.cleanup import clear_leftovers
 from quantkit.pipeline.content import report_content
-from quantkit.pipeline.context import Run, with_served
+from quantkit.pipeline.context import Baseline, Run, marker, with_served
 from quantkit.pipeline.duration import foreseen
 from quantkit.pipeline.jobs import needs_calibration, quantize_job, with_sensitivity
 from quantkit.pipeline.library_rows import check_environments
@@ -24,6 +26,7 @@ from quantkit.pipeline.preflight import preflight
 from quantkit.pipeline.rows import other_merge_rows, variant_rows
 from quantkit.pipeline.stage_needs import beside_peaks, check_bounds, stage_needs
 from quantkit.pipeline.titles import BASELINE_TITLE, CALIBRATION_TITLE, SENSITIVITY_TITLE, SOURCE_TITLE
+from quantkit.pipeline.workers import HERE, Task, Workers
 from quantkit.publishing.mlflow import track_after
 from quantkit.quantization import Job
 from quantkit.recipe import Recipe
@@ -31,18 +34,19 @@ from quantkit.system.artifacts import STAGE_FILE, check_writable, translated_os_
 from quantkit.system.devices import resolve_device
 from quantkit.system.distribution import own_version
 from quantkit.system.events import event_log
-from quantkit.system.locks import held
+from quantkit.system.locks import check_held, held
 from quantkit.system.pace import tell_ahead
 from quantkit.system.progress import Observer, Several
 
 if TYPE_CHECKING:
+    from quantkit.estimation.stages import StageNeed
     from quantkit.source import SourceModel
 
 EVENTS = "events.jsonl"
 """In the folder of logs: what happened in every run of this folder."""
 
 
-def run(recipe: Recipe, observer: Observer, *, installs: bool = True) -> dict[str, Any]:
+def run(recipe: Recipe, observer: Observer, *, installs: bool = True, workers: Workers = HERE) -> dict[str, Any]:
     """Run a recipe and write its report.
 
     A variant that fails becomes a row of the report that says why; the others go on.
@@ -51,6 +55,7 @@ def run(recipe: Recipe, observer: Observer, *, installs: bool = True) -> dict[st
         recipe: what to do.
         observer: is told what happens.
         installs: environments of libraries that are not there may be made.
+        workers: who does what takes long.
 
     Returns:
         The content of ``report.json``; its ``status`` is ``failed`` if a variant or a gate failed.
@@ -59,11 +64,12 @@ def run(recipe: Recipe, observer: Observer, *, installs: bool = True) -> dict[st
         QuantkitError: the model, the calibration set or the baseline cannot be had, so that no variant can run; the
             environment of a library is not there and may not be made.
     """
-    current = Run(recipe, recipe.folder, observer, installs=installs)
+    current = Run(recipe, recipe.folder, observer, installs=installs, workers=workers)
     check_folders(current)
     with held(current.folder, f"run {recipe.name}", inside=True):
         clear_leftovers(current.folder, [current.variant_folder(variant.name) for variant in recipe.variants])
-        return run_holding(current)
+        with workers.share(current.folder):
+            return run_holding(current)
 
 
 def run_holding(current: Run) -> dict[str, Any]:
@@ -86,8 +92,12 @@ def outcome(content: dict[str, Any]) -> dict[str, Any]:
 
 def _run(current: Run) -> dict[str, Any]:
     recipe, observer = current.recipe, current.observer
-    preflight(recipe)
-    check_environments(current)
+    is_here = current.workers is HERE
+    if is_here:
+        preflight(recipe)
+        check_environments(current)
+    else:
+        current.workers.do(Task("checks", recipe.quantization.first), partial(_checked, recipe), observer)
     for warning in recipe.warnings():
         observer.note(f"warning: {warning}")
     observer.stage(f"source: {recipe.model.source}")
@@ -97,17 +107,17 @@ def _run(current: Run) -> dict[str, Any]:
         calibrated = _calibrate(current, model)
     current = replace(current, seen=seen_questions(recipe, calibrated))
     job = quantize_job(recipe, model, calibrated)
-    needs = stage_needs(recipe, model, job, calibrated.tokens if calibrated else 0)
-    check_bounds(needs or (), recipe)
-    _foresee(current, model, job, calibrated.tokens if calibrated else 0)
+    needs = _needs(current, model, job, calibrated.tokens if calibrated else 0)
+    current = replace(current, needs={need.stage: need.nbytes or 0 for need in needs or ()})
+    if is_here:
+        _foresee(current, model, job, calibrated.tokens if calibrated else 0)
     baseline = _baseline(current, model)
-    known = _is_there(current.folder / "sensitivity") or not recipe.calibration.wants_sensitivity
-    with current.peaks.of(SENSITIVITY_TITLE, resolve_device(job.device), there=known):
-        job = with_sensitivity(job, recipe.calibration, current.folder / "sensitivity", observer)
+    job = _sensitive(current, job)
     rows = other_merge_rows(current, baseline)
     rows += variant_rows(current, job, baseline, calibrated.audit if calibrated else None)
     stages = beside_peaks(needs, current.peaks.found)
-    content = report_content(current, model, calibrated, baseline, rows, stages)
+    content = report_content(current, model, calibrated, baseline(), rows, stages)
+    check_held(current.folder, inside=True)
     report.write(content, current.folder, recipe.report.formats)
     track_after(recipe.tracking, current.folder, observer)
     return content
@@ -164,9 +174,37 @@ def seen_questions(recipe: Recipe, calibrated: CalibrationSet | None) -> tuple[s
     return tuple(sorted({question for record in used for question in asked(record)}))
 
 
-def _baseline(current: Run, model: SourceModel) -> dict[str, Any]:
-    """The figures of the float model; its weights are checked before they are run for the first time."""
-    current.observer.stage(BASELINE_TITLE)
+def _checked(recipe: Recipe, _: Observer) -> None:
+    """Look for what a recipe needs, where its work is done."""
+    preflight(recipe)
+
+
+def _needs(current: Run, model: SourceModel, job: Job, tokens: int) -> list[StageNeed] | None:
+    """What the stages will take; None where that is not known, as of nodes with a device that is not here."""
+    if current.workers is not HERE:
+        with suppress(QuantkitError):
+            return stage_needs(current.recipe, model, job, tokens)
+        return None
+    needs = stage_needs(current.recipe, model, job, tokens)
+    check_bounds(needs or (), current.recipe)
+    return needs
+
+
+def _sensitive(current: Run, job: Job) -> Job:
+    """The job with what the model is sensitive to, if the recipe asks for that."""
+    spec, folder = current.recipe.calibration, current.folder / "sensitivity"
+    work = partial(with_sensitivity, job, spec, folder)
+    if current.workers is HERE:
+        there = _is_there(folder) or not spec.wants_sensitivity
+        with current.peaks.of(SENSITIVITY_TITLE, resolve_device(job.device), there=there):
+            return work(current.observer)
+    if not spec.wants_sensitivity or not job.rows:
+        return job
+    return current.do(Task(SENSITIVITY_TITLE, job.device, reads=(marker(job.source),), outputs=(folder,)), work)
+
+
+def _baseline(current: Run, model: SourceModel) -> Baseline:
+    """Gives the figures of the float model; its weights are checked before they are run for the first time."""
     scoring = Scoring(
         "baseline",
         model.folder,
@@ -179,10 +217,21 @@ def _baseline(current: Run, model: SourceModel) -> dict[str, Any]:
         seen=current.seen,
         bounds=current.recipe.max_memory,
     )
+    reads = (marker(model.folder),)
+    task = Task(BASELINE_TITLE, current.recipe.evaluation.device, reads=reads, outputs=(scoring.out,))
+
+    def found() -> dict[str, Any]:
+        result = current.do(task, partial(_score_float, scoring), peak=False)
+        current.peaks.note(task.title, result.get("peak"))
+        return with_served(current, scoring, result)
+
+    return current.workers.soon(found)
+
+
+def _score_float(scoring: Scoring, observer: Observer) -> dict[str, Any]:
+    """Score the float model, wherever that is done."""
     if scoring.finished() is None:
-        reader = CheckpointReader(model.folder)
+        reader = CheckpointReader(scoring.checkpoint)
         for name in reader.names():
             reader.read_finite(name)
-    result = score(scoring, current.observer)
-    current.peaks.note(BASELINE_TITLE, result.get("peak"))
-    return with_served(current, scoring, result)
+    return score(scoring, observer)

@@ -1,4 +1,4 @@
-"""Several recipes, one after another: each with its own report, and one page that lists them all."""
+"""Several recipes in one call: each with its own report, and one page that lists them all."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import os
 import time
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from quantkit.errors import QuantkitError, RecipeError
 from quantkit.pipeline.recorded import recorded_run
+from quantkit.pipeline.workers import HERE, Workers
 from quantkit.recipe import Recipe
 from quantkit.report.runs_page import run_entry, write_runs
 from quantkit.system.progress import Named, Observer
@@ -26,9 +29,14 @@ def page_of(recipes: Sequence[Recipe]) -> Path:
 
 
 def run_several(
-    recipes: Sequence[Recipe], observer: Observer, *, page: Path | None = None, installs: bool = True
+    recipes: Sequence[Recipe],
+    observer: Observer,
+    *,
+    page: Path | None = None,
+    installs: bool = True,
+    workers: Workers = HERE,
 ) -> dict[str, Any]:
-    """Run recipes one after another; one that cannot run leaves the others alone.
+    """Run recipes, one after another or all at a time; one that cannot run leaves the others alone.
 
     The page is written anew whenever a run has ended, so that it has what there is.
 
@@ -37,6 +45,7 @@ def run_several(
         observer: is told what happens, with the name of the run.
         page: a file that ends in ``.html``; see :func:`page_of`.
         installs: make the environments of libraries that are not there.
+        workers: who does what takes long.
 
     Returns:
         What the page's JSON holds, see :func:`quantkit.report.runs_page.write_runs`.
@@ -47,13 +56,22 @@ def run_several(
     """
     place = page_of(recipes) if page is None else page
     check_several(recipes, place)
-    entries: list[dict[str, Any]] = []
-    found = write_runs(entries, place)  # whether it can be written is known before any work
-    for number, recipe in enumerate(recipes, 1):
+    entries: dict[str, dict[str, Any]] = {}
+    write_runs([], place)  # whether it can be written is known before any work
+    writing = Lock()
+
+    def written() -> dict[str, Any]:
+        return write_runs([entries[str(each.folder)] for each in recipes if str(each.folder) in entries], place)
+
+    def run_one(number: int, recipe: Recipe) -> None:
         observer.note(f"run {number} of {len(recipes)}: {recipe.name}")
-        entries.append(_entry(recipe, Named(observer, recipe.name), installs))
-        found = write_runs(entries, place)
-    return found
+        entry = _entry(recipe, Named(observer, recipe.name), installs, workers)
+        with writing:
+            entries[str(recipe.folder)] = entry
+            written()
+
+    workers.each([partial(run_one, number, recipe) for number, recipe in enumerate(recipes, 1)])
+    return written()
 
 
 def check_several(recipes: Sequence[Recipe], page: Path) -> None:
@@ -68,12 +86,12 @@ def check_several(recipes: Sequence[Recipe], page: Path) -> None:
         raise RecipeError(f"{page}: the page of several runs is HTML", "give a name that ends in .html")
 
 
-def _entry(recipe: Recipe, observer: Observer, installs: bool) -> dict[str, Any]:
+def _entry(recipe: Recipe, observer: Observer, installs: bool, workers: Workers) -> dict[str, Any]:
     """Run a recipe; what the page says of it."""
     started = time.monotonic()
     content, failure = None, None
     try:
-        content = recorded_run(recipe, observer, installs=installs)
+        content = recorded_run(recipe, observer, installs=installs, workers=workers)
     except QuantkitError as error:
         failure = "; ".join(str(each) for each in (error, *error.others))
     except Exception as error:  # a model's code may raise anything, and forty other recipes wait

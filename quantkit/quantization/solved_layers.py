@@ -10,7 +10,7 @@ raised when the next one is handed over, or at the end.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -103,6 +103,7 @@ class SolvedLayers(LayerStore):
         schemes: of the layers.
         embedding: full name of the input embedding if it is quantized.
         replays: a later walk will ask for weights and what transforms did, as one with quantized inputs does.
+        guard: called before a segment is saved; it raises where another process has taken over.
 
     Attributes:
         seconds_before: what the segments took that earlier runs solved: the variant's own work, and what was shared.
@@ -117,10 +118,12 @@ class SolvedLayers(LayerStore):
         embedding: str | None = None,
         *,
         replays: bool = False,
+        guard: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__(folder, store, embedding)
         self._schemes = schemes
         self._replays = replays
+        self._guard = guard
         self._saved: list[SavedSegment] = []
         self._facts: list[_Facts] = []
         self._taken: list[_Taken] = []
@@ -201,6 +204,7 @@ class SolvedLayers(LayerStore):
         Raises:
             OutputError: the segment before could not be written, or the disk is full.
         """
+        self._guard()
         facts = _asked(self._taken)
         layers = [each.name for each in self._taken]
         changes = self._changes.get(prefix, ())

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ from quantkit.schemes.rounding import CACHES
 from quantkit.source.model import DECODED_FROM, decoded_from
 from quantkit.system.artifacts import STAGE_FILE, check_writable, new_folder, write_json, write_stage
 from quantkit.system.distribution import version_of
-from quantkit.system.locks import alone
+from quantkit.system.locks import alone, check_held
 from quantkit.system.os_errors import may_pass
 from quantkit.transforms.base import Transform
 
@@ -152,7 +153,12 @@ class VariantRun:
         if self._variant.calibrated:
             keep(folder, written)
         self.solved = SolvedLayers(
-            folder, self._store, self.layers.quantized, self.layers.embedding, replays=self._is_replayed
+            folder,
+            self._store,
+            self.layers.quantized,
+            self.layers.embedding,
+            replays=self._is_replayed,
+            guard=partial(check_held, self._out),
         )
         self.solved.take_up(self.resumed.segments)
 

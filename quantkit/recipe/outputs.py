@@ -5,11 +5,17 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator
 
 from quantkit.recipe.fields import Flag, Place, Section, Whole
 from quantkit.system.units import parse_bytes
 from quantkit.system.validation import located
+
+
+def _on_disk(folder: str) -> str:
+    if re.match(r"\w[\w+.-]*://", folder):
+        raise ValueError(f"{folder} is not a folder of a disk: give one, such as a shared one that is mounted")
+    return folder
 
 
 class ReportSpec(Section):
@@ -20,7 +26,7 @@ class ReportSpec(Section):
         formats: which files are written; the JSON always is.
     """
 
-    folder: Place | None = None
+    folder: Annotated[Place, AfterValidator(_on_disk)] | None = None
     formats: tuple[Literal["html", "md", "json"], ...] = ("html", "md", "json")
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from quantkit.errors import OutputError
 from quantkit.system.guests import OURS, own_files, take_along
-from quantkit.system.locks import alone
+from quantkit.system.locks import alone, check_held
 from quantkit.system.os_errors import ELSEWHERE, REMEDIES, translated_os_errors
 
 __all__ = [
@@ -140,6 +140,7 @@ def new_folder(path: Path, *, guests: bool = False) -> Iterator[Path]:
                 yield temporary
                 if guests:
                     _list_own(temporary)
+                check_held(path)
                 _replace_folder(temporary, path)
             except BaseException:
                 shutil.rmtree(temporary, ignore_errors=True)

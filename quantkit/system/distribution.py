@@ -14,7 +14,7 @@ NAME = "quantkit-ptq"
 PACKAGE = "quantkit"
 UNKNOWN = "0+unknown"
 """The version of a checkout that runs without being installed."""
-Extra = Literal["cuda", "libraries", "llama-cpp", "mlflow", "sentencepiece", "signing", "tasks", "vision"]
+Extra = Literal["cluster", "cuda", "libraries", "llama-cpp", "mlflow", "sentencepiece", "signing", "tasks", "vision"]
 STRANGERS = ("quantkit",)
 """Distributions of others that have a package ``quantkit`` and no such command, which is how the rest are found."""
 

@@ -14,10 +14,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from threading import Lock
 from typing import IO, Any
 
 from quantkit.system.artifacts import translated_os_errors
 from quantkit.system.pace import Ahead, Pace
+from quantkit.system.progress import Row
 
 PROGRESS_EVERY = 1.0
 """Seconds between progress lines of one step; its last one is always written."""
@@ -36,17 +38,19 @@ class EventLog:
         self._started = time.monotonic()
         self._step = ""
         self._last = 0.0
+        self._lock = Lock()
 
     def write(self, event: str, **facts: Any) -> None:
-        """Write one line."""
+        """Write one line; any thread may."""
         line = {
             "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
             "elapsed": round(time.monotonic() - self._started, 3),
             "event": event,
             **facts,
         }
-        self._stream.write(json.dumps(line, ensure_ascii=False) + "\n")
-        self._stream.flush()
+        with self._lock:
+            self._stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+            self._stream.flush()
 
     def stage(self, title: str) -> None:
         """A stage begins."""
@@ -72,6 +76,36 @@ class EventLog:
     def note(self, text: str) -> None:
         """Something that the user should read."""
         self.write("note", text=text)
+
+    def row(self, title: str) -> Row:
+        """A piece of work among others, whose lines have its title as ``task``."""
+        return _Task(self, title)
+
+
+class _Task:
+    """The lines of a piece of work among others."""
+
+    def __init__(self, log: EventLog, title: str) -> None:
+        self._log, self._title, self._step, self._last = log, title, "", 0.0
+        log.write("task", task=title)
+
+    def stage(self, title: str) -> None:
+        self.note(title)
+
+    def progress(self, step: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if step != self._step or done == total or now - self._last >= PROGRESS_EVERY:
+            self._step, self._last = step, now
+            self._log.write("progress", task=self._title, step=step, done=done, total=total)
+
+    def note(self, text: str) -> None:
+        self._log.write("note", task=self._title, text=text)
+
+    def placed(self, host: str) -> None:
+        self._log.write("placed", task=self._title, host=host)
+
+    def close(self) -> None:
+        self._log.write("ended", task=self._title)
 
 
 @contextmanager

@@ -59,11 +59,11 @@ def held(path: Path, work: str, *, inside: bool = False) -> Iterator[None]:
     try:
         with translated_os_errors(path):
             file.write_text(json.dumps(_who(work)), encoding="utf-8")
-        _held().add(file)
+            _held()[file] = file.stat().st_ino
         yield
     finally:
-        _held().discard(file)
-        file.unlink(missing_ok=True)
+        if _inode(file) == _held().pop(file, None):
+            file.unlink(missing_ok=True)  # and not that of one who took the output over
         lock.release()
 
 
@@ -86,10 +86,44 @@ def lock_file(path: Path) -> Path:
 _WAIT = "wait until it is done, stop that process, or name another output folder"
 
 
-def _held() -> set[Path]:
+def check_held(path: Path, *, inside: bool = False) -> None:
+    """Refuse to go on with an output whose lock this thread held and holds no longer.
+
+    Raises:
+        OutputError: its folder is gone, as where what was mounted there is; or another process took it over, for which
+            this one counts as dead, see :func:`break_lock`.
+    """
+    file = lock_file(path / "run") if inside else lock_file(path)
+    if file not in _held() or _inode(file) == _held()[file]:
+        return
+    if not file.exists():
+        raise OutputError(
+            f"the lock of {path} is gone on {socket.gethostname()}, and maybe the folder with it",
+            "see that a shared folder is mounted; the same command goes on from what is saved",
+        )
+    raise OutputError(f"{path} was taken over by {_holder(file)}", "leave it to that process")
+
+
+def break_lock(path: Path) -> None:
+    """Take the lock of an output from a process that counts as dead; if it lives, it ends before it writes again.
+
+    For who alone says who writes the output, as the starter of both does.
+    """
+    lock_file(path).unlink(missing_ok=True)
+
+
+def _inode(file: Path) -> int | None:
+    try:
+        return file.stat().st_ino
+    except OSError:
+        return None
+
+
+def _held() -> dict[Path, int]:
+    """The lock files that this thread holds, and which file of that name each was."""
     if not hasattr(_mine, "files"):
-        _mine.files = set[Path]()
-    files: set[Path] = _mine.files
+        _mine.files = dict[Path, int]()
+    files: dict[Path, int] = _mine.files
     return files
 
 

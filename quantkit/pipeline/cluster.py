@@ -1,0 +1,409 @@
+"""A cluster, by Ray: pieces of work become tasks, and what was at work on a node that dies is taken up by another.
+
+A task is a function with its arguments; what it makes lies in the run's folder, which all nodes share. Ray repeats
+nothing by itself: a task that is lost is sent again from here, after the locks of its outputs are taken from whoever
+may still live there and not know that it is given up. That one finds the lock gone before it writes again, and ends.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from quantkit.errors import OutputError, QuantkitError
+from quantkit.pipeline.workers import Task, Work
+from quantkit.system import threads as threads_of
+from quantkit.system.distribution import install_line, own_version
+from quantkit.system.locks import break_lock
+from quantkit.system.progress import Observer, Row, row_of
+from quantkit.system.shutdown import Terminated, heed, patient
+
+T = TypeVar("T")
+ATTEMPTS = 4
+"""How often a task is begun at most, if its node dies each time."""
+BEAT = 0.25
+"""Seconds between two looks at tasks and at what they tell."""
+LOOK_AT_NODES = 2.0
+"""Seconds between two looks at which nodes live."""
+NODE = "ray.io/node-id"
+"""The label by which Ray knows a node."""
+TELL_EVERY = 0.5
+"""Seconds between two steps of progress that a task tells."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Sent:
+    """A piece of work as it goes to a node.
+
+    Attributes:
+        work: it.
+        version: of quantkit here.
+        threads: with which it computes, as bytes depend on their number.
+        marks: files that a node sees where it shares the folders in which they lie.
+        folder: from which relative paths lead.
+    """
+
+    work: Work[Any]
+    version: str
+    threads: int
+    marks: tuple[Path, ...]
+    folder: Path
+
+
+@dataclass(frozen=True, slots=True)
+class _Done:
+    """How a piece of work ended on a node: with a value or an error, or not, as the node does not share ``missing``."""
+
+    node: str
+    host: str
+    value: Any = None
+    error: BaseException | None = None
+    missing: Path | None = None
+
+
+class _Told:
+    """The observer of a task on its node: tells the board, progress now and then."""
+
+    def __init__(self, board: Any, key: str) -> None:
+        self._board, self._key = board, key
+        self._last, self._step = 0.0, ""
+
+    def stage(self, title: str) -> None:
+        """Tell it."""
+        self._board.put.remote(self._key, "stage", title)
+
+    def progress(self, step: str, done: int, total: int) -> None:
+        """Tell it, if it is the first of a step, the last, or some time went by."""
+        now = time.monotonic()
+        if step == self._step and done < total and now - self._last < TELL_EVERY:
+            return
+        self._step, self._last = step, now
+        self._board.put.remote(self._key, "progress", step, done, total)
+
+    def note(self, text: str) -> None:
+        """Tell it."""
+        self._board.put.remote(self._key, "note", text)
+
+
+def _perform(sent: _Sent, key: str, board: Any) -> _Done:
+    """What a node does with a piece of work."""
+    import ray
+    import torch
+
+    node, host = ray.get_runtime_context().get_node_id(), socket.gethostname()
+    missing = next((mark for mark in sent.marks if not mark.is_file()), None)
+    if missing is not None:
+        return _Done(node, host, missing=missing.parent)
+    ray.get(board.put.remote(key, "placed", node, host))
+    try:
+        if own_version() != sent.version:
+            raise QuantkitError(
+                f"node {host} has quantkit {own_version()}, and this is {sent.version}", "install the same on all nodes"
+            )
+        torch.set_num_threads(sent.threads)
+        if sent.folder.is_dir():
+            os.chdir(sent.folder)
+        return _Done(node, host, sent.work(_Told(board, key)))
+    except Exception as error:  # whatever it is, it is raised where the work was asked for
+        return _Done(node, host, error=error)
+
+
+class _Board:
+    """An actor beside the driver, on which tasks put what they have to tell."""
+
+    def __init__(self) -> None:
+        self._events: list[tuple[Any, ...]] = []
+
+    def put(self, *event: Any) -> None:
+        """Add an event: the key of a task, its kind, and more."""
+        self._events.append(event)
+
+    def take(self) -> list[tuple[Any, ...]]:
+        """All since this was last asked."""
+        events, self._events = self._events, []
+        return events
+
+
+@dataclass(slots=True)
+class _Running:
+    """A task under way: where it is shown, and where it runs once that is known."""
+
+    row: Row
+    node: str = ""
+    host: str = ""
+
+
+class _LostError(Exception):
+    """A task is lost with its node."""
+
+
+class Cluster:
+    """The nodes of a Ray cluster; see :class:`quantkit.pipeline.workers.Workers`.
+
+    Args:
+        ray: the module, connected.
+        threads: of each task.
+
+    Raises:
+        QuantkitError: no node has as many processors.
+    """
+
+    def __init__(self, ray: Any, threads: int) -> None:
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        self._ray, self._threads = ray, threads
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self._board = ray.remote(_Board).options(num_cpus=0, scheduling_strategy=here).remote()
+        self._remote = ray.remote(_perform)
+        self._marks: list[Path] = []
+        self._running: dict[str, _Running] = {}
+        self._blind: set[str] = set()
+        self._dead: set[str] = set()
+        self._stopped = threading.Event()
+        self.parallel = int(sum(node["Resources"].get("CPU", 0) // threads for node in self._nodes()))
+        if not self.parallel:
+            raise QuantkitError(
+                f"no node of the cluster has {threads} processors, which each task takes", f"set {threads_of.COUNT}=1"
+            )
+        self._listener = threading.Thread(target=self._listen, daemon=True)
+        self._listener.start()
+
+    def close(self) -> None:
+        """End what is still under way."""
+        self._stopped.set()
+        self._listener.join()
+        with suppress(Exception):  # the cluster may be gone
+            self._ray.kill(self._board)
+
+    # Work
+
+    @contextmanager
+    def share(self, folder: Path) -> Iterator[None]:
+        """Inside the block, nodes work that see a file in the folder of the run."""
+        mark = folder.absolute() / f".shared-{uuid.uuid4().hex}.lock"
+        mark.touch()
+        self._marks.append(mark)
+        try:
+            yield
+        finally:
+            self._marks.remove(mark)
+            mark.unlink(missing_ok=True)
+
+    def do(self, task: Task, work: Work[T], observer: Observer) -> T:
+        """Have it done by a node, and by another one where that dies.
+
+        Raises:
+            QuantkitError: no node can do it, or each that tried died.
+        """
+        row, key = row_of(observer, task.title), uuid.uuid4().hex
+        try:
+            for _ in range(ATTEMPTS):
+                self._running[key] = running = _Running(row)
+                try:
+                    done = self._outcome(task, work, key)
+                except _LostError as error:
+                    where = f"node {running.host}" if running.host else "its node"
+                    row.note(f"{where} died, and it is taken up elsewhere: {error}")
+                    for output in task.outputs:
+                        break_lock(output)
+                    continue
+                if done.error is not None:
+                    raise done.error
+                value: T = done.value
+                return value
+        finally:
+            self._running.pop(key, None)
+            row.close()
+        raise QuantkitError(f"{task.title}: {ATTEMPTS} nodes died over it", "look at the logs of the cluster")
+
+    def each(self, jobs: Sequence[Callable[[], T]]) -> list[T]:
+        """Call functions in threads of their own, which wait for what they have done elsewhere."""
+        if not jobs:
+            return []
+        with ThreadPoolExecutor(len(jobs)) as pool, self._ending():
+            futures = [pool.submit(job) for job in jobs]
+            self._await(futures)
+            return [future.result() for future in futures]
+
+    def soon(self, job: Callable[[], T]) -> Callable[[], T]:
+        """Call a function in a thread of its own."""
+        pool = ThreadPoolExecutor(1)
+        future = pool.submit(job)
+        pool.shutdown(wait=False)
+
+        def result() -> T:
+            with self._ending():
+                self._await([future])
+            return future.result()
+
+        return result
+
+    @contextmanager
+    def _ending(self) -> Iterator[None]:
+        """A request to stop, which comes to the main thread, ends all that is under way."""
+        is_main = threading.current_thread() is threading.main_thread()
+        try:
+            with patient() if is_main else nullcontext():
+                yield
+        except (KeyboardInterrupt, SystemExit):
+            self._stopped.set()
+            raise
+
+    def _await(self, futures: Sequence[Future[Any]]) -> None:
+        while wait(futures, timeout=BEAT).not_done:
+            if threading.current_thread() is threading.main_thread():
+                heed()
+
+    # A task
+
+    def _outcome(self, task: Task, work: Work[Any], key: str) -> _Done:
+        """How it ended on a node that sees what it needs."""
+        while True:
+            marks = (*self._marks, *(path.absolute() for path in task.reads))
+            sent = _Sent(work, own_version(), self._threads, marks, Path.cwd())
+            reference = self._remote.options(**self._options(task)).remote(sent, key, self._board)
+            done = self._awaited(reference, key)
+            if done.missing is None:
+                return done
+            self._blind.add(done.node)
+            if not self._usable():
+                raise OutputError(
+                    f"no node of the cluster sees {done.missing}", "give report.folder and the model a shared folder"
+                )
+            self._running[key].row.note(f"node {done.host} does not see {done.missing} and is left out")
+
+    def _awaited(self, reference: Any, key: str) -> _Done:
+        while True:
+            if self._stopped.is_set():
+                self._cancel(reference)
+                raise Terminated
+            try:
+                if self._ray.wait([reference], timeout=BEAT)[0]:
+                    found: _Done = self._ray.get(reference)
+                    return found
+            except self._ray.exceptions.RayTaskError as error:  # what cannot be sent here or there
+                said = str(error).strip().splitlines()[-1]
+                raise QuantkitError(f"the task could not be run on a node: {said}") from error
+            except self._ray.exceptions.RayError as error:
+                raise _LostError(_first_line(error)) from error
+            if self._running[key].node in self._dead:
+                self._cancel(reference)
+                raise _LostError("Ray counts it as dead")
+
+    def _cancel(self, reference: Any) -> None:
+        with suppress(Exception):  # it may have ended, and so may its node
+            self._ray.cancel(reference, force=True)
+
+    def _options(self, task: Task) -> dict[str, Any]:
+        """What Ray is asked for."""
+        usable = self._usable()
+        gpus = self._gpus(task, max((node["Resources"].get("GPU", 0) for node in usable), default=0))
+        most = max((node["Resources"].get("memory", 0) for node in usable), default=0)
+        variables = {threads_of.COUNT: str(self._threads), **threads_of.PASSIVE, "TQDM_DISABLE": "1"}
+        left_out = sorted(self._blind | self._dead)
+        return {
+            "num_cpus": self._threads,
+            "num_gpus": gpus,
+            "memory": 0 if gpus else int(min(task.memory, most)),
+            "max_retries": 0,
+            "scheduling_strategy": "SPREAD",
+            "runtime_env": {"env_vars": variables},
+            **({"label_selector": {NODE: f"!in({','.join(left_out)})"}} if left_out else {}),
+        }
+
+    def _gpus(self, task: Task, most: float) -> int:
+        """How many GPUs a task takes; ``auto`` takes one where nodes have some."""
+        named = task.devices if isinstance(task.devices, tuple) else ()
+        if "cpu" in (task.device, *named) or (not most and task.device == "auto" and not named):
+            return 0
+        wanted = int(most) if task.devices == "all" else task.devices if isinstance(task.devices, int) else 1
+        wanted = len(named) or wanted
+        if wanted > most:
+            raise QuantkitError(
+                f"{task.title} asks for {wanted} GPUs, and no node has more than {int(most)}",
+                "set quantization.device and evaluation.device to cpu or auto",
+            )
+        return wanted
+
+    # Nodes
+
+    def _nodes(self) -> list[dict[str, Any]]:
+        """The nodes that live."""
+        return [node for node in self._ray.nodes() if node["Alive"]]
+
+    def _usable(self) -> list[dict[str, Any]]:
+        """Those that see the folders, and have processors."""
+        nodes = [node for node in self._nodes() if node["Resources"].get("CPU", 0) >= self._threads]
+        return [node for node in nodes if node["NodeID"] not in self._blind]
+
+    def _listen(self) -> None:
+        """Pass on what tasks tell, and see which nodes die."""
+        looked = 0.0
+        while not self._stopped.wait(BEAT):
+            with suppress(self._ray.exceptions.RayError):  # whoever waits for a task hears of it
+                for key, kind, *told in self._ray.get(self._board.take.remote(), timeout=LOOK_AT_NODES):
+                    self._hear(key, kind, told)
+            if time.monotonic() - looked >= LOOK_AT_NODES:
+                looked = time.monotonic()
+                self._dead |= {node["NodeID"] for node in self._ray.nodes() if not node["Alive"]}
+
+    def _hear(self, key: str, kind: str, told: Sequence[Any]) -> None:
+        running = self._running.get(key)
+        if running is None:
+            return
+        if kind == "placed":
+            running.node, running.host = told
+            running.row.placed(running.host)
+        else:
+            getattr(running.row, kind)(*told)
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+@contextmanager
+def joined(address: str) -> Iterator[Cluster]:
+    """Inside the block, the cluster at an address; ``auto`` is the one to which this machine belongs.
+
+    Raises:
+        QuantkitError: Ray is not installed, there is no cluster, or its nodes are too small.
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise QuantkitError("a cluster is reached by Ray, which is not installed", install_line("cluster")) from error
+    is_ours = not ray.is_initialized()
+    if is_ours:
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise QuantkitError(
+                f"no Ray cluster at {address}: {_first_line(error)}",
+                "start one with 'ray start --head', or name its address",
+            ) from error
+    try:
+        found = Cluster(ray, _threads(ray))
+        try:
+            yield found
+        finally:
+            found.close()
+    finally:
+        if is_ours:
+            ray.shutdown()
+
+
+def _threads(ray: Any) -> int:
+    """Threads of a task: as told for processes here, or as many as the smallest node has processors."""
+    asked = os.environ.get(threads_of.COUNT, "").partition(",")[0].strip()
+    sizes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+    return int(asked) if asked.isdecimal() and int(asked) else min((size for size in sizes if size), default=1)

@@ -1,0 +1,291 @@
+"""Where the work of a run is done: elsewhere at the same time, and on nodes of a cluster that die."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+import quantkit
+from quantkit import pipeline
+from quantkit.cli import app
+from quantkit.cli.display import Display
+from quantkit.errors import OutputError, QuantkitError, RecipeError
+from quantkit.evaluation import stage as scores
+from quantkit.pipeline import cluster as clusters
+from quantkit.pipeline.several import run_several
+from quantkit.pipeline.workers import Here, Task, Work
+from quantkit.quantization import Job, Wanted, quantize_together
+from quantkit.recipe import Recipe, VariantSpec
+from quantkit.system.artifacts import new_folder, write_stage
+from quantkit.system.locks import break_lock, check_held, held, lock_file
+from quantkit.system.progress import Named, Observer, Silent, row_of
+from quantkit.system.validation import parse_section
+from tests.runs import make_recipe, recipe_data, score_here, write_recipe
+from tests.tiny import make_model, tiny_rows
+
+VARIANTS: list[dict[str, Any]] = [
+    {"name": "gptq", "method": "gptq"},
+    {"name": "rtn", "method": "rtn"},
+    {"name": "hqq", "method": "hqq"},
+    {"name": "misfit", "method": "rtn", "group_size": 128},
+]
+
+
+class Threads(Here):
+    """Does everything at the same time, by what came through pickle, in a process that may be any."""
+
+    parallel = 3
+
+    def __init__(self) -> None:
+        self.titles: list[str] = []
+
+    def do(self, task: Task, work: Work[Any], observer: Observer) -> Any:
+        self.titles.append(task.title)
+        row = row_of(observer, task.title)
+        row.placed("there")
+        try:
+            return pickle.loads(pickle.dumps(work))(row)
+        finally:
+            row.close()
+
+    def each(self, jobs: Sequence[Callable[[], Any]]) -> list[Any]:
+        return [wait() for wait in [self.soon(job) for job in jobs]]
+
+    def soon(self, job: Callable[[], Any]) -> Callable[[], Any]:
+        found: list[Any] = []
+        thread = threading.Thread(target=lambda: found.append(job()))
+        thread.start()
+
+        def result() -> Any:
+            thread.join()
+            return found[0]
+
+        return result
+
+
+def tensors(folder: Path) -> dict[str, bytes]:
+    return {file.parent.name: file.read_bytes() for file in sorted(folder.glob("variants/*/*.safetensors"))}
+
+
+def test_a_run_whose_work_is_done_elsewhere_has_the_same_report(
+    model: Path, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scores, "run_job", score_here)
+    changes = {"calibration": {"dataset": str(records), "samples": 12, "max_length": 48, "inputs": "float"}}
+    here = pipeline.run(make_recipe(model, records, tmp_path / "here", VARIANTS, **changes), Silent())
+    workers = Threads()
+    there = pipeline.run(
+        make_recipe(model, records, tmp_path / "there", VARIANTS, **changes), Silent(), workers=workers
+    )
+    walks = [title for title in workers.titles if title.startswith("quantize")]
+    assert sorted(walks) == ["quantize: gptq, misfit", "quantize: hqq", "quantize: rtn"]  # one walk, in three parts
+    assert {"baseline: the float model", "evaluate: gptq", "checks"} < set(workers.titles)
+    kept = ("name", "status", "metrics", "bits_per_weight", "size_bytes")
+    assert [{key: row.get(key) for key in kept} for row in there["variants"]] == [
+        {key: row.get(key) for key in kept} for row in here["variants"]
+    ]
+    assert there["status"] == "failed"  # the misfit
+    assert tensors(tmp_path / "there") == tensors(tmp_path / "here")
+    events = (tmp_path / "there/logs/events.jsonl").read_text()
+    assert '"event": "placed", "task": "quantize: rtn", "host": "there"' in events
+
+
+def test_several_recipes_run_at_the_same_time(
+    model: Path, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scores, "run_job", score_here)
+    recipes = [
+        Recipe.of(recipe_data(model, records, tmp_path / name, VARIANTS[1:2]) | {"name": name}) for name in ("b", "a")
+    ]
+    found = run_several(recipes, Silent(), workers=Threads())
+    assert [(each["name"], each["status"]) for each in found["runs"]] == [("b", "ok"), ("a", "ok")]
+    assert (tmp_path / "runs.html").is_file()
+
+
+# Locks of who is given up
+
+
+def test_who_is_given_up_finds_its_lock_gone_and_leaves_that_of_the_next(tmp_path: Path) -> None:
+    out, folders = tmp_path / "out", threading.Barrier(2)
+    told: list[BaseException] = []
+
+    def given_up() -> None:
+        try:
+            with new_folder(out) as folder:
+                write_stage(folder, "test", {"by": "the first"})
+                folders.wait()
+                folders.wait()
+        except OutputError as error:
+            told.append(error)
+
+    first = threading.Thread(target=given_up)
+    first.start()
+    folders.wait()
+    break_lock(out)
+    with held(out, "the second"):
+        check_held(out)
+        folders.wait()
+        first.join()
+        assert "was taken over by process" in str(told[0])
+        assert not out.exists()
+        assert lock_file(out).exists()
+        check_held(out)
+
+
+def test_a_folder_that_is_gone_is_told_in_one_line(tmp_path: Path) -> None:
+    with held(tmp_path / "shared/run", "a run", inside=True):
+        check_held(tmp_path / "shared/run", inside=True)
+        shutil.move(tmp_path / "shared", tmp_path / "gone")
+        with pytest.raises(OutputError, match=r"the lock of .*shared/run is gone on .*, and maybe the folder with it"):
+            check_held(tmp_path / "shared/run", inside=True)
+
+
+# A cluster of nodes on this machine
+
+
+def slow_walk(job: Job, wanted: Sequence[Wanted], log: Path, observer: Observer) -> Any:
+    """A walk that takes a second a block from the second on, and notes the blocks that it solved."""
+
+    def on_segment(done: int, total: int) -> None:
+        with log.open("a") as file:
+            file.write(f"{os.getpid()} {done}\n")
+        observer.progress("block", done, total)
+        time.sleep(0.1 if done == 1 else 1.0)
+
+    return quantize_together(job, wanted, on_segment=on_segment)
+
+
+class Seen(Silent):
+    """Calls a function at each step of progress, and keeps notes."""
+
+    def __init__(self, on_step: Callable[[int], None]) -> None:
+        self.notes: list[str] = []
+        self._on_step = on_step
+
+    def progress(self, step: str, done: int, total: int) -> None:
+        self._on_step(done)
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+@contextmanager
+def cluster_of_two() -> Iterator[Any]:
+    """A head without processors, and two nodes of one each, of which Ray soon sees if they die."""
+    ray = pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    health = {"initial_delay_ms": 500, "period_ms": 500, "timeout_ms": 2000, "failure_threshold": 4}
+    settings = {f"health_check_{name}": value for name, value in health.items()}
+    head = {"num_cpus": 0, "include_dashboard": False, "_system_config": settings}
+    made = Cluster(initialize_head=True, head_node_args=head)
+    try:
+        for _ in range(2):
+            made.add_node(num_cpus=1, include_dashboard=False)
+        yield made
+    finally:
+        ray.shutdown()
+        made.shutdown()
+
+
+@pytest.mark.filterwarnings("default")  # Ray's own
+@pytest.mark.skipif(sys.platform != "linux", reason="nodes are killed with their processes")
+def test_a_walk_whose_node_is_killed_is_taken_up_by_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    model = make_model(tmp_path / "model", num_hidden_layers=6)
+    spec = parse_section(VariantSpec, {"name": "gptq", "method": "gptq", "group_size": 32}, "test")
+    job = Job(model, {"reference": "tiny"}, "float32", tiny_rows(), "0" * 64, device="cpu")
+    log, shared = tmp_path / "blocks", tmp_path / "shared"
+    shared.mkdir()
+    wanted = Wanted(spec, shared / "gptq")
+    with cluster_of_two() as nodes, clusters.joined(nodes.address) as workers, workers.share(shared):
+        by_id = {node.node_id: node for node in nodes.worker_nodes}
+        killed: list[str] = []
+
+        def kill(done: int) -> None:
+            if done >= 2 and not killed:
+                (running,) = workers._running.values()
+                killed.append(running.node)
+                node = by_id[running.node]
+                raylets = [each.process for each in node.all_processes["raylet"]]
+                inside = [child for each in raylets for child in psutil.Process(each.pid).children(recursive=True)]
+                for each in [*raylets, *inside]:
+                    os.kill(each.pid, signal.SIGKILL)
+
+        observer = Seen(kill)
+        task = Task("quantize: gptq", "cpu", memory=1 << 20, reads=(model / "config.json",), outputs=(wanted.out,))
+        (done,) = workers.do(task, partial(slow_walk, job, [wanted], log), observer)
+        assert killed
+        assert any("died, and it is taken up elsewhere" in note for note in observer.notes)
+        with pytest.raises(QuantkitError, match="asks for 1 GPUs, and no node has more than 0"):
+            workers.do(Task("walk", "cuda"), partial(slow_walk, job, [wanted], log), Silent())
+        shutil.move(shared, tmp_path / "elsewhere")
+        with pytest.raises(OutputError, match=r"no node of the cluster sees .*shared"):
+            workers.do(task, partial(slow_walk, job, [wanted], log), observer)
+        shutil.move(tmp_path / "elsewhere", shared)
+    solved = [line.split() for line in log.read_text().splitlines()]
+    first = [int(block) for process, block in solved if process == solved[0][0]]
+    second = [int(block) for process, block in solved if process != solved[0][0]]
+    assert first == list(range(1, len(first) + 1))
+    assert done.facts["resumed"] >= len(first)  # what was on disk was not solved again
+    assert len(first) < 6
+    assert second == [1, 2, 3, 4, 5, 6]
+    undisturbed = quantize_together(job, [Wanted(spec, tmp_path / "alone")])[0]
+    assert not isinstance(undisturbed, Exception)
+    for file in undisturbed.folder.glob("*.safetensors"):
+        assert file.read_bytes() == (done.folder / file.name).read_bytes()
+
+
+def test_without_ray_the_extra_is_named(model: Path, records: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    data = recipe_data(model, records, tmp_path / "run", VARIANTS[1:2])
+    with pytest.raises(QuantkitError, match=r"pip install 'quantkit-ptq\[cluster\]'"):
+        quantkit.run(data, cluster="auto")
+    written = str(write_recipe(tmp_path / "demo.yaml", data))
+    for command in ([written], [written, "--json"], [written, "--page", str(tmp_path / "page.html")]):
+        result = CliRunner().invoke(app, ["run", *command, "--cluster", "auto"])
+        assert result.exit_code == 2
+        assert "quantkit-ptq[cluster]" in result.stderr
+
+
+def test_results_in_object_storage_are_refused() -> None:
+    with pytest.raises(RecipeError, match="s3://bucket/run is not a folder of a disk"):
+        Recipe.of({"name": "a", "model": "m", "variants": [{"name": "v"}], "report": {"folder": "s3://bucket/run"}})
+
+
+@pytest.mark.parametrize("live", [True, False])
+def test_the_table_says_what_runs_where(live: bool) -> None:
+    out = io.StringIO()
+    with Display(Console(file=out, force_terminal=live, width=120)) as display:
+        rows = [row_of(Named(display, "demo"), title) for title in ("quantize: a", "quantize: b")]
+        for row, host in zip(rows, ("node-1", "node-2"), strict=True):
+            row.placed(host)
+            row.progress("block", 1, 3)
+        rows[0].note("warning: something")
+        if live:
+            display._bars.refresh()
+        for row in rows:
+            row.close()
+    told = out.getvalue()
+    for host, title in (("node-1", "quantize: a"), ("node-2", "quantize: b")):
+        assert f"demo: {title} on {host}" in told
+        assert f"demo: {title}: ended after" in told
+    assert "warning: demo: quantize: a: something" in told
+    if live:
+        assert "block 1/3" in told
