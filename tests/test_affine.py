@@ -14,12 +14,12 @@ from quantkit.quantization import quantize
 from quantkit.quantization.stage import walks
 from quantkit.schemes import IntScheme
 from quantkit.system.artifacts import file_sha256, read_json
-from quantkit.transforms.affine import Affine, AffineOptions, AffineQuant, rounded
+from quantkit.transforms.affine import Affine, AffineOptions, AffineQuant, rounded, shares_of
 from quantkit.transforms.base import SmoothingPlace
 from quantkit.transforms.channel_scales import ChannelScales
 from tests.test_rotate import job, logits, variant, with_norms
 from tests.test_transforms import cut_after
-from tests.tiny import make_model
+from tests.tiny import make_model, tiny_method
 
 AFFINE: dict[str, Any] = {"transforms": [{"name": "affine", "steps": 12, "alphas": 4, "learning_rate": 0.02}]}
 
@@ -64,7 +64,11 @@ def test_heads_are_mixed_and_mixed_back() -> None:
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_a_rounded_weight_is_that_of_the_grid_and_has_gradients(symmetric: bool) -> None:
     weight, scheme = torch.randn(6, 32, requires_grad=True), IntScheme(2, 16, symmetric)
-    found = rounded(weight, scheme, torch.float32)
+    method = tiny_method("rtn", range="search")
+    shares = shares_of(weight.detach(), InputStatistics(), scheme, torch.float32, method)
+    found = rounded(weight, scheme, torch.float32, shares)
+    spanning = rounded(weight, scheme, torch.float32, torch.ones_like(shares))
+    assert (found - weight).square().sum() < (spanning - weight).square().sum()
     assert (found - weight).abs().max() < weight.abs().max()
     assert all(len(group.unique()) <= 4 for group in (found.detach() * 1e4).round().view(-1, 16))
     torch.autograd.backward((found * torch.randn(6, 32)).sum())
@@ -77,12 +81,10 @@ def test_what_is_learned_lowers_the_error_of_blocks(tmp_path: Path, inputs: str)
     model = with_norms(make_model(tmp_path / "model", "llama"))
     done = quantize(job(model, inputs), variant(method="rtn", bits=3, **AFFINE), tmp_path / "done")
     segments = read_json(done.folder / "manifest.json")["transforms"][0]["segments"]
-    assert all(each["after"] < each["before"] for each in segments.values())
+    assert all(each["after"] < 0.98 * each["before"] for each in segments.values())
     assert all(list(each["readers"].values()) == [f"{name}.self_attn.v_proj"] for name, each in segments.items())
     assert any("affine bettered 2 of 2 blocks" in note for note in done.facts["notes"])
-    wanted, plain = logits(model), {"transforms": ["awq"]}
-    other = quantize(job(model, inputs), variant(method="rtn", bits=3, **plain), tmp_path / "plain").folder
-    assert (logits(done.folder) - wanted).norm() < (logits(other) - wanted).norm()
+    wanted = logits(model)
     eight = quantize(job(model, inputs), variant(method="rtn", bits=8, **AFFINE), tmp_path / "eight").folder
     assert (logits(eight) - wanted).norm() < 0.05 * wanted.norm()
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field
 
-from quantkit.methods.base import InputStatistics
+from quantkit.methods.base import InputStatistics, Method
 from quantkit.schemes import Scheme
 from quantkit.transforms import TRANSFORMS
 from quantkit.transforms.awq import AwqFactors, AwqFactorsOptions
@@ -35,6 +35,8 @@ TRIALS = 4
 DOMINATED = 0.9
 """What the other elements of a row may come to in all, of its diagonal."""
 BETAS, WARM_UP = (0.9, 0.95), 5
+SHARED = (0.3, 1.2)
+"""What shares of the range of a group lie between."""
 
 
 class AffineOptions(AwqFactorsOptions):
@@ -203,6 +205,7 @@ class _Learning:
         heads = {each.values: each for each in segment.heads} if options.matrices else {}
         self._heads = {place.smooth_layer: heads[place.smooth_layer] for place in places if _has(heads, place)}
         self._places = list(places)
+        self._shares: dict[str, torch.Tensor] = {}
         self._logs = {place.smooth_layer: self._log(place).requires_grad_() for place in places}
         self._mixes = {name: self._mix(name, each).requires_grad_() for name, each in self._heads.items()}
         names = {module for place in places for module in (*place.balance_layers, place.smooth_layer)}
@@ -232,6 +235,7 @@ class _Learning:
 
         held, train = self._runs.divided(HELD_OUT)
         best = self._change(0.0)
+        self._refresh(best)
         before = least = self._judged(held, best)
         leaves = [*self._logs.values(), *self._mixes.values()]
         adam, steps = torch.optim.Adam(leaves, betas=BETAS, eps=1e-12), self._options.steps
@@ -248,6 +252,7 @@ class _Learning:
             self._dominate(step / steps)
             if step in trials:
                 found = self._change(step / steps)
+                self._refresh(found)
                 error = self._judged(held, found)
                 if error < least:
                     best, least = found, error
@@ -307,17 +312,34 @@ class _Learning:
             module, _, leaf = name.rpartition(".")
             made = change.apply(module, leaf, value)
             scheme = self._segment.schemes.get(module) if leaf == "weight" else None
-            found[name] = made if scheme is None else rounded(made, scheme, self._segment.scale_dtype)
+            dtype = self._segment.scale_dtype
+            found[name] = made if scheme is None else rounded(made, scheme, dtype, self._shares[module])
         return found
 
+    def _refresh(self, change: Affine) -> None:
+        """Find the ranges that the method would choose, with the transform as it is now."""
+        import torch
 
-def rounded(weight: torch.Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> torch.Tensor:
-    """A weight on the grid that spans its groups, with gradients to the weight and to the range of each group.
+        segment, method = self._segment, self._segment.method.for_embeddings()
+        with torch.no_grad():
+            for layer, scheme in segment.schemes.items():
+                known = InputStatistics()
+                if layer in segment.statistics:
+                    known = change.statistics(layer, segment.statistics[layer])
+                if known.gram is not None:
+                    known = replace(known, square_mean=known.gram.diagonal().clone(), derived={})
+                weight = change.apply(layer, "weight", self._parameters[f"{layer}.weight"])
+                self._shares[layer] = shares_of(weight, known, scheme, segment.scale_dtype, method)
+
+
+def rounded(weight: torch.Tensor, scheme: Scheme, scale_dtype: torch.dtype, shares: torch.Tensor) -> torch.Tensor:
+    """A weight on a grid that spans a share of its groups, with gradients to it and to the range of each group.
 
     Args:
         weight: float32 ``[out_features, in_features]``.
         scheme: of the grid.
         scale_dtype: dtype in which scales are stored.
+        shares: of the range of each group, see :func:`shares_of`.
     """
     import torch
 
@@ -325,14 +347,37 @@ def rounded(weight: torch.Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> t
     groups = grids.grouped(weight)
     with torch.no_grad():
         fixed = groups.detach()
-        grid = grids.spanning(fixed, scale_dtype)
+        grid = grids.spanning(fixed * shares, scale_dtype)
         scales = grid.scales.float().unsqueeze(-1)
         levels = grids.nearest_(fixed / scales, grid.zeros)
-    span = groups.abs().amax(-1, keepdim=True) if scheme.symmetric else groups.amax(-1, True) - groups.amin(-1, True)
-    steps = scales * span / span.detach().clamp(min=torch.finfo(torch.float32).tiny)
-    steps = torch.where(span.detach() > 0, steps, scales)
+        is_inside = (levels - fixed / scales).abs() <= 0.5 + (levels.abs() < 1)  # of a table, neighbours may be far
+    span = groups.abs().amax(-1, True) if scheme.symmetric else groups.amax(-1, True) - groups.amin(-1, True)
+    relative = span / span.detach().clamp(min=torch.finfo(torch.float32).tiny)
+    steps = scales * torch.where(span.detach() > 0, relative, 1.0)
     places = groups / steps
-    return grids.ungrouped(steps * (places + (levels - places).detach()), weight.shape)
+    through = torch.where(is_inside, places + (levels - places).detach(), levels)
+    return grids.ungrouped(steps * through, weight.shape)
+
+
+def shares_of(
+    weight: torch.Tensor, known: InputStatistics, scheme: Scheme, scale_dtype: torch.dtype, method: Method
+) -> torch.Tensor:
+    """The share of the range of each group that a method has its grid span, float32 ``[out_features, groups, 1]``.
+
+    Args:
+        weight: float32 ``[out_features, in_features]``.
+        known: of the input.
+        scheme: of the grid.
+        scale_dtype: dtype in which scales are stored.
+        method: of which the ranges are; it rounds to nearest, see :meth:`Method.for_embeddings`.
+    """
+    import torch
+
+    grids = scheme.grids()
+    spanning = grids.spanning(grids.grouped(weight), scale_dtype).scales.float()
+    found = method.quantize(weight, known.only(method.needs), scheme, scale_dtype).weight.scales.float()
+    shares = (found.abs() / spanning.abs()).nan_to_num(1.0, 1.0, 1.0).clamp(*SHARED)
+    return torch.where(spanning == 0, 1.0, shares).unsqueeze(-1)
 
 
 def _has(heads: Mapping[str, ValueHeads], place: SmoothingPlace) -> bool:
