@@ -111,17 +111,28 @@ def loaded_recipes(given: Sequence[Recipe | Mapping[str, Any] | str | Path]) -> 
     return found
 
 
-def plan(recipe: Recipe | Mapping[str, Any] | str | Path) -> dict[str, Any]:
+def plan(recipe: Recipe | Mapping[str, Any] | str | Path, *, rehearse: bool = False) -> dict[str, Any]:
     """What a run would do: stages with their state, and for each variant its layers and estimated bytes.
 
     The model is fetched or converted if it is not here yet; nothing else is written.
+
+    Args:
+        recipe: a recipe, its keys and values, or the path of its file.
+        rehearse: run the blocks up to the largest one with one batch through everything, in a scratch folder, and tell
+            what that took and what the whole run will take: ``rehearsal``, see
+            :func:`quantkit.pipeline.rehearsal.rehearsed`.
 
     Raises:
         QuantkitError: the recipe or the model is unusable, or a variant does not suit the model.
     """
     from quantkit.pipeline.plan import forecast
 
-    return forecast(Recipe.of(recipe))
+    found = forecast(Recipe.of(recipe))
+    if rehearse:
+        from quantkit.pipeline.rehearsal import rehearsed
+
+        found["rehearsal"] = rehearsed(Recipe.of(recipe), found, forecast)
+    return found
 
 
 def quantize(

@@ -165,22 +165,28 @@ def validate(recipe: RecipePath) -> None:
 
 
 @app.command(rich_help_panel=PANEL)
-def plan(recipe: RecipePath, as_json: AsJson = False) -> None:
-    """Print what a run would do, with estimated bytes and what would be reused.
+def plan(
+    recipe: RecipePath,
+    rehearse: Annotated[
+        bool, typer.Option("--rehearse", help="Run the blocks up to the largest with one batch, and tell what it took.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Print what a run would do and take, with estimated bytes and what would be reused.
 
     The model is fetched or converted if it is not here yet.
     """
     from quantkit.recipe import Recipe
 
-    show_plan(Recipe.load(recipe), as_json)
+    show_plan(Recipe.load(recipe), as_json, rehearse=rehearse)
 
 
-def show_plan(recipe: Recipe, as_json: bool = False, out: Path | None = None) -> None:
+def show_plan(recipe: Recipe, as_json: bool = False, out: Path | None = None, *, rehearse: bool = False) -> None:
     """Print the plan of a recipe, whose results go to ``out``; a variant that cannot run makes the exit code 1."""
     import quantkit
-    from quantkit.cli.tables import cannot_run, plan_notes, plan_table, stages_table
+    from quantkit.cli.tables import cannot_run, plan_notes, plan_table, rehearsal_notes, rehearsal_table, stages_table
 
-    found = quantkit.plan(recipe)
+    found = quantkit.plan(recipe, rehearse=rehearse)
     found["folder"] = found["folder"] if out is None else str(out)
     warn(found["warnings"])
     if as_json:
@@ -189,9 +195,14 @@ def show_plan(recipe: Recipe, as_json: bool = False, out: Path | None = None) ->
         console().print(plan_table(found))
         if found["stages"]:
             console().print(stages_table(found))
+        if rehearse:
+            console().print(rehearsal_table(found["rehearsal"]))
+            for note in rehearsal_notes(found["rehearsal"]):
+                say(note)
         for note in plan_notes(found):
             say(note)
-    if any(cannot_run(variant) for variant in found["variants"]):
+    failed = found["rehearsal"]["failures"] if rehearse else {}
+    if failed or any(cannot_run(variant) for variant in found["variants"]):
         raise typer.Exit(EXIT_FAILED)
 
 

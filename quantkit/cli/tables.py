@@ -244,6 +244,44 @@ def stages_table(found: Mapping[str, Any]) -> FittedTable:
     return FittedTable(columns, title="memory, disk and time of each stage", notes=[Text(own)], remedy="--json has all")
 
 
+def rehearsal_table(found: Mapping[str, Any]) -> FittedTable:
+    """What a rehearsal took, and what the whole run will take by that."""
+    from rich.text import Text
+
+    def size(nbytes: int | None) -> str:
+        return "" if nbytes is None else in_units(nbytes)
+
+    titles = (
+        *(("stage", 0, False), ("took", 0, True), ("expected", 1, True), ("seconds", 1, True)),
+        *(("whole run", 0, True), ("its time", 0, True)),
+    )
+    rows = [
+        [
+            each["stage"],
+            size(each["measured_bytes"]),
+            size(each["estimated_bytes"]),
+            f"{each['seconds']:.1f}",
+            size(each["whole_bytes"]),
+            "" if each["whole_seconds"] is None else about(each["whole_seconds"]),
+        ]
+        for each in found["stages"]
+    ]
+    columns = [
+        Shown(title, [Text(row[place]) for row in rows], rank, number)
+        for place, (title, rank, number) in enumerate(titles)
+    ]
+    title = f"rehearsed with {found['blocks']} of {found['of_blocks']} blocks and one batch"
+    return FittedTable(columns, title=title, remedy="--json has all")
+
+
+def rehearsal_notes(found: Mapping[str, Any]) -> Iterator[str]:
+    """What went wrong in a rehearsal, and what was not tried."""
+    for name, error in found["failures"].items():
+        yield f"{name} would fail: {error}"
+    if found["left_out"]:
+        yield f"not rehearsed: {', '.join(found['left_out'])}"
+
+
 def cannot_run(variant: Mapping[str, Any]) -> bool:
     """Whether a variant of a plan would fail."""
     return str(variant["state"]).startswith("cannot run")

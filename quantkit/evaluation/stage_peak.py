@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +18,8 @@ class StagePeaks:
     """The peaks of stages by their titles.
 
     Attributes:
-        found: for each ``kind`` (of the measurement), ``baseline_bytes`` that were there before, and ``peak_bytes``.
+        found: for each ``kind`` (of the measurement), ``baseline_bytes`` that were there before, ``peak_bytes``, and
+            ``seconds``.
     """
 
     found: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -35,11 +37,12 @@ class StagePeaks:
         if there or not probe.begin():
             yield
             return
-        before = probe.read()["used_bytes"]
+        before, begun = probe.read()["used_bytes"], time.perf_counter()
         yield
-        self.note(stage, {"kind": probe.kind, "baseline_bytes": before, "peak_bytes": probe.read()["peak_bytes"]})
+        peak, seconds = probe.read()["peak_bytes"], time.perf_counter() - begun
+        self.note(stage, {"kind": probe.kind, "baseline_bytes": before, "peak_bytes": peak}, seconds)
 
-    def note(self, stage: str, peak: dict[str, Any] | None) -> None:
-        """What another process told of a stage; None where that is nothing."""
+    def note(self, stage: str, peak: Mapping[str, Any] | None, seconds: float) -> None:
+        """What was seen of a stage, in another process too; None where that is nothing."""
         if peak is not None:
-            self.found[stage] = peak
+            self.found[stage] = {**peak, "seconds": seconds}

@@ -117,7 +117,7 @@ def score_beside(current: Run, name: str, folder: Path, content: Any, baseline: 
     device, reads = current.recipe.evaluation.device, (marker(folder),)
     task = Task(evaluation_title(name), device, reads=reads, outputs=(scoring.out,))
     result = current.do(task, partial(score, scoring), peak=False)
-    current.peaks.note(task.title, result.get("peak"))
+    current.peaks.note(task.title, result.get("peak"), result["seconds"])
     return with_served(current, scoring, result)
 
 

@@ -222,7 +222,7 @@ def _baseline(current: Run, model: SourceModel) -> Baseline:
 
     def found() -> dict[str, Any]:
         result = current.do(task, partial(_score_float, scoring), peak=False)
-        current.peaks.note(task.title, result.get("peak"))
+        current.peaks.note(task.title, result.get("peak"), result["seconds"])
         return with_served(current, scoring, result)
 
     return current.workers.soon(found)

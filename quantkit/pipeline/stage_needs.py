@@ -198,7 +198,8 @@ def beside_peaks(needs: Sequence[StageNeed] | None, peaks: Mapping[str, Mapping[
 
     Returns:
         For each ``stage``, ``how``, ``estimated_bytes`` (None if unknown), ``measured_bytes`` (what it took beside what
-        was there; None where it was not measured or its result was there), ``ratio``, ``baseline_bytes``, ``kind``.
+        was there; None where it was not measured or its result was there), ``ratio``, ``baseline_bytes``, ``kind`` and
+        ``seconds``.
     """
     known = {need.stage: need for need in needs or ()}
     found = []
@@ -215,6 +216,7 @@ def beside_peaks(needs: Sequence[StageNeed] | None, peaks: Mapping[str, Mapping[
                 "ratio": estimated / measured if estimated and measured else None,
                 "baseline_bytes": None if peak is None else peak["baseline_bytes"],
                 "kind": None if peak is None else peak["kind"],
+                "seconds": None if peak is None else peak["seconds"],
             }
         )
     return found
