@@ -85,6 +85,12 @@ def quantized(given: Job, variants: list[VariantSpec], out: Path) -> dict[str, b
 
 CASES: dict[str, tuple[str, dict[str, Any], list[VariantSpec], int]] = {
     "true sequential, corrected": ("llama", {}, [variant()], 2),
+    "true sequential, inputs and caches rounded": (
+        "llama",
+        {},
+        [variant(bits=8, group_size=-1, activations="static", kv_cache="fp8_head")],
+        2,
+    ),
     "scaled and corrected, more devices than a turn fills": ("llama", {}, [variant("awq+gptq")], 3),
     "several variants": (
         "llama",
