@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from quantkit.system.host import decide, number, numbers
+
 SAME = 1e-4
 """Relative difference that counts as none, in float32."""
 ROUNDING = 1e-5
@@ -98,7 +100,7 @@ def same(one: torch.Tensor, other: torch.Tensor, tolerance: float = SAME) -> boo
     """Whether rows are the same, token by token."""
     if one.shape != other.shape:
         return False
-    return bool(((one - other).norm(dim=-1) <= tolerance * other.norm(dim=-1)).all())
+    return decide(((one - other).norm(dim=-1) <= tolerance * other.norm(dim=-1)).all())
 
 
 def are_rows_of(rows: torch.Tensor, source: torch.Tensor) -> bool:
@@ -107,7 +109,7 @@ def are_rows_of(rows: torch.Tensor, source: torch.Tensor) -> bool:
     if not len(own):
         return False
     cosines = nn.functional.normalize(own.double(), dim=-1) @ nn.functional.normalize(source.double(), dim=-1).T
-    return bool((cosines.amax(1) > 1 - SAME**2).all())
+    return decide((cosines.amax(1) > 1 - SAME**2).all())
 
 
 def parts_of(rows: torch.Tensor, stream: torch.Tensor | None, given: Sequence[Moment]) -> list[Moment] | None:
@@ -130,7 +132,7 @@ def parts_of(rows: torch.Tensor, stream: torch.Tensor | None, given: Sequence[Mo
     missing = (wanted - matrix @ shares).view(rows.shape).norm(dim=-1)
     added = rows if stream is None else rows - stream
     allowed = SAME * (added.double() * weights).norm(dim=-1) + ROUNDING
-    if not bool((missing <= allowed).all()) or (stream is not None and shares[0] < SAME):
+    if not decide((missing <= allowed).all()) or (stream is not None and number(shares[0]) < SAME):
         return None
-    own = shares if stream is None else shares[1:]
-    return [each for each, share in zip(unlike, own.tolist(), strict=True) if abs(share) > 10 * SAME]
+    own = numbers(shares if stream is None else shares[1:])
+    return [each for each, share in zip(unlike, own, strict=True) if abs(share) > 10 * SAME]

@@ -15,6 +15,7 @@ from quantkit.engine.passes import AtSegment, Pass, told
 from quantkit.engine.skeleton import Skeleton
 from quantkit.engine.structure import trial_batch
 from quantkit.errors import QuantizationError
+from quantkit.system.host import number
 from quantkit.transforms.base import Change
 
 ALLOWED = 1e-4
@@ -76,7 +77,7 @@ def largest_difference(originals: Originals, change: Change) -> float:
                     with originals.changed(change, own):
                         after = segment.module(given[1]).float()
                     skeleton.unload(segment)
-                    return float(((after - before).norm(dim=-1) / before.norm(dim=-1)).amax())
+                    return number(((after - before).norm(dim=-1) / before.norm(dim=-1)).amax())
                 _resume(passes, originals, change, [*around, *own])
                 skeleton.unload(segment)
     raise QuantizationError(

@@ -14,6 +14,7 @@ from quantkit.engine.layers import is_linear
 from quantkit.engine.originals import Originals
 from quantkit.engine.skeleton import Segment
 from quantkit.numerics.orthogonal import Orthogonal
+from quantkit.system.host import decide, number
 from quantkit.transforms.base import ResidualStream, StreamNorm
 from quantkit.transforms.rotate import Rotation, turned_stream
 
@@ -172,13 +173,13 @@ class Stream:
         if set(own) - {"weight", "bias"} or "weight" not in own:
             raise Hindrance(f"{given.name} is a norm of an unknown kind")
         ones, twos = self._with_weight(given, 1.0), self._with_weight(given, 2.0)
-        ratio = float((ones * twos).sum() / ones.square().sum())
+        ratio = number((ones * twos).sum() / ones.square().sum())
         offset = 0.0 if abs(ratio - 2) < 0.01 else 1.0
         factors = own["weight"].float() + offset
         bias = own["bias"].float() if "bias" in own else torch.zeros_like(factors)
         if not same(ones / (1 + offset) * factors + bias, gave, 1e-3):
             raise Hindrance(f"{given.name} is a norm of an unknown kind")
-        if bool(((factors.abs() < 1e-6 * factors.abs().amax()) & (bias != 0)).any()):
+        if decide(((factors.abs() < 1e-6 * factors.abs().amax()) & (bias != 0)).any()):
             raise Hindrance(f"{given.name} has a bias beside a weight of nothing")
         return StreamNorm(given.name, (), offset, takes_mean)
 

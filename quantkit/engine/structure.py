@@ -34,6 +34,7 @@ from quantkit.engine.skeleton import Segment, Skeleton
 from quantkit.engine.smoothing import SmoothingFinder, Trial
 from quantkit.engine.stream import NUMBER, Hindrance, Stream
 from quantkit.numerics.orthogonal import Orthogonal, hadamard_rotation, random_rotation
+from quantkit.system.host import decide
 from quantkit.transforms.base import SmoothingPlace, Structure, ValueHeads
 from quantkit.transforms.rotate import Rotation
 
@@ -177,7 +178,7 @@ class _Search:
             found = rows_of(segment.module(*args, **kwargs), before.shape[-1], before)
         wanted = stream.matrix.columns(stream.now)
         allowed = 1e-3 * (stream.now - before).norm(dim=-1) + 1e-5 * stream.now.norm(dim=-1)
-        if not bool(((found - wanted).norm(dim=-1) <= allowed).all()):
+        if not decide(((found - wanted).norm(dim=-1) <= allowed).all()):
             raise Hindrance(f"something in {segment.prefix} reads it that is no linear layer behind a norm")
 
     # Heads of values
@@ -229,7 +230,7 @@ class _Search:
         with self.originals.changed(Rotation({reader: [matrix]}, {maker: [matrix]}), [maker, reader]):
             found = trial.update()
         allowed = 1e-4 * before.norm(dim=-1) + 1e-6 * trial.hidden_like(before).norm(dim=-1)
-        return bool(((found - before).norm(dim=-1) <= allowed).all())
+        return decide(((found - before).norm(dim=-1) <= allowed).all())
 
 
 def _in_pieces(place: SmoothingPlace, width: int, size: int) -> bool:
@@ -237,7 +238,7 @@ def _in_pieces(place: SmoothingPlace, width: int, size: int) -> bool:
     if place.channels is None:
         return True
     pieces = place.channels.cpu().view(-1, size)
-    return bool((pieces == pieces[:, :1] + torch.arange(size)).all() and (pieces[:, 0] % size == 0).all())
+    return decide((pieces == pieces[:, :1] + torch.arange(size)).all() & (pieces[:, 0] % size == 0).all())
 
 
 def place_tokens(place: AtSegment) -> int:

@@ -233,6 +233,8 @@ class _Learning:
         """Learn, and give the best that the held-out batches have seen, AWQ's factors among it."""
         import torch
 
+        from quantkit.system.host import decide
+
         held, train = self._runs.divided(HELD_OUT)
         best = self._change(0.0)
         self._refresh(best)
@@ -244,7 +246,7 @@ class _Learning:
             rate = min(1.0, step / WARM_UP) * (1 - (step - 1) / steps)
             adam.param_groups[0]["lr"] = rate * self._options.learning_rate
             loss = self._runs.error(train[(step - 1) % len(train)], self._rounded(self._change(step / steps))) / before
-            if not bool(loss.isfinite()):
+            if not decide(loss.detach().isfinite()):
                 break
             torch.autograd.backward(loss)
             adam.step()
@@ -301,9 +303,11 @@ class _Learning:
     def _judged(self, places: Sequence[int], change: Affine) -> float:
         import torch
 
+        from quantkit.system.host import number
+
         with torch.no_grad():
             rounded = self._rounded(change)
-            return sum(float(self._runs.error(place, rounded)) for place in places) / max(1, len(places))
+            return sum(number(self._runs.error(place, rounded)) for place in places) / max(1, len(places))
 
     def _rounded(self, change: Affine) -> dict[str, torch.Tensor]:
         """All parameters of the block that are another, its quantized layers rounded."""
