@@ -292,7 +292,8 @@ def evaluate(
         settings: further keys of a recipe's ``evaluation`` section: ``context_length``, ``tasks``, ``device`` ...
 
     Returns:
-        ``metrics``, ``texts``, ``size_bytes``, ``loaded_by``, ``memory``, ``speed``, ``seconds`` and ``environment``.
+        ``metrics``, ``texts``, ``size_bytes``, ``loaded_by``, ``notes``, ``memory``, ``speed``, ``seconds`` and
+        ``environment``.
 
     Raises:
         QuantkitError: with what is wrong and the remedy.
@@ -321,12 +322,20 @@ def evaluate(
                 baseline, _without_costs(spec), logprobs, writes_reference=True, trust_remote_code=trust_remote_code
             )
             found = run_job(job, log=logs / "baseline.log", on_progress=watching.progress)
+            _tell(watching, found)
             samples = found["samples"]["items"] if "samples" in found else None
         watching.stage(f"evaluate: {checkpoint}")
         alone = spec if reference is not None else _alone(spec)
         with loadable(folder, trust_remote_code=trust_remote_code, tell=watching.note) as seen:
             job = EvaluationJob(seen, alone, logprobs, trust_remote_code=trust_remote_code, float_samples=samples)
-            return run_job(job, log=logs / "evaluate.log", on_progress=watching.progress)
+            found = run_job(job, log=logs / "evaluate.log", on_progress=watching.progress)
+        _tell(watching, found)
+        return found
+
+
+def _tell(observer: Observer, scored: Mapping[str, Any]) -> None:
+    for note in scored["notes"]:
+        observer.note(note)
 
 
 def convert(

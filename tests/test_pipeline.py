@@ -105,7 +105,7 @@ def test_the_report_says_all_that_was_asked_and_found(finished: tuple[Recipe, di
     assert set(report) == {
         *("schema", "name", "title", "created", "status", "quantkit_version", "recipe", "recipe_text", "source"),
         *("calibration", "environment", "baseline", "variants", "gates"),
-        "recommendation",
+        *("recommendation", "stages"),
     }
     assert report["recipe"] == recipe.resolved()
     assert Recipe.parse(report["recipe_text"]).variants == recipe.variants
@@ -126,7 +126,7 @@ def test_a_row_holds_settings_errors_of_layers_and_figures(finished: tuple[Recip
         *("name", "status", "error", "method", "format", "scheme", "bits", "group_size", "symmetric", "options"),
         *("checkpoint", "bits_per_weight", "layers", "notes", "metrics", "texts", "size_bytes", "memory", "speed"),
         *("seconds", "loaded_by", "scored_on", "bits_per_weight_file", "share", "experts"),
-        *("server", "samples"),
+        *("server", "samples", "rounded_inputs"),
     }
     assert row["server"]["bytes"] > row["size_bytes"]
     assert row["server"]["bytes"] < report["baseline"]["server"]["bytes"]

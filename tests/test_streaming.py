@@ -187,6 +187,16 @@ def test_a_full_disk_is_one_line(model: Path, tmp_path: Path) -> None:
         read(model, rows(40), OnDisk(tmp_path))
 
 
+def test_memory_that_ends_is_one_line(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(_path: Path, _options: LoadOptions) -> None:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(RUNTIMES.get("transformers"), "load", load)
+    with pytest.raises(EvaluationError, match="the CPU has not enough memory") as caught:
+        evaluate(EvaluationJob(model, spec_of(metrics=["perplexity"])), silent)
+    assert str(caught.value.remedy).startswith("set evaluation.loader: streamed")
+
+
 def test_answers_are_refused_of_a_model_that_does_not_write() -> None:
     with pytest.raises(RecipeError, match="writes no answers"):
         spec_of(loader="streamed", answers={"samples": 2})

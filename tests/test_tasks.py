@@ -179,6 +179,16 @@ def test_every_runtime_that_scores_does_tasks(checkpoint: Path, model: Transform
         assert loaded.generate_until(said) == harness(model).generate_until(said), name
 
 
+def test_a_model_that_is_read_a_block_at_a_time_does_what_needs_no_writing(checkpoint: Path, tmp_path: Path) -> None:
+    asked = {"file": str(write_task(tmp_path)), "limit": 4}
+    writes = tmp_path / "words.yaml"
+    writes.write_text(GENERATE, encoding="utf-8")
+    whole = scored(checkpoint, asked)["metrics"]["tasks"]
+    streamed = scored(checkpoint, asked, loader="streamed", tasks=[asked, {"file": str(writes), "limit": 3}])
+    assert streamed["metrics"]["tasks"] == whole
+    assert streamed["notes"] == ["left out, as each token would read all weights anew: task words, samples"]
+
+
 def test_a_runtime_without_a_cache_of_its_own_continues_as_those_with_one(model: TransformersModel) -> None:
     prompt = torch.tensor(tiny_tokenizer()("The tide").input_ids)
     slow, fast = LoadedModel.greedy(model, prompt), model.greedy(prompt)

@@ -28,6 +28,7 @@ from quantkit.runtimes.base import LoadedModel, LoadOptions, Runtime
 from quantkit.system.devices import device_name, resolve_device
 from quantkit.system.free_memory import kept_to
 from quantkit.system.garbage import no_garbage_collection
+from quantkit.system.os_errors import cpu_ran_out
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -277,8 +278,11 @@ def _environment(model: LoadedModel) -> dict[str, Any]:
 def _memory_errors(device: torch.device) -> Iterator[None]:
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, torch.OutOfMemoryError) and not cpu_ran_out(error):
+            raise
+        where = "the CPU" if cpu_ran_out(error) else device_name(device)
         raise EvaluationError(
-            f"{device_name(device)} has not enough memory for the model",
-            "lower evaluation.context_length, choose an evaluation.dtype of 16 bits, or set evaluation.device to cpu",
+            f"{where} has not enough memory for the model",
+            "set evaluation.loader: streamed, lower evaluation.context_length, or take an evaluation.dtype of 16 bits",
         ) from error

@@ -17,12 +17,17 @@ from quantkit.pipeline.workers import HERE, Task, Work, Workers
 from quantkit.recipe import Recipe, VariantSpec
 from quantkit.system.artifacts import write_text
 from quantkit.system.devices import resolve_device
+from quantkit.system.os_errors import cpu_ran_out
 from quantkit.system.progress import Observer
 from quantkit.system.redaction import redacted
 
 T = TypeVar("T")
 Baseline = Callable[[], dict[str, Any]]
 """Gives the figures of the float model, once they are there."""
+NO_MEMORY = (
+    "the memory of the CPU ran out, or what ulimit or a container leaves of it "
+    "(close what else uses it, or use fewer or shorter calibration rows)"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +97,9 @@ def attempted(current: Run, row: dict[str, Any], work: Callable[[], dict[str, An
     except Exception as error:
         # A variant that fails must not take the others down, so any error becomes its row. What is not a
         # QuantkitError is a bug or a lack of memory, so its traceback is kept.
+        if cpu_ran_out(error):
+            current.observer.note(f"{name} failed: {NO_MEMORY}")
+            return row | {"status": "failed", "error": NO_MEMORY}
         path = current.log("traceback", name)
         write_text(path, redacted("".join(traceback.format_exception(error))))
         failure = f"{type(error).__name__}: {redacted(str(error))} (unexpected: the traceback is in {path})"

@@ -57,6 +57,7 @@ def source_facts(report: Record) -> Facts:
         *_merge_facts(source.get("merge") or {}),
         ("Compared with", reference_name(report)),
         ("Size of that model", in_bytes(figure(report, "baseline", "size_bytes"))),
+        ("Its scoring", "; ".join(pick(report, "baseline", "scoring_notes") or ()) or ABSENT),
     )
 
 

@@ -56,6 +56,12 @@ def as_quantkit_error(error: OSError) -> QuantkitError | None:
     return QuantkitError(f"cannot use {os.fsdecode(error.filename)}: {error.strerror}", ANYWHERE[error.errno])
 
 
+def cpu_ran_out(error: BaseException) -> bool:
+    """Whether the memory of the CPU ran out, which torch tells as any other failure of an operation."""
+    is_torchs = isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
+    return is_torchs or isinstance(error, MemoryError)
+
+
 def is_file(path: Path) -> bool:
     """Whether there is such a file, where the name is of a foreign document: one that no file can have is of none."""
     try:
