@@ -208,6 +208,7 @@ def cluster_of_two() -> Iterator[Any]:
 @pytest.mark.skipif(sys.platform != "linux", reason="nodes are killed with their processes")
 def test_a_walk_whose_node_is_killed_is_taken_up_by_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("RAY_raylet_start_wait_time_s", "180")  # on a machine that is busy
     model = make_model(tmp_path / "model", num_hidden_layers=6)
     spec = parse_section(VariantSpec, {"name": "gptq", "method": "gptq", "group_size": 32}, "test")
     job = Job(model, {"reference": "tiny"}, "float32", tiny_rows(), "0" * 64, device="cpu")
