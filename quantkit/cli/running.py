@@ -417,7 +417,7 @@ def recover(
         list[str] | None,
         typer.Option(help="codes, scales, zeros, norms or biases; repeatable. What suits the width by default."),
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Of the optimizer; 120 by default.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Of the optimizer; 300 by default.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Of scales, relative to their size.")] = None,
     adapter: Annotated[bool, typer.Option("--adapter", help="Make a LoRA for the codes as they are instead.")] = False,
     rank: Annotated[int, typer.Option(help="Of the adapter.")] = 16,

@@ -55,7 +55,7 @@ class RecoverOptions(Section):
         seed: order of the rows.
     """
 
-    steps: Annotated[Whole, Field(ge=1, le=1_000_000)] = 120
+    steps: Annotated[Whole, Field(ge=1, le=1_000_000)] = 300
     batch_tokens: Annotated[Whole, Field(ge=1)] = 1024
     train: Annotated[tuple[Trained, ...], Field(min_length=1)] | None = None
     rank: Annotated[Whole, Field(ge=1, le=1024)] = 16
