@@ -16,14 +16,18 @@ import argparse
 import json
 import sys
 import tempfile
+from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from quantkit.evaluation.texts import Windows
+    from quantkit.runtimes.base import LoadedModel
 
 FILES: dict[str, dict[str, Any]] = {
     "int4": {"bits": 4, "group_size": 64},
     "int4 gptq": {"bits": 4, "group_size": 64, "format": "gptq"},
     "int4 awq": {"bits": 4, "group_size": 64, "format": "awq", "symmetric": False},
-    "int8": {"bits": 8, "group_size": 64},
     "w8a8": {"bits": 8, "group_size": -1, "activations": "dynamic"},
 }
 TINY: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "num_hidden_layers": 3}
@@ -44,63 +48,83 @@ def main() -> int:
     told = []
     with tempfile.TemporaryDirectory() as work:
         # vLLM fills a head to multiples of 64, and fails on gptq's where that adds any
-        models = chosen.model or [make_model(Path(work) / "tiny", vocab_size=320, **TINY)]
-        for model in models:
+        for model in chosen.model or [make_model(Path(work) / "tiny", vocab_size=320, **TINY)]:
+            windows = windows_of(model, chosen.tokens)
             floats = Path(work) / f"{model.name}-float"
-            scored(model, floats, "transformers", chosen.tokens, writes=True)
+            with loaded("transformers", model) as whole:
+                scored(whole, windows, writes=floats)
             for name in chosen.only:
-                told.append(compared(model, name, floats, Path(work), chosen))
+                told.append(compared(model, name, windows, floats, chosen))
                 print(line(told[-1]), flush=True)
     print(json.dumps(told))
     return 0 if all(each["passed"] for each in told) else 1
 
 
-def compared(model: Path, name: str, floats: Path, work: Path, chosen: argparse.Namespace) -> dict[str, Any]:
+def compared(model: Path, name: str, windows: Windows, floats: Path, chosen: argparse.Namespace) -> dict[str, Any]:
     """What vLLM and the reference decoder find of one file."""
     import quantkit
     from quantkit.exports import open_export
     from quantkit.verification.comparison import tolerance
 
-    out = work / f"{model.name}-{name.replace(' ', '-')}"
+    out = floats.with_name(f"{model.name}-{name.replace(' ', '-')}")
     quantkit.quantize(model, out=out, method=chosen.method, dtype="bfloat16", device="cpu", **FILES[name])
     decoded = out.with_name(f"{out.name}-decoded")
-    decoder = scored(out, floats, "reference", chosen.tokens)
-    scored(out, decoded, "reference", chosen.tokens, writes=True)
-    served = scored(out, floats, "vllm", chosen.tokens, python=chosen.python)
-    apart = scored(out, decoded, "vllm", chosen.tokens, python=chosen.python)
-    allowed = tolerance("vllm", served["dtype"], open_export(out).schemes.values())
-    passed = apart["kl"] <= allowed.kl and apart["top1"] >= allowed.top1
-    allowed_in_words = {"kl": allowed.kl, "top1": allowed.top1}
+    with loaded("reference", out) as decoder:
+        by_decoder = scored(decoder, windows, against=floats)
+        scored(decoder, windows, writes=decoded)
+    with loaded("vllm", out, chosen.python) as server:
+        by_server, apart = scored(server, windows, against=floats), scored(server, windows, against=decoded)
+    allowed = tolerance("vllm", by_server["dtype"], open_export(out).schemes.values())
     return {
         "model": model.name,
         "file": name,
-        "decoder": decoder,
-        "vllm": served,
+        "decoder": by_decoder,
+        "vllm": by_server,
         "apart": {key: apart[key] for key in ("kl", "top1")},
-        "allowed": allowed_in_words,
-        "passed": passed,
+        "allowed": {"kl": allowed.kl, "top1": allowed.top1},
+        "passed": apart["kl"] <= allowed.kl and apart["top1"] >= allowed.top1,
     }
 
 
-def scored(
-    path: Path, logprobs: Path, loader: str, tokens: int, *, writes: bool = False, python: str | None = None
-) -> dict[str, Any]:
-    """Perplexity of a checkpoint, and its divergence from the log-probabilities in a folder, unless it writes these."""
-    from quantkit.evaluation import EvaluationJob, run_job
-    from quantkit.recipe import EvaluationSpec
-    from quantkit.system.validation import parse_section
+def windows_of(model: Path, tokens: int) -> Windows:
+    """The bundled prose in windows of 512 tokens."""
+    from quantkit.evaluation.texts import cut, load_text
+    from quantkit.recipe import TextSpec
+    from quantkit.runtimes._checkpoint import load_tokenizer
 
-    metrics = ["perplexity", "kl_divergence", "top1_agreement"]
-    given = {"texts": "prose", "max_tokens": tokens, "metrics": metrics, "loader": loader, "python": python}
-    spec = parse_section(EvaluationSpec, {**given, "device": "cpu", "samples": False}, "evaluation")
-    job = EvaluationJob(path.absolute(), spec, logprobs, writes_reference=writes)
-    found = run_job(job, log=logprobs.with_name(f"{path.name}-{loader}.log"))
-    figures = {"perplexity": found["metrics"]["perplexity"]["prose"], "dtype": found["environment"]["dtype"]}
-    if writes:
-        return figures
-    divergence = found["metrics"]["kl_divergence"]["prose"]
-    agreement = found["metrics"]["top1_agreement"]["prose"]
-    return {**figures, "kl": divergence["mean"], "stderr": divergence["stderr"], "top1": agreement}
+    text = load_text(TextSpec(name="prose", bundled="prose"), load_tokenizer(model, trust_remote_code=False), tokens)
+    return cut(text, 512, tokens)
+
+
+def loaded(runtime: str, path: Path, python: str | None = None) -> closing[LoadedModel]:
+    """A checkpoint in a runtime: in float32, or in what vLLM takes by itself."""
+    from quantkit.runtimes import RUNTIMES
+    from quantkit.runtimes.base import LoadOptions
+
+    dtype = None if python else "float32"
+    return closing(RUNTIMES.get(runtime).load(path, LoadOptions(dtype=dtype, context_length=512, python=python)))
+
+
+def scored(
+    model: LoadedModel, windows: Windows, *, against: Path | None = None, writes: Path | None = None
+) -> dict[str, Any]:
+    """Perplexity, and divergence from the distributions in a folder; or they are written to one."""
+    from quantkit.evaluation.reference import TextReader, text_writer
+    from quantkit.evaluation.scoring import score
+
+    if writes is not None:
+        writes.mkdir()
+        with text_writer(writes, windows, model.vocabulary) as writer:
+            score(model, windows, writer=writer)
+        return {}
+    found = score(model, windows, reference=None if against is None else TextReader(against, windows))
+    return {
+        "dtype": model.dtype,
+        "perplexity": found.perplexity,
+        "kl": found.kl and found.kl.mean,
+        "stderr": found.kl and found.kl.stderr,
+        "top1": found.top1_agreement,
+    }
 
 
 def line(found: dict[str, Any]) -> str:

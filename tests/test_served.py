@@ -34,7 +34,7 @@ from quantkit.runtimes.vllm import VARIABLE
 from quantkit.system.validation import parse_section
 from quantkit.verification import verdict as verdicts
 from quantkit.verification.worker import perform
-from tests.runs import edit_json
+from tests.runs import edit_json, score_here
 from tests.tiny import make_model, tiny_tokenizer
 
 STAND_IN = Path(__file__).with_name("fake_vllm")
@@ -225,9 +225,6 @@ def test_transformers_takes_batches_and_who_does_not_says_so(decoded: LoadedMode
 def told(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The report of a run whose files are served too, scored in this process."""
 
-    def here(job: EvaluationJob, *, log: Path, on_progress: Any) -> dict[str, Any]:
-        return evaluate(job, on_progress)
-
     folder = tmp_path_factory.mktemp("run")
     (folder / "tide.txt").write_text(TEXT, encoding="utf-8")
     recipe = {
@@ -249,9 +246,18 @@ def told(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any
         "report": {"folder": str(folder / "out")},
     }
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("quantkit.evaluation.stage.run_job", here)
+        patch.setattr("quantkit.evaluation.stage.run_job", score_here)
+        before = quantkit.plan(recipe)["time"]["stages"]
         quantkit.run(recipe)
-    return {**json.loads((folder / "out" / "report.json").read_text(encoding="utf-8")), "folder": folder / "out"}
+    left = quantkit.plan(recipe)["time"]["stages"]
+    report = json.loads((folder / "out" / "report.json").read_text(encoding="utf-8"))
+    return {**report, "folder": folder / "out", "before": before, "left": left}
+
+
+def test_a_plan_has_the_stages_of_serving(told: dict[str, Any]) -> None:
+    before, left = ([each["stage"] for each in told[key] if "serves" in each["stage"]] for key in ("before", "left"))
+    assert before == [f"evaluate: {name} as vllm serves it" for name in ("baseline", "int4", "hqq")]
+    assert left == ["evaluate: hqq as vllm serves it"]
 
 
 def test_a_report_says_what_the_served_model_loses_beside_the_reference_decoder(told: dict[str, Any]) -> None:

@@ -28,6 +28,8 @@ NO_MEMORY = (
     "the memory of the CPU ran out, or what ulimit or a container leaves of it "
     "(close what else uses it, or use fewer or shorter calibration rows)"
 )
+BASELINE, BASELINE_SERVED, SERVED = "baseline", "baseline-served", "served"
+"""Folders of the figures of the float model, of those as it is served, and of those of files as they are served."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +78,7 @@ class Run:
     @property
     def baseline(self) -> Path:
         """The figures and log-probabilities of the float model."""
-        return self.folder / "baseline"
+        return self.folder / BASELINE
 
     def variant_folder(self, name: str) -> Path:
         """The checkpoint of a variant."""
@@ -147,8 +149,8 @@ def with_served(current: Run, scoring: Scoring, result: dict[str, Any]) -> dict[
         scoring,
         identity={"checkpoint": scoring.identity, "beside": result["fingerprint"]},
         spec=spec,
-        out=current.folder / ("baseline-served" if is_baseline else f"served/{scoring.name}"),
-        log=current.log("baseline-served") if is_baseline else current.log("served", scoring.name),
+        out=current.folder / (BASELINE_SERVED if is_baseline else f"{SERVED}/{scoring.name}"),
+        log=current.log(BASELINE_SERVED) if is_baseline else current.log(SERVED, scoring.name),
         reference=scoring.reference or scoring.out / LOGPROBS,
     )
     reads = (marker(scoring.checkpoint),)

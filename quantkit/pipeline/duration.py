@@ -22,6 +22,7 @@ from quantkit.estimation.streaming import Scored, fits_whole, whole_scoring
 from quantkit.estimation.tuning import step_tokens
 from quantkit.evaluation.job import compute_dtype
 from quantkit.methods.tuning import TuneOptions
+from quantkit.pipeline.context import BASELINE, BASELINE_SERVED, SERVED
 from quantkit.pipeline.machine_rates import Rates, disk_rate, rates, solving_seconds
 from quantkit.pipeline.mixing import costs_folder, measured_alike, plain_or_like
 from quantkit.pipeline.titles import (
@@ -31,6 +32,7 @@ from quantkit.pipeline.titles import (
     library_title,
     mixing_title,
     recover_title,
+    served_title,
     walk_title,
 )
 from quantkit.quantization import Job, walks
@@ -57,6 +59,8 @@ ATTENTION = 1.5
 """What a pass takes beside the products of its weights."""
 START, END = 6.0, 1.5
 """Seconds in which a process that scores is there, and is gone."""
+SERVER_START = 30.0
+"""Seconds in which a server of another interpreter has begun."""
 CALL = 5e-4
 """Seconds that a block takes for a single token beside reading its weights."""
 TASK_DOCUMENTS, TASK_TOKENS = 1000, 200
@@ -167,7 +171,7 @@ class _Work:
 
     def steps(self) -> Iterator[Ahead]:
         """All of them, in the order of a run."""
-        yield from self._evaluation(BASELINE_TITLE)
+        yield from self._scorings(BASELINE_TITLE, BASELINE)
         own = self.own
         if self.recipe.calibration.wants_sensitivity:
             seconds = self._passing((1 + BACKWARD) * self.tokens)
@@ -179,19 +183,22 @@ class _Work:
             like = "quantize " + ", ".join(variant.chain for variant in group)
             yield Ahead(walk_title(group), "block", self._walk(group), like)
             for variant in group:
-                yield from self._evaluation(evaluation_title(variant.name))
+                yield from self._scorings(evaluation_title(variant.name), variant.name)
         for library in self.recipe.library_variants:
             yield Ahead(library_title(library), "", self._library(), "library")
-            yield from self._evaluation(evaluation_title(library.name))
+            yield from self._scorings(evaluation_title(library.name), library.name)
         for trained in self.recipe.recover_variants:
             yield Ahead(recover_title(trained), "step", self._training(trained), "recover")
-            yield from self._evaluation(evaluation_title(trained.name))
+            yield from self._scorings(evaluation_title(trained.name), trained.name)
 
     def is_done(self, stage: str, anew: bool) -> bool:
         """Whether a stage's result lies there, so that it will hardly take time."""
         if stage == BASELINE_TITLE:
-            return not anew and (self.recipe.folder / "baseline" / STAGE_FILE).exists()
+            return not anew and (self.recipe.folder / BASELINE / STAGE_FILE).exists()
         own, folder = self.own, self.recipe.folder
+        server = self.recipe.evaluation.as_served
+        if server is not None and stage == served_title(BASELINE, server.loader):
+            return not anew and (folder / BASELINE_SERVED / STAGE_FILE).exists()
         if stage == SENSITIVITY_TITLE:
             return (folder / SENSITIVITY_TITLE / STAGE_FILE).exists()
         for mixes in self.mixes:
@@ -202,7 +209,11 @@ class _Work:
             if stage == walk_title(group):
                 return all(map(self._is_made, group))
         scored = folder / "evaluations"
-        names = {evaluation_title(each.name): each for each in [*self.recipe.variants, *own]}
+        every = [*self.recipe.variants, *own]
+        names = {evaluation_title(each.name): each for each in every}
+        if server is not None and stage not in names:
+            scored = folder / SERVED
+            names = {served_title(each.name, server.loader): each for each in every}
         variant = names.get(stage)
         made = isinstance(variant, VariantSpec) and self._is_made(variant)
         return not anew and variant is not None and made and (scored / variant.name / STAGE_FILE).exists()
@@ -211,10 +222,19 @@ class _Work:
         folder = self.recipe.folder / "variants" / variant.name
         return finished_variant(folder, made_from(self.job, variant)) is not None
 
-    def _evaluation(self, title: str) -> Iterator[Ahead]:
-        spec, read, written = self.recipe.evaluation, self._reading, self._writing
+    def _scorings(self, title: str, name: str) -> Iterator[Ahead]:
+        """The scoring of a file, and the one as it is served."""
+        spec = self.recipe.evaluation
+        yield from self._evaluation(title, spec)
+        if spec.as_served is not None:
+            served = served_title(name, spec.as_served.loader)
+            yield Ahead(served, "", SERVER_START, "server")
+            yield from self._evaluation(served, spec.as_served)
+
+    def _evaluation(self, title: str, spec: EvaluationSpec) -> Iterator[Ahead]:
+        read, written = self._reading, self._writing
         size = self.anatomy.parameters * 2
-        if self.streams:
+        if self.streams and not spec.is_served:
             yield from self._streamed(title, spec, size)
             return
         yield Ahead(title, "load", START + size / self.disk, "load")
