@@ -266,8 +266,12 @@ def test_well_known_models_have_the_parameters_that_are_published(name: str) -> 
     assert anatomy_of(name).parameters == PARAMETERS[name]
 
 
+LARGE = {"llama-3.1-405b", "qwen3-235b-a22b", "deepseek-v3"}
+"""They take half a minute together; tests/test_scale.py builds them."""
+
+
 def test_every_well_known_config_is_built_and_found_by_its_hub_name() -> None:
-    for name in well_known():
+    for name in set(well_known()) - LARGE:
         assert anatomy_of(name).blocks == len(anatomy_of(name).caches)
     assert anatomy_of("meta-llama/Llama-2-7b-hf").parameters == PARAMETERS["llama-2-7b"]
     assert anatomy_of("QWEN/qwen2.5-7b-instruct").parameters == PARAMETERS["qwen2.5-7b"]

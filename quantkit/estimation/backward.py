@@ -16,6 +16,11 @@ MATCHING = 20
 """The same while two models are compared: both in float32, their logarithms, and the gradient."""
 SQUARES = 2
 """Float32 copies of a gradient at the outputs of a layer while its squares are summed."""
+SEEN = (8, 4, 3)
+"""What a graph keeps of a token where weights have no gradients, so that the inputs of layers are not kept: in
+widths of the residual stream, of all heads of queries and of keys, and of the MLP."""
+TRAINED = (OF_HIDDEN, OF_HEADS, OF_WIDE)
+"""The same where they have."""
 DECODED = 2
 """Weights' worth of float32 of a block that is trained: decoded, and their gradients."""
 STATES = 4
@@ -46,7 +51,11 @@ def backward(anatomy: Anatomy, use: Use, *, kept: bool) -> Part:
     squares = Line("squares", SQUARES * batch * most * 4, f"{SQUARES} x {batch:,} tokens x {most:,} x 4 bytes")
     block = Line("block", anatomy.in_largest() * size, f"{written(anatomy.in_largest())} parameters x {size} bytes")
     moments = [
-        Part("backward", "a block run backward", (*held, gradients, block, graph_line(anatomy, batch, size), squares)),
+        Part(
+            "backward",
+            "a block run backward",
+            (*held, gradients, block, graph_line(anatomy, batch, size, SEEN), squares),
+        ),
         Part(
             "backward", "the loss", (*held, gradients, _head(anatomy, size), logits_line(anatomy, batch, size, DRAWING))
         ),
@@ -78,7 +87,7 @@ def training_back(anatomy: Anatomy, file: Stored, options: RecoverOptions, use: 
         Line("inputs of all blocks", kept * size, f"{tokens:,} tokens x {anatomy.hidden:,} x ({anatomy.blocks} + 1)"),
         Line("weights and their gradients", DECODED * weights * 4, f"{DECODED} x {written(weights)} weights x 4 bytes"),
         Line("block", anatomy.in_largest() * size, f"{written(anatomy.in_largest())} parameters x {size} bytes"),
-        graph_line(anatomy, tokens, size),
+        graph_line(anatomy, tokens, size, TRAINED),
     ]
     loss = [*frames, *lines[2:4], logits_line(anatomy, tokens, size, MATCHING)]
     return largest(
@@ -86,11 +95,11 @@ def training_back(anatomy: Anatomy, file: Stored, options: RecoverOptions, use: 
     )
 
 
-def graph_line(anatomy: Anatomy, tokens: int, size: int) -> Line:
+def graph_line(anatomy: Anatomy, tokens: int, size: int, widths: tuple[int, int, int]) -> Line:
     """What a backward pass of some tokens through a block keeps; attention is computed in tiles."""
-    heads = anatomy.queries + anatomy.keys
-    numbers = OF_HIDDEN * anatomy.hidden + OF_HEADS * heads + OF_WIDE * anatomy.wide
-    kept = f"({OF_HIDDEN} x {anatomy.hidden:,} + {OF_HEADS} x {heads:,} + {OF_WIDE} x {anatomy.wide:,})"
+    counted = list(zip(widths, (anatomy.hidden, anatomy.queries + anatomy.keys, anatomy.wide), strict=True))
+    numbers = sum(count * width for count, width in counted)
+    kept = f"({' + '.join(f'{count} x {width:,}' for count, width in counted)})"
     return Line("activations with a graph", tokens * numbers * size, f"{tokens:,} tokens x {kept} x {size} bytes")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from quantkit.estimation.anatomy import Anatomy
@@ -71,10 +71,11 @@ def calibrated_groups(anatomy: Anatomy, schemes: dict[str, Scheme], device: str)
     from quantkit.engine.gathering import BATCH_WEIGHTS
 
     alike: dict[tuple[object, ...], list[Group]] = {}
+    shapes = _shapes(anatomy)
     for each in anatomy.inputs:
         names = [name for name in each.layers if name in schemes]
         if names:
-            group = _group(anatomy, names, schemes, each.paused)
+            group = _group(shapes, names, schemes, each.paused)
             alike.setdefault((re.sub(r"\d+", "*", names[0]), group.shapes), []).append(group)
     for groups in alike.values():
         first = max(groups, key=lambda group: group.paused)
@@ -100,14 +101,19 @@ def uncalibrated_groups(anatomy: Anatomy, schemes: dict[str, Scheme], store: typ
     found: dict[object, list[str]] = {}
     for name in inside:
         found.setdefault(fused.get(name, name), []).append(name)
-    groups = (_group(anatomy, names, schemes, 0) for names in found.values())
+    shapes = _shapes(anatomy)
+    groups = (_group(shapes, names, schemes, 0) for names in found.values())
     yield from {(group.name, group.shapes): group for group in groups}.values()
 
 
-def _group(anatomy: Anatomy, names: list[str], schemes: dict[str, Scheme], paused: int) -> Group:
+def _shapes(anatomy: Anatomy) -> dict[str, tuple[int, int]]:
+    """Of all linear layers; a model of experts has thousands, so that they are looked up once for all groups."""
+    return {name: shape for name, (shape, _) in anatomy.linears().items()}
+
+
+def _group(known: Mapping[str, tuple[int, int]], names: list[str], schemes: dict[str, Scheme], paused: int) -> Group:
     leaves = " and ".join(dict.fromkeys(name.rpartition(".")[2] for name in names))
-    linears = anatomy.linears()
-    shapes = tuple((*linears[name][0], schemes[name]) for name in names)
+    shapes = tuple((*known[name], schemes[name]) for name in names)
     return Group(leaves, f"{leaves} of a block", shapes, paused)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from quantkit.estimation.anatomy import Anatomy
@@ -21,6 +21,8 @@ from quantkit.system.units import in_units
 
 TOGETHER = 1 << 15
 """Tokens whose inputs of blocks wait together while the float model tells a training what to reach."""
+CODE = 30 << 20
+"""Bytes of libraries that a process which scores reads at first use, on a CPU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +133,8 @@ def getting_by(anatomy: Anatomy, variants: Sequence[VariantSpec], use: Use, room
     fits = use.inputs == "float" or paused <= SPARE_MEMORY * room.free
     strategy = "one-pass" if fits else "recompute"
     words = "one walk for all" if use.inputs == "float" else "one pass" if fits else "each block anew for every group"
+    if use.inputs == "quantized" and any(each.block == anatomy.largest and each.share < 1 for each in anatomy.weights):
+        words = "each block anew for every group, as it has experts"
     if waiting <= SPARE_MEMORY * room.free:
         return use.model_copy(update={"strategy": strategy}), words, waiting
     kept = int(SPARE_MEMORY * room.cpu)
@@ -161,9 +165,9 @@ def scoring_need(
         disk: bytes that it writes.
         loader: see :class:`quantkit.recipe.EvaluationSpec`.
     """
-    whole = whole_scoring(anatomy, scored, weights=weights)
+    whole = _with_code(whole_scoring(anatomy, scored, weights=weights), room)
     waits = where_activations_wait(anatomy, scored, room.free, room.cpu)
-    streamed = streamed_scoring(anatomy, scored, packed=weights is not None, waiting=waits)
+    streamed = _with_code(streamed_scoring(anatomy, scored, packed=weights is not None, waiting=waits), room)
     least = streamed_scoring(anatomy, scored, packed=weights is not None, waiting="disk").nbytes
     if loader not in (AUTO, STREAMED):
         return StageNeed(stage, room.device, whole, "loaded whole", whole.nbytes, disk=disk)
@@ -171,6 +175,14 @@ def scoring_need(
         return StageNeed(stage, room.device, whole, "loaded whole", min(least, whole.nbytes), disk=disk)
     where = {"device": "beside it", "cpu": "in the CPU's memory", "disk": "on disk"}[waits]
     return StageNeed(stage, room.device, streamed, f"a block at a time, activations {where}", least, disk=disk)
+
+
+def _with_code(part: Part, room: Room) -> Part:
+    """With what a process that has just begun reads of libraries when it uses them first."""
+    if room.device != "cpu":
+        return part
+    code = Line("code of libraries", CODE, "read at first use, by docs/vram.md 20 to 50 MiB")
+    return replace(part, lines=(*part.lines, code))
 
 
 def sensitivity_need(stage: str, anatomy: Anatomy, use: Use, room: Room) -> StageNeed:
