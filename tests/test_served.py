@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from itertools import islice
@@ -27,10 +28,10 @@ from quantkit.pipeline.preflight import check_loader, check_served
 from quantkit.recipe import EvaluationSpec
 from quantkit.report.numbers import ABSENT
 from quantkit.report.served import build_served
-from quantkit.runtimes import RUNTIMES
+from quantkit.runtimes import RUNTIMES, _distant
 from quantkit.runtimes._choice import choose_runtime
 from quantkit.runtimes.base import LoadedModel, LoadOptions
-from quantkit.runtimes.vllm import VARIABLE
+from quantkit.runtimes.vllm import SCRIPT, VARIABLE
 from quantkit.system.validation import parse_section
 from quantkit.verification import verdict as verdicts
 from quantkit.verification.worker import perform
@@ -127,7 +128,7 @@ def test_what_does_not_fit_is_said(served: LoadedModel) -> None:
     assert len(list(islice(full, 3))) == 3
     with pytest.raises(EvaluationError, match="vllm was given room for 100 tokens, which are full"):
         next(full)
-    with pytest.raises(EvaluationError, match="vllm cannot logits: ValueError: the context length is 100 tokens"):
+    with pytest.raises(EvaluationError, match="vllm cannot give logits: ValueError: the context length is 100 tokens"):
         served.logits(torch.ones(100, dtype=torch.int64))
     assert len(served.logits(IDS)) == len(IDS)
 
@@ -325,9 +326,18 @@ def test_serving_is_asked_for_in_short_or_at_length(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ("load", r"vllm cannot load: ValueError: 1 validation error Unknown quantization method: made-up"),
-        ("memory", r"vllm cannot load: RuntimeError: .*allocate memory \(free some memory.*VLLM_CPU_KVCACHE_SPACE"),
-        ("kill", r"vllm was asked to load and ended \(SIGKILL.*most likely ran out of memory.*context_length"),
+        (
+            "load",
+            r"vllm cannot load the check.*: ValueError: 1 validation error Unknown quantization method: made-up",
+        ),
+        (
+            "memory",
+            r"vllm cannot load the check.*: RuntimeError: .*allocate memory \(free some memory.*VLLM_CPU_KVCACHE_SPACE",
+        ),
+        (
+            "kill",
+            r"asked to load the checkpoint and ended \(SIGKILL.*most likely ran out of memory.*context_length",
+        ),
     ],
 )
 def test_a_checkpoint_that_is_not_served_is_one_line(tmp_path: Path, how: str, message: str) -> None:
@@ -338,18 +348,56 @@ def test_a_checkpoint_that_is_not_served_is_one_line(tmp_path: Path, how: str, m
 
 def test_a_process_that_dies_while_it_works_is_told(tmp_path: Path) -> None:
     found = RUNTIMES.get("vllm").load(failing(tmp_path, "kill later"), LoadOptions())
-    with pytest.raises(EvaluationError, match=r"vllm was asked to logits and ended \(SIGKILL"):
-        found.logits(IDS)
-    with pytest.raises(EvaluationError, match="vllm has been closed"):
-        found.logits(IDS)
+    for _ in range(2):  # whoever asks later is told the same
+        with pytest.raises(EvaluationError, match=r"vllm was asked to give logits and ended \(SIGKILL.*free some mem"):
+            found.logits(IDS)
     found.close()
+
+
+def test_a_process_that_dies_and_leaves_another_is_told(tmp_path: Path) -> None:
+    """The other one holds its standard output, which so does not end."""
+    found = RUNTIMES.get("vllm").load(failing(tmp_path, "fork and kill later"), LoadOptions())
+    with pytest.raises(EvaluationError, match=r"vllm was asked to give logits and ended \(SIGKILL"):
+        found.logits(IDS)
+
+
+def test_a_process_that_hangs_is_ended_and_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = RUNTIMES.get("vllm").load(failing(tmp_path, "hang later"), LoadOptions())
+    monkeypatch.setattr(_distant, "SILENCE", 0.5)
+    with pytest.raises(EvaluationError, match=r"asked to give logits and said nothing for 0 minutes.*loader auto or"):
+        found.logits(IDS)
+    assert found.process is not None
+    assert not psutil.pid_exists(found.process)
+    with pytest.raises(EvaluationError, match="said nothing"):
+        found.logits(IDS)
+
+
+def test_half_an_answer_is_the_end(tmp_path: Path) -> None:
+    code = "import sys; sys.stdin.readline(); print('{\"voc', end='', flush=True)"
+    server = _distant.Server("made-up", [sys.executable, "-c", code], dict(os.environ))
+    with pytest.raises(EvaluationError, match=r"made-up was asked to load the checkpoint and ended \(exit code 0\)"):
+        server.ask("load")
+    assert not server.folder.exists()
+    with pytest.raises(EvaluationError, match=r"made-up cannot be started by .*nowhere: No such file"):
+        _distant.Server("made-up", [str(tmp_path / "nowhere")], dict(os.environ))
+
+
+def test_a_process_takes_its_files_away_where_its_parent_was_killed(tmp_path: Path) -> None:
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "logits.safetensors").write_bytes(b"large")
+    command = [sys.executable, str(SCRIPT), str(tmp_path / "kept")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True) as child:
+        assert child.stdin is not None
+        child.stdin.close()  # as the system does it for a process that ends
+        child.wait(60)
+    assert not (tmp_path / "kept").exists()
 
 
 def test_a_script_that_prints_and_dies_leaves_its_last_error(model: Path, tmp_path: Path) -> None:
     (tmp_path / "vllm.py").write_text("print('hello')\nraise ImportError('libcudart.so.13 is not there')\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(tmp_path))
-        with pytest.raises(EvaluationError, match=r"vllm cannot load: ImportError: libcudart\.so\.13 is not there"):
+        with pytest.raises(EvaluationError, match=r"vllm cannot load .*: ImportError: libcudart\.so\.13 is not there"):
             RUNTIMES.get("vllm").load(model, LoadOptions())
 
 
@@ -378,6 +426,20 @@ def test_the_interpreter_is_looked_for_before_any_work(tmp_path: Path) -> None:
         spec_of(tmp_path, python="python3")
     with pytest.raises(QuantkitError, match="there is no interpreter nowhere"):
         quantkit.verify(tmp_path, runtime="vllm", python="nowhere")
+    (tmp_path / "python").write_text("no program\n")
+    (tmp_path / "python").chmod(0o755)
+    with pytest.raises(RecipeError, match=r"python is no interpreter that can be run: .*Exec format error"):
+        check_loader(spec)
+
+
+def test_the_interpreter_may_be_named_from_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process of another folder is started by it."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    (tmp_path / "bin" / "python").chmod(0o755)
+    checkpoint = failing(tmp_path, "nothing")
+    monkeypatch.chdir(tmp_path)
+    RUNTIMES.get("vllm").load(checkpoint, LoadOptions(python="bin/python")).close()
 
 
 def test_figures_of_another_version_are_not_reused(tmp_path: Path) -> None:

@@ -12,7 +12,9 @@ import json
 import os
 import queue
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +25,25 @@ from safetensors.torch import load_file
 from quantkit.errors import EvaluationError
 from quantkit.runtimes.base import LoadedModel, Throughput
 from quantkit.system import processes
-from quantkit.system.child import Child
-from quantkit.system.child_log import BoundedLog
+from quantkit.system.child import BEAT, Child
+from quantkit.system.child_log import BoundedLog, last_line
 from quantkit.system.ending import Ending, Kind
 
 LOGITS = "logits.safetensors"
 """The file of logits in a process's folder, with one tensor of that name."""
 GENERIC_REMEDY = "free some memory, lower evaluation.context_length, or take smaller evaluation.batch_sizes"
+ELSEWHERE = "score it with loader auto or reference"
+SILENCE = 3600.0
+"""Seconds: a process that neither answers nor prints for so long hangs."""
+WORDS = {
+    "load": "load the checkpoint",
+    "logits": "give logits",
+    "generate": "continue texts",
+    "begin": "begin a text",
+    "more": "go on with a text",
+    "weights": "tell what its weights take",
+}
+"""Requests, as a person reads them."""
 
 
 class Server:
@@ -51,38 +65,61 @@ class Server:
         self._answers: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         self._log = _Echoed(self.folder / "log")
         self._killed_before = processes.killed_for_memory()
-        self._child: Child | None = Child(
-            [*command, str(self.folder)], environment, self._answers.put, log=self._log, cwd=self.folder
-        )
+        self._failure: EvaluationError | None = None
+        self._child: Child | None = None
+        try:
+            self._child = Child(
+                [*command, str(self.folder)], environment, self._answers.put, log=self._log, cwd=self.folder
+            )
+        except OSError as error:
+            self.close()
+            raise EvaluationError(f"{name} cannot be started by {command[0]}: {error.strerror}") from error
         self.pid = self._child.process.pid
 
     def ask(self, do: str, **keys: Any) -> dict[str, Any]:
         """The answer to a request.
 
         Raises:
-            EvaluationError: it cannot do what is asked, with its reason; or it has ended, and how.
+            EvaluationError: it cannot do what is asked, with its reason; or it has ended, and how; or it hangs.
         """
-        answer = b""
-        if self._child is not None:
-            try:
-                self._child.send(json.dumps({"do": do, **keys}).encode() + b"\n")
-                answer = self._answers.get()
-            except OSError:
-                pass  # it has ended, as the lack of an answer says
+        if self._child is None:
+            closed = EvaluationError(f"{self.name} has been closed, and cannot {WORDS[do]}")
+            raise closed if self._failure is None else EvaluationError(self._failure.problem, self._failure.remedy)
+        answer = self._answer(self._child, do, json.dumps({"do": do, **keys}).encode() + b"\n")
         if not answer:
-            raise self._ended(do)
+            raise self._ended(self._child, do)
         found: dict[str, Any] = json.loads(answer)
         if "error" in found:
             raise EvaluationError(
-                f"{self.name} cannot {do}: {found['error']}", self._no_memory if found.get("memory") else ""
+                f"{self.name} cannot {WORDS[do]}: {found['error']}", self._no_memory if found.get("memory") else ""
             )
         return found
 
-    def _ended(self, do: str) -> EvaluationError:
+    def _answer(self, child: Child, do: str, request: bytes) -> bytes:
+        """The line that comes; an empty one where the process has ended.
+
+        What it has started may live on and hold its standard output, so that the end of that tells nothing.
+        """
+        asked = time.monotonic()
+        with suppress(OSError):  # it has ended, as the lack of an answer says
+            child.send(request)
+        while True:
+            try:
+                answer = self._answers.get(timeout=BEAT)
+            except queue.Empty:
+                if child.has_ended():
+                    return b""
+                if time.monotonic() - max(asked, self._log.heard) > SILENCE:
+                    raise self._failed(self._hangs(do), ELSEWHERE) from None
+            else:
+                return answer if answer.endswith(b"\n") else b""
+
+    def _hangs(self, do: str) -> str:
+        last = last_line(self.folder / "log")
+        return f"{self.name} was asked to {WORDS[do]} and said nothing for {SILENCE / 60:.0f} minutes; last: {last}"
+
+    def _ended(self, child: Child, do: str) -> EvaluationError:
         """Why there is no answer."""
-        if self._child is None:
-            return EvaluationError(f"{self.name} has been closed, and cannot {do}")
-        child, self._child = self._child, None
         child.end(patient=False)
         status = int(child.process.returncode)
         by_kernel = status < 0 and processes.killed_for_memory() > self._killed_before
@@ -90,9 +127,14 @@ class Server:
         ending = Ending(kind, status, 0.0, 0, "", None, self.folder / "log")
         guess = "" if kind is Kind.NO_MEMORY else "the system most likely ran out of memory: "
         remedy = f"{guess}{self._no_memory}" if ending.how.startswith("SIGKILL") else ""
-        found = f"{self.name} was asked to {do} and ended ({ending.how}): {ending.last_error()}"
+        found = f"{self.name} was asked to {WORDS[do]} and ended ({ending.how}): {ending.last_error()}"
+        return self._failed(found, remedy)
+
+    def _failed(self, problem: str, remedy: str) -> EvaluationError:
+        """Close it; whoever asks from now on is told the same."""
         self.close()
-        return EvaluationError(found, remedy)
+        self._failure = EvaluationError(problem, remedy)
+        return self._failure
 
     def close(self) -> None:
         """End the process, and take its files away."""
@@ -100,17 +142,26 @@ class Server:
         if child is not None:
             child.end(patient=False)
         if self.folder.is_dir():
-            self._log.close()
+            with suppress(OSError):  # the disk is full, and the log goes anyway
+                self._log.close()
             self._folder.cleanup()
 
 
 class _Echoed(BoundedLog):
-    """A log that this process prints as well."""
+    """A log that this process prints as well.
+
+    Attributes:
+        heard: when the last of it came, of :func:`time.monotonic`.
+    """
+
+    heard = 0.0
 
     def write(self, piece: bytes) -> None:
         """Add some bytes."""
+        self.heard = time.monotonic()
         super().write(piece)
-        os.write(2, piece)
+        with suppress(OSError):  # nobody need read it; who is not read from stands still
+            os.write(2, piece)
 
 
 class DistantModel(LoadedModel):

@@ -15,6 +15,7 @@ import importlib.util
 import json
 import math
 import os
+import shutil
 import sys
 import time
 import traceback
@@ -211,14 +212,15 @@ def main(arguments: list[str]) -> int:
     """Answer requests until there is nobody to answer."""
     own = Path(__file__).resolve().parent
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != own]  # has a module named vllm
-    requests, answer = _worker().requests_and_answers()
+    folder = Path(arguments[0])
+    requests, answer = _worker().requests_and_answers(lambda: shutil.rmtree(folder, ignore_errors=True))
     for key, value in ENGINE_SETTINGS.items():
         os.environ.setdefault(key, value)
     engines: list[Engine] = []
     while True:
         request = json.loads(requests.get())
         try:
-            answer(answered(request, engines, Path(arguments[0])))
+            answer(answered(request, engines, folder))
         except Exception as error:  # vLLM and what it is built on raise whatever befalls them
             traceback.print_exc()
             text = " ".join(f"{type(error).__name__}: {error}".split())

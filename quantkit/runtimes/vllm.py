@@ -22,6 +22,8 @@ SCRIPT = Path(__file__).with_name("_vllm_script.py")
 INPUTS = "VLLM_CPU_INT4_W4A8"
 """Environment variable by which vLLM rounds the inputs of 4-bit layers to 8 bits on a CPU, as it does by default."""
 GPUS = "CUDA_VISIBLE_DEVICES"
+PATIENCE = 120.0
+"""Seconds in which an interpreter has begun."""
 VERSION = (
     "from importlib.metadata import distributions as all;"
     "print(next(each.version for each in all() if each.name in ('vllm', 'vllm-cpu')))"
@@ -70,8 +72,7 @@ class Vllm(Runtime):
     @classmethod
     def computes_by(cls, python: str | None = None) -> dict[str, str]:
         """VLLM's version, and how it computes on a CPU with 4-bit layers."""
-        found = subprocess.run([interpreter(python), "-c", VERSION], capture_output=True, text=True, check=False)
-        return {"vllm": found.stdout.strip(), INPUTS: os.environ.get(INPUTS, "0")}
+        return {"vllm": _said(interpreter(python), VERSION), INPUTS: os.environ.get(INPUTS, "0")}
 
     @classmethod
     def refusal(cls, store: type[Format], schemes: Collection[Scheme], *, embedding: bool) -> str | None:
@@ -128,7 +129,19 @@ def interpreter(python: str | None = None) -> str:
     found = shutil.which(named)
     if found is None:
         raise QuantkitError(f"there is no interpreter {named}", f"name one with --python or {VARIABLE}; {HOW}")
-    probe = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
-    if subprocess.run([found, "-c", probe], capture_output=True, check=False).returncode:
+    try:
+        seen = _said(found, "import importlib.util; print(importlib.util.find_spec('vllm') is not None)")
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise QuantkitError(f"{named} is no interpreter that can be run: {error}", HOW) from error
+    if seen != "True":
         raise QuantkitError(f"{named} has no vLLM", HOW)
-    return found
+    return str(Path.cwd() / found)  # it is called from another folder, and a link into an environment is left one
+
+
+def _said(python: str, code: str) -> str:
+    """What an interpreter prints for some code."""
+    command = [python, "-c", code]
+    done = subprocess.run(
+        command, capture_output=True, stdin=subprocess.DEVNULL, text=True, check=False, timeout=PATIENCE
+    )
+    return done.stdout.strip()

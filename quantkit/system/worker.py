@@ -61,13 +61,16 @@ def serve(arguments: list[str], perform: Callable[[Any, Report], dict[str, Any]]
     return code
 
 
-def live_no_longer_than_the_parent(hear: Callable[[bytes], None] | None = None) -> None:
+def live_no_longer_than_the_parent(
+    hear: Callable[[bytes], None] | None = None, leave: Callable[[], None] | None = None
+) -> None:
     """Watch the lifeline in a thread, out of sight of all that runs here and of the processes that it starts.
 
     Standard input is empty from then on. Where it ends, so does this process, with its group if it leads one.
 
     Args:
         hear: called in that thread with each line that comes.
+        leave: called there before the process ends, for what the parent would have done.
     """
     lifeline = os.dup(0)
     os.set_inheritable(lifeline, False)
@@ -80,6 +83,8 @@ def live_no_longer_than_the_parent(hear: Callable[[bytes], None] | None = None) 
             for line in stream:
                 if hear is not None:
                     hear(line)
+        if leave is not None:
+            leave()
         if os.name == "posix" and os.getpgid(0) == os.getpid():
             os.killpg(0, signal.SIGKILL)
         os._exit(EXIT_ORPHANED)
@@ -93,13 +98,16 @@ def progress_channel() -> Report:
     return lambda step, done, total: tell({"step": str(step), "done": int(done), "total": int(total)})
 
 
-def requests_and_answers() -> tuple[queue.SimpleQueue[bytes], Callable[[Any], None]]:
+def requests_and_answers(leave: Callable[[], None]) -> tuple[queue.SimpleQueue[bytes], Callable[[Any], None]]:
     """Live no longer than the parent, and serve it: the lines that it writes, and what answers with JSON data.
 
     Whatever else is printed goes to standard error from here on.
+
+    Args:
+        leave: see :func:`live_no_longer_than_the_parent`.
     """
     heard: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-    live_no_longer_than_the_parent(heard.put)
+    live_no_longer_than_the_parent(heard.put, leave)
     return heard, _channel()
 
 

@@ -1,6 +1,7 @@
 """A stand-in for vLLM: what quantkit's script asks of the package, computed by the reference decoder.
 
-A file ``fails`` in the folder of a checkpoint says how it fails: ``load``, ``memory``, ``kill`` or ``kill later``.
+A file ``fails`` in the folder of a checkpoint says how it fails: ``load``, ``memory``, ``kill``, or ``kill later``,
+``fork and kill later`` and ``hang later``; with anything else in it the model is none.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -125,7 +127,9 @@ class Engine:
         """Ask for what follows a prompt."""
         if len(ids) + settings.max_tokens > self._room:
             raise ValueError(f"the context length is {self._room} tokens, and {len(ids)} are given")
-        if self._fails == "kill later" and len(ids) > 2:
+        if self._fails.endswith("later") and len(ids) > 2:
+            if self._fails == "hang later" or (self._fails.startswith("fork") and os.fork() == 0):
+                time.sleep(600)
             os.kill(os.getpid(), signal.SIGKILL)
         self._requests[name] = Request(name, ids, settings)
 
