@@ -684,3 +684,25 @@ def test_peaks_of_a_whole_process_are_called_so(tmp_path: Path) -> None:
     report["variants"][0]["memory"]["peaks_are_of"] = "process"
     write(report, tmp_path, FORMATS)
     assert "no peak could be begun anew" in (tmp_path / "report.md").read_text()
+
+
+STAGES = [
+    {"stage": "baseline", "how": "loaded whole", "estimated_bytes": 90 << 20, "measured_bytes": 100 << 20}
+    | {"ratio": 0.9, "baseline_bytes": 400 << 20, "kind": "RSS", "seconds": 65.0},
+    {"stage": f"walk: {EVIL}", "how": "", "estimated_bytes": None, "measured_bytes": 30 << 20}
+    | {"ratio": None, "baseline_bytes": 400 << 20, "kind": "RSS", "seconds": 2.0},
+    {"stage": "evaluate: there already", "how": "loaded whole", "estimated_bytes": 90 << 20, "measured_bytes": None}
+    | {"ratio": None, "baseline_bytes": None, "kind": None, "seconds": None},
+]
+
+
+def test_memory_of_each_stage_stands_beside_what_was_expected(tmp_path: Path) -> None:
+    markdown, html = rendered(make_report(stages=STAGES), tmp_path)
+    assert "| baseline | 90.0 MiB | 100.0 MiB | 0.90 | 1 min 05 s | loaded whole |" in markdown
+    assert "baseline90.0 MiB100.0 MiB0.901 min 05 sloaded whole" in parsed(html).words
+    for text in (markdown, html):
+        assert "Memory of each stage" in text
+        assert "there already" not in text
+        assert "<script>" not in text
+    without = rendered(make_report(), tmp_path / "without")
+    assert not any("Memory of each stage" in text for text in without)

@@ -27,6 +27,9 @@ from quantkit.report.numbers import figure, fixed, pick
 from quantkit.report.plot import Plot, build_plot
 from quantkit.report.samples import brief, build_samples
 from quantkit.report.served import build_served
+from quantkit.report.stages import LEAD as STAGES_LEAD
+from quantkit.report.stages import TITLES as STAGES_TITLES
+from quantkit.report.stages import stage_rows
 from quantkit.report.tables import experts, gate_table, histogram, loading, worst_layers, written_date
 from quantkit.report.tasks_and_answers import changed_answers, further_models, further_rows
 from quantkit.schemes.mix import LEGEND as BITS_LEGEND
@@ -92,6 +95,7 @@ def context(report: Record, plot: Plot | None) -> dict[str, Any]:
         "texts": text_definitions(report),
         "source": source_facts(report),
         "environment": environment_facts(report),
+        "stages": {"rows": stage_rows(report), "titles": STAGES_TITLES, "lead": STAGES_LEAD},
         "loading": loading(report),
     }
 
