@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from quantkit.engine import parking
+from quantkit.engine.kept_calls import Fetch, OnDisk
 from quantkit.engine.skeleton import Skeleton
 from quantkit.errors import RecipeError
 from quantkit.evaluation import EvaluationJob
@@ -116,14 +117,14 @@ def test_activations_on_disk_change_no_byte(
     job = Job(model, {"reference": "tiny"}, "float32", rows, "0" * 64, inputs=inputs, device="cpu")
     quantize(job, spec, tmp_path / "whole")
     read: list[int] = []
-    reading = parking._read
     monkeypatch.setattr(parking, "SMALL", 1)
 
-    def counted(away: Any, dtype: torch.dtype) -> torch.Tensor:
-        read.append(1)
-        return reading(away, dtype)
+    class Counted(OnDisk):
+        def __call__(self, tensor: torch.Tensor) -> Fetch:
+            read.append(1)
+            return super().__call__(tensor)
 
-    monkeypatch.setattr(parking, "_read", counted)
+    monkeypatch.setattr(parking, "OnDisk", Counted)
     monkeypatch.setattr(memory_use, "free_bytes", lambda *_: 0)
     notes: list[str] = []
     quantize(job, spec, tmp_path / "parked", on_note=notes.append)

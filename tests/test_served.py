@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,10 +16,12 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
 import quantkit
 from quantkit.cli import app
+from quantkit.cli.figures import figure_table
 from quantkit.errors import EvaluationError, QuantkitError, RecipeError
 from quantkit.evaluation import EvaluationJob
 from quantkit.evaluation.evaluate import evaluate
@@ -83,6 +87,13 @@ def loaded(served: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> list[LoadOpt
 @pytest.fixture(scope="module")
 def decoded(exported: Path) -> LoadedModel:
     return RUNTIMES.get("reference").load(exported, LoadOptions(dtype="float32"))
+
+
+def plain(table: Any) -> str:
+    """A table in characters."""
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(table)
+    return console.export_text()
 
 
 def failing(folder: Path, how: str) -> Path:
@@ -180,6 +191,10 @@ def test_a_served_file_is_scored_beside_the_float_reference(
     assert found["samples"]["items"] == expected["samples"]["items"]
     assert found["environment"]["vllm"] == "0.0.1"
     assert found["environment"]["settings"]["VLLM_CPU_INT4_W4A8"] == "0"
+    assert found["notes"] == ["vllm was given 1 tensors that it did not use: passed"]
+    table = plain(figure_table(found, "a file"))
+    assert re.search(r"speed, prefill +[\d.e+]+ tokens/s", table)
+    assert re.search(r"speed, decode of 3 rows +[\d.e+]+ tokens/s", table)
     assert found["memory"]["weights_bytes"] > 0
     assert found["memory"]["phases"]["prefill"]["peak_bytes"] > 0
     assert found["memory"]["baseline_bytes"] is None
@@ -217,6 +232,14 @@ def test_transformers_takes_batches_and_who_does_not_says_so(decoded: LoadedMode
         patch.setattr(type(decoded), "throughput", LoadedModel.throughput)
         (batch,) = measure_speed(decoded, IDS, (2,))["batches"]
     assert batch == {"size": 2, "missing": "its runtime takes one row at a time, as quantkit runs it"}
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoded, "throughput", full)
+        (batch,) = measure_speed(decoded, IDS, (64,))["batches"]
+    assert batch == {"size": 64, "missing": "cpu has not enough memory for so many rows"}
 
 
 # A run

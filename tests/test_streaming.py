@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import resource
+import weakref
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, cast
 
 import pytest
 import torch
 
 import quantkit
 from quantkit.engine.kept_calls import OnDisk, on_cpu
+from quantkit.engine.parking import Parking
+from quantkit.engine.passes import AtSegment, Pass
 from quantkit.errors import EvaluationError, OutputError, RecipeError
 from quantkit.estimation import anatomy_of
 from quantkit.estimation.streaming import (
@@ -17,6 +21,7 @@ from quantkit.estimation.streaming import (
     block_bytes,
     hidden_line,
     streamed_scoring,
+    tokens_with_room,
     where_activations_wait,
     whole_scoring,
 )
@@ -176,7 +181,24 @@ def test_a_model_that_makes_its_logits_of_more_is_loaded_whole(model: Path, monk
     with pytest.raises(EvaluationError, match="not made of the last hidden states alone"):
         evaluate(EvaluationJob(model, spec_of(loader="streamed", metrics=["perplexity"])), silent)
     monkeypatch.setattr(loading, "free_bytes", lambda *_: 1 << 16)
+    tried: list[weakref.ref[StreamedModel]] = []
+    alive: list[bool] = []
+
+    def streamed(*given: Any) -> StreamedModel:
+        loaded = load_streamed(*given)
+        tried.append(weakref.ref(loaded))
+        return loaded
+
+    load = RUNTIMES.get("transformers").load
+
+    def whole(path: Path, options: LoadOptions) -> Any:
+        alive.extend(each() is not None for each in tried)
+        return load(path, options)
+
+    monkeypatch.setattr(loading, "load_streamed", streamed)
+    monkeypatch.setattr(RUNTIMES.get("transformers"), "load", whole)
     found = evaluate(EvaluationJob(model, spec_of(metrics=["perplexity"])), silent)
+    assert alive == [False]
     assert found["loaded_by"] == "transformers"
     assert found["notes"][1].startswith("loaded whole all the same: the model cannot be read a block at a time")
 
@@ -185,6 +207,53 @@ def test_a_full_disk_is_one_line(model: Path, tmp_path: Path) -> None:
     (tmp_path / "0").symlink_to("/dev/full")
     with pytest.raises(OutputError, match="No space left"):
         read(model, rows(40), OnDisk(tmp_path))
+
+
+def test_what_waited_on_disk_and_is_no_longer_whole_is_one_line(tmp_path: Path) -> None:
+    keep, value = OnDisk(tmp_path), torch.arange(64.0)
+    cut, gone, whole = keep(value), keep(value), keep(value)
+    (tmp_path / "0").write_bytes(b"short")
+    (tmp_path / "1").unlink()
+    with pytest.raises(OutputError, match="0 is shorter than what waited in it"):
+        cut()
+    with pytest.raises(OutputError, match=r"what waited in .*1 cannot be read: No such file"):
+        gone()
+    assert torch.equal(whole(), value)
+
+
+def test_a_disk_that_takes_no_more_of_a_walk_is_one_line(tmp_path: Path) -> None:
+    class Standing:
+        place = AtSegment(0, (torch.ones(1 << 16),), {})
+        parked: ClassVar[list[Any]] = []
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
+    try:
+        with pytest.raises(OutputError, match=r"cannot write .*: File too large"):
+            Parking(0, tmp_path).park(cast(Pass, Standing()))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_rows_of_tasks_are_read_together_as_far_as_there_is_room(model: Path) -> None:
+    anatomy, scored = anatomy_of(LARGE), Scored(4096, 512, "bfloat16", "cuda")
+    each = 2 * anatomy.hidden * 2
+    assert tokens_with_room(anatomy, scored, "cpu", 100_000 * each) == 80_000
+    assert tokens_with_room(anatomy, scored, "disk", 10 * each) == scored.tokens
+    bare = streamed_scoring(anatomy, scored, waiting="disk").nbytes
+    assert 79_000 < tokens_with_room(anatomy, scored, "device", 100_000 * each + bare * 5 // 4) <= 80_000
+    loaded, given = load_streamed(model, LoadOptions(dtype="float32"), None, 50), rows(20, 20, 20, 60)
+    read: list[int] = []
+    ahead = loaded.read_ahead
+
+    def counted(rows: Any, on_step: Any) -> None:
+        read.append(len(rows))
+        ahead(rows, on_step)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loaded, "read_ahead", counted)
+        assert [len(found) for found in loaded.logits_of(given)] == [20, 20, 20, 60]
+    assert read == [2, 1, 1]
 
 
 def test_memory_that_ends_is_one_line(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,11 +63,19 @@ def _of_the_whole(found: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     if memory.get("peak_bytes") is not None:
         yield f"memory, peak ({memory.get('peak_kind')})", "", in_units(memory["peak_bytes"])
     for phase in ("prefill", "decode"):
-        if _is_number(speed.get(f"{phase}_tokens_per_second")):
-            yield f"speed, {phase}", "", f"{speed[f'{phase}_tokens_per_second']:.4g} tokens/s"
+        if speed.get(phase):
+            yield f"speed, {phase}", "", _rate(speed[phase]["tokens_per_second"])
+    for batch in speed.get("batches") or []:
+        for phase in ("prefill", "decode"):
+            told = batch.get("missing") or _rate(batch[f"{phase}_tokens_per_second"])
+            yield f"speed, {phase} of {batch['size']} rows", "", told
     yield "loaded by", "", str(found.get("loaded_by"))
     if found.get("rounded_inputs"):
         yield "inputs rounded to", "", ", ".join(found["rounded_inputs"])
+
+
+def _rate(value: float) -> str:
+    return f"{value:.4g} tokens/s"
 
 
 def _is_number(value: object) -> bool:

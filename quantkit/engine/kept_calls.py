@@ -20,9 +20,10 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from quantkit.engine.batches import Batch
 from quantkit.engine.passes import CPU, AtEnd, AtHead, AtSegment, Pass
-from quantkit.errors import QuantizationError
+from quantkit.errors import OutputError, QuantizationError
 from quantkit.system.os_errors import translated_os_errors
 
+LEFT_ALONE = "see that nothing else takes files from there, or name another folder as max_memory.disk"
 Fetch = Callable[[], torch.Tensor]
 Keep = Callable[[torch.Tensor], Fetch]
 """Keeps a tensor until it is fetched, once."""
@@ -67,7 +68,7 @@ class OnDisk:
         """Keep a tensor.
 
         Raises:
-            OutputError: the disk is full.
+            OutputError: the disk is full, or, when it is fetched, the file is gone or cut off.
         """
         file, device, shape, dtype = self.folder / str(next(self._numbers)), tensor.device, tensor.shape, tensor.dtype
         with translated_os_errors(file), file.open("wb") as written:
@@ -75,9 +76,15 @@ class OnDisk:
 
         def fetch() -> torch.Tensor:
             found = torch.empty(shape, dtype=dtype)
-            with file.open("rb") as stored:
-                stored.readinto(found.view(-1).view(torch.uint8).numpy().data)
-            file.unlink()
+            values = found.view(-1).view(torch.uint8).numpy().data
+            try:
+                with file.open("rb") as stored:
+                    is_whole = stored.readinto(values) == values.nbytes
+                file.unlink()
+            except OSError as error:
+                raise OutputError(f"what waited in {file} cannot be read: {error.strerror}", LEFT_ALONE) from error
+            if not is_whole:
+                raise OutputError(f"{file} is shorter than what waited in it", LEFT_ALONE)
             return found.to(device)
 
         return fetch

@@ -6,27 +6,19 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import count
 from pathlib import Path
 from typing import Any
 from weakref import ref
 
 import torch
 
+from quantkit.engine.kept_calls import Fetch, OnDisk
 from quantkit.engine.passes import CPU, AtSegment, Pass
 from quantkit.errors import OutputError
 from quantkit.system.artifacts import translated_os_errors
 
 SMALL = 1 << 16
 """Bytes of a tensor that is not worth a file."""
-
-
-@dataclass(slots=True)
-class _Away:
-    """What a file holds of a tensor that is empty meanwhile."""
-
-    shape: torch.Size
-    file: Path
 
 
 @dataclass(slots=True)
@@ -44,9 +36,9 @@ class Parking:
     memory: int | None = None
     disk: Path | None = None
     _inside: dict[int, int] = field(default_factory=dict)
-    _away: dict[int, _Away] = field(default_factory=dict)
+    _away: dict[int, Fetch] = field(default_factory=dict)
     _folder: Path | None = None
-    _numbers: Iterator[int] = field(default_factory=count)
+    _keep: OnDisk | None = None
 
     def park(self, each: Pass) -> None:
         """Move what a pass holds out of the way; nothing where it stands elsewhere than before a segment.
@@ -63,13 +55,16 @@ class Parking:
                 self._park(tensor)
 
     def fetch(self, each: Pass, device: torch.device) -> None:
-        """Bring it to the device of the walk."""
+        """Bring it to the device of the walk.
+
+        Raises:
+            OutputError: a file is gone, or cut off.
+        """
         for tensor in _alive(each):
             self._inside.pop(id(tensor), None)
             away = self._away.pop(id(tensor), None)
             if away is not None:
-                tensor.data = _read(away, tensor.dtype).to(device)
-                away.file.unlink()
+                tensor.data = away().to(device)
             elif tensor.device != device:
                 tensor.data = tensor.data.to(device)
 
@@ -78,7 +73,7 @@ class Parking:
         self._away.clear()
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
-            self._folder = None
+            self._folder = self._keep = None
 
     def _park(self, tensor: torch.Tensor) -> None:
         if self._stays(tensor):
@@ -86,11 +81,7 @@ class Parking:
             if tensor.device != CPU:
                 tensor.data = tensor.data.to(CPU)
             return
-        file = self._place() / f"{next(self._numbers)}.bin"
-        values = tensor.detach().to(CPU).reshape(-1).view(torch.uint8).numpy()
-        with translated_os_errors(file):
-            values.tofile(file)
-        self._away[id(tensor)] = _Away(tensor.shape, file)
+        self._away[id(tensor)] = self._disk()(tensor)
         tensor.data = tensor.data.new_empty(0)
 
     def _stays(self, tensor: torch.Tensor) -> bool:
@@ -100,20 +91,15 @@ class Parking:
             return True
         return sum(self._inside.values()) + tensor.nbytes <= self.memory
 
-    def _place(self) -> Path:
-        if self._folder is None:
+    def _disk(self) -> OnDisk:
+        if self._keep is None:
             if self.disk is None:
                 raise OutputError("activations have no folder to wait in", "name one as max_memory.disk")
             with translated_os_errors(self.disk):
                 self.disk.mkdir(parents=True, exist_ok=True)
                 self._folder = Path(tempfile.mkdtemp(prefix="activations-", dir=self.disk))
-        return self._folder
-
-
-def _read(away: _Away, dtype: torch.dtype) -> torch.Tensor:
-    with translated_os_errors(away.file):
-        values = torch.frombuffer(bytearray(away.file.read_bytes()), dtype=dtype)
-    return values.reshape(away.shape)
+            self._keep = OnDisk(self._folder)
+        return self._keep
 
 
 def _alive(each: Pass) -> list[torch.Tensor]:

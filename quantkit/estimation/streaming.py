@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from quantkit.estimation.anatomy import Anatomy
@@ -113,6 +113,20 @@ def where_activations_wait(anatomy: Anatomy, scored: Scored, device_free: int, c
     if bare + needed <= SHARE * device_free:
         return "device"
     return "cpu" if scored.device != "cpu" and needed <= SHARE * cpu_free else "disk"
+
+
+def tokens_with_room(anatomy: Anatomy, scored: Scored, waiting: Waiting, free: int) -> int:
+    """Tokens whose hidden states have room between blocks, at least those of the texts, which were seen to have it.
+
+    Args:
+        anatomy: the model.
+        scored: what is scored.
+        waiting: where they wait.
+        free: bytes that are free there.
+    """
+    device = waiting == "device"
+    room = SHARE * free - (streamed_scoring(anatomy, scored, waiting="disk").nbytes if device else 0)
+    return max(scored.tokens, int(room // hidden_line(anatomy, replace(scored, tokens=1)).nbytes))
 
 
 def hidden_line(anatomy: Anatomy, scored: Scored) -> Line:

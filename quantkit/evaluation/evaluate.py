@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
@@ -23,6 +24,7 @@ from quantkit.evaluation.texts import Windows, cut, load_text
 from quantkit.recipe.evaluation import STREAMED
 from quantkit.records import Record
 from quantkit.runtimes._checkpoint import load_config, load_tokenizer
+from quantkit.runtimes._model import listed
 from quantkit.runtimes._streamed import LOAD_WHOLE
 from quantkit.runtimes.base import LoadedModel, LoadOptions, Runtime
 from quantkit.system.devices import device_name, resolve_device
@@ -93,7 +95,7 @@ def evaluate(job: EvaluationJob, progress: Progress) -> dict[str, Any]:
         "texts": {name: _text_facts(text, scores[name], tokenizer) for name, text in windows.items()},
         "size_bytes": checkpoint_bytes(job.checkpoint),
         "loaded_by": loading.name,
-        "notes": list(loading.notes),
+        "notes": [*loading.notes, *_dropped(loading, model)],
         "rounded_inputs": list(model.rounded_inputs),
         "memory": memory,
         "speed": speed,
@@ -170,19 +172,30 @@ def _load(
     progress("load", 0, 1)
     if loading.streams:
         try:
-            model, notes = ends.enter_context(streamed(job, options, windows))
-            progress("load", 1, 1)
-            rows = [row for text in windows.values() for row in text.ids]
-            model.read_ahead(rows, lambda done, total: progress("blocks", done, total))
+            found, notes = _read_ahead(job, options, windows, ends, progress)
         except EvaluationError as error:
             if job.spec.loader == STREAMED or error.remedy != LOAD_WHOLE:
                 raise
             loading = Loading(loading.runtime, notes=(*loading.notes, f"loaded whole all the same: {error.problem}"))
         else:
-            return model, replace(loading, notes=(*loading.notes, *notes))
+            return found, replace(loading, notes=(*loading.notes, *notes))
+        gc.collect()  # what was tried refers to itself, and memory is short
     model = loading.runtime.load(job.checkpoint, options)
     progress("load", 1, 1)
     return model, loading
+
+
+def _read_ahead(
+    job: EvaluationJob, options: LoadOptions, windows: Mapping[str, Windows], ends: ExitStack, progress: Progress
+) -> tuple[LoadedModel, list[str]]:
+    """A model that has read all texts a block at a time, with notes; nothing is left of one that cannot."""
+    with ExitStack() as own:
+        model, notes = own.enter_context(streamed(job, options, windows))
+        progress("load", 1, 1)
+        rows = [row for text in windows.values() for row in text.ids]
+        model.read_ahead(rows, lambda done, total: progress("blocks", done, total))
+        ends.enter_context(own.pop_all())
+    return model, notes
 
 
 def _without_writing(
@@ -193,6 +206,14 @@ def _without_writing(
     left = [*(["speed"] if "speed" in job.spec.metrics else []), *left]
     note = f"left out, as each token would read all weights anew: {', '.join(left)}"
     return kept, None, replace(loading, notes=(*loading.notes, *([note] if left else [])))
+
+
+def _dropped(loading: Loading, model: LoadedModel) -> list[str]:
+    """A note of what a runtime did not use of a file."""
+    if not model.dropped:
+        return []
+    told = f"{loading.name} was given {len(model.dropped)} tensors that it did not use: {listed(model.dropped)}"
+    return [told]
 
 
 def _run_once(

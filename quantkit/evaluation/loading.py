@@ -5,25 +5,34 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from quantkit.engine.kept_calls import Keep, OnDisk, on_cpu
+from quantkit.engine.kept_calls import OnDisk, on_cpu
 from quantkit.errors import EvaluationError
 from quantkit.estimation.lines import Part
 from quantkit.estimation.measured import held_by, known_anatomy
-from quantkit.estimation.streaming import SHARE, Scored, fits_whole, hidden_line, where_activations_wait, whole_scoring
+from quantkit.estimation.streaming import (
+    SHARE,
+    Scored,
+    fits_whole,
+    hidden_line,
+    tokens_with_room,
+    where_activations_wait,
+    whole_scoring,
+)
 from quantkit.evaluation.job import EvaluationJob
 from quantkit.evaluation.memory import checkpoint_bytes
 from quantkit.evaluation.texts import Windows
 from quantkit.recipe.evaluation import AUTO, LOADERS, STREAMED
 from quantkit.runtimes._choice import choose_runtime, format_name
-from quantkit.runtimes._streamed import load_streamed
+from quantkit.runtimes._streamed import TOGETHER, load_streamed
 from quantkit.runtimes.base import LoadedModel, LoadOptions, Runtime
 from quantkit.system.free_memory import free_bytes
+from quantkit.system.os_errors import translated_os_errors
 from quantkit.system.units import in_units
 
 SURELY = 20
@@ -111,26 +120,43 @@ def streamed(
         EvaluationError: it cannot be run so, or what its texts hold between blocks has room nowhere.
     """
     anatomy = known_anatomy(job.checkpoint)
-    device, waiting, needed = torch.device(options.device), "device", 0
-    if anatomy is not None:
-        scored = _scored(options, windows, anatomy.dtype)
-        left = free_bytes(device, job.bounds), free_bytes(CPU, job.bounds)
-        waiting = where_activations_wait(anatomy, scored, *left)
-        needed = hidden_line(anatomy, scored).nbytes
-    if waiting != "disk":
-        yield load_streamed(job.checkpoint, options, on_cpu if waiting == "cpu" else None), []
+    device = torch.device(options.device)
+    if anatomy is None:
+        yield load_streamed(job.checkpoint, options, None, sum(text.ids.numel() for text in windows.values())), []
         return
-    with tempfile.TemporaryDirectory(prefix="activations-", dir=job.bounds.disk or job.scratch) as folder:
+    scored = _scored(options, windows, anatomy.dtype)
+    on_device, in_memory = free_bytes(device, job.bounds), free_bytes(CPU, job.bounds)
+    waiting = where_activations_wait(anatomy, scored, on_device, in_memory)
+    needed = hidden_line(anatomy, scored).nbytes
+    if waiting != "disk":
+        free = on_device if waiting == "device" else in_memory
+        together = min(TOGETHER, tokens_with_room(anatomy, scored, waiting, free))
+        yield load_streamed(job.checkpoint, options, on_cpu if waiting == "cpu" else None, together), []
+        return
+    with _folder_on_disk(job) as folder:
         free = shutil.disk_usage(folder).free
         if needed > free:
             raise EvaluationError(
                 f"what the texts hold between blocks takes {in_units(needed)}, more than memory and the disk of "
-                f"{Path(folder).parent} have",
+                f"{folder.parent} have",
                 "lower evaluation.max_tokens, or free some disk space",
             )
         note = f"what the texts hold between blocks, {in_units(needed)}, waits on disk"
-        yield load_streamed(job.checkpoint, options, _on_disk(Path(folder))), [note]
+        together = min(TOGETHER, tokens_with_room(anatomy, scored, waiting, free))
+        yield load_streamed(job.checkpoint, options, OnDisk(folder), together), [note]
 
 
-def _on_disk(folder: Path) -> Keep:
-    return OnDisk(folder)
+@contextmanager
+def _folder_on_disk(job: EvaluationJob) -> Iterator[Path]:
+    """A folder for what waits on disk, where the user wants it.
+
+    Raises:
+        OutputError: it cannot be made.
+    """
+    place = job.bounds.disk or job.scratch
+    with ExitStack() as ends:
+        with translated_os_errors(place or Path(tempfile.gettempdir())):
+            if place is not None:
+                place.mkdir(parents=True, exist_ok=True)
+            made = ends.enter_context(tempfile.TemporaryDirectory(prefix="activations-", dir=place))
+        yield Path(made)

@@ -11,6 +11,7 @@ import torch
 
 from quantkit.errors import EvaluationError
 from quantkit.runtimes.base import LoadedModel
+from quantkit.system.os_errors import cpu_ran_out
 
 T = TypeVar("T")
 
@@ -91,6 +92,10 @@ def _batch(model: LoadedModel, ids: torch.Tensor, prompt: torch.Tensor, size: in
         written = [model.throughput(prompts, NEW_TOKENS).steps for _ in range(1 + BATCH_RUNS)][1:]
     except EvaluationError as error:
         return {"size": size, "missing": error.problem}
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, torch.OutOfMemoryError) and not cpu_ran_out(error):
+            raise
+        return {"size": size, "missing": f"{model.device} has not enough memory for so many rows"}
     return {
         "size": size,
         "prefill_tokens_per_second": windows.numel() / statistics.median(read),

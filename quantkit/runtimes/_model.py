@@ -224,7 +224,7 @@ def whole(path: Path, model: PreTrainedModel, found: Mapping[str, Any], device: 
         "have the wrong shape": sorted(str(key[0]) for key in found["mismatched_keys"]),
         "could not be read": sorted(map(str, found["error_msgs"])),
     }
-    texts = [f"{len(names)} {what}: {_listed(names)}" for what, names in problems.items() if names]
+    texts = [f"{len(names)} {what}: {listed(names)}" for what, names in problems.items() if names]
     if texts:
         raise EvaluationError(
             f"{path} did not load whole: of its tensors {'; '.join(texts)}",
@@ -238,6 +238,7 @@ def _is_head(model: PreTrainedModel, name: str) -> bool:
     return model.get_submodule(name.rpartition(".")[0]) is model.get_output_embeddings()
 
 
-def _listed(names: list[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """The first of some names of tensors, and how many more there are."""
     rest = len(names) - KEYS_SHOWN
     return ", ".join(names[:KEYS_SHOWN]) + (f" and {rest} more" if rest > 0 else "")

@@ -44,7 +44,7 @@ PROOF_TOKENS = 8
 BATCH_TOKENS = {"cpu": 0, "cuda": 16384}
 """Tokens of rows that are read together: a row at a time on a CPU, to which it makes no difference."""
 TOGETHER = 1 << 18
-"""Tokens of the rows of a task that go through the blocks together."""
+"""Tokens of the rows of a task that go through the blocks together, where there is room for what they hold."""
 LOAD_WHOLE = "set evaluation.loader: whole"
 WRITES_NOT = "a model that is read a block at a time reads all its weights for every token that it writes"
 
@@ -58,6 +58,7 @@ class StreamedModel(LoadedModel):
         device: where it computes.
         dtype: in which.
         keep: where what rows hold between blocks waits; None for where it is.
+        together: tokens of the rows of a task that go through the blocks together.
 
     Raises:
         CheckpointError: a tensor is missing, of the wrong shape, or not finite.
@@ -67,9 +68,16 @@ class StreamedModel(LoadedModel):
     writes = False
 
     def __init__(
-        self, skeleton: Skeleton, reader: WeightReader, device: torch.device, dtype: torch.dtype, keep: Keep | None
+        self,
+        skeleton: Skeleton,
+        reader: WeightReader,
+        device: torch.device,
+        dtype: torch.dtype,
+        keep: Keep | None,
+        together: int,
     ) -> None:
         self._skeleton, self._reader, self._device, self._dtype, self._keep = skeleton, reader, device, dtype, keep
+        self._together = together
         self.vocabulary = int(skeleton.model.config.get_text_config().vocab_size)
         self.dtype, self.device = str(dtype).removeprefix("torch."), device_name(device)
         self._ready: dict[bytes, list[Fetch]] = {}
@@ -127,14 +135,15 @@ class StreamedModel(LoadedModel):
             self._head.enter_context(self._loaded(self._skeleton.head, False))
         for part in torch.split(hidden, max(1, CHUNK_LOGITS // self.vocabulary)):
             with torch.no_grad():
-                yield self._walk.logits(part)
+                found = self._walk.logits(part)
+            yield found
 
     def logits_of(self, rows: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
-        """Rows together, as many as have :data:`TOGETHER` tokens."""
+        """Rows together, as many as there is room for."""
         start = 0
         while start < len(rows):
             stop = start + 1
-            while stop < len(rows) and sum(map(len, rows[start : stop + 1])) <= TOGETHER:
+            while stop < len(rows) and sum(map(len, rows[start : stop + 1])) <= self._together:
                 stop += 1
             self.read_ahead(rows[start:stop], lambda _done, _total: None)
             yield from map(self.logits, rows[start:stop])
@@ -194,13 +203,14 @@ class StreamedModel(LoadedModel):
         return sum({each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}.values())
 
 
-def load_streamed(path: Path, options: LoadOptions, keep: Keep | None) -> StreamedModel:
+def load_streamed(path: Path, options: LoadOptions, keep: Keep | None, together: int = TOGETHER) -> StreamedModel:
     """A checkpoint, float or of any format that quantkit reads, to be read a block at a time.
 
     Args:
         path: the checkpoint.
         options: how it is loaded.
         keep: where what rows hold between blocks waits; None for where it is.
+        together: tokens of the rows of a task that go through the blocks together.
 
     Raises:
         EvaluationError: its model cannot be run so, with the reason.
@@ -223,7 +233,7 @@ def load_streamed(path: Path, options: LoadOptions, keep: Keep | None) -> Stream
             rounded += put_cache_rounders(skeleton.model, export, paths)
         skeleton.check_blocks()
         own = getattr(skeleton.model.config, "dtype", None)
-        model = StreamedModel(skeleton, reader, device, wanted or own or torch.float32, keep)
+        model = StreamedModel(skeleton, reader, device, wanted or own or torch.float32, keep, together)
         model.rounded_inputs = rounded
         return model
 

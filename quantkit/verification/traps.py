@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
+from quantkit.runtimes._model import listed
 from quantkit.schemes import Scheme
 
-NAMES_SHOWN = 5
 FUSED = "fused layers"
 OVERFLOW = "float16 overflow"
 DROPPED = "dropped tensors"
@@ -64,6 +64,5 @@ def dropped_tensors(names: Collection[str]) -> Trap | None:
     """Tensors of the file that the loader did not use; an order of columns that changes nothing is a harmless one."""
     if not names:
         return None
-    shown, rest = sorted(names)[:NAMES_SHOWN], len(names) - NAMES_SHOWN
-    listed = ", ".join(shown) + (f" and {rest} more" if rest > 0 else "")
-    return Trap(DROPPED, f"the loader was given {len(names)} tensors that it did not use: {listed}")
+    found = listed(sorted(names))
+    return Trap(DROPPED, f"the loader was given {len(names)} tensors that it did not use: {found}")
