@@ -264,7 +264,7 @@ def test_a_method_behind_a_transform_takes_the_options_of_both_and_asks_for_what
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("gptq+awq", r"gptq chooses codes, .* \(put a transform there: awq"),
+        ("gptq+awq", r"gptq chooses codes, .* \(put a transform there: .*awq"),
         ("awq+awq", r"awq brings the transform awq itself \(write awq\)"),
         ("awq+nothing", "unknown method 'nothing'"),
         ("aqw+gptq", r"unknown transform 'aqw' \(did you mean 'awq'"),

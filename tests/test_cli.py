@@ -191,7 +191,7 @@ def test_formats_are_listed_with_the_schemes_that_they_store() -> None:
     [
         (
             lambda scheme: scheme.kind == "int" and scheme.bits in (4, 8),
-            "int4/8 (float zeros too, axis 0 too, w8a8 too, desc_act too)",
+            "int4/8 (float zeros too, axis 0 too, w8a8 too, w4a8 too, desc_act too)",
         ),
         (
             lambda scheme: scheme.kind == "int" and scheme.symmetric and not scheme.activations and not scheme.desc_act,

@@ -168,7 +168,7 @@ def test_groups_are_found_by_name_pattern_and_class(model: Path, tmp_path: Path)
 
 def test_static_inputs_and_caches_are_said_and_left_out(model: Path, tmp_path: Path) -> None:
     given = group("int-quantized", INT8, {**STATIC, "symmetric": False})
-    folder, _ = written(model, tmp_path / "out", [given], kv_cache_scheme={"num_bits": 8})
+    folder, _ = written(model, tmp_path / "out", [given], kv_cache_scheme={"num_bits": 4})
     add_tensors(folder, {"model.layers.0.self_attn.k_scale": torch.ones(1)})
     export = opened(folder)
     assert len(export.activation_scales()) == 15

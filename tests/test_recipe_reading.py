@@ -31,7 +31,7 @@ variants:
     bitz: 4
     method: gptqq
   - name: bad one
-    scheme: W4A8
+    scheme: W4A6
 gates:
   - perp <= 9
   - kl.prosa <= 0.1
@@ -59,7 +59,7 @@ def test_all_mistakes_are_told_at_once_each_with_its_line() -> None:
         7: "unknown key 'variants[0].bitz'",
         8: "variants[0].method: unknown method 'gptqq' (did you mean 'gptq'?",
         9: "variants[1].name: must be letters",
-        10: "variants[1].scheme: scheme 'W4A8'",
+        10: "variants[1].scheme: scheme 'W4A6'",
         11: "gates: gate 'perp <= 9': unknown metric 'perp'",
         15: "evaluation.metrics[0]: 'pplx' is not allowed",
     }.items():

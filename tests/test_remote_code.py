@@ -109,7 +109,7 @@ def test_the_code_goes_along_with_a_converted_checkpoint(export: Path, tmp_path:
     assert manifest["remote_code"] is True
 
 
-def answer_here(command: list[str], job: VerificationJob) -> dict[str, Any]:
+def answer_here(job: VerificationJob) -> dict[str, Any]:
     """What the process of a verification does, in this one."""
     return perform(job)
 

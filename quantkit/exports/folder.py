@@ -58,7 +58,8 @@ class FolderExport(Export):
                     "export the checkpoint again",
                 )
             self.made_by = str(manifest.get("created_by", "quantkit"))
-        self.cache = self._store.cache_rounding(self._config["quantization_config"])
+        said = self._config.get("quantization_config")
+        self.cache = self._store.cache_rounding(said) if isinstance(said, dict) else None
         self.format = self._store.name
         self._names = {layer: self._packed_names(layer, scheme) for layer, scheme in self.schemes.items()}
 
