@@ -15,6 +15,7 @@ import torch
 import quantkit
 from quantkit.checkpoint import CheckpointReader
 from quantkit.engine import gathering as gathering_module
+from quantkit.engine import statistics as statistics_module
 from quantkit.engine.batches import Batch, make_batches, row_starts
 from quantkit.engine.fisher import Fisher, LayerFisher
 from quantkit.engine.routing import ExpertSettings, alike, common_name, completed, routed_kinds, steps
@@ -38,6 +39,8 @@ from tests.tiny import Collected, tiny_method, tiny_rows, tiny_steps
 CPU = torch.device("cpu")
 EQUAL = tiny_rows(count=6, shortest=48, longest=48)
 UNEQUAL = tiny_rows(count=6, shortest=5, longest=48)
+MEANS = (Statistic.ABS_MEAN, Statistic.SQUARE_MEAN, Statistic.GRAM)
+"""Statistics that are blended with those of all experts."""
 
 
 class Onlooker(Method):
@@ -157,20 +160,47 @@ def test_an_expert_that_saw_nothing_is_solved_with_the_statistics_of_its_layer(m
     assert any("no calibration token" in note for note in alone.results[unseen[0]].notes)
 
 
+@pytest.fixture
+def whole_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Samples of inputs have all tokens, however these are batched."""
+    monkeypatch.setattr(statistics_module, "SAMPLED_EACH", 4096)
+    monkeypatch.setattr(statistics_module, "SAMPLED", 4096)
+
+
+def are_among(rows: torch.Tensor | None, others: torch.Tensor | None) -> bool:
+    """Whether each row is one of the others, in any order and but for rounding."""
+    assert rows is not None
+    assert others is not None
+    return all(torch.isclose(row, others, rtol=1e-3, atol=1e-4).all(1).any() for row in rows)
+
+
+@pytest.mark.usefixtures("whole_samples")
 def test_what_all_experts_read_together_is_what_their_layer_reads(mixtral: Path) -> None:
-    """Each token goes to two, so that it counts twice: the mean is that over all tokens."""
+    """Each token goes to two, so that it counts twice: the mean is that over all tokens.
+
+    The largest magnitudes and the sample are an expert's own: together they are those of all tokens.
+    """
     shown, onlooker = Onlooker(), Onlooker()
     solved(mixtral, EQUAL, onlooker, inputs="float", experts=ExpertSettings(prior=1e6))
     solved(mixtral, EQUAL, shown, inputs="float", experts=ExpertSettings("all", prior=0))
     for number in range(4):
         found, wanted = (each.of(mixtral, expert(number, "w1")) for each in (onlooker, shown))
-        for statistic in Statistic:
+        for statistic in MEANS:
             torch.testing.assert_close(
                 getattr(found, statistic.value), getattr(wanted, statistic.value), rtol=1e-3, atol=1e-4
             )
         assert found.tokens == wanted.tokens < sum(map(len, EQUAL)), "tokens are those that were routed"
+        assert found.sample is not None
+        assert len(found.sample) == found.tokens
+        assert are_among(found.sample, wanted.sample)
+    own = [onlooker.of(mixtral, expert(number, "w1")) for number in range(4)]
+    of_all = shown.of(mixtral, expert(0, "w1"))
+    largest, samples = ([getattr(each, name) for each in own] for name in ("abs_max", "sample"))
+    torch.testing.assert_close(torch.stack(largest).amax(0), of_all.abs_max, rtol=1e-3, atol=1e-4)
+    assert are_among(of_all.sample, torch.cat(samples))
 
 
+@pytest.mark.usefixtures("whole_samples")
 @pytest.mark.parametrize("inputs", ["quantized", "float"])
 @pytest.mark.parametrize("architecture", ["mixtral", "gpt_oss", "qwen2_moe"])
 def test_padding_does_not_reach_experts(tmp_path: Path, architecture: str, inputs: str) -> None:
@@ -184,9 +214,16 @@ def test_padding_does_not_reach_experts(tmp_path: Path, architecture: str, input
     }
     assert together.seen.keys() == apart.seen.keys()
     for weight, found in together.seen.items():
-        for statistic in Statistic:
-            own, wanted = (getattr(each, statistic.value) for each in (found, apart.seen[weight]))
+        other = apart.seen[weight]
+        for statistic in (*MEANS, Statistic.ABS_MAX):
+            own, wanted = (getattr(each, statistic.value) for each in (found, other))
             torch.testing.assert_close(own, wanted, rtol=1e-3, atol=1e-4)
+        if found.sample is None or other.sample is None:
+            assert found.sample is other.sample
+            continue
+        assert len(found.sample) == len(other.sample)
+        assert are_among(found.sample, other.sample)
+        assert are_among(other.sample, found.sample)
 
 
 def test_weights_of_tokens_reach_experts(mixtral: Path) -> None:
