@@ -218,10 +218,10 @@ def test_the_table_of_the_docs_is_about_what_the_script_prints() -> None:
 
     docs = (ROOT / "docs" / "engine.md").read_text("utf-8").splitlines()
     printed = gpu_time.table(gpu_time.CARDS["h100"], 65536).splitlines()
-    assert printed[0] in docs
+    own = docs[docs.index(printed[0]) :][: len(printed)]  # other tables of the page have rows of the same names
     for line in printed[2:]:
         _, part, *cells = (cell.strip() for cell in line.split("|"))
-        (told,) = (each for each in docs if each.startswith(f"| {part} |"))
+        (told,) = (each for each in own if each.startswith(f"| {part} |"))
         written = [cell.strip() for cell in told.split("|")][2:]
         for now, then in zip(cells[1::2], written[1::2], strict=True):  # what the method does may change by a little
             assert float(then.replace(",", "")) == pytest.approx(float(now.replace(",", "")), rel=0.25, abs=1), part
