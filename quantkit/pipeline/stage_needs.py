@@ -42,7 +42,7 @@ from quantkit.pipeline.titles import (
     walk_title,
 )
 from quantkit.quantization import Job, walks
-from quantkit.recipe import LibrarySpec, Recipe, RecoverSpec, VariantSpec
+from quantkit.recipe import AutoSpec, LibrarySpec, Recipe, RecoverSpec, VariantSpec
 from quantkit.recipe.evaluation import AUTO, LOADERS
 from quantkit.runtimes import RUNTIMES
 from quantkit.system.devices import resolve_device
@@ -106,10 +106,10 @@ class _Needs:
         if self.recipe.calibration.wants_sensitivity:
             yield sensitivity_need(SENSITIVITY_TITLE, self.anatomy, self.use, self.room)
         for mixes in measured_alike(self.recipe.own_variants):
-            choices = [mixes[0].uniform(name) for name, each in mixes[0].choice_schemes().items() if each is not None]
-            planned = [(choice, stored(self.anatomy, choice, self.job.dtype)) for choice in choices]
-            use = self.use.model_copy(update={"inputs": "float"})
-            yield walk_need(mixing_title(mixes), self.anatomy, planned, use, self.room)
+            planned = list(self._choices(mixes[0]))
+            if planned:  # an allocation that is given back is not measured
+                use = self.use.model_copy(update={"inputs": "float"})
+                yield walk_need(mixing_title(mixes), self.anatomy, planned, use, self.room)
         for places in walks(self.job, self.own):
             yield from self._walk([self.own[place] for place in places])
         for library in self.recipe.library_variants:
@@ -117,6 +117,15 @@ class _Needs:
             yield self._scoring(library)
         for trained in self.recipe.recover_variants:
             yield from self._trained(trained)
+
+    def _choices(self, spec: AutoSpec) -> Iterator[tuple[VariantSpec, Stored]]:
+        """The choices of a mix that are measured, each with its file; one that suits no layer is not."""
+        for name, scheme in spec.choice_schemes().items():
+            if scheme is None:
+                continue
+            with suppress(SchemeError):
+                choice = spec.uniform(name, tied=self.anatomy.tied)
+                yield choice, stored(self.anatomy, choice, self.job.dtype)
 
     def _walk(self, group: Sequence[VariantSpec]) -> Iterator[StageNeed]:
         planned = [(variant, self.files[variant.name]) for variant in group if variant.name in self.files]
