@@ -25,7 +25,7 @@ def test_a_request_to_terminate_finishes_the_block_and_saves_it(
     model: Path, records: Path, tmp_path: Path, method: str
 ) -> None:
     arguments = quantize_arguments(model, records, tmp_path / "out", "--method", method)
-    with stepping("_solve", *arguments) as child:
+    with stepping("_solve_own", *arguments) as child:
         go_to(child, 2)
         assert segments(tmp_path / "out") == []
         os.kill(child.pid, signal.SIGTERM)
@@ -51,7 +51,7 @@ def test_a_request_to_terminate_finishes_the_block_and_saves_it(
 def test_a_second_signal_stops_at_once(
     model: Path, records: Path, tmp_path: Path, second: signal.Signals, status: int
 ) -> None:
-    with stepping("_solve", *quantize_arguments(model, records, tmp_path / "out", "--method", "rtn")) as child:
+    with stepping("_solve_own", *quantize_arguments(model, records, tmp_path / "out", "--method", "rtn")) as child:
         go_to(child, 6)  # in the second block
         os.kill(child.pid, signal.SIGTERM)
         while "asked to stop" not in read_line(child):  # two that wait together would count as one
@@ -67,7 +67,7 @@ def test_a_second_signal_stops_at_once(
 def test_an_interrupt_stops_at_once_and_what_is_saved_stays(
     model: Path, records: Path, tmp_path: Path, calls: int, saved: list[str]
 ) -> None:
-    with stepping("_solve", *quantize_arguments(model, records, tmp_path / "out", "--method", "rtn")) as child:
+    with stepping("_solve_own", *quantize_arguments(model, records, tmp_path / "out", "--method", "rtn")) as child:
         go_to(child, calls)
         os.kill(child.pid, signal.SIGINT)
         _, said = child.communicate(timeout=120)
