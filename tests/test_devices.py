@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -51,18 +52,35 @@ def forked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(helpers, "live_no_longer_than_the_parent", lambda: None)
 
 
+class _Fork:
+    """What :mod:`quantkit.quantization.helpers` asks of a child."""
+
+    def __init__(self, job: Path) -> None:
+        self._process = get_context("fork").Process(target=lambda: sys.exit(helpers.main([str(job)])))
+        self._process.start()
+        self.process = self
+        self.returncode: int | None = None
+
+    def has_ended(self) -> bool:
+        return self._process.exitcode is not None
+
+    def end(self, *, patient: bool = False) -> None:
+        self._process.kill()
+        self._process.join()
+        self.returncode = self._process.exitcode
+
+
 @contextmanager
 def _forked(folder: Path, rank: int, devices: list[torch.device], *, nccl: bool) -> Iterator[Any]:
     job = folder / f"{rank}.json"
     given = {"rank": rank, "size": len(devices), "device": "cpu", "nccl": nccl, "threads": torch.get_num_threads()}
     write_json(job, given)
-    process = get_context("fork").Process(target=helpers.main, args=([str(job)],))
-    process.start()
+    (folder / f"{rank}.log").touch()
+    made = _Fork(job)
     try:
-        yield None
+        yield made
     finally:
-        process.kill()
-        process.join()
+        made.end()
 
 
 def variant(method: str = "gptq", **keys: Any) -> VariantSpec:
@@ -190,6 +208,39 @@ def test_a_process_that_dies_is_one_line_and_the_next_run_goes_on(
     assert quantized(job(llama, None), [variant()], tmp_path / "two") == wanted
 
 
+def test_a_process_that_dies_before_it_has_come_is_one_line(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    child = Child
+
+    def killed(*given: Any, **keys: Any) -> Any:
+        made = child(*given, **keys)
+        os.kill(made.process.pid, signal.SIGKILL)
+        return made
+
+    monkeypatch.setattr(helpers, "Child", killed)
+    (failed,) = _outcome(partial(quantize_together, job(llama, 2), [Wanted(variant(), tmp_path / "gptq")]))
+    assert str(failed).startswith("the process of device 2 of 2 (cpu) was ended by SIGKILL")
+    assert "beside the output" not in str(failed)
+
+
+@pytest.mark.usefixtures("forked")
+def test_a_device_that_is_full_while_others_send_is_told_as_that(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, sent, calls = os.getpid(), post.Post._sent, []
+
+    def full(self: Any, *given: Any) -> Any:
+        calls.append(1)
+        if os.getpid() != here and len(calls) > 3:
+            raise torch.OutOfMemoryError("no room for what was sent")
+        return sent(self, *given)
+
+    monkeypatch.setattr(post.Post, "_sent", full)
+    (failed,) = _outcome(partial(quantize_together, job(llama, 2), [Wanted(variant(), tmp_path / "gptq")]))
+    assert isinstance(failed.__cause__, torch.OutOfMemoryError)
+
+
 def _outcome(run: Callable[[], Any]) -> list[Any]:
     try:
         found: list[Any] = run()
@@ -250,3 +301,39 @@ def test_processes_exchange_objects_and_hear_of_failures(tmp_path: Path) -> None
     for each in processes:
         each.join(60)
     assert [each.exitcode for each in processes] == [0, 0, 0]
+
+
+def _forged(rank: int, folder: Path) -> None:
+    mine = post.Post(folder, rank, 2, torch.device("cpu"))
+    if rank == 1:
+        mine._key = b"of somebody else"
+    try:
+        mine.exchange({1 - rank: "letter"})
+    except post.LostError as error:
+        os._exit(0 if "from another process" in str(error.__cause__) else 1)
+    os._exit(1)
+
+
+def _stopped(rank: int, folder: Path) -> None:
+    mine = post.Post(folder, rank, 2, torch.device("cpu"))
+    if rank == 1:
+        time.sleep(60)  # it solves
+        os._exit(0)
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.3)
+    begun = time.monotonic()
+    try:
+        mine.exchange({})
+    except KeyboardInterrupt:
+        os._exit(0 if time.monotonic() - begun < 30 else 1)
+    os._exit(1)
+
+
+@pytest.mark.parametrize("work", [_forged, _stopped])
+def test_letters_are_signed_and_a_wait_hears_a_request_to_stop(work: Callable[..., None], tmp_path: Path) -> None:
+    processes = [get_context("fork").Process(target=work, args=(rank, tmp_path)) for rank in range(2)]
+    for each in processes:
+        each.start()
+    processes[0].join(60)
+    processes[1].kill()
+    assert processes[0].exitcode == 0

@@ -10,6 +10,7 @@ import os
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -38,6 +39,8 @@ from quantkit.system.worker import live_no_longer_than_the_parent
 
 LAST_WORDS = 2.0
 """Seconds that a process has to end before it is told how it did."""
+NO_MEMORY = 3
+"""Exit code of a helper whose GPU was full when others sent it something."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +150,7 @@ def crew_on(devices: Sequence[torch.device], walk: SharedWalk) -> Iterator[Crew]
         folder = Path(scratch)
         helpers = [ends.enter_context(_helper(folder, rank, devices, nccl=nccl)) for rank in range(1, len(devices))]
         try:
-            post = Post(folder, 0, len(devices), devices[0], nccl=nccl)
+            post = Post(folder, 0, len(devices), devices[0], nccl=nccl, one_is_gone=lambda: _has_ended(helpers))
             post.exchange(dict.fromkeys(range(1, len(devices)), walk))
             crew = Crew(post)
             yield crew
@@ -171,6 +174,10 @@ def _helper(folder: Path, rank: int, devices: Sequence[torch.device], *, nccl: b
         log.close()
 
 
+def _has_ended(helpers: Sequence[Child]) -> bool:
+    return any(child.has_ended() for child in helpers)
+
+
 def _log(folder: Path, rank: int) -> Path:
     return folder / f"{rank}.log"
 
@@ -178,12 +185,14 @@ def _log(folder: Path, rank: int) -> Path:
 def _lost(helpers: Sequence[Child], devices: Sequence[torch.device], folder: Path, error: LostError) -> Exception:
     """Which process ended, and how, in one line."""
     until = time.monotonic() + LAST_WORDS
-    while time.monotonic() < until and not any(child.has_ended() for child in helpers):
+    while time.monotonic() < until and not _has_ended(helpers):
         time.sleep(LAST_WORDS / 20)
     for rank, child in enumerate(helpers, start=1):
         if child.has_ended():
             child.end(patient=False)
             status = child.process.returncode
+            if status == NO_MEMORY:
+                return torch.OutOfMemoryError(last_error(_log(folder, rank)))
             how = f"was ended by {signal_name(-status)}" if status < 0 else f"ended with exit code {status}"
             text = f"the process of device {rank + 1} of {len(devices)} ({devices[rank]}) {how}"
             said = last_error(_log(folder, rank))
@@ -199,15 +208,17 @@ def main(arguments: Sequence[str]) -> int:
     torch.set_num_threads(job["threads"])
     device = torch.device(job["device"])
     post = Post(file.parent, job["rank"], job["size"], device, nccl=job["nccl"])
-    walk: SharedWalk = post.exchange({})[0]
     try:
+        walk: SharedWalk = post.exchange({})[0]
         crew = Crew(post)
         walk.run(device, crew)
         crew.gathered(None)
     except LostError:
         return 0  # another one is gone, of which the first process tells
     except BaseException as error:  # whatever it is, the others wait to hear of it
-        post.fail(error)
+        if not post.fail(error):
+            traceback.print_exception(error)
+            return NO_MEMORY if isinstance(error, torch.OutOfMemoryError) else 1
     return 0
 
 
