@@ -147,10 +147,11 @@ def crew_on(devices: Sequence[torch.device], walk: SharedWalk) -> Iterator[Crew]
     """
     nccl = all(device.type == "cuda" for device in devices) and len(set(devices)) == len(devices)
     with tempfile.TemporaryDirectory(prefix="quantkit-crew-") as scratch, ExitStack() as ends:
-        folder = Path(scratch)
+        folder, last = Path(scratch), ends.enter_context(ExitStack())
         helpers = [ends.enter_context(_helper(folder, rank, devices, nccl=nccl)) for rank in range(1, len(devices))]
         try:
             post = Post(folder, 0, len(devices), devices[0], nccl=nccl, one_is_gone=lambda: _has_ended(helpers))
+            last.callback(post.close)  # when they have ended, for whom it may still wait
             post.exchange(dict.fromkeys(range(1, len(devices)), walk))
             crew = Crew(post)
             yield crew

@@ -152,6 +152,11 @@ class Post:
             return False
         return True
 
+    def close(self) -> None:
+        """Let go of threads, ports and what NCCL holds of a GPU; the other processes have ended, or need no more."""
+        self._waiter.shutdown()
+        self._gloo = self._nccl = None
+
     def _others(self) -> list[int]:
         """The other ranks, from the next on."""
         return [(self.rank + step) % self.size for step in range(1, self.size)]
