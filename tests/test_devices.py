@@ -263,9 +263,12 @@ def test_devices_of_a_recipe() -> None:
     assert spec(devices=["gpu:0", "cuda1"]).devices == ("cuda:0", "cuda:1")
     assert spec(devices="all").devices == "all"
     assert spec(device="cpu", devices=2).devices == 2
-    for wrong in ({"devices": ["cpu", "cuda:0"]}, {"devices": ["auto"]}, {"devices": 0}, {"devices": "some"}):
-        with pytest.raises(RecipeError):
-            spec(**wrong)
+    for wrong in (["cpu", "cuda:0"], ["auto"], 0, 65, "some", [], True, 2.5, ["cuda:x"], [1]):
+        with pytest.raises(RecipeError) as caught:
+            spec(devices=wrong)
+        assert not caught.value.others, wrong
+    with pytest.raises(RecipeError, match=r"devices: 0 is neither all, nor how many, from 1 to 64, nor a list"):
+        spec(devices=0)
     with pytest.raises(RecipeError, match="not both"):
         spec(device="cpu", devices=["cpu"])
     cpu = torch.device("cpu")

@@ -62,7 +62,7 @@ def test_bounds_survive_being_written_and_sent() -> None:
         ("{0: 1GiB, cuda:0: 2GiB}", "cuda:0 is there twice"),
         ("{cpu: 0}", "cpu may have no memory at all"),
         ("{disk: 5}", "disk is 5, which is no folder"),
-        ("8GiB", "max_memory"),
+        ("8GiB", "max_memory: '8GiB' is no mapping of devices to sizes (write {cpu: 8GiB})"),
     ],
 )
 def test_a_mistake_is_one_line(text: str, says: str) -> None:

@@ -135,13 +135,14 @@ def _spelled_device(given: Any) -> Any:
     return spelled_device(given) if isinstance(given, str) else given
 
 
-def _known_device(device: str) -> str:
+def known_device(device: str) -> str:
+    """A device by its name; ValueError where it is none."""
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
         raise ValueError(f"'{device}' is not a device: use auto, cpu, cuda or cuda:N")
     return device
 
 
-Device = Annotated[str, BeforeValidator(_spelled_device), AfterValidator(_known_device)]
+Device = Annotated[str, BeforeValidator(_spelled_device), AfterValidator(known_device)]
 """The name of a device; whether it is there is known when it is asked for."""
 
 

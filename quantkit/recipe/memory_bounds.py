@@ -48,8 +48,12 @@ def _folder(value: Any) -> Path:
 
 
 def _parsed(given: object) -> object:
+    if isinstance(given, MemoryBounds):
+        return given
     with located():
-        return parse_bounds(given) if isinstance(given, Mapping) else given
+        if not isinstance(given, Mapping):
+            raise RecipeError(f"{given!r} is no mapping of devices to sizes", "write {cpu: 8GiB}")
+        return parse_bounds(given)
 
 
 MaxMemory = Annotated[MemoryBounds, BeforeValidator(_parsed), PlainSerializer(MemoryBounds.to_json)]

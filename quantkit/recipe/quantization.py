@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from quantkit.errors import RecipeError
 from quantkit.recipe.columns import Columns, Tags, with_entry
-from quantkit.recipe.fields import Device, Place, Section, Whole
+from quantkit.recipe.fields import Device, Place, Section, Whole, known_device
+from quantkit.system.names import spelled_device
 from quantkit.system.validation import located
+
+MOST_DEVICES = 64
 
 
 class CalibrationSpec(Section):
@@ -67,6 +70,20 @@ class CalibrationSpec(Section):
         return with_entry(given, "dataset")
 
 
+def _one_of_three(given: Any) -> Any:
+    """Devices as they may be written; whatever else is one mistake, and not one for each way."""
+    is_count = isinstance(given, int) and not isinstance(given, bool)
+    if given is None or given == "all" or (is_count and 1 <= given <= MOST_DEVICES):
+        return given
+    if isinstance(given, list | tuple) and given and all(isinstance(each, str) for each in given):
+        return tuple(known_device(spelled_device(each)) for each in given)
+    with located():
+        raise RecipeError(
+            f"{given!r} is neither all, nor how many, from 1 to {MOST_DEVICES}, nor a list of devices",
+            "write all, 2, or [cuda:0, cuda:1]",
+        )
+
+
 class QuantizationSpec(Section):
     """The device on which variants are quantized, or several.
 
@@ -77,12 +94,7 @@ class QuantizationSpec(Section):
     """
 
     device: Device = "auto"
-    devices: (
-        Literal["all"]
-        | Annotated[Whole, Field(ge=1, le=64)]
-        | Annotated[tuple[Device, ...], Field(min_length=1)]
-        | None
-    ) = None
+    devices: Annotated[Literal["all"] | Whole | tuple[Device, ...] | None, BeforeValidator(_one_of_three)] = None
 
     @model_validator(mode="after")
     def _is_of_one_kind(self) -> QuantizationSpec:
