@@ -11,9 +11,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -44,6 +45,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"name": "rtn", "method": "rtn"},
     {"name": "hqq", "method": "hqq"},
     {"name": "misfit", "method": "rtn", "group_size": 128},
+    {"name": "q8", "method": "rtn", "bits": 8, "format": "gguf"},
 ]
 
 
@@ -63,6 +65,7 @@ class Threads(Here):
 
     def do(self, task: Task, work: Work[Any], observer: Observer) -> Any:
         self.titles.append(task.title)
+        assert all(file.is_file() for file in task.reads), task
         row = row_of(observer, task.title)
         row.placed("there")
         try:
@@ -101,7 +104,7 @@ def test_a_run_whose_work_is_done_elsewhere_has_the_same_report(
         make_recipe(model, records, tmp_path / "there", VARIANTS, **changes), Silent(), workers=workers
     )
     walks = [title for title in workers.titles if title.startswith("quantize")]
-    assert sorted(walks) == ["quantize: gptq, misfit", "quantize: hqq", "quantize: rtn"]  # one walk, in three parts
+    assert sorted(walks) == ["quantize: gptq, misfit", "quantize: hqq", "quantize: rtn, q8"]  # one walk, in three parts
     assert {"baseline: the float model", "evaluate: gptq", "checks"} < set(workers.titles)
     kept = ("name", "status", "metrics", "bits_per_weight", "size_bytes")
     assert [{key: row.get(key) for key in kept} for row in there["variants"]] == [
@@ -110,7 +113,7 @@ def test_a_run_whose_work_is_done_elsewhere_has_the_same_report(
     assert there["status"] == "failed"  # the misfit
     assert tensors(tmp_path / "there") == tensors(tmp_path / "here")
     events = (tmp_path / "there/logs/events.jsonl").read_text()
-    assert '"event": "placed", "task": "quantize: rtn", "host": "there"' in events
+    assert '"event": "placed", "task": "quantize: rtn, q8", "host": "there"' in events
 
 
 def test_several_recipes_run_at_the_same_time(
@@ -240,7 +243,7 @@ def test_a_walk_whose_node_is_killed_is_taken_up_by_another(tmp_path: Path, monk
         task = Task("quantize: gptq", "cpu", memory=1 << 20, reads=(model / "config.json",), outputs=(wanted.out,))
         (done,) = workers.do(task, partial(slow_walk, job, [wanted], log), observer)
         assert killed
-        assert any("died, and it is taken up elsewhere" in note for note in observer.notes)
+        assert any(note.startswith("quantize: gptq: it was lost on node ") for note in observer.notes)
         with pytest.raises(QuantkitError, match="asks for 1 GPUs, and no node has more than 0"):
             workers.do(Task("walk", "cuda"), partial(slow_walk, job, [wanted], log), Silent())
         shutil.move(shared, tmp_path / "elsewhere")
@@ -297,3 +300,80 @@ def test_the_table_says_what_runs_where(live: bool) -> None:
     assert "warning: demo: quantize: a: something" in told
     if live:
         assert "block 1/3" in told
+
+
+# Who is to blame, without Ray
+
+
+class Scripted(clusters.Cluster):
+    """A cluster of nodes a and b without Ray, on which tasks end as told."""
+
+    def __init__(self, ends: Callable[[clusters._Sent], clusters._Done]) -> None:
+        self._ends, self._marks, self._running = ends, [], {}
+        self._blind, self._dead, self._threads, self._board = set(), set(), 1, None
+        self._stopped, self._inhabited = threading.Event(), time.monotonic()
+        self._ray = self._remote = self
+
+    def options(self, **_: Any) -> Scripted:
+        return self
+
+    def remote(self, sent: clusters._Sent, *_: Any) -> clusters._Sent:
+        return sent
+
+    def nodes(self) -> list[dict[str, Any]]:
+        return [{"NodeID": node, "Alive": True, "Resources": {"CPU": 1}} for node in "ab"]
+
+    def _awaited(self, reference: Any, key: str) -> clusters._Done:
+        return self._ends(reference)
+
+
+def nothing(_: Observer) -> str:
+    """What nobody calls."""
+    return ""
+
+
+def test_a_run_that_ends_blames_no_node_that_has_not_begun_with_another(tmp_path: Path) -> None:
+    asked: list[int] = []
+    ended = ExitStack()
+
+    def ends(sent: clusters._Sent) -> clusters._Done:
+        asked.append(len(sent.marks))
+        ended.close()  # while the task waits for a processor
+        missing = next((mark for mark in sent.marks if not mark.is_file()), None)
+        return clusters._Done("a", "host-a", "done", missing=missing)
+
+    workers = Scripted(ends)
+    (tmp_path / "first").mkdir()
+    ended.enter_context(workers.share(tmp_path / "first"))
+    with workers.share(tmp_path):
+        assert workers.do(Task("walk"), nothing, Silent()) == "done"
+    assert asked == [2, 1]
+    assert not workers._blind
+
+
+def test_a_node_that_sees_less_is_left_out_and_none_for_what_is_nowhere(tmp_path: Path) -> None:
+    model = tmp_path / "config.json"
+    nodes = iter("aab")
+
+    def ends(sent: clusters._Sent) -> clusters._Done:
+        node = next(nodes)
+        return clusters._Done(node, f"host-{node}", "done", missing=None if node == "b" else model)
+
+    workers, observer = Scripted(ends), Seen(lambda _: None)
+    with pytest.raises(OutputError, match="no node of the cluster sees"):
+        workers.do(Task("walk", reads=(model,)), nothing, observer)
+    assert not workers._blind
+    model.touch()
+    assert workers.do(Task("walk", reads=(model,)), nothing, observer) == "done"
+    assert workers._blind == {"a"}
+    assert any("node host-a does not see" in note for note in observer.notes)
+
+
+def test_a_task_does_not_wait_for_a_cluster_without_nodes() -> None:
+    workers = Scripted(lambda _: clusters._Done("a", "host-a"))
+    workers.wait = lambda *_, **__: ([], [])  # type: ignore[attr-defined]
+    workers.exceptions = SimpleNamespace(RayTaskError=QuantkitError, RayError=OSError)  # type: ignore[attr-defined]
+    workers._running["key"] = clusters._Running(row_of(Silent(), "walk"))
+    workers._inhabited -= 2 * clusters.DESERTED
+    with pytest.raises(QuantkitError, match="no node is left in the cluster"):
+        clusters.Cluster._awaited(workers, None, "key")

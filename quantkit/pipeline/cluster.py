@@ -34,6 +34,8 @@ BEAT = 0.25
 """Seconds between two looks at tasks and at what they tell."""
 LOOK_AT_NODES = 2.0
 """Seconds between two looks at which nodes live."""
+DESERTED = 60.0
+"""Seconds without any node that could work, after which nobody waits for one."""
 NODE = "ray.io/node-id"
 """The label by which Ray knows a node."""
 TELL_EVERY = 0.5
@@ -61,7 +63,7 @@ class _Sent:
 
 @dataclass(frozen=True, slots=True)
 class _Done:
-    """How a piece of work ended on a node: with a value or an error, or not, as the node does not share ``missing``."""
+    """How a piece of work ended on a node: with a value or an error, or not, as the node does not see ``missing``."""
 
     node: str
     host: str
@@ -102,7 +104,7 @@ def _perform(sent: _Sent, key: str, board: Any) -> _Done:
     node, host = ray.get_runtime_context().get_node_id(), socket.gethostname()
     missing = next((mark for mark in sent.marks if not mark.is_file()), None)
     if missing is not None:
-        return _Done(node, host, missing=missing.parent)
+        return _Done(node, host, missing=missing)
     ray.get(board.put.remote(key, "placed", node, host))
     try:
         if own_version() != sent.version:
@@ -169,6 +171,7 @@ class Cluster:
         self._blind: set[str] = set()
         self._dead: set[str] = set()
         self._stopped = threading.Event()
+        self._inhabited = time.monotonic()
         self.parallel = int(sum(node["Resources"].get("CPU", 0) // threads for node in self._nodes()))
         if not self.parallel:
             raise QuantkitError(
@@ -211,8 +214,8 @@ class Cluster:
                 try:
                     done = self._outcome(task, work, key)
                 except _LostError as error:
-                    where = f"node {running.host}" if running.host else "its node"
-                    row.note(f"{where} died, and it is taken up elsewhere: {error}")
+                    where = f"on node {running.host}" if running.host else "with its node"
+                    row.note(f"it was lost {where} and is begun again: {error}")
                     for output in task.outputs:
                         break_lock(output)
                     continue
@@ -223,7 +226,7 @@ class Cluster:
         finally:
             self._running.pop(key, None)
             row.close()
-        raise QuantkitError(f"{task.title}: {ATTEMPTS} nodes died over it", "look at the logs of the cluster")
+        raise QuantkitError(f"{task.title}: it was lost {ATTEMPTS} times", "look at the logs of the cluster")
 
     def each(self, jobs: Sequence[Callable[[], T]]) -> list[T]:
         """Call functions in threads of their own, which wait for what they have done elsewhere."""
@@ -274,12 +277,17 @@ class Cluster:
             done = self._awaited(reference, key)
             if done.missing is None:
                 return done
-            self._blind.add(done.node)
-            if not self._usable():
+            reads = (path.absolute() for path in task.reads)
+            if done.missing not in (*self._marks, *reads):
+                continue  # it was the mark of a run that ended while this waited for a node
+            folder = done.missing.parent
+            if done.missing.is_file():
+                self._blind.add(done.node)
+            if not (self._usable() and done.missing.is_file()):  # where it is not even here, no node is to blame
                 raise OutputError(
-                    f"no node of the cluster sees {done.missing}", "give report.folder and the model a shared folder"
+                    f"no node of the cluster sees {folder}", "give report.folder and the model a shared folder"
                 )
-            self._running[key].row.note(f"node {done.host} does not see {done.missing} and is left out")
+            self._running[key].row.note(f"node {done.host} does not see {folder} and is left out")
 
     def _awaited(self, reference: Any, key: str) -> _Done:
         while True:
@@ -298,6 +306,9 @@ class Cluster:
             if self._running[key].node in self._dead:
                 self._cancel(reference)
                 raise _LostError("Ray counts it as dead")
+            if not self._running[key].node and time.monotonic() - self._inhabited > DESERTED:
+                self._cancel(reference)
+                raise QuantkitError("no node is left in the cluster, or Ray does not answer", "see 'ray status'")
 
     def _cancel(self, reference: Any) -> None:
         with suppress(Exception):  # it may have ended, and so may its node
@@ -354,7 +365,9 @@ class Cluster:
                     self._hear(key, kind, told)
             if time.monotonic() - looked >= LOOK_AT_NODES:
                 looked = time.monotonic()
-                self._dead |= {node["NodeID"] for node in self._ray.nodes() if not node["Alive"]}
+                with suppress(Exception):  # as long as Ray does not answer there is no node
+                    self._dead |= {node["NodeID"] for node in self._ray.nodes() if not node["Alive"]}
+                    self._inhabited = looked if self._usable() else self._inhabited
 
     def _hear(self, key: str, kind: str, told: Sequence[Any]) -> None:
         running = self._running.get(key)

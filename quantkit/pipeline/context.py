@@ -15,7 +15,7 @@ from quantkit.evaluation.stage_peak import StagePeaks
 from quantkit.pipeline.titles import evaluation_title, served_title
 from quantkit.pipeline.workers import HERE, Task, Work, Workers
 from quantkit.recipe import Recipe, VariantSpec
-from quantkit.system.artifacts import write_text
+from quantkit.system.artifacts import STAGE_FILE, write_text
 from quantkit.system.devices import resolve_device
 from quantkit.system.os_errors import cpu_ran_out
 from quantkit.system.progress import Observer
@@ -163,5 +163,6 @@ def with_served(current: Run, scoring: Scoring, result: dict[str, Any]) -> dict[
 
 
 def marker(path: Path) -> Path:
-    """The file by which it is known whether a machine sees a checkpoint."""
-    return path if path.is_file() else path / "config.json"
+    """The file by which it is known whether a machine sees a checkpoint: itself, or one that its folder has."""
+    files = (path, path / "config.json", path / STAGE_FILE)  # a folder with a GGUF file has no config
+    return next((file for file in files if file.is_file()), files[1])
