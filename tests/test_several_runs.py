@@ -10,8 +10,12 @@ from typer.testing import CliRunner
 
 import quantkit
 from quantkit.cli import app
-from quantkit.errors import RecipeError
+from quantkit.errors import OutputError, RecipeError
 from quantkit.evaluation import stage as scores
+from quantkit.pipeline import several
+from quantkit.recipe import Recipe
+from quantkit.recipe.outputs import ReportSpec
+from quantkit.report.runs_page import run_entry, write_runs
 from quantkit.system.progress import Silent
 from tests.runs import recipe_data, score_here, write_recipe
 
@@ -73,3 +77,41 @@ def test_recipes_that_would_write_over_each_other_are_refused(recipes: list[Path
         quantkit.run_all([recipes[0], recipes[1]], Silent(), page=tmp_path / "p.md")
     with pytest.raises(RecipeError, match="no recipe was given"):
         quantkit.run_all([])
+    inside = Recipe.load(recipes[1]).model_copy(update={"report": ReportSpec(folder=str(recipes[0].parent / "out"))})
+    with pytest.raises(RecipeError, match=r"several recipes write to .*out"):
+        quantkit.run_all([recipes[0], inside], Silent(), page=tmp_path / "p.html")
+    with pytest.raises(RecipeError, match="lies in the folder of a run"):
+        quantkit.run_all([recipes[0], recipes[1]], Silent(), page=recipes[0].parent / "out/first/report.html")
+
+
+def test_a_file_that_is_no_page_is_left_alone_and_a_page_until_a_run_has_ended(
+    recipes: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(several, "recorded_run", stopped)
+    for name in ("index.html", "index.json"):
+        (tmp_path / name).write_text("[]")
+        with pytest.raises(OutputError, match=f"{name} exists and is no page of several runs"):
+            quantkit.run_all(recipes[:2], Silent(), page=tmp_path / "index.html")
+        (tmp_path / name).unlink()
+    write_runs([run_entry("earlier", tmp_path, 1.0, None, "why")], tmp_path / "index.html")
+    before = (tmp_path / "index.html").read_bytes()
+    with pytest.raises(KeyboardInterrupt):
+        quantkit.run_all(recipes[:2], Silent(), page=tmp_path / "index.html")
+    assert (tmp_path / "index.html").read_bytes() == before
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["index.html", "index.json"]
+
+
+def test_the_traceback_of_what_nobody_expected_is_kept(
+    recipes: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any, **__: Any) -> Any:
+        raise ZeroDivisionError("of a model's code")
+
+    monkeypatch.setattr(several, "recorded_run", broken)
+    found = quantkit.run_all(recipes[:1], Silent(), page=tmp_path / "p.html")
+    log = recipes[0].parent / "out/first/logs/traceback.log"
+    assert found["runs"][0]["error"].endswith(f"(unexpected: the traceback is in {log})")
+    assert "in broken" in log.read_text()

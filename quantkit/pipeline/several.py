@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import os
 import time
-from collections import Counter
+import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
 from quantkit.errors import QuantkitError, RecipeError
+from quantkit.pipeline.context import NO_MEMORY
 from quantkit.pipeline.recorded import recorded_run
 from quantkit.pipeline.workers import HERE, Workers
 from quantkit.recipe import Recipe
-from quantkit.report.runs_page import run_entry, write_runs
+from quantkit.report.runs_page import check_page, run_entry, write_runs
+from quantkit.system.artifacts import write_text
+from quantkit.system.os_errors import cpu_ran_out
 from quantkit.system.progress import Named, Observer
 from quantkit.system.redaction import redacted
 
@@ -51,13 +56,13 @@ def run_several(
         What the page's JSON holds, see :func:`quantkit.report.runs_page.write_runs`.
 
     Raises:
-        RecipeError: two of them have one folder, or the page's name ends in something else.
-        OutputError: the page cannot be written.
+        RecipeError: two of them would write over each other, or the page over one; its name ends in something else.
+        OutputError: the page cannot be written, or another file lies there.
     """
     place = page_of(recipes) if page is None else page
     check_several(recipes, place)
+    check_page(place)
     entries: dict[str, dict[str, Any]] = {}
-    write_runs([], place)  # whether it can be written is known before any work
     writing = Lock()
 
     def written() -> dict[str, Any]:
@@ -76,14 +81,14 @@ def run_several(
 
 def check_several(recipes: Sequence[Recipe], page: Path) -> None:
     """Refuse recipes that would write over each other, and a page that is no page."""
-    counts = Counter(recipe.folder.absolute() for recipe in recipes)
-    for recipe in recipes:
-        if counts[recipe.folder.absolute()] > 1:
-            raise RecipeError(
-                f"several recipes write to {recipe.folder}", "give each a name or a report.folder of its own"
-            )
+    folders = [Path(os.path.realpath(recipe.folder)) for recipe in recipes]
+    for one, other in combinations(folders, 2):
+        if one.is_relative_to(other) or other.is_relative_to(one):
+            raise RecipeError(f"several recipes write to {one}", "give each a name or a report.folder of its own")
     if page.suffix != ".html":
         raise RecipeError(f"{page}: the page of several runs is HTML", "give a name that ends in .html")
+    if Path(os.path.realpath(page.parent)) in folders:
+        raise RecipeError(f"{page} lies in the folder of a run, which has files of its own", "name one outside of it")
 
 
 def _entry(recipe: Recipe, observer: Observer, installs: bool, workers: Workers) -> dict[str, Any]:
@@ -95,7 +100,17 @@ def _entry(recipe: Recipe, observer: Observer, installs: bool, workers: Workers)
     except QuantkitError as error:
         failure = "; ".join(str(each) for each in (error, *error.others))
     except Exception as error:  # a model's code may raise anything, and forty other recipes wait
-        failure = f"{type(error).__name__}: {redacted(str(error))} (unexpected)"
+        failure = NO_MEMORY if cpu_ran_out(error) else _unexpected(recipe, error)
     if failure is not None:
         observer.note(f"did not run: {failure}")
     return run_entry(recipe.name, recipe.folder, time.monotonic() - started, content, failure)
+
+
+def _unexpected(recipe: Recipe, error: Exception) -> str:
+    """What is said of an error that is a bug, whose traceback is kept."""
+    file, told = recipe.folder / "logs" / "traceback.log", redacted("".join(traceback.format_exception(error)))
+    where = "unexpected"
+    with suppress(QuantkitError):  # the folder may be what cannot be written
+        write_text(file, told)
+        where = f"unexpected: the traceback is in {file}"
+    return f"{type(error).__name__}: {redacted(str(error))} ({where})"

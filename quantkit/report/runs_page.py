@@ -5,18 +5,20 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 
+from quantkit.errors import OutputError
 from quantkit.report.columns import Record
 from quantkit.report.losses import loss
 from quantkit.report.numbers import ABSENT, duration, figure, fixed, in_bytes
 from quantkit.report.page import environment, template_text
 from quantkit.report.recommendation import recommend
-from quantkit.system.artifacts import write_json, write_text
+from quantkit.system.artifacts import mapping_or_nothing, translated_os_errors, write_json, write_text
 
 SCHEMA = 1
 SUMMARY = ".json"
@@ -67,6 +69,23 @@ def _variant(content: Record, row: Record) -> dict[str, Any]:
         "bits_per_weight": figure(row, "bits_per_weight"),
         "loss": None if lost is None else {"value": lost.value, "text": lost.text, "words": lost.words},
     }
+
+
+def check_page(page: Path) -> None:
+    """Find out before any work whether the page can be written, and leave what is there as it is.
+
+    Raises:
+        OutputError: it cannot, or what lies there is no page of several runs.
+    """
+    summary = page.with_suffix(SUMMARY)
+    ours = {"schema", "status", "runs"} <= mapping_or_nothing(summary).keys()
+    if not ours and (page.exists() or summary.exists()):
+        there = page if page.exists() else summary
+        raise OutputError(f"{there} exists and is no page of several runs", "name another one with --page")
+    with translated_os_errors(page):
+        page.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=page.parent):
+            return
 
 
 def write_runs(entries: Sequence[Mapping[str, Any]], page: Path) -> dict[str, Any]:
