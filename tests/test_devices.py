@@ -252,8 +252,19 @@ def _outcome(run: Callable[[], Any]) -> list[Any]:
 @pytest.mark.usefixtures("forked")
 def test_what_cannot_be_dealt_runs_on_one_device(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(helpers, "Post", None)  # which nobody may ask for
-    quantized(job(llama, 2), [variant("rtn")], tmp_path / "rtn")
-    quantized(job(llama, 2, rows=2), [variant()], tmp_path / "one batch")
+    notes: list[str] = []
+
+    def told(given: Job, spec: VariantSpec, name: str) -> list[str]:
+        notes.clear()
+        quantize_together(given, [Wanted(spec, tmp_path / name)], on_note=notes.append)
+        return [note for note in notes if "devices" in note]
+
+    assert told(job(llama, 2), variant("rtn"), "rtn") == []
+    few = "the walk takes 1 of 2 devices: it has no more than 1 batch"
+    assert told(job(llama, 2, rows=2), variant(), "one") == [few]
+    tuned = variant("rtn", tune={"steps": 1})
+    why = "the walk takes 1 of 2 devices: what tunes or learns goes from batch to batch"
+    assert told(job(llama, 2), tuned, "tuned") == [why]
 
 
 def test_devices_of_a_recipe() -> None:

@@ -230,7 +230,7 @@ def _solve(job: Job, skeleton: Skeleton, runs: Sequence[VariantRun], on_segment:
             experts=job.experts,
             room=experts_room(device, job.bounds) // step.parts if calibrated else None,
         )
-        if _is_done(job, skeleton, left, settings, step, found, on_segment):
+        if _is_done(job, skeleton, left, settings, step, found, on_segment, on_note):
             break
     return found
 
@@ -243,6 +243,7 @@ def _is_done(
     step: FallbackStep,
     found: _Walked,
     on_segment: OnSegment,
+    on_note: OnNote,
 ) -> bool:
     """Walk once; false where the memory of the GPU ran out and less is to be tried."""
     places = [*skeleton.segments, *([skeleton.head] if skeleton.head else [])]
@@ -262,7 +263,7 @@ def _is_done(
     settings = replace(settings, sensitivity=known_sensitivity(job.sensitivity, batches))
     walk: Walk | None = None
     try:
-        with patient(), kept_to(settings.device, job.bounds), _crew(job, tasks, batches, settings) as crew:
+        with patient(), kept_to(settings.device, job.bounds), _crew(job, tasks, batches, settings, on_note) as crew:
             walk = Walk(skeleton, reader, batches, tasks, settings, done, crew)
             with _failures_kept(walk):
                 walk.run()
@@ -285,9 +286,16 @@ def _is_done(
 
 
 @contextmanager
-def _crew(job: Job, tasks: Sequence[VariantTask], batches: Sequence[Batch], settings: WalkSettings) -> Iterator[Crew]:
+def _crew(
+    job: Job, tasks: Sequence[VariantTask], batches: Sequence[Batch], settings: WalkSettings, on_note: OnNote
+) -> Iterator[Crew]:
     """The processes that walk together, on the devices of the job; this one alone where there is nothing to deal."""
-    devices = walk_devices(job, tasks)[: max(1, len(batches))]
+    asked, dealt = len(resolve_devices(job.device, job.devices)), walk_devices(job, tasks)
+    devices = dealt[: max(1, len(batches))]
+    if len(devices) < asked and batches:
+        few = f"it has no more than {len(devices)} batch{'' if len(devices) == 1 else 'es'}"
+        why = few if len(dealt) == asked else "what tunes or learns goes from batch to batch"
+        on_note(f"the walk takes {len(devices)} of {asked} devices: {why}")
     if len(devices) < 2:
         yield ALONE
         return
