@@ -29,6 +29,7 @@ from quantkit.cli.display import Display
 from quantkit.errors import OutputError, QuantkitError, RecipeError
 from quantkit.evaluation import stage as scores
 from quantkit.pipeline import cluster as clusters
+from quantkit.pipeline.cluster_task import Done, Sent
 from quantkit.pipeline.several import run_several
 from quantkit.pipeline.workers import Here, Task, Work
 from quantkit.quantization import Job, Wanted, quantize_together
@@ -308,7 +309,7 @@ def test_the_table_says_what_runs_where(live: bool) -> None:
 class Scripted(clusters.Cluster):
     """A cluster of nodes a and b without Ray, on which tasks end as told."""
 
-    def __init__(self, ends: Callable[[clusters._Sent], clusters._Done]) -> None:
+    def __init__(self, ends: Callable[[Sent], Done]) -> None:
         self._ends, self._marks, self._running = ends, [], {}
         self._blind, self._dead, self._threads, self._board = set(), set(), 1, None
         self._stopped, self._inhabited = threading.Event(), time.monotonic()
@@ -317,13 +318,13 @@ class Scripted(clusters.Cluster):
     def options(self, **_: Any) -> Scripted:
         return self
 
-    def remote(self, sent: clusters._Sent, *_: Any) -> clusters._Sent:
+    def remote(self, sent: Sent, *_: Any) -> Sent:
         return sent
 
     def nodes(self) -> list[dict[str, Any]]:
         return [{"NodeID": node, "Alive": True, "Resources": {"CPU": 1}} for node in "ab"]
 
-    def _awaited(self, reference: Any, key: str) -> clusters._Done:
+    def _awaited(self, reference: Any, key: str) -> Done:
         return self._ends(reference)
 
 
@@ -336,11 +337,11 @@ def test_a_run_that_ends_blames_no_node_that_has_not_begun_with_another(tmp_path
     asked: list[int] = []
     ended = ExitStack()
 
-    def ends(sent: clusters._Sent) -> clusters._Done:
+    def ends(sent: Sent) -> Done:
         asked.append(len(sent.marks))
         ended.close()  # while the task waits for a processor
         missing = next((mark for mark in sent.marks if not mark.is_file()), None)
-        return clusters._Done("a", "host-a", "done", missing=missing)
+        return Done("a", "host-a", "done", missing=missing)
 
     workers = Scripted(ends)
     (tmp_path / "first").mkdir()
@@ -355,9 +356,9 @@ def test_a_node_that_sees_less_is_left_out_and_none_for_what_is_nowhere(tmp_path
     model = tmp_path / "config.json"
     nodes = iter("aab")
 
-    def ends(sent: clusters._Sent) -> clusters._Done:
+    def ends(sent: Sent) -> Done:
         node = next(nodes)
-        return clusters._Done(node, f"host-{node}", "done", missing=None if node == "b" else model)
+        return Done(node, f"host-{node}", "done", missing=None if node == "b" else model)
 
     workers, observer = Scripted(ends), Seen(lambda _: None)
     with pytest.raises(OutputError, match="no node of the cluster sees"):
@@ -370,7 +371,7 @@ def test_a_node_that_sees_less_is_left_out_and_none_for_what_is_nowhere(tmp_path
 
 
 def test_a_task_does_not_wait_for_a_cluster_without_nodes() -> None:
-    workers = Scripted(lambda _: clusters._Done("a", "host-a"))
+    workers = Scripted(lambda _: Done("a", "host-a"))
     workers.wait = lambda *_, **__: ([], [])  # type: ignore[attr-defined]
     workers.exceptions = SimpleNamespace(RayTaskError=QuantkitError, RayError=OSError)  # type: ignore[attr-defined]
     workers._running["key"] = clusters._Running(row_of(Silent(), "walk"))

@@ -19,7 +19,7 @@ COMPLETION = "_QUANTKIT_COMPLETE"
 WILL_STOP = b"asked to stop: the block under way is finished and saved first; ask again to stop at once\n"
 
 # each adds its commands, in the order of the help
-for _module in ("fitting", "running", "history", "checkpoints", "choices"):
+for _module in ("fitting", "running", "making", "history", "checkpoints", "choices"):
     import_module(f"quantkit.cli.{_module}")
 
 

@@ -8,7 +8,6 @@ may still live there and not know that it is given up. That one finds the lock g
 from __future__ import annotations
 
 import os
-import socket
 import threading
 import time
 import uuid
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from quantkit.errors import OutputError, QuantkitError
+from quantkit.pipeline.cluster_task import Board, Done, Sent, perform
 from quantkit.pipeline.workers import Task, Work
 from quantkit.system import threads as threads_of
 from quantkit.system.distribution import install_line, own_version
@@ -38,101 +38,6 @@ DESERTED = 60.0
 """Seconds without any node that could work, after which nobody waits for one."""
 NODE = "ray.io/node-id"
 """The label by which Ray knows a node."""
-TELL_EVERY = 0.5
-"""Seconds between two steps of progress that a task tells."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Sent:
-    """A piece of work as it goes to a node.
-
-    Attributes:
-        work: it.
-        version: of quantkit here.
-        threads: with which it computes, as bytes depend on their number.
-        marks: files that a node sees where it shares the folders in which they lie.
-        folder: from which relative paths lead.
-    """
-
-    work: Work[Any]
-    version: str
-    threads: int
-    marks: tuple[Path, ...]
-    folder: Path
-
-
-@dataclass(frozen=True, slots=True)
-class _Done:
-    """How a piece of work ended on a node: with a value or an error, or not, as the node does not see ``missing``."""
-
-    node: str
-    host: str
-    value: Any = None
-    error: BaseException | None = None
-    missing: Path | None = None
-
-
-class _Told:
-    """The observer of a task on its node: tells the board, progress now and then."""
-
-    def __init__(self, board: Any, key: str) -> None:
-        self._board, self._key = board, key
-        self._last, self._step = 0.0, ""
-
-    def stage(self, title: str) -> None:
-        """Tell it."""
-        self._board.put.remote(self._key, "stage", title)
-
-    def progress(self, step: str, done: int, total: int) -> None:
-        """Tell it, if it is the first of a step, the last, or some time went by."""
-        now = time.monotonic()
-        if step == self._step and done < total and now - self._last < TELL_EVERY:
-            return
-        self._step, self._last = step, now
-        self._board.put.remote(self._key, "progress", step, done, total)
-
-    def note(self, text: str) -> None:
-        """Tell it."""
-        self._board.put.remote(self._key, "note", text)
-
-
-def _perform(sent: _Sent, key: str, board: Any) -> _Done:
-    """What a node does with a piece of work."""
-    import ray
-    import torch
-
-    node, host = ray.get_runtime_context().get_node_id(), socket.gethostname()
-    missing = next((mark for mark in sent.marks if not mark.is_file()), None)
-    if missing is not None:
-        return _Done(node, host, missing=missing)
-    ray.get(board.put.remote(key, "placed", node, host))
-    try:
-        if own_version() != sent.version:
-            raise QuantkitError(
-                f"node {host} has quantkit {own_version()}, and this is {sent.version}", "install the same on all nodes"
-            )
-        torch.set_num_threads(sent.threads)
-        if sent.folder.is_dir():
-            os.chdir(sent.folder)
-        return _Done(node, host, sent.work(_Told(board, key)))
-    except Exception as error:  # whatever it is, it is raised where the work was asked for
-        return _Done(node, host, error=error)
-
-
-class _Board:
-    """An actor beside the driver, on which tasks put what they have to tell."""
-
-    def __init__(self) -> None:
-        self._events: list[tuple[Any, ...]] = []
-
-    def put(self, *event: Any) -> None:
-        """Add an event: the key of a task, its kind, and more."""
-        self._events.append(event)
-
-    def take(self) -> list[tuple[Any, ...]]:
-        """All since this was last asked."""
-        events, self._events = self._events, []
-        return events
 
 
 @dataclass(slots=True)
@@ -164,8 +69,8 @@ class Cluster:
 
         self._ray, self._threads = ray, threads
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        self._board = ray.remote(_Board).options(num_cpus=0, scheduling_strategy=here).remote()
-        self._remote = ray.remote(_perform)
+        self._board = ray.remote(Board).options(num_cpus=0, scheduling_strategy=here).remote()
+        self._remote = ray.remote(perform)
         self._marks: list[Path] = []
         self._running: dict[str, _Running] = {}
         self._blind: set[str] = set()
@@ -268,11 +173,11 @@ class Cluster:
 
     # A task
 
-    def _outcome(self, task: Task, work: Work[Any], key: str) -> _Done:
+    def _outcome(self, task: Task, work: Work[Any], key: str) -> Done:
         """How it ended on a node that sees what it needs."""
         while True:
             marks = (*self._marks, *(path.absolute() for path in task.reads))
-            sent = _Sent(work, own_version(), self._threads, marks, Path.cwd())
+            sent = Sent(work, own_version(), self._threads, marks, Path.cwd())
             reference = self._remote.options(**self._options(task)).remote(sent, key, self._board)
             done = self._awaited(reference, key)
             if done.missing is None:
@@ -289,14 +194,14 @@ class Cluster:
                 )
             self._running[key].row.note(f"node {done.host} does not see {folder} and is left out")
 
-    def _awaited(self, reference: Any, key: str) -> _Done:
+    def _awaited(self, reference: Any, key: str) -> Done:
         while True:
             if self._stopped.is_set():
                 self._cancel(reference)
                 raise Terminated
             try:
                 if self._ray.wait([reference], timeout=BEAT)[0]:
-                    found: _Done = self._ray.get(reference)
+                    found: Done = self._ray.get(reference)
                     return found
             except self._ray.exceptions.RayTaskError as error:  # what cannot be sent here or there
                 said = str(error).strip().splitlines()[-1]
