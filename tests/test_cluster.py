@@ -179,7 +179,9 @@ def slow_walk(job: Job, wanted: Sequence[Wanted], log: Path, observer: Observer)
         observer.progress("block", done, total)
         time.sleep(0.1 if done == 1 else 1.0)
 
-    return quantize_together(job, wanted, on_segment=on_segment)
+    done = quantize_together(job, wanted, on_segment=on_segment)
+    observer.note("last words")
+    return done
 
 
 class Seen(Silent):
@@ -245,6 +247,7 @@ def test_a_walk_whose_node_is_killed_is_taken_up_by_another(tmp_path: Path, monk
         (done,) = workers.do(task, partial(slow_walk, job, [wanted], log), observer)
         assert killed
         assert any(note.startswith("quantize: gptq: it was lost on node ") for note in observer.notes)
+        assert "quantize: gptq: last words" in observer.notes
         with pytest.raises(QuantkitError, match="asks for 1 GPUs, and no node has more than 0"):
             workers.do(Task("walk", "cuda"), partial(slow_walk, job, [wanted], log), Silent())
         shutil.move(shared, tmp_path / "elsewhere")
@@ -312,7 +315,7 @@ class Scripted(clusters.Cluster):
     def __init__(self, ends: Callable[[Sent], Done]) -> None:
         self._ends, self._marks, self._running = ends, [], {}
         self._blind, self._dead, self._threads, self._board = set(), set(), 1, None
-        self._stopped, self._inhabited = threading.Event(), time.monotonic()
+        self._stopped, self._inhabited, self._broken = threading.Event(), time.monotonic(), None
         self._ray = self._remote = self
 
     def options(self, **_: Any) -> Scripted:
@@ -341,7 +344,7 @@ def test_a_run_that_ends_blames_no_node_that_has_not_begun_with_another(tmp_path
         asked.append(len(sent.marks))
         ended.close()  # while the task waits for a processor
         missing = next((mark for mark in sent.marks if not mark.is_file()), None)
-        return Done("a", "host-a", "done", missing=missing)
+        return Done("a", "host-a", value="done", missing=missing)
 
     workers = Scripted(ends)
     (tmp_path / "first").mkdir()
@@ -358,7 +361,7 @@ def test_a_node_that_sees_less_is_left_out_and_none_for_what_is_nowhere(tmp_path
 
     def ends(sent: Sent) -> Done:
         node = next(nodes)
-        return Done(node, f"host-{node}", "done", missing=None if node == "b" else model)
+        return Done(node, f"host-{node}", value="done", missing=None if node == "b" else model)
 
     workers, observer = Scripted(ends), Seen(lambda _: None)
     with pytest.raises(OutputError, match="no node of the cluster sees"):
@@ -377,4 +380,32 @@ def test_a_task_does_not_wait_for_a_cluster_without_nodes() -> None:
     workers._running["key"] = clusters._Running(row_of(Silent(), "walk"))
     workers._inhabited -= 2 * clusters.DESERTED
     with pytest.raises(QuantkitError, match="no node is left in the cluster"):
+        clusters.Cluster._awaited(workers, None, "key")
+
+
+def test_what_a_slow_board_gives_is_heard_and_an_observer_that_fails_is_told() -> None:
+    """An answer that takes long is waited for, and not asked for again."""
+    answers = iter([False, True, True])
+    asked: list[int] = []
+    workers = Scripted(lambda _: Done("a", "host-a"))
+    workers.exceptions = SimpleNamespace(RayTaskError=QuantkitError, RayError=OSError)  # type: ignore[attr-defined]
+
+    def take() -> int:
+        asked.append(1)
+        return len(asked)
+
+    workers._board = SimpleNamespace(take=SimpleNamespace(remote=take))
+    told = {1: [("key", "placed", "a", "host-a"), ("key", "note", "first")], 2: [("key", "progress", "block", 1, 2)]}
+    workers.wait = lambda refs, **_: (refs if next(answers) else [], [])  # type: ignore[attr-defined]
+    workers.get = told.get  # type: ignore[attr-defined]
+
+    def fail(_: int) -> None:
+        raise ValueError("a display that is gone")
+
+    observer = Seen(fail)
+    workers._running["key"] = running = clusters._Running(row_of(observer, "walk"))
+    workers._listen()
+    assert observer.notes == ["walk: on host-a", "walk: first"]
+    assert (running.node, running.heard, len(asked)) == ("a", 2, 2)
+    with pytest.raises(ValueError, match="a display that is gone"):
         clusters.Cluster._awaited(workers, None, "key")

@@ -32,6 +32,8 @@ ATTEMPTS = 4
 """How often a task is begun at most, if its node dies each time."""
 BEAT = 0.25
 """Seconds between two looks at tasks and at what they tell."""
+LAST_WORDS = 10.0
+"""Seconds that what a task told at its end is waited for."""
 LOOK_AT_NODES = 2.0
 """Seconds between two looks at which nodes live."""
 DESERTED = 60.0
@@ -42,11 +44,12 @@ NODE = "ray.io/node-id"
 
 @dataclass(slots=True)
 class _Running:
-    """A task under way: where it is shown, and where it runs once that is known."""
+    """A task under way: where it is shown, where it runs once that is known, and how much was heard of it."""
 
     row: Row
     node: str = ""
     host: str = ""
+    heard: int = 0
 
 
 class _LostError(Exception):
@@ -77,6 +80,7 @@ class Cluster:
         self._dead: set[str] = set()
         self._stopped = threading.Event()
         self._inhabited = time.monotonic()
+        self._broken: Exception | None = None
         self.parallel = int(sum(node["Resources"].get("CPU", 0) // threads for node in self._nodes()))
         if not self.parallel:
             raise QuantkitError(
@@ -112,12 +116,12 @@ class Cluster:
         Raises:
             QuantkitError: no node can do it, or each that tried died.
         """
-        row, key = row_of(observer, task.title), uuid.uuid4().hex
+        row = row_of(observer, task.title)
         try:
             for _ in range(ATTEMPTS):
-                self._running[key] = running = _Running(row)
+                running = _Running(row)
                 try:
-                    done = self._outcome(task, work, key)
+                    done = self._attempted(task, work, running)
                 except _LostError as error:
                     where = f"on node {running.host}" if running.host else "with its node"
                     row.note(f"it was lost {where} and is begun again: {error}")
@@ -129,7 +133,6 @@ class Cluster:
                 value: T = done.value
                 return value
         finally:
-            self._running.pop(key, None)
             row.close()
         raise QuantkitError(f"{task.title}: it was lost {ATTEMPTS} times", "look at the logs of the cluster")
 
@@ -173,6 +176,18 @@ class Cluster:
 
     # A task
 
+    def _attempted(self, task: Task, work: Work[Any], running: _Running) -> Done:
+        """How an attempt ended, when all that it told was heard."""
+        key = uuid.uuid4().hex  # of its own, as one that is given up may still tell something
+        self._running[key] = running
+        try:
+            done, until = self._outcome(task, work, key), time.monotonic() + LAST_WORDS
+            while running.heard < done.told and self._broken is None and time.monotonic() < until:
+                time.sleep(BEAT / 5)
+            return done
+        finally:
+            self._running.pop(key)
+
     def _outcome(self, task: Task, work: Work[Any], key: str) -> Done:
         """How it ended on a node that sees what it needs."""
         while True:
@@ -199,6 +214,9 @@ class Cluster:
             if self._stopped.is_set():
                 self._cancel(reference)
                 raise Terminated
+            if self._broken is not None:
+                self._cancel(reference)
+                raise self._broken
             try:
                 if self._ray.wait([reference], timeout=BEAT)[0]:
                     found: Done = self._ray.get(reference)
@@ -263,18 +281,26 @@ class Cluster:
 
     def _listen(self) -> None:
         """Pass on what tasks tell, and see which nodes die."""
-        looked = 0.0
+        looked, asked = 0.0, None
         while not self._stopped.wait(BEAT):
-            with suppress(self._ray.exceptions.RayError):  # whoever waits for a task hears of it
-                for key, kind, *told in self._ray.get(self._board.take.remote(), timeout=LOOK_AT_NODES):
-                    self._hear(key, kind, told)
+            asked = self._board.take.remote() if asked is None else asked
+            try:
+                if self._ray.wait([asked], timeout=LOOK_AT_NODES)[0]:  # what was taken is in no other answer
+                    told, asked = self._ray.get(asked), None
+                    for event in told:
+                        self._hear(*event)
+            except self._ray.exceptions.RayError:
+                asked = None  # whoever waits for a task hears of it
+            except Exception as error:  # an observer's, which those that wait for tasks raise
+                self._broken = error
+                return
             if time.monotonic() - looked >= LOOK_AT_NODES:
                 looked = time.monotonic()
                 with suppress(Exception):  # as long as Ray does not answer there is no node
                     self._dead |= {node["NodeID"] for node in self._ray.nodes() if not node["Alive"]}
                     self._inhabited = looked if self._usable() else self._inhabited
 
-    def _hear(self, key: str, kind: str, told: Sequence[Any]) -> None:
+    def _hear(self, key: str, kind: str, *told: Any) -> None:
         running = self._running.get(key)
         if running is None:
             return
@@ -282,6 +308,7 @@ class Cluster:
             running.node, running.host = told
             running.row.placed(running.host)
         else:
+            running.heard += 1
             getattr(running.row, kind)(*told)
 
 

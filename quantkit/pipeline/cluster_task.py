@@ -42,21 +42,31 @@ class Done:
 
     node: str
     host: str
+    told: int = 0
     value: Any = None
     error: BaseException | None = None
     missing: Path | None = None
 
 
 class Told:
-    """The observer of a task on its node: tells the board, progress now and then."""
+    """The observer of a task on its node: tells the board, progress now and then.
+
+    Attributes:
+        count: of what it has told.
+    """
 
     def __init__(self, board: Any, key: str) -> None:
         self._board, self._key = board, key
         self._last, self._step = 0.0, ""
+        self.count = 0
+
+    def _put(self, *event: Any) -> None:
+        self.count += 1
+        self._board.put.remote(self._key, *event)
 
     def stage(self, title: str) -> None:
         """Tell it."""
-        self._board.put.remote(self._key, "stage", title)
+        self._put("stage", title)
 
     def progress(self, step: str, done: int, total: int) -> None:
         """Tell it, if it is the first of a step, the last, or some time went by."""
@@ -64,11 +74,11 @@ class Told:
         if step == self._step and done < total and now - self._last < TELL_EVERY:
             return
         self._step, self._last = step, now
-        self._board.put.remote(self._key, "progress", step, done, total)
+        self._put("progress", step, done, total)
 
     def note(self, text: str) -> None:
         """Tell it."""
-        self._board.put.remote(self._key, "note", text)
+        self._put("note", text)
 
 
 def perform(sent: Sent, key: str, board: Any) -> Done:
@@ -81,6 +91,7 @@ def perform(sent: Sent, key: str, board: Any) -> Done:
     if missing is not None:
         return Done(node, host, missing=missing)
     ray.get(board.put.remote(key, "placed", node, host))
+    observer = Told(board, key)
     try:
         if own_version() != sent.version:
             raise QuantkitError(
@@ -89,9 +100,10 @@ def perform(sent: Sent, key: str, board: Any) -> Done:
         torch.set_num_threads(sent.threads)
         if sent.folder.is_dir():
             os.chdir(sent.folder)
-        return Done(node, host, sent.work(Told(board, key)))
+        value = sent.work(observer)
     except Exception as error:  # whatever it is, it is raised where the work was asked for
-        return Done(node, host, error=error)
+        return Done(node, host, observer.count, error=error)
+    return Done(node, host, observer.count, value)
 
 
 class Board:
