@@ -39,6 +39,8 @@ from quantkit.system.worker import live_no_longer_than_the_parent
 
 LAST_WORDS = 2.0
 """Seconds that a process has to end before it is told how it did."""
+START = f"import sys; from {__name__} import main; sys.exit(main(sys.argv[1:]))"
+"""What its interpreter runs; ``-m`` would load this module, which its package imports, for the second time."""
 NO_MEMORY = 3
 """Exit code of a helper whose GPU was full when others sent it something."""
 
@@ -167,7 +169,7 @@ def _helper(folder: Path, rank: int, devices: Sequence[torch.device], *, nccl: b
     given = {"rank": rank, "size": len(devices), "device": str(devices[rank]), "nccl": nccl}
     write_json(job, {**given, "threads": torch.get_num_threads()})
     log = BoundedLog(_log(folder, rank))
-    command = [sys.executable, "-m", "quantkit.quantization.helpers", str(job)]
+    command = [sys.executable, "-c", START, str(job)]
     try:
         with Child(command, dict(os.environ), lambda _line: None, log=log) as child:
             yield child
@@ -202,7 +204,7 @@ def _lost(helpers: Sequence[Child], devices: Sequence[torch.device], folder: Pat
 
 
 def main(arguments: Sequence[str]) -> int:
-    """What a helper does: ``python -m quantkit.quantization.helpers JOB.json``."""
+    """What a helper does; its arguments are the file of its job."""
     live_no_longer_than_the_parent()
     file = Path(arguments[0])
     job: dict[str, Any] = read_json(file)
@@ -221,7 +223,3 @@ def main(arguments: Sequence[str]) -> int:
             traceback.print_exception(error)
             return NO_MEMORY if isinstance(error, torch.OutOfMemoryError) else 1
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
