@@ -12,11 +12,13 @@ import quantkit
 from quantkit.checkpoint import CheckpointReader
 from quantkit.cli.tables import rehearsal_notes, rehearsal_table
 from quantkit.engine.skeleton import Skeleton
+from quantkit.errors import OutputError
 from quantkit.evaluation import stage as scores
 from quantkit.methods.rtn import Rtn
 from quantkit.pipeline.rehearsal import cut
 from quantkit.recipe import Recipe
 from quantkit.system.artifacts import read_json
+from quantkit.system.memory_bounds import MemoryBounds
 from tests.runs import make_recipe, score_here, write_records
 from tests.tiny import make_model
 
@@ -69,6 +71,18 @@ def test_a_rehearsal_tells_what_the_whole_run_will_take(recipe: Recipe, monkeypa
     assert rehearsal_table(told).row_count == len(told["stages"])
     assert list(rehearsal_notes(told)) == ["not rehearsed: far"]
     assert not recipe.folder.exists()
+
+
+def test_a_rehearsal_lies_where_the_user_says(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scores, "run_job", score_here)
+    disk = tmp_path / "not yet" / "there"
+    bounds = {"max_memory": MemoryBounds({}, disk), "variants": recipe.variants[:1]}
+    assert quantkit.plan(recipe.model_copy(update=bounds), rehearse=True)["rehearsal"]["stages"]
+    assert list(disk.iterdir()) == []
+    (tmp_path / "file").touch()
+    bounds["max_memory"] = MemoryBounds({}, tmp_path / "file")
+    with pytest.raises(OutputError, match="a part of the path is a file"):
+        quantkit.plan(recipe.model_copy(update=bounds), rehearse=True)
 
 
 def test_what_would_fail_in_hour_three_is_told_before(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:

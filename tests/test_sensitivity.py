@@ -25,6 +25,7 @@ from quantkit.quantization import sensitivity as stage
 from quantkit.quantization.job import Known
 from quantkit.quantization.sensitivity import sensitivity
 from quantkit.recipe import CalibrationSpec, VariantSpec
+from quantkit.system.memory_bounds import MemoryBounds
 from quantkit.system.validation import parse_section
 from tests.architectures import make
 from tests.tiny import make_model, tiny_rows
@@ -163,6 +164,12 @@ def test_the_stage_is_reused_and_made_anew_for_other_rows(
     assert (tmp_path / "again" / stage.TENSORS).read_bytes() == before
     assert any("wait in" in note for note in notes)
     assert not (tmp_path / "again" / "inputs").exists()
+    disk = tmp_path / "disk" / "scratch"
+    notes.clear()
+    known_of(replace(a_job(llama), bounds=MemoryBounds({}, disk)), tmp_path / "on disk", notes)
+    assert (tmp_path / "on disk" / stage.TENSORS).read_bytes() == before
+    assert any(note.endswith(f"wait in {disk}") for note in notes)
+    assert not any(disk.iterdir())
     assert known_of(replace(job, calibration_sha256="other"), tmp_path / "known").fingerprint != known.fingerprint
     (tmp_path / "known" / stage.TENSORS).write_bytes(b"")
     with pytest.raises(QuantizationError, match="not a whole stage"):

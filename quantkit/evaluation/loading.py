@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -32,7 +30,7 @@ from quantkit.runtimes._choice import choose_runtime, format_name
 from quantkit.runtimes._streamed import TOGETHER, load_streamed
 from quantkit.runtimes.base import LoadedModel, LoadOptions, Runtime
 from quantkit.system.free_memory import free_bytes
-from quantkit.system.os_errors import translated_os_errors
+from quantkit.system.scratch import folder_in
 from quantkit.system.units import in_units
 
 SURELY = 20
@@ -133,7 +131,7 @@ def streamed(
         together = min(TOGETHER, tokens_with_room(anatomy, scored, waiting, free))
         yield load_streamed(job.checkpoint, options, on_cpu if waiting == "cpu" else None, together), []
         return
-    with _folder_on_disk(job) as folder:
+    with folder_in(job.bounds.disk or job.scratch, "activations-") as folder:
         free = shutil.disk_usage(folder).free
         if needed > free:
             raise EvaluationError(
@@ -144,19 +142,3 @@ def streamed(
         note = f"what the texts hold between blocks, {in_units(needed)}, waits on disk"
         together = min(TOGETHER, tokens_with_room(anatomy, scored, waiting, free))
         yield load_streamed(job.checkpoint, options, OnDisk(folder), together), [note]
-
-
-@contextmanager
-def _folder_on_disk(job: EvaluationJob) -> Iterator[Path]:
-    """A folder for what waits on disk, where the user wants it.
-
-    Raises:
-        OutputError: it cannot be made.
-    """
-    place = job.bounds.disk or job.scratch
-    with ExitStack() as ends:
-        with translated_os_errors(place or Path(tempfile.gettempdir())):
-            if place is not None:
-                place.mkdir(parents=True, exist_ok=True)
-            made = ends.enter_context(tempfile.TemporaryDirectory(prefix="activations-", dir=place))
-        yield Path(made)

@@ -8,7 +8,6 @@ beside what was expected of it tells what it will take in the whole run beside w
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from quantkit.recipe.outputs import BudgetSpec, HistorySpec, ReportSpec, Trackin
 from quantkit.system.artifacts import read_json, write_json, write_stage
 from quantkit.system.devices import resolve_device
 from quantkit.system.progress import Silent
+from quantkit.system.scratch import folder_in
 from quantkit.system.units import in_units
 
 FEWEST_ROWS = 8
@@ -59,9 +59,9 @@ def rehearsed(recipe: Recipe, plan: Mapping[str, Any], forecast: Forecast) -> di
     if anatomy is None:
         raise QuantkitError(f"{model.reference} cannot be rehearsed", "transformers does not build it; run the recipe")
     blocks = min(anatomy.blocks, anatomy.largest + 1)
-    with tempfile.TemporaryDirectory(prefix="quantkit-rehearsal-", dir=recipe.max_memory.disk) as scratch:
-        source = cut(model.folder, Path(scratch) / "model", blocks, recipe.model.trust_remote_code)
-        small, left_out = _small(recipe, model, source, Path(scratch) / "run")
+    with folder_in(recipe.max_memory.disk, "quantkit-rehearsal-") as scratch:
+        source = cut(model.folder, scratch / "model", blocks, recipe.model.trust_remote_code)
+        small, left_out = _small(recipe, model, source, scratch / "run")
         before = forecast(small)
         barred = [each["name"] for each in before["variants"] if str(each["state"]).startswith(BARRED)]
         left_out += barred  # they name blocks that are not there, or cannot run at all, as the plan says

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from quantkit.quantization.oom import PARTS, out_of_memory
 from quantkit.system.artifacts import check_writable, new_folder, read_json, read_stage, write_json, write_stage
 from quantkit.system.devices import resolve_device
 from quantkit.system.free_memory import free_bytes
+from quantkit.system.scratch import folder_in
 from quantkit.system.shutdown import heed, patient
 from quantkit.system.units import in_units
 
@@ -68,12 +70,17 @@ def sensitivity(job: Job, out: Path, *, on_segment: OnSegment, on_note: OnNote) 
         return Known(out, written["fingerprint"])
     skeleton = Skeleton(job.source, job.trust_remote_code)
     skeleton.check_blocks()
-    with new_folder(out) as folder:
-        found = _found(job, skeleton, folder, on_segment, on_note)
+    with new_folder(out) as folder, _scratch(job, folder) as scratch:
+        found = _found(job, skeleton, scratch, on_segment, on_note)
         save(folder, found)
         mark = write_stage(folder, STAGE, asked)
     on_note(f"sensitivity: the model's own labels cost it {found.loss:.2f} nats a token; {len(found.layers)} layers")
     return Known(out, mark)
+
+
+def _scratch(job: Job, folder: Path) -> AbstractContextManager[Path]:
+    """Where inputs of blocks wait on disk: where the user says, or in the folder of the stage."""
+    return nullcontext(folder) if job.bounds.disk is None else folder_in(job.bounds.disk, f"{STAGE}-")
 
 
 def made_from(job: Job) -> dict[str, Any]:

@@ -1,11 +1,12 @@
-"""The folder beside an output in which a single command works."""
+"""Folders for what is needed meanwhile: beside an output that a command works at, and on a disk that a user names."""
 
 from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from quantkit.system.artifacts import clear_up
@@ -38,6 +39,25 @@ def workplace(out: Path, work: str) -> Iterator[Path]:
                 _remove(folder, out)
             raise
         _remove(folder, out)
+
+
+@contextmanager
+def folder_in(place: Path | None, prefix: str) -> Iterator[Path]:
+    """A folder of its own that is gone when the block ends.
+
+    Args:
+        place: in which it lies, which need not exist; None is where temporary files go.
+        prefix: of its name.
+
+    Raises:
+        OutputError: it cannot be made.
+    """
+    with ExitStack() as ends:
+        with translated_os_errors(place or Path(tempfile.gettempdir())):
+            if place is not None:
+                place.mkdir(parents=True, exist_ok=True)
+            made = ends.enter_context(tempfile.TemporaryDirectory(prefix=prefix, dir=place))
+        yield Path(made)
 
 
 def _remove(folder: Path, out: Path) -> None:
