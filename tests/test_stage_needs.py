@@ -16,7 +16,9 @@ from quantkit.estimation.stages import Room, getting_by, scoring_need, sensitivi
 from quantkit.estimation.streaming import Scored
 from quantkit.estimation.use import Use
 from quantkit.estimation.weights import stored
+from quantkit.pipeline import plan
 from quantkit.recipe import Recipe, VariantSpec
+from quantkit.recipe.evaluation import ServedSpec
 from quantkit.system.validation import parse_section
 from tests.runs import make_recipe, write_records
 from tests.tiny import make_model
@@ -61,6 +63,17 @@ def test_a_plan_has_every_stage_that_computes(recipe: Recipe) -> None:
         assert each["how"]
     assert stages["quantize: near"]["how"] == "one pass"
     assert stages_table(found).row_count == len(stages)
+
+
+def test_a_file_as_it_is_served_is_a_stage_of_its_own(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "preflight", lambda _: None)  # which looks for the server
+    evaluation = recipe.evaluation.model_copy(update={"served": ServedSpec()})
+    found = plan.forecast(recipe.model_copy(update={"evaluation": evaluation}))
+    served = [each for each in found["stages"] if each["stage"].endswith("as vllm serves it")]
+    assert len(served) == 1 + len(VARIANTS)
+    assert {each["how"] for each in served} == {"by vllm"}
+    assert {each["bytes"] for each in served} == {None}
+    assert {each["stage"] for each in served} <= {each["stage"] for each in found["time"]["stages"]}
 
 
 def test_bounds_that_nothing_fits_are_refused_with_the_smallest_that_does(recipe: Recipe) -> None:

@@ -30,6 +30,7 @@ from quantkit.estimation.weights import Stored, stored
 from quantkit.evaluation.job import compute_dtype
 from quantkit.formats import FORMATS
 from quantkit.merging import MergedModel
+from quantkit.pipeline.context import BASELINE
 from quantkit.pipeline.mixing import measured_alike, plain_or_like
 from quantkit.pipeline.titles import (
     BASELINE_TITLE,
@@ -39,6 +40,7 @@ from quantkit.pipeline.titles import (
     library_title,
     mixing_title,
     recover_title,
+    served_title,
     walk_title,
 )
 from quantkit.quantization import Job, walks
@@ -103,6 +105,7 @@ class _Needs:
         compares = self.recipe.evaluation.compares
         logprobs = LOGPROB_BYTES * self._scored().tokens * self.anatomy.vocabulary if compares else 0
         yield self._scoring_of(BASELINE_TITLE, disk=logprobs)
+        yield from self._served(BASELINE)
         if self.recipe.calibration.wants_sensitivity:
             yield sensitivity_need(SENSITIVITY_TITLE, self.anatomy, self.use, self.room)
         for mixes in measured_alike(self.recipe.own_variants):
@@ -114,7 +117,7 @@ class _Needs:
             yield from self._walk([self.own[place] for place in places])
         for library in self.recipe.library_variants:
             yield StageNeed(library_title(library), self.room.device, None, "by the library")
-            yield self._scoring(library)
+            yield from self._scorings(library)
         for trained in self.recipe.recover_variants:
             yield from self._trained(trained)
 
@@ -133,7 +136,7 @@ class _Needs:
             return
         yield walk_need(walk_title(group), self.anatomy, planned, self.use, self.room)
         for variant, _ in planned:
-            yield self._scoring(variant)
+            yield from self._scorings(variant)
 
     def _trained(self, variant: RecoverSpec) -> Iterator[StageNeed]:
         file = self.files.get(variant.recover)
@@ -143,12 +146,19 @@ class _Needs:
         else:
             self.files[variant.name], self.stores[variant.name] = file, self.stores[variant.recover]
             yield recover_need(title, self.anatomy, file, variant.options, self.use, self.room)
-        yield self._scoring(variant)
+        yield from self._scorings(variant)
 
-    def _scoring(self, variant: VariantSpec | LibrarySpec | RecoverSpec) -> StageNeed:
+    def _scorings(self, variant: VariantSpec | LibrarySpec | RecoverSpec) -> Iterator[StageNeed]:
+        """The scoring of a file, and the one as it is served."""
         file, store = self.files.get(variant.name), self.stores.get(variant.name, "")
         weights = file.nbytes if file is not None and self._stays_packed(store) else None
-        return self._scoring_of(evaluation_title(variant.name), weights=weights)
+        yield self._scoring_of(evaluation_title(variant.name), weights=weights)
+        yield from self._served(variant.name)
+
+    def _served(self, name: str) -> Iterator[StageNeed]:
+        spec = self.recipe.evaluation.as_served
+        if spec is not None:
+            yield StageNeed(served_title(name, spec.loader), self.scoring_room.device, None, f"by {spec.loader}")
 
     def _scoring_of(self, title: str, *, weights: int | None = None, disk: int = 0) -> StageNeed:
         room, loader = self.scoring_room, self.recipe.evaluation.loader
