@@ -20,12 +20,14 @@ from typing import Any
 import psutil
 import pytest
 from rich.console import Console
+from transformers import PreTrainedModel
 from typer.testing import CliRunner
 
 import quantkit
 from quantkit import pipeline
 from quantkit.cli import app
 from quantkit.cli.display import Display
+from quantkit.engine.empty_model import empty_model
 from quantkit.errors import OutputError, QuantkitError, RecipeError
 from quantkit.evaluation import stage as scores
 from quantkit.pipeline import cluster as clusters
@@ -409,3 +411,25 @@ def test_what_a_slow_board_gives_is_heard_and_an_observer_that_fails_is_told() -
     assert (running.node, running.heard, len(asked)) == ("a", 2, 2)
     with pytest.raises(ValueError, match="a display that is gone"):
         clusters.Cluster._awaited(workers, None, "key")
+
+
+def test_runs_at_the_same_time_build_one_model_at_a_time(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What transformers changes meanwhile is the whole process's: the default dtype, and how weights begin."""
+    building, most = [0], []
+    from_config = PreTrainedModel._from_config.__func__
+
+    def watched(cls: Any, *given: Any, **keys: Any) -> Any:
+        building[0] += 1
+        most.append(building[0])
+        time.sleep(0.05)
+        made = from_config(cls, *given, **keys)
+        building[0] -= 1
+        return made
+
+    monkeypatch.setattr(PreTrainedModel, "_from_config", classmethod(watched))
+    threads = [threading.Thread(target=empty_model, args=(model,)) for _ in range(3)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    assert most == [1, 1, 1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from threading import RLock
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -23,6 +24,9 @@ MORE_THAN_TEXT = (
 )
 WHOLE = "AutoModel"
 """Which remote code may name alone for a model that generates."""
+BUILDING = RLock()
+"""Held while a model is built: transformers changes settings of the whole process meanwhile, and several runs at the
+same time build models."""
 
 
 def class_name(config: Any) -> str:
@@ -89,10 +93,11 @@ def build_model(config: Any, *, dtype: torch.dtype | None = None, trust_remote_c
     found = model_class(config, trust_remote_code)
     given: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
     model: PreTrainedModel
-    if hasattr(found, "from_config"):
-        model = found.from_config(config, trust_remote_code=trust_remote_code, **given)
-    else:
-        model = found._from_config(config_for(found, config), **given)
+    with BUILDING:
+        if hasattr(found, "from_config"):
+            model = found.from_config(config, trust_remote_code=trust_remote_code, **given)
+        else:
+            model = found._from_config(config_for(found, config), **given)
     return model
 
 

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from quantkit.checkpoint.foreign_errors import said_by_transformers
-from quantkit.checkpoint.model_class import build_model, text_config, text_part
+from quantkit.checkpoint.model_class import BUILDING, build_model, text_config, text_part
 from quantkit.engine.layers import linear_modules
 from quantkit.errors import SourceError
 
@@ -35,7 +35,7 @@ def empty_model(folder: Path, trust_remote_code: bool = False) -> PreTrainedMode
 
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
-        with _ParametersOnMeta(), _filled_on_meta():
+        with BUILDING, _ParametersOnMeta(), _filled_on_meta():
             model = build_model(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, ImportError, StrictDataclassError) as error:
         problem, remedy = said_by_transformers(error)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from quantkit.checkpoint.model_class import BUILDING
 from quantkit.checkpoint.names import Names
 from quantkit.engine.layers import give_way, layer_of, linear_modules
 from quantkit.engine.skeleton import Skeleton
@@ -23,7 +24,7 @@ def names_alone(skeleton: Skeleton) -> dict[str, str]:
     cls = mapping[type(config)] if type(config) in mapping else type(skeleton.model)
     if isinstance(skeleton.model, cls) or cls.config_class is not type(config.get_text_config()):
         return {}
-    with torch.device("meta"):
+    with BUILDING, torch.device("meta"):
         alone = cls._from_config(config.get_text_config())
     names = Names(alone, skeleton.names.stored)
     names.divide(give_way(alone))

@@ -16,6 +16,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
+from quantkit.checkpoint.model_class import BUILDING
 from quantkit.checkpoint.names import Names
 from quantkit.errors import SourceError
 from quantkit.gguf.architecture import Architecture, architecture_for, model_types
@@ -249,7 +250,7 @@ def model_of(config: dict[str, Any], head: GGUFHead) -> tuple[nn.Module, Names]:
         SourceError: it cannot be built.
     """
     try:
-        with torch.device("meta"):
+        with BUILDING, torch.device("meta"):
             model: nn.Module = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
         return model, Names(model)
     except (StrictDataclassError, *UNFORESEEN) as error:
