@@ -27,6 +27,8 @@ from quantkit.runtimes.transformers import Transformers
 from quantkit.schemes.rounding import CACHES
 from quantkit.system.artifacts import read_json
 from quantkit.system.validation import parse_section
+from tests.architectures import make
+from tests.test_transforms import cut_after
 from tests.tiny import make_model, tiny_rows
 
 INT4: dict[str, Any] = {"method": "rtn", "bits": 4, "group_size": 32, "format": "compressed-tensors"}
@@ -39,10 +41,18 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("models") / "llama")
 
 
-def exported(model: Path, out: Path, cache: str | None, inputs: Any = "float", **keys: Any) -> Path:
+def exported(
+    model: Path,
+    out: Path,
+    cache: str | None,
+    inputs: Any = "float",
+    on_segment: Callable[[int, int], None] = lambda _done, _total: None,
+    **keys: Any,
+) -> Path:
     given = {"name": "v", **INT4, **keys, **({} if cache is None else {"kv_cache": cache})}
     job = Job(model, {"reference": "tiny"}, "float32", tiny_rows(), "0" * 64, device="cpu", inputs=inputs)
-    (done,) = quantize_together(job, [Wanted(parse_section(VariantSpec, given, "test"), out)])
+    wanted = [Wanted(parse_section(VariantSpec, given, "test"), out)]
+    (done,) = quantize_together(job, wanted, on_segment=on_segment)
     if not isinstance(done, Quantized):
         raise done
     return done.folder
@@ -167,11 +177,38 @@ def test_quantized_inputs_calibrate_scales_too_and_change_no_codes(model: Path, 
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
+def test_convolutions_beside_attention_have_no_keys(tmp_path: Path) -> None:
+    """They are handed the cache, too, for states of their own."""
+    make(tmp_path / "model", "lfm2")
+    folder = exported(tmp_path / "model", tmp_path / "out", "fp8")
+    names = [name for name in load_file(folder / "model.safetensors") if name.endswith(("k_scale", "v_scale"))]
+    assert names
+    assert all(".self_attn." in name for name in names)
+    loaded = Reference.load(folder, LoadOptions(dtype="float32"))
+    assert loaded.rounded_inputs == ("KV cache fp8 per tensor",)
+    assert logits(loaded).isfinite().all()
+
+
+def test_a_walk_that_goes_on_has_the_scales_of_the_one_before(model: Path, tmp_path: Path) -> None:
+    whole, out = exported(model, tmp_path / "whole", "fp8"), tmp_path / "again" / "out"
+    with pytest.raises(KeyboardInterrupt):
+        exported(model, out, "fp8", on_segment=cut_after(1))
+    again = exported(model, out, "fp8")
+    assert read_json(again / "stage.json")["facts"]["resumed"] == 1
+    assert (whole / "model.safetensors").read_bytes() == (again / "model.safetensors").read_bytes()
+
+
 def test_what_has_no_such_cache_is_refused(model: Path, tmp_path: Path) -> None:
     with pytest.raises(QuantkitError, match="kv_cache: the gptq format does not say how servers store keys"):
         exported(model, tmp_path / "a", "fp8", format="gptq")
     with pytest.raises(QuantizationError, match=r"kv_cache: model.layers.1 has no quantized layer"):
         exported(model, tmp_path / "b", "fp8", ignore=["lm_head", r"layers\.1\."])
+    make(tmp_path / "zamba", "zamba")
+    with pytest.raises(QuantizationError, match=r"kv_cache: model.layers.\d+ shares its attention with other blocks"):
+        exported(tmp_path / "zamba", tmp_path / "e", "fp8")
+    make(tmp_path / "gpt_neox", "gpt_neox")
+    with pytest.raises(QuantizationError, match="no attention of GPTNeoXForCausalLM takes a cache called"):
+        exported(tmp_path / "gpt_neox", tmp_path / "d", "fp8")
     with pytest.raises(QuantizationError, match="float inputs do not show what awq"):
         exported(model, tmp_path / "c", "fp8", method="awq")
     with pytest.raises(QuantkitError, match="kv_cache: a mix says nothing of the KV cache"):

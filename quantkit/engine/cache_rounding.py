@@ -63,13 +63,21 @@ class _InPlace:
 
 
 def attention_modules(root: nn.Module) -> dict[str, nn.Module]:
-    """The innermost modules inside another that are given a KV cache, by their names in it."""
+    """The innermost modules inside another that are given a KV cache and put keys into it, by their names in it."""
     takes = {name: each for name, each in root.named_modules() if CACHE in inspect.signature(each.forward).parameters}
     return {
         name: module
         for name, module in takes.items()
-        if name and not any(other.startswith(f"{name}.") for other in takes)
+        if name and not any(other.startswith(f"{name}.") for other in takes) and _puts_keys(module)
     }
+
+
+def _puts_keys(module: nn.Module) -> bool:
+    """Whether its code hands something to ``update`` of a cache, which convolutions and recurrences do not."""
+    try:
+        return ".update(" in inspect.getsource(type(module).forward)
+    except (OSError, TypeError):  # no source to look at: a run tells whether it does
+        return True
 
 
 def put_cache_rounder(module: nn.Module, changed: Changed) -> Any:
@@ -175,13 +183,20 @@ def check_cache(skeleton: Skeleton, quantized: Collection[str]) -> None:
         quantized: its layers that are quantized.
 
     Raises:
-        QuantizationError: its cache holds something else than keys and values, or one of its blocks is all float.
+        QuantizationError: its cache holds something else than keys and values, blocks share an attention, or one of
+            them is all float.
     """
     name = type(skeleton.model).__name__
+    unknown = f"no attention of {name} takes a cache called {CACHE}"
     if getattr(skeleton.model.config.get_text_config(), "kv_lora_rank", None):
         raise QuantizationError(f"kv_cache: servers of {name} store latents in place of keys and values", LEAVE_OUT)
     blocks = [each for each in skeleton.segments if attention_modules(each.module)]
+    for each in blocks:
+        if any(
+            part.startswith(f"{attention}.") for attention in attention_modules(each.module) for part in each.shared
+        ):
+            raise QuantizationError(f"kv_cache: {each.prefix} shares its attention with other blocks", LEAVE_OUT)
     plain = next((each.prefix for each in blocks if not set(each.linears) & set(quantized)), None)
     if plain is not None or not blocks:
-        where = f"{plain} has no quantized layer" if blocks else f"{name} has no attention with a KV cache"
+        where = f"{plain} has no quantized layer" if blocks else unknown
         raise QuantizationError(f"kv_cache: {where}", LEAVE_OUT)
