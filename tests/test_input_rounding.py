@@ -12,7 +12,7 @@ from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.quant_args import QuantizationArgs
 from compressed_tensors.quantization.quant_scheme import preset_name_to_scheme
 from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import quantkit
@@ -30,6 +30,8 @@ from quantkit.formats.bitsandbytes import BitsAndBytes
 from quantkit.formats.compressed_tensors import CompressedTensors
 from quantkit.methods.base import InputStatistics
 from quantkit.numerics.activation_rounding import SHRINKS, round_inputs, searched_scale, static_scale
+from quantkit.quantization import Job, Quantized, Wanted, quantize_together
+from quantkit.recipe import VariantSpec
 from quantkit.recipe.scheme import written_keys
 from quantkit.runtimes._model import TransformersModel
 from quantkit.runtimes.base import LoadOptions
@@ -106,6 +108,16 @@ def test_a_static_scale_clips_what_is_beyond_it(numbers: Any) -> None:
     torch.testing.assert_close(found, torch.tensor([2.0, 2.0, -128 / 127 * 2 if numbers == "int8" else -2.0, 0.0]))
     with pytest.raises(ValueError, match="static scale"):
         round_inputs(torch.ones(3), rounding)
+
+
+@pytest.mark.parametrize("rounding", [INT8, FP8, InputRounding("mxfp4")], ids=lambda each: each.numbers)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_so(rounding: InputRounding, bad: float) -> None:
+    given = torch.ones(2, 32)
+    given[0, 3] = bad
+    found = round_inputs(given, rounding)
+    assert not found[0].isfinite().all()
+    assert found[1].isfinite().all()
 
 
 def test_columns_with_outliers_stay_as_they_are() -> None:
@@ -249,6 +261,31 @@ def test_quantized_inputs_are_those_of_layers_that_round(model: Path, scheme: Sc
     assert seen == pytest.approx(spans, rel=0.003)
     assert without != pytest.approx(spans, rel=0.003)
     assert not any("forward" in vars(module) for module in skeleton.model.modules() if is_linear(module))
+
+
+def test_a_searched_scale_is_that_of_the_variant_whoever_shares_its_walk(tmp_path: Path) -> None:
+    """Where an MLP reads what attention reads, a variant that leaves it float has other readers of that input."""
+    model = tmp_path / "model"
+    make(model, "phi")
+    tensors = load_file(model / "model.safetensors")
+    for name, each in tensors.items():
+        if name.endswith("layernorm.weight"):
+            each[3] = 40.0
+        elif name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):
+            each[:, 3] /= 1000
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    keys = {"method": "rtn", "bits": 8, "group_size": -1, "activations": "static"}
+    small = VariantSpec.model_validate({"name": "small", **keys, "ignore": ["lm_head", "fc1"]})
+    whole = VariantSpec.model_validate({"name": "whole", **keys})
+    job = Job(model, {"reference": "tiny"}, "float32", tiny_rows(), "0" * 64, "float", "cpu")
+    alone = quantize_together(job, [Wanted(small, tmp_path / "alone")])
+    company = quantize_together(job, [Wanted(whole, tmp_path / "whole"), Wanted(small, tmp_path / "company")])
+    assert isinstance(alone[0], Quantized)
+    assert isinstance(company[1], Quantized)
+    found, wanted = (load_file(each.folder / "model.safetensors") for each in (company[1], alone[0]))
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    name = "model.layers.0.self_attn.q_proj.input_scale"
+    assert float(load_file(tmp_path / "whole" / "model.safetensors")[name]) > 2 * float(found[name])
 
 
 @pytest.mark.parametrize("scheme", STATIC, ids=lambda scheme: scheme.kind)

@@ -28,7 +28,7 @@ from quantkit.numerics.activation_rounding import searched_scale, static_scale
 from quantkit.numerics.mismatch import corrected
 from quantkit.numerics.refine import row_errors
 from quantkit.schemes import QuantizedWeight, Scheme
-from quantkit.schemes.rounding import INPUT_SCALE
+from quantkit.schemes.rounding import INPUT_SCALE, InputRounding
 from quantkit.system.devices import synchronize
 from quantkit.system.garbage import no_garbage_collection
 from quantkit.transforms.base import Change
@@ -295,7 +295,9 @@ class Solver:
             given = []
             for members, found in groups:
                 weights = {
-                    name: changes.apply(layer.path, "weight", originals[name]) for name, layer in members.items()
+                    name: changes.apply(layer.path, "weight", originals[name])
+                    for name, layer in members.items()
+                    if name in task.schemes
                 }
                 leader = next(iter(members.values())).path
                 told = members.items() if self.sensitivity is not None and task.transforms else ()
@@ -421,6 +423,8 @@ class InputGroup:
         experts: what the names of the experts begin with whose layers they are; else empty.
         factors: by which transforms multiply each output of a layer, float32 ``[out_features]``; nothing for 1.
         mixed: layers whose outputs transforms mix: what the model's loss minds of each is then alike.
+        input_scales: static ones, as far as they were asked for; they follow from the weights, too, so that they are
+            not among what is derived of the statistics for all tasks.
     """
 
     weights: Mapping[str, torch.Tensor]
@@ -428,6 +432,7 @@ class InputGroup:
     experts: str = ""
     factors: Mapping[str, torch.Tensor] = field(default_factory=dict)
     mixed: frozenset[str] = frozenset()
+    input_scales: dict[InputRounding, torch.Tensor] = field(default_factory=dict)
 
 
 def _factors(changes: Change, layer: Layer) -> torch.Tensor:
@@ -574,13 +579,12 @@ def with_input_scale(weight: QuantizedWeight, group: InputGroup, name: str) -> Q
             "give more or other calibration records, keep the layer float with 'ignore', or round inputs as they come: "
             "activations: dynamic",
         )
-    key = ("scale of inputs", rounding)
-    if key not in known.derived:
+    if rounding not in group.input_scales:
         largest, scale = known.abs_max.amax(), None
         if rounding.numbers == "int8" and known.sample is not None:
             scale = searched_scale(largest, known.sample, list(group.weights.values()), rounding)
-        known.derived[key] = static_scale(largest, rounding) if scale is None else scale
-    return replace(weight, parts={**weight.parts, INPUT_SCALE: known.derived[key]})
+        group.input_scales[rounding] = static_scale(largest, rounding) if scale is None else scale
+    return replace(weight, parts={**weight.parts, INPUT_SCALE: group.input_scales[rounding]})
 
 
 def _judged(result: LayerResult, errors: torch.Tensor, stack: _Stack, sensitivity: Sensitivity) -> LayerResult:

@@ -119,7 +119,7 @@ def _blocks(groups: torch.Tensor, rounding: InputRounding, scale: torch.Tensor |
     """E2M1 numbers of blocks ``[..., groups, inputs]``."""
     largest = groups.abs().amax(-1, keepdim=True)
     if scale is None:
-        scales = power_of_two(spanning_exponents(largest))
+        scales = torch.where(largest.isfinite(), power_of_two(spanning_exponents(largest)), torch.nan)
     else:
         common = scale.to(groups.device)
         scales = local_scales(largest / HIGHEST, common).float() / common

@@ -218,8 +218,9 @@ def made_from(job: Job, variant: VariantSpec) -> dict[str, Any]:
 
 
 def _sees_rounding(job: Job, variant: VariantSpec) -> bool:
-    """Whether the passes round the inputs of layers that are solved."""
-    return job.inputs == "quantized" and any(scheme.input_rounding is not None for scheme in variant.schemes())
+    """Whether the passes round the inputs of layers that are solved, or static scales of inputs are calibrated."""
+    roundings = [scheme.input_rounding for scheme in variant.schemes()]
+    return any(each is not None and (each.static or job.inputs == "quantized") for each in roundings)
 
 
 def minor_versions(*packages: str) -> dict[str, str]:
