@@ -29,6 +29,7 @@ from quantkit.recipe.mixing import AutoSpec
 from quantkit.schemes import make_scheme
 from quantkit.system.validation import parse_section
 from tests.architectures import make
+from tests.test_rotate import with_norms
 from tests.tiny import make_model, tiny_rows
 
 CPU = torch.device("cpu")
@@ -235,3 +236,17 @@ def test_a_layer_that_no_gradient_reaches_costs_as_much_as_its_kind(
     lost |= {other, *ATTENTION}
     with pytest.raises(QuantizationError, match="nothing is known of what int2 costs any layer"):
         costs_of(a_job(llama), a_spec(), tmp_path / "none", units)
+
+
+def test_behind_a_rotation_errors_are_told_by_turned_inputs(tmp_path: Path) -> None:
+    """Also of a method that is not calibrated, and of the embedding, whose rows are turned."""
+    job, spec = a_job(with_norms(make_model(tmp_path / "model"))), a_spec(choices=["int4", "int8"])
+    units = [a_unit(*ATTENTION, choices=("int4", "int8"))]
+    (plain,) = costs_of(job, spec, tmp_path / "plain", units)
+    (turned,) = costs_of(job, a_spec(choices=["int4", "int8"], transforms=["rotate"]), tmp_path / "turned", units)
+    assert turned.costs["int8"] == pytest.approx(plain.costs["int8"], rel=0.3)
+    embedding = [a_unit("model.embed_tokens", choices=("q4_0", "q8_0"))]
+    keys: dict[str, Any] = {"format": "gguf", "choices": ["q4_0", "q8_0"], "group_size": None}
+    (plain,) = costs_of(job, a_spec(**keys), tmp_path / "rows", embedding)
+    (turned,) = costs_of(job, a_spec(**keys, transforms=["rotate"]), tmp_path / "turned-rows", embedding)
+    assert turned.costs == {name: pytest.approx(cost, rel=0.5) for name, cost in plain.costs.items()}

@@ -28,6 +28,7 @@ from quantkit.engine.precision import pass_dtype
 from quantkit.engine.sensitivity import Sensitivity
 from quantkit.engine.skeleton import Skeleton
 from quantkit.engine.tasks import LayerResult, SavedChange, Tuned, VariantTask
+from quantkit.engine.transforming import Transforming
 from quantkit.engine.walk import Walk, WalkSettings
 from quantkit.errors import QuantizationError
 from quantkit.formats import FORMATS
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
 
 STAGE = "costs"
 COSTS = "costs.json"
-CODE_VERSION = 2
+CODE_VERSION = 3
 """Part of the fingerprint: raised when the same inputs would give other figures."""
 HELD_OUT_EACH = 4
 """Every so many rows one is held out."""
@@ -289,16 +290,26 @@ class _Measuring:
         return _of_rows(self.job, places).batches(skeleton, reader, device, dtype, step.batch_tokens)
 
     def _embedding(self, skeleton: Skeleton, judged: Sensitivity, device: torch.device) -> None:
-        """Judge a quantized embedding by the tokens of all rows, of which it gives one row each."""
+        """Judge a quantized embedding by the tokens of all rows, of which it gives one row each.
+
+        Where a transform mixes its channels, the model's loss minds each alike.
+        """
         if skeleton.embedding is None or not self._embeddings:
             return
         (layer,) = skeleton.embedding.layers
-        original = Originals(skeleton, CheckpointReader(self.job.source), device).weight(layer.path)
+        originals, transforms = (
+            Originals(skeleton, CheckpointReader(self.job.source), device),
+            self.spec.build_transforms(),
+        )
+        changes = Transforming(originals, live=False).of_model(transforms)
+        original = changes.apply(layer.path, "weight", originals.weight(layer.path))
+        mixed = any(transform.mixes for transform in transforms)
         tokens = torch.tensor([token for row in self.job.rows for token in row])
         times = torch.bincount(tokens, minlength=layer.shape[0]).to(original)
         for choice, weight in self._embeddings.items():
             missing = original - weight.dequantize(torch.float32)
-            nats = judged.nats(layer.name, (times / times.sum()) @ missing.square())
+            errors = (times / times.sum()) @ missing.square()
+            nats = judged.nats(layer.name, errors.mean().expand_as(errors) if mixed else errors)
             self.add(layer.name, choice, nats)
 
     # What tasks give

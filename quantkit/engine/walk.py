@@ -113,7 +113,7 @@ class Walk:
             originals,
             self._is_quantized,
             self.settings.tries_again,
-            any(task.mixing for task in self.tasks if task.calibrated),
+            any(task.mixing for task in self._reading()),
             self.settings.sensitivity,
             self.crew,
         )
@@ -156,17 +156,12 @@ class Walk:
         """
         if self._is_quantized and len(self.tasks) > 1:
             raise ValueError("quantized inputs is the stream of one variant: give one task per walk")
-        if (
-            len({str([(each.name, each.options) for each in task.mixing]) for task in self.tasks if task.calibrated})
-            > 1
-        ):
+        if len({str([(each.name, each.options) for each in task.mixing]) for task in self._reading()}) > 1:
             raise ValueError("what mixes channels is the same for all tasks of a walk")
         segments = self._wanted_segments()
         if not self._is_left(segments):
             return
-        judged = any(batch.held_out for batch in self.batches)
-        wanted = any(task.calibrated for task in self.tasks) or judged
-        calibrated = wanted and bool(self.batches)
+        calibrated = bool(self._reading()) and bool(self.batches)
         with torch.no_grad(), ExitStack() as cleanup:
             cleanup.callback(take_rounders, [layer.module for segment in segments for layer in segment.layers])
             self._solver.begin()
@@ -187,6 +182,11 @@ class Walk:
                 self._solver.finish(segment, started)
                 self._solver.agree()
                 self.on_segment(index + 1, len(segments))
+
+    def _reading(self) -> list[VariantTask]:
+        """The tasks for which passes run: those that are calibrated, and all where batches that are held out judge."""
+        judged = any(batch.held_out for batch in self.batches)
+        return [task for task in self.tasks if task.calibrated or judged]
 
     def _load_frame(self) -> None:
         """Load what runs before, between and after the blocks, as the transforms make it where the passes see that."""
