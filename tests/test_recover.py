@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 import torch
 
+import quantkit
 from quantkit.checkpoint import CheckpointReader
 from quantkit.engine.precision import training_dtype
+from quantkit.engine.skeleton import Skeleton
 from quantkit.errors import CheckpointError, QuantizationError
 from quantkit.exports import open_export
 from quantkit.exports.manifest import read_manifest
@@ -24,7 +26,9 @@ from quantkit.recovery import training
 from quantkit.recovery.saved import save_state
 from quantkit.recovery.stage import recover, training_folder
 from quantkit.recovery.student import NEAR
+from quantkit.recovery.targets import Targets
 from quantkit.recovery.training import Training, relative_error
+from quantkit.recovery.whole_changes import whole_changes
 from quantkit.runtimes import RUNTIMES
 from quantkit.runtimes.base import LoadOptions
 from quantkit.schemes import IntScheme
@@ -307,3 +311,36 @@ def test_trained_codes_can_begin_near_those_of_the_file() -> None:
     towards = weight - given.dequantize(torch.float32)
     assert torch.equal(off.flatten(1).sign(), towards.sign())
     assert not torch.equal(TrainedCodes.of(given, weight).result().codes, given.codes)
+
+
+def test_a_rotated_file_comes_closer_too(job: Job, tmp_path: Path) -> None:
+    """Its weights are those of the turned float model, and so are its hidden states."""
+    rotated = exported(job, tmp_path / "rotated", transforms=["rotate"], bits=3)
+    floats = Skeleton(job.source), CheckpointReader(job.source)
+    changes = whole_changes(read_manifest(rotated), *floats, torch.device("cpu"))
+    name = "model.layers.1.self_attn.o_proj"
+    stored, weight = open_export(rotated).weight(name).dequantize(torch.float32), floats[1].read(f"{name}.weight")
+    turned = changes.apply(name, "weight", weight)
+    assert (stored - turned).norm() < 0.3 * turned.norm()
+    assert (stored - weight).norm() > weight.norm()
+    few = replace_options(FEW, steps=15, evaluations=1)
+    done = recover(job, rotated, few, tmp_path / "better", Silent()).folder
+    other = tiny_rows(4, seed=5)
+    assert divergence(job, done, other) < 0.9 * divergence(job, rotated, other)
+
+
+def test_targets_are_hidden_states_as_they_were_turned(job: Job, tmp_path: Path) -> None:
+    rotated = exported(job, tmp_path / "rotated", transforms=["rotate"], bits=8)
+    quantkit.convert(rotated, to="gptq", out=tmp_path / "gptq")
+    floats = Skeleton(job.source), CheckpointReader(job.source)
+    changes = whole_changes(read_manifest(tmp_path / "gptq"), *floats, torch.device("cpu"))
+    loaded: Any = RUNTIMES.get("reference").load(rotated, LoadOptions(dtype="float32"))
+    with Targets(*floats, job.rows, tmp_path / "targets", torch.device("cpu"), torch.float32, changes) as targets:
+        targets.prepare(lambda _done, _total: None)
+        (batch,) = targets.batches([0])
+        ids = torch.tensor([job.rows[0]])
+        found = loaded.model.model(ids, output_hidden_states=True).hidden_states[1][0].detach()
+        wanted = targets.hidden(batch, 0)
+        assert float(relative_error(wanted, found)) < 1e-3 * len(job.rows[0])
+        head = targets.log_probabilities(targets.hidden(batch))
+        torch.testing.assert_close(head, loaded.logits(ids[0]).log_softmax(-1), rtol=0.02, atol=0.02)

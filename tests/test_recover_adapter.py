@@ -221,7 +221,7 @@ def test_a_float_model_of_another_kind_is_refused(int3: Path, tmp_path: Path) ->
 
 
 def test_layers_are_chosen_by_pattern(int3: Path, original: Path) -> None:
-    with opened(int3, original, trust_remote_code=False) as found:
+    with opened(int3, original, torch.device("cpu"), trust_remote_code=False) as found:
         layers, notes = chosen_layers(found, AdapterOptions(layers=(r"layers\.0\..*q_proj", "down_proj$")))
         paths = [layer.path for layer in layers]
         assert notes == []
@@ -232,3 +232,14 @@ def test_layers_are_chosen_by_pattern(int3: Path, original: Path) -> None:
         assert target_names(paths[1:], found.modules) == ("down_proj",)
         with pytest.raises(QuantkitError, match="no quantized layer of"):
             chosen_layers(found, AdapterOptions(layers=("nowhere",)))
+
+
+def test_a_rotated_base_is_told_from_the_turned_float_model(original: Path, tmp_path: Path) -> None:
+    """Its weights have nothing to do with the float ones as these lie."""
+    rotated = quantkit.quantize(
+        original, out=tmp_path / "rotated", method="rtn", bits=2, group_size=32, dtype="own", transforms=["rotate"]
+    )
+    adapter = made(rotated, original, tmp_path / "adapter", rank=32)
+    wanted = logits_of(original)
+    with with_adapter(rotated, adapter) as folder:
+        assert divergence(wanted, logits_of(folder)) < 0.8 * divergence(wanted, logits_of(rotated))

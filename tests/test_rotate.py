@@ -14,12 +14,13 @@ from quantkit.engine.equality import largest_difference
 from quantkit.engine.originals import Originals
 from quantkit.engine.skeleton import Skeleton
 from quantkit.engine.transforming import Transforming, _Model
-from quantkit.errors import QuantizationError
+from quantkit.errors import QuantizationError, QuantkitError
 from quantkit.exports import open_export
 from quantkit.quantization import Job, quantize
 from quantkit.quantization.stage import walks
 from quantkit.recipe import VariantSpec
 from quantkit.system.artifacts import file_sha256, read_json
+from quantkit.system.validation import parse_section
 from quantkit.transforms.base import Changes
 from quantkit.transforms.rotate import Rotate, RotateOptions, Rotation
 from tests.architectures import make
@@ -91,6 +92,13 @@ def test_a_width_without_a_hadamard_matrix_gets_a_random_one_and_says_so(tmp_pat
     assert largest_difference(originals, change) < 1e-5
     note = "rotate: no Hadamard matrix of size 52 is known here: random ones"
     assert note in Rotate(RotateOptions()).model_notes(change.told)
+
+
+def test_a_rotation_of_nothing_is_refused_with_the_recipe() -> None:
+    with pytest.raises(QuantkitError, match="nothing is turned"):
+        parse_section(
+            VariantSpec, {"name": "v", "transforms": [{"name": "rotate", "residual": False, "values": False}]}, "test"
+        )
 
 
 def job(model: Path, inputs: Any = "quantized") -> Job:

@@ -62,7 +62,7 @@ class Transforming:
     _segments: dict[str, list[Change | None]] = field(default_factory=dict)
     _places: list[SmoothingPlace] = field(default_factory=list)
     _structure: Structure | None = None
-    _asked: list[tuple[tuple[Transform, ...], list[Change | None]]] = field(default_factory=list)
+    _asked: list[tuple[Sequence[Transform], list[Change | None]]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.mixed = self.mixed or self.live
@@ -92,7 +92,7 @@ class Transforming:
 
     def begin(self, task: VariantTask) -> None:
         """Ask a task's transforms what they do to the whole model, and give its sink what no segment will."""
-        changes = self._of_model(task)
+        changes = self._of_model(task.transforms)
         self._models[task.name] = Changes(_made(changes))
         if any(transform.learns for transform in task.transforms):
             self.structure()  # now: later it would take the place of what passes run through
@@ -100,22 +100,26 @@ class Transforming:
             task.memory.remember_changes(MODEL, [SavedChange.of(change) for change in changes])
         self._hand_over_rest(task)
 
-    def _of_model(self, task: VariantTask) -> list[Change | None]:
-        """What a task's transforms do to the whole model, which must compute what it did; found once for all alike.
+    def of_model(self, transforms: Sequence[Transform]) -> Changes:
+        """What transforms do to the whole model, which must compute what it did.
 
         Raises:
             QuantizationError: it does not.
         """
-        for transforms, known in self._asked:
-            if _alike(transforms, task.transforms):
+        return Changes(_made(self._of_model(transforms)))
+
+    def _of_model(self, transforms: Sequence[Transform]) -> list[Change | None]:
+        """The same, transform by transform; found once for all alike."""
+        for asked, known in self._asked:
+            if _alike(asked, transforms):
                 return known
         changes: list[Change | None] = []
-        for transform in task.transforms:
+        for transform in transforms:
             changes.append(transform.of_model(_Model(self, Changes(_made(changes)))))
-        made = [each.name for each, change in zip(task.transforms, changes, strict=True) if change is not None]
+        made = [each.name for each, change in zip(transforms, changes, strict=True) if change is not None]
         if made:
             check_logits(self.originals, Changes(_made(changes)), "+".join(made))
-        self._asked.append((task.transforms, changes))
+        self._asked.append((transforms, changes))
         return changes
 
     def apply_to_frame(self, task: VariantTask) -> None:

@@ -19,7 +19,7 @@ from quantkit.checkpoint.companions import asks_for_code
 from quantkit.errors import SchemeError
 from quantkit.exports import Export, open_export
 from quantkit.exports.layer_store import LayerStore
-from quantkit.exports.manifest import write_manifest
+from quantkit.exports.manifest import read_manifest, write_manifest
 from quantkit.exports.rewriting import content_of, float_dtype, floats_that_stay, model_of, origin_folder
 from quantkit.exports.writing import check_origin, origin_remarks, write_export
 from quantkit.formats import FORMATS
@@ -189,9 +189,16 @@ def _write_records(
             "remote_code": remote_code,
             "bits_per_weight": facts["bits_per_weight"],
             "largest_shift": facts["largest_shift"],
+            **_transforms(checkpoint),
         },
     )
     write_stage(folder, STAGE, identity, facts=dict(facts))
+
+
+def _transforms(checkpoint: Path) -> dict[str, Any]:
+    """What the manifest of a checkpoint says of the transforms that it was made with, if it does."""
+    manifest = read_manifest(checkpoint if checkpoint.is_dir() else checkpoint.parent) or {}
+    return {key: manifest[key] for key in ("transforms",) if key in manifest}
 
 
 @contextmanager
@@ -253,7 +260,7 @@ def _shift(before: QuantizedWeight, after: QuantizedWeight) -> float:
 def _same_grid(scheme: Scheme) -> Iterator[Scheme]:
     """The scheme itself, and others that can tell the same values."""
     yield scheme
-    if isinstance(scheme, IntScheme):
+    if isinstance(scheme, IntScheme) and scheme.activations is None:
         if scheme.symmetric:
             yield replace(scheme, symmetric=False)
         if scheme.zeros == "int" and not scheme.desc_act:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,7 +27,7 @@ from quantkit.errors import CheckpointError, QuantizationError
 from quantkit.exports import Export, open_export
 from quantkit.exports.adapter import AdapterSettings, base_digest, write_adapter
 from quantkit.exports.decoded_reader import DecodedReader
-from quantkit.exports.manifest import model_name
+from quantkit.exports.manifest import model_name, read_manifest
 from quantkit.exports.rewriting import origin_folder
 from quantkit.quantization.left_float import few
 from quantkit.quantization.memory_use import experts_room
@@ -37,6 +37,7 @@ from quantkit.recipe.recovering import RecoverOptions
 from quantkit.recovery.stage import machine_of, schedule_of, take_up, told, training_folder
 from quantkit.recovery.trained_terms import KIND, train_terms
 from quantkit.recovery.training import Trained
+from quantkit.recovery.whole_changes import whole_changes
 from quantkit.system.artifacts import check_writable, new_folder, read_stage, write_stage
 from quantkit.system.devices import resolve_device
 from quantkit.system.distribution import own_version
@@ -44,9 +45,10 @@ from quantkit.system.locks import alone
 from quantkit.system.os_errors import may_pass
 from quantkit.system.progress import Observer
 from quantkit.system.shutdown import patient
+from quantkit.transforms.base import Changes
 
 STAGE = "adapter"
-CODE_VERSION = 3
+CODE_VERSION = 4
 """Part of the fingerprint: raised when the same inputs would give other bytes."""
 STRANGE = 0.9
 """Share of a weight's square that its error may be before the float model is taken for another one."""
@@ -113,6 +115,7 @@ class Opened:
         modules: paths of all modules of the model.
         dtype: of its float tensors.
         floats: the float model, and its weights.
+        changes: what transforms made of the whole float model before it was quantized.
     """
 
     export: Export
@@ -122,9 +125,10 @@ class Opened:
     modules: frozenset[str]
     dtype: torch.dtype
     floats: tuple[Skeleton, CheckpointReader]
+    changes: Changes = field(default_factory=Changes)
 
     def original(self, layer: Layer) -> torch.Tensor:
-        """The float weight of a layer.
+        """The float weight that a layer stands for, float32, but for factors of channels.
 
         Raises:
             CheckpointError: the float model has none of this shape.
@@ -136,12 +140,18 @@ class Opened:
                 f"{layer.name} is {list(layer.shape)} in {self.export.path} and {list(found.shape)} in the float model",
                 "give the float model that the checkpoint was made of",
             )
-        return found
+        return self.changes.apply(layer.path, "weight", found.float())
 
 
 @contextmanager
-def opened(checkpoint: Path, original: Path, *, trust_remote_code: bool) -> Iterator[Opened]:
+def opened(checkpoint: Path, original: Path, device: torch.device, *, trust_remote_code: bool) -> Iterator[Opened]:
     """A quantized checkpoint and its float model, while the block lasts.
+
+    Args:
+        checkpoint: a folder or a GGUF file.
+        original: folder of the float model.
+        device: where the float model is run on a few tokens, to find what transforms made of it.
+        trust_remote_code: run Python code that comes with the model.
 
     Raises:
         CheckpointError: one of them cannot be read.
@@ -153,6 +163,8 @@ def opened(checkpoint: Path, original: Path, *, trust_remote_code: bool) -> Iter
         origin = origin_folder(export, Path(scratch) / "origin")
         model = empty_model(origin, trust_remote_code)
         dtype = str(export.config().get("dtype") or export.config().get("torch_dtype")).removeprefix("torch.")
+        floats = Skeleton(original, trust_remote_code), CheckpointReader(original)
+        manifest = read_manifest(checkpoint if checkpoint.is_dir() else checkpoint.parent)
         yield Opened(
             export,
             Skeleton(origin, trust_remote_code, stored=reader.names()),
@@ -160,7 +172,8 @@ def opened(checkpoint: Path, original: Path, *, trust_remote_code: bool) -> Iter
             whole_modules(model),
             frozenset(name for name, _ in model.named_modules()),
             FLOATS.get(dtype, torch.float32),
-            (Skeleton(original, trust_remote_code), CheckpointReader(original)),
+            floats,
+            whole_changes(manifest, *floats, device),
         )
 
 
@@ -231,7 +244,8 @@ def fit_adapter(
         what = "a weighted start" if job.training is None else "a training"
         raise QuantizationError(f"{what} needs calibration rows", "give a data set, or start: plain and no steps")
     trained, kept = None, state or training_folder(out)
-    with opened(job.checkpoint, job.original, trust_remote_code=job.trust_remote_code) as found:
+    device = resolve_device(job.device)
+    with opened(job.checkpoint, job.original, device, trust_remote_code=job.trust_remote_code) as found:
         layers, notes = chosen_layers(found, job.options)
         terms = _terms(job, found, layers, observer)
         _check_original(terms, job)
@@ -294,7 +308,7 @@ def _train(
                 terms,
                 found.export,
                 found.skeleton,
-                found.floats,
+                (*found.floats, found.changes),
                 job.rows,
                 schedule,
                 folder,

@@ -28,6 +28,7 @@ from quantkit.recipe.recovering import RecoverOptions
 from quantkit.recovery.student import Student
 from quantkit.recovery.targets import Targets
 from quantkit.recovery.training import Schedule, Trained, Training
+from quantkit.recovery.whole_changes import whole_changes
 from quantkit.system.artifacts import (
     STAGE_FILE,
     check_writable,
@@ -48,7 +49,7 @@ from quantkit.system.progress import Observer
 from quantkit.system.shutdown import patient
 
 STAGE = "recover"
-CODE_VERSION = 3
+CODE_VERSION = 4
 """Part of the fingerprint: raised when the same inputs would give other bytes."""
 IDENTITY = "identity.json"
 RECIPE = "recipe.yaml"
@@ -183,12 +184,13 @@ def _train(
     if dtype != wanted:
         observer.note("training computes in float32: the model's code does not run in bfloat16 here")
     export = open_export(checkpoint)
-    student = Student(export, folder / "work", original, weights, options, device, job.trust_remote_code)
+    changes = whole_changes(read_manifest(checkpoint), original, weights, device)
+    student = Student(export, folder / "work", original, weights, options, device, job.trust_remote_code, changes)
     if student.left:
         observer.note(f"{len(student.left)} layers are not trained, as their scales cannot be: {few(student.left)}")
     try:
         with ExitStack() as ends:
-            targets = ends.enter_context(Targets(original, weights, job.rows, folder, device, dtype))
+            targets = ends.enter_context(Targets(original, weights, job.rows, folder, device, dtype, changes))
             targets.prepare(partial(observer.progress, "row of the float model"))
             on_step = partial(observer.progress, "step")
             training = Training(

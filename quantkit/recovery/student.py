@@ -22,11 +22,13 @@ from quantkit.exports.rewriting import content_of, float_dtype, floats_that_stay
 from quantkit.exports.writing import write_export
 from quantkit.formats import FORMATS
 from quantkit.numerics.group_adapter import GroupAdapter, can_adapt
+from quantkit.numerics.low_rank import aligned
 from quantkit.numerics.trainable import Trainable, can_train
 from quantkit.numerics.trained_codes import TrainedCodes, can_train_codes
 from quantkit.recipe.recovering import RecoverOptions, Trained
 from quantkit.recovery.parts import Part, TrainedVector, TrainedWeight, with_stored
 from quantkit.recovery.training import FRAME
+from quantkit.transforms.base import Changes
 
 NEAR = 0.2
 """How far from the codes of the file the numbers behind them begin at most, in steps of the grid.
@@ -83,6 +85,7 @@ class Student:
         options: what is trained.
         device: where.
         trust_remote_code: run Python code that comes with the model.
+        changes: what transforms made of the whole float model before it was quantized.
 
     Attributes:
         skeleton: the model.
@@ -102,6 +105,7 @@ class Student:
     options: RecoverOptions
     device: torch.device
     trust_remote_code: bool = False
+    changes: Changes = field(default_factory=Changes)
     skeleton: Skeleton = field(init=False)
     reader: StudentWeights = field(init=False)
     parts: dict[str, list[Part]] = field(init=False)
@@ -145,7 +149,7 @@ class Student:
                 made = GroupAdapter.of(weight, self.options.rank)
             elif "codes" in wanted and can_train_codes(scheme):
                 within = NEAR if self.options.codes_from == "file" else None
-                origin = self._float_weight(layer).to(self.device)
+                origin = aligned(self._float_weight(layer), weight.dequantize(torch.float32))
                 made = TrainedCodes.of(weight, origin, zeros="zeros" in wanted, within=within)
             else:
                 made = Trainable.of(weight, zeros="zeros" in wanted)
@@ -157,13 +161,14 @@ class Student:
             yield part
 
     def _float_weight(self, layer: Layer) -> torch.Tensor:
+        """The float weight that a layer stands for, float32, but for factors of channels."""
         found = self.original.read(f"{layer.path}.weight", self.weights.read_finite)
         if tuple(found.shape) != layer.shape:
             raise CheckpointError(
                 f"{layer.name} is {list(layer.shape)} in {self.export.path} and {list(found.shape)} in the float model",
                 "give the float model that the checkpoint was made of",
             )
-        return found
+        return self.changes.apply(layer.path, "weight", found.to(self.device, torch.float32))
 
     def _vectors(self, segment: Segment) -> Iterator[TrainedVector]:
         for owner, module in segment.module.named_modules():

@@ -22,6 +22,7 @@ from quantkit.engine.causality import can_be_padded
 from quantkit.engine.reverse import ReverseWalk
 from quantkit.engine.skeleton import Skeleton
 from quantkit.system.artifacts import translated_os_errors
+from quantkit.transforms.base import Changes
 
 TOGETHER = 1 << 15
 """Tokens that go through the float model together."""
@@ -42,6 +43,7 @@ class Targets:
         folder: where hidden states are kept; those that an earlier run left there are its own, for the same rows.
         device: where it is computed.
         dtype: in which.
+        changes: what transforms made of the whole float model before it was quantized.
 
     Attributes:
         may_pad: rows of different length may share a batch.
@@ -54,6 +56,7 @@ class Targets:
     folder: Path
     device: torch.device
     dtype: torch.dtype
+    changes: Changes = field(default_factory=Changes)
     may_pad: bool = field(init=False, default=False)
     points: frozenset[int] = field(init=False, default=frozenset())
     _walk: ReverseWalk = field(init=False)
@@ -132,13 +135,14 @@ class Targets:
 
         Args:
             batch: made by :meth:`batches`.
-            point: one of :attr:`points`, for what that segment gives.
+            point: one of :attr:`points`, for what that segment gives, as the transforms turned it.
         """
         found = []
         for place in batch.rows:
             with safe_open(self._files[place], "pt") as stored:
                 found.append(stored.get_tensor(_name(place, point)))
-        return torch.cat(found).to(self.device)
+        states = torch.cat(found).to(self.device)
+        return states if point == HEAD or not self.changes.parts else self.changes.hidden(states.float())
 
     def log_probabilities(self, hidden: torch.Tensor) -> torch.Tensor:
         """Of every next token, float32 ``[tokens, vocabulary]``, from what the head is given."""

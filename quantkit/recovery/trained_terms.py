@@ -21,6 +21,7 @@ from quantkit.recovery.student import StudentWeights
 from quantkit.recovery.targets import Targets
 from quantkit.recovery.training import Schedule, Trained, Training
 from quantkit.system.progress import Observer
+from quantkit.transforms.base import Changes
 
 KIND = "terms"
 """The kind of the leaves of low-rank terms, for which there is a learning rate."""
@@ -98,7 +99,7 @@ def train_terms(
     terms: Sequence[Term],
     export: Export,
     skeleton: Skeleton,
-    original: tuple[Skeleton, CheckpointReader],
+    original: tuple[Skeleton, CheckpointReader, Changes],
     rows: Sequence[Sequence[int]],
     schedule: Schedule,
     folder: Path,
@@ -113,7 +114,7 @@ def train_terms(
         terms: those that it begins with.
         export: the quantized checkpoint.
         skeleton: of its model.
-        original: the float model.
+        original: the float model, its weights, and what transforms made of the whole of it.
         rows: token ids to train on.
         schedule: how.
         folder: where the state is kept; what an earlier run of the same left there is its own.
@@ -140,7 +141,8 @@ def train_terms(
         part = TrainedTerm.of(term.layer.path, f"{inside}.weight".removeprefix("."), packed, start, dtypes[1])
         parts.setdefault(prefix, []).append(part)
     with ExitStack() as ends:
-        targets = ends.enter_context(Targets(*original, rows, folder, device, dtypes[0]))
+        floats, weights, changes = original
+        targets = ends.enter_context(Targets(floats, weights, rows, folder, device, dtypes[0], changes))
         targets.prepare(partial(observer.progress, "row of the float model"))
         on_step = partial(observer.progress, "step")
         trained = Training(skeleton, StudentWeights(export, names), parts, targets, schedule, folder, on_step).run()

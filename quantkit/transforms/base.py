@@ -49,6 +49,10 @@ class Change(ABC):
         """Whether outputs of a layer are mixed, so that none is one of those before, times a number."""
         return False
 
+    def hidden(self, states: torch.Tensor) -> torch.Tensor:
+        """Hidden states between blocks, float32 ``[tokens, width]``, as they become; themselves where they stay."""
+        return states
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """The tensors from which :meth:`Transform.restore` makes it again, by names of its own."""
         return {}
@@ -83,6 +87,12 @@ class Changes(Change):
     def mixes_outputs(self, module: str) -> bool:
         """Whether one of them does."""
         return any(part.mixes_outputs(module) for part in self.parts)
+
+    def hidden(self, states: torch.Tensor) -> torch.Tensor:
+        """Hidden states as all of them make them."""
+        for part in self.parts:
+            states = part.hidden(states)
+        return states
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from pydantic import model_validator
+
 from quantkit.errors import QuantizationError
 from quantkit.transforms import TRANSFORMS
 from quantkit.transforms.base import Change, ModelView, ResidualStream, Structure, Transform, TransformOptions
@@ -41,6 +43,12 @@ class RotateOptions(TransformOptions):
     rotation: Kind = "hadamard"
     seed: int = 0
 
+    @model_validator(mode="after")
+    def _something_is_turned(self) -> RotateOptions:
+        if not self.residual and not self.values:
+            raise ValueError("nothing is turned: leave out residual: false or values: false, or all of rotate")
+        return self
+
 
 @dataclass(slots=True)
 class Rotation(Change):
@@ -51,6 +59,7 @@ class Rotation(Change):
         outputs: modules to the matrix by which their outputs are turned.
         factors: modules to what the columns of their weight are multiplied by first, float32 ``[in_features]``.
         norms: modules to their weight, all alike from now on, and their bias, if they have one, as it becomes.
+        stream: the matrix by which the residual stream is turned; None where it stays.
         told: what the manifest says.
     """
 
@@ -58,6 +67,7 @@ class Rotation(Change):
     outputs: dict[str, list[Orthogonal]] = field(default_factory=dict)
     factors: dict[str, torch.Tensor] = field(default_factory=dict)
     norms: dict[str, tuple[float, torch.Tensor | None]] = field(default_factory=dict)
+    stream: Orthogonal | None = None
     told: dict[str, Any] = field(default_factory=dict)
 
     def touches(self) -> list[str]:
@@ -83,6 +93,10 @@ class Rotation(Change):
     def mixes_outputs(self, module: str) -> bool:
         """Whether they are turned."""
         return module in self.outputs
+
+    def hidden(self, states: torch.Tensor) -> torch.Tensor:
+        """The residual stream is turned."""
+        return states if self.stream is None else self.stream.columns(states)
 
     def to_json(self) -> dict[str, Any]:
         """What was turned, and by what."""
@@ -133,7 +147,7 @@ class Rotate(Transform):
         known = model.shapes()
         turned = turned_stream(stream, lambda name: model.parameter(name) if name in known else None, matrix)
         change.inputs, change.outputs = turned.inputs, turned.outputs
-        change.factors, change.norms = turned.factors, turned.norms
+        change.factors, change.norms, change.stream = turned.factors, turned.norms, turned.stream
 
     def _turn_values(self, found: Structure, change: Rotation) -> None:
         for place, heads in enumerate(found.heads):
@@ -173,7 +187,7 @@ def turned_stream(
         parameter: gives a parameter in float32 by its name; None where there is none.
         matrix: by which it is turned.
     """
-    change = Rotation()
+    change = Rotation(stream=matrix)
     for norm in stream.norms:
         weight, bias = (parameter(f"{norm.name}.{leaf}") for leaf in ("weight", "bias"))
         if weight is not None:
