@@ -119,6 +119,17 @@ def test_the_exponent_is_judged_by_the_method_that_follows() -> None:
     assert errors[1] < 0.9 * errors[0]
 
 
+def test_what_is_known_of_an_expert_without_tokens_follows_factors() -> None:
+    """It is that of all experts of its layer, whose input is divided."""
+    known = replace(statistics_of(outlier_inputs()), tokens=0)
+    factors = torch.linspace(0.5, 2, 64)
+    found = ChannelScales({"layer": factors}).statistics("layer", known)
+    assert found.gram is not None
+    assert known.gram is not None
+    torch.testing.assert_close(found.gram, known.gram / factors.outer(factors))
+    assert ChannelScales({"layer": factors}).statistics("layer", InputStatistics()).is_empty()
+
+
 def test_awq_judges_factors_by_the_ranges_that_it_would_clip() -> None:
     weight, known = torch.randn(40, 64, generator=torch.Generator().manual_seed(6)), statistics_of(outlier_inputs())
     tried = [torch.ones(64), candidate(known.abs_mean, None, 0.4)]  # type: ignore[arg-type]  # it is there

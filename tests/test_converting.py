@@ -17,10 +17,11 @@ from quantkit.exports import find_gguf, open_export
 from quantkit.exports.manifest import read_manifest
 from quantkit.gguf.head import read_head
 from quantkit.merging import merged_source
+from quantkit.pipeline.converting import convert_any
 from quantkit.publishing.card import card
 from quantkit.recipe import MergeSpec, ModelSpec
 from quantkit.system.artifacts import read_json
-from tests.runs import Notebook
+from tests.runs import Notebook, write_records
 from tests.tiny import make_model
 
 
@@ -102,3 +103,19 @@ def test_what_cannot_be_is_refused_with_what_can(model: Path, tmp_path: Path) ->
         quantkit.convert(codes, "gptq", out=tmp_path / "out", dtype="float16")
     with pytest.raises(QuantkitError, match=r"unknown format 'gguff'.*did you mean 'gguf'"):
         quantkit.convert(model, "gguff", out=tmp_path / "out")
+
+
+def test_floats_tell_what_is_not_asked_of_runtimes_any_more(model: Path, tmp_path: Path) -> None:
+    keys = {"bits": 8, "group_size": -1, "activations": "dynamic", "kv_cache": "fp8"}
+    records = str(write_records(tmp_path / "rows.jsonl"))
+    codes = quantkit.quantize(model, out=tmp_path / "codes", method="rtn", calibration=records, **keys)
+    observer = Notebook()
+    found = convert_any(str(codes), "float", tmp_path / "out", observer)
+    assert found["notes"] == [
+        "a float model's inputs are not rounded, as those of this checkpoint are: int8 per token",
+        "this format does not say how runtimes store keys and values: the scales of the KV cache are left out",
+    ]
+    with pytest.raises(
+        QuantkitError, match=r"the gptq format does not store int8 channel sym a8 .*without activations"
+    ):
+        quantkit.convert(codes, "gptq", out=tmp_path / "gptq")

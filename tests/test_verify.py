@@ -26,10 +26,10 @@ from quantkit.runtimes import RUNTIMES
 from quantkit.runtimes._vllm_script import Reads, Tap, prompt_logits
 from quantkit.runtimes.base import LoadedModel, LoadOptions
 from quantkit.runtimes.vllm import SCRIPT, VARIABLE, interpreter
-from quantkit.schemes import IntScheme
+from quantkit.schemes import IntScheme, Nvfp4Scheme
 from quantkit.verification import traps, verify
 from quantkit.verification import verdict as verdicts
-from quantkit.verification.comparison import BLOCKS, BY_DTYPE, TOKENS, compare, tolerance
+from quantkit.verification.comparison import BLOCKS, BY_DTYPE, EIGHT_BITS, FOUR_BITS, compare, tolerance
 from quantkit.verification.job import VerificationJob, carry_out
 from quantkit.verification.prompts import PROMPTS, tokenize
 from quantkit.verification.worker import perform
@@ -381,7 +381,7 @@ def test_the_interpreter_of_vllm_is_looked_for(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(QuantkitError, match="has no vLLM"):
         interpreter(sys.executable)
     stub = tmp_path / "python"
-    stub.write_text("#!/bin/sh\nexit 0\n")
+    stub.write_text("#!/bin/sh\necho True\n")
     stub.chmod(0o755)
     monkeypatch.setenv(VARIABLE, str(stub))
     assert runtime.missing() is None
@@ -426,13 +426,15 @@ def test_logits_of_another_shape_are_refused(tmp_path: Path) -> None:
 
 
 def test_tolerances_follow_what_is_rounded() -> None:
-    plain, rounded = IntScheme(), IntScheme(8, -1, activations="dynamic")
+    plain, rounded, four = IntScheme(), IntScheme(8, -1, activations="dynamic"), Nvfp4Scheme("static")
     for dtype, expected in BY_DTYPE.items():
         assert tolerance("transformers", dtype, [plain]) is expected
-    assert tolerance("vllm", "bfloat16", [plain, rounded]) is TOKENS
+    assert tolerance("vllm", "bfloat16", [plain, rounded]) is EIGHT_BITS
+    assert tolerance("vllm", "bfloat16", [Nvfp4Scheme(), rounded, four]) is FOUR_BITS
+    assert FOUR_BITS.top1 < EIGHT_BITS.top1
     assert tolerance("llama.cpp", "float32", [plain]) is BLOCKS
     assert tolerance("reference", "float32", [rounded]) is BY_DTYPE["float32"]
-    limits = [*(each.kl for each in BY_DTYPE.values()), BLOCKS.kl, TOKENS.kl]
+    limits = [*(each.kl for each in BY_DTYPE.values()), BLOCKS.kl, EIGHT_BITS.kl, FOUR_BITS.kl]
     assert limits == sorted(limits)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from quantkit.checkpoint.leftovers import quantization_of
 from quantkit.errors import CheckpointError, SchemeError
 from quantkit.exports import Export, open_export
-from quantkit.exports.convert import convert
+from quantkit.exports.convert import LOST_CACHE, convert
 from quantkit.exports.manifest import read_manifest
 from quantkit.formats import FORMATS
 from quantkit.pipeline.single import quantize_one
@@ -65,7 +65,7 @@ def convert_any(
     variant = {"name": "converted", "method": "none", "format": target, "scheme": "float"}
     recipe, _ = single_recipe(told, variant)
     quantize_one(recipe, out, observer)
-    return _facts(out, target)
+    return _facts(out, target) | {"notes": [] if export is None else _lost(export)}
 
 
 def _quantized(path: Path, target: str) -> Export | None:
@@ -82,6 +82,13 @@ def _quantized(path: Path, target: str) -> Export | None:
     return export if export.schemes else None
 
 
+def _lost(export: Export) -> list[str]:
+    """What a checkpoint asks of runtimes beside its weights, and a float one does not."""
+    roundings = {each.describe() for layer in export.schemes if (each := export.input_rounding(layer)) is not None}
+    told = f"a float model's inputs are not rounded, as those of this checkpoint are: {', '.join(sorted(roundings))}"
+    return [*([told] if roundings else []), *([LOST_CACHE] if export.cache is not None else [])]
+
+
 def _facts(out: Path, target: str) -> dict[str, Any]:
     manifest = read_manifest(out) or {}
     source = manifest.get("source", {})
@@ -92,7 +99,6 @@ def _facts(out: Path, target: str) -> dict[str, Any]:
         "layers": 0,
         "bits_per_weight": manifest.get("bits_per_weight_file"),
         "largest_shift": 0.0,
-        "notes": [],
         "float": True,
         "dtype": source.get("dtype"),
         "decoded": decoded,

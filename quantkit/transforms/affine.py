@@ -103,7 +103,7 @@ class Affine(Change):
         import torch
 
         found = self.scales.statistics(layer, found)
-        if layer not in self.readers or found.tokens == 0:
+        if layer not in self.readers or found.is_empty():
             return found
         mixed = torch.block_diag(*torch.linalg.inv(self._read(layer)))  # type: ignore[no-untyped-call]
         gram = None if found.gram is None else mixed @ found.gram @ mixed.T

@@ -55,7 +55,7 @@ class ChannelScales(Change):
 
     def statistics(self, layer: str, found: InputStatistics) -> InputStatistics:
         """The statistics of a layer's input divided by the factors."""
-        if layer not in self.columns or found.tokens == 0:
+        if layer not in self.columns or found.is_empty():
             return found
         divisor = self.columns[layer]
         return replace(
