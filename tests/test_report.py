@@ -285,9 +285,11 @@ def test_the_headline_names_the_closest_the_smallest_and_the_smallest_that_passe
     assert markdown.index("Loses least") < markdown.index("## Comparison") < markdown.index("## Gates")
 
 
-def test_variants_that_cannot_be_told_apart_are_named() -> None:
+def test_variants_that_cannot_be_told_apart_are_named(tmp_path: Path) -> None:
     close = [variant("a", kl=0.080, size=100), variant("b", kl=0.081, size=120), variant("c", kl=0.2, size=100)]
-    found = findings(make_report(variants=close, gates=[]))
+    report = make_report(variants=close, gates=[])
+    found = findings(report)
+    assert f"{found[1].detail}. {found[1].aside}\n- **Smallest" in rendered(report, tmp_path)[0]
     assert found[1].name == "a"
     assert "b" in found[1].aside
     assert "c" not in found[1].aside.removeprefix("Within two standard errors of the difference: ")

@@ -142,6 +142,11 @@ def test_what_does_not_fit_is_said(served: LoadedModel) -> None:
     with pytest.raises(EvaluationError, match="vllm cannot give logits: ValueError: the context length is 100 tokens"):
         served.logits(torch.ones(100, dtype=torch.int64))
     assert len(served.logits(IDS)) == len(IDS)
+    server = vars(served)["_server"]
+    with pytest.raises(EvaluationError, match="the context length is 100 tokens, and 90 are given"):
+        server.ask("generate", rows=[[5, 6, 7], [5] * 90], count=20)
+    assert len(server.ask("generate", rows=[[5, 6, 7]], count=20)["seconds"]) == 20  # alone: the row before is gone
+    assert served.logits(IDS).shape[0] == len(IDS)
 
 
 def test_rows_are_read_and_continued_at_once(served: LoadedModel) -> None:
@@ -452,6 +457,9 @@ def test_the_interpreter_is_looked_for_before_any_work(tmp_path: Path) -> None:
     (tmp_path / "python").write_text("no program\n")
     (tmp_path / "python").chmod(0o755)
     with pytest.raises(RecipeError, match=r"python is no interpreter that can be run: .*Exec format error"):
+        check_loader(spec)
+    (tmp_path / "python").write_text("#!/bin/sh\necho broken libraries >&2\nexit 3\n")
+    with pytest.raises(RecipeError, match=r"python is no interpreter that can be run: broken libraries"):
         check_loader(spec)
 
 

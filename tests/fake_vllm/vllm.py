@@ -136,7 +136,7 @@ class Engine:
     def abort_request(self, names: list[str]) -> None:
         """Forget requests."""
         for name in names:
-            del self._requests[name]
+            self._requests.pop(name, None)
 
     def step(self) -> list[Any]:
         """A token of each of the first requests, those that are new one after another."""
