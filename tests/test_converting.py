@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -106,7 +107,7 @@ def test_what_cannot_be_is_refused_with_what_can(model: Path, tmp_path: Path) ->
 
 
 def test_floats_tell_what_is_not_asked_of_runtimes_any_more(model: Path, tmp_path: Path) -> None:
-    keys = {"bits": 8, "group_size": -1, "activations": "dynamic", "kv_cache": "fp8"}
+    keys: dict[str, Any] = {"bits": 8, "group_size": -1, "activations": "dynamic", "kv_cache": "fp8"}
     records = str(write_records(tmp_path / "rows.jsonl"))
     codes = quantkit.quantize(model, out=tmp_path / "codes", method="rtn", calibration=records, **keys)
     observer = Notebook()
