@@ -46,6 +46,7 @@ PRODUCTS: dict[Any, Callable[[list[torch.Size]], float]] = {
     ATEN.linalg_cholesky_ex: lambda of: of[0].numel() * of[0][-1] / 3,
     ATEN.linalg_solve_triangular: lambda of: of[0].numel() * of[1][-1],
     ATEN._linalg_solve_ex: lambda of: of[0].numel() * of[0][-1] * 2 / 3,
+    torch.ops.mkldnn._linear_pointwise: lambda of: 2 * of[0].numel() * of[1][0],
     ATEN.cholesky_solve: lambda of: 2 * of[1].numel() * of[0][-1],
 }
 """What counts as a product, and its floating point operations by the shapes of the tensors that it is given."""
@@ -124,7 +125,9 @@ class Counting(TorchDispatchMode):
 
 
 def _given(value: Any) -> Any:
-    return Given(value.shape, value.stride(), value.dtype) if isinstance(value, torch.Tensor) else value
+    if isinstance(value, torch.Tensor):
+        return Given(value.shape, value.stride(), value.dtype)
+    return tuple(value) if isinstance(value, list) else value
 
 
 def again(product: Product) -> Callable[[], Any]:

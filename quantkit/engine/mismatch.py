@@ -17,12 +17,12 @@ from torch import nn
 from quantkit.engine.batches import Batch
 from quantkit.engine.groups import PreHook
 from quantkit.engine.passes import AtSegment
-from quantkit.engine.precision import bfloat16_products
 from quantkit.engine.routing import now_given
 from quantkit.engine.sensitivity import TokenWeights
 from quantkit.engine.statistics import CHUNK_TOKENS, FiniteCheck
 from quantkit.numerics.mismatch import Mismatch
 from quantkit.system.host import decide, numbers
+from quantkit.system.products import bfloat16_products, product
 
 HELD_OUT = 4
 """One in as many calibration rows is held out."""
@@ -337,11 +337,12 @@ def _add_products(
     chunk = CHUNK_TOKENS if total.device.type == "cpu" else max(1, len(inputs))
     for start in range(0, len(inputs), chunk):
         left, right = inputs[start : start + chunk].float(), values[start : start + chunk].float()
-        if weights is None:
+        if weights is None and inputs.dtype == torch.bfloat16:
             with bfloat16_products(inputs):
                 total.addmm_(left.T, right)
         else:
-            total.addmm_((left * weights[start : start + chunk, None]).T, right)
+            left = left if weights is None else left * weights[start : start + chunk, None]
+            total.add_(product(left.T, right))
 
 
 # Which layers add to the residual stream

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 
 from quantkit.engine.batches import Batch
-from quantkit.engine.precision import bfloat16_products, multiplies_by_amx
 from quantkit.engine.routing import now_given
 from quantkit.engine.sensitivity import TokenWeights
 from quantkit.errors import QuantizationError
 from quantkit.methods.base import InputStatistics, Statistic
 from quantkit.system.host import decide, numbers
+from quantkit.system.products import bfloat16_products, multiplies_by_amx, product
 
 CHUNK_TOKENS = 512
 """Tokens multiplied at a time on a CPU: what its caches hold."""
@@ -269,15 +269,19 @@ def add_gram(total: torch.Tensor, inputs: torch.Tensor, weights: torch.Tensor | 
         for start in range(0, columns, GPU_TILE):
             total[start : start + GPU_TILE].add_(left[:, start : start + GPU_TILE].T @ inputs)
         return
-    tile = _tile(columns, wide=multiplies_by_amx() and inputs.dtype == torch.bfloat16 and weights is None)
-    with bfloat16_products(inputs) if weights is None else nullcontext():
+    rounds = inputs.dtype == torch.bfloat16 and weights is None
+    tile = _tile(columns, wide=multiplies_by_amx() and rounds)
+    with bfloat16_products(inputs) if rounds else nullcontext():
         for start in range(0, columns, tile):
             stop = min(start + tile, columns)
             found = torch.zeros(stop - start, columns - start)
             for first in range(0, len(inputs), CHUNK_TOKENS):
                 part = inputs[first : first + CHUNK_TOKENS, start:].float()
                 left = _weighed(part, None if weights is None else weights[first : first + CHUNK_TOKENS])
-                found.addmm_(left[:, : stop - start].T, part)
+                if rounds:
+                    found.addmm_(left[:, : stop - start].T, part)
+                else:
+                    found.add_(product(left[:, : stop - start].T, part))
             total[start:stop, start:].add_(found)
 
 

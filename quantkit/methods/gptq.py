@@ -218,10 +218,12 @@ class Gptq(Method):
         """Refine what the column solver found, and judge it."""
         from quantkit.numerics.grid_search import codes_of, quantized
         from quantkit.numerics.refine import Problem, refine
+        from quantkit.system.products import product
 
         grids, curvature, columns = posed.grids, posed.curvature, posed.weight.T.contiguous()
         hessian = curvature.hessian
-        problem = Problem(columns, curvature.gram, hessian, hessian @ columns, grids, self.options.shrinkage)
+        response = product(hessian, columns)
+        problem = Problem(columns, curvature.gram, hessian, response, grids, self.options.shrinkage)
         solved = problem.attempt(levels, grid)
         refined = refine(problem, solved, self.options.refinements)
         weight = quantized(codes_of(refined.levels, refined.grid, grids.scheme), refined.grid, grids.scheme)

@@ -20,6 +20,7 @@ from quantkit.schemes.grids.blockfloat import (
     spanning_exponents,
 )
 from quantkit.schemes.rounding import GROUPS, TOKEN, InputRounding
+from quantkit.system.products import product
 
 SMALLEST_SCALE = {"int8": torch.finfo(torch.float32).tiny, "fp8": 1 / (E4M3_HIGHEST * 512)}
 """Of a token; that of floats is vLLM's."""
@@ -95,7 +96,7 @@ def searched_scale(
     errors = []
     for scale in scales:
         missing = sample - round_inputs(sample, rounding, scale)
-        errors.append(sum((missing @ weight.T).square().sum() for weight in weights))
+        errors.append(sum(product(missing, weight.T).square().sum() for weight in weights))
     return torch.stack(scales)[torch.stack([torch.as_tensor(each) for each in errors]).argmin()]
 
 

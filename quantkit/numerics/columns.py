@@ -18,6 +18,7 @@ from typing import Any, TypeAlias
 import torch
 
 from quantkit.schemes.grids import Rounder
+from quantkit.system.products import subtract_products_
 
 BLOCK = 32
 
@@ -82,7 +83,7 @@ def sweep(
     for start, stop in pairwise(bounds):
         push = factor[:, :stop, start:stop] / pivots[:, :stop]
         if start:
-            weight[:, start:stop].baddbmm_(push[:, :start].mT, errors[:, :start], alpha=-1)
+            subtract_products_(weight[:, start:stop], push[:, :start].mT, errors[:, :start])
         scales, rounder, known = steps(start, stop, errors[:, :start])
         within = torch.split(push[:, start:].mT.contiguous(), 1, 1)
         earlier = errors[:, start:stop]

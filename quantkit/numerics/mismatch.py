@@ -22,6 +22,7 @@ import torch
 
 from quantkit.numerics.factor import damped
 from quantkit.system.host import decide, numbers
+from quantkit.system.products import product
 
 LEAST, LESS, MORE, MOST = 0.03, 0.3, 3.0, 30.0
 """Dampings that are tried, shares of the Gram matrix's mean diagonal: the middle two, and the one beyond the better."""
@@ -69,12 +70,14 @@ class Mismatch:
             part: from 0.
         """
         if not self.knows_outputs:
-            return _weighed(self.targets.float() @ weight[rows].T, self.weights)
+            return _weighed(product(self.targets.float(), weight[rows].T), self.weights)
         return _weighed(_part(self.targets, self.parts, part)[:, rows].float(), self.weights)
 
     def moments(self, weight: torch.Tensor, rows: slice, part: int) -> torch.Tensor:
         """The mean of ``X̃ᵀT`` over tokens that are not held out, ``[in_features, rows]``; it may share memory."""
-        return _part(self.cross, self.parts, part)[:, rows] if self.knows_outputs else self.cross @ weight[rows].T
+        if self.knows_outputs:
+            return _part(self.cross, self.parts, part)[:, rows]
+        return product(self.cross, weight[rows].T)
 
     def all_moments(self, weight: torch.Tensor, rows: slice, shares: Sequence[float]) -> torch.Tensor:
         """The same over all tokens, the parts added up by their shares."""
@@ -83,7 +86,7 @@ class Mismatch:
         found = torch.zeros(len(self.cross), len(weight[rows]), device=weight.device)
         for part, share in enumerate(shares):
             found.add_(self.moments(weight, rows, part), alpha=share * (1 - self.share))
-            found.addmm_(held.T, self.aims(weight, rows, part) * (share * self.share / count))
+            found.add_(product(held.T, self.aims(weight, rows, part) * (share * self.share / count)))
         return found
 
 
@@ -153,7 +156,8 @@ def _chosen(weight: torch.Tensor, sizes: Sequence[int], gram: torch.Tensor, mism
         found = []
         for rows, aim in zip(judged, aims, strict=True):
             moments = (mismatch.moments(weight, rows, part) for part in parts)
-            found.append(_judged(torch.stack([held @ torch.cholesky_solve(each, factor) for each in moments]), aim))
+            added = [product(held, torch.cholesky_solve(each, factor)) for each in moments]
+            found.append(_judged(torch.stack(added), aim))
         figures, each = numbers(torch.cat(found)), len(parts) + 1
         gain = sum(figures[each - 1 :: each])
         if best is not None and gain <= best.gain:

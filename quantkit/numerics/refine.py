@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from quantkit.schemes.grids import Grid, Grids, Rounder
+from quantkit.system.products import product
 
 BLOCK = 32
 SYSTEM = 1 << 26
@@ -143,7 +144,7 @@ def _refit_rows(response: torch.Tensor, levels: torch.Tensor, hessian: torch.Ten
     system = torch.empty(rows, groups, groups, device=response.device)
     for group in range(groups):
         start, stop = group * size, (group + 1) * size
-        pulled = hessian[start:, start:stop] @ levels[start:stop]
+        pulled = product(hessian[start:, start:stop], levels[start:stop])
         part = pulled.mul_(levels[start:]).view(groups - group, size, rows).sum(1).T
         system[:, group:, group] = part
         system[:, group, group:] = part
@@ -180,7 +181,7 @@ def descend(
     for start in range(0, columns, BLOCK):
         stop = min(start + BLOCK, columns)
         pull = hessian[start:stop] / pivots[start:stop]
-        wanted = (pull @ missing).unbind(0)
+        wanted = product(pull, missing).unbind(0)
         within = pull[:, start:stop].unbind(0)
         for done, current in enumerate(wanted):
             level, scale, column = next(columns_of)
@@ -201,4 +202,4 @@ def row_errors(difference: torch.Tensor, gram: torch.Tensor | None) -> torch.Ten
     """
     if gram is None:
         return difference.square().sum(0)
-    return (gram @ difference).mul_(difference).sum(0).clamp_(min=0)
+    return product(gram, difference).mul_(difference).sum(0).clamp_(min=0)

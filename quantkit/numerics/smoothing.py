@@ -18,6 +18,7 @@ from quantkit.schemes import Scheme
 from quantkit.schemes.grids import Grid
 from quantkit.schemes.rounding import InputRounding
 from quantkit.system.host import number
+from quantkit.system.products import product
 
 SEARCH_ROWS = 192
 """Rows on which factors are tried, of all layers together that read the input; up to twice as many in fact."""
@@ -102,7 +103,7 @@ def rounding_errors(
         scales = grid.scales.float().unsqueeze(-1)
         missing = torch.addcmul(groups, grids.nearest_(groups / scales, grid.zeros), scales, value=-1)
         missing = grids.ungrouped(missing, weight.shape) / each
-        errors.append((missing @ gram).mul_(missing).sum())
+        errors.append(product(missing, gram).mul_(missing).sum())
     return torch.stack(errors)
 
 
@@ -154,7 +155,7 @@ def input_errors(
     for each in factors:
         scaled = sample / each
         scale = static_scale(scaled.abs().amax(), rounding) if rounding.static else None
-        missing = (scaled - round_inputs(scaled, rounding, scale)) @ (weight * each).T
+        missing = product(scaled - round_inputs(scaled, rounding, scale), (weight * each).T)
         errors.append(missing.square().sum() / len(sample))
     return torch.stack(errors)
 

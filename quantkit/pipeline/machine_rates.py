@@ -22,6 +22,7 @@ from quantkit.methods.base import InputStatistics, Statistic
 from quantkit.recipe import VariantSpec
 from quantkit.schemes.base import PER_CHANNEL
 from quantkit.schemes.plain import PlainScheme
+from quantkit.system.products import product
 
 MOMENT, LONGEST, MOST_CALLS = 0.1, 1.0, 20
 """Seconds that a rate is measured for, until a call was longer than the shortest; seconds and calls at most."""
@@ -69,12 +70,12 @@ def rates(device: str, dtype: torch.dtype, hidden: int, wide: int) -> Rates:
     with torch.no_grad():
         left = torch.ones(rows, inner, dtype=dtype, device=place)
         right = torch.ones(outer, inner, dtype=dtype, device=place)
-        product = _seconds(lambda: left @ right.T, place)
+        multiplied = _seconds(lambda: product(left, right.T), place)
         source = torch.zeros(COPIED // 4, dtype=torch.float32, device=place)
         target = torch.empty_like(source)
         copied = _seconds(lambda: target.copy_(source), place)
     name = str(dtype).removeprefix("torch.")
-    return Rates(device, name, 2 * rows * inner * outer / product, 2 * COPIED / copied)
+    return Rates(device, name, 2 * rows * inner * outer / multiplied, 2 * COPIED / copied)
 
 
 @lru_cache(maxsize=8)

@@ -17,6 +17,7 @@ from quantkit.checkpoint.model_class import text_part
 from quantkit.errors import EvaluationError
 from quantkit.runtimes.base import LoadedModel, Throughput
 from quantkit.system.devices import device_name, synchronize
+from quantkit.system.products import fast_linears
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -52,7 +53,8 @@ class TransformersModel(LoadedModel):
     @torch.inference_mode()
     def logits(self, ids: torch.Tensor) -> torch.Tensor:
         """One forward pass without cache; logits in the model's dtype, on its device."""
-        found: torch.Tensor = self._text(input_ids=ids.to(self.model.device).unsqueeze(0), use_cache=False).logits[0]
+        with fast_linears():
+            found: torch.Tensor = self._text(input_ids=ids.to(self.model.device)[None], use_cache=False).logits[0]
         return found
 
     @torch.inference_mode()
@@ -65,7 +67,8 @@ class TransformersModel(LoadedModel):
         room = LOGITS_AT_ONCE // self.vocabulary if together else 1
         for batch in _batches(rows, room):
             ids = torch.nn.utils.rnn.pad_sequence(list(batch), batch_first=True)
-            found = self._text(input_ids=ids.to(self.model.device), use_cache=False).logits
+            with fast_linears():
+                found = self._text(input_ids=ids.to(self.model.device), use_cache=False).logits
             yield from (logits[: len(row)] for logits, row in zip(found, batch, strict=True))
 
     @cached_property

@@ -38,6 +38,7 @@ from quantkit.runtimes._choice import is_float
 from quantkit.runtimes._rounding import check_layers, put_cache_rounders, put_rounders, rounders_of
 from quantkit.runtimes.base import LoadedModel, LoadOptions
 from quantkit.system.devices import device_name
+from quantkit.system.products import fast_linears
 
 PROOF_TOKENS = 8
 """Of the row that the model's own code reads to its end, to see that its logits are made of the last hidden states."""
@@ -109,7 +110,7 @@ class StreamedModel(LoadedModel):
         self._head.close()
         self._on_step = on_step
         batches = make_batches([row.tolist() for row in rows], self._device, False, BATCH_TOKENS[self._device.type])
-        with torch.inference_mode(False), _as_evaluation():
+        with torch.inference_mode(False), _as_evaluation(), fast_linears():
             hidden = self._walk.proven_hidden(batches, _proof(rows[0], self._device))
             for batch, found in zip(batches, hidden, strict=True):
                 parts = torch.split(found, list(batch.row_lengths()))
@@ -134,7 +135,7 @@ class StreamedModel(LoadedModel):
         if self._skeleton.head is not None and self._skeleton.head.module.weight.is_meta:
             self._head.enter_context(self._loaded(self._skeleton.head, False))
         for part in torch.split(hidden, max(1, CHUNK_LOGITS // self.vocabulary)):
-            with torch.no_grad():
+            with torch.no_grad(), fast_linears():
                 found = self._walk.logits(part)
             yield found
 

@@ -14,6 +14,7 @@ import torch
 
 from quantkit.schemes.ggml import GgmlScheme
 from quantkit.schemes.grids.super_blocks import SINGULAR, TINY, Steps
+from quantkit.system.products import product
 
 
 def refit(scheme: GgmlScheme, weight: torch.Tensor, codes: torch.Tensor, steps: Steps, hessian: torch.Tensor) -> Steps:
@@ -31,7 +32,7 @@ def refit(scheme: GgmlScheme, weight: torch.Tensor, codes: torch.Tensor, steps: 
     missing = row.missing(weight)
     for block in range(weight.shape[0] // scheme.block):
         start, stop = block * scheme.block, (block + 1) * scheme.block
-        slope = hessian[start:stop] @ missing
+        slope = product(hessian[start:stop], missing)
         missing[start:stop] -= row.block_change(block, slope)
         for group in range(start // scheme.sub_block, stop // scheme.sub_block):
             missing_of = slice(group * scheme.sub_block, (group + 1) * scheme.sub_block)
