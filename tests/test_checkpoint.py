@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 
 from quantkit.checkpoint import INDEX_FILE, SINGLE_FILE, CheckpointReader, ShardWriter
+from quantkit.checkpoint import reader as reader_module
 from quantkit.errors import CheckpointError, OutputError
 from tests.tiny import make_model
 
@@ -127,6 +128,15 @@ def test_read_finite_names_the_tensor_and_the_first_index(tmp_path: Path, value:
     assert reader.read_finite("codes").sum() == 2
     with pytest.raises(CheckpointError, match=r"'broken.weight'.*at index \[2, 3\]"):
         reader.read_finite("broken.weight")
+
+
+@pytest.mark.parametrize("place", [0, 3, 4, 19])
+def test_a_large_tensor_is_looked_through_in_parts(monkeypatch: pytest.MonkeyPatch, place: int) -> None:
+    monkeypatch.setattr(reader_module, "TESTED", 4)
+    values = torch.zeros(20)
+    assert reader_module.first_not_finite(values.view(4, 5)) is None
+    values[place:] = float("inf")
+    assert reader_module.first_not_finite(values.view(4, 5)) == place
 
 
 def test_float8_has_nan_and_is_checked(tmp_path: Path) -> None:

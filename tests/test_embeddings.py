@@ -338,7 +338,9 @@ def test_a_plan_and_the_bits_per_weight_count_the_embedding(models: dict[str, Pa
     store = CompressedTensors("float32")
     assert (without.embedding, layers.embedding) == (None, EMBEDDING)
     assert layers.weights() - without.weights() == VOCABULARY * WIDTH
-    assert layers.quantized_bytes(store) - without.quantized_bytes(store) == VOCABULARY * (WIDTH + 4)
+    assert store.for_embeddings().layer_bytes(layers.quantized[EMBEDDING], VOCABULARY, WIDTH) == VOCABULARY * (
+        WIDTH + 4
+    )
     assert list(layers.linears) == list(without.schemes)
     done = quantize(job(models["tied"]), spec, tmp_path / "out")
     reader = CheckpointReader(done.folder)

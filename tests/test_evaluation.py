@@ -427,6 +427,18 @@ def test_masked_tokens_stay_finite_in_the_reference(tmp_path: Path) -> None:
     torch.testing.assert_close(torch.softmax(rows.float(), -1), torch.softmax(logits, -1), atol=1e-3, rtol=0)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_rows_of_a_reference_are_read_and_not_mapped(tmp_path: Path) -> None:
+    windows = cut(Tokens("t", list(range(6)), None), 6, 6)
+    log_probs = torch.log_softmax(torch.randn(5, 4, generator=torch.Generator().manual_seed(1)), dim=-1)
+    with text_writer(tmp_path, windows, 4) as writer:
+        writer.append(log_probs, torch.zeros(5))
+    reader = TextReader(tmp_path, windows)
+    parts = torch.cat([reader.rows(0, 2), reader.rows(2, 5)])
+    assert torch.equal(parts, (log_probs - log_probs.amax(-1, keepdim=True)).half())
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+
+
 def test_a_reference_is_complete_only_with_its_index(model: TransformersModel, tmp_path: Path) -> None:
     windows = random_windows()
     write_reference(tmp_path / "reference", model, windows)

@@ -52,6 +52,18 @@ def test_everything_is_what_transformers_loads(tmp_path: Path, family: str, dtyp
     assert not skeleton.model.training
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_nothing_of_the_frame_stays_when_it_is_unloaded(tmp_path: Path, tied: bool) -> None:
+    make_model(tmp_path, tie_word_embeddings=tied)
+    skeleton, reader = Skeleton(tmp_path), CheckpointReader(tmp_path)
+    for _ in range(2):  # and it can be loaded again
+        skeleton.load_frame(reader, CPU, torch.float32)
+        embedding = skeleton.text.get_input_embeddings().weight
+        assert torch.equal(embedding, reader.read("model.embed_tokens.weight").float())
+        skeleton.unload_frame()
+        assert all(each.is_meta for each in skeleton.model.parameters() if each.ndim > 1)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_large_parameters_start_and_end_on_meta(tmp_path: Path, family: str) -> None:
     make_model(tmp_path, family)

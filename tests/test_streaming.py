@@ -20,6 +20,7 @@ from quantkit.estimation.streaming import (
     Scored,
     block_bytes,
     hidden_line,
+    loaded_as,
     streamed_scoring,
     tokens_with_room,
     where_activations_wait,
@@ -295,6 +296,24 @@ def test_a_70b_does_not_fit_on_a_card_and_its_blocks_do() -> None:
     anatomy, scored = anatomy_of(LARGE), Scored(16384, 512, "bfloat16", "cuda")
     assert whole_scoring(anatomy, scored).nbytes > 130 * GIB
     assert block_bytes(anatomy, "bfloat16") < streamed_scoring(anatomy, scored).nbytes < 12 * GIB
+
+
+def test_pages_of_files_count_where_tensors_are_copied_or_stay_packed() -> None:
+    anatomy, scored = anatomy_of(LARGE), Scored(16384, 8, "float32")
+    weights, file = anatomy.parameters * 4, 40 * GIB
+    loading = whole_scoring(anatomy, scored)
+    assert loading.nbytes == weights + anatomy.parameters * 2
+    assert loading.title == "loading the whole model"
+    kept = whole_scoring(anatomy, scored, pages=False)
+    assert weights < kept.nbytes < 1.01 * weights
+    packed = whole_scoring(anatomy, scored, loaded_as(anatomy, scored, "decoded at first use", file))
+    assert packed.nbytes == kept.nbytes + file
+    own = whole_scoring(anatomy, Scored(16384, 8, "bfloat16"))
+    assert anatomy.parameters * 2 < own.nbytes < 1.01 * anatomy.parameters * 2
+    one_layer = whole_scoring(anatomy, scored, loaded_as(anatomy, scored, "packed, a layer decoded at a time", file))
+    assert file < one_layer.nbytes < file + 16 * GIB
+    decoded = whole_scoring(anatomy, scored, loaded_as(anatomy, scored, "decoded", file))
+    assert weights < decoded.nbytes < 1.05 * weights
 
 
 def test_activations_wait_where_there_is_room() -> None:

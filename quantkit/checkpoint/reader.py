@@ -14,6 +14,8 @@ from quantkit.system.artifacts import translated_os_errors, write_json
 
 AT_ONCE = 60
 """Seconds within which two checkpoints in a folder were written at the same time."""
+TESTED = 1 << 20
+"""Values that are looked through for a NaN or an infinity at once."""
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -129,13 +131,10 @@ class CheckpointReader:
             CheckpointError: it holds a NaN or an infinity; names the tensor and the first such index.
         """
         tensor = self.read(name)
-        if not (tensor.is_floating_point() or tensor.is_complex()):
+        first = first_not_finite(tensor)
+        if first is None:
             return tensor
-        finite = torch.isfinite(tensor.float() if tensor.itemsize == 1 else tensor)
-        if finite.all():
-            return tensor
-        first = finite.flatten().to(torch.uint8).argmin()
-        index = [int(place) for place in torch.unravel_index(first, finite.shape)]
+        index = [int(place) for place in torch.unravel_index(torch.tensor(first), tensor.shape)]
         raise CheckpointError(
             f"tensor '{name}' of {self.file_of(name)} is {tensor.flatten()[first].item()} at index {index}",
             "the checkpoint is broken: get it again from its source",
@@ -146,6 +145,22 @@ class CheckpointReader:
             return self._entries[name]
         except KeyError:
             raise CheckpointError(f"{self.folder} holds no tensor '{name}'", "is this the model you mean?") from None
+
+
+def first_not_finite(tensor: torch.Tensor) -> int | None:
+    """The place of the first NaN or infinity among the values of a contiguous tensor; None where there is none.
+
+    It is looked for in some values at a time, as the test takes as much memory again as what is tested.
+    """
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return None
+    flat = tensor.reshape(-1)
+    for start in range(0, flat.numel(), TESTED):
+        part = flat[start : start + TESTED]
+        finite = torch.isfinite(part.float() if part.itemsize == 1 else part)
+        if not finite.all():
+            return start + int(finite.to(torch.uint8).argmin())
+    return None
 
 
 def _find_index(folder: Path) -> Path | None:

@@ -317,6 +317,15 @@ class Skeleton:
                 self._fill(name, module, reader, device, dtype, recurse=False)
         self._fill_first(reader, device, dtype)
 
+    def unload_frame(self) -> None:
+        """Send all that is loaded back to meta, when nothing runs any more."""
+        for full, parameter in self._empty.items():
+            owner, leaf = _owner(self.model, full)
+            setattr(owner, leaf, parameter)
+        self._empty.clear()
+        self._became.clear()
+        self.names.forget()
+
     def _fill_first(self, reader: WeightReader, device: torch.device, dtype: torch.dtype) -> None:
         """Fill the first parameter of each model around the blocks: transformers asks it where the model lies."""
         models = [(name, module) for name, module in self.model.named_modules() if isinstance(module, PreTrainedModel)]

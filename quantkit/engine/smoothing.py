@@ -34,6 +34,9 @@ TOLERANCE = 1e-3
 ROUNDINGS = 2
 """The same in roundings of the dtype, where a norm stores its weight less 1 and so a doubled one is rounded."""
 
+COMPARED = 1 << 20
+"""Numbers that are compared at once."""
+
 
 @dataclass(frozen=True, slots=True)
 class Trial:
@@ -152,7 +155,7 @@ class SmoothingFinder:
             with self._scaled(name, pattern, offset):
                 doubled = self._input_of(layers[0])
             applied = pattern if not offset else _applied(weight, pattern, offset)
-            if doubled is not None and _close(doubled, plain * applied, _tolerance(weight, offset)):
+            if doubled is not None and _close(doubled, plain, applied, _tolerance(weight, offset)):
                 return SmoothingPlace(layers, name, offset)
         return None
 
@@ -168,7 +171,7 @@ class SmoothingFinder:
             if doubled is None:
                 return None
             grown = doubled.abs().sum(0) > 1.5 * size
-            if not _close(doubled, plain * (1.0 + grown), TOLERANCE):
+            if not _close(doubled, plain, 1.0 + grown, TOLERANCE):
                 return None
             found |= grown.long() << bit
         return found if decide((found < channels).all()) and decide((size > 0).all()) else None
@@ -230,8 +233,17 @@ def _alternating(channels: int, device: torch.device) -> torch.Tensor:
     return 1.0 + torch.randint(2, (channels,), generator=generator).float().to(device)
 
 
-def _close(found: torch.Tensor, wanted: torch.Tensor, tolerance: float) -> bool:
-    """Whether each element is the wanted one, and not all are nothing; never where routing gave it other tokens."""
-    if found.shape != wanted.shape:
+def _close(found: torch.Tensor, plain: torch.Tensor, factors: torch.Tensor, tolerance: float) -> bool:
+    """Whether each element is the plain one times its channel's factor, and not all are nothing.
+
+    It is never so where routing gave it other tokens. Some tokens are compared at a time, which takes less memory.
+    """
+    if found.shape != plain.shape:
         return False
-    return decide(((found - wanted).abs() <= tolerance * wanted.abs()).all() & wanted.any())
+    same, any_there = [], []
+    step = max(1, COMPARED // plain.shape[1])
+    for one, other in zip(torch.split(found, step), torch.split(plain, step), strict=True):
+        wanted = other * factors
+        same.append(((one - wanted).abs() <= tolerance * wanted.abs()).all())
+        any_there.append(wanted.any())
+    return decide(torch.stack(same).all() & torch.stack(any_there).any())

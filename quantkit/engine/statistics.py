@@ -95,9 +95,10 @@ class Gatherer:
         if Statistic.GRAM in self._needs:
             add_gram(self._sum(Statistic.GRAM, flat, flat.shape[1]), flat, weights)
         if Statistic.ABS_MEAN in self._needs:
-            self._sum(Statistic.ABS_MEAN, flat).add_(_weighed(flat.float().abs(), weights).sum(0))
+            self._sum(Statistic.ABS_MEAN, flat).add_(_weighed(flat.abs().float(), weights).sum(0))
         if Statistic.SQUARE_MEAN in self._needs:
-            self._sum(Statistic.SQUARE_MEAN, flat).add_(_weighed(flat.float().square(), weights).sum(0))
+            squares = flat.to(torch.float32, copy=True).square_()
+            self._sum(Statistic.SQUARE_MEAN, flat).add_(_weighed(squares, weights).sum(0))
         if Statistic.ABS_MAX in self._needs and len(flat):
             self.largest = _larger(self.largest, flat.abs().amax(0).float())
         if Statistic.SAMPLE in self._needs and len(flat):

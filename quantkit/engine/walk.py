@@ -320,9 +320,7 @@ class Walk:
         """Solve step by step, each from inputs that the steps before it have changed."""
         transforming, observing = self._solver.transforming, self._solver.observing(segment)
         if transforming.has_work(observing):
-            known = self._streams.observe(segment, found)
-            places = self._streams.standing(segment) if observing[0].learns else ()
-            self._solver.work(observing[0], partial(transforming.choose, observing[0], segment, known, places))
+            self._choose(segment, observing[0], found)
             transforming.apply(observing[0], segment)
         self._streams.deal(found, whole=False)
         self._observe_cache(segment)
@@ -354,6 +352,12 @@ class Walk:
             self._advance_twins(segment, last)
         if not last:
             self._streams.advance(segment)
+
+    def _choose(self, segment: Segment, task: VariantTask, found: Sequence[Step]) -> None:
+        """Let a task's transforms choose what they do to a segment, by the statistics of all its inputs."""
+        known = self._streams.observe(segment, found)
+        places = self._streams.standing(segment) if task.learns else ()
+        self._solver.work(task, partial(self._solver.transforming.choose, task, segment, known, places))
 
     def _observe_cache(self, segment: Segment) -> None:
         """Calibrate the scales of keys and values for the tasks that want them, from one run before layers are solved.

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from quantkit.errors import SourceError
 from quantkit.estimation.anatomy import Anatomy
 from quantkit.estimation.inference import LLAMA_CPP_TOKENS, activations_line, cache_lines, served, weights_line
 from quantkit.estimation.lines import Line, Part, written
 from quantkit.estimation.models import anatomy_by
-from quantkit.estimation.streaming import streamed_weights
+from quantkit.estimation.streaming import How, streamed_weights
 from quantkit.estimation.use import Use
 from quantkit.estimation.weights import Stored, stored
 from quantkit.formats import FORMATS
@@ -25,7 +25,6 @@ ESTIMATED = "weights_estimated_bytes"
 ESTIMATES = "estimates"
 SERVERS = ("vllm",)
 """Runtimes that take memory for a cache of many rows before they are given one."""
-How = Literal["decoded", "decoded at first use", "packed", "packed, a layer decoded at a time", "a block at a time"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,8 +41,12 @@ CAST = 1
 """The same for a comparison that torch on a CPU casts to whole numbers, to add it to the places in a codebook."""
 CODES = 0.25
 """The same for the codes of a solved layer."""
-EXPORTING = 3
-"""Times the largest float tensor, which is checked for NaN and compared after writing."""
+FOUND = 3
+"""Float32 copies of an input of a batch while it is tried whether it can be scaled: as it was, as it is, compared."""
+SCALED = 2
+"""Gram matrices beside that of an input while factors are tried: it is divided by their products."""
+EXPORTING = 2
+"""Times the largest float tensor, which is compared after writing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +115,8 @@ def quantizing(anatomy: Anatomy, variant: VariantSpec, file: Stored, use: Use) -
         run = replace(run, groups=groups)
     else:
         groups = tuple(uncalibrated_groups(anatomy, schemes, FORMATS.get(variant.format)))
+    if run.observes and run.groups and use.inputs == "quantized":
+        moments += _observing(run)
     for group in groups:
         moments += _moments(run, group)
     if variant.tune is not None:
@@ -270,14 +276,52 @@ def _lost(run: _Run, group: Group) -> list[Line]:
 def _beside(run: _Run) -> tuple[int, str]:
     """Numbers of the Gram matrices of a block's other inputs that are there.
 
-    With float inputs all are gathered in one run of the block; a method that scales inputs has them gathered so in any
-    case, before it chooses its factors, and they stay until the block is done. Without such a method those of experts
-    come as many at a time as there is room for, and no fewer than are solved together, which is what is counted.
+    With float inputs all are gathered in one run of the block, and stay until it is done.
     """
-    if Statistic.GRAM not in run.needs or not (run.use.inputs == "float" or run.observes):
+    if Statistic.GRAM not in run.needs or run.use.inputs != "float":
         return 0, ""
-    count = sum(((run.observes and group.experts) or group.together) * group.columns**2 for group in run.groups)
+    count = _of_all_inputs(run)
     return count, f"{written(count)} of all inputs + "
+
+
+def _of_all_inputs(run: _Run) -> int:
+    """Numbers of the Gram matrices of all inputs of a block.
+
+    Without a method that scales inputs those of experts come as many at a time as there is room for, and no fewer than
+    are solved together, which is what is counted.
+    """
+    return sum(((run.observes and group.experts) or group.together) * group.columns**2 for group in run.groups)
+
+
+def _observing(run: _Run) -> Iterator[Part]:
+    """The moments at which a transform looks at a block whose passes go on from there: one more run, and its search."""
+    from quantkit.engine.batches import BATCH_TOKENS
+    from quantkit.engine.statistics import SAMPLED
+    from quantkit.numerics.smoothing import SEARCH_ROWS
+
+    tokens, batch = run.use.calibration_tokens, min(run.use.calibration_tokens, BATCH_TOKENS[run.use.device])
+    waiting, words = _waiting(run, tokens)
+    paused = max(group.paused for group in run.groups)
+    running = waiting + batch * paused * run.size
+    standing = [_block(run), _frame(run), *_twins(run, run.groups[0])]
+    passing = Line("activations", running, f"{words} + {batch:,} x {paused:,} x {run.size} bytes")
+    widest = max(run.groups, key=lambda group: group.columns)
+    columns, sampled = widest.columns, SAMPLED * (Statistic.SAMPLE in run.needs)
+    grams = _of_all_inputs(run) if Statistic.GRAM in run.needs else 0
+    kept = grams + min(tokens, sampled) * sum(group.columns for group in run.groups)
+    inputs = Line("inputs", FOUND * batch * columns * 4, f"{FOUND} x {batch:,} tokens x {columns:,} x 4 bytes")
+    if any(transform.smooths for transform in run.variant.build_transforms()):
+        yield _part(run, "when places for factors are found", [*standing, passing, inputs, _packed(run)])
+    what = f"({written(kept)} of all inputs + {batch:,} tokens of a batch x {columns:,}) x 4 bytes"
+    statistics = Line("statistics", 4 * (kept + batch * columns), what)
+    yield _part(run, "when all inputs of a block are read", [*standing, passing, statistics, _packed(run)])
+    weights, rows = max(group.weights for group in run.groups), 2 * SEARCH_ROWS
+    matrices = FACTORIZING if run.factorizes else SCALED
+    count = kept + matrices * columns**2 + weights + round(rows * columns * (1 + _working(run, widest.solved[1])))
+    what = f"({written(kept)} of all inputs + {matrices} x {columns:,}² + {written(weights)} weights + their trial)"
+    searched = Line("statistics and weights", 4 * count, f"{what} x 4 bytes")
+    still = Line("activations", waiting, words)
+    yield _part(run, "when factors are searched", [*standing, still, searched, _packed(run)])
 
 
 def _matrices(group: Group, matrices: int) -> tuple[int, str]:
@@ -299,15 +343,14 @@ def _gathering(run: _Run, group: Group) -> Line:
 
     columns, batch = group.columns, min(run.use.calibration_tokens, BATCH_TOKENS[run.use.device])
     if Statistic.GRAM not in run.needs:
-        return Line("statistics", 8 * batch * columns, f"2 x {batch:,} tokens of a batch x {columns:,} x 4 bytes")
+        return Line("statistics", 4 * batch * columns, f"{batch:,} tokens of a batch x {columns:,} x 4 bytes")
     beside, words = _beside(run)
     own, each = (0, "") if run.use.inputs == "float" else _matrices(group, 1)
-    copies = 1 + bool(run.needs - {Statistic.GRAM})
-    if run.use.device == "cpu" and copies == 1:
+    if run.use.device == "cpu" and run.needs == {Statistic.GRAM}:
         batch = min(batch, CHUNK_TOKENS)
     words += f"{each} {columns:,}² + ".removeprefix("1 x ") if own else ""
-    what = f"{words}{copies} x {batch:,} tokens of a batch x {columns:,}"
-    count = beside + own * columns**2 + copies * batch * columns
+    what = f"{words}{batch:,} tokens of a batch x {columns:,}"
+    count = beside + own * columns**2 + batch * columns
     return Line("statistics", 4 * count, f"({what}) x 4 bytes")
 
 
@@ -355,7 +398,7 @@ def _working(run: _Run, scheme: Scheme) -> float:
 def _exporting(file: Stored) -> Part:
     """The moment at which the largest float tensor is copied."""
     largest_float = max((nbytes for _, nbytes in file.floats.values()), default=0)
-    formula = f"{EXPORTING} x {written(largest_float)} bytes, checked and compared"
+    formula = f"{EXPORTING} x {written(largest_float)} bytes, compared"
     return Part(
         "quantizing", "while the file is written", (Line("largest float tensor", EXPORTING * largest_float, formula),)
     )

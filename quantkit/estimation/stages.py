@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from quantkit.estimation.anatomy import Anatomy
 from quantkit.estimation.backward import backward, training_back
 from quantkit.estimation.lines import Line, Part
 from quantkit.estimation.quantizing import quantizing
-from quantkit.estimation.streaming import Scored, fits_whole, streamed_scoring, where_activations_wait, whole_scoring
+from quantkit.estimation.streaming import (
+    Loaded,
+    Scored,
+    fits_whole,
+    streamed_scoring,
+    where_activations_wait,
+    whole_scoring,
+)
 from quantkit.estimation.use import Use
 from quantkit.estimation.weights import Stored
 from quantkit.formats.base import BYTES
@@ -21,8 +28,6 @@ from quantkit.system.units import in_units
 
 TOGETHER = 1 << 15
 """Tokens whose inputs of blocks wait together while the float model tells a training what to reach."""
-CODE = 30 << 20
-"""Bytes of libraries that a process which scores reads at first use, on a CPU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +155,7 @@ def scoring_need(
     scored: Scored,
     room: Room,
     *,
-    weights: int | None = None,
+    loaded: Loaded | None = None,
     disk: int = 0,
     loader: str = AUTO,
 ) -> StageNeed:
@@ -161,28 +166,20 @@ def scoring_need(
         anatomy: the model.
         scored: what is scored.
         room: the memory there is.
-        weights: bytes of a file that stays packed; None for float weights.
+        loaded: what is held of it where it is loaded whole; None for a float checkpoint.
         disk: bytes that it writes.
         loader: see :class:`quantkit.recipe.EvaluationSpec`.
     """
-    whole = _with_code(whole_scoring(anatomy, scored, weights=weights), room)
+    whole, packed = whole_scoring(anatomy, scored, loaded), loaded is not None
     waits = where_activations_wait(anatomy, scored, room.free, room.cpu)
-    streamed = _with_code(streamed_scoring(anatomy, scored, packed=weights is not None, waiting=waits), room)
-    least = streamed_scoring(anatomy, scored, packed=weights is not None, waiting="disk").nbytes
+    streamed = streamed_scoring(anatomy, scored, packed=packed, waiting=waits)
+    least = streamed_scoring(anatomy, scored, packed=packed, waiting="disk").nbytes
     if loader not in (AUTO, STREAMED):
         return StageNeed(stage, room.device, whole, "loaded whole", whole.nbytes, disk=disk)
-    if loader == AUTO and fits_whole(whole, room.free):
+    if loader == AUTO and fits_whole(whole_scoring(anatomy, scored, loaded, pages=False), room.free):
         return StageNeed(stage, room.device, whole, "loaded whole", min(least, whole.nbytes), disk=disk)
     where = {"device": "beside it", "cpu": "in the CPU's memory", "disk": "on disk"}[waits]
     return StageNeed(stage, room.device, streamed, f"a block at a time, activations {where}", least, disk=disk)
-
-
-def _with_code(part: Part, room: Room) -> Part:
-    """With what a process that has just begun reads of libraries when it uses them first."""
-    if room.device != "cpu":
-        return part
-    code = Line("code of libraries", CODE, "read at first use, by docs/vram.md 20 to 50 MiB")
-    return replace(part, lines=(*part.lines, code))
 
 
 def sensitivity_need(stage: str, anatomy: Anatomy, use: Use, room: Room) -> StageNeed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -13,8 +14,12 @@ from quantkit.formats.base import BYTES
 
 LOGITS_AT_ONCE = {"cpu": 1 << 21, "cuda": 1 << 26}
 """Logits that a scorer handles at once."""
-LOGIT_COPIES = 5
-"""Float32 copies of these while divergence is taken."""
+LOGIT_COPIES = 4
+"""Float32 tensors of as many numbers while divergence is taken: logarithms of the model and of the reference, which is
+what was stored of it, normalized, and its chances."""
+PAGES = "pages of the file"
+DECODING = 8
+"""Bytes of a weight beside the model while it is decoded: in float32, and what that is made of."""
 STREAMED_LOGITS = 1 << 24
 """Logits that a streamed model makes at once."""
 STREAMS = 2
@@ -22,6 +27,10 @@ STREAMS = 2
 SHARE = 0.8
 """Of what a device has free, what is counted on."""
 
+How = Literal[
+    "float", "decoded", "decoded at first use", "packed", "packed, a layer decoded at a time", "a block at a time"
+]
+"""How a runtime holds the layers of a checkpoint."""
 Waiting = Literal["device", "cpu", "disk"]
 """Where activations wait between blocks."""
 
@@ -43,20 +52,73 @@ class Scored:
     device: str = "cpu"
 
 
-def whole_scoring(anatomy: Anatomy, scored: Scored, *, weights: int | None = None) -> Part:
-    """Memory of a model that is loaded whole while it is scored.
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A checkpoint as a runtime holds it, once it is loaded whole.
+
+    Attributes:
+        held: its tensors, and pages of its file that stay mapped beside them.
+        reading: what is there beside these while it is loaded: pages of the file of which all tensors are copied.
+        running: what is there beside them while it runs: the layer that is decoded.
+    """
+
+    held: tuple[Line, ...]
+    reading: tuple[Line, ...] = ()
+    running: tuple[Line, ...] = ()
+
+
+def loaded_as(anatomy: Anatomy, scored: Scored, how: How = "float", file: int | None = None) -> Loaded:
+    """What a checkpoint takes that is loaded whole.
+
+    transformers maps the files of a checkpoint, so that on a CPU all pages that were read are in memory as long as a
+    tensor lies in them: of float files until each is in the dtype in which the model computes, of packed ones for good.
 
     Args:
         anatomy: the model.
         scored: what is scored.
-        weights: bytes of those that stay packed; None for float weights in the dtype in which the model computes.
+        how: the runtime holds it.
+        file: bytes of it; None for those of the float model.
     """
-    size = BYTES[scored.dtype]
-    held = Line("weights", anatomy.parameters * size, f"{written(anatomy.parameters)} values x {size} bytes")
-    weighed = held if weights is None else Line("weights", weights, "as they lie on disk")
+    size, own = BYTES[scored.dtype], BYTES[anatomy.dtype]
+    whole = anatomy.parameters * own if file is None else file
+    floats = Line("weights", anatomy.parameters * size, f"{written(anatomy.parameters)} values x {size} bytes")
+    pages = Line(PAGES, whole, f"{written(whole)} bytes, mapped")
+    most = max((math.prod(shape) for shape, _ in anatomy.linears().values()), default=0)
+    layer = Line("decoded layer", most * size, f"{written(most)} weights x {size} bytes")
+    if how == "packed":
+        return Loaded((Line("weights", whole, "as they lie on disk"),))
+    if scored.device != "cpu":
+        held = Line("weights", whole, "as they lie on disk") if how.startswith("packed") else floats
+        return Loaded((held,), running=(layer,) if how.startswith("packed") else ())
+    if how == "float":
+        return Loaded((floats,), (pages,) if scored.dtype != anatomy.dtype else ())
+    if how == "decoded":
+        decoding = Line("tensor that is decoded", most * DECODING, f"{written(most)} weights x {DECODING} bytes")
+        return Loaded((floats,), (decoding,))
+    if how == "decoded at first use":
+        return Loaded((floats, pages))
+    frame = frame_bytes(anatomy, scored.dtype) + (0 if anatomy.tied else anatomy.vocabulary * anatomy.hidden * size)
+    return Loaded((Line("embedding and head", frame, f"in {scored.dtype}"), pages), running=(layer,))
+
+
+def whole_scoring(anatomy: Anatomy, scored: Scored, loaded: Loaded | None = None, *, pages: bool = True) -> Part:
+    """Memory of a model that is loaded whole while it is loaded and scored.
+
+    Args:
+        anatomy: the model.
+        scored: what is scored.
+        loaded: what is held of it; None for a float checkpoint.
+        pages: count those of files, which the system takes back where memory is short.
+    """
+    loaded = loaded_as(anatomy, scored) if loaded is None else loaded
     beside = (_window_logits(anatomy, scored), activations_line(anatomy, 1, scored.window, scored.dtype))
-    lines = (weighed, max(beside, key=lambda line: line.nbytes), _handled(anatomy, scored), *_device(scored))
-    return Part("scoring", "scoring, the whole model loaded", lines)
+    most, device = max(beside, key=lambda line: line.nbytes), _device(scored)
+    moments = {
+        "loading the whole model": (*loaded.held, *loaded.reading, *device),
+        "scoring, the whole model loaded": (*loaded.held, *loaded.running, most, _handled(anatomy, scored), *device),
+    }
+    counted = {title: tuple(each for each in lines if pages or each.name != PAGES) for title, lines in moments.items()}
+    return largest([Part("scoring", title, lines) for title, lines in counted.items()])
 
 
 def streamed_scoring(anatomy: Anatomy, scored: Scored, *, packed: bool = False, waiting: Waiting | None = None) -> Part:
@@ -95,7 +157,12 @@ def streamed_scoring(anatomy: Anatomy, scored: Scored, *, packed: bool = False, 
 
 
 def fits_whole(whole: Part, free: int) -> bool:
-    """Whether a model is loaded whole to be scored, where that is left to quantkit."""
+    """Whether a model is loaded whole to be scored, where that is left to quantkit.
+
+    Args:
+        whole: what it takes then, without pages of files.
+        free: bytes of the device.
+    """
     return whole.nbytes <= SHARE * free
 
 

@@ -19,6 +19,7 @@ from quantkit.evaluation.memory import MemoryWatch, checkpoint_bytes
 from quantkit.evaluation.reference import TextReader, check_reference, prepare_folder, text_writer, write_index
 from quantkit.evaluation.scoring import TextScore, score
 from quantkit.evaluation.speed import NEW_TOKENS, PROMPT_TOKENS, measure_speed
+from quantkit.evaluation.stage_peak import warm_up
 from quantkit.evaluation.tasks_and_answers import TasksAndAnswers, tasks_and_answers
 from quantkit.evaluation.texts import Windows, cut, load_text
 from quantkit.recipe.evaluation import STREAMED
@@ -76,6 +77,8 @@ def evaluate(job: EvaluationJob, progress: Progress) -> dict[str, Any]:
         prompts = others.prompts(conversations, windows)
         needed = prompts.context_length if prompts else 0
         options = replace(options, context_length=max(options.context_length, others.context_length, needed))
+        if device.type == "cpu":
+            warm_up()
         watch = MemoryWatch(device, own_allocator=loading.runtime.own_allocator)
         model, loading = _load(job, loading, options, windows, ends, progress)
         ends.enter_context(closing(model))

@@ -15,9 +15,11 @@ from quantkit.estimation.lines import Part
 from quantkit.estimation.measured import held_by, known_anatomy
 from quantkit.estimation.streaming import (
     SHARE,
+    How,
     Scored,
     fits_whole,
     hidden_line,
+    loaded_as,
     tokens_with_room,
     where_activations_wait,
     whole_scoring,
@@ -96,10 +98,10 @@ def _whole(
     if anatomy is None:
         return None
     store = format_name(job.checkpoint)
-    how = held_by(runtime.name, store, options.dtype).how
-    packed = how.startswith("packed") and store != "float"
-    weights = checkpoint_bytes(job.checkpoint) if packed else None
-    return whole_scoring(anatomy, _scored(options, windows, anatomy.dtype), weights=weights)
+    how: How = "float" if store == "float" else held_by(runtime.name, store, options.dtype).how
+    scored = _scored(options, windows, anatomy.dtype)
+    loaded = loaded_as(anatomy, scored, how, checkpoint_bytes(job.checkpoint))
+    return whole_scoring(anatomy, scored, loaded, pages=False)
 
 
 def _scored(options: LoadOptions, windows: Mapping[str, Windows], own: str) -> Scored:

@@ -1,6 +1,6 @@
 """The float model's distributions on disk: computed once for a recipe, read by every variant.
 
-A text's file is a NumPy array, float16 ``[positions, vocabulary]``, which a reader maps into memory. A row
+A text's file is a NumPy array, float16 ``[positions, vocabulary]``, of which a reader reads some rows at a time. A row
 holds a position's log-probabilities minus the largest of them. Zero is the likeliest token, so float16 is
 finest where the probability is, and whoever reads a row normalizes it again; the divergence of a
 distribution from itself as stored stays below 1e-6 nats. Beside it lie the negative log-likelihoods of the text's own
@@ -154,13 +154,20 @@ class TextReader:
     """
 
     def __init__(self, folder: Path, text: Windows) -> None:
-        self._rows = np.load(folder / _file_name(text.name), mmap_mode="r", allow_pickle=False)
-        self.vocabulary: int = self._rows.shape[1]
+        self._file = folder / _file_name(text.name)
+        mapped = np.load(self._file, mmap_mode="r", allow_pickle=False)
+        self._begins: int = mapped.offset
+        self.vocabulary: int = mapped.shape[1]
         self.nll = torch.from_numpy(np.load(_likelihoods(folder, text.name), allow_pickle=False))
 
     def rows(self, start: int, stop: int) -> torch.Tensor:
-        """Float16 ``[stop - start, vocabulary]``: log-probabilities minus the largest of their row."""
-        return torch.from_numpy(self._rows[start:stop].astype(np.float16))
+        """Float16 ``[stop - start, vocabulary]``: log-probabilities minus the largest of their row.
+
+        They are read and not mapped: pages of a mapped file stay in the resident set, in the end those of all rows.
+        """
+        row = self.vocabulary * STORED.itemsize
+        found = np.fromfile(self._file, STORED, (stop - start) * self.vocabulary, offset=self._begins + start * row)
+        return torch.from_numpy(found.reshape(stop - start, self.vocabulary).astype(np.float16, copy=False))
 
 
 def _likelihoods(folder: Path, text: str) -> Path:

@@ -103,11 +103,13 @@ class Correction:
         shares: of each layer and part, from 0 for what is not made up for to 1 for the whole.
         gain: by how much the error of the tokens that are held out falls, relative to what was lost, summed over the
             layers.
+        damping: of ``H``, a share of its mean diagonal.
         factor: lower Cholesky factor of the damped ``H``.
     """
 
     shares: tuple[tuple[float, ...], ...]
     gain: float
+    damping: float
     factor: torch.Tensor
 
 
@@ -163,11 +165,10 @@ def _chosen(weight: torch.Tensor, sizes: Sequence[int], gram: torch.Tensor, mism
         if best is not None and gain <= best.gain:
             return best
         starts = range(0, len(figures), each)
-        return Correction(tuple(tuple(figures[start : start + each - 1]) for start in starts), gain, factor)
+        return Correction(tuple(tuple(figures[start : start + each - 1]) for start in starts), gain, damping, factor)
 
-    first = better(None, LESS)
-    second = better(first, MORE)
-    return better(second, LEAST if second is first else MOST)
+    best = better(better(None, LESS), MORE)
+    return better(best, MOST if best is not None and best.damping == MORE else LEAST)
 
 
 def _judged(outputs: torch.Tensor, aims: torch.Tensor) -> torch.Tensor:

@@ -361,7 +361,7 @@ def _streams(recipe: Recipe, anatomy: Anatomy, device: torch.device) -> bool:
         return spec.loader == STREAMED
     dtype = compute_dtype(spec.dtype, device.type) or anatomy.dtype
     scored = Scored(len(spec.texts) * spec.max_tokens, spec.context_length, dtype, device.type)
-    return not fits_whole(whole_scoring(anatomy, scored), free_bytes(device, recipe.max_memory))
+    return not fits_whole(whole_scoring(anatomy, scored, pages=False), free_bytes(device, recipe.max_memory))
 
 
 def _past(recipe: Recipe, model: SourceModel) -> dict[str, tuple[int, float]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,9 +15,6 @@ from quantkit.checkpoint import FLOATS, CheckpointReader
 from quantkit.engine.precision import pass_dtype
 from quantkit.engine.skeleton import Skeleton
 from quantkit.errors import QuantkitError
-from quantkit.estimation.weights import float_bytes
-from quantkit.formats import FORMATS
-from quantkit.formats.base import Format
 from quantkit.isolation.forecast import library_forecast
 from quantkit.merging import merged_source
 from quantkit.pipeline import needs_calibration, quantize_job
@@ -27,6 +23,7 @@ from quantkit.pipeline.mixing import given_back, known_choice, mixed_scheme, pro
 from quantkit.pipeline.preflight import preflight
 from quantkit.pipeline.stage_needs import check_bounds, stage_needs
 from quantkit.quantization.calibration_need import few_tokens
+from quantkit.quantization.foreseen import planned_bytes
 from quantkit.quantization.generated import generated_tokens, widest_input
 from quantkit.quantization.job import Job, finished_variant, made_from
 from quantkit.quantization.memory_use import choose_strategy
@@ -52,7 +49,7 @@ def forecast(recipe: Recipe) -> dict[str, Any]:
         ``name``, ``state`` (beginning with ``finished``, ``to do`` or ``cannot run``), ``method``, ``format``,
         ``scheme``, ``schemes`` (each that occurs to its number of layers), ``layers`` (quantized, all), ``share`` (of
         the weights in the blocks' matrices that is quantized, or None), ``notes`` (what stays float and why),
-        ``size_bytes`` (None where a library alone knows it) and ``strategy``.
+        ``size_bytes`` (of its files with tensors, headers too; None where a library alone knows it) and ``strategy``.
     """
     preflight(recipe)
     model = merged_source(recipe.model, recipe.merge, recipe.folder, Silent())
@@ -63,7 +60,7 @@ def forecast(recipe: Recipe) -> dict[str, Any]:
     found = load(calibrated) if needs_calibration(recipe) and (calibrated / STAGE_FILE).exists() else None
     tokens = recipe.calibration.samples * recipe.calibration.max_length if found is None else found.tokens
     job = quantize_job(recipe, model, found)
-    variants = _Variants(recipe.folder, job, resolve_device(job.device), skeleton, reader, tokens)
+    variants = _Variants(recipe.folder, job, resolve_device(job.device), skeleton, tokens)
     found_of: dict[str, dict[str, Any]] = {}
     for variant in recipe.variants:
         found_of[variant.name] = (
@@ -139,7 +136,6 @@ class _Variants:
         job: which they share.
         device: on which they are quantized.
         skeleton: the model.
-        reader: its files.
         tokens: with which they are calibrated.
     """
 
@@ -147,7 +143,6 @@ class _Variants:
     job: Job
     device: torch.device
     skeleton: Skeleton
-    reader: CheckpointReader
     tokens: int
 
     @property
@@ -186,11 +181,8 @@ class _Variants:
 
     def _plain(self, variant: VariantSpec) -> dict[str, Any]:
         """One of which the scheme of each layer is known."""
-        layers, store = plan_layers(self.skeleton, variant), FORMATS.get(variant.format)
+        layers = plan_layers(self.skeleton, variant)
         stored = finished_variant(self.folder / variant.name, made_from(self.job, variant))
-        dropped = set(self.skeleton.left_out(all_unknown=store.container == "gguf"))
-        kept = layers.kept([name for name in self.reader.names() if name not in dropped]).values()
-        floats = sum(_float_bytes(self.reader, name, store, layers.cast) for name in kept)
         return {
             "name": variant.name,
             "state": _variant_state(stored is not None, calibrated=variant.calibrated),
@@ -201,7 +193,7 @@ class _Variants:
             "layers": (len(layers.quantized), len(layers.schemes)),
             "share": layers.share,
             "notes": [*layers.notes, *self._few_tokens(variant, layers), *self._generated(variant)],
-            "size_bytes": floats + layers.quantized_bytes(store(self.job.dtype)),
+            "size_bytes": planned_bytes(self.job, self.skeleton, variant, layers),
             "strategy": self._strategy(variant),
         }
 
@@ -229,12 +221,6 @@ class _Variants:
         return choose_strategy(
             self.skeleton, self._tokens(variant), dtype, self.device, corrected, tuned, self.job.bounds
         )
-
-
-def _float_bytes(reader: CheckpointReader, name: str, store: type[Format], cast: str | None) -> int:
-    """Bytes of a float tensor of the source in the file of a variant."""
-    shape, dtype = reader.shape(name), cast or str(reader.dtype(name)).removeprefix("torch.")
-    return math.prod(shape) * float_bytes(store.container, dtype, shape)
 
 
 def _variant_state(finished: bool, calibrated: bool) -> str:

@@ -14,7 +14,7 @@ from quantkit.engine.passes import CPU
 from quantkit.engine.precision import pass_dtype
 from quantkit.errors import RecipeError, SchemeError
 from quantkit.estimation.anatomy import Anatomy
-from quantkit.estimation.measured import known_anatomy
+from quantkit.estimation.measured import held_by, known_anatomy
 from quantkit.estimation.stages import (
     Room,
     StageNeed,
@@ -24,7 +24,7 @@ from quantkit.estimation.stages import (
     sensitivity_need,
     walk_need,
 )
-from quantkit.estimation.streaming import Scored
+from quantkit.estimation.streaming import How, Loaded, Scored, loaded_as
 from quantkit.estimation.use import Use
 from quantkit.estimation.weights import Stored, stored
 from quantkit.evaluation.job import compute_dtype
@@ -150,9 +150,11 @@ class _Needs:
 
     def _scorings(self, variant: VariantSpec | LibrarySpec | RecoverSpec) -> Iterator[StageNeed]:
         """The scoring of a file, and the one as it is served."""
-        file, store = self.files.get(variant.name), self.stores.get(variant.name, "")
-        weights = file.nbytes if file is not None and self._stays_packed(store) else None
-        yield self._scoring_of(evaluation_title(variant.name), weights=weights)
+        file, scored = self.files.get(variant.name), self._scored()
+        loaded = None
+        if file is not None:
+            loaded = loaded_as(self.anatomy, scored, self._held(self.stores[variant.name], scored.dtype), file.nbytes)
+        yield self._scoring_of(evaluation_title(variant.name), loaded=loaded)
         yield from self._served(variant.name)
 
     def _served(self, name: str) -> Iterator[StageNeed]:
@@ -160,19 +162,21 @@ class _Needs:
         if spec is not None:
             yield StageNeed(served_title(name, spec.loader), self.scoring_room.device, None, f"by {spec.loader}")
 
-    def _scoring_of(self, title: str, *, weights: int | None = None, disk: int = 0) -> StageNeed:
+    def _scoring_of(self, title: str, *, loaded: Loaded | None = None, disk: int = 0) -> StageNeed:
         room, loader = self.scoring_room, self.recipe.evaluation.loader
-        return scoring_need(title, self.anatomy, self._scored(), room, weights=weights, disk=disk, loader=loader)
+        return scoring_need(title, self.anatomy, self._scored(), room, loaded=loaded, disk=disk, loader=loader)
 
-    def _stays_packed(self, store: str) -> bool:
-        """Whether who scores a file computes with it as it lies."""
-        if not store:
-            return False
+    def _held(self, store: str, dtype: str) -> How:
+        """How who scores a file holds it."""
         kind, asked = FORMATS.get(store), self.recipe.evaluation.loader
         wanted = AUTO if asked in LOADERS else asked
+        if store == "float":
+            return "float"
         if kind.container == "gguf":
-            return wanted in (AUTO, "llama.cpp") and RUNTIMES.get("llama.cpp").missing() is None
-        return "transformers" in kind.runtimes and wanted != "reference" and not kind.decoded_at_first_use
+            is_there = wanted in (AUTO, "llama.cpp") and RUNTIMES.get("llama.cpp").missing() is None
+            return "packed" if is_there else "decoded"
+        is_transformers = "transformers" in kind.runtimes and wanted != "reference"
+        return held_by("transformers" if is_transformers else "reference", store, dtype).how
 
     def _scored(self) -> Scored:
         spec, device = self.recipe.evaluation, self.scoring_room.device

@@ -21,6 +21,15 @@ from quantkit.recipe import VariantSpec
 
 
 def foreseen_bytes(job: Job, skeleton: Skeleton, variant: VariantSpec) -> int:
+    """Bytes of a variant, see :func:`planned_bytes`.
+
+    Raises:
+        SchemeError: the variant does not suit the model's layers.
+    """
+    return planned_bytes(job, skeleton, variant, plan_layers(skeleton, variant))
+
+
+def planned_bytes(job: Job, skeleton: Skeleton, variant: VariantSpec, layers: Layers) -> int:
     """Bytes that the files with tensors of a variant take at most, their headers, indexes and padding counted.
 
     It is what they take but for a few bytes of formats whose layers say something in words (:attr:`Format.varies`).
@@ -30,11 +39,9 @@ def foreseen_bytes(job: Job, skeleton: Skeleton, variant: VariantSpec) -> int:
         job: what is quantized.
         skeleton: of the model.
         variant: it.
-
-    Raises:
-        SchemeError: the variant does not suit the model's layers.
+        layers: the plan of it.
     """
-    layers, store = plan_layers(skeleton, variant), FORMATS.get(variant.format)(job.dtype)
+    store = FORMATS.get(variant.format)(job.dtype)
     packed = {name: _packed(store, layers, name) for name in layers.quantized}
     reader = CheckpointReader(job.source)
     floats = float_tensors(skeleton, layers, reader, names_in_file(skeleton, reader, store))

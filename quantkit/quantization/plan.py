@@ -11,7 +11,6 @@ from quantkit.engine.skeleton import Skeleton
 from quantkit.engine.text_alone import names_alone
 from quantkit.errors import SchemeError
 from quantkit.formats import FORMATS
-from quantkit.formats.base import Format
 from quantkit.quantization.choosing import Candidate, Choice, check_names, choose, choose_embedding, shares_tensor
 from quantkit.quantization.left_float import (
     IGNORED,
@@ -139,13 +138,6 @@ class Layers:
     def weights(self) -> int:
         """Number of weights in quantized layers."""
         return sum(rows * columns for rows, columns in (self.shapes[name] for name in self.quantized))
-
-    def quantized_bytes(self, store: Format) -> int:
-        """Bytes of the quantized layers as a format stores them; see :meth:`Format.packed_shapes`."""
-        return sum(
-            (store.for_embeddings() if name == self.embedding else store).layer_bytes(scheme, *self.shapes[name])
-            for name, scheme in self.quantized.items()
-        )
 
 
 def plan_layers(skeleton: Skeleton, variant: VariantSpec) -> Layers:

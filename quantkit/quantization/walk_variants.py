@@ -92,6 +92,7 @@ def run_walk(
         for note, names in _alike(told).items():
             on_note(f"{', '.join(names)}: {note}")
         walked = _solve(job, skeleton, runs, on_segment, on_note)
+        skeleton.unload_frame()  # the embedding, beside what is written
         found.update(walked.failures)
         for run in runs:
             if run.name not in walked.failures:
