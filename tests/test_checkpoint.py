@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from safetensors import safe_open
 from quantkit.checkpoint import INDEX_FILE, SINGLE_FILE, CheckpointReader, ShardWriter
 from quantkit.checkpoint import reader as reader_module
 from quantkit.errors import CheckpointError, OutputError
+from quantkit.system.host import all_finite
 from tests.tiny import make_model
 
 
@@ -115,6 +117,21 @@ def test_a_tensor_stays_when_its_file_goes(tmp_path: Path) -> None:
     tensor = CheckpointReader(tmp_path).read("a")
     (tmp_path / SINGLE_FILE).write_bytes(b"")
     assert tensor.tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_one_number_that_is_not_finite_is_seen_wherever_it_lies(dtype: torch.dtype, value: float) -> None:
+    values = torch.randn(3, 1001).to(dtype)
+    assert all_finite(values)
+    assert all_finite(values.T)
+    assert all_finite(values[:0])
+    assert all_finite(torch.full((4,), torch.finfo(torch.float32).max))
+    for place in (0, 1, 31, 500, 1000):
+        broken = values.clone()
+        broken[1, place] = value
+        assert not all_finite(broken)
+        assert not all_finite(broken.T)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

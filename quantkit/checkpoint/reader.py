@@ -11,6 +11,7 @@ import torch
 from quantkit.checkpoint.header import COPY_AGAIN, INDEX_FILE, SINGLE_FILE, TensorEntry, read_header, read_index
 from quantkit.errors import CheckpointError
 from quantkit.system.artifacts import translated_os_errors, write_json
+from quantkit.system.host import all_finite
 
 AT_ONCE = 60
 """Seconds within which two checkpoints in a folder were written at the same time."""
@@ -157,8 +158,8 @@ def first_not_finite(tensor: torch.Tensor) -> int | None:
     flat = tensor.reshape(-1)
     for start in range(0, flat.numel(), TESTED):
         part = flat[start : start + TESTED]
-        finite = torch.isfinite(part.float() if part.itemsize == 1 else part)
-        if not finite.all():
+        if not all_finite(part):
+            finite = torch.isfinite(part.float() if part.itemsize == 1 else part)
             return start + int(finite.to(torch.uint8).argmin())
     return None
 

@@ -14,6 +14,7 @@ from quantkit.checkpoint import CheckpointReader
 from quantkit.errors import CheckpointError
 from quantkit.schemes import QuantizedWeight, Scheme
 from quantkit.schemes.rounding import INPUT_SCALE, CacheRounding
+from quantkit.system.host import all_finite
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +117,7 @@ class Content:
 
 def _cast(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
     found = tensor.to(dtype)
-    if not found.isfinite().all():
+    if not all_finite(found):
         largest = tensor.abs().max().item()
         raise CheckpointError(
             f"tensor {name} reaches {largest:g}, which {str(dtype).removeprefix('torch.')} does not hold",

@@ -10,6 +10,7 @@ import torch
 from quantkit.errors import CheckpointError
 from quantkit.exports.base import Export
 from quantkit.numerics.low_rank import LowRank
+from quantkit.system.host import all_finite
 
 
 class DecodedReader:
@@ -55,7 +56,7 @@ class DecodedReader:
             CheckpointError: it holds some.
         """
         found = self.read(name)
-        if not found.isfinite().all():
+        if not all_finite(found):
             raise CheckpointError(f"tensor {name} of {self._export.path} holds NaN or infinities", "export it again")
         return found
 
