@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import platform
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from quantkit.quantization import Job, memory_use, quantize
 from quantkit.quantization.memory_use import choose_parking, choose_strategy, waiting_bytes
 from quantkit.recipe import EvaluationSpec, Recipe, VariantSpec
 from quantkit.system.artifacts import file_sha256
-from quantkit.system.free_memory import free_bytes
+from quantkit.system.free_memory import free_bytes, give_back
 from quantkit.system.memory_bounds import MemoryBounds
 from quantkit.system.validation import parse_section
 from tests.tiny import make_model, tiny_rows
@@ -81,6 +83,15 @@ def test_a_bound_counts_what_the_process_holds() -> None:
     assert 0 < left <= 96 << 20
     assert free_bytes(CPU, MemoryBounds({"cpu": 1})) == 0
     assert free_bytes(CPU, MemoryBounds({"cuda": 1})) > 96 << 20
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="others give back by themselves, or never")
+def test_what_was_freed_between_what_is_kept_is_given_back() -> None:
+    kept = [bytearray(os.urandom(100_000)) for _ in range(1000)]
+    del kept[::2]
+    before = psutil.Process().memory_info().rss
+    give_back()
+    assert psutil.Process().memory_info().rss < before - (25 << 20)
 
 
 # What follows from it

@@ -173,6 +173,15 @@ def test_a_killed_training_goes_on_and_writes_the_same_bytes(
     assert not training_folder(out).exists()
 
 
+def test_freed_memory_is_given_back_after_each_step(
+    job: Job, two_bits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr(training, "give_back", lambda: seen.append("given"))
+    recover(job, two_bits, replace_options(FEW, steps=3, evaluations=1), tmp_path / "few", Silent())
+    assert len(seen) == 3
+
+
 def test_what_is_there_is_reused(job: Job, two_bits: Path, recovered: Path) -> None:
     assert recover(job, two_bits, FEW, recovered, Silent()).reused
 

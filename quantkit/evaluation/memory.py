@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import os
 import re
@@ -23,6 +22,7 @@ from quantkit.exports.adapter import adapter_beside
 from quantkit.gguf.parts import parts_of
 from quantkit.runtimes.base import LoadedModel
 from quantkit.system.devices import device_name
+from quantkit.system.free_memory import give_back
 
 Phase = Literal["load", "prefill", "decode"]
 WEIGHTS = ("*.safetensors", "*.gguf")
@@ -122,13 +122,6 @@ class CudaProbe:
 def probe_of(device: torch.device, process: int | None = None) -> Probe:
     """The probe of a device, and of a process by its id; None is this one."""
     return CudaProbe(device, process) if device.type == "cuda" else HostProbe(process)
-
-
-def give_back() -> None:
-    """Have glibc return freed memory to the system, of which it keeps pieces of up to 32 MiB; others do as they do."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(ctypes.c_size_t(0))
 
 
 def peak_rss(process: int | None = None) -> int:

@@ -26,6 +26,7 @@ from quantkit.errors import QuantizationError, QuantkitError
 from quantkit.recovery.parts import Part
 from quantkit.recovery.saved import read_state, save_state, write_tensors
 from quantkit.recovery.targets import Targets
+from quantkit.system.free_memory import give_back
 from quantkit.system.shutdown import heed
 
 FRAME = ""
@@ -149,6 +150,7 @@ class Training:
             due = {round(len(plan) * number / self.schedule.evaluations) for number in range(1, len(plan) + 1)}
             while done < len(plan) and self._goes_on():
                 done += self._moves(plan[done], done)
+                give_back()
                 self.on_step(done, len(plan))
                 if done in due and self._goes_on():
                     self._judge(done, held)
