@@ -77,11 +77,14 @@ def measure(
 
 def table(stages: list[dict[str, Any]]) -> str:
     """The stages that have an estimate and a measurement."""
-    lines = ["| stage | how | estimated | measured | estimated / measured |", "|:--|:--|--:|--:|--:|"]
+    head = "| stage | how | estimated | measured | estimated / measured | of the whole process |"
+    lines = [head, "|:--|:--|--:|--:|--:|--:|"]
     for each in stages:
         if each["ratio"] is not None:
             sizes = " | ".join(f"{each[key] / 2**20:,.1f} MiB" for key in ("estimated_bytes", "measured_bytes"))
-            lines.append(f"| {each['stage']} | {each['how']} | {sizes} | {each['ratio']:.3f} |")
+            lines.append(
+                f"| {each['stage']} | {each['how']} | {sizes} | {each['ratio']:.3f} | {each['peak_ratio']:.3f} |"
+            )
     return "\n".join(lines)
 
 

@@ -61,6 +61,7 @@ def test_a_plan_has_every_stage_that_computes(recipe: Recipe) -> None:
         assert each["bytes"] == sum(line["bytes"] for line in each["lines"]) > 0
         assert 0 < each["least_bytes"] <= each["bytes"]
         assert each["how"]
+        assert each["process_bytes"] > 100 << 20  # Python with torch and transformers
     assert stages["quantize: near"]["how"] == "one pass"
     assert stages_table(found).row_count == len(stages)
 

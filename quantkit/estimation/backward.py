@@ -12,8 +12,8 @@ from quantkit.recipe import RecoverOptions
 
 DRAWING = 20
 """Bytes of a logit beside itself while a label is drawn: its logarithm in float32, and sums of chances in float64."""
-MATCHING = 20
-"""The same while two models are compared: both in float32, their logarithms, and the gradient."""
+MATCHING = 16
+"""The same while two models are compared: logarithms of both in float32, the chances of one, and their products."""
 SQUARES = 2
 """Float32 copies of a gradient at the outputs of a layer while its squares are summed."""
 SEEN = (8, 4, 3)
@@ -79,11 +79,16 @@ def training_back(anatomy: Anatomy, file: Stored, options: RecoverOptions, use: 
     weights = sum(each.weights for each in inside)
     codes = sum(each.weights for each in file.packed.values() if options.trains("codes", each.scheme.bits))
     scales = sum(each.shape[0] * each.scheme.groups(each.shape[1]) for each in file.packed.values())
-    trained = STATES * 4 * scales + 4 * codes
+    held = sum(each.weights for each in file.packed.values())
+    trained = STATES * 4 * scales + 4 * codes + held
     kept = tokens * anatomy.hidden * (anatomy.blocks + 1)
     lines = [
         *frames,
-        Line("trained numbers", trained, f"{STATES} x {written(scales)} scales x 4 bytes + {written(codes)} codes x 4"),
+        Line(
+            "codes and what is trained",
+            trained,
+            f"{written(held)} codes + {STATES} x {written(scales)} scales x 4 bytes + {written(codes)} codes x 4 bytes",
+        ),
         Line("inputs of all blocks", kept * size, f"{tokens:,} tokens x {anatomy.hidden:,} x ({anatomy.blocks} + 1)"),
         Line("weights and their gradients", DECODED * weights * 4, f"{DECODED} x {written(weights)} weights x 4 bytes"),
         Line("block", anatomy.in_largest() * size, f"{written(anatomy.in_largest())} parameters x {size} bytes"),

@@ -57,6 +57,7 @@ class StageNeed:
         least: bytes of the device with which it would still get by; 0 where that is not known.
         beside: bytes of the CPU's memory while it computes on a GPU.
         disk: bytes that it leaves, or needs meanwhile, on disk.
+        process: bytes of the device that a process takes before the stage: Python and its packages, on a CPU.
     """
 
     stage: str
@@ -66,6 +67,7 @@ class StageNeed:
     least: int = 0
     beside: int = 0
     disk: int = 0
+    process: int = 0
 
     @property
     def nbytes(self) -> int | None:
@@ -73,7 +75,9 @@ class StageNeed:
         return None if self.part is None else self.part.nbytes
 
     def to_json(self) -> dict[str, Any]:
-        """``stage``, ``device``, ``bytes``, ``how``, ``least_bytes``, ``cpu_bytes``, ``disk_bytes`` and ``lines``."""
+        """``stage``, ``device``, ``bytes``, ``how``, ``least_bytes``, ``cpu_bytes``, ``disk_bytes``, ``process_bytes``
+        and ``lines``.
+        """
         return {
             "stage": self.stage,
             "device": self.device,
@@ -82,6 +86,7 @@ class StageNeed:
             "least_bytes": self.least,
             "cpu_bytes": self.beside,
             "disk_bytes": self.disk,
+            "process_bytes": self.process,
             "lines": [] if self.part is None else [line.to_json() for line in self.part.lines],
         }
 

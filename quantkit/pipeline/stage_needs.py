@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -28,6 +29,7 @@ from quantkit.estimation.streaming import How, Loaded, Scored, loaded_as
 from quantkit.estimation.use import Use
 from quantkit.estimation.weights import Stored, stored
 from quantkit.evaluation.job import compute_dtype
+from quantkit.evaluation.stage_peak import warm_up
 from quantkit.formats import FORMATS
 from quantkit.merging import MergedModel
 from quantkit.pipeline.context import BASELINE
@@ -71,7 +73,17 @@ def stage_needs(recipe: Recipe, model: SourceModel, job: Job, tokens: int) -> li
         tokens: of the calibration set.
     """
     anatomy = known_anatomy(model.folder)
-    return None if anatomy is None else list(_Needs(recipe, model, job, tokens, anatomy).all())
+    if anatomy is None:
+        return None
+    process = _process_bytes()
+    needs = _Needs(recipe, model, job, tokens, anatomy).all()
+    return [replace(need, process=process if need.device == "cpu" else 0) for need in needs]
+
+
+def _process_bytes() -> int:
+    """What a process takes that computes nothing: this one has the same packages, and has computed a little."""
+    warm_up()
+    return int(psutil.Process().memory_info().rss)
 
 
 class _Needs:
@@ -200,8 +212,8 @@ def check_bounds(needs: Sequence[StageNeed], recipe: Recipe) -> None:
         own = [need for need in needs if need.stage.startswith(("baseline", "evaluate")) == (kind == "evaluation")]
         if bound is None or not own:
             continue
-        base = int(psutil.Process().memory_info().rss) if device.type == "cpu" else 0
         most = max(own, key=lambda need: need.least)
+        base = most.process
         if most.least + base > bound:
             wanted = -(-(most.least + base) // MIB)
             beside = f", {in_units(base)} of Python and its packages among them" if base else ""
@@ -222,14 +234,16 @@ def beside_peaks(needs: Sequence[StageNeed] | None, peaks: Mapping[str, Mapping[
     Returns:
         For each ``stage``, ``how``, ``estimated_bytes`` (None if unknown), ``measured_bytes`` (what it took beside what
         was there; None where it was not measured or its result was there), ``ratio``, ``baseline_bytes``, ``kind`` and
-        ``seconds``.
+        ``seconds``; and of the whole process ``estimated_peak_bytes``, ``measured_peak_bytes`` and ``peak_ratio``.
     """
     known = {need.stage: need for need in needs or ()}
     found = []
     for stage in dict.fromkeys([*peaks, *known]):
         need, peak = known.get(stage), peaks.get(stage)
         estimated = None if need is None else need.nbytes
+        whole = None if need is None or estimated is None else need.process + estimated
         measured = None if peak is None else max(0, int(peak["peak_bytes"]) - int(peak["baseline_bytes"]))
+        most = None if peak is None else int(peak["peak_bytes"])
         found.append(
             {
                 "stage": stage,
@@ -240,6 +254,9 @@ def beside_peaks(needs: Sequence[StageNeed] | None, peaks: Mapping[str, Mapping[
                 "baseline_bytes": None if peak is None else peak["baseline_bytes"],
                 "kind": None if peak is None else peak["kind"],
                 "seconds": None if peak is None else peak["seconds"],
+                "estimated_peak_bytes": whole,
+                "measured_peak_bytes": most,
+                "peak_ratio": whole / most if whole and most else None,
             }
         )
     return found

@@ -444,7 +444,7 @@ class _Divergence(torch.autograd.Function):
     @staticmethod
     def forward(context: Any, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         ours, theirs = logits.float().log_softmax(-1), target.exp()
-        value = (theirs.flatten() * (target - ours).flatten()).sum()
+        value = (target - ours).mul_(theirs).flatten().sum()
         if context.needs_input_grad[0]:
             context.save_for_backward(ours.exp_().sub_(theirs).to(logits.dtype))
         return value
