@@ -14,10 +14,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from quantkit.checkpoint import CheckpointReader
+from quantkit.engine import solve as solve_module
 from quantkit.engine.batches import make_batches
 from quantkit.engine.skeleton import Skeleton
 from quantkit.engine.tasks import VariantTask
 from quantkit.engine.walk import Inputs, Strategy, Walk, WalkSettings
+from quantkit.methods.base import InputStatistics
 from quantkit.schemes import IntScheme
 from tests.tiny import Forgetful, TinySteps, make_model, tiny_method, tiny_rows, tiny_steps, tiny_task
 
@@ -102,6 +104,32 @@ def test_peak_does_not_grow_with_the_blocks(
     monkeypatch.setattr(Skeleton, "unload", lambda *_: None)
     kept = peak_of(models[MANY], quantizer, inputs=inputs, strategy=strategy)
     assert kept - many >= 0.85 * (MANY - 1) * block_bytes(models[MANY])
+
+
+def test_layers_that_are_large_together_are_solved_one_after_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = {
+        name: torch.randn(8, 64, generator=torch.Generator().manual_seed(place)) for place, name in enumerate("abc")
+    }
+    task = VariantTask("v", tiny_method(), dict.fromkeys(weights, IntScheme(4, 32, True)), torch.float16, Forgetful())
+    rows: list[list[int]] = []
+
+    def solved() -> dict[str, torch.Tensor]:
+        group = solve_module.InputGroup(dict(weights), InputStatistics())
+        return {each.name: each.weight.codes for each in solve_module.solve_groups(task, [group])}
+
+    plain = solve_module._solved
+
+    def seen(task: VariantTask, method: Any, stacks: Any, scheme: Any) -> Any:
+        rows.append([len(each.weight) for each in stacks])
+        return plain(task, method, stacks, scheme)
+
+    monkeypatch.setattr(solve_module, "_solved", seen)
+    together = solved()
+    monkeypatch.setattr(solve_module, "STACKED", 2 * 8 * 64)
+    apart = solved()
+    assert rows == [[24], [16], [8]]
+    assert apart.keys() == together.keys()
+    assert all(torch.equal(apart[name], codes) for name, codes in together.items())
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

@@ -34,6 +34,9 @@ from quantkit.system.garbage import no_garbage_collection
 from quantkit.transforms.base import Change
 
 T = TypeVar("T")
+STACKED = 1 << 24
+"""Weights of several layers that a CPU solves as one at most: with more it gains nothing by that, and a method holds up
+to eleven times as much."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -466,7 +469,7 @@ def solve_groups(
     alike: dict[tuple[Scheme, torch.Size], list[_Stack]] = {}
     for group in groups:
         asked = group.statistics.only(method.needs)
-        for names, scheme in _stacks(task, list(group.weights)):
+        for names, scheme in _stacks(task, group.weights):
             stack = _corrected(_Stack(names, _stacked(group, names), asked, group), method)
             alike.setdefault((scheme, stack.weight.shape), []).append(stack)
         group.statistics.mismatch = None  # with the tokens that were held out it may be as large as a Gram matrix
@@ -519,7 +522,8 @@ def _corrected(stack: _Stack, method: Method) -> _Stack:
 def _solved(task: VariantTask, method: Method, stacks: Sequence[_Stack], scheme: Scheme) -> list[Solution]:
     """The solutions of stacks that are alike; where one cannot be solved they are solved one by one, to name it."""
     dtype = task.scale_dtype
-    if len(stacks) > 1 and not scheme.orders_columns:
+    together = _fits(stacks[0].weight, sum(each.weight.numel() for each in stacks))
+    if len(stacks) > 1 and not scheme.orders_columns and together:
         with suppress(QuantizationError):
             return method.quantize_alike([(each.weight, each.statistics) for each in stacks], scheme, dtype)
     solve = quantize_in_order(method) if scheme.orders_columns else method.quantize
@@ -534,17 +538,25 @@ def _named(task: VariantTask, stack: _Stack, solve: Callable[[], Solution]) -> S
         raise QuantizationError(f"{task.name}: {stack.names[0]}: {error.problem}", error.remedy) from error
 
 
-def _stacks(task: VariantTask, names: list[str]) -> list[tuple[list[str], Scheme]]:
-    """The layers that a task wants, those that can be solved as one together."""
-    stacks: dict[Scheme, list[str]] = {}
+def _stacks(task: VariantTask, weights: Mapping[str, torch.Tensor]) -> list[tuple[list[str], Scheme]]:
+    """The layers that a task wants, those that can be solved as one together, as long as they are not too large."""
+    stacks: dict[Scheme, list[list[str]]] = {}
     alone = []
-    for name in names:
+    for name, weight in weights.items():
         scheme = task.schemes.get(name)
         if scheme is not None and scheme.stacks:
-            stacks.setdefault(scheme, []).append(name)
+            parts = stacks.setdefault(scheme, [[]])
+            if parts[-1] and not _fits(weight, sum(weights[each].numel() for each in [*parts[-1], name])):
+                parts.append([])
+            parts[-1].append(name)
         elif scheme is not None:
             alone.append(([name], scheme))
-    return [*((members, scheme) for scheme, members in stacks.items()), *alone]
+    return [*((members, scheme) for scheme, parts in stacks.items() for members in parts), *alone]
+
+
+def _fits(weight: torch.Tensor, together: int) -> bool:
+    """Whether so many weights are solved as one, on the device of one of them."""
+    return weight.device.type != "cpu" or together <= STACKED
 
 
 def _layer(name: str, solution: Solution, start: int, stop: int, stack: _Stack, is_calibrated: bool) -> LayerResult:

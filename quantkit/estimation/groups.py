@@ -22,6 +22,7 @@ class Group:
         paused: numbers of a token that are alive before the first of them is called.
         experts: how many experts have such layers, each with an input of its own; 0 where they are no experts'.
         together: how many of these are solved together, all of whose layers are in ``shapes``.
+        most: weights of several layers that are solved as one at most; None for all.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Group:
     paused: int
     experts: int = 0
     together: int = 1
+    most: int | None = None
 
     @property
     def columns(self) -> int:
@@ -44,20 +46,25 @@ class Group:
     @property
     def stacked(self) -> int:
         """Weights that are copied into one matrix: those of several layers of a scheme whose rows stand alone."""
-        found: dict[Scheme, list[int]] = {}
-        for rows, columns, scheme in self.shapes:
-            if scheme.stacks:
-                found.setdefault(scheme, []).append(rows * columns)
-        return max((sum(sizes) for sizes in found.values() if len(sizes) > 1), default=0)
+        return max((sum(sizes) for _, sizes in self._stacks() if len(sizes) > 1), default=0)
 
     @property
     def solved(self) -> tuple[int, Scheme]:
         """The most weights that are solved at once, and their scheme."""
-        found: dict[Scheme, int] = {}
+        scheme, sizes = max(self._stacks(), key=lambda each: sum(each[1]))
+        return sum(sizes), scheme
+
+    def _stacks(self) -> list[tuple[Scheme, list[int]]]:
+        """The weights of the layers that are solved as one, of each such matrix."""
+        found: dict[Scheme, list[list[int]]] = {}
         for rows, columns, scheme in self.shapes:
-            found[scheme] = found.get(scheme, 0) + rows * columns if scheme.stacks else rows * columns
-        scheme = max(found, key=lambda each: found[each])
-        return found[scheme], scheme
+            parts = found.setdefault(scheme, [])
+            size = rows * columns
+            if parts and scheme.stacks and (self.most is None or sum(parts[-1]) + size <= self.most):
+                parts[-1].append(size)
+            else:
+                parts.append([size])
+        return [(scheme, sizes) for scheme, parts in found.items() for sizes in parts]
 
 
 def calibrated_groups(anatomy: Anatomy, schemes: dict[str, Scheme], device: str) -> Iterator[Group]:
@@ -81,10 +88,18 @@ def calibrated_groups(anatomy: Anatomy, schemes: dict[str, Scheme], device: str)
         first = max(groups, key=lambda group: group.paused)
         size = min(len(groups), max(1, BATCH_WEIGHTS[device] // max(first.weights, first.columns**2)))
         experts = len(groups) if len(groups) > 1 else 0
-        yield replace(first, shapes=first.shapes * size, experts=experts, together=size)
+        yield replace(first, shapes=first.shapes * size, experts=experts, together=size, most=_most(device))
 
 
-def uncalibrated_groups(anatomy: Anatomy, schemes: dict[str, Scheme], store: type[Format]) -> Iterator[Group]:
+def _most(device: str) -> int | None:
+    from quantkit.engine.solve import STACKED
+
+    return STACKED if device == "cpu" else None
+
+
+def uncalibrated_groups(
+    anatomy: Anatomy, schemes: dict[str, Scheme], store: type[Format], device: str
+) -> Iterator[Group]:
     """The layers of the largest block, which a method without statistics solves one by one.
 
     Those that runtimes of the format load as one matrix go together.
@@ -102,7 +117,8 @@ def uncalibrated_groups(anatomy: Anatomy, schemes: dict[str, Scheme], store: typ
     for name in inside:
         found.setdefault(fused.get(name, name), []).append(name)
     shapes = _shapes(anatomy)
-    groups = (_group(shapes, names, schemes, 0) for names in found.values())
+    most = _most(device)
+    groups = (replace(_group(shapes, names, schemes, 0), most=most) for names in found.values())
     yield from {(group.name, group.shapes): group for group in groups}.values()
 
 

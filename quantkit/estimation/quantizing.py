@@ -114,7 +114,7 @@ def quantizing(anatomy: Anatomy, variant: VariantSpec, file: Stored, use: Use) -
         groups = tuple(calibrated_groups(anatomy, schemes, use.device))
         run = replace(run, groups=groups)
     else:
-        groups = tuple(uncalibrated_groups(anatomy, schemes, FORMATS.get(variant.format)))
+        groups = tuple(uncalibrated_groups(anatomy, schemes, FORMATS.get(variant.format), use.device))
     if run.observes and run.groups and use.inputs == "quantized":
         moments += _observing(run)
     for group in groups:
