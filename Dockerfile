@@ -46,7 +46,14 @@ WORKDIR /work
 ENTRYPOINT ["quantkit"]
 CMD ["--help"]
 
-FROM runtime AS cuda
+FROM runtime AS runtime-cuda
+USER root
+# triton, which torch brings for CUDA, has what launches its kernels compiled
+# hadolint ignore=DL3008
+RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
+USER 1000
+
+FROM runtime-cuda AS cuda
 ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 COPY --from=cuda-packages /opt/quantkit /opt/quantkit
 

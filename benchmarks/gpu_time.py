@@ -4,25 +4,29 @@
 
 It prints a table in Markdown, the one of ``docs/engine.md``. It models 4-bit gptq in groups of 128 with its defaults:
 quantized inputs, correction, one refinement. Kernels and the bytes that they move are counted by running the method on
-a small weight and looking at each operation; FLOPs are written down here beside the code that they are of. Nothing of
-it is measured on a GPU: :data:`CARDS` are data sheets, and what else is taken for granted is in capitals below.
-``benchmarks/gpu_proof.py`` measures.
+a small weight and looking at each operation, with loops over columns as one kernel a block and without; FLOPs are
+written down here beside the code that they are of. Nothing of it is measured on a GPU: :data:`CARDS` are data sheets,
+and what else is taken for granted is in capitals below. ``benchmarks/gpu_proof`` measures.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
+from unittest import mock
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from quantkit.engine.twins import paired_tokens
 from quantkit.methods.base import InputStatistics
+from quantkit.numerics import fused
 from quantkit.recipe import VariantSpec
+from quantkit.system import products as products_of_cpus
 
 GROUP = 128
 VARIANT: dict[str, Any] = {"name": "gptq", "method": "gptq", "bits": 4, "group_size": GROUP}
@@ -30,12 +34,16 @@ REACHED = 0.7
 """Share of a data sheet's products that large products reach."""
 LAUNCH = 5e-6
 """Seconds that Python and the driver take for an operation of torch; in the loops its kernels are shorter."""
+COLUMN = 1e-6
+"""Seconds that a column takes in a fused loop: a load, a sum over threads and a division, one after another."""
+LANES = 4
+"""Operations of such a loop for a weight and each column of its block: to choose that, add it up, and change it."""
 DISK = 2e9
 """Bytes that a disk reads or writes in a second."""
 PACKED = 0.5 + 2 / GROUP
 """Bytes of a weight in the file: 4 bits, and a scale of 16 for each group."""
 IN_BLOCK = 16
-"""Columns of its own block that a column reads, the mean, in the solver and in the refinement."""
+"""Columns of its own block that a column reads, the mean, in the solver and in the refinement, where none is fused."""
 PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "addmv", "mv", "_linalg_solve_ex", "linalg_cholesky_ex")
 UNCOUNTED = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "set_", "_local_scalar_dense")
 
@@ -94,18 +102,25 @@ CARDS = {
 
 @dataclass(slots=True)
 class Work:
-    """What a part takes: FLOPs in 16 and 32 bits, bytes moved on the card, operations, bytes of files."""
+    """What a part takes: FLOPs in 16 and 32 bits, bytes moved on the card, operations, bytes of files.
+
+    Of fused loops the columns that wait for each other, and the operations of single numbers.
+    """
 
     half: float = 0.0
     single: float = 0.0
     moved: float = 0.0
     operations: float = 0.0
     filed: float = 0.0
+    columns: float = 0.0
+    numbers: float = 0.0
 
     def seconds(self, card: Card) -> float:
         """One thing after another; kernels take as long as they take to launch or to move their bytes."""
         products = (self.half / card.half + self.single / card.single) / REACHED
-        return products + max(self.operations * LAUNCH, self.moved / card.bandwidth) + self.filed / DISK
+        fused_loops = max(self.columns * COLUMN, 2 * self.numbers / card.single)
+        plain = max(self.operations * LAUNCH, self.moved / card.bandwidth)
+        return products + plain + fused_loops + self.filed / DISK
 
     def times(self, factor: float) -> Work:
         """So many of it."""
@@ -137,34 +152,54 @@ class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.moved += sum(each.numel() * each.element_size() for each in given)
         return found
 
+    @contextmanager
+    def fused(self) -> Iterator[None]:
+        """Inside the block loops over columns are one kernel a block, which is counted; its results are zeros."""
 
-def counted(rows: int, columns: int) -> _Counting:
+        def run(*given: Any) -> None:
+            self.operations += 1
+            start, scales, levels, _, found, errors, *before = given
+            limits = [each for each in (levels.low, levels.high) if isinstance(each, torch.Tensor)]
+            self.moved += 4 * sum(each.numel() for each in (start, scales, *limits, found, errors, *before))
+            with _disable_current_modes():
+                found.zero_(), errors.zero_()
+
+        with (
+            mock.patch.object(fused, "is_fused", return_value=True),
+            mock.patch.object(fused, "_refusal", return_value=""),
+            mock.patch.object(fused, "run", run),
+        ):
+            yield
+
+
+@cache
+def counted(rows: int, columns: int, *, is_fused: bool, refinements: int = 1) -> _Counting:
     """What the method does to a weight ``[rows, columns]``, counted on a CPU, whose operations are those of a GPU."""
-    variant = VariantSpec.model_validate(VARIANT)
+    variant = VariantSpec.model_validate({**VARIANT, "refinements": refinements})
     method, scheme = variant.build_method(), variant.base_scheme()
     draw = torch.Generator().manual_seed(0)
     inputs = torch.randn(2 * columns, columns, generator=draw)
     statistics = InputStatistics(tokens=len(inputs), gram=inputs.T @ inputs / len(inputs))
     weight = torch.randn(rows, columns, generator=draw)
     counting = _Counting()
-    with torch.no_grad(), counting:
+    by_one = mock.patch.object(products_of_cpus, "multiplies_by_onednn", return_value=False)  # as a GPU multiplies
+    with torch.no_grad(), by_one, counting.fused() if is_fused else nullcontext(), counting:
         method.quantize(weight, statistics, scheme, torch.float16)
     return counting
 
 
-@cache
-def per_column() -> float:
+def per_column(*, is_fused: bool = True, refinements: int = 1) -> float:
     """Operations that a further column costs, with what its block and its group do once."""
     few, many = 2 * GROUP, 4 * GROUP
-    return (counted(8, many).operations - counted(8, few).operations) / (many - few)
+    found = [counted(8, each, is_fused=is_fused, refinements=refinements).operations for each in (few, many)]
+    return (found[1] - found[0]) / (many - few)
 
 
-@cache
-def moved_per_weight() -> float:
+def moved_per_weight(*, is_fused: bool = True) -> float:
     """Bytes that are read and written for a weight where nothing is multiplied, and within blocks of columns."""
     few, many, columns = 64, 192, 2 * GROUP
-    plain = (counted(many, columns).moved - counted(few, columns).moved) / ((many - few) * columns)
-    return plain + 2 * 4 * IN_BLOCK
+    found = [counted(rows, columns, is_fused=is_fused).moved for rows in (few, many)]
+    return (found[1] - found[0]) / ((many - few) * columns) + (0 if is_fused else 2 * 4 * IN_BLOCK)
 
 
 def forward(shape: Shape, tokens: int, context: int = 512) -> Work:
@@ -196,17 +231,23 @@ def products(rows: int, columns: int, *, outputs: bool) -> Work:
     return Work(single=cubes + planes * (1 + 2 * 4 + 1 + (2 if outputs else 4)))
 
 
-def loops(rows: int, columns: int) -> Work:
+def loops(rows: int, columns: int, *, is_fused: bool = True) -> Work:
     """All that is no product of large matrices: the solver's and the refinement's loops over columns, the search."""
-    return Work(operations=per_column() * columns, moved=moved_per_weight() * rows * columns)
+    passes = 2 * columns if is_fused else 0  # of the solver, and of one refinement
+    return Work(
+        operations=per_column(is_fused=is_fused) * columns,
+        moved=moved_per_weight(is_fused=is_fused) * rows * columns,
+        columns=passes,
+        numbers=float(passes) * rows * fused.BLOCK * LANES,
+    )
 
 
-def parts(shape: Shape, tokens: int) -> dict[str, Work]:
+def parts(shape: Shape, tokens: int, *, is_fused: bool = True) -> dict[str, Work]:
     """What a whole model takes, by part; all but the output head and the embedding, which stay float."""
     twins = paired_tokens(tokens, "cuda")
     groups = shape.groups()
     solved = [products(*group, outputs=name in ("o", "down")) for name, group in groups.items()]
-    looped = [loops(*group) for group in groups.values()]
+    looped = [loops(*group, is_fused=is_fused) for group in groups.values()]
     weights, floats = shape.blocks * shape.block_weights, 2 * shape.vocabulary * shape.hidden
     return {
         "read and written": Work(filed=2.0 * (weights + floats) + 2 * PACKED * weights + 2.0 * floats),
@@ -230,7 +271,10 @@ def table(card: Card, tokens: int, models: Mapping[str, Shape] = MODELS) -> str:
         cells = [f"{in_words(each[part])} | {each[part].seconds(card):,.0f}" for each in found.values()]
         lines.append(f"| {part} | {' | '.join(cells)} |")
     sums = [sum(work.seconds(card) for work in each.values()) for each in found.values()]
-    return "\n".join([*lines, "| all | " + " | ".join(f"| {seconds:,.0f}" for seconds in sums) + " |"])
+    plain = [parts(shape, tokens, is_fused=False)["loops over columns"] for shape in models.values()]
+    cells = [f"{in_words(work)} | {work.seconds(card):,.0f}" for work in plain]
+    lines.append(f"| without triton instead | {' | '.join(cells)} |")
+    return "\n".join([*lines, "| all, with triton | " + " | ".join(f"| {seconds:,.0f}" for seconds in sums) + " |"])
 
 
 def in_words(work: Work) -> str:
@@ -238,7 +282,8 @@ def in_words(work: Work) -> str:
     if work.filed:
         return f"{work.filed / 1e9:,.0f} GB of files"
     if work.operations:
-        return f"{work.operations / 1e6:,.1f} million operations, {work.moved / 1e12:,.1f} TB"
+        waiting = f"{work.columns / 1e6:,.1f} million columns, " if work.columns else ""
+        return f"{waiting}{work.operations / 1e6:,.2f} million operations, {work.moved / 1e12:,.1f} TB"
     return f"{(work.half or work.single) / 1e15:,.2f} PFLOP {'bfloat16' if work.half else 'float32'}"
 
 
@@ -253,7 +298,8 @@ def main() -> None:
         f"{card.name}, by its data sheet: {rates}, {card.bandwidth / 1e12} TB/s. {given.tokens:,} calibration tokens."
     )
     moved = f"the loops and the search move {moved_per_weight():,.0f} bytes a weight"
-    print(f"{per_column():.1f} operations a column; {moved}.\n")
+    each = f"{per_column(is_fused=False):.1f} operations a column, {per_column():.2f} where loops are fused"
+    print(f"{each}; {moved}.\n")
     print(table(card, given.tokens))
 
 

@@ -142,8 +142,12 @@ def work(name: str, tokens: int, runs: float) -> dict[str, Work]:
         grams.single += each.count * flops
         solver.single += products(each.rows, each.columns, outputs=each.layers == 1).single * each.count
         together = together_of(each)
-        looped.operations += per_column() * each.columns * each.count / together
-        looped.moved += loops(each.rows, each.columns).moved * each.count
+        solving = per_column(refinements=0)  # of experts together; what refines them takes one after another
+        looped.operations += (solving / together + per_column() - solving) * each.columns * each.count
+        looped.columns += (1 / together + 1) * each.columns * each.count
+        alone = loops(each.rows, each.columns)
+        looped.moved += alone.moved * each.count
+        looped.numbers += alone.numbers * each.count
     return {
         "read and written": Work(filed=2.0 * anatomy.parameters + 2.0 * file.nbytes),
         "forward passes": passes,

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import inspect
 import pkgutil
 
@@ -8,10 +8,11 @@ import pytest
 
 import quantkit
 
+WITHOUT_TRITON = () if importlib.util.find_spec("triton") else (".columns_kernel",)
 MODULES = [
     module.name
     for module in pkgutil.walk_packages(quantkit.__path__, "quantkit.")
-    if not module.name.endswith((".worker", "__main__"))
+    if not module.name.endswith((".worker", "__main__", *WITHOUT_TRITON))
 ]
 
 

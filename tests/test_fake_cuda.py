@@ -8,14 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import fields, replace
+from functools import partial
 from itertools import count, cycle
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from quantkit.checkpoint import CheckpointReader
 from quantkit.engine import mismatch as engine_mismatch
@@ -23,23 +26,28 @@ from quantkit.engine import smoothing as folds
 from quantkit.engine import solve as solving
 from quantkit.engine import statistics as statistics_module
 from quantkit.engine.batches import make_batches
+from quantkit.engine.ordering import quantize_in_order
+from quantkit.engine.originals import Originals
 from quantkit.engine.precision import pass_dtype, training_dtype
 from quantkit.engine.skeleton import Skeleton
 from quantkit.engine.walk import Inputs, Strategy, Walk, WalkSettings
 from quantkit.evaluation import scoring
+from quantkit.exports import layer_store
 from quantkit.formats import FORMATS
 from quantkit.formats.base import Format
 from quantkit.gguf import blocks
-from quantkit.methods.base import Method
-from quantkit.numerics import factor, in_turn, mismatch
+from quantkit.methods.base import InputStatistics, Method
+from quantkit.numerics import factor, fused, in_turn, mismatch
 from quantkit.numerics import smoothing as awq
 from quantkit.numerics.grid_search import encode, quantized, search_grid
 from quantkit.schemes import Fp8Scheme, IntScheme, Mxfp4Scheme, Nf4Scheme, Nvfp4Scheme, QuantizedWeight, Scheme
 from quantkit.schemes.base import grids_of
+from quantkit.schemes.ggml import Q4KScheme
 from quantkit.schemes.grids import base as grids_base
 from quantkit.schemes.grids import blockfloat, codebook, integer
 from quantkit.schemes.grids.codebook import CodebookGrids
 from quantkit.system import host
+from quantkit.system.devices import Moment
 from tests.tiny import Collected, TinySteps, make_model, tiny_rows, tiny_steps, tiny_task
 
 CUDA = torch.device("cuda", 0)
@@ -120,7 +128,8 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(factor, "decide", lambda _: next(factorized))
     monkeypatch.setattr(grids_base, "decide", lambda _: True)
     monkeypatch.setattr(in_turn, "whole_numbers", lambda values: list(range(len(values))))  # "which come first?"
-    monkeypatch.setattr(solving, "synchronize", lambda _: None)
+    monkeypatch.setattr(fused, "_refusal", lambda device, kind: "a kernel wants values")
+    monkeypatch.setattr(Moment, "now", lambda _: Moment(0.0))
     monkeypatch.setattr(statistics_module, "decide", lambda _: True)  # "is every input finite?"
     monkeypatch.setattr(folds, "decide", lambda _: True)  # "is it close?": every first candidate folds
     monkeypatch.setattr(engine_mismatch, "decide", lambda _: True)  # "does it add up?"
@@ -128,7 +137,8 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(mismatch, "decide", lambda _: False)  # "was nothing lost?", "did it fail?"
     monkeypatch.setattr(mismatch, "numbers", lambda judged: [0.5] * len(judged))  # shares and gains
     errors = count(1e6, -1)
-    monkeypatch.setattr(awq, "number", lambda _: next(errors))  # "what is lost?": ever less, so that factors are found
+    # "what is lost?": ever less, so that factors are found
+    monkeypatch.setattr(awq, "numbers", lambda lost: [next(errors) for _ in lost])
     _forget_grids()
     table, tables = codebook.dynamic_table(torch.device("cpu")), [scheme.grids() for scheme in CODEBOOKS]
     with FakeTensorMode() as mode, WithoutGuard():
@@ -219,6 +229,107 @@ def test_every_option_stays_on_its_device(
 def test_every_scheme_stays_on_its_device(tmp_path: Path, method: str, scheme: Scheme) -> None:
     folder = make_real_model(tmp_path, "llama")
     assert_on_cuda(solve(folder, tiny_steps(method), scheme), layers=8)
+
+
+class Waits(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts that for which a host waits: values that it reads, sizes that follow from values, copies to a device."""
+
+    READ = (aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.is_nonzero, aten.equal, aten._unique2)
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.count: int = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found, kind = func(*args, **(kwargs or {})), func.overloadpacket
+        given = [each for each in args if isinstance(each, torch.Tensor)]
+        reads = kind in self.READ or (kind == aten.repeat_interleave and len(given) > 1)
+        chosen = args[1] if kind in (aten.index, aten.index_put, aten.index_put_) else ()
+        by_mask = any(each is not None and each.dtype == torch.bool for each in chosen)
+        moves = kind in (aten._to_copy, aten.copy_) and any(each.device != found.device for each in given)
+        self.count += reads or by_mask or moves
+        return found
+
+
+def waits(method: str, options: dict[str, Any], scheme: Scheme, columns: int, device: torch.device) -> int:
+    """How often the host waits for the device while a weight is solved."""
+    solver = tiny_steps(method, **options).method
+    weight, inputs = (torch.rand(rows, columns, device=device) for rows in (16, 1000))
+    means = inputs.mean(0)
+    known = InputStatistics(1000, abs_mean=means, square_mean=means, gram=inputs.T @ inputs)
+    quantize = quantize_in_order(solver) if scheme.orders_columns else solver.quantize
+    with Waits() as found:
+        quantize(weight, known, scheme, torch.float16)
+    count: int = found.count
+    return count
+
+
+IN_LOOPS: list[tuple[str, dict[str, Any], Scheme]] = [
+    ("gptq", {}, IntScheme(4, 32, False)),
+    ("gptq", {"refinements": 2, "activation_order": False}, IntScheme(4, 32, True)),
+    ("gptq", {"scales": "in_turn"}, IntScheme(4, 32, False)),
+    ("gptq", {"scales": "in_turn"}, Mxfp4Scheme()),
+    ("gptq", {}, IntScheme(4, 32, False, desc_act=True)),
+    ("gptq", {}, Nvfp4Scheme()),
+    ("gptq", {}, Nf4Scheme(32)),
+    ("gptq", {}, Q4KScheme()),
+    ("rtn", {"range": "search"}, IntScheme(4, 32, False)),
+    ("awq", {}, IntScheme(4, 32, False)),
+    ("awq", {}, Mxfp4Scheme()),
+    ("hqq", {"beta_unit": "step"}, IntScheme(4, 32, False)),
+    ("hqq", {}, IntScheme(4, 32, False, zeros="float")),
+]
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "scheme"), IN_LOOPS, ids=lambda given: str(getattr(given, "kind", given))
+)
+def test_no_loop_over_columns_or_groups_asks_for_a_value(method: str, options: dict[str, Any], scheme: Scheme) -> None:
+    _, few, many = (waits(method, options, scheme, columns, torch.device("cpu")) for columns in (256, 256, 512))
+    assert few == many
+
+
+@pytest.mark.usefixtures("fake")
+@pytest.mark.parametrize(
+    ("method", "options", "scheme"),
+    [
+        ("gptq", {"scales": "in_turn"}, IntScheme(4, 16, False)),
+        ("gptq", {"refinements": 0}, Nvfp4Scheme()),
+        ("awq", {}, IntScheme(4, 16, False)),
+        ("hqq", {}, IntScheme(4, 16, False)),
+    ],
+    ids=lambda given: str(getattr(given, "kind", given)),
+)
+def test_no_loop_over_columns_or_groups_copies_to_the_device(
+    method: str, options: dict[str, Any], scheme: Scheme
+) -> None:
+    waits(method, options, scheme, 16, CUDA)  # tables go there once
+    few, many = (waits(method, options, scheme, columns, CUDA) for columns in (32, 64))
+    assert few == many
+
+
+def test_a_question_in_a_loop_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = in_turn.OpenLayer.steps
+
+    def asking(self: in_turn.OpenLayer, start: int, stop: int) -> Any:
+        return steps(self, start, stop) if self.scales.isfinite().any() >= 0 else None
+
+    monkeypatch.setattr(in_turn.OpenLayer, "steps", asking)
+    given = ("gptq", {"scales": "in_turn"}, IntScheme(4, 32, False))
+    assert waits(*given, 64, torch.device("cpu")) < waits(*given, 128, torch.device("cpu"))
+
+
+@pytest.mark.usefixtures("fake")
+def test_a_copy_in_a_loop_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = in_turn.OpenLayer.steps
+
+    def copying(self: in_turn.OpenLayer, start: int, stop: int) -> Any:
+        self._group_of = self._group_of.cpu().to(CUDA)
+        return steps(self, start, stop)
+
+    monkeypatch.setattr(in_turn.OpenLayer, "steps", copying)
+    given = ("gptq", {"scales": "in_turn", "refinements": 0}, IntScheme(4, 16, False))
+    assert waits(*given, 32, CUDA) < waits(*given, 64, CUDA)
 
 
 def make_real_model(folder: Path, family: str, **changes: Any) -> Path:
@@ -313,6 +424,61 @@ def test_layers_are_packed_on_their_device(
     assert all(tensor.device == CUDA for tensor in packed.values() if tensor.nbytes > 4 * 256)
 
 
+WITHOUT_VALUES = [
+    given
+    for given in STORED
+    if (given[0] == "compressed-tensors" and given[1].kind != "int")
+    or given in (("gptq", IntScheme(3, 32, False)), ("awq", IntScheme(4, 32, False)))
+]
+"""Those whose decoding looks at no value, and can be followed without."""
+
+
+@pytest.mark.parametrize("packer", WITHOUT_VALUES, ids=lambda given: f"{given[0]} {given[1].describe()}", indirect=True)
+def test_of_a_layer_that_is_kept_only_packed_bytes_leave_the_device(
+    packer: tuple[Format, QuantizedWeight], fake: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(layer_store, "same_values", lambda one, other: one.codes.device == other.codes.device)
+    store, weight = packer[0], faked_on_cuda(packer[1])
+    kept = layer_store.LayerStore(tmp_path, store)
+    with Leaving() as leaving:
+        kept.keep("layer", weight)
+    assert 0 < leaving.nbytes <= kept.stored_bytes
+
+
+def test_a_format_that_decodes_on_the_cpu_alone_is_asked_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And where the device says no, the CPU has the last word."""
+    asked: list[str] = []
+
+    class Store:
+        def unpack(self, packed: Any, scheme: Scheme) -> QuantizedWeight:
+            asked.append(packed["codes"].device.type)
+            if asked[-1] == "meta":
+                raise RuntimeError("two devices")
+            return QuantizedWeight(scheme, packed["codes"], torch.ones(1, 1), torch.ones(1, 1))
+
+    weight = QuantizedWeight(IntScheme(4, 4, True), torch.ones(1, 4, device="meta"), torch.ones(1, 1), torch.ones(1, 1))
+    monkeypatch.setattr(QuantizedWeight, "to", lambda self, device: replace(self, codes=torch.ones(1, 4)))
+    store: Any = Store()
+    packed = {"codes": torch.ones(1, 4)}
+    assert layer_store.gives_back(store, packed, weight)
+    assert not layer_store.gives_back(store, {"codes": torch.zeros(1, 4)}, weight)
+    assert asked == ["meta", "cpu"] * 2
+
+
+class Leaving(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes that come from CUDA to the CPU."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.nbytes: int = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if func is aten._to_copy.default and args[0].device == CUDA and found.device.type == "cpu":
+            self.nbytes += found.nbytes
+        return found
+
+
 def faked_on_cuda(weight: QuantizedWeight) -> QuantizedWeight:
     """The same without its values."""
 
@@ -362,6 +528,43 @@ def test_a_question_to_the_device_fails(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(grids_base, "decide", bool)
     with pytest.raises(RuntimeError, match="local_scalar_dense"):
         solve(folder, tiny_steps("rtn"))
+
+
+def test_a_task_is_not_charged_for_what_was_asked_of_the_gpu_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Times are those of events in its queue; it is waited for when they are asked for, and not before."""
+    queue = SimpleNamespace(until=0.0, waits=0)
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self, stream: Any) -> None:
+            assert stream == CUDA
+            self.at = queue.until
+
+        def synchronize(self) -> None:
+            queue.waits += 1
+
+        def elapsed_time(self, other: Any) -> float:
+            milliseconds: float = 1000 * (other.at - self.at)
+            return milliseconds
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: device)
+    originals, task = Originals(None, None, CUDA), SimpleNamespace(name="a")  # type: ignore[arg-type]
+    solver = solving.Solver([task], originals, live=False, tries_again=False)  # type: ignore[list-item]
+
+    def asks(seconds: float) -> None:
+        queue.until += seconds
+
+    spent = solver.clock()
+    for own in (2.0, 3.0):
+        asks(10.0)  # of the passes
+        solver.work(task, partial(asks, own))  # type: ignore[arg-type]
+    assert queue.waits == 0
+    assert solver.seconds() == {"a": 5.0}
+    assert spent.elapsed() == 25.0
+    assert queue.waits == 3
 
 
 def test_passes_compute_in_sixteen_bits_on_cuda() -> None:

@@ -14,9 +14,13 @@ from quantkit.engine.batches import make_batches
 from quantkit.engine.precision import pass_dtype
 from quantkit.engine.skeleton import Skeleton
 from quantkit.engine.walk import Inputs, Strategy, Walk, WalkSettings
+from quantkit.exports.content import same_values
+from quantkit.formats import FORMATS
 from quantkit.methods.base import Method
+from quantkit.numerics.grid_search import encode, quantized, search_grid
 from quantkit.schemes import Fp4Scheme, Fp8Scheme, IntScheme, Mxfp4Scheme, Nf4Scheme, Nvfp4Scheme, Scheme
 from tests.architectures import make
+from tests.test_fake_cuda import STORED
 from tests.tiny import (
     FAMILIES,
     Collected,
@@ -127,6 +131,19 @@ def test_experts_are_solved_as_on_the_cpu_and_alike_every_time(tmp_path: Path, a
     assert_close(first, cpu, tolerance=0.05)
     for name, result in first.results.items():
         assert torch.equal(result.weight.codes, second.results[name].weight.codes), name
+
+
+@pytest.mark.parametrize(("name", "scheme"), STORED, ids=lambda given: str(getattr(given, "kind", given)))
+def test_formats_decode_on_the_device_what_they_packed(name: str, scheme: Scheme) -> None:
+    """So that codes do not go to the CPU to be compared there."""
+    device = torch.device("cuda", 0)
+    matrix = torch.randn(256, 128, device=device)
+    grid = search_grid(matrix, None, scheme, torch.float16, 4)
+    store = FORMATS.get(name)("float16")
+    weight = store.fitted(quantized(encode(matrix, grid, scheme), grid, scheme))
+    packed = {suffix: tensor.contiguous().to(device) for suffix, tensor in store.pack(weight).items()}
+    with device:
+        assert same_values(store.unpack(packed, weight.scheme), weight)
 
 
 def peak_of(folder: Path, method: TinySteps, inputs: Inputs) -> int:

@@ -207,7 +207,11 @@ def test_the_model_of_the_time_counts_what_the_method_does() -> None:
     # three inputs of 4096 columns and one of 14336
     assert gpu_time.grams(shape, 10).single == 2 * 10 * (3 * 4096**2 + 14336**2)
     # of a column at least: a product, a division, a rounding, a difference, and as much again in the refinement
-    assert 8 <= gpu_time.per_column() <= 20
+    assert 8 <= gpu_time.per_column(is_fused=False) <= 20
+    # a kernel and a few products for each block of 128, and the refit of scales for each group
+    assert gpu_time.per_column() <= 0.6
+    loops = gpu_time.loops(4096, 4096)
+    assert (loops.columns, loops.numbers) == (2 * 4096, 2 * 4096 * 4096 * 128 * gpu_time.LANES)
     assert gpu_time.Work(single=67e12).seconds(gpu_time.CARDS["h100"]) == pytest.approx(1 / gpu_time.REACHED)
     assert gpu_time.Work(operations=1e6, moved=1e9).seconds(gpu_time.CARDS["h100"]) == pytest.approx(5.0)
 

@@ -47,12 +47,15 @@ def test_stages_begin_from_a_release_of_python_or_from_each_other() -> None:
 def test_images_run_the_command_as_a_user_and_the_last_is_the_one_without_a_gpu() -> None:
     named = stages()
     assert list(named)[-1] == "cpu"
-    for target in ("cpu", "cuda"):
+    for target, begun in (("cpu", "runtime"), ("cuda", "runtime-cuda")):
         first, *rest = named[target]
-        assert first == "FROM runtime"
+        assert first == f"FROM {begun}"
         assert not any(line.startswith(("USER", "RUN", "ENTRYPOINT")) for line in rest)
         assert f"COPY --from={target}-packages /opt/quantkit /opt/quantkit" in rest
     assert "USER 1000" in named["runtime"]
+    assert named["runtime-cuda"][0] == "FROM runtime"
+    assert named["runtime-cuda"][-1] == "USER 1000"
+    assert any("gcc libc6-dev" in line for line in named["runtime-cuda"]), "triton has its launchers compiled"
     assert any("libgomp1" in line for line in named["runtime"]), "llama.cpp does not load without it"
     assert 'ENTRYPOINT ["quantkit"]' in named["runtime"]
 

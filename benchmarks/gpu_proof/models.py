@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from gpu_proof.work import (
 from quantkit.engine.twins import paired_tokens
 from quantkit.errors import QuantkitError
 from quantkit.methods.base import InputStatistics
+from quantkit.numerics.fused import refusal
 from quantkit.recipe import ModelSpec, VariantSpec
 from quantkit.runtimes._checkpoint import load_tokenizer
 from quantkit.source import resolve
@@ -90,6 +93,9 @@ def solver(found: Found) -> None:
     sizes = ((64, 256), (64, 512)) if found.small else ((4096, 4096), (4096, 14336))
     device, variant = torch.device(found.device), VariantSpec.model_validate(GPTQ)
     method, scheme = variant.build_method(), variant.base_scheme()
+    reason = refusal(device, scheme.grids())
+    found.say(f"loops over columns go operation by operation: {reason}" if reason else "a kernel for blocks of columns")
+    found.say(f"triton {version('triton')}" if find_spec("triton") else "triton is not installed", {"loops": reason})
     for rows, columns in sizes:
         inputs = torch.randn(2 * columns, columns, device=device)
         gram = inputs.T @ inputs / len(inputs)
@@ -101,7 +107,7 @@ def solver(found: Found) -> None:
 
         with torch.no_grad():
             seconds = best(solve, device, calls=2)
-        operations = per_column() * columns
+        operations = per_column(is_fused=not reason) * columns
         each = f"{seconds / operations * 1e6:.1f} us for each of {operations:,.0f} operations"
         found.say(f"{rows} x {columns}: {seconds:.3f} s on {found.device}, {each}", {f"{rows}x{columns}": seconds})
 

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
-from time import perf_counter
 from typing import TypeVar
 
 import torch
@@ -29,7 +28,7 @@ from quantkit.numerics.mismatch import corrected
 from quantkit.numerics.refine import row_errors
 from quantkit.schemes import QuantizedWeight, Scheme
 from quantkit.schemes.rounding import INPUT_SCALE, InputRounding
-from quantkit.system.devices import synchronize
+from quantkit.system.devices import Moment
 from quantkit.system.garbage import no_garbage_collection
 from quantkit.transforms.base import Change
 
@@ -45,15 +44,17 @@ class Spent:
 
     Attributes:
         own: by name the seconds of each task.
-        since: the clock then.
+        since: that moment.
+        device: of the walk.
     """
 
     own: Mapping[str, float]
-    since: float = field(default_factory=perf_counter)
+    since: Moment
+    device: torch.device
 
     def elapsed(self) -> float:
         """Seconds since then, in all."""
-        return perf_counter() - self.since
+        return self.since.seconds_until(Moment.now(self.device))
 
 
 @dataclass(slots=True)
@@ -70,7 +71,6 @@ class Solver:
     Attributes:
         transforming: what the transforms of each task do at the segment at which the walk stands.
         failures: by name the tasks that failed and were dropped while others went on.
-        seconds: by name what each task's own work took.
         tuned: by name what tuning made of the segment at which the walk stands, handed over when it is finished.
         crew: solves the groups that are not solved here.
 
@@ -86,10 +86,11 @@ class Solver:
     crew: Crew = ALONE
     transforming: Transforming = field(init=False)
     failures: dict[str, Exception] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
     tuned: dict[str, Tuned] = field(default_factory=dict)
     _solved: dict[str, dict[str, QuantizedWeight]] = field(init=False, default_factory=dict)
     _waiting: dict[str, dict[str, LayerResult]] = field(init=False, default_factory=dict)
+    _seconds: dict[str, float] = field(init=False, default_factory=dict)
+    _timed: list[tuple[str, Moment, Moment]] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
         self.transforming = Transforming(self.originals, self.live, self.mixed)
@@ -134,11 +135,9 @@ class Solver:
 
         Any error counts, as methods are plugins; the last one standing raises its own.
         """
-        synchronize(self.originals.device)  # what the passes still have to do on a GPU is not this task's
-        started = perf_counter()
+        started = Moment.now(self.originals.device)  # what the passes still have to do on a GPU is not this task's
         try:
             done = work()
-            synchronize(self.originals.device)
         except Exception as error:  # methods and transforms are plugins, which may raise anything
             if self.tries_again and isinstance(error, torch.OutOfMemoryError):
                 raise
@@ -149,12 +148,18 @@ class Solver:
         else:
             return done
         finally:
-            self.seconds[task.name] = self.seconds.get(task.name, 0.0) + perf_counter() - started
+            self._timed.append((task.name, started, Moment.now(self.originals.device)))
+
+    def seconds(self) -> dict[str, float]:
+        """By name what each task's own work took so far; a GPU is waited for."""
+        timed, self._timed = self._timed, []
+        for name, start, stop in timed:
+            self._seconds[name] = self._seconds.get(name, 0.0) + start.seconds_until(stop)
+        return dict(self._seconds)
 
     def clock(self) -> Spent:
         """Starts to count what is spent on a segment."""
-        synchronize(self.originals.device)
-        return Spent(dict(self.seconds))
+        return Spent(self.seconds(), Moment.now(self.originals.device), self.originals.device)
 
     # The course of a walk
 
@@ -183,7 +188,8 @@ class Solver:
         for task in [task for task in self.at_work(segment) if task.name in self.tuned]:
             self.work(task, partial(self._hand_over_tuned, task, segment))
         tasks = self.at_work(segment)
-        own = {task.name: self.seconds.get(task.name, 0.0) - spent.own.get(task.name, 0.0) for task in tasks}
+        taken = self.seconds()
+        own = {task.name: taken.get(task.name, 0.0) - spent.own.get(task.name, 0.0) for task in tasks}
         shared = max(0.0, spent.elapsed() - sum(own.values()))
         for task in tasks:
             if task.memory is not None:

@@ -140,7 +140,7 @@ class Walk:
     @property
     def seconds(self) -> dict[str, float]:
         """By name what each task's own work took; the rest of the walk is shared."""
-        return self._solver.seconds
+        return self._solver.seconds()
 
     @property
     def _is_quantized(self) -> bool:

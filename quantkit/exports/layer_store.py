@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -44,14 +45,14 @@ class LayerStore:
         """
         store = self._store_of(layer)
         weight = store.fitted(weight)
-        packed = {suffix: tensor.cpu().contiguous() for suffix, tensor in store.pack(weight).items()}
-        if not same_values(store.unpack(packed, weight.scheme), weight.to("cpu")):
+        packed = {suffix: tensor.contiguous() for suffix, tensor in store.pack(weight).items()}
+        if not gives_back(store, packed, weight):
             raise CheckpointError(
                 f"layer {layer} in {self._folder} does not decode to what the method returned",
                 f"format {store.name} does not give back what it packed: report it, and use another",
             )
         self._weighed[layer] = [f"{layer}.{suffix}" for suffix in store.layer_suffixes(weight.scheme)]
-        named = {f"{layer}.{suffix}": tensor for suffix, tensor in packed.items()}
+        named = {f"{layer}.{suffix}": tensor.cpu() for suffix, tensor in packed.items()}
         self._tensors[layer] = list(named)
         self._waiting.update(named)
         weights = (tensor for name, tensor in named.items() if not name.endswith(store.beside))
@@ -103,6 +104,22 @@ class LayerStore:
     def digests(self) -> Mapping[str, str]:
         """Layer name to the digest of its packed tensors, see :func:`quantkit.exports.content.digest`."""
         return self._digests
+
+
+def gives_back(store: Format, packed: Mapping[str, torch.Tensor], weight: QuantizedWeight) -> bool:
+    """Whether a format decodes what it packed to the weight that this was.
+
+    It is asked on the device of the weight first, so that from a GPU only packed bytes come to the CPU. A format may
+    be made for the CPU alone, and there may be no room; a no is asked for once more where files are decoded.
+    """
+    device = weight.codes.device
+    if device.type != "cpu":
+        there = {suffix: tensor.to(device) for suffix, tensor in packed.items()}
+        with suppress(RuntimeError, TypeError), torch.device(device):
+            if same_values(store.unpack(there, weight.scheme), weight):
+                return True
+    here = {suffix: tensor.cpu() for suffix, tensor in packed.items()}
+    return same_values(store.unpack(here, weight.scheme), weight.to("cpu"))
 
 
 def write_layers(

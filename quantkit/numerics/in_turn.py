@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
-from quantkit.numerics.columns import Steps, even_bounds, known_steps, sweep
+from quantkit.numerics import fused
+from quantkit.numerics.columns import BLOCK, Steps, even_bounds, known_steps, sweep
 from quantkit.numerics.factor import strongest_first
 from quantkit.schemes.grids import Grid, Grids
 from quantkit.system.host import whole_numbers
@@ -127,9 +128,10 @@ def solve_in_turn(layers: Sequence[OpenLayer]) -> list[torch.Tensor]:
             each.grids.rounder(block, rows, stop - start) for each, block in zip(layers, blocks, strict=True)
         )
         rounder = first.beside(others)
-        return torch.stack([block.scales.T for block in blocks]), rounder, rounder.columns()
+        return Steps(torch.stack([block.scales.T for block in blocks]), rounder, 0, rounder.columns())
 
-    bounds = {*even_bounds(weight.shape[1]), *(place for each in layers for place in each.opens)}
+    block = fused.BLOCK if not fused.refusal(weight.device, layers[0].grids) else BLOCK
+    bounds = {*even_bounds(weight.shape[1], block), *(place for each in layers for place in each.opens)}
     return list(sweep(weight, factor, steps, sorted(bounds))[0].unbind(0))
 
 
@@ -150,8 +152,10 @@ def _best(
     stored = [grids.rounded(scale, zero, search.scale_dtype) for scale, zero in tried]
     grid = Grid(torch.cat([each.scales.float() for each in stored]), torch.cat([each.zeros for each in stored]))
     copies = weight.repeat(1, len(stored)).unsqueeze(0)
-    steps = known_steps(grid.scales.T.expand(1, size, -1), grids.rounder(grid, len(stored) * rows, size).beside([]))
-    errors = sweep(copies, factor.unsqueeze(0), steps, even_bounds(size, WITHIN))[1].squeeze(0)
+    rounder = grids.rounder(grid, len(stored) * rows, size).beside([])
+    steps = known_steps(grid.scales.T.expand(1, size, -1), rounder)
+    within = fused.BLOCK if fused.is_fused(weight.device, rounder) else WITHIN
+    errors = sweep(copies, factor.unsqueeze(0), steps, even_bounds(size, within))[1].squeeze(0)
     losses = errors.div_(factor.diagonal().unsqueeze(1)).square_().sum(0)
     best = losses.view(len(stored), rows).argmin(0, keepdim=True)
     scales, zeros = (each.view(len(stored), rows).gather(0, best).squeeze(0) for each in (grid.scales, grid.zeros))

@@ -11,10 +11,13 @@ the checkpoint, so that groups are contiguous. Levels are what codes stand for i
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
+from quantkit.numerics import fused
 from quantkit.schemes.grids import Grid, Grids, Rounder
 from quantkit.system.products import product
 
@@ -151,8 +154,9 @@ def _refit_rows(response: torch.Tensor, levels: torch.Tensor, hessian: torch.Ten
     # A group whose levels are all zero would make the system singular.
     ridge = system.diagonal(dim1=1, dim2=2).mean(1, keepdim=True).mul_(1e-6)
     system.diagonal(dim1=1, dim2=2).add_(ridge.clamp_(min=torch.finfo(torch.float32).tiny))
-    solved: torch.Tensor = torch.linalg.solve(system, target.T)
-    return solved.T.contiguous()
+    # The device is asked nothing; a scale that is not finite, as a singular system gives, leaves the old one in place.
+    solved: torch.Tensor = torch.linalg.solve_ex(system, target.T).result
+    return solved.T.nan_to_num(0.0, 0.0, 0.0)
 
 
 def descend(
@@ -171,26 +175,73 @@ def descend(
         rounder: finds the nearest levels.
         hessian: float32 ``[columns, columns]``, positive definite.
     """
-    columns, rows = weight.shape
     missing = torch.addcmul(weight, levels, scales, value=-1)
     pivots = hessian.diagonal().unsqueeze(1)
-    moves = torch.empty(BLOCK, rows, device=weight.device)
-    nearest = torch.empty(rows, device=weight.device)
+    block = fused.BLOCK if fused.is_fused(weight.device, rounder) else BLOCK
+    moves = torch.empty(block, weight.shape[1], device=weight.device)
     earlier = [moves[:done].T for done in range(BLOCK)]
-    columns_of = zip(levels.unbind(0), scales.unbind(0), rounder.columns(), strict=False)
-    for start in range(0, columns, BLOCK):
-        stop = min(start + BLOCK, columns)
+    columns = _columns_of(levels, scales, rounder)
+    for start in range(0, len(weight), block):
+        stop = min(start + block, len(weight))
         pull = hessian[start:stop] / pivots[start:stop]
-        wanted = product(pull, missing).unbind(0)
-        within = pull[:, start:stop].unbind(0)
-        for done, current in enumerate(wanted):
-            level, scale, column = next(columns_of)
-            if done:
-                current.addmv_(earlier[done], within[done][:done], alpha=-1)
-            rounder.nearest_(torch.addcdiv(level, current, scale, out=nearest), column)
-            torch.sub(nearest, level, out=moves[done]).mul_(scale)
-            level.copy_(nearest)
-        missing[start:stop].sub_(moves[: stop - start])
+        wanted, within, moved = product(pull, missing), pull[:, start:stop], moves[: stop - start]
+        of_block = fused.levels_of(rounder, start, stop - start, weight.device)
+        if of_block is None:
+            _descend_one_by_one(wanted, columns, rounder, within, earlier, moved)
+        else:
+            _descend_at_once(wanted, levels[start:stop], scales[start:stop], of_block, within, moved)
+        missing[start:stop].sub_(moved)
+
+
+def _columns_of(
+    levels: torch.Tensor, scales: torch.Tensor, rounder: Rounder
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, Any]]:
+    """The columns of levels and scales, and what the rounder must know of each."""
+    yield from zip(levels.unbind(0), scales.unbind(0), rounder.columns(), strict=False)
+
+
+def _descend_one_by_one(
+    wanted: torch.Tensor,
+    columns: Iterator[tuple[torch.Tensor, torch.Tensor, Any]],
+    rounder: Rounder,
+    within: torch.Tensor,
+    earlier: Sequence[torch.Tensor],
+    moves: torch.Tensor,
+) -> None:
+    """Descend over the codes of a block, operation by operation.
+
+    Args:
+        wanted: by how much each weight wants to move for the errors of all others, float32 ``[columns, rows]``.
+        columns: the next are the block's.
+        rounder: finds the nearest levels.
+        within: ``[columns, columns]``, how much of a column's move a row's column is spared.
+        earlier: the first of the moves, by their number.
+        moves: is filled, ``[columns, rows]``.
+    """
+    nearest = torch.empty_like(moves[0])
+    for done, (current, weights) in enumerate(zip(wanted.unbind(0), within.unbind(0), strict=True)):
+        level, scale, column = next(columns)
+        if done:
+            current.addmv_(earlier[done], weights[:done], alpha=-1)
+        rounder.nearest_(torch.addcdiv(level, current, scale, out=nearest), column)
+        torch.sub(nearest, level, out=moves[done]).mul_(scale)
+        level.copy_(nearest)
+
+
+def _descend_at_once(
+    wanted: torch.Tensor,
+    levels: torch.Tensor,
+    scales: torch.Tensor,
+    of_block: fused.Levels,
+    within: torch.Tensor,
+    moves: torch.Tensor,
+) -> None:
+    """The same by one kernel; ``levels`` and ``scales`` are the block's."""
+    nearest = torch.empty_like(moves)
+    start, spread, push = (each.unsqueeze(0) for each in (wanted, scales, within.T.contiguous()))
+    found, moved, before = (each.unsqueeze(0) for each in (nearest, moves, levels))
+    fused.run(start, spread, of_block, push, found, moved, before)
+    levels.copy_(nearest)
 
 
 def row_errors(difference: torch.Tensor, gram: torch.Tensor | None) -> torch.Tensor:

@@ -17,7 +17,7 @@ from quantkit.numerics.activation_rounding import round_inputs, static_scale
 from quantkit.schemes import Scheme
 from quantkit.schemes.grids import Grid
 from quantkit.schemes.rounding import InputRounding
-from quantkit.system.host import number
+from quantkit.system.host import numbers
 from quantkit.system.products import product
 
 SEARCH_ROWS = 192
@@ -214,8 +214,8 @@ def search_factors(trial: Trial, strength: Strength, alphas: int) -> torch.Tenso
 
     def judge(wanted: Iterable[Exponent]) -> None:
         new = sorted({each for each in wanted if 0 <= each.step <= alphas} - errors.keys())
-        found = trial([factors(each) for each in new]).nan_to_num(torch.inf) if new else ()
-        errors.update({exponent: number(error) for exponent, error in zip(new, found, strict=True)})
+        found = numbers(trial([factors(each) for each in new]).nan_to_num(torch.inf)) if new else ()
+        errors.update(zip(new, found, strict=True))
 
     distance = max(1, alphas // 4)
     families = [

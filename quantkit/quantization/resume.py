@@ -6,6 +6,7 @@ import platform
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -70,9 +71,14 @@ def resume_identity(job: Job, variant: VariantSpec) -> dict[str, Any]:
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "machine": platform.machine(),
     }
-    packages = {name: version_of(name) for name in PACKAGES}
     written = {"written": fingerprint(job.written.rows)} if job.generates(variant) else {}
-    return {**made_from(job, variant), **written, "layout": LAYOUT, "machine": machine, "packages": packages}
+    return {**made_from(job, variant), **written, "layout": LAYOUT, "machine": machine, "packages": packages_of(device)}
+
+
+def packages_of(device: torch.device) -> dict[str, str]:
+    """The versions of the packages that compute; triton's kernels sum in an order of their own."""
+    kernels = ("triton",) if device.type == "cuda" and find_spec("triton") else ()
+    return {name: version_of(name) for name in (*PACKAGES, *kernels)}
 
 
 def take_up(folder: Path, identity: Mapping[str, Any], names: Sequence[str]) -> TakenUp:

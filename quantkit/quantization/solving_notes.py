@@ -1,16 +1,36 @@
-"""What is told of how the layers of a variant were solved: corrections, what tuning did, what errors cost."""
+"""What is told of how layers are solved: loops on a GPU, corrections, what tuning did, what errors cost."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
+from quantkit.methods.base import Method
 from quantkit.quantization.left_float import few
+from quantkit.schemes import Scheme
+
+if TYPE_CHECKING:
+    import torch
 
 EVEN_ENOUGH = 4
 """Even tokens for a column of the input without which correlations are partly chance, and damping is at its most."""
+
+
+def loop_notes(device: torch.device, solved: Iterable[tuple[Method, Scheme]]) -> list[str]:
+    """Why a GPU goes through the columns of weights operation by operation; none where it does not, and on a CPU.
+
+    Args:
+        device: of the walk.
+        solved: the methods, and the schemes of their layers.
+    """
+    from quantkit.numerics.fused import refusal
+
+    asked = {scheme for method, scheme in solved if method.factorizes} if device.type == "cuda" else set()
+    reasons = sorted({refusal(device, scheme.grids()) for scheme in asked} - {""})
+    slower = "loops over columns go operation by operation, which takes several times as long"
+    return [f"{slower}: {'; '.join(reasons)}"] if reasons else []
 
 
 def correction_notes(layers: Sequence[Mapping[str, Any]]) -> list[str]:

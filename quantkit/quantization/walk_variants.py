@@ -31,6 +31,7 @@ from quantkit.quantization.memory_use import choose_parking, choose_strategy, ex
 from quantkit.quantization.oom import FallbackStep, fallback_steps, out_of_memory, ran_out
 from quantkit.quantization.sensitivity import known_sensitivity
 from quantkit.quantization.solved_layers import SolvedLayers
+from quantkit.quantization.solving_notes import loop_notes
 from quantkit.quantization.variant import Describe, VariantRun, WalkFacts
 from quantkit.system.devices import resolve_device, resolve_devices
 from quantkit.system.free_memory import kept_to
@@ -205,6 +206,9 @@ def _solve(job: Job, skeleton: Skeleton, runs: Sequence[VariantRun], on_segment:
         if dtype != wanted:
             found.notes.append("calibration computes in float32: the model's code does not run in bfloat16 here")
             on_note(found.notes[-1])
+    for note in loop_notes(device, {(task.method, each) for task in tasks for each in task.schemes.values()}):
+        found.notes.append(note)
+        on_note(note)
     tokens = job.all_tokens if calibrated else 0
     corrected, tuned = any(task.method.corrects for task in tasks), any(task.tune is not None for task in tasks)
     takes = (skeleton, tokens, dtype, device, corrected and inputs == "quantized", tuned, job.bounds)

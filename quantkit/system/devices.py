@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from time import perf_counter
 from typing import Literal
 
 import torch
@@ -66,6 +68,35 @@ def resolve_devices(name: str, devices: Devices) -> list[torch.device]:
 def device_name(device: torch.device) -> str:
     """``cpu``, or the name of the GPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """When a device has done what it was asked until then; a GPU is not waited for before a difference is asked for.
+
+    Attributes:
+        clock: of the host, by :func:`time.perf_counter`.
+        event: on a GPU.
+    """
+
+    clock: float
+    event: torch.cuda.Event | None = None
+
+    @classmethod
+    def now(cls, device: torch.device) -> Moment:
+        """That of the call, on a device."""
+        if device.type != "cuda":
+            return cls(perf_counter())
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(device))
+        return cls(perf_counter(), event)
+
+    def seconds_until(self, later: Moment) -> float:
+        """Seconds to a later moment on the same device, which is waited for."""
+        if self.event is None or later.event is None:
+            return later.clock - self.clock
+        later.event.synchronize()
+        return float(self.event.elapsed_time(later.event)) / 1e3
 
 
 def synchronize(device: torch.device) -> None:

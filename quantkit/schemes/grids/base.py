@@ -209,10 +209,14 @@ class Grids(ABC):
 
 
 class Uniform:
-    """A rounder whose columns are all alike."""
+    """A rounder whose columns are all alike.
+
+    Attributes:
+        grids: whose levels it finds.
+    """
 
     def __init__(self, grids: Grids) -> None:
-        self._grids = grids
+        self.grids = grids
         self._zeros = torch.zeros(1, 1)
 
     def columns(self) -> Iterator[Any]:
@@ -221,7 +225,7 @@ class Uniform:
 
     def nearest_(self, values: torch.Tensor, column: Any) -> None:
         """Replace values by the nearest levels."""
-        self._grids.nearest_(values, self._zeros)
+        self.grids.nearest_(values, self._zeros)
 
     def ordered(self, order: torch.Tensor) -> Uniform:
         """The same."""

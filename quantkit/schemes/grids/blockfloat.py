@@ -41,10 +41,17 @@ def _table(device: torch.device) -> torch.Tensor:
     return torch.tensor(E2M1_TABLE, device=device)
 
 
-class _E2m1Grids(FixedGrids):
-    """Levels from a table, which lies on every device that asked for it."""
+class E2m1Grids(FixedGrids):
+    """Levels from a table, which lies on every device that asked for it.
+
+    Attributes:
+        least_power: the power of two from which on levels have all their bits.
+        rounds_at_one: what rounds values between 1 and 2 when it is added and taken away.
+    """
 
     highest = HIGHEST
+    least_power = 1.0
+    rounds_at_one = ROUNDS_TO_HALVES
 
     def levels(self, codes: torch.Tensor, zeros: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The numbers that E2M1 codes stand for; a zero has a sign."""
@@ -86,7 +93,7 @@ def _nearest(magnitudes: torch.Tensor) -> torch.Tensor:
     return magnitudes.clamp_(max=HIGHEST).add_(rounder).sub_(rounder)
 
 
-class Mxfp4Grids(_E2m1Grids):
+class Mxfp4Grids(E2m1Grids):
     """Blocks of 32 with a power of two as scale.
 
     The OCP specification takes the exponent of the largest magnitude less 2, whose block then reaches up to 8 steps
@@ -96,33 +103,32 @@ class Mxfp4Grids(_E2m1Grids):
 
     def spanning(self, groups: torch.Tensor, scale_dtype: torch.dtype) -> Grid:
         """The power of two at which the largest magnitude rounds to 4 or 6."""
-        scales = power_of_two(self._exponents(groups))
+        largest = groups.abs().amax(-1)
+        scales = _where_finite(largest, power_of_two(spanning_exponents(largest)))
         return self.stored(scales, torch.zeros_like(scales), scale_dtype)
 
     def candidates(
         self, groups: torch.Tensor, count: int, *, negative_scales: bool
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """The spanning power of two and its neighbours."""
-        full = self._exponents(groups)
-        zero = torch.zeros_like(full, dtype=torch.float32)
+        largest = groups.abs().amax(-1)
+        full, zero = spanning_exponents(largest), torch.zeros_like(largest)
         found = []
         for step in (0, 1, -1, -2)[:count]:
             exponents = (full + step).clamp_(1 - EXPONENT_BIAS, EXPONENT_BIAS)
-            found.append((power_of_two(exponents), zero))
+            found.append((_where_finite(largest, power_of_two(exponents)), zero))
         return found
 
     def rounded(self, scales: torch.Tensor, zeros: torch.Tensor, scale_dtype: torch.dtype) -> Grid:
         """Scales rounded to the nearest power of two that E8M0 holds; float32 whatever ``scale_dtype`` is."""
-        require_held(scales * HIGHEST, torch.float32)
         mantissas, exponents = torch.frexp(scales)
         nearest = (exponents - 1 + (mantissas >= 0.75)).clamp_(-EXPONENT_BIAS, EXPONENT_BIAS)
-        return Grid(power_of_two(nearest), zeros)
+        return Grid(_where_finite(scales * HIGHEST, power_of_two(nearest)), zeros)
 
-    def _exponents(self, groups: torch.Tensor) -> torch.Tensor:
-        """Of the spanning scales, int32 ``[rows, groups]``."""
-        largest = groups.abs().amax(-1)
-        require_held(largest, torch.float32)
-        return spanning_exponents(largest)
+
+def _where_finite(values: torch.Tensor, powers: torch.Tensor) -> torch.Tensor:
+    """Powers of two where what they are of is finite, else NaN, which no grid holds: the exponent would not tell."""
+    return torch.where(values.abs() <= torch.finfo(torch.float32).max, powers, torch.nan)
 
 
 def spanning_exponents(largest: torch.Tensor) -> torch.Tensor:
@@ -142,7 +148,7 @@ first 6 lose 1 % more than all, the first 8 as much; -3 to 2 lose 10 % more.
 """
 
 
-class Nvfp4Grids(_E2m1Grids):
+class Nvfp4Grids(E2m1Grids):
     """Blocks of 16 with E4M3 scales under a float32 scale per tensor.
 
     The effective scale of a block is ``local / tensor``; ``parts`` holds ``scales``, the bits of the local ones as

@@ -107,6 +107,10 @@ class TableGrids(FixedGrids):
         """Scales in ``scale_dtype``."""
         return Grid(stored(scales, scale_dtype), zeros)
 
+    def thresholds_and_levels(self, device: torch.device) -> torch.Tensor:
+        """The thresholds midway between levels, then the levels, both ascending; float32 ``[2 * levels - 1]``."""
+        return self._on(device).ascending
+
     def _coded(self, values: torch.Tensor) -> torch.Tensor:
         """The codes of the nearest levels, uint8; of a level that occurs twice the lower one."""
         tables = self._on(values.device)
@@ -133,6 +137,7 @@ class _Tables:
         thresholds: by bin; that of the first is the highest of all, because values beyond the range of an int32
             come out there.
         levels, codes: by place, twice the bin and one more above its threshold.
+        ascending: see :meth:`TableGrids.thresholds_and_levels`.
     """
 
     table: torch.Tensor
@@ -141,6 +146,7 @@ class _Tables:
     thresholds: torch.Tensor
     levels: torch.Tensor
     codes: torch.Tensor
+    ascending: torch.Tensor
 
     @classmethod
     def of(cls, table: torch.Tensor) -> _Tables:
@@ -157,7 +163,8 @@ class _Tables:
         above = torch.bucketize(torch.arange(count), bins, right=True)
         above[0] = len(thresholds)
         ranks = torch.stack([below, above], 1).flatten()
-        return cls(table, rate, torch.tensor(shift), by_bin, ascending[ranks], codes[ranks])
+        whole = torch.cat([thresholds, ascending])
+        return cls(table, rate, torch.tensor(shift), by_bin, ascending[ranks], codes[ranks], whole)
 
     def places(self, values: torch.Tensor) -> torch.Tensor:
         """The places of values, int32 ``[values]``."""
@@ -167,7 +174,8 @@ class _Tables:
 
     def to(self, device: torch.device) -> _Tables:
         """The same on another device."""
-        moved = (each.to(device) for each in (self.shift, self.thresholds, self.levels, self.codes))
+        kept = self.shift, self.thresholds, self.levels, self.codes, self.ascending
+        moved = (each.to(device) for each in kept)
         return _Tables(self.table.to(device), self.rate, *moved)
 
 

@@ -25,10 +25,16 @@ class Fp8Grids(FixedGrids):
     """E4M3 numbers; the scales of a tensor or block are repeated for each row and group.
 
     The last groups of a row are padded with zeros where blocks do not divide its columns.
+
+    Attributes:
+        least_power: the power of two from which on levels have all their bits.
+        rounds_at_one: what rounds values between 1 and 2, to eighths, when it is added and taken away.
     """
 
     scheme: Fp8Scheme
     highest = HIGHEST
+    least_power = 2.0**-6
+    rounds_at_one = 1.5 * 2**20
 
     @property
     def independent(self) -> bool:
