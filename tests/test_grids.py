@@ -40,6 +40,17 @@ def weighted_error(weight: torch.Tensor, grid: Grid, scheme: IntScheme, importan
     return float((squares if importance is None else squares * importance).sum())
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scheme", [*SCHEMES, Nf4Scheme(32), Fp8Scheme()], ids=lambda each: each.describe())
+def test_what_a_search_judges_by_is_what_is_stored(scheme: Scheme, dtype: torch.dtype) -> None:
+    """Coded and decoded in one step, to the bit what codes give."""
+    weight = torch.randn(24, 64)
+    grids, grid = scheme.grids(), range_grid(weight, scheme, dtype)
+    groups = grids.grouped(weight)
+    levels = grids.levels(grids.encode(groups, grid), grid.zeros, torch.float32)
+    assert torch.equal(grids.through(groups, grid), levels * grid.scales.float().unsqueeze(-1))
+
+
 @pytest.mark.parametrize("weighing", ["alike", "skewed", "some dead"])
 @pytest.mark.parametrize("scheme", SCHEMES, ids=names)
 def test_the_search_loses_less_than_the_range(scheme: IntScheme, weighing: str) -> None:

@@ -156,22 +156,21 @@ def _search_judged(
     best.scales, best.zeros = spanning.scales.float(), spanning.zeros
     for scale, zero in best.then([(best.scales, best.zeros), *tried], grids):
         plain = grids.rounded(scale, zero, scale_dtype)
-        loss, ratio = _judged(grids, groups, weighted, weigh, plain)
+        values = grids.through(groups, plain)
+        pulled = weigh(values)
+        loss = _loss(groups, weighted, values, pulled)
+        ratio = (weighted * values).sum(-1) / pulled.mul_(values).sum(-1)
         fit = torch.where((ratio - 1).abs() < FARTHEST_FIT, ratio, 1.0) * plain.scales.float()
         fitted = grids.rounded(fit, zero, scale_dtype)
-        for grid, error in ((plain, loss), (fitted, _judged(grids, groups, weighted, weigh, fitted)[0])):
+        values = grids.through(groups, fitted)
+        for grid, error in ((plain, loss), (fitted, _loss(groups, weighted, values, weigh(values)))):
             best.take(error < best.worth, error, grid.scales.float(), grid.zeros)
     return best.scales, best.zeros
 
 
-def _judged(
-    grids: Grids, groups: torch.Tensor, weighted: torch.Tensor, weigh: Weighing, grid: Grid
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The weighted error of each group, coded and decoded, and by what its scale is to be multiplied for the least."""
-    values = grids.levels(grids.encode(groups, grid), grid.zeros, torch.float32).mul_(grid.scales.float().unsqueeze(-1))
-    pulled = weigh(values)
-    loss = ((weighted - pulled) * (groups - values)).sum(-1)
-    return loss, (weighted * values).sum(-1) / pulled.mul_(values).sum(-1)
+def _loss(groups: torch.Tensor, weighted: torch.Tensor, values: torch.Tensor, pulled: torch.Tensor) -> torch.Tensor:
+    """The weighted error of each group, ``[A, G]``: ``(w - q) H (w - q)``, of ``w``, ``w H``, ``q`` and ``q H``."""
+    return (weighted - pulled).mul_(groups - values).sum(-1)
 
 
 def _search_stored(

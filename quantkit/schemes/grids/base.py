@@ -106,6 +106,11 @@ class Grids(ABC):
     def encode(self, groups: torch.Tensor, grid: Grid) -> torch.Tensor:
         """The nearest codes of weights, uint8 ``[A, G, S]``, ties and rounding as in the scheme's own reference."""
 
+    def through(self, groups: torch.Tensor, grid: Grid) -> torch.Tensor:
+        """Weights coded and decoded, float32 ``[A, G, S]``, a new tensor."""
+        levels = self.levels(self.encode(groups, grid), grid.zeros, torch.float32)
+        return levels.mul_(grid.scales.float().unsqueeze(-1))
+
     @abstractmethod
     def spanning(self, groups: torch.Tensor, scale_dtype: torch.dtype) -> Grid:
         """The grid that just spans the range of each group, as the scheme's own reference computes it.

@@ -70,9 +70,17 @@ class IntGrids(Grids):
 
         A whole zero is added as a signed number, as compressed-tensors does, so that near ties round as there.
         """
+        return self._codes(groups, grid).to(torch.uint8)
+
+    def through(self, groups: torch.Tensor, grid: Grid) -> torch.Tensor:
+        """Weights coded and decoded, without bytes in between."""
+        return self._codes(groups, grid).sub_(grid.zeros.unsqueeze(-1)).mul_(grid.scales.float().unsqueeze(-1))
+
+    def _codes(self, groups: torch.Tensor, grid: Grid) -> torch.Tensor:
+        """The nearest codes, whole float32."""
         shift = 0 if self.scheme.zeros == "float" else self.scheme.zero
         codes = (groups / grid.scales.float().unsqueeze(-1)).add_((grid.zeros - shift).unsqueeze(-1))
-        return codes.round_().add_(shift).clamp_(0, self.scheme.levels - 1).to(torch.uint8)
+        return codes.round_().add_(shift).clamp_(0, self.scheme.levels - 1)
 
     def spanning(self, groups: torch.Tensor, scale_dtype: torch.dtype) -> Grid:
         """The grid that just spans each group's range, zero included: round-to-nearest's usual choice.
