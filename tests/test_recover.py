@@ -26,7 +26,7 @@ from quantkit.recovery import training
 from quantkit.recovery.saved import save_state
 from quantkit.recovery.stage import recover, training_folder
 from quantkit.recovery.student import NEAR
-from quantkit.recovery.targets import Targets
+from quantkit.recovery.targets import Targets, begun_anywhere
 from quantkit.recovery.training import Training, relative_error
 from quantkit.recovery.whole_changes import whole_changes
 from quantkit.runtimes import RUNTIMES
@@ -227,6 +227,19 @@ def test_codes_of_the_file_are_not_given_up_by_the_first_steps(job: Job, two_bit
     assert NEAR + 3 * rate < 0.5 < NEAR + 5 * rate
     assert [loss for step, loss in found if step <= 3] == [found[0][1]] * 4
     assert found[-1][1] != found[0][1]
+
+
+def test_half_of_rows_that_begin_alike_begin_later() -> None:
+    rows = [[1, *range(10 * place, 10 * place + 9)] for place in range(40)]
+    found = begun_anywhere(rows, 0)
+    later = [place for place, row in enumerate(found) if len(row) < 10]
+    assert 12 <= len(later) <= 28
+    assert all(list(row) == rows[place][-len(row) :] and len(row) >= 5 for place, row in enumerate(found))
+    assert len({found[place][0] for place in later}) > len(later) / 2
+    assert begun_anywhere(rows, 0) == found != begun_anywhere(rows, 1)
+    others = [row[place % 9 :] for place, row in enumerate(rows)]
+    assert begun_anywhere(others, 0) == others
+    assert begun_anywhere([], 0) == []
 
 
 def test_the_divergence_and_its_gradient_are_those_of_torch() -> None:
