@@ -19,10 +19,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from quantkit import calibration, records
-from quantkit.calibration import CalibrationSet, build, load, stage
-from quantkit.errors import CalibrationError, OutputError
+from quantkit.calibration import CalibrationSet, audit_lines, build, load, stage
+from quantkit.errors import CalibrationError, OutputError, RecipeError
 from quantkit.recipe import CalibrationSpec
-from tests.tiny import CHAT_TEMPLATE, VOCABULARY, tiny_config, tiny_tokenizer
+from quantkit.system.validation import parse_section
+from tests.tiny import CHAT_TEMPLATE, VOCABULARY, tiny_config, tiny_tokenizer, tokenizer_with_bos
 
 PACKAGE = Path(stage.__file__).parents[1]
 EOS = 2
@@ -68,7 +69,7 @@ def check_sums(audit: dict[str, Any]) -> None:
     dropped = sum(counts["dropped"].values())
     assert counts["read"] == counts["usable"] + counts["skipped"]
     assert counts["usable"] == counts["used"] + dropped + counts["unused"]
-    assert audit["encoded_tokens"] == audit["tokens"] + audit["truncated_tokens"] + audit["dropped_tokens"]
+    assert audit["encoded_tokens"] == sum(audit[f"{kind}tokens"] for kind in ("", "cropped_", "truncated_", "dropped_"))
     assert len(counts["used_indices"]) == counts["used"]
     assert len(counts["truncated_lengths"]) == counts["truncated"]
     assert sum(bin_["count"] for bin_ in audit["length"]["histogram"]) == counts["used"]
@@ -122,6 +123,34 @@ def test_truncation_is_counted_and_listed(tmp_path: Path, model: Path, dataset: 
     assert audit["length"]["mean"] == audit["length"]["median"] == 49
     assert f"records cut to 32 tokens: {len(longer)} of 40" in audit["warnings"]
     check_sums(audit)
+
+
+def test_half_of_the_rows_that_begin_alike_begin_within_their_records(tmp_path: Path, model: Path) -> None:
+    """The first token of a text takes much of the attention, whatever it is, and not that of the template alone."""
+    rows = [{"text": "<" + chr(97 + number % 26) * (9 + number)} for number in range(RECORDS)]
+    path = write_rows(tmp_path / "alike.jsonl", rows)
+    whole = {number: len(row["text"]) for number, row in enumerate(rows)}
+    built = build(spec_for(path, samples=RECORDS), model, tmp_path / "out")
+    records = built.audit["records"]
+    later = [place for place, text in enumerate(texts(built)) if not text.startswith("<")]
+    assert 12 <= len(later) == records["cropped"] <= 28
+    for place, number in enumerate(records["used_indices"]):
+        start = texts(built)[place].lstrip("<")
+        assert len(start) >= min(32, whole[number] - whole[number] // 2) - 1
+        assert set(start) == {chr(97 + number % 26)}
+    assert built.audit["cropped_tokens"] > 0
+    check_sums(built.audit)
+    assert f"{len(later)} rows begin within their records" in "\n".join(audit_lines(built.audit))
+    assert build(spec_for(path, samples=RECORDS), model, tmp_path / "again").sha256 == built.sha256
+    none = build(spec_for(path, samples=RECORDS, crop=0), model, tmp_path / "none")
+    assert all(text.startswith("<") for text in texts(none))
+    every = build(spec_for(path, samples=RECORDS, crop=1), model, tmp_path / "every")
+    assert every.audit["records"]["cropped"] == RECORDS
+    tokenizer_with_bos().save_pretrained(tmp_path / "bos")
+    tiny_config().save_pretrained(tmp_path / "bos")
+    assert build(spec_for(path), tmp_path / "bos", tmp_path / "with").audit["cropped_tokens"] == 0
+    with pytest.raises(RecipeError, match="crop is of rows of one record, and packing is full"):
+        parse_section(CalibrationSpec, {"packing": "full", "crop": 0.5}, "calibration")
 
 
 def test_histogram_covers_every_length_once(tmp_path: Path, model: Path, dataset: Path) -> None:

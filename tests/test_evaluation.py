@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import processors
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 
 from quantkit import records
+from quantkit.calibration.model import added_bos
 from quantkit.errors import CalibrationError, CheckpointError, EvaluationError, MissingDependencyError, QuantkitError
 from quantkit.evaluation import EvaluationJob, process, run_job, scoring, texts
 from quantkit.evaluation import speed as timing
@@ -30,7 +30,7 @@ from quantkit.evaluation.memory import checkpoint_bytes, peak_rss
 from quantkit.evaluation.reference import TextReader, check_reference, prepare_folder, text_writer, write_index
 from quantkit.evaluation.scoring import score
 from quantkit.evaluation.speed import DECODE_RUNS, NEW_TOKENS, PREFILL_RUNS, PROMPT_TOKENS, measure_speed
-from quantkit.evaluation.texts import Tokens, Windows, added_bos, cut, load_text
+from quantkit.evaluation.texts import Tokens, Windows, cut, load_text
 from quantkit.recipe import EvaluationSpec, TextSpec
 from quantkit.recipe.evaluation import Bos
 from quantkit.records.dataset import collect
@@ -40,7 +40,7 @@ from quantkit.runtimes._packed import load_packed
 from quantkit.runtimes.base import LoadOptions
 from quantkit.system.devices import resolve_device
 from quantkit.system.ending import restored_error
-from tests.tiny import SPECIAL, VOCABULARY, make_model, tiny_tokenizer
+from tests.tiny import SPECIAL, VOCABULARY, make_model, tiny_tokenizer, tokenizer_with_bos
 
 BOS = SPECIAL.index("<s>")
 PROSE = "The tide went out further than anyone had seen, and we walked to the rocks with a bucket. " * 8
@@ -95,14 +95,6 @@ def edit_tensors(folder: Path, edit: Callable[[dict[str, torch.Tensor]], object]
     tensors = load_file(file)
     edit(tensors)
     save_file(tensors, file, metadata={"format": "pt"})
-
-
-def tokenizer_with_bos() -> PreTrainedTokenizerFast:
-    tokenizer = tiny_tokenizer()
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", BOS)]
-    )
-    return tokenizer
 
 
 def random_windows(count: int = 4, length: int = 24, name: str = "noise") -> Windows:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForCausalLM,
     GemmaConfig,
@@ -82,6 +82,15 @@ def tiny_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedToken
     if chat_template is not None:
         wrapped.chat_template = chat_template
     return wrapped
+
+
+def tokenizer_with_bos() -> PreTrainedTokenizerFast:
+    """The same, which begins every text with BOS."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
+    return tokenizer
 
 
 def tiny_config(family: str = "llama", **changes: Any) -> PreTrainedConfig:

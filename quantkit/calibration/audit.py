@@ -35,9 +35,9 @@ def make_audit(
     """The audit of a calibration set.
 
     Of records: ``read = usable + skipped`` and ``usable = used + dropped + unused``. Of tokens:
-    ``encoded_tokens = tokens + truncated_tokens + dropped_tokens``, where ``encoded_tokens`` counts the records that
-    were drawn and the separators between them. ``images`` counts rows with images, where there are any. ``length`` is
-    that of the used records before they were cut or packed.
+    ``encoded_tokens = tokens + cropped_tokens + truncated_tokens + dropped_tokens``, where ``encoded_tokens`` counts
+    the records that were drawn and the separators between them. ``images`` counts rows with images, where there are
+    any. ``length`` is that of the used records before they were cut or packed.
     """
     dropped = [*drawn.dropped, *packed.dropped]
     separate = sum(record.tokens for record in drawn.dropped)
@@ -46,6 +46,7 @@ def make_audit(
         "records": _records(found, packed, dropped),
         "encoded_tokens": sum(len(record.ids) for record in drawn.encoded) + separate + packed.separators,
         "separator_tokens": packed.separators,
+        "cropped_tokens": packed.cropped_tokens,
         "truncated_tokens": packed.truncated_tokens,
         "dropped_tokens": separate + packed.remainder_tokens,
         "rows": len(packed.rows),
@@ -69,6 +70,7 @@ def _records(found: RecordSet, packed: Packed, dropped: list[Dropped]) -> dict[s
         "usable": usable,
         "used": used,
         "unused": usable - used - len(dropped),
+        "cropped": packed.cropped,
         "truncated": len(packed.truncated),
         "dropped": dict(sorted(Counter(record.reason for record in dropped).items())),
         "skipped": len(found.skipped),
@@ -166,6 +168,10 @@ def audit_lines(audit: dict[str, Any]) -> list[str]:
         lines += [f"calibration: {kind} {line}" for line in _reason_lines(groups)]
         if any(reason.startswith(UNKNOWN_FORMAT) for reason in groups):
             lines.append(f"calibration: {COLUMNS_HELP}")
+    if records["cropped"]:
+        tokens = f"{audit['cropped_tokens']:,} of {audit['encoded_tokens']:,} tokens"
+        later = _counted(records["cropped"], "row")
+        lines.append(f"calibration: {later} begin within their records, {tokens}")
     if records["truncated"]:
         tokens = f"{audit['truncated_tokens']:,} of {audit['encoded_tokens']:,} tokens"
         cut = _counted(records["truncated"], "record")

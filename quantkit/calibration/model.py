@@ -71,6 +71,13 @@ def tokenizer_files(folder: Path) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): file_sha256(path) for path in files}
 
 
+def added_bos(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The id of BOS if the tokenizer begins every sequence with it by default, else None."""
+    bos: int | None = tokenizer.bos_token_id
+    begins = tokenizer("x").input_ids[:1]
+    return bos if bos is not None and begins == [bos] else None
+
+
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of the model in ``folder``; nothing is fetched.
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from quantkit.calibration.model import added_bos
 from quantkit.errors import CalibrationError
 from quantkit.records import Record, RecordSet, RefusedRecordError
 
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MINIMUM_TOKENS = 2
+CROP = 0.5
+"""Share of the rows that begin later than their records, where it matters."""
 TOO_SHORT = f"fewer than {MINIMUM_TOKENS} tokens"
 NO_ROW = "in the remainder that fills no row"
 TOO_LONG = "longer than max_length with its images"
@@ -126,11 +130,14 @@ def _check_refused(refused: list[RefusedRecordError], drawn: int, max_lost: floa
 class Packed:
     """Token rows, with counts of what is not in them.
 
-    ``sum(row lengths) + truncated_tokens + remainder_tokens`` equals the records' tokens and ``separators``.
+    ``sum(row lengths) + cropped_tokens + truncated_tokens + remainder_tokens`` equals the records' tokens and
+    ``separators``.
 
     Attributes:
         rows: token ids; no row is longer than ``max_length``.
         used: the records that are in the rows, wholly or in part.
+        cropped: how many of them begin later than their record, see :func:`pack_none`.
+        cropped_tokens: how many tokens that cost.
         truncated: those of them that were cut to ``max_length``.
         truncated_tokens: how many tokens that cost.
         dropped: records of which no token is in a row.
@@ -140,6 +147,8 @@ class Packed:
 
     rows: list[list[int]]
     used: list[Encoded]
+    cropped: int = 0
+    cropped_tokens: int = 0
     truncated: list[Encoded] = field(default_factory=list)
     truncated_tokens: int = 0
     dropped: list[Dropped] = field(default_factory=list)
@@ -147,15 +156,47 @@ class Packed:
     separators: int = 0
 
 
-def pack_none(encoded: list[Encoded], max_length: int) -> Packed:
-    """One record a row; the tokens of a longer record beyond ``max_length`` are cut off."""
-    longer = [record for record in encoded if len(record.ids) > max_length]
+def pack_none(encoded: list[Encoded], max_length: int, crop: float = 0.0, seed: int = 0) -> Packed:
+    """One record a row; the tokens of a longer record beyond ``max_length`` are cut off.
+
+    Args:
+        encoded: the records.
+        max_length: of a row.
+        crop: about this share of the rows begin at a token that is drawn from the first half of their record.
+        seed: of the draw.
+    """
+    draws = random.Random(seed)
+    starts = [_start(record.ids, draws) if draws.random() < crop else 0 for record in encoded]
+    left = [len(record.ids) - start - max_length for record, start in zip(encoded, starts, strict=True)]
     return Packed(
-        rows=[record.ids[:max_length] for record in encoded],
+        rows=[record.ids[start : start + max_length] for record, start in zip(encoded, starts, strict=True)],
         used=encoded,
-        truncated=longer,
-        truncated_tokens=sum(len(record.ids) - max_length for record in longer),
+        cropped=sum(start > 0 for start in starts),
+        cropped_tokens=sum(starts),
+        truncated=[record for record, over in zip(encoded, left, strict=True) if over > 0],
+        truncated_tokens=sum(over for over in left if over > 0),
     )
+
+
+def _start(ids: list[int], draws: random.Random) -> int:
+    """A place in the first half, behind which a row has enough tokens; 0 where there is none."""
+    last = min(len(ids) // 2, len(ids) - MINIMUM_TOKENS)
+    return draws.randint(1, last) if last > 0 else 0
+
+
+def share_to_crop(rows: Sequence[Sequence[int]], bos: int | None) -> float:
+    """The share of rows that are to begin later than their records where a recipe does not say.
+
+    On the first token of a text, whatever it is, much of the attention rests (sinks, Xiao et al. 2023,
+    arXiv:2309.17453), and blocks make its hidden state large for that. Rows that all begin as a chat template does show
+    this of one token alone; where the tokenizer begins a text with no token of its own, other texts begin with others.
+
+    Args:
+        rows: the token ids of records.
+        bos: the token with which the tokenizer begins every text.
+    """
+    firsts = Counter(row[0] for row in rows if row)
+    return CROP if bos is None and firsts and max(firsts.values()) > len(rows) / 2 else 0.0
 
 
 def pack_full(encoded: list[Encoded], max_length: int, tokenizer: PreTrainedTokenizerBase) -> Packed:
@@ -189,7 +230,13 @@ def pack_full(encoded: list[Encoded], max_length: int, tokenizer: PreTrainedToke
 
 
 def pack(
-    encoded: list[Encoded], max_length: int, tokenizer: PreTrainedTokenizerBase, *, full: bool
+    encoded: list[Encoded],
+    max_length: int,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    full: bool,
+    crop: float | None = None,
+    seed: int = 0,
 ) -> tuple[Packed, dict[int, Mapping[str, torch.Tensor]]]:
     """Rows of records, those with images each by itself and whole, behind the others.
 
@@ -198,12 +245,18 @@ def pack(
         max_length: of a row; a record that is longer with its images is dropped.
         tokenizer: the model's.
         full: see :func:`pack_full`; else :func:`pack_none`.
+        crop: see :func:`pack_none`; None is what :func:`share_to_crop` says.
+        seed: likewise.
 
     Returns:
         The rows, and the further inputs of the model by the places of those that have any.
     """
     texts = [record for record in encoded if not record.inputs]
-    plain = pack_full(texts, max_length, tokenizer) if full else pack_none(texts, max_length)
+    if full:
+        plain = pack_full(texts, max_length, tokenizer)
+    else:
+        share = share_to_crop([record.ids for record in texts], added_bos(tokenizer)) if crop is None else crop
+        plain = pack_none(texts, max_length, share, seed)
     seen = [record for record in encoded if record.inputs]
     fits = [record for record in seen if len(record.ids) <= max_length]
     longer = [record for record in seen if len(record.ids) > max_length]

@@ -39,7 +39,7 @@ TOKENS_FILE = "tokens.safetensors"
 INPUTS_FILE = "inputs.safetensors"
 AUDIT_FILE = "audit.json"
 STAGE = "calibration"
-CODE_VERSION = 3
+CODE_VERSION = 4
 """Part of the fingerprint: raised when the same inputs would give other tokens or another audit."""
 USES = ("inputs", "experts", "expert_prior", "generated", "sensitivity", "token_weights")
 """Keys of the section that say how the rows are used."""
@@ -217,7 +217,8 @@ def _built(
 ) -> tuple[CalibrationSet, dict[str, str]]:
     """The calibration set, and the SHA-256 of each file of an image in it."""
     drawn = draw(found, spec.samples, spec.seed, _encoder(spec, tokenizer, processor, limits), spec.max_lost)
-    packed, inputs = pack(drawn.encoded, spec.max_length, tokenizer, full=spec.packing == "full")
+    full = spec.packing == "full"
+    packed, inputs = pack(drawn.encoded, spec.max_length, tokenizer, full=full, crop=spec.crop, seed=spec.seed)
     if not packed.rows:
         tokens = sum(len(record.ids) for record in drawn.encoded)
         raise CalibrationError(

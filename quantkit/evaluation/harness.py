@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from quantkit import records
+from quantkit.calibration.model import added_bos
 from quantkit.errors import EvaluationError
 from quantkit.evaluation.generation import continuation
-from quantkit.evaluation.texts import added_bos
 from quantkit.runtimes.base import LoadedModel
 
 if TYPE_CHECKING:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from quantkit import records
+from quantkit.calibration.model import added_bos
 from quantkit.errors import EvaluationError
 from quantkit.recipe import TextSpec
 from quantkit.recipe.evaluation import Bos
@@ -71,13 +72,6 @@ def load_text(spec: TextSpec, tokenizer: PreTrainedTokenizerBase, limit: int) ->
         raise EvaluationError(f"text '{spec.name}' has no tokens", "give a text of a few hundred words")
     conversations = tuple(islice((record for record in found.records if record.messages), CONVERSATIONS))
     return Tokens(spec.name, ids[:limit], added_bos(tokenizer), skipped, conversations)
-
-
-def added_bos(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The id of BOS if the tokenizer begins every sequence with it by default, else None."""
-    bos: int | None = tokenizer.bos_token_id
-    begins = tokenizer("x").input_ids[:1]
-    return bos if bos is not None and begins == [bos] else None
 
 
 def _read(spec: TextSpec) -> records.RecordSet:

@@ -27,6 +27,8 @@ class CalibrationSpec(Section):
         max_length: tokens per row; longer records are truncated, which the audit counts.
         seed: order in which records are drawn.
         packing: ``none`` is one record a row, ``full`` fills each row to ``max_length``.
+        crop: share of the rows that begin within their record, where packing is ``none``; None is a half where the
+            tokenizer begins texts with no token of its own and most records begin alike, and none elsewhere.
         chat_template: ``auto`` uses the model's where it has one, ``none`` joins the plain texts,
             anything else is a file that holds a Jinja template.
         max_lost: share of the records drawn that may be lost because the chat template or the processor of images
@@ -50,6 +52,7 @@ class CalibrationSpec(Section):
     max_length: Annotated[Whole, Field(ge=8)] = 512
     seed: Whole = 0
     packing: Literal["none", "full"] = "none"
+    crop: Annotated[float, Field(ge=0, le=1)] | None = None
     chat_template: Place = "auto"
     max_lost: Annotated[float, Field(ge=0, le=1)] = 0.5
     inputs: Literal["quantized", "float"] = "quantized"
@@ -68,6 +71,13 @@ class CalibrationSpec(Section):
     @classmethod
     def _from_entry(cls, given: Any) -> Any:
         return with_entry(given, "dataset")
+
+    @model_validator(mode="after")
+    def _crops_records(self) -> CalibrationSpec:
+        with located():
+            if self.crop and self.packing == "full":
+                raise RecipeError("crop is of rows of one record, and packing is full", "leave out crop")
+        return self
 
 
 def _one_of_three(given: Any) -> Any:

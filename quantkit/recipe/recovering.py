@@ -64,7 +64,7 @@ class RecoverOptions(Section):
     code_rate: Annotated[float, Field(gt=0, le=1)] | None = None
     norm_rate: Annotated[float, Field(gt=0, le=1)] = 3e-3
     warmup: Annotated[float, Field(ge=0, le=0.5)] = 0.1
-    hidden: Annotated[float, Field(ge=0)] = 16
+    hidden: Annotated[float, Field(ge=0)] = 0
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.05
     evaluations: Annotated[Whole, Field(ge=1, le=10_000)] = 8
     optimizer: Optimizer = "signs"

@@ -26,7 +26,7 @@ from quantkit.quantization.job import Job, Quantized
 from quantkit.quantization.left_float import few
 from quantkit.recipe.recovering import RecoverOptions
 from quantkit.recovery.student import Student
-from quantkit.recovery.targets import Targets, begun_anywhere
+from quantkit.recovery.targets import Targets
 from quantkit.recovery.training import Schedule, Trained, Training
 from quantkit.recovery.whole_changes import whole_changes
 from quantkit.system.artifacts import (
@@ -188,10 +188,10 @@ def _train(
     student = Student(export, folder / "work", original, weights, options, device, job.trust_remote_code, changes)
     if student.left:
         observer.note(f"{len(student.left)} layers are not trained, as their scales cannot be: {few(student.left)}")
-    rows = begun_anywhere(job.rows, options.seed)
     try:
         with ExitStack() as ends:
-            targets = ends.enter_context(Targets(original, weights, rows, folder, device, dtype, changes))
+            known = Targets(original, weights, job.rows, folder, device, dtype, changes, between=options.hidden > 0)
+            targets = ends.enter_context(known)
             targets.prepare(partial(observer.progress, "row of the float model"))
             on_step = partial(observer.progress, "step")
             training = Training(

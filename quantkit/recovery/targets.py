@@ -1,14 +1,12 @@
 """What the float model says of every token of the rows, to be matched by another model.
 
-Its hidden states before the head, and between some of its blocks, are computed once, block by block for some rows
-together, and kept on disk. Its logits are made of them anew, of some tokens at a time: they are a hundred times as many
-numbers.
+Its hidden states before the head, and on request between some of its blocks, are computed once, block by block for some
+rows together, and kept on disk. Its logits are made of them anew, of some tokens at a time: they are a hundred times as
+many numbers.
 """
 
 from __future__ import annotations
 
-import random
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -30,8 +28,6 @@ TOGETHER = 1 << 15
 """Tokens that go through the float model together."""
 POINTS = 8
 """Of how many segments what they give is kept, at most; they lie evenly, up to the last."""
-CROPPED = 0.5
-"""Share of rows that begin later, where most begin with the same token."""
 HEAD, BETWEEN = "head", "|"
 """Stands for what the head is given where a segment's index may stand; and what stands behind the place of a row."""
 
@@ -48,6 +44,7 @@ class Targets:
         device: where it is computed.
         dtype: in which.
         changes: what transforms made of the whole float model before it was quantized.
+        between: keep what some blocks give, too.
 
     Attributes:
         may_pad: rows of different length may share a batch.
@@ -61,6 +58,7 @@ class Targets:
     device: torch.device
     dtype: torch.dtype
     changes: Changes = field(default_factory=Changes)
+    between: bool = False
     may_pad: bool = field(init=False, default=False)
     points: frozenset[int] = field(init=False, default=frozenset())
     _walk: ReverseWalk = field(init=False)
@@ -123,7 +121,8 @@ class Targets:
         return found
 
     def _compute(self, places: Sequence[int], file: Path) -> None:
-        found = _Outputs(self._walk, set(points_of(len(self.skeleton.segments))))
+        points = set(points_of(len(self.skeleton.segments))) if self.between else set()
+        found = _Outputs(self._walk, points)
         batches = self.batches(places)
         for batch, hidden in zip(batches, self._walk.hidden(batches), strict=True):
             found.keep(batch, hidden, HEAD)
@@ -152,29 +151,6 @@ class Targets:
         """Of every next token, float32 ``[tokens, vocabulary]``, from what the head is given."""
         with torch.no_grad():
             return self._walk.logits(hidden).float().log_softmax(-1)
-
-
-def begun_anywhere(rows: Sequence[Sequence[int]], seed: int) -> list[Sequence[int]]:
-    """Rows of which half begin in the middle of the text, where most begin with the same token.
-
-    On the first token of a row, whatever it is, much of the attention rests (sinks, Xiao et al. 2023,
-    arXiv:2309.17453), and blocks make its hidden state large for that. Rows that all begin as a chat template does
-    teach this of one token, and text that begins with another stays as wrong as it was.
-
-    Args:
-        rows: token ids.
-        seed: of the places where they begin, in their first half.
-    """
-    firsts = Counter(row[0] for row in rows if len(row))
-    usual, count = firsts.most_common(1)[0] if firsts else (None, 0)
-    if count <= len(rows) / 2:
-        return list(rows)
-    draw = random.Random(seed)
-    found: list[Sequence[int]] = []
-    for row in rows:
-        later = len(row) > 3 and row[0] == usual and draw.random() < CROPPED
-        found.append(row[draw.randint(1, len(row) // 2) :] if later else row)
-    return found
 
 
 def _placed(batch: Batch, places: Sequence[int]) -> Batch:

@@ -18,7 +18,7 @@ from quantkit.exports.base import Export
 from quantkit.numerics.low_rank import LowRank
 from quantkit.recovery.parts import Part
 from quantkit.recovery.student import StudentWeights
-from quantkit.recovery.targets import Targets, begun_anywhere
+from quantkit.recovery.targets import Targets
 from quantkit.recovery.training import Schedule, Trained, Training
 from quantkit.system.progress import Observer
 from quantkit.transforms.base import Changes
@@ -142,9 +142,8 @@ def train_terms(
         parts.setdefault(prefix, []).append(part)
     with ExitStack() as ends:
         floats, weights, changes = original
-        targets = ends.enter_context(
-            Targets(floats, weights, begun_anywhere(rows, schedule.seed), folder, device, dtypes[0], changes)
-        )
+        between = schedule.hidden > 0
+        targets = ends.enter_context(Targets(floats, weights, rows, folder, device, dtypes[0], changes, between))
         targets.prepare(partial(observer.progress, "row of the float model"))
         on_step = partial(observer.progress, "step")
         trained = Training(skeleton, StudentWeights(export, names), parts, targets, schedule, folder, on_step).run()

@@ -96,6 +96,7 @@ def calibration_facts(report: Record) -> Facts:
         *_by_reason("Changed", records.get("changed")),
         ("Rows", count(audit.get("rows"))),
         ("Tokens", count(audit.get("tokens"))),
+        ("Tokens before rows that begin within records", count(audit.get("cropped_tokens"))),
         ("Tokens cut off by max_length", count(audit.get("truncated_tokens"))),
         *calibration_run(report),
         ("Record length, tokens", length if lengths else ABSENT),
