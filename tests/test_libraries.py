@@ -201,7 +201,7 @@ def _assert_is_reused(given: Recipe) -> None:
     assert plan["theirs"]["state"].startswith("finished")
     assert plan["broken"]["state"] == "to do, in this environment"
     assert plan["cuda"]["state"].startswith("cannot run: faulty needs_cuda quantizes on cuda alone")
-    assert plan["theirs"]["size_bytes"] == plan["ours"]["size_bytes"]
+    assert plan["theirs"]["size_bytes"] == pytest.approx(plan["ours"]["size_bytes"], rel=0.05)  # headers
     assert plan_table(quantkit.plan(given)).row_count == len(ROWS) + 2
     quantkit.run(given, notes)
     assert {"theirs: reused the finished checkpoint", "ours: reused the finished checkpoint"} <= set(notes.notes)

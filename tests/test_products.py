@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from quantkit.system import products
-from quantkit.system.products import fast_linears, multiplies_by_onednn, product, subtract_products_
+from quantkit.system.products import fast_linears, multiplies_by_onednn, product
 from tests.tiny import make_model
 
 
@@ -51,18 +51,6 @@ def test_both_libraries_give_the_same_to_float32(
     assert torch.equal(found, product(one, other))
     assert by_onednn == [(rows, inner)] * 2
     assert found.is_contiguous()
-
-
-def test_matrices_beside_each_other_are_multiplied_each_by_itself(by_onednn: list[tuple[int, ...]]) -> None:
-    total, left, right = torch.randn(3, 64, 40), torch.randn(3, 96, 32).mT, torch.randn(3, 96, 40)
-    part = total[:, 16:48]
-    wanted = part - left @ right
-    alone = part[1:2].clone()
-    subtract_products_(part, left, right)
-    subtract_products_(alone, left[1:2], right[1:2])
-    torch.testing.assert_close(total[:, 16:48], wanted, rtol=1e-5, atol=1e-4)
-    assert torch.equal(total[1:2, 16:48], alone)
-    assert len(by_onednn) == 4
 
 
 @pytest.mark.skipif(not multiplies_by_onednn(), reason="MKL multiplies as fast here")

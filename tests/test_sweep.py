@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import pytest
 import torch
 
 from quantkit.checkpoint import CheckpointReader
-from quantkit.engine import solve
 from quantkit.engine.passes import Pass
 from quantkit.errors import QuantizationError
 from quantkit.methods.gptq import Gptq
@@ -18,6 +16,7 @@ from quantkit.methods.hqq import Hqq
 from quantkit.quantization import Job, Quantized, Wanted, quantize, quantize_together, walks
 from quantkit.recipe import VariantSpec
 from quantkit.system.artifacts import file_sha256
+from quantkit.system.devices import Moment
 from tests.runs import load_model
 from tests.tiny import make_model, tiny_rows
 
@@ -187,23 +186,22 @@ def test_layers_that_servers_fuse_share_the_scale_of_their_tensor(swept: tuple[P
 
 
 def test_a_variant_is_billed_for_its_own_work_alone(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GPU is waited for before a variant's own work is timed, and when it is done."""
+    """The moments between which it is timed, those of its device, lie right before and behind that work."""
     events: list[str] = []
-    clock, quantized = perf_counter, Gptq.quantize
+    now, quantized = Moment.now, Gptq.quantize
 
-    def timed() -> float:
-        events.append("clock")
-        return clock()
+    def moment(device: torch.device) -> Moment:
+        events.append("moment")
+        return now(device)
 
     def solved(self: Gptq, *given: Any) -> Any:
         events.append("solve")
         return quantized(self, *given)
 
-    monkeypatch.setattr(solve, "synchronize", lambda _: events.append("wait"))
-    monkeypatch.setattr(solve, "perf_counter", timed)
+    monkeypatch.setattr(Moment, "now", moment)
     monkeypatch.setattr(Gptq, "quantize", solved)
     together(job, tmp_path, ["gptq", "gptq8"])
     places = [place for place, event in enumerate(events) if event == "solve"]
     assert len(places) == 2 * 2 * 4
     for place in places:
-        assert events[place - 2 : place + 3] == ["wait", "clock", "solve", "wait", "clock"]
+        assert events[place - 1 : place + 2] == ["moment", "solve", "moment"]

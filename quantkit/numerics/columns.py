@@ -21,7 +21,6 @@ import torch
 
 from quantkit.numerics import fused
 from quantkit.schemes.grids import Rounder
-from quantkit.system.products import subtract_products_
 
 BLOCK = 32
 
@@ -100,7 +99,7 @@ def sweep(
     for start, stop in pairwise(bounds):
         push = factor[:, :stop, start:stop] / pivots[:, :stop]
         if start:
-            subtract_products_(weight[:, start:stop], push[:, :start].mT, errors[:, :start])
+            weight[:, start:stop].baddbmm_(push[:, :start].mT, errors[:, :start], alpha=-1)
         block = steps(start, stop, errors[:, :start])
         current, nearest, missed = (each[:, start:stop] for each in (weight, levels, errors))
         of_block = fused.levels_of(block.rounder, block.first, stop - start, weight.device)

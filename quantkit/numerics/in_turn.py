@@ -19,7 +19,6 @@ from quantkit.numerics.columns import BLOCK, Steps, even_bounds, known_steps, sw
 from quantkit.numerics.factor import strongest_first
 from quantkit.schemes.grids import Grid, Grids
 from quantkit.system.host import whole_numbers
-from quantkit.system.products import product
 
 CHUNK = 1 << 18
 """Weights that are solved at a time, with one candidate each: few enough for the caches."""
@@ -108,7 +107,7 @@ class OpenLayer:
         push = self.factor[:start, places] / self.factor.diagonal()[:start].unsqueeze(1)
         # The solver has moved the columns of its block already.
         push.masked_fill_((places < stop).unsqueeze(0), 0)
-        return moved.sub_(product(push.T, errors))
+        return moved.addmm_(push.T, errors, alpha=-1)
 
 
 def solve_in_turn(layers: Sequence[OpenLayer]) -> list[torch.Tensor]:

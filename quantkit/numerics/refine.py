@@ -147,7 +147,7 @@ def _refit_rows(response: torch.Tensor, levels: torch.Tensor, hessian: torch.Ten
     system = torch.empty(rows, groups, groups, device=response.device)
     for group in range(groups):
         start, stop = group * size, (group + 1) * size
-        pulled = product(hessian[start:, start:stop], levels[start:stop])
+        pulled = hessian[start:, start:stop] @ levels[start:stop]
         part = pulled.mul_(levels[start:]).view(groups - group, size, rows).sum(1).T
         system[:, group:, group] = part
         system[:, group, group:] = part

@@ -68,7 +68,8 @@ def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """``left @ right`` of two matrices, without a gradient; those of float32 on a CPU by the faster library.
 
     A row of the result does not depend on the other rows of ``left``, if these are two and more, nor a column on the
-    other columns of ``right``.
+    other columns of ``right``. It is for shapes that come again: oneDNN keeps what it makes for each, half a MiB, up to
+    a thousand of them, which a solver's updates with more columns at every step would fill.
 
     Args:
         left: ``[rows, inner]``.
@@ -82,15 +83,6 @@ def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         return left @ right
     laid = right if right.is_contiguous() or right.mT.is_contiguous() else right.contiguous()
     return _linear(left, laid.mT, None)
-
-
-def subtract_products_(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """``total -= left @ right`` for matrices beside each other, ``[matrices, ...]``, each by :func:`product`."""
-    if total.device.type != "cpu" or not multiplies_by_onednn():
-        total.baddbmm_(left, right, alpha=-1)
-        return
-    for each, one, other in zip(total, left, right, strict=True):
-        each.sub_(product(one, other))
 
 
 def _linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
