@@ -32,7 +32,7 @@ def warm_up() -> None:
         functional.scaled_dot_product_attention(given, given, given, is_causal=True)
     functional.silu(inputs).log_softmax(-1).argsort()
     torch.cholesky_inverse(torch.linalg.cholesky(square.detach()))
-    (square @ square).sum().backward()  # type: ignore[no-untyped-call]
+    (square @ square).sum().backward()  # type: ignore[no-untyped-call]  # torch gives it no types
 
 
 @dataclass(slots=True)

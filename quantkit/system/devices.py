@@ -87,7 +87,7 @@ class Moment:
         """That of the call, on a device."""
         if device.type != "cuda":
             return cls(perf_counter())
-        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]  # torch gives it no types
         event.record(torch.cuda.current_stream(device))
         return cls(perf_counter(), event)
 

@@ -1,8 +1,8 @@
 """Products of matrices on a CPU: what its processor multiplies fast, and by which of torch's libraries.
 
 torch multiplies float32 matrices by MKL, which keeps to AVX2 on processors of AMD. oneDNN, which torch brings too, uses
-their AVX-512: on a Zen 5 core 220 GFLOP/s instead of 100, for all shapes of a walk and of a scoring. Which of the two
-it is depends on the processor alone, so that runs on one machine give the same bytes.
+their AVX-512: on a Zen 5 core 180 to 240 GFLOP/s instead of 100, for the shapes of a scoring and those of a walk that
+come again. Which of the two it is depends on the processor alone, so that runs on one machine give the same bytes.
 """
 
 from __future__ import annotations

@@ -105,7 +105,7 @@ class Affine(Change):
         found = self.scales.statistics(layer, found)
         if layer not in self.readers or found.is_empty():
             return found
-        mixed = torch.block_diag(*torch.linalg.inv(self._read(layer)))  # type: ignore[no-untyped-call]
+        mixed = torch.block_diag(*torch.linalg.inv(self._read(layer)))  # type: ignore[no-untyped-call]  # torch's
         gram = None if found.gram is None else mixed @ found.gram @ mixed.T
         sample = None if found.sample is None else found.sample @ mixed.T
         held = {name: self.statistics(layer, each) for name, each in found.held_out.items()}
