@@ -16,7 +16,8 @@ import quantkit
 from quantkit.checkpoint import CheckpointReader
 from quantkit.cli import app
 from quantkit.engine.float_parts import COEFFICIENTS, CONVOLUTION, GATE, RECURRENCE, ROUTER, float_parts
-from quantkit.engine.skeleton import Segment, Skeleton
+from quantkit.engine.segment import Segment
+from quantkit.engine.skeleton import Skeleton
 from quantkit.errors import SchemeError
 from quantkit.estimation import anatomy_of
 from quantkit.estimation.weights import stored

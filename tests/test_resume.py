@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from quantkit.engine.skeleton import Segment
+from quantkit.engine.segment import Segment
 from quantkit.engine.solve import Solver
 from quantkit.errors import OutputError, QuantizationError
 from quantkit.quantization import Job, Quantized, Wanted, quantize, quantize_together

@@ -17,7 +17,8 @@ from quantkit.engine import reverse
 from quantkit.engine.batches import Batch, make_batches
 from quantkit.engine.kept_calls import Keep, OnDisk, on_cpu, on_device
 from quantkit.engine.reverse import ReverseWalk, from_checkpoint, standing_in
-from quantkit.engine.skeleton import Segment, Skeleton
+from quantkit.engine.segment import Segment
+from quantkit.engine.skeleton import Skeleton
 from tests.architectures import BASE, make
 from tests.test_engine_memory import PeakBytes
 from tests.tiny import VOCABULARY, make_model, tiny_rows

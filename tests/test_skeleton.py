@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from quantkit.checkpoint import CheckpointReader
-from quantkit.engine import skeleton as skeleton_module
+from quantkit.engine import outline
 from quantkit.engine.empty_model import empty_model, find_blocks
 from quantkit.engine.skeleton import Skeleton
 from quantkit.errors import CheckpointError, SourceError
@@ -215,7 +215,7 @@ def buffered(folder: Path, monkeypatch: pytest.MonkeyPatch, **stored: torch.Tens
         "layers.0.0.bias": torch.ones(4),
     }
     save_file(weights | stored, folder / "model.safetensors")
-    monkeypatch.setattr(skeleton_module, "empty_model", lambda *_: Buffered())
+    monkeypatch.setattr(outline, "empty_model", lambda *_: Buffered())
     return loaded(folder, torch.bfloat16)
 
 

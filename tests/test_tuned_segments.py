@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from quantkit.checkpoint import CheckpointReader
-from quantkit.engine.skeleton import Segment
+from quantkit.engine.segment import Segment
 from quantkit.engine.solve import Solver
 from quantkit.engine.tasks import Tuned
 from quantkit.quantization import Job, Quantized, quantize

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from quantkit.checkpoint import CheckpointReader
 from quantkit.engine import batches as batches_module
-from quantkit.engine import skeleton as skeleton_module
+from quantkit.engine import outline
 from quantkit.engine.batches import Batch, make_batches
 from quantkit.engine.groups import call_order, shared_inputs
 from quantkit.engine.layers import Layer
@@ -469,7 +469,7 @@ def write_routed(folder: Path, model: RoutedModel, monkeypatch: pytest.MonkeyPat
         with torch.device("meta"):
             return RoutedModel(block).eval()
 
-    monkeypatch.setattr(skeleton_module, "empty_model", empty)
+    monkeypatch.setattr(outline, "empty_model", empty)
 
 
 def routed_groups() -> list[list[str]]:

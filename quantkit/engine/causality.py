@@ -11,7 +11,8 @@ from torch import nn
 
 from quantkit.engine.groups import Enough
 from quantkit.engine.passes import told
-from quantkit.engine.skeleton import Skeleton, WeightReader
+from quantkit.engine.segment import WeightReader
+from quantkit.engine.skeleton import Skeleton
 
 LENGTH = 8
 """Tokens of the rows that are tried."""

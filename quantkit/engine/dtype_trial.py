@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from quantkit.engine.causality import after_first_block
-from quantkit.engine.skeleton import Skeleton, WeightReader
+from quantkit.engine.segment import WeightReader
+from quantkit.engine.skeleton import Skeleton
 from quantkit.errors import CheckpointError
 
 LENGTH = 128

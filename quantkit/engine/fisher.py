@@ -23,7 +23,8 @@ from quantkit.engine.kept_calls import Keep, on_device
 from quantkit.engine.layers import Layer
 from quantkit.engine.reverse import ReverseWalk, from_checkpoint
 from quantkit.engine.routing import now_given
-from quantkit.engine.skeleton import Segment, Skeleton, WeightReader
+from quantkit.engine.segment import Segment, WeightReader
+from quantkit.engine.skeleton import Skeleton
 from quantkit.errors import QuantizationError
 from quantkit.system.host import decide
 

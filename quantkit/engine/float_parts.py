@@ -19,7 +19,8 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from quantkit.engine.heads import Heads
-from quantkit.engine.skeleton import Segment, Skeleton
+from quantkit.engine.segment import Segment
+from quantkit.engine.skeleton import Skeleton
 
 ROUTER = "routers choose among experts"
 GATE = "a gate of one output"

@@ -30,8 +30,8 @@ from quantkit.engine.routing import (
     routed_kinds,
     steps,
 )
+from quantkit.engine.segment import Segment
 from quantkit.engine.sensitivity import Sensitivity
-from quantkit.engine.skeleton import Segment
 from quantkit.engine.smoothing import Trial
 from quantkit.engine.statistics import Gatherer, Pool, Sums
 from quantkit.errors import QuantizationError

@@ -18,7 +18,8 @@ import torch
 from quantkit.engine.batches import Batch
 from quantkit.engine.gathering import Streams, pause_at
 from quantkit.engine.layers import Layer
-from quantkit.engine.skeleton import Segment, Skeleton, WeightReader
+from quantkit.engine.segment import Segment, WeightReader
+from quantkit.engine.skeleton import Skeleton
 from quantkit.methods.base import InputStatistics, Statistic
 from quantkit.numerics.factor import damped
 from quantkit.numerics.low_rank import LowRank, aligned, closest

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from quantkit.engine.skeleton import Skeleton, WeightReader
+from quantkit.engine.segment import WeightReader
+from quantkit.engine.skeleton import Skeleton
 from quantkit.transforms.base import Change
 
 

@@ -31,7 +31,8 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 from quantkit.engine.batches import Batch
 from quantkit.engine.kept_calls import Keep, KeepingPass, on_device
 from quantkit.engine.passes import AtSegment, Pass, told
-from quantkit.engine.skeleton import Segment, Skeleton, WeightReader
+from quantkit.engine.segment import Segment, WeightReader
+from quantkit.engine.skeleton import Skeleton
 from quantkit.errors import QuantizationError
 
 CHUNK_LOGITS = 1 << 24

@@ -10,7 +10,7 @@ from torch.func import functional_call
 
 from quantkit.engine.batches import Batch
 from quantkit.engine.passes import AtSegment, output_of
-from quantkit.engine.skeleton import Segment
+from quantkit.engine.segment import Segment
 from quantkit.engine.tuning import Example, divided
 
 

@@ -15,8 +15,8 @@ from quantkit.engine.input_rounding import Rounder, put_rounder
 from quantkit.engine.layers import Layer
 from quantkit.engine.ordering import quantize_in_order
 from quantkit.engine.originals import Originals
+from quantkit.engine.segment import Segment
 from quantkit.engine.sensitivity import Sensitivity
-from quantkit.engine.skeleton import Segment
 from quantkit.engine.tasks import LayerResult, Tuned, VariantTask
 from quantkit.engine.transforming import Transforming
 from quantkit.engine.tunable_floats import tunable_floats

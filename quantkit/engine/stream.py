@@ -12,7 +12,7 @@ from torch import nn
 from quantkit.engine.calls import Moment, are_rows_of, parts_of, rows_of, same
 from quantkit.engine.layers import is_linear
 from quantkit.engine.originals import Originals
-from quantkit.engine.skeleton import Segment
+from quantkit.engine.segment import Segment
 from quantkit.numerics.orthogonal import Orthogonal
 from quantkit.system.host import decide, number
 from quantkit.transforms.base import ResidualStream, StreamNorm

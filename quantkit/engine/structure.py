@@ -30,7 +30,8 @@ from quantkit.engine.gathering import pause_at
 from quantkit.engine.groups import shared_inputs
 from quantkit.engine.originals import Originals, inside
 from quantkit.engine.passes import AtSegment, Pass, told
-from quantkit.engine.skeleton import Segment, Skeleton
+from quantkit.engine.segment import Segment
+from quantkit.engine.skeleton import Skeleton
 from quantkit.engine.smoothing import SmoothingFinder, Trial
 from quantkit.engine.stream import NUMBER, Hindrance, Stream
 from quantkit.numerics.orthogonal import Orthogonal, hadamard_rotation, random_rotation

@@ -12,8 +12,8 @@ from quantkit.engine.crew import ALONE, Crew
 from quantkit.engine.equality import check_logits
 from quantkit.engine.originals import Originals, inside
 from quantkit.engine.passes import AtSegment
+from quantkit.engine.segment import Segment
 from quantkit.engine.segment_runs import SegmentRuns
-from quantkit.engine.skeleton import Segment
 from quantkit.engine.smoothing import SmoothingFinder, Trial
 from quantkit.engine.structure import find_structure
 from quantkit.engine.tasks import MODEL, SavedChange, VariantTask

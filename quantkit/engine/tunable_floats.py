@@ -11,7 +11,8 @@ from collections.abc import Collection, Iterator
 
 from torch import nn
 
-from quantkit.engine.skeleton import Segment, Skeleton
+from quantkit.engine.segment import Segment
+from quantkit.engine.skeleton import Skeleton
 
 NORMS, BIASES = "norms", "biases"
 

@@ -35,7 +35,7 @@ from quantkit.engine.mismatch import (
 from quantkit.engine.parking import Parking
 from quantkit.engine.passes import Pass, is_running, output_of, running_pass
 from quantkit.engine.routing import Routes
-from quantkit.engine.skeleton import Segment
+from quantkit.engine.segment import Segment
 
 EVERY = 3
 """One batch in as many has a twin: what is lost is learned from fewer tokens than the curvature, in less time."""

@@ -41,8 +41,9 @@ from quantkit.engine.originals import Originals
 from quantkit.engine.parking import Parking
 from quantkit.engine.passes import AtSegment
 from quantkit.engine.routing import ROUTED, ExpertSettings
+from quantkit.engine.segment import Segment, WeightReader
 from quantkit.engine.sensitivity import Sensitivity
-from quantkit.engine.skeleton import Segment, Skeleton, WeightReader
+from quantkit.engine.skeleton import Skeleton
 from quantkit.engine.solve import Solver
 from quantkit.engine.tasks import VariantTask
 from quantkit.engine.tuning import Example

@@ -13,7 +13,8 @@ from torch import nn
 
 from quantkit.checkpoint import CheckpointReader
 from quantkit.engine.layers import Layer
-from quantkit.engine.skeleton import Segment, Skeleton
+from quantkit.engine.segment import Segment
+from quantkit.engine.skeleton import Skeleton
 from quantkit.errors import CheckpointError, QuantizationError
 from quantkit.exports.base import Export
 from quantkit.exports.content import Stored

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 from quantkit.checkpoint import CheckpointReader
 from quantkit.engine.low_rank_terms import Term
-from quantkit.engine.skeleton import Segment, Skeleton
+from quantkit.engine.segment import Segment
+from quantkit.engine.skeleton import Skeleton
 from quantkit.exports.base import Export
 from quantkit.numerics.low_rank import LowRank
 from quantkit.recovery.parts import Part

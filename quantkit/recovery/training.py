@@ -21,7 +21,8 @@ from torch import nn
 from quantkit.engine.batches import Batch
 from quantkit.engine.kept_calls import on_cpu
 from quantkit.engine.reverse import ReverseWalk, standing_in
-from quantkit.engine.skeleton import Segment, Skeleton, WeightReader
+from quantkit.engine.segment import Segment, WeightReader
+from quantkit.engine.skeleton import Skeleton
 from quantkit.errors import QuantizationError, QuantkitError
 from quantkit.recovery.parts import Part
 from quantkit.recovery.saved import read_state, save_state, write_tensors

@@ -20,7 +20,8 @@ from quantkit.checkpoint import FLOATS, CheckpointReader
 from quantkit.engine.batches import Batch, make_batches
 from quantkit.engine.kept_calls import Fetch, Keep
 from quantkit.engine.reverse import CHUNK_LOGITS, ReverseWalk
-from quantkit.engine.skeleton import Segment, Skeleton, WeightReader
+from quantkit.engine.segment import Segment, WeightReader
+from quantkit.engine.skeleton import Skeleton
 from quantkit.errors import (
     CheckpointError,
     EvaluationError,
