@@ -13,9 +13,9 @@ import quantkit
 from quantkit.cli.tables import plan_notes, time_words
 from quantkit.evaluation import stage as scores
 from quantkit.pipeline import machine_rates
-from quantkit.pipeline.duration import END, START
 from quantkit.pipeline.machine_rates import rates, solving_seconds
 from quantkit.pipeline.recorded import recorded_run
+from quantkit.pipeline.work_seconds import END, START
 from quantkit.recipe import Recipe, VariantSpec
 from quantkit.system.artifacts import read_json
 from quantkit.system.pace import Ahead
