@@ -23,11 +23,14 @@ from quantkit.quantization import Job, quantize
 from quantkit.recipe import VariantSpec
 from quantkit.recipe.recovering import RecoverOptions
 from quantkit.recovery import training
+from quantkit.recovery.descent import NotFiniteError
+from quantkit.recovery.losses import divergence as divergence_of
+from quantkit.recovery.losses import relative_error
 from quantkit.recovery.saved import save_state
 from quantkit.recovery.stage import recover, training_folder
 from quantkit.recovery.student import NEAR
 from quantkit.recovery.targets import Targets
-from quantkit.recovery.training import Training, relative_error
+from quantkit.recovery.training import Training
 from quantkit.recovery.whole_changes import whole_changes
 from quantkit.runtimes import RUNTIMES
 from quantkit.runtimes.base import LoadOptions
@@ -194,7 +197,7 @@ def test_a_loss_that_is_not_finite_ends_it_with_the_best_so_far(
     def step(self: Training, rows: list[int]) -> None:
         calls.append(rows)
         if len(calls) == 6:
-            raise training._NotFiniteError
+            raise NotFiniteError
         own(self, rows)
 
     monkeypatch.setattr(Training, "_step", step)
@@ -233,7 +236,7 @@ def test_the_divergence_and_its_gradient_are_those_of_torch() -> None:
     draw = torch.Generator().manual_seed(0)
     target = torch.randn(5, 11, generator=draw).log_softmax(-1)
     ours, theirs = (torch.randn(5, 11, generator=draw.manual_seed(1)).requires_grad_() for _ in range(2))
-    own = training.divergence(target, ours)
+    own = divergence_of(target, ours)
     wanted = torch.nn.functional.kl_div(theirs.log_softmax(-1), target, log_target=True, reduction="sum")
     torch.testing.assert_close(own, wanted)
     torch.autograd.backward([own / 3, wanted / 3])

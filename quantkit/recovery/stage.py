@@ -25,9 +25,10 @@ from quantkit.exports.manifest import FOREIGN, VERIFIED, identity, is_whole, rea
 from quantkit.quantization.job import Job, Quantized
 from quantkit.quantization.left_float import few
 from quantkit.recipe.recovering import RecoverOptions
+from quantkit.recovery.schedule import Schedule
 from quantkit.recovery.student import Student
 from quantkit.recovery.targets import Targets
-from quantkit.recovery.training import Schedule, Trained, Training
+from quantkit.recovery.training import Trained, Training
 from quantkit.recovery.whole_changes import whole_changes
 from quantkit.system.artifacts import (
     STAGE_FILE,

@@ -18,9 +18,10 @@ from quantkit.engine.skeleton import Skeleton
 from quantkit.exports.base import Export
 from quantkit.numerics.low_rank import LowRank
 from quantkit.recovery.parts import Part
+from quantkit.recovery.schedule import Schedule
 from quantkit.recovery.student import StudentWeights
 from quantkit.recovery.targets import Targets
-from quantkit.recovery.training import Schedule, Trained, Training
+from quantkit.recovery.training import Trained, Training
 from quantkit.system.progress import Observer
 from quantkit.transforms.base import Changes
 
