@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from quantkit.recovery.whole_changes import whole_changes
 from quantkit.runtimes import RUNTIMES
 from quantkit.runtimes.base import LoadOptions
 from quantkit.schemes import IntScheme
+from quantkit.system.memory_bounds import MemoryBounds
 from quantkit.system.progress import Silent
 from tests.runs import Notebook
 from tests.tiny import make_model, tiny_rows
@@ -110,7 +111,7 @@ def test_hidden_states_between_the_blocks_come_closer(
     nearer = recover(job, two_bits, replace_options(FEW, hidden=16.0), tmp_path / "nearer", Silent()).folder
     other = tiny_rows(4, seed=5)
     assert block_errors(job, nearer, other) < 0.95 * block_errors(job, recovered, other)
-    assert divergence(job, nearer, other) < 1.05 * divergence(job, recovered, other)
+    assert divergence(job, nearer, other) < 1.1 * divergence(job, recovered, other)
 
 
 def test_codes_of_two_bits_are_trained_unless_it_is_said_what(job: Job, two_bits: Path, tmp_path: Path) -> None:
@@ -174,6 +175,27 @@ def test_a_killed_training_goes_on_and_writes_the_same_bytes(
     assert next(place for step, place, _ in steps.steps if step == "step") > 18
     assert bytes_of(done.folder) == bytes_of(recovered)
     assert not training_folder(out).exists()
+
+
+def test_blocks_that_find_no_room_are_run_again_for_the_same_bytes(
+    job: Job, two_bits: Path, recovered: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers: set[bool] = set()
+    bounded = replace(job, bounds=MemoryBounds({"cpu": 1}))
+    holding = Training._holding
+
+    def told(self: Training) -> Callable[[], bool]:
+        found = holding(self)
+
+        def answer() -> bool:
+            answers.add(found())
+            return found()
+
+        return answer
+
+    monkeypatch.setattr(Training, "_holding", told)
+    assert bytes_of(recover(bounded, two_bits, FEW, tmp_path / "little", Silent()).folder) == bytes_of(recovered)
+    assert answers == {False}
 
 
 def test_freed_memory_is_given_back_after_each_step(
@@ -290,6 +312,31 @@ def test_refusals(job: Job, two_bits: Path, tmp_path: Path) -> None:
     (tmp_path / "foreign" / "manifest.json").unlink()
     with pytest.raises(CheckpointError, match="no checkpoint that quantkit wrote"):
         recover(job, tmp_path / "foreign", FEW, tmp_path / "d", Silent())
+
+
+def test_gradients_go_straight_through_the_rounding_within_the_grid() -> None:
+    from quantkit.numerics.grid_search import encode, quantized
+
+    draw = torch.Generator().manual_seed(0)
+    weight = torch.randn(6, 32, generator=draw)
+    scheme = IntScheme(2, 16, False, "float")
+    grid = scheme.grids().spanning(scheme.grids().grouped(weight), torch.float32)
+    found = TrainedCodes.of(quantized(encode(weight, grid, scheme), grid, scheme), weight)
+    with torch.no_grad():
+        found.latents.add_(torch.randn(found.latents.shape, generator=draw))
+    leaves = found.parameters()
+    apart = {name: each.detach().clone().requires_grad_() for name, each in leaves.items()}
+    given, held = found.trainable.given, apart["latents"].clamp(0, 3)
+    codes = held + (held.round() - held).detach()
+    levels = codes - (given.zeros.float() + apart["shifts"]).unsqueeze(-1)
+    plain = (levels * (given.scales.float() * apart["factors"]).unsqueeze(-1)).flatten(1)
+    torch.testing.assert_close(found.weight(), plain)
+    gradient = torch.randn(plain.shape, generator=draw)
+    torch.autograd.backward([found.weight(), plain], [gradient, gradient])
+    assert found.latents.grad is not None
+    assert bool((found.latents.grad == 0).any())
+    for name, wanted in apart.items():
+        torch.testing.assert_close(leaves[name].grad, wanted.grad)
 
 
 @pytest.mark.parametrize(

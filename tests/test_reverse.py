@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.pytorch_utils import Conv1D
 
 from quantkit.checkpoint import CheckpointReader
@@ -47,6 +48,7 @@ def gradients(
     batches: Sequence[Batch],
     keep: Keep = on_device,
     on_output: Callable[[int, torch.Tensor], None] | None = None,
+    holds: Callable[[], bool] = lambda: False,
 ) -> tuple[float, dict[str, torch.Tensor], Skeleton]:
     """Of the loss to all parameters of the blocks, by their names in the model."""
     skeleton, reader = Skeleton(folder), CheckpointReader(folder)
@@ -64,7 +66,7 @@ def gradients(
                     full = f"{segment.prefix}.{name}"
                     found[full] = found[full] + each.grad if full in found else each.grad
 
-    with ReverseWalk(skeleton, reader, CPU, torch.float32, loaded, keep, on_output=on_output) as walk:
+    with ReverseWalk(skeleton, reader, CPU, torch.float32, loaded, keep, holds=holds, on_output=on_output) as walk:
         total = walk.run(batches, loss)
     return total, found, skeleton
 
@@ -89,6 +91,9 @@ def test_gradients_are_those_of_transformers(
     batches = make_batches(tiny_rows(3, 8, 12), CPU, may_pad=architecture != "mixtral")
     monkeypatch.setattr(reverse, "CHUNK_LOGITS", 7 * VOCABULARY)
     total, found, skeleton = gradients(tmp_path, batches)
+    held, same_again, _ = gradients(tmp_path, batches, holds=lambda: True)
+    assert held == total
+    assert all(torch.equal(same_again[name], each) for name, each in found.items())
     assert total == pytest.approx(expected(model, batches), rel=1e-5)
     alike, blocks = 0, tuple(f"{segment.prefix}." for segment in skeleton.segments)
     for name, parameter in model.named_parameters():
@@ -148,6 +153,46 @@ def test_what_waits_elsewhere_gives_the_same(llama: Path, tmp_path: Path) -> Non
         assert again == total
         assert all(torch.equal(found[name], each) for name, each in wanted.items())
     assert not list(tmp_path.iterdir())
+
+
+def are_empty(skeleton: Skeleton) -> bool:
+    """Whether no block has its matrices."""
+    return all(each.is_meta for segment in skeleton.segments for each in segment.module.parameters() if each.ndim > 1)
+
+
+def test_some_blocks_hold_their_graph_and_others_are_run_again(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = make_batches(tiny_rows(4, 8, 12), CPU, may_pad=True, limit=24)
+    runs = list[int]()
+    own = LlamaMLP.forward
+
+    def counted(self: LlamaMLP, hidden: torch.Tensor) -> Any:
+        runs.append(1)
+        return own(self, hidden)
+
+    monkeypatch.setattr(LlamaMLP, "forward", counted)
+    total, wanted, _ = gradients(llama, batches)
+    assert len(runs) == 2 * 3 * len(batches)
+    runs.clear()
+    answers = iter([True, False, True])
+    again, found, skeleton = gradients(llama, batches, on_cpu, holds=lambda: next(answers))
+    assert len(runs) == (3 + 1) * len(batches)
+    assert again == total
+    assert all(torch.equal(found[name], each) for name, each in wanted.items())
+    assert are_empty(skeleton)
+
+
+def test_an_error_lets_go_of_what_blocks_hold(llama: Path) -> None:
+    skeleton, reader = Skeleton(llama), CheckpointReader(llama)
+
+    def fails(*_: object) -> torch.Tensor:
+        raise ValueError("loss")
+
+    with (
+        ReverseWalk(skeleton, reader, CPU, torch.float32, holds=lambda: True) as walk,
+        pytest.raises(ValueError, match="loss"),
+    ):
+        walk.run(make_batches(tiny_rows(2, 8, 12), CPU, may_pad=True), fails)
+    assert are_empty(skeleton)
 
 
 def test_hidden_states_and_logits_are_the_models(tmp_path: Path) -> None:

@@ -130,10 +130,13 @@ class _Call:
     Attributes:
         arguments: ``(args, kwargs)``, with a slot in the place of each tensor with a gradient.
         outputs: of the tensors that it made, in their order.
+        held: what stood in the slots and what was made of it, with the graph between them; None where the segment is
+            run again.
     """
 
     arguments: Any
     outputs: list[_Port] = field(default_factory=list)
+    held: tuple[dict[_Slot, torch.Tensor], list[torch.Tensor]] | None = None
 
     @classmethod
     def of(cls, arguments: Any, keep: Keep) -> tuple[_Call, dict[_Slot, torch.Tensor]]:
@@ -164,16 +167,30 @@ class _Call:
         returned = module(*args, **kwargs)
         return returned, [_written(each, known) for each in _mappings((args, kwargs))]
 
+    def hold(
+        self, module: Callable[..., Any], values: Mapping[_Slot, torch.Tensor]
+    ) -> tuple[Any, list[dict[Any, Any]]]:
+        """What :meth:`run` gives, with a graph that is held until :meth:`backward`."""
+        inputs = {slot: value.detach().requires_grad_() for slot, value in values.items()}
+        with torch.enable_grad():
+            found = self.run(module, inputs)
+        self.held = inputs, self._made(found)
+        return found
+
+    def _made(self, found: tuple[Any, list[dict[Any, Any]]]) -> list[torch.Tensor]:
+        return [each for each in _leaves(found) if self.crosses(each)]
+
     def crosses(self, made: torch.Tensor) -> bool:
         """Whether a tensor that the segment made can have a gradient; a mask that it passes on cannot."""
         return made.is_floating_point() and all(made is not each for each in _leaves(self.arguments))
 
     def backward(self, module: nn.Module) -> None:
-        """Run the segment again, and the gradients that came to its outputs back to what made its arguments."""
-        slots = dict.fromkeys(each for each in _leaves(self.arguments) if isinstance(each, _Slot))
-        inputs = {slot: slot.fetch().requires_grad_() for slot in slots}
-        with torch.enable_grad():
-            made = [each for each in _leaves(self.run(module, inputs)) if self.crosses(each)]
+        """Run the gradients that came to the outputs back to what made the arguments; the segment is run again first.
+
+        Where its graph is held it is not.
+        """
+        inputs, made = self.held or self._again(module)
+        self.held = None
         pairs = [
             (each, port.gradient)
             for each, port in zip(made, self.outputs, strict=True)
@@ -182,6 +199,12 @@ class _Call:
         if pairs:
             torch.autograd.backward([each for each, _ in pairs], [gradient for _, gradient in pairs])
         _back({slot.edge: each.grad for slot, each in inputs.items() if each.grad is not None})
+
+    def _again(self, module: nn.Module) -> tuple[dict[_Slot, torch.Tensor], list[torch.Tensor]]:
+        slots = dict.fromkeys(each for each in _leaves(self.arguments) if isinstance(each, _Slot))
+        inputs = {slot: slot.fetch().requires_grad_() for slot in slots}
+        with torch.enable_grad():
+            return inputs, self._made(self.run(module, inputs))
 
 
 def _back(gradients: Mapping[GradientEdge, torch.Tensor]) -> None:
@@ -235,6 +258,7 @@ class KeepingPass(Pass):
 
     Attributes:
         calls: in their order.
+        holds: the segment before which it stands keeps its graph, and is not run again.
         hidden: what the head is given, ``[rows, length, width]``.
         edge: where that comes from; None without a graph.
         proves: it runs through the head, which is loaded for it, to the model's own ``logits``.
@@ -244,6 +268,7 @@ class KeepingPass(Pass):
     def __init__(self, model: nn.Module, batch: Batch, keep: Keep | None) -> None:
         super().__init__(model, batch)
         self.calls: list[_Call] = []
+        self.holds = False
         self.hidden = torch.empty(0)
         self.edge: GradientEdge | None = None
         self.proves = False
@@ -257,16 +282,17 @@ class KeepingPass(Pass):
         self.parent.switch(AtSegment(index, args, kwargs))
         if self._keep is None:
             return forward(*args, **kwargs)
-        call, values = _Call.of((args, kwargs), self._keep)
+        call, values = _Call.of((args, kwargs), on_device if self.holds else self._keep)
         with torch.no_grad():
-            found = call.run(forward, values)
+            found = (call.hold if self.holds else call.run)(forward, values)
 
         def bounded(made: torch.Tensor) -> torch.Tensor:
             if not call.crosses(made):
                 return made
             call.outputs.append(_Port())
             cross: Any = _Boundary.apply  # torch gives it no types
-            crossed: torch.Tensor = cross(self._anchor, made, call.outputs[-1])
+            own = made.detach().clone() if self.holds else made  # what comes next may write into it
+            crossed: torch.Tensor = cross(self._anchor, own, call.outputs[-1])
             return crossed
 
         returned, written = _mapped(found, bounded)

@@ -116,6 +116,8 @@ class ReverseWalk:
         on_step: called with the number of segments that were run and how many there are, forward and backward.
         parks: where what passes that leave no gradients hold waits while others go through a segment; None for where it
             is.
+        holds: asked before a segment is run forward whether it keeps its weights and its graph until it is run back,
+            on which no gradient depends. Those of a model that goes through its blocks again never do.
         on_output: called with the index of a segment and what it gave, ``[rows, length, width]`` as a rule, each time
             that a batch went through it, forward. A gradient that is run back from there reaches the segment with
             those that come from behind it.
@@ -134,6 +136,7 @@ class ReverseWalk:
     sees: bool = False
     on_step: Callable[[int, int], None] = lambda _done, _total: None
     parks: Keep | None = None
+    holds: Callable[[], bool] = lambda: False
     on_output: Callable[[int, torch.Tensor], None] | None = None
     batch: Batch | None = field(init=False, default=None)
     chunk: torch.Tensor | None = field(init=False, default=None)
@@ -269,18 +272,19 @@ class ReverseWalk:
             CheckpointError: a tensor is missing, of the wrong shape, or not finite.
             QuantizationError: the model's code fails on the batches.
         """
-        with torch.enable_grad():
-            passes, rounds = self._forward(batches, self.keep)
-        with self._loaded_head(True):
-            total = sum(self._end(each, loss) for each in passes)
-        self.on_step(len(rounds) + 1, 2 * len(rounds) + 1)
-        for done, (segment, here) in enumerate(reversed(rounds)):
-            with self._loaded(segment, True):
-                for each in here:
-                    self.batch = each.batch
-                    with told(self.skeleton.text):
-                        each.calls.pop().backward(segment.module)
-            self.on_step(len(rounds) + done + 2, 2 * len(rounds) + 1)
+        with ExitStack() as held:
+            with torch.enable_grad():
+                passes, rounds = self._forward(batches, self.keep, held)
+            with self._loaded_head(True):
+                total = sum(self._end(each, loss) for each in passes)
+            self.on_step(len(rounds) + 1, 2 * len(rounds) + 1)
+            for done, (segment, here, weights) in enumerate(reversed(rounds)):
+                with weights or self._loaded(segment, True):
+                    for each in here:
+                        self.batch = each.batch
+                        with told(self.skeleton.text):
+                            each.calls.pop().backward(segment.module)
+                self.on_step(len(rounds) + done + 2, 2 * len(rounds) + 1)
         return total
 
     def _loaded(self, segment: Segment, for_gradients: bool) -> AbstractContextManager[None]:
@@ -291,33 +295,46 @@ class ReverseWalk:
         return nullcontext() if self.skeleton.head is None else self._loaded(self.skeleton.head, for_gradients)
 
     def _forward(
-        self, batches: Sequence[Batch], keep: Keep | None, *, proves: bool = False
-    ) -> tuple[list[KeepingPass], list[tuple[Segment, list[KeepingPass]]]]:
+        self, batches: Sequence[Batch], keep: Keep | None, held: ExitStack | None = None, *, proves: bool = False
+    ) -> tuple[list[KeepingPass], list[_Round]]:
         """Bring all batches up to the head.
+
+        Args:
+            batches: they are run together.
+            keep: where what segments are given waits; None for nowhere.
+            held: takes the weights of segments that keep their graphs; None where none does.
+            proves: the first runs through the head.
 
         Returns:
             The passes, and each segment that was loaded with those that went through it.
         """
-        rounds = list[tuple[Segment, list[KeepingPass]]]()
+        rounds = list[_Round]()
         passes = [KeepingPass(self.skeleton.text, batch, keep) for batch in batches]
         passes[0].proves = proves
         with ExitStack() as cleanup:
             for each in passes:
                 cleanup.callback(each.stop)
             self._resume(passes)
-            self._through_segments(passes, rounds)
+            self._through_segments(passes, rounds, held)
             self._resume([each for each in passes if each.proves])
         return passes, rounds
 
-    def _through_segments(self, passes: Sequence[KeepingPass], rounds: list[tuple[Segment, list[KeepingPass]]]) -> None:
+    def _through_segments(self, passes: Sequence[KeepingPass], rounds: list[_Round], held: ExitStack | None) -> None:
         """Load each segment before which passes stand, and bring them to the next."""
         segments = self.skeleton.segments
         while standing := [each for each in passes if isinstance(each.place, AtSegment)]:
             index = min(_index(each) for each in standing)
             here = [each for each in standing if _index(each) == index]
-            with self._loaded(segments[index], False):
+            holds = held is not None and self.skeleton.runs_once and self.holds()
+            with ExitStack() as loaded:
+                loaded.enter_context(self._loaded(segments[index], holds))
+                for each in here:
+                    each.holds = holds
                 self._resume(here)
-            rounds.append((segments[index], here))
+                weights = loaded.pop_all() if held is not None and holds else None
+            if held is not None and weights is not None:
+                held.push(weights)
+            rounds.append((segments[index], here, weights))
             self.on_step(len(rounds), 2 * max(len(rounds), len(segments)) + 1)
 
     def _resume(self, passes: Sequence[KeepingPass]) -> None:
@@ -352,6 +369,10 @@ class ReverseWalk:
         """How many logits there are of a token, about: rows of the input embedding."""
         weight: torch.Tensor = self.skeleton.text.get_input_embeddings().weight
         return len(weight)
+
+
+_Round = tuple[Segment, list[KeepingPass], ExitStack | None]
+"""A segment that was loaded, the passes that went through it, and its weights where it keeps them."""
 
 
 def _index(each: Pass) -> int:

@@ -63,7 +63,7 @@ def backward(anatomy: Anatomy, use: Use, *, kept: bool) -> Part:
     return largest(moments)
 
 
-def training_back(anatomy: Anatomy, file: Stored, options: RecoverOptions, use: Use) -> Part:
+def training_back(anatomy: Anatomy, file: Stored, options: RecoverOptions, use: Use, room: int = 0) -> Part:
     """Memory of a step of a training: two frames and heads, a block with its gradients, and what is trained.
 
     Args:
@@ -71,6 +71,7 @@ def training_back(anatomy: Anatomy, file: Stored, options: RecoverOptions, use: 
         file: that is trained.
         options: of the training.
         use: the dtype of the passes.
+        room: bytes that decoded weights and graphs of blocks may take that are held until these are run back.
     """
     size, tokens = BYTES[use.pass_dtype or "bfloat16"], options.batch_tokens
     frames = [_frame(anatomy, size, copies=2), _head(anatomy, size, copies=2)]
@@ -82,6 +83,9 @@ def training_back(anatomy: Anatomy, file: Stored, options: RecoverOptions, use: 
     held = sum(each.weights for each in file.packed.values())
     trained = STATES * 4 * scales + 4 * codes + held
     kept = tokens * anatomy.hidden * (anatomy.blocks + 1)
+    graph = graph_line(anatomy, tokens, size, TRAINED)
+    blocks = anatomy.blocks * (weights * size + graph.nbytes)
+    waiting = Line("blocks that are held", min(room, blocks), f"of {written(blocks)} bytes, up to half of what is free")
     lines = [
         *frames,
         Line(
@@ -92,9 +96,11 @@ def training_back(anatomy: Anatomy, file: Stored, options: RecoverOptions, use: 
         Line("inputs of all blocks", kept * size, f"{tokens:,} tokens x {anatomy.hidden:,} x ({anatomy.blocks} + 1)"),
         Line("weights and their gradients", DECODED * weights * 4, f"{DECODED} x {written(weights)} weights x 4 bytes"),
         Line("block", anatomy.in_largest() * size, f"{written(anatomy.in_largest())} parameters x {size} bytes"),
-        graph_line(anatomy, tokens, size, TRAINED),
+        graph,
     ]
-    loss = [*frames, *lines[2:4], logits_line(anatomy, tokens, size, MATCHING)]
+    loss = [*lines[:4], logits_line(anatomy, tokens, size, MATCHING)]
+    if room:
+        lines, loss = [*lines, waiting], [*loss, waiting]
     return largest(
         [Part("training back", "a block trained", tuple(lines)), Part("training back", "its loss", tuple(loss))]
     )

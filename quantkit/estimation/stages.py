@@ -205,10 +205,11 @@ def sensitivity_need(stage: str, anatomy: Anatomy, use: Use, room: Room) -> Stag
 def recover_need(
     stage: str, anatomy: Anatomy, file: Stored, options: RecoverOptions, use: Use, room: Room
 ) -> StageNeed:
-    """A training of a file, with one block in memory."""
-    part = training_back(anatomy, file, options, use)
+    """A training of a file, whose blocks are held forward and back as far as there is room, else one at a time."""
+    least = training_back(anatomy, file, options, use).nbytes
+    part = training_back(anatomy, file, options, use, int(SPARE_MEMORY * room.free))
     targets = use.calibration_tokens * anatomy.hidden * BYTES[use.pass_dtype or "bfloat16"]
-    return StageNeed(stage, room.device, part, "a block at a time", part.nbytes, disk=targets + file.nbytes)
+    return StageNeed(stage, room.device, part, "blocks held while there is room", least, disk=targets + file.nbytes)
 
 
 def copying_need(stage: str, title: str, largest: int, copies: int, disk: int) -> StageNeed:

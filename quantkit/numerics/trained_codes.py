@@ -9,6 +9,7 @@ EfficientQAT (Chen et al. 2024, arXiv:2407.11062).
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -19,6 +20,47 @@ from quantkit.schemes import IntScheme, QuantizedWeight, Scheme
 def can_train_codes(scheme: Scheme) -> bool:
     """Whether codes of a scheme can be trained: whether its levels lie one step apart."""
     return isinstance(scheme, IntScheme)
+
+
+class _Rounded(torch.autograd.Function):
+    """Nearest codes as they are decoded, with a gradient that goes straight through the rounding.
+
+    Autograd would keep and pass over every step between them: a weight is read and written a fourth as often so.
+    """
+
+    @staticmethod
+    def forward(
+        context: Any, latents: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor, last: int
+    ) -> torch.Tensor:
+        """The values, float32 ``[out_features, groups, group_size]``.
+
+        Args:
+            context: of torch.
+            latents: in groups, likewise.
+            zeros: float32 ``[out_features, groups]``, in steps of the codes.
+            scales: float32, likewise.
+            last: the largest code.
+        """
+        context.save_for_backward(latents, zeros, scales)
+        context.last = last
+        return latents.clamp(0, last).round_().sub_(zeros.unsqueeze(-1)).mul_(scales.unsqueeze(-1))
+
+    @staticmethod
+    def backward(context: Any, *given: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Gradients of latents within the grid, of zero points and of scales, as far as they are asked for."""
+        latents, zeros, scales = context.saved_tensors
+        (gradient,) = given
+        wants_latents, wants_zeros, wants_scales, _ = context.needs_input_grad
+        of_latents = of_zeros = of_scales = None
+        if wants_scales:
+            levels = latents.clamp(0, context.last).round_().sub_(zeros.unsqueeze(-1))
+            of_scales = levels.mul_(gradient).sum(-1)
+        if wants_zeros:
+            of_zeros = -gradient.sum(-1) * scales
+        if wants_latents:
+            outside = latents.clamp(0, context.last).ne(latents)
+            of_latents = (gradient * scales.unsqueeze(-1)).masked_fill_(outside, 0.0)
+        return of_latents, of_zeros, of_scales, None
 
 
 @dataclass(slots=True)
@@ -68,12 +110,11 @@ class TrainedCodes:
 
     def weight(self) -> torch.Tensor:
         """What it stands for now, float32 ``[out_features, in_features]``, with a graph back to the parameters."""
-        given, last = self.trainable.given, 2**self.trainable.given.scheme.bits - 1
-        held = self.latents.clamp(0, last)
-        codes = held + (held.detach().round() - held.detach())
-        zeros, scales = self._zeros(), given.scales.float() * self.trainable.factors
-        levels = (codes - zeros.unsqueeze(-1)) * scales.unsqueeze(-1)
-        found = given.scheme.grids().ungrouped(levels, given.codes.shape)
+        given = self.trainable.given
+        scales = given.scales.float() * self.trainable.factors
+        rounded: Any = _Rounded.apply  # torch gives it no types
+        values: torch.Tensor = rounded(self.latents, self._zeros(), scales, 2**given.scheme.bits - 1)
+        found = given.scheme.grids().ungrouped(values, given.codes.shape)
         return found if self._order is None else found[:, self._order.argsort()]
 
     def clamp_(self) -> None:

@@ -48,7 +48,7 @@ from quantkit.system.shutdown import patient
 from quantkit.transforms.base import Changes
 
 STAGE = "adapter"
-CODE_VERSION = 5
+CODE_VERSION = 6
 """Part of the fingerprint: raised when the same inputs would give other bytes."""
 STRANGE = 0.9
 """Share of a weight's square that its error may be before the float model is taken for another one."""

@@ -13,7 +13,7 @@ class _Divergence(torch.autograd.Function):
     @staticmethod
     def forward(context: Any, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         ours, theirs = logits.float().log_softmax(-1), target.exp()
-        value = (target - ours).mul_(theirs).flatten().sum()
+        value: torch.Tensor = (torch.linalg.vecdot(theirs, target) - torch.linalg.vecdot(theirs, ours)).sum()
         if context.needs_input_grad[0]:
             context.save_for_backward(ours.exp_().sub_(theirs).to(logits.dtype))
         return value

@@ -50,7 +50,7 @@ from quantkit.system.progress import Observer
 from quantkit.system.shutdown import patient
 
 STAGE = "recover"
-CODE_VERSION = 5
+CODE_VERSION = 6
 """Part of the fingerprint: raised when the same inputs would give other bytes."""
 IDENTITY = "identity.json"
 RECIPE = "recipe.yaml"
@@ -195,8 +195,9 @@ def _train(
             targets = ends.enter_context(known)
             targets.prepare(partial(observer.progress, "row of the float model"))
             on_step = partial(observer.progress, "step")
+            schedule = schedule_of(options)
             training = Training(
-                student.skeleton, student.reader, student.parts, targets, schedule_of(options), folder, on_step
+                student.skeleton, student.reader, student.parts, targets, schedule, folder, on_step, job.bounds
             )
             return student, training.run()
     except torch.OutOfMemoryError as error:

@@ -44,13 +44,14 @@ class StudentWeights:
 
     Args:
         export: the checkpoint.
-        trained: layers for whose weight something else stands in; they are not decoded.
+        trained: layers, and tensors by their names, for which something else stands in; they are not decoded.
     """
 
     def __init__(self, export: Export, trained: set[str]) -> None:
         self._export = export
         self._trained = trained
         self._floats = set(export.float_names())
+        self._blank: dict[str, torch.Tensor] = {}
 
     def __contains__(self, name: str) -> bool:
         """Whether there is a tensor of that name."""
@@ -63,11 +64,13 @@ class StudentWeights:
     def read(self, name: str) -> torch.Tensor:
         """A tensor; nothing but the shape of one for which something stands in."""
         layer = name.removesuffix(".weight")
-        if name in self._floats:
-            return self._export.float_tensor(name)
-        if layer in self._trained:
-            return torch.zeros(()).expand(self._export.shape(layer))
-        return self._export.decodable(layer).dequantize(torch.float32)
+        is_float = name in self._floats
+        if (name if is_float else layer) in self._trained:
+            if name not in self._blank:
+                shape = self._export.float_tensor(name).shape if is_float else self._export.shape(layer)
+                self._blank[name] = torch.zeros(()).expand(shape)
+            return self._blank[name]
+        return self._export.float_tensor(name) if is_float else self._export.decodable(layer).dequantize(torch.float32)
 
     def read_finite(self, name: str) -> torch.Tensor:
         """The same: an export was checked when it was written."""
@@ -121,7 +124,7 @@ class Student:
         segments = [*self.skeleton.segments, *([head] if head is not None else [])]
         self.parts = {each.prefix: [*self._layers(each), *self._vectors(each)] for each in segments}
         self.parts[FRAME] = list(self._frame_vectors(segments))
-        held = {part.name for parts in self.parts.values() for part in parts if isinstance(part, TrainedWeight)}
+        held = {part.name for parts in self.parts.values() for part in parts}
         self.left = [name for name in self.export.schemes if name not in held]
         self.reader = StudentWeights(self.export, held)
         if not any(part.leaves() for parts in self.parts.values() for part in parts):

@@ -28,6 +28,8 @@ TOGETHER = 1 << 15
 """Tokens that go through the float model together."""
 POINTS = 8
 """Of how many segments what they give is kept, at most; they lie evenly, up to the last."""
+ALIKE = 0.85
+"""How long a row is at least, of the longest of its batch: padding costs what tokens do."""
 HEAD, BETWEEN = "head", "|"
 """Stands for what the head is given where a segment's index may stand; and what stands behind the place of a row."""
 
@@ -84,9 +86,17 @@ class Targets:
         self._ends.close()
 
     def batches(self, places: Sequence[int]) -> list[Batch]:
-        """Batches of some of the rows, by the places of these among all."""
-        found = make_batches([self.rows[place] for place in places], self.device, self.may_pad)
-        return [_placed(batch, places) for batch in found]
+        """Batches of some of the rows, by the places of these among all; rows of about one length share one."""
+        groups: list[list[int]] = []
+        for place in sorted(places, key=lambda each: -len(self.rows[each])):
+            if not groups or len(self.rows[place]) < ALIKE * len(self.rows[groups[-1][0]]):
+                groups.append([])
+            groups[-1].append(place)
+        return [
+            _placed(batch, group)
+            for group in groups
+            for batch in make_batches([self.rows[place] for place in group], self.device, self.may_pad)
+        ]
 
     def prepare(self, on_rows: Callable[[int, int], None]) -> None:
         """Compute the hidden states of all rows that are not there.

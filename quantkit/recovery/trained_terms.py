@@ -148,7 +148,8 @@ def train_terms(
         targets = ends.enter_context(Targets(floats, weights, rows, folder, device, dtypes[0], changes, between))
         targets.prepare(partial(observer.progress, "row of the float model"))
         on_step = partial(observer.progress, "step")
-        trained = Training(skeleton, StudentWeights(export, names), parts, targets, schedule, folder, on_step).run()
+        student = StudentWeights(export, names)
+        trained = Training(skeleton, student, parts, targets, schedule, folder, on_step).run()
     return (list(terms) if trained.best is None else _with_best(terms, trained.best)), trained
 
 

@@ -22,6 +22,7 @@ from quantkit.engine.reverse import ReverseWalk, standing_in
 from quantkit.engine.segment import Segment, WeightReader
 from quantkit.engine.skeleton import Skeleton
 from quantkit.errors import QuantkitError
+from quantkit.quantization.memory_use import SPARE_MEMORY
 from quantkit.recovery.descent import Descent, NotFiniteError
 from quantkit.recovery.losses import divergence, relative_error
 from quantkit.recovery.parts import Part
@@ -29,7 +30,8 @@ from quantkit.recovery.saved import read_state, save_state, write_tensors
 from quantkit.recovery.schedule import Schedule
 from quantkit.recovery.targets import Targets
 from quantkit.recovery.verdicts import Verdicts
-from quantkit.system.free_memory import give_back
+from quantkit.system.free_memory import free_bytes, give_back
+from quantkit.system.memory_bounds import NO_BOUNDS, MemoryBounds
 from quantkit.system.shutdown import heed
 
 FRAME = ""
@@ -71,6 +73,7 @@ class Training:
         schedule: how.
         folder: where the state is kept; what an earlier run left there is its own.
         on_step: called with the number of steps done, and of all.
+        bounds: what may be taken of memory; no byte depends on it.
     """
 
     skeleton: Skeleton
@@ -80,6 +83,7 @@ class Training:
     schedule: Schedule
     folder: Path
     on_step: Callable[[int, int], None] = lambda _done, _total: None
+    bounds: MemoryBounds = NO_BOUNDS
     _walk: ReverseWalk = field(init=False)
     _descent: Descent = field(init=False)
     _verdicts: Verdicts = field(init=False, default_factory=Verdicts)
@@ -100,7 +104,9 @@ class Training:
         held, rows = schedule.divided(len(lengths))
         plan = schedule.plan(rows, lengths)
         self._descent = Descent(self.parts, schedule.rates, schedule.optimizer)
-        self._walk = ReverseWalk(self.skeleton, self.reader, targets.device, targets.dtype, self._loaded, on_cpu)
+        self._walk = ReverseWalk(
+            self.skeleton, self.reader, targets.device, targets.dtype, self._loaded, on_cpu, holds=self._holding()
+        )
         with self._walk:
             done = self._take_up()
             if not self._verdicts.history:
@@ -122,6 +128,12 @@ class Training:
         if best is None:
             found.notes.append("nothing was better on the held-out rows than what there was: it stays as it is")
         return Trained(before, after, best, steps, tokens, tuple(found.history), tuple(found.notes))
+
+    def _holding(self) -> Callable[[], bool]:
+        """Whether a segment may hold its graph: while as much is free as is to be left of the memory that is now."""
+        device = self.targets.device
+        left = (1 - SPARE_MEMORY) * free_bytes(device, self.bounds)
+        return lambda: free_bytes(device, self.bounds) > left
 
     # Segments and their leaves
 
