@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from quantkit.engine.float_parts import FloatPart, block_weights, float_parts
 from quantkit.engine.skeleton import Skeleton
@@ -30,7 +31,7 @@ from quantkit.recipe import VariantSpec
 from quantkit.schemes import PlainScheme, Scheme
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Layers:
     """Every Linear layer of a model under one variant, and the input embedding if that is quantized.
 
@@ -125,7 +126,7 @@ class Layers:
         broken = [layers for layers in self.stacks.values() if any(layer in apart for layer in layers)]
         return [layer for layers in broken for layer in layers if layer not in self.quantized]
 
-    @property
+    @cached_property  # asked for by every layer, of which a model of experts has many thousands
     def quantized(self) -> dict[str, Scheme]:
         """The layers that are quantized."""
         return {name: scheme for name, scheme in self.schemes.items() if scheme is not None}
