@@ -2,7 +2,8 @@
 
 Nodes are Ray's simulated ones, on this machine, which should have two idle cores at least. Runs alternate; each has a
 folder of its own and nodes that have just begun. The ratio of each pair is printed; the last line is JSON, which also
-says whether all checkpoints have the same bytes.
+says whether all checkpoints have the same bytes. With ``--tasks`` it also prints when each task was asked for, was
+placed and ended, in seconds from the beginning of the run.
 
     OMP_NUM_THREADS=1 python benchmarks/cluster.py --model FOLDER --records alpaca.json --pairs 3
 """
@@ -76,6 +77,18 @@ def timed(given: argparse.Namespace, nodes: int, folder: Path) -> tuple[float, s
     return seconds, digest.hexdigest()
 
 
+def tasks(folder: Path) -> list[str]:
+    """When each task of a run was asked for, was placed, and ended: seconds from its beginning, as its log tells."""
+    seen: dict[str, list[float]] = {}
+    for line in (folder / "logs" / "events.jsonl").read_text(encoding="utf-8").splitlines():
+        event = json.loads(line)
+        if event["event"] in ("task", "placed", "ended"):
+            seen.setdefault(event["task"], []).append(event["elapsed"])
+        elif event["event"] == "end":
+            seen["end"] = [event["elapsed"]]
+    return [f"{' '.join(f'{time:7.1f}' for time in times):25}{task}" for task, times in seen.items()]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="float checkpoint folder")
@@ -85,6 +98,7 @@ def main() -> None:
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--inputs", choices=INPUTS, default="float")
     parser.add_argument("--pairs", type=int, default=1)
+    parser.add_argument("--tasks", action="store_true", help="print when each task ran")
     given = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     ratios, digests = [], set()
@@ -92,8 +106,11 @@ def main() -> None:
         for pair in range(given.pairs):
             seconds = {}
             for nodes in (1, 2) if pair % 2 == 0 else (2, 1):
-                seconds[nodes], digest = timed(given, nodes, Path(scratch) / f"{pair}-{nodes}")
+                folder = Path(scratch) / f"{pair}-{nodes}"
+                seconds[nodes], digest = timed(given, nodes, folder)
                 digests.add(digest)
+                if given.tasks:
+                    print(f"nodes: {nodes}", *tasks(folder), sep="\n", flush=True)
             ratios.append(seconds[1] / seconds[2])
             print(
                 f"one node {seconds[1]:.1f} s, two nodes {seconds[2]:.1f} s: {ratios[-1]:.2f} times as fast", flush=True

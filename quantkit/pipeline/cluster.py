@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from quantkit.errors import OutputError, QuantkitError
-from quantkit.pipeline.cluster_task import Board, Done, Sent, perform
+from quantkit.pipeline.cluster_task import Board, Done, Sent, perform, ready
 from quantkit.pipeline.workers import Task, Work
 from quantkit.system import threads as threads_of
 from quantkit.system.distribution import install_line, own_version
@@ -88,6 +88,13 @@ class Cluster:
             )
         self._listener = threading.Thread(target=self._listen, daemon=True)
         self._listener.start()
+        self._begin()
+
+    def _begin(self) -> None:
+        """Have each worker load its packages, while this process reads the model; how that ends is nobody's concern."""
+        options = {**self._options(Task("", "cpu")), "num_gpus": 0}
+        for _ in range(self.parallel):
+            self._ray.remote(ready).options(**options).remote()
 
     def close(self) -> None:
         """End what is still under way."""

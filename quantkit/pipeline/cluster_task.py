@@ -90,7 +90,7 @@ def perform(sent: Sent, key: str, board: Any) -> Done:
     missing = next((mark for mark in sent.marks if not mark.is_file()), None)
     if missing is not None:
         return Done(node, host, missing=missing)
-    ray.get(board.put.remote(key, "placed", node, host))
+    board.put.remote(key, "placed", node, host)  # who waits here gives the processor to another task
     observer = Told(board, key)
     try:
         if own_version() != sent.version:
@@ -104,6 +104,12 @@ def perform(sent: Sent, key: str, board: Any) -> Done:
     except Exception as error:  # whatever it is, it is raised where the work was asked for
         return Done(node, host, observer.count, error=error)
     return Done(node, host, observer.count, value)
+
+
+def ready() -> None:
+    """What a node does first: it loads what most tasks need, so that the first of them need not."""
+    import quantkit.evaluation.stage
+    import quantkit.quantization  # noqa: F401
 
 
 class Board:

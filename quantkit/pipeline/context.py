@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from quantkit.errors import QuantkitError
 from quantkit.evaluation.stage import LOGPROBS, Scoring, score, served_figures
@@ -20,6 +20,9 @@ from quantkit.system.devices import resolve_device
 from quantkit.system.os_errors import cpu_ran_out
 from quantkit.system.progress import Observer
 from quantkit.system.redaction import redacted
+
+if TYPE_CHECKING:
+    from quantkit.pipeline.work_seconds import Seconds
 
 T = TypeVar("T")
 Baseline = Callable[[], dict[str, Any]]
@@ -47,6 +50,7 @@ class Run:
         peaks: what its stages took at most, those that were not reused.
         workers: who does what takes long.
         needs: bytes that stages are expected to take, by their titles, as far as that is known.
+        takes: seconds that work is expected to take, by which walks are parted; None where that is not known.
     """
 
     recipe: Recipe
@@ -59,6 +63,7 @@ class Run:
     peaks: StagePeaks = field(default_factory=StagePeaks)
     workers: Workers = HERE
     needs: Mapping[str, int] = field(default_factory=dict)
+    takes: Seconds | None = None
 
     def do(self, task: Task, work: Work[T], *, there: Callable[[], bool] = lambda: False, peak: bool = True) -> T:
         """Have a stage done, with the memory that it is expected to take.

@@ -18,6 +18,7 @@ from quantkit.methods.tuning import TUNE
 from quantkit.pipeline.context import Baseline, Run, attempted, marker, score_beside
 from quantkit.pipeline.library_rows import library_row
 from quantkit.pipeline.mixing import Mixed, mixed_all, mixed_scheme
+from quantkit.pipeline.parting import parted, unknown_seconds
 from quantkit.pipeline.recovering import recover_row
 from quantkit.pipeline.titles import walk_title
 from quantkit.pipeline.workers import HERE, Task
@@ -59,8 +60,11 @@ def variant_rows(current: Run, job: Job, baseline: Baseline, audit: dict[str, An
         return [library_row(current, job, other, baseline, card_of)]
 
     together = walks(job, variants)
-    parts = max(1, current.workers.parallel // max(1, len(together)))
-    jobs = [partial(walked, part, places) for places in together for part in parted(places, parts)]
+    jobs = [
+        partial(walked, part, places)
+        for places in together
+        for part in _dealt(current, variants, places, len(together))
+    ]
     jobs += [partial(by_library, each) for each in current.recipe.library_variants]
     for found in current.workers.each(jobs):
         rows |= {row["name"]: row for row in found}
@@ -69,9 +73,13 @@ def variant_rows(current: Run, job: Job, baseline: Baseline, audit: dict[str, An
     return [rows[each.name] for each in current.recipe.variants]
 
 
-def parted(places: Sequence[int], parts: int) -> list[list[int]]:
-    """A walk that variants share as so many walks, which give the same bytes, as far as there are variants."""
-    return [list(places[start::parts]) for start in range(min(parts, len(places)))]
+def _dealt(current: Run, variants: Sequence[VariantSpec], places: Sequence[int], count: int) -> list[list[int]]:
+    """The parts of one of so many walks, where workers can do more at a time than there are walks."""
+    workers, takes = max(1, current.workers.parallel // count), current.takes
+    if takes is None:
+        return parted(places, variants, workers, unknown_seconds)
+    scored = takes.scoring(current.recipe.evaluation) * (len(variants) + 1) / count
+    return parted(places, variants, workers, takes.walk, scored)
 
 
 def _mixed(current: Run, job: Job, own: Sequence[VariantSpec]) -> dict[str, Mixed | Exception]:

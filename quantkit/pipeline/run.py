@@ -13,6 +13,7 @@ from quantkit.calibration import CalibrationSet
 from quantkit.checkpoint import CheckpointReader
 from quantkit.engine.passes import CPU
 from quantkit.errors import OutputError, QuantkitError
+from quantkit.estimation.measured import known_anatomy
 from quantkit.evaluation.answers import asked
 from quantkit.evaluation.stage import Scoring, score
 from quantkit.merging import merged_source
@@ -26,6 +27,7 @@ from quantkit.pipeline.preflight import preflight
 from quantkit.pipeline.rows import other_merge_rows, variant_rows
 from quantkit.pipeline.stage_needs import beside_peaks, check_bounds, stage_needs
 from quantkit.pipeline.titles import BASELINE_TITLE, CALIBRATION_TITLE, SENSITIVITY_TITLE, SOURCE_TITLE
+from quantkit.pipeline.work_seconds import Seconds
 from quantkit.pipeline.workers import HERE, Task, Workers
 from quantkit.publishing.mlflow import track_after
 from quantkit.quantization import Job
@@ -97,7 +99,7 @@ def _run(current: Run) -> dict[str, Any]:
         preflight(recipe)
         check_environments(current)
     else:
-        current.workers.do(Task("checks", recipe.quantization.first), partial(_checked, recipe), observer)
+        checks = current.workers.soon(partial(_check_there, current))
     for warning in recipe.warnings():
         observer.note(f"warning: {warning}")
     observer.stage(f"source: {recipe.model.source}")
@@ -111,6 +113,9 @@ def _run(current: Run) -> dict[str, Any]:
     current = replace(current, needs={need.stage: need.nbytes or 0 for need in needs or ()})
     if is_here:
         _foresee(current, model, job, calibrated.tokens if calibrated else 0)
+    else:
+        current = replace(current, takes=_takes(recipe, model, job, calibrated.tokens if calibrated else 0))
+        checks()
     baseline = _baseline(current, model)
     job = _sensitive(current, job)
     rows = other_merge_rows(current, baseline)
@@ -172,6 +177,19 @@ def seen_questions(recipe: Recipe, calibrated: CalibrationSet | None) -> tuple[s
     by_index = dict(zip(found.indices(), found.records, strict=True))
     used = (by_index[index] for index in calibrated.audit["records"]["used_indices"])
     return tuple(sorted({question for record in used for question in asked(record)}))
+
+
+def _check_there(current: Run) -> None:
+    task = Task("checks", current.recipe.quantization.first)
+    current.workers.do(task, partial(_checked, current.recipe), current.observer)
+
+
+def _takes(recipe: Recipe, model: SourceModel, job: Job, tokens: int) -> Seconds | None:
+    """What work takes by the rates of this machine; None where nothing is known of the model, or of its device here."""
+    anatomy = known_anatomy(model.folder)
+    with suppress(QuantkitError):
+        return None if anatomy is None else Seconds(recipe, anatomy, job, tokens)
+    return None
 
 
 def _checked(recipe: Recipe, _: Observer) -> None:

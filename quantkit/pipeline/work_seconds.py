@@ -15,7 +15,7 @@ from quantkit.methods.tuning import TuneOptions
 from quantkit.pipeline.machine_rates import disk_rate, rates, solving_seconds
 from quantkit.quantization import Job
 from quantkit.quantization.generated import generated_tokens
-from quantkit.recipe import AutoSpec, Recipe, RecoverSpec, VariantSpec
+from quantkit.recipe import AutoSpec, EvaluationSpec, Recipe, RecoverSpec, VariantSpec
 from quantkit.runtimes._writing import ROWS
 from quantkit.system.devices import resolve_device
 
@@ -68,6 +68,10 @@ class Seconds:
         linear = [weight for weight in anatomy.weights if weight.kind == "linear" and weight.block is not None]
         self.shapes = [weight.matrix for weight in linear]
         self.active = sum(weight.numel * weight.share for weight in linear)
+
+    def scoring(self, spec: EvaluationSpec) -> float:
+        """Seconds in which a process reads the texts of an evaluation, from its start to its end."""
+        return START + self.reading(spec.max_tokens * len(spec.texts)) + END
 
     def reading(self, tokens: int) -> float:
         """Seconds in which a model that is scored reads tokens."""
