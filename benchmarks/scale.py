@@ -19,7 +19,7 @@ from functools import cache
 from gpu_time import CARDS, DISK, Card, Work, in_words, loops, per_column, products
 
 from quantkit.engine.batches import BATCH_TOKENS
-from quantkit.engine.gathering import BATCH_WEIGHTS
+from quantkit.engine.steps import BATCH_WEIGHTS
 from quantkit.engine.twins import paired_tokens
 from quantkit.estimation import anatomy_of
 from quantkit.estimation.anatomy import Anatomy

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
-from quantkit.engine import gathering, mismatch, passes, skeleton, solve, statistics
+from quantkit.engine import mismatch, passes, skeleton, solver, statistics, streams
 from quantkit.quantization import solved_layers, variant
 
 OTHER = "other"
@@ -20,13 +20,13 @@ PLACES: tuple[tuple[Any, str, str], ...] = (
     (skeleton.Skeleton, "load", "reading"),
     (skeleton.Skeleton, "load_frame", "reading"),
     (passes.Pass, "resume", "passes"),
-    (gathering.Streams, "try_alone", "trials"),
+    (streams.Streams, "try_alone", "trials"),
     (statistics.Gatherer, "add", "sums"),
     (statistics.Gatherer, "result", "sums"),
     (mismatch.MismatchGatherer, "add", "sums"),
     (mismatch.MismatchGatherer, "see", "sums"),
     (mismatch.MismatchGatherer, "result", "sums"),
-    (solve.Solver, "solve", "solving"),
+    (solver.Solver, "solve", "solving"),
     (solved_layers.SolvedLayers, "take", "packing"),
     (variant.VariantRun, "finish", "writing"),
 )

@@ -17,7 +17,7 @@ import torch
 from quantkit.engine.batches import BATCH_TOKENS
 from quantkit.engine.crew import Crew
 from quantkit.engine.routing import ExpertSettings
-from quantkit.engine.solve import Solver
+from quantkit.engine.solver import Solver
 from quantkit.errors import QuantizationError, RecipeError
 from quantkit.quantization import Job, Wanted, helpers, quantize_together
 from quantkit.quantization.resume import layers_folder

@@ -15,8 +15,10 @@ from torch.utils._pytree import tree_leaves
 
 from quantkit.checkpoint import CheckpointReader
 from quantkit.engine import solve as solve_module
+from quantkit.engine import stacks as stacks_module
 from quantkit.engine.batches import make_batches
 from quantkit.engine.skeleton import Skeleton
+from quantkit.engine.stacks import InputGroup
 from quantkit.engine.tasks import VariantTask
 from quantkit.engine.walk import Inputs, Strategy, Walk, WalkSettings
 from quantkit.methods.base import InputStatistics
@@ -114,7 +116,7 @@ def test_layers_that_are_large_together_are_solved_one_after_another(monkeypatch
     rows: list[list[int]] = []
 
     def solved() -> dict[str, torch.Tensor]:
-        group = solve_module.InputGroup(dict(weights), InputStatistics())
+        group = InputGroup(dict(weights), InputStatistics())
         return {each.name: each.weight.codes for each in solve_module.solve_groups(task, [group])}
 
     plain = solve_module._solved
@@ -125,7 +127,7 @@ def test_layers_that_are_large_together_are_solved_one_after_another(monkeypatch
 
     monkeypatch.setattr(solve_module, "_solved", seen)
     together = solved()
-    monkeypatch.setattr(solve_module, "STACKED", 2 * 8 * 64)
+    monkeypatch.setattr(stacks_module, "STACKED", 2 * 8 * 64)
     apart = solved()
     assert rows == [[24], [16], [8]]
     assert apart.keys() == together.keys()

@@ -10,14 +10,15 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from quantkit.engine import batches as batches_module
-from quantkit.engine import gathering as gathering_module
 from quantkit.engine import solve as solve_module
+from quantkit.engine import steps as steps_module
 from quantkit.engine import twins as twins_module
 from quantkit.engine.batches import Batch
 from quantkit.engine.experts import replayed_layers
 from quantkit.engine.mismatch import MOST_HELD, MismatchGatherer
 from quantkit.engine.routing import ExpertSettings, Routes, now_given, way_of
 from quantkit.engine.skeleton import Skeleton
+from quantkit.engine.stacks import InputGroup
 from quantkit.engine.statistics import Gatherer, Pool
 from quantkit.engine.tasks import VariantTask
 from quantkit.engine.twins import Twins
@@ -176,7 +177,7 @@ def test_an_expert_makes_up_for_its_own_tokens_alone(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(solve_module, "corrected", kept)
     task = VariantTask("variant", tiny_method(), {"layer": IntScheme(4, 32, True)}, torch.float16, Collected())
     statistics = InputStatistics(2000, None, None, gram, mismatch=mismatch, own=0.5)
-    solve_module.solve_groups(task, [solve_module.InputGroup({"layer": weight}, statistics, "experts")])
+    solve_module.solve_groups(task, [InputGroup({"layer": weight}, statistics, "experts")])
     wanted = weight @ missing.T / 2
     assert (found[0] - weight - wanted).norm() < 0.3 * wanted.norm()
 
@@ -212,14 +213,14 @@ def test_neither_strategy_nor_room_changes_a_byte(
     mixtral: Path, whole: Collected, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     same_codes(solved(mixtral, ROWS, tiny_method(), may_pad=True, strategy="recompute"), whole)
-    monkeypatch.setitem(gathering_module.BATCH_WEIGHTS, "cpu", 1)
+    monkeypatch.setitem(steps_module.BATCH_WEIGHTS, "cpu", 1)
     found = solved(mixtral, ROWS, tiny_method(), may_pad=True, room=1)
     same_codes(found, whole)
     assert corrections(found) == corrections(whole)
 
 
 def test_the_sums_of_few_experts_are_alive_at_a_time(mixtral: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(gathering_module.BATCH_WEIGHTS, "cpu", 1)
+    monkeypatch.setitem(steps_module.BATCH_WEIGHTS, "cpu", 1)
     add, most, known = MismatchGatherer.add, 0, set()
 
     def counted(self: MismatchGatherer, inputs: torch.Tensor, batch: Batch) -> None:

@@ -14,8 +14,8 @@ import torch
 
 import quantkit
 from quantkit.checkpoint import CheckpointReader
-from quantkit.engine import gathering as gathering_module
 from quantkit.engine import statistics as statistics_module
+from quantkit.engine import steps as steps_module
 from quantkit.engine.batches import Batch, make_batches, row_starts
 from quantkit.engine.fisher import Fisher, LayerFisher
 from quantkit.engine.routing import ExpertSettings, alike, common_name, completed, routed_kinds, steps
@@ -268,14 +268,14 @@ def test_experts_in_parts_and_one_by_one_get_the_codes_of_all_together(
     steps = tiny_steps(method)
     whole = solved(mixtral, EQUAL, steps, inputs=inputs)
     same_codes(solved(mixtral, EQUAL, steps, inputs=inputs, strategy="recompute"), whole)
-    monkeypatch.setitem(gathering_module.BATCH_WEIGHTS, "cpu", 2 * 2 * 64 * 128)
+    monkeypatch.setitem(steps_module.BATCH_WEIGHTS, "cpu", 2 * 2 * 64 * 128)
     same_codes(solved(mixtral, EQUAL, steps, inputs=inputs, room=1), whole)
-    monkeypatch.setitem(gathering_module.BATCH_WEIGHTS, "cpu", 1)
+    monkeypatch.setitem(steps_module.BATCH_WEIGHTS, "cpu", 1)
     same_codes(solved(mixtral, EQUAL, steps, inputs=inputs, room=3 * 4 * 64**2), whole)
 
 
 def test_the_statistics_of_few_experts_are_alive_at_a_time(mixtral: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(gathering_module.BATCH_WEIGHTS, "cpu", 1)
+    monkeypatch.setitem(steps_module.BATCH_WEIGHTS, "cpu", 1)
     most = 0
     original = Gatherer.add
 

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from quantkit.checkpoint import CheckpointReader
 from quantkit.engine import mismatch as engine_mismatch
 from quantkit.engine import smoothing as folds
-from quantkit.engine import solve as solving
+from quantkit.engine import solver as solving
 from quantkit.engine import statistics as statistics_module
 from quantkit.engine.batches import make_batches
 from quantkit.engine.ordering import quantize_in_order

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from quantkit.checkpoint import CheckpointReader
-from quantkit.engine.solve import Solver
+from quantkit.engine.solver import Solver
 from quantkit.engine.walk import Walk
 from quantkit.errors import CalibrationError, CheckpointError, OutputError, QuantizationError
 from quantkit.quantization import Job, Wanted, quantize, quantize_together

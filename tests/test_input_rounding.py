@@ -19,9 +19,10 @@ import quantkit
 from quantkit.checkpoint import CheckpointReader
 from quantkit.engine.batches import make_batches
 from quantkit.engine.input_rounding import Rounder, put_rounder, take_rounders
+from quantkit.engine.layer_results import with_input_scale
 from quantkit.engine.layers import is_linear
 from quantkit.engine.skeleton import Skeleton
-from quantkit.engine.solve import InputGroup, with_input_scale
+from quantkit.engine.stacks import InputGroup
 from quantkit.engine.walk import Walk, WalkSettings
 from quantkit.errors import QuantizationError
 from quantkit.exports import open_export

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from quantkit.engine.solve import InputGroup, solve_groups
+from quantkit.engine.solve import solve_groups
+from quantkit.engine.stacks import InputGroup
 from quantkit.engine.tasks import VariantTask
 from quantkit.errors import QuantizationError, RecipeError, SchemeError
 from quantkit.formats import FORMATS

@@ -19,7 +19,7 @@ from quantkit.engine.batches import make_batches
 from quantkit.engine.fisher import Fisher, FisherSweep
 from quantkit.engine.routing import ExpertSettings
 from quantkit.engine.skeleton import Skeleton
-from quantkit.engine.solve import Solver
+from quantkit.engine.solver import Solver
 from quantkit.errors import QuantizationError
 from quantkit.methods.base import InputStatistics
 from quantkit.quantization import Job

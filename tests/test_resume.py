@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from quantkit.engine.segment import Segment
-from quantkit.engine.solve import Solver
+from quantkit.engine.solver import Solver
 from quantkit.errors import OutputError, QuantizationError
 from quantkit.quantization import Job, Quantized, Wanted, quantize, quantize_together
 from quantkit.quantization import job as jobs

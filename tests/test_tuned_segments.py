@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from quantkit.checkpoint import CheckpointReader
+from quantkit.engine import solver as solving
 from quantkit.engine.segment import Segment
-from quantkit.engine.solve import Solver
-from quantkit.engine.tasks import Tuned
+from quantkit.engine.tasks import Tuned, VariantTask
 from quantkit.quantization import Job, Quantized, quantize
 from quantkit.quantization import walk_variants as walking
 from quantkit.quantization.solved_layers import SolvedLayers
@@ -36,18 +36,17 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def stub(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the place of tuning: scales of a block's last layer and two float parameters of the block are changed."""
 
-    def tuned(self: Solver, _task: Any, segment: Segment, _examples: Any) -> Tuned:
+    def tuned(task: VariantTask, segment: Segment, *_: Any) -> Tuned:
         last = next(layer for layer in segment.layers if "down_proj" in layer.name)
-        return change(self, segment, last)
+        return change(task, segment, last)
 
-    monkeypatch.setattr(Solver, "_tune", tuned)
+    monkeypatch.setattr(solving, "tuned_segment", tuned)
     monkeypatch.setattr(walking, "choose_strategy", lambda *_: "recompute")
 
 
-def change(solver: Solver, segment: Segment, layer: Any) -> Tuned:
+def change(task: VariantTask, segment: Segment, layer: Any) -> Tuned:
     if segment.prefix.endswith("1"):
         return Tuned(0.5, 0.5, 1)
-    (task,) = solver.tasks
     taken = task.sink._waiting  # type: ignore[attr-defined]
     packed = {name.removeprefix(f"{layer.name}."): each for name, each in taken.items() if name.startswith(layer.name)}
     stored = task.sink._store.unpack(packed, task.schemes[layer.name])  # type: ignore[attr-defined]

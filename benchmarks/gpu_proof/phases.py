@@ -26,7 +26,7 @@ WATCHED = {
     "quantkit.engine.statistics:Gatherer.result": "Grams",
     "quantkit.engine.mismatch:MismatchGatherer.add": "Grams of what was lost",
     "quantkit.engine.mismatch:MismatchGatherer.result": "Grams of what was lost",
-    "quantkit.engine.solve:Solver.solve": "solve",
+    "quantkit.engine.solver:Solver.solve": "solve",
     "quantkit.engine.solve:corrected": "correct",
     "quantkit.quantization.solved_layers:SolvedLayers.take": "pack",
     "quantkit.quantization.solved_layers:SolvedLayers.segment_done": "store",

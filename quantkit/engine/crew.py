@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from quantkit.engine.batches import Batch
 
 if TYPE_CHECKING:
-    from quantkit.engine.gathering import Group
+    from quantkit.engine.input_group import Group
 
 T = TypeVar("T")
 

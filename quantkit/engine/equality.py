@@ -9,9 +9,9 @@ from contextlib import ExitStack
 
 import torch
 
-from quantkit.engine.gathering import pause_at
 from quantkit.engine.originals import Originals, inside
 from quantkit.engine.passes import AtSegment, Pass, told
+from quantkit.engine.pausing import pause_at
 from quantkit.engine.skeleton import Skeleton
 from quantkit.engine.structure import trial_batch
 from quantkit.errors import QuantizationError

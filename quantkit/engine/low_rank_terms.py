@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 import torch
 
 from quantkit.engine.batches import Batch
-from quantkit.engine.gathering import Streams, pause_at
+from quantkit.engine.gathering import Gathering
 from quantkit.engine.layers import Layer
+from quantkit.engine.pausing import pause_at
 from quantkit.engine.segment import Segment, WeightReader
 from quantkit.engine.skeleton import Skeleton
 from quantkit.methods.base import InputStatistics, Statistic
@@ -76,10 +77,10 @@ class LowRankWalk:
     take: Callable[[Term], None]
     on_segment: Callable[[int, int], None] = lambda _done, _total: None
     room: int | None = None
-    _streams: Streams = field(init=False)
+    _streams: Gathering = field(init=False)
 
     def __post_init__(self) -> None:
-        self._streams = Streams(self.skeleton.text, self.batches, frozenset({Statistic.GRAM}), room=self.room)
+        self._streams = Gathering(self.skeleton.text, self.batches, needs=frozenset({Statistic.GRAM}), room=self.room)
 
     def run(self) -> None:
         """Find all terms.

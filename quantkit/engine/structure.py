@@ -26,10 +26,10 @@ from torch import nn
 from quantkit.engine.batches import Batch
 from quantkit.engine.calls import hidden_states, recorded, rows_of, same, with_hidden
 from quantkit.engine.experts import showing_all
-from quantkit.engine.gathering import pause_at
 from quantkit.engine.groups import shared_inputs
 from quantkit.engine.originals import Originals, inside
 from quantkit.engine.passes import AtSegment, Pass, told
+from quantkit.engine.pausing import pause_at
 from quantkit.engine.segment import Segment
 from quantkit.engine.skeleton import Skeleton
 from quantkit.engine.smoothing import SmoothingFinder, Trial

@@ -20,8 +20,9 @@ from torch import nn
 from quantkit.engine.batches import BATCH_TOKENS, Batch
 from quantkit.engine.crew import Crew
 from quantkit.engine.experts import replayed_layers
-from quantkit.engine.gathering import Group, Replay, Streams, standing
+from quantkit.engine.gathering import Replay
 from quantkit.engine.groups import Enough, hooked
+from quantkit.engine.input_group import Group
 from quantkit.engine.input_rounding import without_rounding
 from quantkit.engine.layers import Layer
 from quantkit.engine.mismatch import (
@@ -36,6 +37,7 @@ from quantkit.engine.parking import Parking
 from quantkit.engine.passes import Pass, is_running, output_of, running_pass
 from quantkit.engine.routing import Routes
 from quantkit.engine.segment import Segment
+from quantkit.engine.streams import Streams, standing
 
 EVERY = 3
 """One batch in as many has a twin: what is lost is learned from fewer tokens than the curvature, in less time."""
@@ -80,7 +82,7 @@ class Twins:
         count = whole if self.all_paired else paired(whole)
         places = [place * whole // count for place in range(count)]
         here = [self.batches[place] for place in places if self.crew.is_mine(place)]
-        self._streams = Streams(self.model, here, frozenset(), self.parking)
+        self._streams = Streams(self.model, here, self.parking)
         self._held = HeldOut.of([self.batches[place] for place in places])
 
     def start(self, segments: Sequence[Segment], cleanup: ExitStack) -> None:

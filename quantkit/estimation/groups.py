@@ -75,7 +75,7 @@ def calibrated_groups(anatomy: Anatomy, schemes: dict[str, Scheme], device: str)
         schemes: of its quantized layers.
         device: ``cuda`` or ``cpu``.
     """
-    from quantkit.engine.gathering import BATCH_WEIGHTS
+    from quantkit.engine.steps import BATCH_WEIGHTS
 
     alike: dict[tuple[object, ...], list[Group]] = {}
     shapes = _shapes(anatomy)
@@ -92,7 +92,7 @@ def calibrated_groups(anatomy: Anatomy, schemes: dict[str, Scheme], device: str)
 
 
 def _most(device: str) -> int | None:
-    from quantkit.engine.solve import STACKED
+    from quantkit.engine.stacks import STACKED
 
     return STACKED if device == "cpu" else None
 
