@@ -46,6 +46,11 @@ class IntGrids(Grids):
         return super().spread(values, rows, columns)
 
     @property
+    def _limits(self) -> tuple[int, int]:
+        """Lowest and highest level of a symmetric scheme."""
+        return -self.scheme.zero, self.scheme.levels - 1 - self.scheme.zero
+
+    @property
     def independent(self) -> bool:
         """Along axis 0 groups are no neighbouring columns."""
         return self.scheme.axis != 0
@@ -60,6 +65,8 @@ class IntGrids(Grids):
 
     def nearest_(self, values: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
         """Round, and clamp to the codes that there are."""
+        if self.scheme.symmetric:
+            return values.round_().clamp_(*self._limits)
         zero = zeros.unsqueeze(-1)
         if self.scheme.zeros == "float":
             return values.add_(zero).round_().clamp_(0, self.scheme.levels - 1).sub_(zero)
@@ -74,6 +81,9 @@ class IntGrids(Grids):
 
     def through(self, groups: torch.Tensor, grid: Grid) -> torch.Tensor:
         """Weights coded and decoded, without bytes in between."""
+        if self.scheme.symmetric:
+            scales = grid.scales.float().unsqueeze(-1)
+            return (groups / scales).round_().clamp_(*self._limits).mul_(scales)
         return self._codes(groups, grid).sub_(grid.zeros.unsqueeze(-1)).mul_(grid.scales.float().unsqueeze(-1))
 
     def _codes(self, groups: torch.Tensor, grid: Grid) -> torch.Tensor:
@@ -165,7 +175,7 @@ class IntGrids(Grids):
         """Limits of each weight; a symmetric scheme has the same for all."""
         last = self.scheme.levels - 1
         if self.scheme.symmetric:
-            return Limits(-self.scheme.zero, last - self.scheme.zero)
+            return Limits(*self._limits)
         zeros = self.spread(grid.zeros, rows, columns)
         return Shifted(zeros, last) if self.scheme.zeros == "float" else Limits(-zeros, last - zeros)
 
