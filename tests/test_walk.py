@@ -197,6 +197,21 @@ def test_passes_in_bfloat16_solve_from_the_float32_weights(tmp_path: Path) -> No
         assert result.error == pytest.approx(exact.results[name].error.item(), rel=0.1)
 
 
+def test_the_shortest_row_can_be_a_batch_by_itself(tmp_path: Path) -> None:
+    """Segments are tried with it, and what is gathered is the same but for rounding."""
+    rows = [row[: 1 + index] for index, row in enumerate(tiny_rows())]
+    one, other = make_batches(rows, CPU, may_pad=True), make_batches(rows, CPU, may_pad=True, ends_short=True)
+    assert [batch.rows for batch in other] == [one[0].rows[:-1], (0,)]
+    assert make_batches(rows[:1], CPU, may_pad=True, ends_short=True)[0].rows == (0,)
+    skeleton = Skeleton(make_model(tmp_path))
+    found = []
+    for batches in (one, other):
+        task, sink = tiny_task(skeleton, tiny_method())
+        Walk(skeleton, CheckpointReader(tmp_path), batches, [task], WalkSettings(CPU, inputs="float")).run()
+        found.append({name: float(result.error) for name, result in sink.results.items()})
+    assert found[0] == pytest.approx(found[1], rel=1e-2)
+
+
 def test_progress_is_told_segment_by_segment(tmp_path: Path) -> None:
     skeleton, told = Skeleton(make_model(tmp_path)), list[tuple[int, int]]()
     task, sink = tiny_task(skeleton, tiny_method(), head=True)

@@ -102,6 +102,8 @@ def make_batches(
     may_pad: bool,
     limit: int | None = None,
     inputs: Mapping[int, Mapping[str, torch.Tensor]] | None = None,
+    *,
+    ends_short: bool = False,
 ) -> list[Batch]:
     """Batches of rows sorted by length, the longest first.
 
@@ -111,6 +113,7 @@ def make_batches(
         may_pad: whether rows of different length may share a batch; without it, only equal ones do.
         limit: tokens of a batch that has several rows; by default those of :data:`BATCH_TOKENS`.
         inputs: further inputs of the model by the places of rows, each of which is a batch by itself.
+        ends_short: the shortest row is a batch by itself, so that a segment can be tried at little cost.
     """
     apart = inputs or {}
     limit = BATCH_TOKENS[device.type] if limit is None else limit
@@ -122,6 +125,8 @@ def make_batches(
             last.append(place)
         else:
             batches.append([place])
+    if ends_short and batches and len(batches[-1]) > 1:
+        batches.append([batches[-1].pop()])
     return [
         replace(
             _batch(rows, members, device),

@@ -43,6 +43,8 @@ EVERY = 3
 """One batch in as many has a twin: what is lost is learned from fewer tokens than the curvature, in less time."""
 FEWEST = 4
 """Batches that have one in any case."""
+SHORT = 8
+"""So many times smaller than the largest is a batch that has one beside these."""
 
 
 def paired(batches: int) -> int:
@@ -54,6 +56,12 @@ def paired_tokens(tokens: int, device: str) -> int:
     """About how many tokens these hold, on ``cpu`` or ``cuda``; for estimates."""
     batches = max(1, -(-tokens // BATCH_TOKENS[device]))
     return -(-tokens * paired(batches) // batches)
+
+
+def _short(batches: Sequence[Batch]) -> list[int]:
+    """The place of the last batch where it is short: paired, it tells where the residual stream is at little cost."""
+    sizes = [batch.token_ids.numel() for batch in batches]
+    return [len(sizes) - 1] if sizes and sizes[-1] * SHORT <= max(sizes) else []
 
 
 @dataclass(slots=True)
@@ -80,7 +88,7 @@ class Twins:
     def __post_init__(self) -> None:
         whole = len(self.batches)
         count = whole if self.all_paired else paired(whole)
-        places = [place * whole // count for place in range(count)]
+        places = sorted({*(place * whole // count for place in range(count)), *_short(self.batches)})
         here = [self.batches[place] for place in places if self.crew.is_mine(place)]
         self._streams = Streams(self.model, here, self.parking)
         self._held = HeldOut.of([self.batches[place] for place in places])

@@ -139,6 +139,8 @@ class Job:
         device: torch.device,
         dtype: torch.dtype,
         batch_tokens: int,
+        *,
+        ends_short: bool = False,
     ) -> list[Batch]:
         """All rows as batches, padded where the model allows it.
 
@@ -148,6 +150,7 @@ class Job:
             device: where the batches go.
             dtype: of the passes, and so of images.
             batch_tokens: of a batch that has several rows.
+            ends_short: see :func:`quantkit.engine.batches.make_batches`.
         """
         may_pad = len(set(map(len, self.all_rows))) > 1 and not skeleton.has_routed_layers()
         may_pad = may_pad and can_be_padded(skeleton, reader, device, dtype)
@@ -155,7 +158,7 @@ class Job:
             place: {name: each.to(dtype) if each.is_floating_point() else each for name, each in inputs.items()}
             for place, inputs in self.images.items()
         }
-        return make_batches(self.all_rows, device, may_pad, batch_tokens, images)
+        return make_batches(self.all_rows, device, may_pad, batch_tokens, images, ends_short=ends_short)
 
 
 @dataclass(frozen=True, slots=True)

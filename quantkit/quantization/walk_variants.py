@@ -264,7 +264,8 @@ def _is_done(
     batches: list[Batch] = []
     if any(task.calibrated for task in left):
         limit = batch_limit(tasks, job.all_tokens, step.batch_tokens)
-        batches = job.batches(skeleton, reader, settings.device, settings.dtype, limit)
+        tuned = any(task.tune is not None or task.learns for task in tasks)  # a step of few tokens would say little
+        batches = job.batches(skeleton, reader, settings.device, settings.dtype, limit, ends_short=not tuned)
     settings = replace(settings, sensitivity=known_sensitivity(job.sensitivity, batches))
     walk: Walk | None = None
     try:
