@@ -39,17 +39,17 @@ def test_the_factor_is_the_upper_cholesky_factor_of_the_inverse(columns: int, da
     torch.testing.assert_close(factor.double(), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
 
 
-@pytest.mark.parametrize("columns", [1, 5, 64, 151])
+@pytest.mark.parametrize("columns", [1, 5, 64, 151, 600])
 def test_the_factor_in_an_order_is_that_of_the_matrix_in_this_order(columns: int) -> None:
-    """Computed in place, it is bit for bit what whole copies give, and the matrix stays as it is."""
+    """Computed in place and by halves, it is what whole copies give but for rounding, and the matrix stays as it is."""
     gram = gram_of(4 * columns, columns)
     before, order = gram.clone(), gram.diagonal().argsort(descending=True, stable=True)
     factor, _ = inverse_factor(gram, 0.03, order)
     ordered = gram[order][:, order]
     upper = torch.linalg.cholesky(damped(ordered, 0.03).flip(0, 1)).flip(0, 1)
     wanted = torch.linalg.solve_triangular(upper, torch.eye(columns), upper=True)
-    assert torch.equal(factor, wanted)
-    assert torch.equal(inverse_factor(ordered, 0.03)[0], wanted)
+    torch.testing.assert_close(factor, wanted, rtol=1e-3, atol=1e-5 * float(wanted.abs().max()))
+    assert torch.equal(inverse_factor(ordered, 0.03)[0], factor)
     assert torch.equal(gram, before)
 
 

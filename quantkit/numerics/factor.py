@@ -12,10 +12,13 @@ import torch
 
 from quantkit.errors import QuantizationError
 from quantkit.system.host import decide
+from quantkit.system.products import product
 
 MAX_DAMPING = 10.0
 FLIPPED = 1 << 20
 """Numbers that change places at a time."""
+INVERTED = 128
+"""Rows of a triangle up to which LAPACK inverts it, as a system of equations of which it minds no zeros."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,16 +142,16 @@ def inverse_factor(
     """
     tried = damping
     while tried <= MAX_DAMPING:
-        # With the order of rows and columns reversed, H = L Lᵀ becomes H = R Rᵀ with R upper, and U = R⁻¹.
+        # With the order of rows and columns reversed, H = L Lᵀ becomes H = R Rᵀ with R upper, and U = R⁻¹, which is
+        # L⁻¹ in the order of H.
         reversed_ = _reversed(gram, tried, order, shrinkage)
         failed = torch.empty((), dtype=torch.int32, device=gram.device)
         torch.linalg.cholesky_ex(reversed_, out=(reversed_, failed))
         if not decide(failed.any()):
+            _invert_lower_(reversed_)
             _flip_(reversed_.mT.view(-1))
-            factor = torch.eye(gram.shape[0], device=gram.device).mT
-            torch.linalg.solve_triangular(reversed_, factor, upper=True, out=factor)
-            if decide(torch.stack(factor.mT.aminmax()).isfinite().all()):  # of every number it took a matrix more
-                return factor, tried
+            if decide(torch.stack(reversed_.mT.aminmax()).isfinite().all()):  # of every number it took a matrix more
+                return reversed_, tried
         tried = max(tried * 2, 1e-4)
     raise QuantizationError(
         f"the statistics of a layer's inputs cannot be factorized at any damping from {damping:g} to {MAX_DAMPING:g}",
@@ -162,6 +165,19 @@ def _reversed(gram: torch.Tensor, damping: float, order: torch.Tensor | None, sh
     _raised_(found, damping, shrinkage)
     _flip_(found.view(-1))
     return found.mT
+
+
+def _invert_lower_(factor: torch.Tensor) -> None:
+    """Put its inverse in the place of a lower triangular matrix, zeros above its diagonal, by products of halves."""
+    size, half = len(factor), len(factor) // 2
+    if size <= INVERTED:
+        inverse = torch.eye(size, device=factor.device)
+        factor.copy_(torch.linalg.solve_triangular(factor, inverse, upper=False))
+        return
+    first, last, below = factor[:half, :half], factor[half:, half:], factor[half:, :half]
+    _invert_lower_(first)
+    _invert_lower_(last)
+    below.copy_(product(last, product(below, first)).neg_())
 
 
 def _flip_(values: torch.Tensor) -> None:
