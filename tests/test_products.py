@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from quantkit.system import products
-from quantkit.system.products import fast_linears, multiplies_by_onednn, product
+from quantkit.system.products import add_product_, fast_linears, multiplies_by_onednn, product
 from tests.tiny import make_model
 
 
@@ -51,6 +51,18 @@ def test_both_libraries_give_the_same_to_float32(
     assert torch.equal(found, product(one, other))
     assert by_onednn == [(rows, inner)] * 2
     assert found.is_contiguous()
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_a_product_is_added_to_a_matrix(
+    by_onednn: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch, fast: bool
+) -> None:
+    monkeypatch.setattr(products, "multiplies_by_onednn", lambda: fast)
+    total, left, right = torch.randn(40, 24), torch.randn(64, 40), torch.randn(64, 24)
+    wanted = total + left.T @ right
+    add_product_(total, left.T, right)
+    torch.testing.assert_close(total, wanted, rtol=1e-5, atol=1e-5)
+    assert len(by_onednn) == fast
 
 
 @pytest.mark.skipif(not multiplies_by_onednn(), reason="MKL multiplies as fast here")

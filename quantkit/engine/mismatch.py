@@ -22,7 +22,7 @@ from quantkit.engine.sensitivity import TokenWeights
 from quantkit.engine.statistics import CHUNK_TOKENS, FiniteCheck
 from quantkit.numerics.mismatch import Mismatch
 from quantkit.system.host import decide, numbers
-from quantkit.system.products import bfloat16_products, product
+from quantkit.system.products import add_product_, bfloat16_products
 
 HELD_OUT = 4
 """One in as many calibration rows is held out."""
@@ -342,7 +342,7 @@ def _add_products(
                 total.addmm_(left.T, right)
         else:
             left = left if weights is None else left * weights[start : start + chunk, None]
-            total.add_(product(left.T, right))
+            add_product_(total, left.T, right)
 
 
 # Which layers add to the residual stream

@@ -15,7 +15,7 @@ from quantkit.engine.sensitivity import TokenWeights
 from quantkit.errors import QuantizationError
 from quantkit.methods.base import InputStatistics, Statistic
 from quantkit.system.host import decide, numbers
-from quantkit.system.products import bfloat16_products, multiplies_by_amx, product
+from quantkit.system.products import add_product_, bfloat16_products, multiplies_by_amx
 
 CHUNK_TOKENS = 512
 """Tokens multiplied at a time on a CPU: what its caches hold."""
@@ -282,7 +282,7 @@ def add_gram(total: torch.Tensor, inputs: torch.Tensor, weights: torch.Tensor | 
                 if rounds:
                     found.addmm_(left[:, : stop - start].T, part)
                 else:
-                    found.add_(product(left[:, : stop - start].T, part))
+                    add_product_(found, left[:, : stop - start].T, part)
             total[start:stop, start:].add_(found)
 
 

@@ -78,11 +78,30 @@ def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     Returns:
         A new tensor ``[rows, columns]``.
     """
-    on_cpu = left.device.type == "cpu" and left.dtype == torch.float32
-    if not on_cpu or not multiplies_by_onednn() or len(left) < 2 or not left.numel():
+    if not _goes_by_onednn(left):
         return left @ right
     laid = right if right.is_contiguous() or right.mT.is_contiguous() else right.contiguous()
     return _linear(left, laid.mT, None)
+
+
+def _goes_by_onednn(left: torch.Tensor) -> bool:
+    """Whether :func:`product` of this matrix and another goes by oneDNN."""
+    on_cpu = left.device.type == "cpu" and left.dtype == torch.float32
+    return on_cpu and multiplies_by_onednn() and len(left) > 1 and left.numel() > 0
+
+
+def add_product_(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """Add ``left @ right`` to a matrix, as :func:`product` multiplies; in place where the library can.
+
+    Args:
+        total: ``[rows, columns]``.
+        left: ``[rows, inner]``.
+        right: ``[inner, columns]``.
+    """
+    if _goes_by_onednn(left):
+        total.add_(product(left, right))
+    else:
+        total.addmm_(left, right)
 
 
 def _linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
