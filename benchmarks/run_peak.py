@@ -4,7 +4,8 @@
     python benchmarks/run_peak.py --half --blocks 16 --width 2048 --method rtn
 
 Random Llamas of a byte's vocabulary are quantized and scored by `quantkit run`. The peak of a process is its largest
-resident set (``VmHWM``; Linux), that of a run the largest sum over its processes at a time. With ``--half`` the loader
+resident set (``VmHWM``; Linux), that of a run the largest sum over its processes at a time of what each has to itself
+and its share of what they have in common (``Pss``), such as libraries. With ``--half`` the loader
 is ``auto``, and each process of the run may have half as many bytes of its own (``ulimit -d``, which counts what is no
 file's) as the float model's file: that the run ends with its report is the result.
 It prints a table in Markdown and one line of JSON.
@@ -84,7 +85,7 @@ def watched(command: list[str], limit: int | None) -> dict[str, Any]:
             now = [status(pid) for pid in (process.pid, *children(process.pid))]
             for pid, peak, _ in now:
                 peaks[pid] = max(peaks.get(pid, 0), peak)
-            together = max(together, sum(resident for _, _, resident in now))
+            together = max(together, sum(share for _, _, share in now))
             time.sleep(EVERY)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         log.seek(0)
@@ -104,13 +105,13 @@ def children(pid: int) -> list[int]:
 
 
 def status(pid: int) -> tuple[int, int, int]:
-    """A process, its peak and its resident set now, in bytes; zero of one that is gone."""
+    """A process, its peak and its share of the memory now, in bytes; zero of one that is gone."""
     try:
-        text = Path(f"/proc/{pid}/status").read_text()
+        text = "".join(Path(f"/proc/{pid}/{name}").read_text() for name in ("status", "smaps_rollup"))
     except OSError:
         return pid, 0, 0
-    found = {key: int(size) * 1024 for key, size in re.findall(r"^(VmHWM|VmRSS):\s+(\d+) kB$", text, re.MULTILINE)}
-    return pid, found.get("VmHWM", 0), found.get("VmRSS", 0)
+    found = {key: int(size) * 1024 for key, size in re.findall(r"^(VmHWM|Pss):\s+(\d+) kB$", text, re.MULTILINE)}
+    return pid, found.get("VmHWM", 0), found.get("Pss", 0)
 
 
 def run(blocks: int, given: argparse.Namespace) -> dict[str, Any]:
