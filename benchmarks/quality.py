@@ -4,10 +4,10 @@
         --cases gptq-int4-g64-sym,awq+gptq-int4-g64-asym,gptq-nvfp4 --samples 16 64 --results quality.jsonl
 
 A case is METHOD-SCHEME with options behind colons: ``gptq-int3-g64-asym``, ``gptq-int4-g64-sym:refinements=3``,
-``rtn-int4-g64-sym:range=weighted``, ``gptq-mxfp4``, ``llama.cpp-q4_k_m``,
-``gptq+tune-int4-g64-sym:tune.steps=16:tune.train=[scales,norms]``; or LIBRARY/METHOD-SCHEME for another library
-in its own environment: ``autoround/autoround-int4-g64-sym:iters=50``, ``gptqmodel/gptq-int4-g64-sym``. Behind
-``=>recover`` it is trained on the same rows, with options likewise: ``gptq-int2-g64-sym=>recover``,
+``rtn-int4-g64-sym:range=weighted``, ``gptq-int4-g64-sym:transforms=[{name: rotate, seed: 1}]``, ``gptq-mxfp4``,
+``llama.cpp-q4_k_m``, ``gptq+tune-int4-g64-sym:tune.steps=16:tune.train=[scales,norms]``; or LIBRARY/METHOD-SCHEME for
+another library in its own environment: ``autoround/autoround-int4-g64-sym:iters=50``, ``gptqmodel/gptq-int4-g64-sym``.
+Behind ``=>recover`` it is trained on the same rows, with options likewise: ``gptq-int2-g64-sym=>recover``,
 ``gptq-int2-g64-sym=>recover:steps=60:train=[scales,norms]``. All calibrate on the same token ids. The divergence from
 the float model is that of the reference decoder; with --llama-cpp GGUF files are scored in llama.cpp.
 
@@ -71,6 +71,8 @@ from quantkit.system.validation import parse_section
 NAME_OF_MIX = re.compile(r"[^A-Za-z0-9._-]+")
 HELD_OUT = 300
 """The first of the records that are scored; those before calibrate."""
+OPTION = re.compile(r":(?=[A-Za-z_][\w.]*=)")
+"""Before an option of a case: a colon within a value, as of ``{name: rotate}``, has no ``key=`` behind it."""
 RECOVERY = "=>recover"
 """Behind a case: it is trained, with the options behind this."""
 TEXTS = ("like", "unlike")
@@ -134,11 +136,10 @@ def read_case(text: str) -> Case:
     Raises:
         QuantkitError: no such method, scheme, library or option.
     """
-    head, *given = text.partition(RECOVERY)[0].split(":")
+    head, *given = OPTION.split(text.partition(RECOVERY)[0])
     options: dict[str, Any] = {}
-    for key, _, value in (each.partition("=") for each in given):
+    for key, read in (read_option(each) for each in given):
         outer, _, inner = key.partition(".")
-        read = yaml.safe_load(value)
         options[outer] = {**options.get(outer, {}), inner: read} if inner else read
     weights, seed = options.pop("token_weights", 0.0), options.pop("random", None)
     method, _, scheme = head.partition("-")
@@ -156,6 +157,21 @@ def read_case(text: str) -> Case:
     return Case(parse_section(LibrarySpec, theirs_too, text))
 
 
+def read_option(text: str) -> tuple[str, Any]:
+    """An option's name and value.
+
+    Raises:
+        QuantkitError: the value is no YAML.
+    """
+    key, _, value = text.partition("=")
+    try:
+        return key, yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise QuantkitError(
+            f"option {key} of a case is no YAML: {value}", "write lists in [] and mappings in {}"
+        ) from error
+
+
 def read_recovery(text: str) -> RecoverOptions | None:
     """With what options a case is trained; None where it is not.
 
@@ -165,9 +181,7 @@ def read_recovery(text: str) -> RecoverOptions | None:
     _, arrow, told = text.partition(RECOVERY)
     if not arrow:
         return None
-    given = dict(each.partition("=")[::2] for each in told.split(":")[1:])
-    options = {key: yaml.safe_load(value) for key, value in given.items()}
-    return parse_section(RecoverOptions, options, text)
+    return parse_section(RecoverOptions, dict(map(read_option, OPTION.split(told)[1:])), text)
 
 
 def texts_of(given: argparse.Namespace, folder: Path, work: Path) -> dict[str, torch.Tensor]:
@@ -337,6 +351,11 @@ def table(given: argparse.Namespace, results: list[dict[str, Any]]) -> list[dict
     return lines
 
 
+def split_cases(text: str) -> list[str]:
+    """Cases that commas join; those within brackets and braces are parts of values."""
+    return [case.strip() for case in re.split(r",(?![^\[]*\])(?![^{]*\})", text)]
+
+
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -355,7 +374,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--baseline", help="the case that others are compared with; the first if not given")
     parser.add_argument("--before", metavar="LABEL", help="compare each case with itself under another label")
     given = parser.parse_args()
-    given.cases = re.split(r",(?![^\[]*\])", given.cases)
+    given.cases = split_cases(given.cases)
     given.baseline = given.baseline or given.cases[0]
     given.models = {name: Path(folder) for name, _, folder in (each.partition("=") for each in given.models)}
     if max(given.samples) > HELD_OUT:

@@ -63,6 +63,12 @@ def test_a_case_says_method_scheme_and_options(quality: ModuleType) -> None:
     assert (mix.variant.budget.size, list(mix.variant.choice_patches()), mix.random) == (
         130_000_000, ["int2", "int4"], 3,
     )  # fmt: skip
+    turned = quality.read_case("gptq-int4-g64-sym:transforms=[{name: rotate, seed: 1}]:damping=0.1").variant
+    assert ([each.name for each in turned.transforms], turned.options) == (["rotate"], {"damping": 0.1})
+    cases = ["rtn-int4", "gptq-int4:transforms=[{name: rotate, seed: 1}]", "gptq-auto:choices=[int2,int4]"]
+    assert quality.split_cases(",".join(cases)) == cases
+    with pytest.raises(QuantkitError, match="no YAML"):
+        quality.read_case("rtn-int4-g64-sym:transforms=[{name:")
     with pytest.raises(QuantkitError, match="nothing"):
         quality.read_case("nothing-int4-g64-sym")
 
