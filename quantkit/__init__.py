@@ -12,20 +12,11 @@ from typing import TYPE_CHECKING, Any
 from quantkit.errors import QuantkitError
 
 if TYPE_CHECKING:
-    from quantkit.api import (
-        convert,
-        estimate,
-        evaluate,
-        import_recipe,
-        inspect,
-        merge,
-        plan,
-        push,
-        quantize,
-        run,
-        run_all,
-        verify,
-    )
+    from quantkit.api.checkpoints import convert, inspect, push, verify
+    from quantkit.api.estimating import estimate
+    from quantkit.api.making import merge, quantize, recover
+    from quantkit.api.recipes import import_recipe, plan, run, run_all
+    from quantkit.api.scoring import evaluate
     from quantkit.pipeline.fitting import fit
     from quantkit.recipe import Recipe
     from quantkit.regression.api import accept, check, history
@@ -56,9 +47,19 @@ __all__ = [
 
 logging.getLogger("quantkit").addHandler(logging.NullHandler())
 
-_HOMES = {"Recipe": "quantkit.recipe"} | {name: "quantkit.api" for name in __all__ if name.islower()}
-_HOMES |= dict.fromkeys(("accept", "check", "history"), "quantkit.regression.api") | {
-    "fit": "quantkit.pipeline.fitting"
+_HOMES = {
+    name: home
+    for home, names in {
+        "quantkit.api.checkpoints": ("convert", "inspect", "push", "verify"),
+        "quantkit.api.estimating": ("estimate",),
+        "quantkit.api.making": ("merge", "quantize", "recover"),
+        "quantkit.api.recipes": ("import_recipe", "plan", "run", "run_all"),
+        "quantkit.api.scoring": ("evaluate",),
+        "quantkit.pipeline.fitting": ("fit",),
+        "quantkit.recipe": ("Recipe",),
+        "quantkit.regression.api": ("accept", "check", "history"),
+    }.items()
+    for name in names
 }
 
 

@@ -57,7 +57,7 @@ def test_a_run_prints_its_table_and_exits_with_one_if_a_variant_failed(
     assert "gate FAILED: misfit: kl_divergence.mean <= 100" in run.stdout
     assert run.stdout.rstrip().endswith(f"report: {recipe.parent / 'run' / 'report.html'}")
     assert "quantize: rtn, misfit ..." in run.stderr
-    assert "misfit failed: misfit: 77.8% of the block weights would stay float, such as model.layers." in run.stderr
+    assert "misfit failed: 77.8% of the block weights would stay float, such as model.layers." in run.stderr
     assert "Traceback" not in run.stderr
     assert hidden_names(recipe.parent) == []
 
@@ -286,7 +286,7 @@ def test_an_interrupt_says_that_what_is_finished_is_kept(recipe: Path, monkeypat
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("quantkit.api.run", interrupted)
+    monkeypatch.setattr("quantkit.api.recipes.run", interrupted)
     done = invoke("run", recipe)
     assert done.exit_code == 130
     assert "interrupted: what is finished is kept, the same command goes on from there" in done.stderr

@@ -70,7 +70,7 @@ def test_a_verdict_that_fails_exits_with_1(checkpoint: Path, monkeypatch: pytest
         "tolerance": {"kl": 0.03, "top1": 0.9, "because": "bfloat16", "max_abs": None}, "generated": None,
         "traps": [{"name": "dropped tensors", "found": "one"}], "settings": {"KEY": "0"},
     }  # fmt: skip
-    monkeypatch.setattr("quantkit.api.verify", lambda *_, **__: verdict)
+    monkeypatch.setattr("quantkit.api.checkpoints.verify", lambda *_, **__: verdict)
     done = invoke("verify", checkpoint, "--runtime", "vllm")
     assert done.exit_code == 1
     assert "FAILED: vllm in bfloat16 on cpu" in done.stdout

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from quantkit import api
+import quantkit
 from quantkit.checkpoint.companions import code_files, licence_files, model_files
 from quantkit.errors import OutputError
 from quantkit.publishing.push import files_to_push
@@ -79,9 +79,9 @@ def test_every_command_leaves_training_data_behind_and_keeps_what_people_put_the
         out = tmp_path / made
         for _ in range(2):
             if made == "quantize":
-                api.quantize(source, out=out, method="rtn", group_size=32, symmetric=bool((out / "mine").exists()))
+                quantkit.quantize(source, out=out, method="rtn", group_size=32, symmetric=bool((out / "mine").exists()))
             else:
-                api.convert(tmp_path / "quantize", "gptq", out=out)
+                quantkit.convert(tmp_path / "quantize", "gptq", out=out)
             found = {file.relative_to(out).as_posix() for file in out.rglob("*") if file.is_file()}
             assert not found & ({*NOT_NEEDED} - {"README.md", "quantize_config.json"})
             assert {"USE_POLICY.md", "preprocessor_config.json"} <= found
@@ -127,5 +127,5 @@ def test_neither_the_source_nor_what_another_command_wrote_is_replaced(tmp_path:
             out.mkdir()
             write_stage(out, "merge", {})
         with pytest.raises(OutputError, match=message):
-            api.quantize(source, out=out, method="rtn", group_size=32)
+            quantkit.quantize(source, out=out, method="rtn", group_size=32)
     assert (source / "model.safetensors").exists()

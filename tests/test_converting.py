@@ -31,6 +31,7 @@ from tests.tiny import make_model
     [
         ("float16", "auto", torch.float16),
         ("BF16", "auto", torch.bfloat16),
+        ("f32", "auto", torch.float32),
         ("float", "auto", torch.bfloat16),
         ("float", "own", torch.float32),
         ("float", "float16", torch.float16),

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from quantkit import api
+import quantkit
 from quantkit.checkpoint import CheckpointReader
 from quantkit.checkpoint.wrapped_names import own_names, without_wrappers
 from quantkit.engine.empty_model import empty_model
@@ -101,7 +101,7 @@ def model(plain: Path, tmp_path: Path) -> Path:
 def test_a_head_of_its_own_is_kept_whatever_the_config_says(tmp_path: Path, keys: dict[str, Any]) -> None:
     model = changed(make_model(tmp_path / "model", tie_word_embeddings=True), own_head)
     told, expected = Told(), logits(edited(Path(shutil.copytree(model, tmp_path / "x")), tie_word_embeddings=False))
-    out = api.quantize(model, out=tmp_path / "out", observer=told, **keys)
+    out = quantkit.quantize(model, out=tmp_path / "out", observer=told, **keys)
     assert any("share one weight, and they differ: each is kept" in note for note in told.notes)
     found = logits(out)
     assert (found - expected).norm() < 0.1 * expected.norm()
@@ -117,7 +117,7 @@ def test_a_head_that_is_the_embedding_twice_stays_tied(tmp_path: Path) -> None:
     model = make_model(tmp_path / "model", tie_word_embeddings=True)
     changed(model, lambda tensors: tensors | {HEAD: tensors[EMBEDDING].clone()})
     told = Told()
-    out = api.quantize(model, out=tmp_path / "out", method="rtn", group_size=32, observer=told)
+    out = quantkit.quantize(model, out=tmp_path / "out", method="rtn", group_size=32, observer=told)
     assert not any("share one weight" in note for note in told.notes)
     assert read_json(out / "config.json")["tie_word_embeddings"] is True
 
@@ -126,7 +126,7 @@ def test_a_head_that_is_missing_is_the_embedding_and_that_is_told(model: Path, t
     changed(model, without_head)
     expected = logits(edited(Path(shutil.copytree(model, tmp_path / "x")), tie_word_embeddings=True))
     told = Told()
-    out = api.quantize(model, out=tmp_path / "out", method="rtn", bits=8, group_size=32, observer=told)
+    out = quantkit.quantize(model, out=tmp_path / "out", method="rtn", bits=8, group_size=32, observer=told)
     assert any("there is none: it is the embedding's" in note for note in told.notes)
     assert read_json(out / "config.json")["tie_word_embeddings"] is True
     assert (logits(out) - expected).norm() < 0.1 * expected.norm()
@@ -137,7 +137,7 @@ def test_a_merge_keeps_a_head_of_its_own(tmp_path: Path) -> None:
     model = changed(make_model(tmp_path / "base", tie_word_embeddings=True), own_head)
     adapter = make_adapter(tmp_path / "adapter", model)
     told = Told()
-    api.merge(model, adapter, out=tmp_path / "merged", any_base=True, observer=told)
+    quantkit.merge(model, adapter, out=tmp_path / "merged", any_base=True, observer=told)
     merged, base = CheckpointReader(tmp_path / "merged"), CheckpointReader(model)
     assert torch.equal(merged.read(HEAD), base.read(HEAD))
     assert read_json(tmp_path / "merged" / "config.json")["tie_word_embeddings"] is False
@@ -145,11 +145,11 @@ def test_a_merge_keeps_a_head_of_its_own(tmp_path: Path) -> None:
 
 def test_converting_keeps_a_head_of_its_own(tmp_path: Path) -> None:
     model = changed(make_model(tmp_path / "model", tie_word_embeddings=True), own_head)
-    out = api.quantize(model, out=tmp_path / "out", method="rtn", group_size=32, scheme="int", symmetric=True)
+    out = quantkit.quantize(model, out=tmp_path / "out", method="rtn", group_size=32, scheme="int", symmetric=True)
     edited(out, tie_word_embeddings=True)
     (out / "manifest.json").unlink()
     expected = logits(out)
-    found = api.convert(out, "gguf", out=tmp_path / "gguf")
+    found = quantkit.convert(out, "gguf", out=tmp_path / "gguf")
     assert any("share one weight, and they differ" in note for note in found["notes"])
     assert (logits(tmp_path / "gguf") - expected).norm() < 0.01 * expected.norm()
 
@@ -166,10 +166,10 @@ def test_an_adapter_with_wrapped_names_merges_as_without(
     model: Path, tmp_path: Path, rename: Callable[[str], str]
 ) -> None:
     adapter = make_adapter(tmp_path / "adapter", model)
-    api.merge(model, adapter, out=tmp_path / "expected")
+    quantkit.merge(model, adapter, out=tmp_path / "expected")
     file = adapter / "adapter_model.safetensors"
     save_file({rename(name): tensor for name, tensor in load_file(file).items()}, file, {"format": "pt"})
-    api.merge(model, adapter, out=tmp_path / "found")
+    quantkit.merge(model, adapter, out=tmp_path / "found")
     found, expected = (CheckpointReader(tmp_path / name) for name in ("found", "expected"))
     assert all(torch.equal(found.read(name), expected.read(name)) for name in expected.names())
 
@@ -231,11 +231,11 @@ def test_leftovers_are_told_and_the_weights_are_taken(
 ) -> None:
     leave(model)
     assert torch.equal(logits(model), logits(plain))
-    found = api.inspect(model)
+    found = quantkit.inspect(model)
     assert found["kind"] == "float"
     assert any(LEFTOVERS[leave] in problem for problem in found["problems"])
     told = Told()
-    out = api.quantize(model, out=tmp_path / "out", method="rtn", bits=8, group_size=32, observer=told)
+    out = quantkit.quantize(model, out=tmp_path / "out", method="rtn", bits=8, group_size=32, observer=told)
     assert any(LEFTOVERS[leave] in note for note in told.notes)
     names = {file.name for file in out.iterdir()}
     assert not names & {"adapter_config.json", "adapter_model.safetensors", "training_args.bin", "pytorch_model.bin"}
@@ -258,10 +258,10 @@ def test_two_checkpoints_of_one_time_that_differ_are_refused_and_equal_ones_are_
 
 
 def test_a_quantized_checkpoint_with_an_adapter_beside_it_loads(model: Path, tmp_path: Path) -> None:
-    out = api.quantize(model, out=tmp_path / "out", method="rtn", group_size=32)
+    out = quantkit.quantize(model, out=tmp_path / "out", method="rtn", group_size=32)
     expected = logits(out)
     adapter_beside(out)
-    assert any("lies beside a whole model" in problem for problem in api.inspect(out)["problems"])
+    assert any("lies beside a whole model" in problem for problem in quantkit.inspect(out)["problems"])
     assert torch.equal(logits(out), expected)
 
 
@@ -284,11 +284,11 @@ AWAY = ("rotary_emb", "v_head")
 def test_tensors_that_the_class_does_not_know_stop_no_stage(plain: Path, model: Path, tmp_path: Path) -> None:
     changed(model, lambda tensors: tensors | {name: torch.ones(shape) for name, shape in EXTRA.items()})
     assert torch.equal(logits(model), logits(plain))
-    problems = " ".join(api.inspect(model)["problems"])
+    problems = " ".join(quantkit.inspect(model)["problems"])
     assert "tensors that the model does not know" in problems
     assert "served training alone" in problems
     told = Told()
-    out = api.quantize(model, out=tmp_path / "out", method="rtn", bits=8, group_size=32, observer=told)
+    out = quantkit.quantize(model, out=tmp_path / "out", method="rtn", bits=8, group_size=32, observer=told)
     text = " ".join(told.notes)
     assert "left out, as they follow from the config or served training alone" in text
     assert "unknown to LlamaForCausalLM, copied as they are" in text
@@ -297,10 +297,11 @@ def test_tensors_that_the_class_does_not_know_stop_no_stage(plain: Path, model: 
     assert not any(part in name for name in kept for part in AWAY)
     assert (logits(out) - logits(plain)).norm() < 0.1 * logits(plain).norm()
     told = Told()
-    file = api.quantize(model, out=tmp_path / "gguf", method="none", scheme="float16", format="gguf", observer=told)
+    keys: dict[str, Any] = {"method": "none", "scheme": "float16", "format": "gguf", "observer": told}
+    file = quantkit.quantize(model, out=tmp_path / "gguf", **keys)
     assert "unknown to LlamaForCausalLM, left out" in " ".join(told.notes)
     assert (logits(file) - logits(plain)).norm() < 0.01 * logits(plain).norm()
-    api.convert(out, "gptq", out=tmp_path / "converted")
+    quantkit.convert(out, "gptq", out=tmp_path / "converted")
     assert "mtp.fc.weight" in CheckpointReader(tmp_path / "converted")
 
 
@@ -330,7 +331,7 @@ def test_wrapped_names_are_taken_apart(plain: Path, model: Path, tmp_path: Path,
     renamed(model, WRAPPED[kind])
     assert torch.equal(logits(model), logits(plain))
     told = Told()
-    out = api.quantize(model, out=tmp_path / "out", method="rtn", group_size=32, observer=told)
+    out = quantkit.quantize(model, out=tmp_path / "out", method="rtn", group_size=32, observer=told)
     prefix = "" if kind in ("none", "body") else "model."
     assert f"{prefix}layers.0.mlp.up_proj.weight_packed" in CheckpointReader(out)
     assert any("tensors have other names" in note for note in told.notes) or kind == "none"
@@ -362,7 +363,7 @@ def test_infinite_numbers_of_a_config_stop_nothing(model: Path, tmp_path: Path) 
     file = model / "config.json"
     file.write_text(json.dumps({**read_json(file), "time_step_limit": [0.0, float("inf")], "odd": float("nan")}))
     write_json(model / "generation_config.json", {"max_time": float("inf")})
-    assert api.inspect(model)["problems"] == []
-    out = api.quantize(model, out=tmp_path / "out", method="rtn", group_size=32)
+    assert quantkit.inspect(model)["problems"] == []
+    out = quantkit.quantize(model, out=tmp_path / "out", method="rtn", group_size=32)
     assert read_json(out / "config.json")["time_step_limit"] == [0.0, float("inf")]
-    assert json.dumps(api.inspect(out), allow_nan=False)
+    assert json.dumps(quantkit.inspect(out), allow_nan=False)

@@ -147,7 +147,7 @@ def test_a_variant_that_fails_is_a_row_with_the_reason_and_the_others_succeed(
     assert report["status"] == "failed"
     error = report["variants"][3]["error"]
     assert (
-        "misfit: 77.8% of the block weights would stay float, such as model.layers.0.mlp.gate_proj: group_size 128"
+        "77.8% of the block weights would stay float, such as model.layers.0.mlp.gate_proj: group_size 128"
         in error
     )
     assert "sizes that do: 64, 32" in error

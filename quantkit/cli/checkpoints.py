@@ -29,7 +29,7 @@ def convert(
         typer.Option(
             "--to",
             metavar="FORMAT",
-            help="See 'quantkit formats'; or float16, bfloat16.",
+            help="See 'quantkit formats'; or float16, bfloat16, float32.",
             autocompletion=names_in("formats"),
         ),
     ],

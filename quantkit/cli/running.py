@@ -11,6 +11,7 @@ import typer
 
 from quantkit.cli.base import (
     EXIT_FAILED,
+    VOICE,
     AllColumns,
     AsJson,
     DryRun,
@@ -47,7 +48,7 @@ def run(
     ] = None,
 ) -> None:
     """Run a recipe: quantize every variant, score it, write the report. Of several recipes also a page of all."""
-    from quantkit.api import loaded_recipes
+    from quantkit.api.recipes import loaded_recipes
 
     loaded = loaded_recipes(recipes)
     if dry_run:
@@ -108,17 +109,20 @@ def _run_shown(recipe: Recipe, install: bool, cluster: str | None, all_columns: 
 
     with Display(console(stderr=True)) as display:
         result = quantkit.run(recipe, display, install=install, cluster=cluster)
-    _show(result, all_columns)
+    _show(result, all_columns, errors_told=console().is_terminal and not VOICE.quiet)
     say(f"report: {report_page(recipe)}")
     return result
 
 
-def _show(content: dict[str, Any], all_columns: bool) -> None:
-    """Print the table of a report, its recommendation and the verdicts of its gates."""
+def _show(content: dict[str, Any], all_columns: bool, *, errors_told: bool = False) -> None:
+    """Print the table of a report, its recommendation and the verdicts of its gates.
+
+    Why a variant failed is said once: by progress where that and this go to one terminal, else below the table.
+    """
     from quantkit import report
     from quantkit.report.terminal import gate_lines
 
-    console().print(report.table(content, everything=all_columns))
+    console().print(report.table(content, everything=all_columns, errors_told=errors_told))
     lines = [*gate_lines(content), *report.rounding_lines(content), *report.mix_lines(content)]
     for line in [*lines, *report.recommend(content).lines()]:
         say(line)

@@ -100,7 +100,7 @@ def attempted(current: Run, row: dict[str, Any], work: Callable[[], dict[str, An
     try:
         return row | work()
     except QuantkitError as error:
-        failure = str(error)
+        failure = str(error).removeprefix(f"{name}: ")
     except Exception as error:
         # A variant that fails must not take the others down, so any error becomes its row. What is not a
         # QuantkitError is a bug or a lack of memory, so its traceback is kept.

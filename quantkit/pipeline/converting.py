@@ -20,7 +20,7 @@ from quantkit.system.names import chosen
 from quantkit.system.progress import Observer
 
 FLOAT = "float"
-HALVES = ("float16", "bfloat16")
+DTYPES = ("float16", "bfloat16", "float32")
 FLOATS = (FLOAT, "gguf")
 """Formats that hold a float model."""
 
@@ -35,7 +35,7 @@ def convert_any(
 
     Args:
         checkpoint: folder or GGUF file; of a float model also a hub id.
-        to: name of a format, or ``float16`` or ``bfloat16`` for a float checkpoint of that dtype.
+        to: name of a format, or ``float16``, ``bfloat16`` or ``float32`` for a float checkpoint of that dtype.
         out: folder of the new checkpoint.
         observer: is told what happens.
         dtype: of a float checkpoint or file, see :class:`quantkit.recipe.ModelSpec`.
@@ -48,8 +48,8 @@ def convert_any(
     Raises:
         QuantkitError: the format does not hold it, with what does; the checkpoint is broken.
     """
-    half = chosen(to, HALVES)
-    target = FLOAT if half else FORMATS.name_of(to)
+    floats = chosen(to, DTYPES)
+    target = FLOAT if floats else FORMATS.name_of(to)
     export = _quantized(Path(checkpoint).expanduser(), target)
     if export is not None and target != FLOAT:
         if dtype != "auto":
@@ -61,7 +61,7 @@ def convert_any(
             f"{checkpoint} is a float model, and format {target} holds codes",
             f"quantize it (quantkit quantize --format {target}), or convert it to float or gguf",
         )
-    told = {"source": checkpoint, "dtype": half or dtype, "decode": True, "trust_remote_code": trust_remote_code}
+    told = {"source": checkpoint, "dtype": floats or dtype, "decode": True, "trust_remote_code": trust_remote_code}
     variant = {"name": "converted", "method": "none", "format": target, "scheme": "float"}
     recipe, _ = single_recipe(told, variant)
     quantize_one(recipe, out, observer)

@@ -40,14 +40,15 @@ _OF_METRIC = {
 STYLES = {"recommended": "bold", "broken": "red"}
 
 
-def table(report: dict[str, Any], *, everything: bool = False) -> FittedTable:
+def table(report: dict[str, Any], *, everything: bool = False, errors_told: bool = False) -> FittedTable:
     """The comparison in short, fitted to the console: first what gates and the choice need, the best in green.
 
-    A failed variant has a row that says so, and its error below the table.
+    A failed variant has a row that says so, and its error below the table unless that was told before.
 
     Args:
         report: the content of ``report.json``.
         everything: all figures, in further tables where they do not fit into one.
+        errors_told: whoever reads it has seen why variants failed.
     """
     from rich.text import Text
 
@@ -55,7 +56,7 @@ def table(report: dict[str, Any], *, everything: bool = False) -> FittedTable:
     columns = build_columns(report) | further
     ranks = _ranks(report, columns)
     errors = {str(row["name"]): error for row in report["variants"] if (error := failure(row)) is not None}
-    notes = [Text(f"{name} failed: {error}", style="red") for name, error in errors.items()]
+    notes = [Text(f"{name} failed: {error}", style="red") for name, error in errors.items() if not errors_told]
     who, scheme = _identities(report)
     shown = [Shown("Variant", who, NAME), Shown("Scheme", scheme, SCHEME)]
     for key in _ordered(report, columns):
@@ -69,11 +70,15 @@ def table(report: dict[str, Any], *, everything: bool = False) -> FittedTable:
 
 
 def gate_lines(report: Record) -> list[str]:
-    """Each verdict of a gate with the figure that it rests on, those that were missed last."""
+    """Each verdict of a gate with the figure that it rests on, those that were missed last.
+
+    Of a variant that failed it is not said why again.
+    """
     verdicts = sorted(report["gates"], key=lambda verdict: not verdict["passed"])
+    failed = {row["name"] for row in report["variants"] if failure(row) is not None}
     return [
         f"gate {'passed' if verdict['passed'] else 'FAILED'}: {verdict['variant']}: {verdict['gate']}:"
-        f" {verdict['reason']}"
+        f" {'the variant failed' if verdict['variant'] in failed else verdict['reason']}"
         for verdict in verdicts
     ]
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import yaml
 
-from quantkit import api
+import quantkit
 from tests.adapters import make_adapter
 from tests.gguf_models import byte_level_tokenizer, model_with
 from tests.runs import recipe_data, write_records
@@ -38,8 +38,8 @@ class Kit:
         make_adapter(folder / "adapter", folder / "single")
         write_records(folder / "data.jsonl")
         options: dict[str, Any] = {"method": "rtn", "bits": 4, "group_size": 32}
-        api.quantize(folder / "single", out=folder / "export", **options)
-        api.quantize(folder / "single", out=folder / "packed-gguf", **{**options, "format": "gguf"})
+        quantkit.quantize(folder / "single", out=folder / "export", **options)
+        quantkit.quantize(folder / "single", out=folder / "packed-gguf", **{**options, "format": "gguf"})
         write_gguf(folder / "float.gguf")
         model_with(folder / "merges", byte_level_tokenizer())
         return cls(folder)

@@ -1,0 +1,1 @@
+"""The public functions. Each is what a command of the command line does."""
