@@ -51,6 +51,8 @@ def evaluate(
     watching = observer or Logged()
     given = settings if texts is None else {**settings, "texts": texts if isinstance(texts, str) else list(texts)}
     spec = parse_section(EvaluationSpec, given, "evaluation")
+    if spec.precision is not None:
+        raise RecipeError("'precision' is for recipes, whose files are scored together", "give max_tokens")
     if spec.served is not None:
         raise RecipeError("'served' is for recipes, whose files are scored twice", "give loader: vllm to score by it")
     check_scoring(spec, [checkpoint] if reference is None else [checkpoint, reference])

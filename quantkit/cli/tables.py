@@ -291,6 +291,9 @@ def plan_notes(found: Mapping[str, Any]) -> Iterator[str]:
     """How long it will take; why variants cannot run; what stays float and the like, and of whom that is said."""
     if found["time"] is not None:
         yield time_words(found["time"])
+    if found["precision"] is not None:
+        asked, most = found["precision"]["asked"], found["precision"]["max_tokens"]
+        yield f"texts are scored until all files are known to {asked:.2%}, to {most:,} tokens at most, which is counted"
     variants = [variant for variant in found["variants"] if not cannot_run(variant)]
     for variant in found["variants"]:
         if cannot_run(variant):

@@ -16,6 +16,7 @@ from quantkit.evaluation.divergence import in_words
 from quantkit.evaluation.job import EvaluationJob, Progress, compute_dtype
 from quantkit.evaluation.loading import Loading, choose_loading, streamed
 from quantkit.evaluation.memory import MemoryWatch, checkpoint_bytes
+from quantkit.evaluation.positions import read_positions, write_positions
 from quantkit.evaluation.reference import TextReader, check_reference, prepare_folder, text_writer, write_index
 from quantkit.evaluation.scoring import TextScore, score
 from quantkit.evaluation.speed import NEW_TOKENS, PROMPT_TOKENS, measure_speed
@@ -70,7 +71,9 @@ def evaluate(job: EvaluationJob, progress: Progress) -> dict[str, Any]:
         tokenizer = load_tokenizer(job.checkpoint, trust_remote_code=job.trust_remote_code)
         config = load_config(job.checkpoint, trust_remote_code=job.trust_remote_code)
     windows, conversations = _cut_texts(job, tokenizer, progress)
-    loading = choose_loading(job, options, windows)
+    known = read_positions(job.known, windows)
+    unread = {name: text.after(known[name].shape[1] if known else 0) for name, text in windows.items()}
+    loading = choose_loading(job, options, unread)
     _check_job(job, config, windows)
     with tasks_and_answers(job, config, tokenizer) as others, _memory_errors(device), ExitStack() as ends:
         ends.enter_context(kept_to(device, job.bounds))
@@ -80,17 +83,19 @@ def evaluate(job: EvaluationJob, progress: Progress) -> dict[str, Any]:
         if device.type == "cpu":
             warm_up()
         watch = MemoryWatch(device, own_allocator=loading.runtime.own_allocator)
-        model, loading = _load(job, loading, options, windows, ends, progress)
+        model, loading = _load(job, loading, options, unread, ends, progress)
         ends.enter_context(closing(model))
         if not model.writes:
             others, prompts, loading = _without_writing(others, loading, job)
         watch.loaded(model)
         memory, speed = _run_once(job, loading.runtime, model, next(iter(windows.values())), watch)
-        scores = {name: _score_text(job, model, text, progress) for name, text in windows.items()}
+        scores = {name: _score_text(job, model, text, known.get(name), progress) for name, text in windows.items()}
         other_metrics, other_facts = others.score(model, progress)
         read = others.samples(model, prompts, progress) if prompts else None
     if job.writes_reference and job.reference is not None:
-        write_index(job.reference, windows, config.vocab_size)
+        write_index(job.reference, windows, config.vocab_size, job.known_reference)
+    if job.positions is not None:
+        write_positions(job.positions, windows, scores)
     if memory is not None:
         memory["weights_are"] = loading.weights_are
     return {
@@ -130,8 +135,9 @@ def _cut_texts(
     windows, conversations = {}, {}
     progress("texts", 0, total)
     for done, text in enumerate(spec.texts, start=1):
-        tokens = load_text(text, tokenizer, spec.max_tokens)
-        windows[text.name] = cut(tokens, spec.context_length, spec.max_tokens, spec.bos)
+        most = job.reach.get(text.name, spec.max_tokens)
+        tokens = load_text(text, tokenizer, most)
+        windows[text.name] = cut(tokens, spec.context_length, most, spec.bos)
         conversations[text.name] = tokens.conversations
         progress("texts", done, total)
     return windows, conversations
@@ -239,7 +245,9 @@ def _run_once(
     return memory, speed
 
 
-def _score_text(job: EvaluationJob, model: LoadedModel, text: Windows, progress: Progress) -> TextScore:
+def _score_text(
+    job: EvaluationJob, model: LoadedModel, text: Windows, known: torch.Tensor | None, progress: Progress
+) -> TextScore:
     def on_window(done: int, total: int) -> None:
         progress(text.name, done, total)
 
@@ -247,10 +255,11 @@ def _score_text(job: EvaluationJob, model: LoadedModel, text: Windows, progress:
     with ExitStack() as stack:
         writer = reader = None
         if job.writes_reference and job.reference is not None:
-            writer = stack.enter_context(text_writer(job.reference, text, model.vocabulary))
+            begun = None if job.known_reference is None else TextReader(job.known_reference, text)
+            writer = stack.enter_context(text_writer(job.reference, text, model.vocabulary, begun))
         elif job.compares and job.reference is not None:
             reader = TextReader(job.reference, text)
-        return score(model, text, reference=reader, writer=writer, on_window=on_window)
+        return score(model, text, reference=reader, writer=writer, on_window=on_window, known=known)
 
 
 def _metrics(job: EvaluationJob, scores: Mapping[str, TextScore]) -> dict[str, Any]:

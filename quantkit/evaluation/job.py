@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,10 @@ from quantkit.system.memory_bounds import NO_BOUNDS, MemoryBounds
 Progress = Callable[[str, int, int], None]
 """Called with the name of a step, how much of it is done, and how much there is."""
 
+LOGPROBS = "logprobs"
+"""Folder of the float model's log-probabilities, in that of its stage."""
+POSITIONS = "positions.safetensors"
+"""The figures of every position, of a stage from which a later round goes on."""
 COMPARING_METRICS = frozenset({"kl_divergence", "top1_agreement"})
 """Metrics that need the float model's log-probabilities."""
 
@@ -48,6 +52,9 @@ class EvaluationJob:
         seen: the questions that the model was calibrated on, as :func:`quantkit.evaluation.answers.asked` has them.
         bounds: what the process may take of each device.
         scratch: a folder for what does not fit into the memory while the job is at work; None for the system's own.
+        reach: tokens of each text that are scored; the spec's ``max_tokens`` of those that are not named.
+        positions: folder for the figures of every position, from which a later job can go on; None keeps none of them.
+        known: folder of a finished stage with figures, and a reference, of the first windows, which are not read again.
     """
 
     checkpoint: Path
@@ -61,11 +68,19 @@ class EvaluationJob:
     seen: tuple[str, ...] = ()
     bounds: MemoryBounds = NO_BOUNDS
     scratch: Path | None = None
+    reach: Mapping[str, int] = field(default_factory=dict)
+    positions: Path | None = None
+    known: Path | None = None
 
     @property
     def compares(self) -> bool:
         """Whether the job compares with the float model's log-probabilities."""
         return not self.writes_reference and bool(COMPARING_METRICS & set(self.spec.metrics))
+
+    @property
+    def known_reference(self) -> Path | None:
+        """The float model's log-probabilities of windows that it has read, where it is that model that goes on."""
+        return None if self.known is None or not self.writes_reference else self.known / LOGPROBS
 
     @property
     def is_served(self) -> bool:
@@ -94,6 +109,9 @@ class EvaluationJob:
             "seen": list(self.seen),
             "bounds": self.bounds.to_json(),
             "scratch": None if self.scratch is None else str(self.scratch),
+            "reach": dict(self.reach),
+            "positions": None if self.positions is None else str(self.positions),
+            "known": None if self.known is None else str(self.known),
         }
 
     @classmethod
@@ -111,4 +129,7 @@ class EvaluationJob:
             seen=tuple(data["seen"]),
             bounds=MemoryBounds.from_json(data["bounds"]),
             scratch=None if data["scratch"] is None else Path(data["scratch"]),
+            reach=data["reach"],
+            positions=None if data["positions"] is None else Path(data["positions"]),
+            known=None if data["known"] is None else Path(data["known"]),
         )

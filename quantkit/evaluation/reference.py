@@ -85,6 +85,12 @@ class TextWriter:
         self.nll.append(nll.double().cpu())
         self._missing -= len(log_probs)
 
+    def copy(self, known: TextReader) -> None:
+        """Begin with the rows of another file."""
+        known.write_to(self._file)
+        self.nll.append(known.nll)
+        self._missing -= len(known.nll)
+
     def close(self) -> None:
         """Check that the rows that were announced have come.
 
@@ -96,8 +102,8 @@ class TextWriter:
 
 
 @contextmanager
-def text_writer(folder: Path, text: Windows, vocabulary: int) -> Iterator[TextWriter]:
-    """A writer for one text's file in ``folder``.
+def text_writer(folder: Path, text: Windows, vocabulary: int, known: TextReader | None = None) -> Iterator[TextWriter]:
+    """A writer for one text's file in ``folder``, which begins with the rows of ``known``.
 
     Raises:
         OutputError: the file cannot be written.
@@ -105,20 +111,34 @@ def text_writer(folder: Path, text: Windows, vocabulary: int) -> Iterator[TextWr
     path = folder / _file_name(text.name)
     with translated_os_errors(path), path.open("wb") as file:
         writer = TextWriter(file, text.positions, vocabulary)
+        if known is not None:
+            writer.copy(known)
         yield writer
         writer.close()
         path.parent.joinpath(LIKELIHOODS).mkdir(exist_ok=True)
         np.save(_likelihoods(folder, text.name), torch.cat(writer.nll).numpy())
 
 
-def write_index(folder: Path, windows: Mapping[str, Windows], vocabulary: int) -> None:
-    """Write ``reference.json``, which says that the folder is complete."""
-    texts = {name: {"token_ids_sha256": text.sha256, "positions": text.positions} for name, text in windows.items()}
+def write_index(folder: Path, windows: Mapping[str, Windows], vocabulary: int, known: Path | None = None) -> None:
+    """Write ``reference.json``, which says that the folder is complete.
+
+    Args:
+        folder: with the files of all texts.
+        windows: the texts.
+        vocabulary: log-probabilities in a row.
+        known: folder of the reference with whose rows the files begin; its texts may still be compared with.
+    """
+    before: Mapping[str, Any] = {} if known is None else read_json(known / INDEX_FILE)["texts"]
+    texts = {}
+    for name, text in windows.items():
+        then = before.get(name)
+        beginnings = [] if then is None else [*then["beginnings"], then["token_ids_sha256"]]
+        texts[name] = {"token_ids_sha256": text.sha256, "positions": text.positions, "beginnings": beginnings}
     write_json(folder / INDEX_FILE, {"vocabulary": vocabulary, "texts": texts})
 
 
 def check_reference(folder: Path, windows: Mapping[str, Windows], vocabulary: int) -> None:
-    """Check that a finished reference is there and was made from the same tokens.
+    """Check that a finished reference is there and was made from the same tokens, or begins with them.
 
     Raises:
         EvaluationError: it is absent or incomplete, lacks a text, or its tokens or vocabulary differ.
@@ -133,7 +153,7 @@ def check_reference(folder: Path, windows: Mapping[str, Windows], vocabulary: in
         stored = index["texts"].get(name)
         if stored is None:
             raise EvaluationError(f"{folder} holds no reference for text '{name}'", "score the float model again")
-        if stored["token_ids_sha256"] != text.sha256:
+        if text.sha256 not in (stored["token_ids_sha256"], *stored.get("beginnings", ())):
             raise EvaluationError(
                 f"the token ids of text '{name}' differ from the float model's, so the two cannot be compared",
                 "the tokenizers disagree: copy the float model's tokenizer files to the checkpoint",
@@ -159,6 +179,12 @@ class TextReader:
         self._begins: int = mapped.offset
         self.vocabulary: int = mapped.shape[1]
         self.nll = torch.from_numpy(np.load(_likelihoods(folder, text.name), allow_pickle=False))
+
+    def write_to(self, file: IO[bytes]) -> None:
+        """Copy all rows to a file that is open for writing."""
+        with self._file.open("rb") as own:
+            own.seek(self._begins)
+            shutil.copyfileobj(own, file, 1 << 22)
 
     def rows(self, start: int, stop: int) -> torch.Tensor:
         """Float16 ``[stop - start, vocabulary]``: log-probabilities minus the largest of their row.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -38,6 +38,7 @@ class TextScore:
         agreements_by_window: how many of each window's scored tokens agree.
         table: llama.cpp's figures, see :func:`quantkit.evaluation.divergence_table.divergence_table`.
         departures: the tokens at which the model is furthest from the reference.
+        positions: all figures, float64 ``[figures, windows, positions]`` in the order of :data:`FIGURES`.
     """
 
     nll_sum: float
@@ -49,6 +50,7 @@ class TextScore:
     agreements_by_window: tuple[int, ...] | None = None
     table: Mapping[str, Any] | None = None
     departures: tuple[Departure, ...] = ()
+    positions: torch.Tensor | None = field(default=None, repr=False, compare=False)
 
     @property
     def perplexity(self) -> float:
@@ -67,6 +69,7 @@ def score(
     reference: TextReader | None = None,
     writer: TextWriter | None = None,
     on_window: Callable[[int, int], None] | None = None,
+    known: torch.Tensor | None = None,
 ) -> TextScore:
     """Score a model on a text, one window at a time.
 
@@ -79,6 +82,7 @@ def score(
         reference: the float model's distributions on the same windows, to compare with.
         writer: receives this model's distributions, to be compared with.
         on_window: called with the number of windows done and their total.
+        known: ``positions`` of the score of the first windows, which are not read again.
 
     Raises:
         EvaluationError: a logit is NaN or infinite; the text and the window are named. Or the model's
@@ -86,7 +90,10 @@ def score(
     """
     count, rows = windows.ids.shape[0], windows.scored_per_window
     figures = torch.zeros(len(FIGURES), count, rows, dtype=torch.float64)
-    for window, ids in enumerate(windows.ids):
+    begun = 0 if known is None else known.shape[1]
+    if known is not None:
+        figures[:, :begun] = known
+    for window, ids in enumerate(windows.ids[begun:], start=begun):
         start = 0
         for part in model.logits_in_parts(ids):
             logits, targets = part[: rows - start], ids[1 + start : 1 + start + len(part)]
@@ -103,7 +110,7 @@ def score(
             )
         if on_window is not None:
             on_window(window + 1, count)
-    return _text_score(dict(zip(FIGURES, figures, strict=True)), reference)
+    return _text_score(figures, reference)
 
 
 def window_figures(
@@ -156,10 +163,11 @@ def _check_width(logits: int, reference: TextReader | None, writer: TextWriter |
         )
 
 
-def _text_score(figures: Mapping[str, torch.Tensor], reference: TextReader | None) -> TextScore:
-    """The score of a text from the figures of its positions, float64 ``[windows, positions]`` each."""
+def _text_score(positions: torch.Tensor, reference: TextReader | None) -> TextScore:
+    """The score of a text from the figures of its positions, float64 ``[figures, windows, positions]``."""
+    figures = dict(zip(FIGURES, positions, strict=True))
     nll, kl, agrees = figures["nll"], figures["kl"], figures["agrees"]
-    alone = TextScore(nll.sum().item(), nll.numel(), nll_by_window=_sums(nll))
+    alone = TextScore(nll.sum().item(), nll.numel(), nll_by_window=_sums(nll), positions=positions)
     if reference is None:
         return alone
     return replace(
@@ -168,7 +176,7 @@ def _text_score(figures: Mapping[str, torch.Tensor], reference: TextReader | Non
         top1_agreement=agrees.mean().item(),
         kl_by_window=_sums(kl),
         agreements_by_window=tuple(agrees.sum(dim=1).long().tolist()),
-        table=divergence_table(nll, reference.nll.view_as(nll), kl, agrees),
+        table=divergence_table(nll, reference.nll[: nll.numel()].view_as(nll), kl, agrees),
         departures=departures(kl, nll, figures["expected"].long(), figures["predicted"].long()),
     )
 

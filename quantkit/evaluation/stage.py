@@ -6,14 +6,16 @@ reused: all rows of a report are scored anew, so that they can be compared.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from quantkit import records
 from quantkit.evaluation import EvaluationJob, run_job
-from quantkit.evaluation.job import compute_dtype
+from quantkit.evaluation.job import LOGPROBS, POSITIONS, compute_dtype
+from quantkit.evaluation.rounds import joined, round_of, take_over, texts_alone, write_round
 from quantkit.evaluation.task_files import read_task
 from quantkit.recipe import EvaluationSpec
 from quantkit.recipe.evaluation import LOADERS
@@ -23,6 +25,7 @@ from quantkit.system.artifacts import (
     STAGE_FILE,
     file_sha256,
     fingerprint,
+    mapping_or_nothing,
     new_folder,
     read_json,
     read_stage,
@@ -36,7 +39,6 @@ EVALUATION_VERSION = 5
 """Part of the fingerprint: raised when the same checkpoint and texts would give other figures."""
 STAGE = "evaluate"
 RESULT = "result.json"
-LOGPROBS = "logprobs"
 ANSWERS = "answers.jsonl"
 
 
@@ -56,6 +58,7 @@ class Scoring:
         anew: score it although its result is there.
         seen: the questions that the model was calibrated on; they are not asked.
         bounds: what the process may take of each device.
+        reach: tokens of each text that are scored, in a run that scores in rounds; empty otherwise.
     """
 
     name: str
@@ -69,9 +72,15 @@ class Scoring:
     anew: bool = False
     seen: tuple[str, ...] = ()
     bounds: MemoryBounds = NO_BOUNDS
+    reach: Mapping[str, int] = field(default_factory=dict)
 
     def made_from(self) -> dict[str, Any]:
         """What the figures depend on, for the fingerprint."""
+        made = self.made_from_whatever_reach()
+        return {**made, "reach": dict(self.reach)} if self.reach else made
+
+    def made_from_whatever_reach(self) -> dict[str, Any]:
+        """What the figures depend on beside how far the texts are read."""
         made = {
             "code": EVALUATION_VERSION,
             "spec": evaluation_identity(self.spec),
@@ -84,14 +93,40 @@ class Scoring:
         """The result that is there, with its ``fingerprint``, or None."""
         if self.anew:
             return None
-        written = read_stage(self.out, STAGE, self.made_from())
-        if written is None or (self.reference is None and self.spec.compares and not (self.out / LOGPROBS).is_dir()):
+        if self._written() is None or self._lacks_reference():
             return None
         try:
-            result = {**read_json(self.out / RESULT), "fingerprint": written["fingerprint"]}
-        except (OSError, ValueError, TypeError):
-            return None  # damaged since it was written: scored again
+            result = round_of(self.out, self.reach) if self.reach else read_json(self.out / RESULT)
+            result = {**result, "fingerprint": self.fingerprint()}
+        except (OSError, ValueError, TypeError, KeyError):
+            return None  # damaged since it was written, or of a shorter reach: scored again
         return result if "answers" not in result or (self.out / ANSWERS).is_file() else None
+
+    def fingerprint(self) -> str:
+        """Of the stage, the same in all its rounds."""
+        return fingerprint({"stage": STAGE, **self.made_from_whatever_reach()})
+
+    def begun(self) -> Path | None:
+        """The stage's folder, if it holds figures of the beginnings of all texts, from which this one can go on."""
+        written = None if self.anew or not self.reach else self._written()
+        if written is None or self._lacks_reference() or not (self.out / POSITIONS).is_file():
+            return None
+        reach = written["made_from"]["reach"]
+        goes_on = reach.keys() == self.reach.keys() and all(reach[text] <= self.reach[text] for text in reach)
+        return self.out if goes_on else None
+
+    def _lacks_reference(self) -> bool:
+        """Whether this is the float model, and the log-probabilities that files are compared with are gone."""
+        return self.reference is None and self.spec.compares and not (self.out / LOGPROBS).is_dir()
+
+    def _written(self) -> dict[str, Any] | None:
+        """The ``stage.json`` that is there if it is of the same; of rounds whatever their reach."""
+        if not self.reach:
+            return read_stage(self.out, STAGE, self.made_from())
+        given = mapping_or_nothing(self.out / STAGE_FILE).get("made_from")
+        reach = given.get("reach") if isinstance(given, dict) else None
+        made = self.made_from_whatever_reach()
+        return read_stage(self.out, STAGE, {**made, "reach": reach}) if isinstance(reach, dict) else None
 
     def computed_otherwise(self) -> dict[str, str] | None:
         """What the result that is there was computed by, if it is of the same all but for that."""
@@ -124,27 +159,35 @@ def score(scoring: Scoring, observer: Observer) -> dict[str, Any]:
         observer.note(
             f"{scoring.name}: scored anew with all that is compared with it, for it was computed otherwise: {changed}"
         )
-    is_baseline, compares = scoring.reference is None, scoring.spec.compares
+    is_baseline, compares, begun = scoring.reference is None, scoring.spec.compares, scoring.begun()
     with new_folder(scoring.out) as folder:
         job = EvaluationJob(
             checkpoint=scoring.checkpoint,
-            spec=scoring.spec,
+            spec=scoring.spec if begun is None else texts_alone(scoring.spec),
             reference=(folder / LOGPROBS if is_baseline else scoring.reference) if compares else None,
             writes_reference=is_baseline and compares,
             trust_remote_code=scoring.trust_remote_code,
-            answers_file=folder / ANSWERS if scoring.spec.answers else None,
+            answers_file=folder / ANSWERS if scoring.spec.answers and begun is None else None,
             float_answers=_float_answers(scoring),
             float_samples=_float_samples(scoring),
             seen=scoring.seen,
             bounds=scoring.bounds,
             scratch=folder.absolute(),
+            reach=scoring.reach,
+            positions=folder if scoring.reach else None,
+            known=begun,
         )
         result = run_job(job, log=scoring.log, on_progress=observer.progress)
         for note in result["notes"]:
             observer.note(f"{scoring.name}: {note}")
+        if begun is not None:
+            result = joined(read_json(begun / RESULT), result)
+            take_over(begun, folder, (ANSWERS,))
+        if scoring.reach:
+            write_round(folder, scoring.reach, result, begun)
         write_json(folder / RESULT, result)
-        mark = write_stage(folder, STAGE, scoring.made_from())
-    return {**result, "fingerprint": mark}
+        write_stage(folder, STAGE, scoring.made_from())
+    return {**result, "fingerprint": scoring.fingerprint()}
 
 
 def _float_answers(scoring: Scoring) -> Path | None:
@@ -171,7 +214,9 @@ def evaluation_identity(spec: EvaluationSpec) -> dict[str, Any]:
         tasks["answers"] = {"file": content}
     if spec.samples is not None and spec.samples.file and (content := _content(spec.samples.file)) is not None:
         tasks["samples"] = {"file": content}
-    settings = spec.model_dump(mode="json", exclude={"device", "dtype", "python", "served"})
+    left_out = {"device", "dtype", "python", "served", "precision"}
+    left_out |= set() if spec.precision is None else {"max_tokens"}  # the reach of a round tells it
+    settings = spec.model_dump(mode="json", exclude=left_out)
     return {"settings": settings, "files": {**files, **tasks}}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -179,6 +179,10 @@ class Windows:
         """SHA-256 over length and ids of the windows as little-endian int64, BOS included."""
         array = self.ids.contiguous().numpy().astype("<i8", copy=False)
         return hashlib.sha256(array.shape[1].to_bytes(8, "little") + array.tobytes()).hexdigest()
+
+    def after(self, count: int) -> Windows:
+        """The windows after the first ``count``."""
+        return replace(self, ids=self.ids[count:])
 
     def facts(self) -> dict[str, Any]:
         """How the text was cut, for the record."""

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from quantkit.errors import QuantkitError
-from quantkit.evaluation.stage import LOGPROBS, Scoring, score, served_figures
+from quantkit.evaluation.job import LOGPROBS
+from quantkit.evaluation.stage import Scoring, score, served_figures
 from quantkit.evaluation.stage_peak import StagePeaks
 from quantkit.pipeline.titles import evaluation_title, served_title
 from quantkit.pipeline.workers import HERE, Task, Work, Workers
@@ -51,6 +52,8 @@ class Run:
         workers: who does what takes long.
         needs: bytes that stages are expected to take, by their titles, as far as that is known.
         takes: seconds that work is expected to take, by which walks are parted; None where that is not known.
+        reach: tokens of each text that are scored, where a precision is asked for; empty for all at once.
+        scored: what was scored, by name of the row.
     """
 
     recipe: Recipe
@@ -64,6 +67,8 @@ class Run:
     workers: Workers = HERE
     needs: Mapping[str, int] = field(default_factory=dict)
     takes: Seconds | None = None
+    reach: Mapping[str, int] = field(default_factory=dict)
+    scored: dict[str, Scoring] = field(default_factory=dict)
 
     def do(self, task: Task, work: Work[T], *, there: Callable[[], bool] = lambda: False, peak: bool = True) -> T:
         """Have a stage done, with the memory that it is expected to take.
@@ -128,12 +133,19 @@ def score_beside(current: Run, name: str, folder: Path, content: Any, baseline: 
         current.anew,
         current.seen,
         current.recipe.max_memory,
+        current.reach,
     )
-    device, reads = current.recipe.evaluation.device, (marker(folder),)
-    task = Task(evaluation_title(name), device, reads=reads, outputs=(scoring.out,))
+    current.scored[name] = scoring
+    task = evaluation_task(scoring)
     result = current.do(task, partial(score, scoring), peak=False)
     current.peaks.note(task.title, result.get("peak"), result["seconds"])
     return with_served(current, scoring, result)
+
+
+def evaluation_task(scoring: Scoring) -> Task:
+    """The scoring of a file as a piece of work."""
+    reads = (marker(scoring.checkpoint),)
+    return Task(evaluation_title(scoring.name), scoring.spec.device, reads=reads, outputs=(scoring.out,))
 
 
 def with_served(current: Run, scoring: Scoring, result: dict[str, Any]) -> dict[str, Any]:

@@ -44,7 +44,8 @@ def forecast(recipe: Recipe) -> dict[str, Any]:
     Returns:
         ``folder``, ``source``, ``calibration`` (or None), ``baseline``, ``warnings``, ``time`` (None, or the
         ``seconds`` that the run takes from its baseline on, between ``low`` and ``high``, ``by`` what that is known,
-        and its ``stages``), ``stages`` (what each takes, see :meth:`quantkit.estimation.stages.StageNeed.to_json`; none
+        and its ``stages``), ``precision`` (None, or ``asked`` and ``max_tokens``), ``stages`` (what each takes, see
+        :meth:`quantkit.estimation.stages.StageNeed.to_json`; none
         for a model that transformers does not build), and ``variants``, each with
         ``name``, ``state`` (beginning with ``finished``, ``to do`` or ``cannot run``), ``method``, ``format``,
         ``scheme``, ``schemes`` (each that occurs to its number of layers), ``layers`` (quantized, all), ``share`` (of
@@ -86,9 +87,15 @@ def forecast(recipe: Recipe) -> dict[str, Any]:
         "baseline": _evaluation_state(recipe.folder / "baseline"),
         "warnings": [*recipe.warnings(), *filter(None, [model.note]), *model.notes],
         "time": None if ahead is None else ahead.to_json(),
+        "precision": _precision(recipe),
         "stages": [need.to_json() for need in needs or ()],
         "variants": told,
     }
+
+
+def _precision(recipe: Recipe) -> dict[str, Any] | None:
+    spec = recipe.evaluation
+    return None if spec.precision is None else {"asked": spec.precision, "max_tokens": spec.max_tokens}
 
 
 def _told(variants: _Variants, variant: VariantSpec | LibrarySpec) -> dict[str, Any]:

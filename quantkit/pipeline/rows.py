@@ -34,7 +34,7 @@ from quantkit.system.progress import Observer
 def variant_rows(current: Run, job: Job, baseline: Baseline, audit: dict[str, Any] | None) -> list[dict[str, Any]]:
     """Quantize walk by walk, then library by library, score what each gives; rows are in the order of the recipe."""
     own = current.recipe.own_variants
-    card_of = partial(_write_card, job, baseline, audit)
+    card_of = partial(write_scored_card, job, baseline, audit)
     rows: dict[str, dict[str, Any]] = {}
     specs = {variant.name: variant for variant in own}
     mixes = _mixed(current, job, own)
@@ -91,7 +91,7 @@ def _mixed(current: Run, job: Job, own: Sequence[VariantSpec]) -> dict[str, Mixe
     return current.do(task, partial(mixed_all, job, own, current.folder))
 
 
-def _write_card(job: Job, baseline: Baseline, audit: dict[str, Any] | None, row: dict[str, Any]) -> None:
+def write_scored_card(job: Job, baseline: Baseline, audit: dict[str, Any] | None, row: dict[str, Any]) -> None:
     """Write the measured figures into the model card of a checkpoint, where they are not there yet."""
     file = Path(row["checkpoint"]) / CARD
     facts = replace(

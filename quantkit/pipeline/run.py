@@ -15,6 +15,7 @@ from quantkit.engine.passes import CPU
 from quantkit.errors import OutputError, QuantkitError
 from quantkit.estimation.measured import known_anatomy
 from quantkit.evaluation.answers import asked
+from quantkit.evaluation.rounds import first_reach
 from quantkit.evaluation.stage import Scoring, score
 from quantkit.merging import merged_source
 from quantkit.pipeline.cleanup import clear_leftovers
@@ -23,8 +24,9 @@ from quantkit.pipeline.context import Baseline, Run, marker, with_served
 from quantkit.pipeline.duration import foreseen
 from quantkit.pipeline.jobs import needs_calibration, quantize_job, with_sensitivity
 from quantkit.pipeline.library_rows import check_environments
+from quantkit.pipeline.precision import Scored, until_precise, write_cards
 from quantkit.pipeline.preflight import preflight
-from quantkit.pipeline.rows import other_merge_rows, variant_rows
+from quantkit.pipeline.rows import other_merge_rows, variant_rows, write_scored_card
 from quantkit.pipeline.stage_needs import beside_peaks, check_bounds, stage_needs
 from quantkit.pipeline.titles import BASELINE_TITLE, CALIBRATION_TITLE, SENSITIVITY_TITLE, SOURCE_TITLE
 from quantkit.pipeline.work_seconds import Seconds
@@ -116,12 +118,19 @@ def _run(current: Run) -> dict[str, Any]:
     else:
         current = replace(current, takes=_takes(recipe, model, job, calibrated.tokens if calibrated else 0))
         checks()
-    baseline = _baseline(current, model)
+    current = replace(current, reach=first_reach(recipe.evaluation))
+    baseline, audit = _baseline(current, model), calibrated.audit if calibrated else None
     job = _sensitive(current, job)
     rows = other_merge_rows(current, baseline)
-    rows += variant_rows(current, job, baseline, calibrated.audit if calibrated else None)
+    rows += variant_rows(current, job, baseline, audit)
+    scored = Scored(baseline(), rows)
+    if recipe.evaluation.precision is not None:
+        longer = until_precise(current, scored, lambda later: _baseline(later, model)())
+        if longer is not scored:
+            write_cards(longer, partial(write_scored_card, job, lambda: longer.baseline, audit), recipe)
+        scored = longer
     stages = beside_peaks(needs, current.peaks.found)
-    content = report_content(current, model, calibrated, baseline(), rows, stages)
+    content = report_content(current, model, calibrated, scored.baseline, scored.rows, stages)
     check_held(current.folder, inside=True)
     report.write(content, current.folder, recipe.report.formats)
     track_after(recipe.tracking, current.folder, observer)
@@ -234,6 +243,7 @@ def _baseline(current: Run, model: SourceModel) -> Baseline:
         anew=current.anew,
         seen=current.seen,
         bounds=current.recipe.max_memory,
+        reach=current.reach,
     )
     reads = (marker(model.folder),)
     task = Task(BASELINE_TITLE, current.recipe.evaluation.device, reads=reads, outputs=(scoring.out,))

@@ -258,6 +258,8 @@ class EvaluationSpec(Section):
         bos: where the beginning-of-sequence token stands, if the tokenizer puts one before every sequence: before each
             ``window``; once, before the ``stream`` that a text is, as in the literature; or nowhere.
         max_tokens: tokens scored per text at most.
+        precision: a relative standard error: texts are scored in rounds until each file's mean divergence, and its
+            perplexity over the float model's, are known so well; without it all texts are scored to ``max_tokens``.
         metrics: which figures to take.
         device: ``auto`` is CUDA where there is one.
         dtype: compute dtype; ``auto`` is float32 on CPU and the checkpoint's dtype on CUDA.
@@ -283,6 +285,7 @@ class EvaluationSpec(Section):
     context_length: Annotated[Whole, Field(ge=16)] = 512
     bos: Bos = "window"
     max_tokens: Annotated[Whole, Field(ge=16)] = 8192
+    precision: Annotated[float, Field(gt=0, lt=1)] | None = None
     metrics: Annotated[tuple[Metric, ...], Field(min_length=1)] = METRICS
     device: Device = "auto"
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
@@ -317,6 +320,12 @@ class EvaluationSpec(Section):
     def _python_is_somebodys(self) -> EvaluationSpec:
         if self.python is not None and not self.is_served:
             raise ValueError(f"'python' is the interpreter of a runtime that has its own, and loader is {self.loader}")
+        return self
+
+    @model_validator(mode="after")
+    def _precision_is_of_something(self) -> EvaluationSpec:
+        if self.precision is not None and not {"perplexity", "kl_divergence"} & set(self.metrics):
+            raise ValueError("'precision' is of perplexity or kl_divergence, and metrics has neither")
         return self
 
     @field_validator("samples", "served", mode="before")

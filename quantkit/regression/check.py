@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.errors import EXIT_USER_ERROR, QuantkitError, RecipeError
-from quantkit.evaluation.stage import LOGPROBS
+from quantkit.evaluation.job import LOGPROBS
 from quantkit.gates.results import GateResult, Outcome
 from quantkit.pipeline.recorded import append
 from quantkit.recipe import Recipe

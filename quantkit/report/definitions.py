@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from quantkit.gates.precision import relative_error
 from quantkit.report.columns import (
     DECODED_MARK,
     STREAMED_MARK,
@@ -14,7 +15,7 @@ from quantkit.report.columns import (
     rows_of,
 )
 from quantkit.report.facts import Facts, present, words
-from quantkit.report.numbers import count, figure, fixed, pick
+from quantkit.report.numbers import ABSENT, count, figure, fixed, pick
 
 
 def text_definitions(report: Record) -> list[tuple[str, str, Facts]]:
@@ -29,9 +30,24 @@ def text_definitions(report: Record) -> list[tuple[str, str, Facts]]:
             ("Stride", count(about.get("stride"))),
             ("BOS", words(about.get("bos"))),
             ("Sum of negative log-likelihood, nats", fixed(figure(about, "nll_sum"), 4)),
+            *_precision_facts(report, str(name)),
         )
         found.append((str(name), words(about.get("definition")), facts))
     return found
+
+
+def _precision_facts(report: Record, text: str) -> Facts:
+    """What precision was asked for, and of which file it is the least; nothing where none was."""
+    asked, most = (figure(report, "recipe", "evaluation", key) for key in ("precision", "max_tokens"))
+    if asked is None:
+        return []
+    known = [row for row in rows_of(report)[1:] if pick(row, "metrics") and pick(row, "texts", text)]
+    errors = {str(row["name"]): relative_error(row, report["baseline"], text) for row in known}
+    told = max(((error, name) for name, error in errors.items() if error is not None), default=None)
+    return present(
+        ("Relative standard error asked for", f"{asked:.2%}, within {count(most)} tokens"),
+        ("The largest one", ABSENT if told is None else f"{told[0]:.2%}, of {told[1]}"),
+    )
 
 
 def definitions(report: Record) -> Facts:
