@@ -92,6 +92,7 @@ def test_a_part_that_hangs_or_crashes_leaves_the_others_and_what_it_said(
 
     monkeypatch.setattr(proof, "command", command)
     monkeypatch.setattr(proof, "LIMITS", {"facts": 2, "tests": 20, "bytes": 20})
+    monkeypatch.setitem(proof.MINUTES, "cpu", proof.MINUTES["cuda"])
     started = time.monotonic()
     setting = {"device": "cpu", "sizes": "small"}
     found = proof.Proof(setting, tmp_path, time.monotonic() + 60).run(["facts", "tests", "bytes"])

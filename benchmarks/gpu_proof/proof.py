@@ -1,4 +1,4 @@
-"""All parts of the proof, one after another, in at most eight minutes.
+"""All parts of the proof, one after another, in at most eight minutes of a GPU.
 
     python benchmarks/gpu_proof [--device cuda] [--minutes 8] [--out gpu-proof]
     python benchmarks/gpu_proof --device cpu      # tries the script itself, with small sizes
@@ -28,7 +28,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMITS = {"facts": 45, "tests": 150, "bytes": 75, "blocks": 130, "solver": 40, "smollm2": 90, "gptqmodel": 120}
-"""Seconds of each part at most, the most valuable first."""
+"""Seconds of each part at most on a GPU, the most valuable first."""
 TITLES = {
     "facts": "The machine",
     "tests": "Tests marked gpu",
@@ -38,6 +38,8 @@ TITLES = {
     "smollm2": "SmolLM2-135M, or its shape",
     "gptqmodel": "The same work by gptqmodel",
 }
+MINUTES = {"cuda": 8.0, "cpu": 40.0}
+"""For everything, and each part's limit in proportion: a CPU, on which the script is tried, is slow and may be busy."""
 LEAST = 3.0
 """Seconds without which a part is not begun."""
 TAIL = 15
@@ -99,7 +101,7 @@ class Proof:
         left = self.deadline - time.monotonic()
         if left < LEAST:
             return Part(name, "left out", lines=["no time was left for it"])
-        limit = min(float(LIMITS[name]), left)
+        limit = min(LIMITS[name] * MINUTES[self.setting["device"]] / MINUTES["cuda"], left)
         told, log, started = work / f"{name}.json", self.out / f"{name}.log", time.monotonic()
         setting = {**self.setting, "work": str(work), "known": known, "told": str(told)}
         state = run_limited(command(name, setting), log, limit)
@@ -175,14 +177,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--sizes", choices=("full", "small"), help="by default full on cuda and small on cpu")
-    parser.add_argument("--minutes", type=float, default=8.0, help="for everything")
+    told = ", ".join(f"{minutes:.0f} on {device}" for device, minutes in MINUTES.items())
+    parser.add_argument("--minutes", type=float, help=f"for everything; {told} if not given")
     parser.add_argument("--out", type=Path, default=Path("gpu-proof"))
     parser.add_argument(
         "--parts", nargs="+", choices=LIMITS, default=list(LIMITS), metavar="PART", help=", ".join(LIMITS)
     )
     parser.add_argument("--gptqmodel-python", help="interpreter of an environment with gptqmodel")
     given = parser.parse_args()
-    deadline = time.monotonic() + 60 * given.minutes
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the part which is at work ends too
+    deadline = time.monotonic() + 60 * (given.minutes or MINUTES[given.device])
     sizes = given.sizes or ("full" if given.device == "cuda" else "small")
     setting = {"device": given.device, "sizes": sizes, "gptqmodel_python": given.gptqmodel_python}
     found = Proof(setting, given.out.absolute(), deadline).run(given.parts)
