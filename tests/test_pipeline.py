@@ -146,10 +146,7 @@ def test_a_variant_that_fails_is_a_row_with_the_reason_and_the_others_succeed(
     assert [row["status"] for row in report["variants"]] == ["ok", "ok", "ok", "failed"]
     assert report["status"] == "failed"
     error = report["variants"][3]["error"]
-    assert (
-        "77.8% of the block weights would stay float, such as model.layers.0.mlp.gate_proj: group_size 128"
-        in error
-    )
+    assert "77.8% of the block weights would stay float, such as model.layers.0.mlp.gate_proj: group_size 128" in error
     assert "sizes that do: 64, 32" in error
     assert not (recipe.folder / "variants" / "misfit").exists()
     verdicts = {verdict["variant"]: verdict["passed"] for verdict in report["gates"]}
