@@ -13,9 +13,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import quantkit
+from quantkit.allocation.budget import allocated
+from quantkit.allocation.units import CheckpointModel, units_of
 from quantkit.engine.cache_rounding import attention_modules, put_cache_rounder
+from quantkit.engine.skeleton import Skeleton
 from quantkit.errors import QuantizationError, QuantkitError
 from quantkit.estimation import estimate
+from quantkit.estimation.weights import stored
 from quantkit.exports import open_export
 from quantkit.quantization import Job, Quantized, Wanted, quantize_together
 from quantkit.recipe import AutoSpec, VariantSpec
@@ -211,8 +215,22 @@ def test_what_has_no_such_cache_is_refused(model: Path, tmp_path: Path) -> None:
         exported(tmp_path / "gpt_neox", tmp_path / "d", "fp8")
     with pytest.raises(QuantizationError, match="float inputs do not show what awq"):
         exported(model, tmp_path / "c", "fp8", method="awq")
-    with pytest.raises(QuantkitError, match="kv_cache: a mix says nothing of the KV cache"):
-        parse_section(AutoSpec, {"name": "v", "bits": "auto", "budget": 4.0, "kv_cache": "fp8"}, "test")
+
+
+def test_a_mix_has_the_cache_of_its_variant(model: Path) -> None:
+    """What it takes of the file is told, and choices are measured without it, so that mixes share what is measured."""
+    spec = parse_section(AutoSpec, {"name": "v", "bits": "auto", "budget": 4.0, "kv_cache": "fp8_head"}, "test")
+    assert spec.stand_in().kv_cache is None
+    known = CheckpointModel(Job(model, {"reference": "tiny"}, "float32", device="cpu"), Skeleton(model))
+    units = units_of(known, spec)
+    mixed = spec.with_choice(allocated(known, spec, units, [next(iter(unit.sizes)) for unit in units]))
+    assert mixed.kv_cache == "fp8_head"
+    plain = mixed.model_copy(update={"kv_cache": None})
+    config = read_json(model / "config.json")
+    scales = 4 * 2 * config["num_hidden_layers"] * config["num_key_value_heads"]
+    assert scales < known.file_bytes(mixed) - known.file_bytes(plain) < scales + 2000
+    tensors = [stored(known.anatomy, each).nbytes for each in (mixed, plain)]
+    assert tensors[0] - tensors[1] == scales
 
 
 def test_a_cache_of_8_bits_takes_half_the_memory() -> None:

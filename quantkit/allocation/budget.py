@@ -23,6 +23,7 @@ from quantkit.estimation.use import Use
 from quantkit.formats import FORMATS
 from quantkit.recipe.mix_budget import MixBudget
 from quantkit.recipe.mixing import FLOAT, AutoSpec
+from quantkit.schemes.rounding import CACHES
 from quantkit.system.units import UNITS, in_units
 
 ENTRY = len('"":{"dtype":"F32","shape":[,],"data_offsets":[,]},')
@@ -154,7 +155,8 @@ def _size(nbytes: int) -> str:
 def _beside(model: Model, spec: AutoSpec, context: int) -> int:
     """Bytes that a server needs beside the files, for one sequence of so many tokens."""
     llama_cpp = FORMATS.get(spec.format).container == "gguf"
-    return served(model.anatomy, 0, Use(context=context), llama_cpp=llama_cpp).nbytes
+    cached = None if spec.kv_cache is None else CACHES[spec.kv_cache].numbers
+    return served(model.anatomy, 0, Use(context=context, kv_dtype=cached), llama_cpp=llama_cpp).nbytes
 
 
 def _file_bytes(model: Model, spec: AutoSpec, units: Sequence[Unit], chosen: Sequence[str]) -> int:

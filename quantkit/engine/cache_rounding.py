@@ -155,6 +155,34 @@ class Largest:
         return found
 
 
+def scale_shapes(skeleton: Skeleton, rounding: CacheRounding) -> dict[str, tuple[int, ...]]:
+    """The shapes of all scales of a model's cache, told without a run, by their names in the checkpoint.
+
+    Of one for each head as many as the config says that keys and values have; see :meth:`Largest.scales`.
+    """
+    config, found = skeleton.model.config.get_text_config(), {}
+    whole = config.num_attention_heads
+    for segment in skeleton.segments:
+        paths = {layer.path: layer.name for layer in segment.layers}
+        for name, module in attention_modules(segment.module).items():
+            groups = getattr(module, "num_key_value_groups", None)
+            heads = whole // groups if groups else getattr(config, "num_key_value_heads", None) or whole
+            shape = (heads, 1, 1) if rounding.per_head else (1,)
+            found |= {_stored_name(f"{segment.prefix}.{name}", paths) + end: shape for end in CACHE_SCALES}
+    return found
+
+
+def _stored_name(module: str, paths: Mapping[str, str]) -> str:
+    """What a module is called in the checkpoint, by the names there of the layers in it.
+
+    Args:
+        module: its path in the model.
+        paths: by the paths of layers their names in the checkpoint.
+    """
+    path = next(path for path in paths if path.startswith(f"{module}."))
+    return paths[path].removesuffix(path.removeprefix(module))
+
+
 def hand_over_scales(
     task: VariantTask, prefix: str, paths: Mapping[str, str], largest: Largest, root: nn.Module
 ) -> None:
@@ -171,8 +199,7 @@ def hand_over_scales(
         return
     for name, scale in largest.scales(task.cache, root, prefix).items():
         module, _, leaf = f"{prefix}.{name}".rpartition(".")
-        path = next(path for path in paths if path.startswith(f"{module}."))
-        task.sink.replace(f"{paths[path].removesuffix(path.removeprefix(module))}.{leaf}", scale)
+        task.sink.replace(f"{_stored_name(module, paths)}.{leaf}", scale)
 
 
 def check_cache(skeleton: Skeleton, quantized: Collection[str]) -> None:

@@ -56,12 +56,14 @@ class Cache:
         words: how many that are, such as ``2 x 8 heads x 128``.
         window: tokens that it looks back at most; None for all.
         state: numbers of the whole sequence, as recurrent blocks keep.
+        heads: of keys and of values together; 0 for what has none.
     """
 
     values: int
     words: str
     window: int | None = None
     state: int = 0
+    heads: int = 0
 
     def tokens(self, context: int) -> int:
         """Tokens of a sequence of ``context`` that it keeps."""

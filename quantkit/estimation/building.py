@@ -94,7 +94,7 @@ def _counted(skeleton: Skeleton, name: str, dtype: str, notes: tuple[str, ...]) 
     shared = _optional(config, "num_key_value_heads", name) or heads
     embedding, head = skeleton.embedding, skeleton.head
     inside = [layer for segment in skeleton.segments for layer in segment.layers]
-    plain = tuple(_caches(config, name, len(skeleton.segments), 2 * shared * width, f"(2 x {shared} heads x {width})"))
+    plain = tuple(_caches(config, name, len(skeleton.segments), shared, width))
     fill(skeleton)  # last, for it is of no other use then
     inputs, remarks = block_inputs(skeleton, largest)
     caches, shares, missed = _tried(skeleton, plain, config, name)
@@ -209,16 +209,18 @@ def _wide(layers: list[Layer], hidden: int, experts: int) -> int:
     return max(max(single), experts * max(inner))
 
 
-def _caches(config: Any, name: str, blocks: int, values: int, words: str) -> Iterator[Cache]:
-    """What each block keeps of a token: keys and values, or the latent from which they are made."""
+def _caches(config: Any, name: str, blocks: int, shared: int, width: int) -> Iterator[Cache]:
+    """What each block keeps of a token: keys and values of heads of a width, or the latent from which they are made."""
+    values, words, heads = 2 * shared * width, f"(2 x {shared} heads x {width})", 2 * shared
     latent, window = _optional(config, "kv_lora_rank", name), _optional(config, "sliding_window", name)
     if latent:
         rope = _whole(config, "qk_rope_head_dim", name)
-        values, words = latent + rope, f"({latent} latent + {rope} rope)"
+        values, words, heads = latent + rope, f"({latent} latent + {rope} rope)", 0
     kinds = getattr(config, "layer_types", None) or [SLIDING if window else FULL] * blocks
     windows = {FULL: None, SLIDING: window, CHUNKED: _optional(config, "attention_chunk_size", name)}
     for kind in kinds:
-        yield Cache(values, words, windows[kind]) if kind in windows else Cache(0, f"({kind} keeps no tokens)")
+        known = kind in windows
+        yield Cache(values, words, windows[kind], heads=heads) if known else Cache(0, f"({kind} keeps no tokens)")
 
 
 def _rope_factors(config: Any, width: int) -> int:

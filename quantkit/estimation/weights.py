@@ -14,6 +14,7 @@ from quantkit.quantization.choosing import Candidate, choose, choose_embedding, 
 from quantkit.quantization.left_float import Left, check_left
 from quantkit.recipe import VariantSpec
 from quantkit.schemes import PlainScheme, Scheme
+from quantkit.schemes.rounding import CACHES
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +150,9 @@ def stored(anatomy: Anatomy, variant: VariantSpec, dtype: str | None = None) -> 
     }
     if kind.container == "gguf" and anatomy.rope_factors:
         floats["rope_freqs"] = (anatomy.rope_factors, anatomy.rope_factors * BYTES["float32"])
+    if variant.kv_cache is not None:
+        scales = [each.heads if CACHES[variant.kv_cache].per_head else 2 for each in anatomy.caches if each.values]
+        floats["KV scales"] = (sum(scales), sum(scales) * BYTES["float32"])
     return Stored(kind.container, cast, packed, floats, anatomy.embedding, anatomy.head)
 
 

@@ -83,7 +83,8 @@ def _cache(block: Any) -> Cache:
     (_, heads, tokens, wide), (_, others, _, narrow) = keys.shape, values.shape
     words = f"(2 x {heads} heads x {wide})" if (heads, wide) == (others, narrow) else ""
     words = words or f"({heads} heads x {wide} + {others} heads x {narrow})"
-    return Cache((keys.numel() + values.numel()) // tokens, words, getattr(block, "sliding_window", None), state)
+    numbers, window = (keys.numel() + values.numel()) // tokens, getattr(block, "sliding_window", None)
+    return Cache(numbers, words, window, state, heads + others)
 
 
 def _numbers(tensors: Iterable[torch.Tensor]) -> int:

@@ -8,6 +8,7 @@ from typing import NoReturn
 import torch
 
 from quantkit.checkpoint import FLOATS, CheckpointReader
+from quantkit.engine.cache_rounding import scale_shapes
 from quantkit.engine.layers import Layer
 from quantkit.engine.skeleton import Skeleton
 from quantkit.exports.content import Content, Stored
@@ -18,6 +19,7 @@ from quantkit.formats.base import Format
 from quantkit.quantization.job import Job
 from quantkit.quantization.plan import Layers, plan_layers
 from quantkit.recipe import VariantSpec
+from quantkit.schemes.rounding import CACHES
 
 
 def foreseen_bytes(job: Job, skeleton: Skeleton, variant: VariantSpec) -> int:
@@ -45,6 +47,9 @@ def planned_bytes(job: Job, skeleton: Skeleton, variant: VariantSpec, layers: La
     packed = {name: _packed(store, layers, name) for name in layers.quantized}
     reader = CheckpointReader(job.source)
     floats = float_tensors(skeleton, layers, reader, names_in_file(skeleton, reader, store))
+    if variant.kv_cache is not None:
+        scales = scale_shapes(skeleton, CACHES[variant.kv_cache])
+        floats |= {name: Stored(torch.float32, shape, _unsolved) for name, shape in scales.items()}
     content = file_content(job, skeleton, variant, layers, packed, floats)
     return bytes_of_export(content, store) + store.varies * len(packed)
 

@@ -127,8 +127,6 @@ class AutoSpec(VariantSpec):
             if self.budget is None:
                 raise RecipeError("bits: auto needs a budget", BUDGETS)
             self._check_choices()
-        if self.kv_cache is not None:
-            raise RecipeError("kv_cache: a mix says nothing of the KV cache", "leave it out, and tell the server")
         for key in ("budget", "choices"):
             if self.allocation is not None and getattr(self, key) is not None:
                 raise RecipeError(f"{key} has no meaning beside allocation", f"leave out {key}: all is chosen")
@@ -283,7 +281,7 @@ class AutoSpec(VariantSpec):
             ignore=(*self.ignore, *([HEAD] if tied and both and not self.ignores(HEAD) else [])),
             embeddings=written_keys(scheme) if both else None,
         )
-        return found.model_copy(update={"strict": False, "allow_float": True})
+        return found.model_copy(update={"strict": False, "allow_float": True, "kv_cache": None})
 
     def stand_in(self) -> VariantSpec:
         """The variant in its first choice alone, which takes about as long to make as any; see :meth:`uniform`."""
@@ -358,9 +356,21 @@ class AutoSpec(VariantSpec):
             for key, patch in (("first_blocks", self.first_blocks), ("last_blocks", self.last_blocks))
             if patch is not None
         }
-        names = ("name", "title", "transforms", "method", "tune", "format", "strict", "allow_float", "options")
+        names = (
+            "name",
+            "title",
+            "transforms",
+            "method",
+            "tune",
+            "format",
+            "strict",
+            "allow_float",
+            "kv_cache",
+            "options",
+        )
         keys = {
             **{name: getattr(self, name) for name in names},
+            "kv_cache": self.kv_cache,
             **written_keys(base),
             **blocks,
             "ignore": tuple(ignore),
