@@ -136,7 +136,7 @@ def test_everything_that_ships_is_usable_and_described() -> None:
         assert method.summary
         assert method.source
         assert method.Options().model_dump() is not None
-    assert TRANSFORMS.names() == ["affine", "awq", "rotate", "smoothquant"]
+    assert TRANSFORMS.names() == ["affine", "awq", "hadamard", "rotate", "smoothquant"]
     for transform in TRANSFORMS:
         assert transform.summary
         assert transform.source

@@ -36,6 +36,7 @@ from quantkit.engine.calibrating import Calibration
 from quantkit.engine.crew import ALONE, Crew
 from quantkit.engine.gathering import Gathering
 from quantkit.engine.input_rounding import take_rounders
+from quantkit.engine.input_turning import take_turns
 from quantkit.engine.originals import Originals
 from quantkit.engine.parking import Parking
 from quantkit.engine.pausing import pause_at
@@ -172,7 +173,9 @@ class Walk:
             return
         calibrated = bool(self._reading()) and bool(self.batches)
         with torch.no_grad(), ExitStack() as cleanup:
-            cleanup.callback(take_rounders, [layer.module for segment in segments for layer in segment.layers])
+            layers = [layer.module for segment in segments for layer in segment.layers]
+            cleanup.callback(take_rounders, layers)
+            cleanup.callback(take_turns, layers)
             self._solver.begin()
             self._solver.agree()
             if calibrated:

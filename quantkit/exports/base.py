@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ class Export(ABC):
         schemes: full name of each packed layer to its scheme.
         embedding: which of them is the input embedding.
         cache: how it asks runtimes to store keys and values; None where it does not.
+        turns: full names of the layers whose inputs it asks runtimes to turn, with the size of the Hadamard matrices.
     """
 
     path: Path
@@ -33,6 +35,7 @@ class Export(ABC):
     schemes: Mapping[str, Scheme]
     embedding: str | None = None
     cache: CacheRounding | None = None
+    turns: Mapping[str, int] = MappingProxyType({})
 
     @abstractmethod
     def config(self) -> dict[str, Any]:

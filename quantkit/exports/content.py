@@ -63,6 +63,7 @@ class Content:
         embedding: name and scheme of the input embedding where that is quantized.
         name: of the model; empty where it is that of the folder ``origin``.
         cache: how runtimes are asked to store keys and values, by scales that are among the floats; None for as usual.
+        turns: names of the layers whose inputs runtimes are asked to turn, with the size of the Hadamard matrices.
         unties: head and embedding no longer share one weight, whatever the origin's config says.
         changes: keys of ``config.json`` that differ from the origin's.
         runs_code: the model comes with Python code, which goes along.
@@ -87,6 +88,7 @@ class Content:
     others: Collection[str] = ()
     unties: bool = False
     cache: CacheRounding | None = None
+    turns: Mapping[str, int] = field(default_factory=dict)
     name: str = ""
 
     @property
@@ -107,6 +109,12 @@ class Content:
                 if name in self.linears
             },
         }
+
+    @property
+    def spelled_turns(self) -> dict[str, int]:
+        """The layers whose inputs are turned, by every name that a loader may look for; see :attr:`spelled`."""
+        others = [(name, path) for called in (self.paths, self.alone) for name, path in called.items()]
+        return {**self.turns, **{path: self.turns[name] for name, path in others if name in self.turns}}
 
     @property
     def schemes(self) -> dict[str, Scheme]:

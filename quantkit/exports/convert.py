@@ -65,6 +65,12 @@ def convert(
     """
     check_writable(out, stage=STAGE, source=checkpoint)
     export, target = open_export(checkpoint), FORMATS.get(to)
+    if export.turns and not target.turning:
+        raise SchemeError(
+            f"{checkpoint}: {next(iter(export.turns))} is given turned inputs (transform_config), which a {to} file "
+            "cannot ask for",
+            "quantize the float model again without the transform hadamard",
+        )
     schemes = {layer: _placed(layer, target, export) for layer in export.schemes}
     with workplace(out, "convert") as work, _scratch(work) as scratch, new_folder(out, guests=True) as folder:
         origin = origin_folder(export, scratch / "origin")

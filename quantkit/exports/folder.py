@@ -60,6 +60,7 @@ class FolderExport(Export):
             self.made_by = str(manifest.get("created_by", "quantkit"))
         said = self._config.get("quantization_config")
         self.cache = self._store.cache_rounding(said) if isinstance(said, dict) else None
+        self.turns = self._store.turns_in(said) if isinstance(said, dict) else {}
         self.format = self._store.name
         self._names = {layer: self._packed_names(layer, scheme) for layer, scheme in self.schemes.items()}
 

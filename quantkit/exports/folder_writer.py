@@ -68,6 +68,8 @@ def _write_config(content: Content, store: Format, folder: Path) -> None:
             quantization = store.with_embedding(quantization, *content.embedding)
         if content.cache is not None:
             quantization = store.with_cache(quantization, content.cache)
+        if content.turns:
+            quantization = store.with_turns(quantization, content.spelled_turns)
         config["quantization_config"] = quantization
     if "dtype" in content.changes:
         config.pop("torch_dtype", None)

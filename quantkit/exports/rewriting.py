@@ -87,6 +87,7 @@ def content_of(
         packed={layer: layers.packed(layer) for layer in schemes},
         floats={name: plain(name) for name in (*floats, *(export.cache_scales() if cache is not None else ()))},
         cache=cache,
+        turns=export.turns,
         digests=layers.digests(),
         embedding=None if export.embedding is None else (export.embedding, schemes[export.embedding]),
         paths={layer.name: layer.path for layer in skeleton.layers() if layer.name != layer.path},

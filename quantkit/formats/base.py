@@ -57,6 +57,8 @@ class Format(ABC):
             that suit what it gives.
         caches: in what runtimes store keys and values as a file of it says, names of
             :data:`quantkit.schemes.rounding.CACHES`.
+        turning: who turns the inputs of layers as a file of it says, see
+            :meth:`quantkit.transforms.base.Change.input_turn`; of :attr:`runtimes`.
         examples: the keys of schemes as a variant gives them, one of every kind, which the matrix tries.
         fused: names of layers beside each other that runtimes load as one matrix, so that they must agree in scheme.
         experts: which layers of a block's experts runtimes load as one tensor, and so in one scheme: all, or those of a
@@ -81,6 +83,7 @@ class Format(ABC):
     decoding_config: ClassVar[str] = ""
     usual: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
     caches: ClassVar[tuple[str, ...]] = ()
+    turning: ClassVar[tuple[str, ...]] = ()
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ()
     fused: ClassVar[tuple[tuple[str, ...], ...]] = ()
     experts: ClassVar[Experts] = "none"
@@ -302,6 +305,32 @@ class Format(ABC):
     def with_cache(cls, config: dict[str, Any], rounding: CacheRounding) -> dict[str, Any]:
         """A ``quantization_config`` that asks for that; of a format whose :attr:`caches` have it."""
         raise NotImplementedError(f"{cls.name} says nothing of the KV cache")
+
+    @classmethod
+    def turns_in(cls, config: Mapping[str, Any]) -> dict[str, int]:
+        """The layers whose inputs a ``quantization_config`` asks runtimes to turn, with the size of the matrices.
+
+        Raises:
+            CheckpointError: it asks for what quantkit does not have.
+        """
+        return {}
+
+    @classmethod
+    def with_turns(cls, config: dict[str, Any], turns: Mapping[str, int]) -> dict[str, Any]:
+        """A ``quantization_config`` that asks for that; of a format that names who does it in :attr:`turning`."""
+        raise NotImplementedError(f"{cls.name} says nothing of turned inputs")
+
+    @classmethod
+    def turn_refusal(cls, runtime: str) -> str | None:
+        """Why a runtime does not turn the inputs of layers, a sentence; None where it does.
+
+        Args:
+            runtime: its name; ``reference`` does.
+        """
+        if runtime == "reference" or runtime in cls.turning:
+            return None
+        able = ", ".join((*cls.turning, "the reference decoder"))
+        return f"{runtime} does not turn the inputs of layers as this file needs it; {able} does."
 
     def input_rounding(self, scheme: Scheme) -> InputRounding | None:
         """How runtimes round what a layer of a scheme is given; None where they leave it as it is."""

@@ -69,6 +69,7 @@ class CompressedTensors(Format):
     requires = ("compressed-tensors",)
     decoded_at_first_use = True
     caches = tuple(CACHES)
+    turning = ("vllm",)
     examples = (
         *({"bits": bits, "group_size": 32, "symmetric": symmetric} for bits in (4, 8) for symmetric in (True, False)),
         {"bits": 8, "group_size": -1},
@@ -231,6 +232,20 @@ class CompressedTensors(Format):
     def with_cache(cls, config: dict[str, Any], rounding: CacheRounding) -> dict[str, Any]:
         """As ``kv_cache_scheme``; the scales lie in the file as ``k_scale`` and ``v_scale`` of each attention."""
         return {**config, "kv_cache_scheme": _cache_args(rounding)}
+
+    @classmethod
+    def turns_in(cls, config: Mapping[str, Any]) -> dict[str, int]:
+        """From ``transform_config``."""
+        from quantkit.formats._compressed_tensors.turning import turns_in
+
+        return turns_in(config.get("transform_config"))
+
+    @classmethod
+    def with_turns(cls, config: dict[str, Any], turns: Mapping[str, int]) -> dict[str, Any]:
+        """As ``transform_config``; no tensor of the file belongs to it."""
+        from quantkit.formats._compressed_tensors.turning import transform_config
+
+        return {**config, "transform_config": transform_config(turns)}
 
     def with_embedding(self, config: dict[str, Any], name: str, scheme: Scheme) -> dict[str, Any]:
         """A group of its own, with the full name of the embedding: a model may have others that stay float."""

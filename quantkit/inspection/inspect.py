@@ -54,7 +54,8 @@ def inspect(path: Path, *, deep: bool = True) -> dict[str, Any]:
         are predicted to raise the model's divergence, in nats a token, where quantkit found that out; ``schemes``,
         ``layers``, ``weights``, ``bytes`` and ``bits_per_weight`` of each; ``floats``, name, shape, dtype and bytes of
         each other tensor; ``float_dtypes``, tensors, parameters and bytes of each; ``activation_scales``, names;
-        ``kv_cache``, None or in what servers are asked to store keys and values;
+        ``turned``, the layers whose inputs runtimes have to turn; ``kv_cache``, None or in what servers are asked to
+        store keys and values;
         ``allocation``, None or how its schemes are mixed, see :func:`quantkit.inspection.mixed.mix_facts`;
         ``tensor_parallel``, None or ``sizes`` over which servers can split it and ``limits``, by size what stands in
         the way of others; ``loads``, lines on what loads it; ``remarks`` of its format; ``problems``, a line each.
@@ -82,7 +83,9 @@ def inspect(path: Path, *, deep: bool = True) -> dict[str, Any]:
     schemes = set(export.schemes.values())
     found["activation_scales"] = export.activation_scales() if isinstance(export, FolderExport) else []
     found["kv_cache"] = None if export.cache is None else export.cache.describe()
-    found["loads"] = loads(store, schemes, export.config(), whole=not ignored_scales(export))
+    whole = not ignored_scales(export)
+    found["turned"] = len(export.turns)
+    found["loads"] = loads(store, schemes, export.config(), whole=whole, turned=bool(export.turns))
     if known and SERVER in store.runtimes:
         found["tensor_parallel"] = tensor_parallel(export).to_json()
     found["remarks"] = list(export.remarks() if isinstance(export, FolderExport) else store().remarks(schemes))
@@ -195,6 +198,7 @@ def _facts(
         "float_dtypes": _by_dtype(floats),
         "activation_scales": [],
         "kv_cache": None,
+        "turned": 0,
         "allocation": None,
         "tensor_parallel": None,
         "loads": [],

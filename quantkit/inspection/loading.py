@@ -13,7 +13,12 @@ REFERENCE = "quantkit's reference decoder"
 
 
 def loads(
-    store: type[Format], schemes: Collection[Scheme], config: Mapping[str, Any], *, whole: bool = True
+    store: type[Format],
+    schemes: Collection[Scheme],
+    config: Mapping[str, Any],
+    *,
+    whole: bool = True,
+    turned: bool = False,
 ) -> list[str]:
     """Who loads a quantized checkpoint: the runtimes of its format, and the reference decoder always.
 
@@ -22,9 +27,11 @@ def loads(
         schemes: of its layers.
         config: ``config.json``.
         whole: transformers has a place for all of its tensors.
+        turned: runtimes have to turn the inputs of layers.
     """
     dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
     able = [name for name in store.runtimes if name != "transformers" or store.computes_in(schemes)]
+    able = [name for name in able if not turned or store.turn_refusal(name) is None]
     lines = [_runtime(name, store, schemes, dtype) for name in able]
     if not whole:
         lines = [f"{line}, not whole: see the problems" if line.startswith("transformers") else line for line in lines]

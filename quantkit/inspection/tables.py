@@ -64,6 +64,8 @@ def _summary(found: dict[str, Any]) -> Table:
         facts["scales of activations"] = f"{len(found['activation_scales'])} tensors"
     if found["kv_cache"] is not None:
         facts["stored by servers"] = f"{found['kv_cache']}, by scales of the file"
+    if found["turned"]:
+        facts["turned by the runtime"] = f"inputs of {found['turned']} layers, by Hadamard matrices"
     for name, text in facts.items():
         table.add_row(Text(name), Text(text))
     return table

@@ -78,6 +78,15 @@ def hadamard_rotation(size: int, seed: int, *, keeps_mean: bool = False) -> Orth
     return Orthogonal(factors, signs, keeps_mean)
 
 
+def sylvester_rotation(size: int) -> Orthogonal:
+    """Sylvester's Hadamard matrix over the root of its size, a power of two: symmetric, so that it undoes itself."""
+    factors, rest = [], size
+    while rest > 1:
+        factors.append(_sylvester(min(rest, CHUNK)))
+        rest //= len(factors[-1])
+    return Orthogonal(tuple(each / sqrt(len(each)) for each in factors) or (torch.ones(1, 1),))
+
+
 def random_rotation(size: int, seed: int, *, keeps_mean: bool = False) -> Orthogonal:
     """A random orthogonal matrix, see :func:`hadamard_rotation`."""
     generator = torch.Generator().manual_seed(seed)

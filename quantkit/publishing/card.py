@@ -120,6 +120,7 @@ def card(folder: Path, facts: CardFacts | None = None) -> str:
 def _subject(name: str, folder: Path, manifest: Mapping[str, Any], schemes: Mapping[str, Scheme]) -> Subject:
     files = [file for file in manifest.get("files", {}) if file.endswith(".gguf") and not file.startswith("imatrix")]
     dtype = str(manifest.get("source", {}).get("dtype", "float32"))
+    export = open_export(folder) if schemes and (folder / "config.json").is_file() else None
     return Subject(
         name=name,
         store=FORMATS.get(manifest["format"]),
@@ -128,7 +129,8 @@ def _subject(name: str, folder: Path, manifest: Mapping[str, Any], schemes: Mapp
         embedding=manifest.get("embedding") is not None,
         gguf=files[0] if files else None,
         loads=class_name_in(folder),
-        split=tensor_parallel(open_export(folder)).words() if schemes and (folder / "config.json").is_file() else None,
+        split=None if export is None else tensor_parallel(export).words(),
+        turned=export is not None and bool(export.turns),
         newer=tuple(newer_than(_json(folder / "config.json"), _json(folder / TOKENIZER_CONFIG))),
         remote_code=manifest.get("remote_code") is True,
     )

@@ -28,6 +28,7 @@ class Subject:
         loads: the class of transformers that loads it.
         split: the tensor-parallel sizes at which its groups divide, in words; None where nobody splits it.
         newer: what releases before transformers 5 misread of its files.
+        turned: whether runtimes have to turn the inputs of layers.
         remote_code: whether it was made with Python code of its own, which loaders must be told to trust.
     """
 
@@ -41,6 +42,7 @@ class Subject:
     split: str | None = None
     newer: tuple[str, ...] = ()
     remote_code: bool = False
+    turned: bool = False
 
 
 def usage(subject: Subject) -> str:
@@ -53,6 +55,9 @@ def _transformers(subject: Subject) -> str:
     runtime = next((name for name in subject.store.runtimes if name.startswith("transformers")), None)
     if runtime is None:
         return f"transformers does not compute from {subject.store.name} files."
+    refusal = subject.store.turn_refusal("transformers") if subject.turned else None
+    if refusal is not None:
+        return refusal
     if not subject.store.computes_in(subject.schemes):
         return f"transformers does not load {subject.store.name} files with these schemes."
     newest = "transformers>=5" if subject.newer else "transformers"

@@ -247,7 +247,13 @@ class VariantRun:
         content = file_content(job, skeleton, self._variant, layers, packed, floats)
         decoded = None if layers.quantized else decoded_from(job.source_facts)
         changes = content.changes if decoded is None else {**content.changes, DECODED_FROM: decoded}
-        return replace(content, digests=solved.digests(), changes=changes, cache=self._cache)
+        return replace(content, digests=solved.digests(), changes=changes, cache=self._cache, turns=self._turns())
+
+    def _turns(self) -> dict[str, int]:
+        """The layers whose inputs runtimes have to turn, by their names in the checkpoint."""
+        model, names = self.solved.transformed(MODEL), self._skeleton.names
+        turned = [transform.turned(model[place]) for place, transform in enumerate(self._transforms)]
+        return {names.layer(f"{module}.weight"): size for each in turned for module, size in each.items()}
 
     def _is_parted(self) -> bool:
         """Whether transforms made two weights of one that the head and the embedding share."""

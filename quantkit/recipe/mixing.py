@@ -356,18 +356,7 @@ class AutoSpec(VariantSpec):
             for key, patch in (("first_blocks", self.first_blocks), ("last_blocks", self.last_blocks))
             if patch is not None
         }
-        names = (
-            "name",
-            "title",
-            "transforms",
-            "method",
-            "tune",
-            "format",
-            "strict",
-            "allow_float",
-            "kv_cache",
-            "options",
-        )
+        names = ("name", "title", "transforms", "method", "tune", "format", "strict", "allow_float", "options")
         keys = {
             **{name: getattr(self, name) for name in names},
             "kv_cache": self.kv_cache,

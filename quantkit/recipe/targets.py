@@ -52,6 +52,8 @@ def variant_for(target: str, given: Mapping[str, Any]) -> tuple[VariantSpec, str
             refusals.setdefault(error.problem.removeprefix("quantize: "), []).append(store)
             continue
         reason = FORMATS.get(store).refusal(runtime, variant.schemes())
+        if reason is None and variant.turns:
+            reason = FORMATS.get(store).turn_refusal(runtime)
         if reason is None:
             return variant, _remark(target, runtime, store)
         refusals.setdefault(reason, []).append(store)

@@ -184,6 +184,11 @@ class VariantSpec(SchemeKeys, Choice):
         return any(transform.parts_tied for transform in self.build_transforms())
 
     @property
+    def turns(self) -> bool:
+        """Whether runtimes must turn the inputs of layers."""
+        return any(transform.online for transform in self.build_transforms())
+
+    @property
     def mixing(self) -> str:
         """The transforms of a calibrated variant that mixes channels or learns, with their options; empty for none."""
         transforms = self.build_transforms()
@@ -209,6 +214,13 @@ class VariantSpec(SchemeKeys, Choice):
     def _check_transforms(self) -> None:
         """Refuse a transform that the method brings itself, or one before a method that solves nothing."""
         brought = {transform.name for transform in self._steps.transforms}
+        store, online = FORMATS.get(self.format), [each.name for each in self.build_transforms() if each.online]
+        if online and not store.turning:
+            able = ", ".join(each.name for each in FORMATS if each.turning)
+            raise SchemeError(
+                f"transforms: {online[0]} needs a runtime that turns inputs, which a {store.name} file cannot ask for",
+                f"use format {able}, or leave out {online[0]}",
+            )
         for spec in self.transforms:
             if spec.name in brought:
                 raise SchemeError(

@@ -17,6 +17,7 @@ from quantkit.checkpoint import CheckpointReader
 from quantkit.engine.originals import Originals
 from quantkit.engine.skeleton import Skeleton
 from quantkit.engine.transforming import Transforming
+from quantkit.errors import QuantizationError
 from quantkit.system.validation import parse_section
 from quantkit.transforms import TRANSFORMS
 from quantkit.transforms.base import Changes
@@ -35,7 +36,7 @@ def whole_changes(
 
     Raises:
         CheckpointError: a tensor is missing, of the wrong shape, or not finite.
-        QuantizationError: the model is not one that they can change so.
+        QuantizationError: the model is not one that they can change so, or runtimes turn the inputs of layers.
         QuantkitError: a transform is not there, or does not take its options any more.
     """
     records = [each for each in (manifest or {}).get("transforms") or () if each.get("model") is not None]
@@ -44,5 +45,10 @@ def whole_changes(
     transforms = []
     for each in records:
         kind = TRANSFORMS.get(each["name"])
+        if kind.online:
+            raise QuantizationError(
+                f"the checkpoint was made with {kind.name}: runtimes turn what its layers are given, trainings do not",
+                f"quantize without {kind.name} what is to be trained",
+            )
         transforms.append(kind(parse_section(kind.Options, each["options"], f"manifest.json: {kind.name}")))
     return Transforming(Originals(skeleton, weights, device), live=True).of_model(tuple(transforms))

@@ -48,6 +48,7 @@ def choose_runtime(path: Path, wanted: str = AUTO, dtype: str | None = None) -> 
         return RUNTIMES.get("transformers")
     if chosen is not None:
         check_adapter(path, chosen)
+        check_turns(path, chosen)
         reason = refusal(path, chosen) if served else None
         if reason is not None:
             raise EvaluationError(f"{path} is not served: {reason}", "score it with loader auto or reference")
@@ -87,6 +88,25 @@ def check_adapter(path: Path, runtime: type[Runtime]) -> None:
             f"{path} is computed with the adapter in it, which quantkit does not give to {runtime.name}",
             f"choose one of {able}, or give the checkpoint that the adapter was made for by itself",
         )
+
+
+def check_turns(path: Path, runtime: type[Runtime]) -> None:
+    """Refuse a runtime that would compute something else without a word, as it leaves inputs unturned.
+
+    Raises:
+        EvaluationError: it does.
+        CheckpointError: the file asks runtimes for what quantkit does not have.
+    """
+    reason = None if is_gguf(path) else _turn_refusal(_config(path), runtime.name)
+    if reason is not None:
+        raise EvaluationError(f"{path}: {reason}", "choose reference, which needs no GPU")
+
+
+def _turn_refusal(config: Mapping[str, Any], runtime: str) -> str | None:
+    """Why a runtime does not compute what a checkpoint with this config is; None where it does, as far as is known."""
+    found = config.get("quantization_config")
+    store = next((each for each in FORMATS if each.reads(found)), None) if isinstance(found, Mapping) else None
+    return store.turn_refusal(runtime) if store is not None and found and store.turns_in(found) else None
 
 
 def is_float(path: Path) -> bool:
@@ -130,6 +150,8 @@ def _transformers_loads(folder: Path, dtype: str | None) -> bool:
         return True
     store, schemes = found
     if not (read_manifest(folder) or {}).get("transformers_loads", True):
+        return False
+    if _turn_refusal(config, "transformers") is not None:
         return False
     own = str(config.get("dtype") or config.get("torch_dtype") or "float32")
     return (

@@ -25,7 +25,7 @@ from quantkit.exports.adapter import adapter_beside, read_terms
 from quantkit.numerics.low_rank import LowRank
 from quantkit.runtimes._checkpoint import check_checkpoint, translated, whole_config
 from quantkit.runtimes._model import TransformersModel, whole
-from quantkit.runtimes._rounding import put_cache_rounders, round_layers, rounders_of
+from quantkit.runtimes._rounding import put_cache_rounders, put_turns, round_layers, rounders_of
 from quantkit.runtimes.base import LoadOptions
 
 if TYPE_CHECKING:
@@ -93,6 +93,7 @@ def load_decoded(path: Path, options: LoadOptions) -> TransformersModel:
         )
     loaded = whole(path, model, found, torch.device(options.device))
     paths = {names.layer(f"{path}.weight"): path for path, _ in linear_modules(empty)}
+    put_turns(loaded.model, export, paths)
     round_layers(loaded, rounders_of(export), paths)
     loaded.rounded_inputs += put_cache_rounders(loaded.model, export, paths)
     return loaded

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
 from torch import nn
 
 from quantkit.engine.cache_rounding import CacheRounder, attention_modules, put_cache_rounder
 from quantkit.engine.input_rounding import Rounder, put_rounder
+from quantkit.engine.input_turning import put_turn
 from quantkit.engine.layers import give_way
 from quantkit.errors import EvaluationError
 from quantkit.exports import Export
@@ -77,16 +78,33 @@ def put_cache_rounders(model: nn.Module, export: Export, paths: Mapping[str, str
     return (export.cache.describe(),)
 
 
-def check_layers(model: nn.Module, rounders: Mapping[str, Rounder], paths: Mapping[str, str]) -> None:
-    """Refuse to round inputs of layers that a model has not.
+def put_turns(model: nn.Module, export: Export, paths: Mapping[str, str]) -> None:
+    """Let the layers of a model be given their inputs turned, as the file asks for.
+
+    Args:
+        model: whose layers are there, with weights or without.
+        export: the checkpoint.
+        paths: by the names of layers in the checkpoint their places in the model.
+
+    Raises:
+        EvaluationError: the model has no such layer.
+    """
+    places = {**{path: path for path in paths.values()}, **paths}
+    check_layers(model, export.turns, places)
+    for layer, size in export.turns.items():
+        put_turn(model.get_submodule(places[layer]), size)
+
+
+def check_layers(model: nn.Module, asked: Collection[str], paths: Collection[str]) -> None:
+    """Refuse to round or turn inputs of layers that a model has not.
 
     Raises:
         EvaluationError: with the first.
     """
-    lacking = sorted(rounders.keys() - paths.keys())
+    lacking = sorted(set(asked) - set(paths))
     if lacking:
         raise EvaluationError(
-            f"{type(model).__name__} has no layer {lacking[0]}, whose inputs the checkpoint has rounded",
+            f"{type(model).__name__} has no layer {lacking[0]}, whose inputs the checkpoint has rounded or turned",
             "score it with a runtime that loads it",
         )
 

@@ -36,7 +36,7 @@ from quantkit.exports.decoded_reader import DecodedReader
 from quantkit.exports.rewriting import model_of, origin_folder
 from quantkit.runtimes._checkpoint import check_checkpoint
 from quantkit.runtimes._choice import is_float
-from quantkit.runtimes._rounding import check_layers, put_cache_rounders, put_rounders, rounders_of
+from quantkit.runtimes._rounding import check_layers, put_cache_rounders, put_rounders, put_turns, rounders_of
 from quantkit.runtimes.base import LoadedModel, LoadOptions
 from quantkit.system.devices import device_name
 from quantkit.system.products import fast_linears
@@ -231,6 +231,7 @@ def load_streamed(path: Path, options: LoadOptions, keep: Keep | None, together:
             skeleton, _ = model_of(export, origin, options.trust_remote_code)
             rounders, paths = rounders_of(export), {layer.name: layer.path for layer in skeleton.layers()}
             check_layers(skeleton.model, rounders, paths)
+            put_turns(skeleton.model, export, paths)
             rounded = put_rounders(skeleton.model, rounders, paths)
             rounded += put_cache_rounders(skeleton.model, export, paths)
         skeleton.check_blocks()

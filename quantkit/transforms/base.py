@@ -53,6 +53,14 @@ class Change(ABC):
         """Hidden states between blocks, float32 ``[tokens, width]``, as they become; themselves where they stay."""
         return states
 
+    def input_turn(self, module: str) -> int:
+        """By Hadamard matrices of which size runtimes turn what a layer is given, piece by piece; 0 where they do not.
+
+        The matrices are Sylvester's over the root of their size. What :meth:`apply` makes of the layer's weight is for
+        inputs that were turned.
+        """
+        return 0
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """The tensors from which :meth:`Transform.restore` makes it again, by names of its own."""
         return {}
@@ -93,6 +101,10 @@ class Changes(Change):
         for part in self.parts:
             states = part.hidden(states)
         return states
+
+    def input_turn(self, module: str) -> int:
+        """The size of the one that turns it; several do not."""
+        return max((part.input_turn(module) for part in self.parts), default=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,6 +287,7 @@ class Transform(ABC):
         learns: it asks for runs of each block, by which it learns; its batches are as small as those of tuning.
         needs: the statistics of inputs that it asks for; without any, :meth:`of_segment` is not asked.
         smooths: whether it asks where inputs can be scaled, which is then looked for.
+        online: runtimes must turn what some layers are given, see :meth:`Change.input_turn`; formats say which do.
     """
 
     name: ClassVar[str]
@@ -285,6 +298,7 @@ class Transform(ABC):
     learns: ClassVar[bool] = False
     needs: frozenset[Statistic] = frozenset()
     smooths: ClassVar[bool] = False
+    online: ClassVar[bool] = False
 
     def __init__(self, options: TransformOptions) -> None:
         self.options = options
@@ -319,6 +333,14 @@ class Transform(ABC):
     def restore(self, tensors: Mapping[str, torch.Tensor], data: Mapping[str, Any]) -> Change:
         """A change of a segment from its :meth:`Change.tensors` and its :meth:`Change.to_json`."""
         raise TypeError(f"transform {self.name} changes no segment")
+
+    def turned(self, done: Mapping[str, Any] | None) -> Mapping[str, int]:
+        """Layers, by their full names, whose inputs runtimes turn; see :meth:`Change.input_turn`.
+
+        Args:
+            done: the JSON of what it did to the whole model; None where it did nothing.
+        """
+        return {}
 
     def notes(self, done: Sequence[Mapping[str, Any] | None]) -> tuple[str, ...]:
         """What the user should know of what was done.

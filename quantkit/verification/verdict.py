@@ -14,7 +14,7 @@ from quantkit.errors import MissingDependencyError, QuantkitError, did_you_mean
 from quantkit.exports.manifest import keep_verdict, read_manifest
 from quantkit.formats import FORMATS
 from quantkit.runtimes import RUNTIMES
-from quantkit.runtimes._choice import check_adapter, is_installed
+from quantkit.runtimes._choice import check_adapter, check_turns, is_installed
 from quantkit.runtimes.base import Runtime
 from quantkit.source.view import loadable
 from quantkit.system import names
@@ -79,6 +79,7 @@ def verify(
         subject = read_subject(seen, trust_remote_code=trust_remote_code)
         _check_packages(chosen, subject)
         check_adapter(seen, chosen)
+        check_turns(seen, chosen)
         computed = _dtype(chosen, subject, place, dtype)
         texts = tokenize(seen, PROMPTS if prompts is None else prompts, trust_remote_code=trust_remote_code)
         scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="quantkit-verify-"))

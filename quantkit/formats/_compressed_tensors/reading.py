@@ -17,6 +17,7 @@ from quantkit.formats._compressed_tensors.fp4 import Mxfp4Packed, Nvfp4Packed
 from quantkit.formats._compressed_tensors.layout import GET_AGAIN, Layout, rounding_args
 from quantkit.formats._compressed_tensors.packed import PackQuantized
 from quantkit.formats._compressed_tensors.plain import FloatQuantized, IntQuantized
+from quantkit.formats._compressed_tensors.turning import turns_in
 from quantkit.schemes import PER_CHANNEL, Fp8Scheme, IntScheme, Mxfp4Scheme, Nvfp4Scheme, Scheme, make_scheme
 from quantkit.schemes.floating import BLOCK
 from quantkit.system.patterns import why_refused
@@ -129,11 +130,7 @@ def _check_whole(config: Mapping[str, Any]) -> None:
             f"the file is stored sparse ({sparsity['format']}), which quantkit does not read",
             "decompress it with compressed-tensors first",
         )
-    if (config.get("transform_config") or {}).get("config_groups"):
-        raise CheckpointError(
-            "the file needs transforms of activations at run time (transform_config), which quantkit does not have",
-            "inspect and run it where it was made",
-        )
+    turns_in(config.get("transform_config"))  # raises for what quantkit does not do
 
 
 def _group(name: str, group: Mapping[str, Any], config: Mapping[str, Any]) -> Group:
