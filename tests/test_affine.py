@@ -14,7 +14,9 @@ from quantkit.quantization import quantize
 from quantkit.quantization.stage import walks
 from quantkit.schemes import IntScheme
 from quantkit.system.artifacts import file_sha256, read_json
-from quantkit.transforms.affine import Affine, AffineOptions, AffineQuant, rounded, shares_of
+from quantkit.transforms.affine import AffineQuant
+from quantkit.transforms.affine_change import Affine
+from quantkit.transforms.affine_learning import AffineOptions, rounded, shares_of
 from quantkit.transforms.base import SmoothingPlace
 from quantkit.transforms.channel_scales import ChannelScales
 from tests.test_rotate import job, logits, variant, with_norms
