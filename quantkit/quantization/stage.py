@@ -10,7 +10,7 @@ from typing import Any
 from quantkit.errors import OutputError
 from quantkit.quantization.job import Job, Quantized, Wanted, finished_variant, made_from
 from quantkit.quantization.resume import drop_layers, layers_folder
-from quantkit.quantization.variant import Describe
+from quantkit.quantization.solved_variant import Describe
 from quantkit.quantization.walk_variants import OnNote, OnSegment, WalkJob, kept, run_walk
 from quantkit.recipe import VariantSpec
 from quantkit.system.artifacts import check_writable

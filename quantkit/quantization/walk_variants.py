@@ -31,8 +31,9 @@ from quantkit.quantization.memory_use import choose_parking, choose_strategy, ex
 from quantkit.quantization.oom import FallbackStep, fallback_steps, out_of_memory, ran_out
 from quantkit.quantization.sensitivity import known_sensitivity
 from quantkit.quantization.solved_layers import SolvedLayers
+from quantkit.quantization.solved_variant import Describe, WalkFacts
 from quantkit.quantization.solving_notes import loop_notes
-from quantkit.quantization.variant import Describe, VariantRun, WalkFacts
+from quantkit.quantization.variant import VariantRun
 from quantkit.system.devices import resolve_device, resolve_devices
 from quantkit.system.free_memory import kept_to
 from quantkit.system.shutdown import heed, patient
