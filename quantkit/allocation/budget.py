@@ -22,7 +22,8 @@ from quantkit.estimation.inference import served
 from quantkit.estimation.use import Use
 from quantkit.formats import FORMATS
 from quantkit.recipe.mix_budget import MixBudget
-from quantkit.recipe.mixing import FLOAT, AutoSpec
+from quantkit.recipe.mix_choices import FLOAT
+from quantkit.recipe.mixing import AutoSpec
 from quantkit.schemes.rounding import CACHES
 from quantkit.system.units import UNITS, in_units
 

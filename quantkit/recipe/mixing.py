@@ -7,30 +7,26 @@ It says what there is to choose from and what the file may take. Which layer get
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from typing import Any, Literal, Protocol
 
-from pydantic import TypeAdapter, ValidationInfo, field_validator, model_validator
+from pydantic import TypeAdapter, model_validator
 
-from quantkit.errors import QuantkitError, RecipeError, SchemeError, did_you_mean
+from quantkit.errors import RecipeError, SchemeError, did_you_mean
 from quantkit.formats import FORMATS
-from quantkit.recipe.fields import Name, Place
+from quantkit.recipe.fields import Name
 from quantkit.recipe.implied import DEFAULT_FORMAT, implied
 from quantkit.recipe.layer_patterns import patterns_of
 from quantkit.recipe.mix_budget import BUDGETS, MixBudget, budget_of
+from quantkit.recipe.mix_choices import ChoosingSpec, kind_of
 from quantkit.recipe.scheme import SchemePatch, written_keys
-from quantkit.recipe.scheme_names import preset_named, scheme_named
-from quantkit.recipe.spelling import patch_spelled, spelled
+from quantkit.recipe.scheme_names import preset_named
+from quantkit.recipe.spelling import spelled
 from quantkit.recipe.steps import gathered
 from quantkit.recipe.variant import HEAD, VariantSpec
-from quantkit.schemes import DEFAULT_KIND, GgmlMixture, PlainScheme, Scheme, make_scheme
-from quantkit.system.names import chosen
+from quantkit.schemes import Scheme, make_scheme
 from quantkit.system.validation import located, parse_section
-from quantkit.transforms import TRANSFORMS
 
 AUTO = "auto"
-FLOAT = "float"
-"""The choice of what is left in 16 bits."""
 OWN = ("budget", "choices", "runtime", "allocation")
 """Keys of a variant with ``bits: auto`` alone."""
 UNSHARED = "q4_k"
@@ -71,7 +67,7 @@ class Chosen(Protocol):
         """``embedding`` and ``head``: their names in the checkpoint, where they take part."""
 
 
-class AutoSpec(VariantSpec):
+class AutoSpec(ChoosingSpec):
     """A variant that is mixed to a budget.
 
     Keys of a scheme beside ``bits: auto``, such as ``group_size``, are those of every choice of the variant's kind.
@@ -79,18 +75,11 @@ class AutoSpec(VariantSpec):
 
     Attributes:
         budget: what it may take; None where an allocation is given back.
-        choices: names of schemes or patches of the variant's, ``float`` for layers that stay as they are; None is
-            what format and runtime usually serve.
-        runtime: that must load the file; None is any that loads its format.
-        allocation: file of an allocation that is given back; then nothing is measured.
         front: further budgets, each of which becomes a variant; see :meth:`expanded`.
     """
 
     bits: Literal["auto"]
     budget: MixBudget | None = None
-    choices: tuple[str | dict[str, Any], ...] | None = None
-    runtime: str | None = None
-    allocation: Place | None = None
     front: tuple[MixBudget, ...] = ()
 
     @model_validator(mode="before")
@@ -108,19 +97,6 @@ class AutoSpec(VariantSpec):
                 return {**read, "budget": front[0], "front": front}
             return read
 
-    @field_validator("runtime")
-    @classmethod
-    def _runtime_loads_it(cls, runtime: str | None, info: ValidationInfo) -> str | None:
-        store = info.data.get("format")
-        if runtime is None or store is None:
-            return runtime
-        able = FORMATS.get(store).runtimes
-        found = chosen(runtime, able)
-        with located():
-            if found is None:
-                raise RecipeError(f"{runtime} does not load format {store}", f"these do: {', '.join(able)}")
-        return found
-
     def _check(self) -> None:
         """Refuse what does not go together, the budget and the choices first."""
         if self.allocation is None:
@@ -132,46 +108,9 @@ class AutoSpec(VariantSpec):
                 raise RecipeError(f"{key} has no meaning beside allocation", f"leave out {key}: all is chosen")
         super()._check()
 
-    def _check_choices(self) -> None:
-        """Refuse choices that are none, that are too few, or that the format cannot store."""
-        store, schemes = FORMATS.get(self.format), self.choice_schemes()
-        if len(schemes) < 2:
-            if self.choices is None:
-                mixing = ", ".join(each.name for each in FORMATS if each.choices())
-                told = f"method {self.chain} and format {self.format} have no two to choose from"
-                raise SchemeError(f"choices: {told}", f"give two or more, or another format: {mixing}")
-            told = f"there is nothing to choose but {next(iter(schemes))}" if schemes else "there are none"
-            raise SchemeError(f"choices: {told}", "give two or more, such as choices: [int3, int4, int8]")
-        for name, scheme in schemes.items():
-            if isinstance(scheme, GgmlMixture):
-                remedy = "write types of blocks, such as q4_k and q6_k"
-                raise SchemeError(f"choices: {name} is a mixture of llama.cpp, which chooses by layer itself", remedy)
-            try:
-                if scheme is not None:
-                    store.check(scheme)
-            except SchemeError as error:
-                able = [each.name for each in FORMATS if not each.read_only and _stores(each, scheme)]
-                others = f"these do: {', '.join(able)}" if able else ""
-                raise SchemeError(
-                    f"choices: format {store.name} does not store {name}", others or error.remedy
-                ) from error
-        if self.runtime is not None:
-            reason = store.refusal(self.runtime, [each for each in schemes.values() if each is not None])
-            if reason:
-                raise SchemeError(f"choices: {reason}", "leave out that choice, or the runtime")
-
     def __repr__(self) -> str:
         told = self.allocation or (self.budget and self.budget.describe())
         return f"AutoSpec({self.name!r}: {self.chain}, {told}, {self.format})"
-
-    def given(self) -> dict[str, Any]:
-        """The keys of the scheme that every choice of the variant's kind has."""
-        return {key: value for key, value in super().given().items() if key != "bits"}
-
-    def base_scheme(self) -> Scheme:
-        """The first choice that is quantized; of an allocation that is given back what keys and format say."""
-        found = next((scheme for scheme in self.choice_schemes().values() if scheme is not None), None)
-        return make_scheme(self.scheme, self.given()) if found is None else found
 
     @property
     def calibrated(self) -> bool:
@@ -191,57 +130,6 @@ class AutoSpec(VariantSpec):
         if block is None:
             return True
         return not (first and block < first.count) and not (last and block >= blocks - last.count)
-
-    def choice_patches(self) -> dict[str, SchemePatch]:
-        """By name the choices, as patches of the variant's scheme; ``scheme: float`` leaves a layer as it is.
-
-        Nothing where an allocation is given back, which has its own.
-        """
-        return dict(self._named)
-
-    def choice_schemes(self) -> dict[str, Scheme | None]:
-        """By name their schemes; None leaves a layer as it is."""
-        return {name: self._choice_scheme(patch) for name, patch in self._named.items()}
-
-    @cached_property
-    def _named(self) -> dict[str, SchemePatch]:
-        if self.allocation is not None:
-            return {}
-        if self.choices is None:
-            usual = {name: choice_patch(name) for name in FORMATS.get(self.format).choices(self.runtime)}
-            return {name: patch for name, patch in usual.items() if self._suits(patch)}
-        found: dict[str, SchemePatch] = {}
-        schemes: list[Scheme | None] = []
-        for each in self.choices:
-            patch = choice_patch(each, FORMATS.get(self.format).name)
-            scheme = self._choice_scheme(patch)
-            name = FLOAT if scheme is None else each.strip().lower() if isinstance(each, str) else scheme.describe()
-            if name in found or scheme in schemes:
-                raise SchemeError(f"choices: {name} is given twice", "leave one out")
-            schemes.append(scheme)
-            found[name] = patch
-        return found
-
-    def _choice_scheme(self, patch: SchemePatch) -> Scheme | None:
-        return None if patch.scheme == FLOAT else self._patched(patch)
-
-    def _suits(self, patch: SchemePatch) -> bool:
-        """Whether method, transforms and format take a choice."""
-        if patch.scheme == FLOAT:
-            return True
-        try:
-            scheme = self._patched(patch)
-            FORMATS.get(self.format).check(scheme)
-            self._steps.check(scheme)
-            for spec in self.transforms:
-                TRANSFORMS.get(spec.name).check(scheme)
-        except SchemeError:
-            return False
-        return self.runtime is None or FORMATS.get(self.format).refusal(self.runtime, [scheme]) is None
-
-    def _patches(self) -> dict[str, SchemePatch]:
-        choices = {f"choices.{name}": patch for name, patch in self._named.items() if patch.scheme != FLOAT}
-        return {**super()._patches(), **choices}
 
     def expanded(self) -> tuple[AutoSpec, ...]:
         """A variant for each budget, which is also in its name: ``mix-3.5``, ``mix-5GiB``; itself where it has one."""
@@ -349,7 +237,7 @@ class AutoSpec(VariantSpec):
     ) -> VariantSpec:
         """The variant in a scheme, with what its own keys say of layers that take no part written out."""
         own = {f"overrides.{pattern}": pattern for pattern in self.overrides}
-        fixed = {key: written_keys(self._patched(patch)) for key, patch in super()._patches().items()}
+        fixed = {key: written_keys(self._patched(patch)) for key, patch in VariantSpec._patches(self).items()}
         given = self.embedding_scheme()
         blocks = {
             key: {"count": patch.count, **fixed[key]}
@@ -393,27 +281,6 @@ def spec_class(given: Mapping[str, Any]) -> type[VariantSpec]:
     return AutoSpec if is_mixed(given) else VariantSpec
 
 
-def choice_patch(given: str | Mapping[str, Any], store: str = DEFAULT_FORMAT) -> SchemePatch:
-    """A choice as a patch of a scheme.
-
-    Args:
-        given: a name of a scheme, ``float``, or the keys of a patch.
-        store: the format, whose usual choices messages tell.
-
-    Raises:
-        SchemeError: it is none.
-    """
-    if isinstance(given, str):
-        try:
-            kind = scheme_named(given)["scheme"]
-        except SchemeError as error:
-            near = did_you_mean(given, FORMATS.get(store).choices())
-            raise SchemeError(f"choices: {error.problem}", near) from error
-        if isinstance(make_scheme(kind, {}), PlainScheme):
-            return SchemePatch.model_validate({"scheme": FLOAT})
-    return parse_section(SchemePatch, patch_spelled(given), "choices")
-
-
 def _read(given: Mapping[Any, Any]) -> dict[Any, Any]:
     """A variant as written, with what it implies."""
     bits = given.get("bits")
@@ -422,32 +289,13 @@ def _read(given: Mapping[Any, Any]) -> dict[Any, Any]:
         raise RecipeError(f"{key} says that bits are chosen, and bits: {bits} stands beside it", "write bits: auto")
     own = {key: given[key] for key in OWN if given.get(key) is not None}
     rest = {key: value for key, value in given.items() if key not in (*OWN, "bits")}
-    if rest.get("scheme") is None and (kind := _kind_of(own.get("choices"))) is not None:
+    if rest.get("scheme") is None and (kind := kind_of(own.get("choices"))) is not None:
         rest["scheme"] = kind
     read = implied(spelled(rest))
     store = read.get("format", DEFAULT_FORMAT)
     if given.get("ignore") is None and store in FORMATS and FORMATS.get(store).shares_head:
         read["ignore"] = ()
     return {**read, **own, "bits": AUTO}
-
-
-def _kind_of(choices: Any) -> str | None:
-    """The kind of scheme of choices none of which is of the usual kind; None where one is, or a choice is mistaken."""
-    try:
-        kinds = [choice_patch(each).scheme or DEFAULT_KIND for each in choices or ()]
-    except (QuantkitError, TypeError):
-        return None  # the validator of the key says why, with its place
-    kinds = [kind for kind in kinds if kind != FLOAT]
-    return kinds[0] if kinds and DEFAULT_KIND not in kinds else None
-
-
-def _stores(store: Any, scheme: Scheme | None) -> bool:
-    try:
-        if scheme is not None:
-            store.check(scheme)
-    except SchemeError:
-        return False
-    return True
 
 
 def _unshared(scheme: Scheme) -> Scheme:
