@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from quantkit.allocation.judging import Costs, Found, Judged
 from quantkit.allocation.table import Unit
 from quantkit.checkpoint import FLOATS, CheckpointReader
 from quantkit.engine.batches import Batch
@@ -27,7 +28,7 @@ from quantkit.engine.parking import Parking
 from quantkit.engine.precision import pass_dtype
 from quantkit.engine.sensitivity import Sensitivity
 from quantkit.engine.skeleton import Skeleton
-from quantkit.engine.tasks import LayerResult, SavedChange, Tuned, VariantTask
+from quantkit.engine.tasks import VariantTask
 from quantkit.engine.transforming import Transforming
 from quantkit.engine.walk import Walk, WalkSettings
 from quantkit.errors import QuantizationError
@@ -38,8 +39,7 @@ from quantkit.quantization.oom import FallbackStep, fallback_steps, out_of_memor
 from quantkit.quantization.plan import plan_layers
 from quantkit.quantization.sensitivity import load, sensitivity
 from quantkit.quantization.sensitivity import made_from as told_by
-from quantkit.schemes import QuantizedWeight
-from quantkit.system.artifacts import fingerprint, mapping_or_nothing, new_folder, read_json, read_stage, write_json
+from quantkit.system.artifacts import fingerprint, new_folder, read_json, read_stage, write_json
 from quantkit.system.artifacts import write_stage as mark
 from quantkit.system.devices import resolve_device
 from quantkit.system.free_memory import kept_to
@@ -65,8 +65,6 @@ FLOAT = "float"
 
 OnSegment = Callable[[int, int], None]
 OnNote = Callable[[str], None]
-Costs = dict[str, dict[str, float | None]]
-"""By the name of a layer and of a choice, in nats a token; None where nothing is known of the layer."""
 
 
 def measured(
@@ -102,7 +100,7 @@ def measured(
         with new_folder(out) as folder:
             write_json(folder / COSTS, measuring.run(units))
             mark(folder, STAGE, asked)
-        measuring.part.unlink(missing_ok=True)
+        measuring.found.part.unlink(missing_ok=True)
     found: Costs = read_json(out / COSTS)
     return [
         replace(unit, costs={name: _cost(unit, name, found) if name in solved else 0.0 for name in unit.sizes})
@@ -166,6 +164,9 @@ class _Measuring:
         asked: what the costs depend on.
         on_segment: see :func:`measured`.
         on_note: see there.
+
+    Attributes:
+        found: the costs.
     """
 
     job: Job
@@ -175,14 +176,10 @@ class _Measuring:
     asked: Mapping[str, Any]
     on_segment: OnSegment
     on_note: OnNote
-    _costs: Costs = field(default_factory=dict)
-    _embeddings: dict[str, QuantizedWeight] = field(default_factory=dict)
-    _done: set[tuple[str, str]] = field(default_factory=set)
+    found: Found = field(init=False)
 
-    @property
-    def part(self) -> Path:
-        """The file of what a run that was cut short has found."""
-        return self.out.absolute().parent / f".{self.out.name}.part.json"
+    def __post_init__(self) -> None:
+        self.found = Found(self.out.absolute().parent / f".{self.out.name}.part.json", self.asked)
 
     def run(self, units: Sequence[Unit]) -> Costs:
         """Solve every choice, and judge what comes of it."""
@@ -198,7 +195,7 @@ class _Measuring:
             seen, self.out.with_name(f"{self.out.name}-fisher"), on_segment=self.on_segment, on_note=self.on_note
         )
         judged = Sensitivity(load(known.folder), _starts(self.job, held_out), 0)
-        self._take_up()
+        self.found.take_up()
         device = resolve_device(self.job.device)
         for step in fallback_steps(device, "one-pass", "float", calibrated=True):
             if step.says:
@@ -206,7 +203,7 @@ class _Measuring:
             if self._walked(skeleton, tasks, held_out, judged, step, device):
                 break
         self._embedding(skeleton, judged, device)
-        return self._costs
+        return self.found.costs
 
     def _tasks(self, skeleton: Skeleton, units: Sequence[Unit]) -> list[VariantTask]:
         """A task for each choice, for the layers that it suits."""
@@ -225,9 +222,9 @@ class _Measuring:
                     method=variant.build_method(),
                     schemes={layer: scheme for layer, scheme in plan.quantized.items() if layer in wanted},
                     scale_dtype=FLOATS[store.scale_dtype(self.job.dtype)],
-                    sink=_Judged(name, plan.embedding, self),
+                    sink=Judged(name, plan.embedding, self.found),
                     fused=plan.fused,
-                    memory=None if transforms else _Judged(name, plan.embedding, self),
+                    memory=None if transforms else Judged(name, plan.embedding, self.found),
                     transforms=transforms,
                 )
             )
@@ -294,7 +291,7 @@ class _Measuring:
 
         Where a transform mixes its channels, the model's loss minds each alike.
         """
-        if skeleton.embedding is None or not self._embeddings:
+        if skeleton.embedding is None or not self.found.embeddings:
             return
         (layer,) = skeleton.embedding.layers
         originals, transforms = (
@@ -306,98 +303,16 @@ class _Measuring:
         mixed = any(transform.mixes for transform in transforms)
         tokens = torch.tensor([token for row in self.job.rows for token in row])
         times = torch.bincount(tokens, minlength=layer.shape[0]).to(original)
-        for choice, weight in self._embeddings.items():
+        for choice, weight in self.found.embeddings.items():
             missing = original - weight.dequantize(torch.float32)
             errors = (times / times.sum()) @ missing.square()
             nats = judged.nats(layer.name, errors.mean().expand_as(errors) if mixed else errors)
-            self.add(layer.name, choice, nats)
-
-    # What tasks give
-
-    def add(self, layer: str, choice: str, nats: torch.Tensor | None) -> None:
-        """What a choice costs a layer."""
-        self._costs.setdefault(layer, {})[choice] = None if nats is None else float(nats)
-
-    def keep_embedding(self, choice: str, weight: QuantizedWeight) -> None:
-        """The embedding as a choice has it."""
-        self._embeddings[choice] = weight
-
-    def segment_done(self, choice: str, prefix: str) -> None:
-        """A choice was solved for all layers of a segment."""
-        self._done.add((choice, prefix))
-
-    def is_done(self, choice: str, prefix: str) -> bool:
-        """Whether it was, in this run or one before."""
-        return (choice, prefix) in self._done
-
-    # What a run that was cut short has found
-
-    def _take_up(self) -> None:
-        found = mapping_or_nothing(self.part)
-        if found.get("asked") == fingerprint(dict(self.asked)):
-            self._costs = found["costs"]
-            self._done = {(choice, prefix) for choice, prefix in found["done"]}
+            self.found.add(layer.name, choice, nats)
 
     def _segment_done(self, done: int, total: int) -> None:
-        content = {"asked": fingerprint(dict(self.asked)), "costs": self._costs, "done": sorted(self._done)}
-        write_json(self.part, content)
+        self.found.keep()
         self.on_segment(done, total)
         heed()
-
-
-@dataclass(frozen=True, slots=True)
-class _Judged:
-    """Takes what a choice costs each layer, and remembers which segments are done; codes are let go.
-
-    Args:
-        choice: its name.
-        embedding: name of the input embedding where it is quantized.
-        found: where costs go.
-    """
-
-    choice: str
-    embedding: str | None
-    found: _Measuring
-
-    def take(self, result: LayerResult) -> None:
-        """One layer."""
-        if result.name == self.embedding:
-            self.found.keep_embedding(self.choice, result.weight)
-        else:
-            self.found.add(result.name, self.choice, result.nats)
-
-    def replace(self, name: str, tensor: torch.Tensor) -> None:
-        """A float tensor that a transform changes; nobody wants it here."""
-
-    def tuned(self, prefix: str, done: Tuned) -> None:
-        """What tuning made of a segment; no choice is tuned."""
-
-    def segment_done(self, prefix: str) -> None:
-        """All layers of a segment have been given."""
-        self.found.segment_done(self.choice, prefix)
-
-    def has(self, prefix: str) -> bool:
-        """Whether a segment is finished; an embedding is solved again, as its codes are not kept."""
-        embedding = self.embedding
-        return self.found.is_done(self.choice, prefix) and not (embedding and embedding.startswith(prefix))
-
-    def weight(self, layer: str) -> QuantizedWeight:
-        """Codes of a finished segment: with float inputs nobody asks for them."""
-        raise NotImplementedError(f"the codes of {layer} are not kept")
-
-    def changes(self, prefix: str) -> Sequence[SavedChange | None]:
-        """No transforms."""
-        return ()
-
-    def floats(self, prefix: str) -> Mapping[str, torch.Tensor]:
-        """No tuning."""
-        return {}
-
-    def remember_changes(self, prefix: str, changes: Sequence[SavedChange | None]) -> None:
-        """No transforms."""
-
-    def remember_seconds(self, own: float, shared: float) -> None:
-        """Nobody asks."""
 
 
 def held_out_rows(job: Job, calibrates: bool) -> list[int]:
