@@ -17,6 +17,7 @@ def run(
     *,
     install: bool = True,
     cluster: str | None = None,
+    store: str | None = None,
 ) -> dict[str, Any]:
     """Run a recipe: quantize every variant, score each exported file, write the report.
 
@@ -25,22 +26,23 @@ def run(
         observer: is told what happens; the logger ``quantkit`` by default.
         install: make the environments of libraries that are not there.
         cluster: address of a Ray cluster whose nodes do the work, ``auto`` for the one of this machine.
+        store: address of object storage that lies between nodes that share no folder, such as ``s3://bucket/runs``.
 
     Returns:
         The content of ``report.json``. ``status`` is ``failed`` if a variant or a gate failed.
 
     Raises:
         QuantkitError: nothing can run: the recipe, the model or the calibration set is unusable, or the environment of
-            a library is not there and may not be made.
+            a library is not there and may not be made; the cluster or the store cannot be used.
     """
     from quantkit.pipeline.recorded import recorded_run
 
     found, watching = Recipe.of(recipe), observer or Logged()
-    if cluster is None:
+    if cluster is None and store is None:
         return recorded_run(found, watching, installs=install)
-    from quantkit.pipeline.cluster import joined
+    from quantkit.pipeline.cluster import joined_through
 
-    with joined(cluster) as workers:
+    with joined_through(cluster, store) as workers:
         return recorded_run(found, Among(watching), installs=install, workers=workers)
 
 
@@ -51,6 +53,7 @@ def run_all(
     page: str | Path | None = None,
     install: bool = True,
     cluster: str | None = None,
+    store: str | None = None,
 ) -> dict[str, Any]:
     """Run several recipes, each as :func:`run` does, and write one page that lists them all.
 
@@ -63,6 +66,7 @@ def run_all(
             ``runs.html`` in the folder that holds all their folders.
         install: make the environments of libraries that are not there.
         cluster: see :func:`run`; the recipes then run at the same time.
+        store: see :func:`run`.
 
     Returns:
         ``schema``, ``status`` (``failed`` if some run is not ``ok``) and ``runs``, each with ``name``, ``status``,
@@ -75,11 +79,11 @@ def run_all(
 
     found, watching = loaded_recipes(recipes), observer or Logged()
     place = None if page is None else Path(page).expanduser()
-    if cluster is None:
+    if cluster is None and store is None:
         return run_several(found, watching, page=place, installs=install)
-    from quantkit.pipeline.cluster import joined
+    from quantkit.pipeline.cluster import joined_through
 
-    with joined(cluster) as workers:
+    with joined_through(cluster, store) as workers:
         return run_several(found, Among(watching), page=place, installs=install, workers=workers)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
@@ -29,6 +29,13 @@ if TYPE_CHECKING:
 PANEL = "Runs"
 
 
+class Where(NamedTuple):
+    """The cluster that works, and what lies between its nodes; None is this machine."""
+
+    cluster: str | None
+    store: str | None
+
+
 @app.command(rich_help_panel=PANEL)
 def run(
     recipes: Annotated[list[Path], typer.Argument(metavar="RECIPE...", help="Recipe files (YAML), one or several.")],
@@ -46,19 +53,23 @@ def run(
     cluster: Annotated[
         str | None, typer.Option(metavar="ADDRESS", help="Run on the nodes of a Ray cluster; auto is this machine's.")
     ] = None,
+    store: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Object storage between nodes that share no folder: s3://bucket/x."),
+    ] = None,
 ) -> None:
     """Run a recipe: quantize every variant, score it, write the report. Of several recipes also a page of all."""
     from quantkit.api.recipes import loaded_recipes
 
-    loaded = loaded_recipes(recipes)
+    loaded, where = loaded_recipes(recipes), Where(cluster, store)
     if dry_run:
         _show_plans(loaded, as_json)
         return
     if len(loaded) > 1 or page is not None:
-        _run_several(loaded, install, cluster, as_json=as_json, page=page)
+        _run_several(loaded, install, where, as_json=as_json, page=page)
         return
     (recipe,) = loaded
-    result = _run_as_json(recipe, install, cluster) if as_json else _run_shown(recipe, install, cluster, all_columns)
+    result = _run_as_json(recipe, install, where) if as_json else _run_shown(recipe, install, where, all_columns)
     if result["status"] == "failed":
         raise typer.Exit(EXIT_FAILED)
 
@@ -75,9 +86,7 @@ def _show_plans(recipes: list[Recipe], as_json: bool) -> None:
         raise typer.Exit(code)
 
 
-def _run_several(
-    recipes: list[Recipe], install: bool, cluster: str | None, *, as_json: bool, page: Path | None
-) -> None:
+def _run_several(recipes: list[Recipe], install: bool, where: Where, *, as_json: bool, page: Path | None) -> None:
     """Run recipes and tell of each how it ended and what to take, and where the page is that lists them all."""
     import quantkit
     from quantkit.cli.display import Display
@@ -88,11 +97,13 @@ def _run_several(
     if as_json:
         log = EventLog(sys.stdout)
         log.write("start", runs=[recipe.name for recipe in recipes])
-        result = quantkit.run_all(recipes, log, page=place, install=install, cluster=cluster)
+        result = quantkit.run_all(recipes, log, page=place, install=install, cluster=where.cluster, store=where.store)
         log.write("end", status=result["status"], runs=result["runs"], page=str(place))
     else:
         with Display(console(stderr=True)) as display:
-            result = quantkit.run_all(recipes, display, page=place, install=install, cluster=cluster)
+            result = quantkit.run_all(
+                recipes, display, page=place, install=install, cluster=where.cluster, store=where.store
+            )
         for each in result["runs"]:
             chosen = each["recommended"] or {}
             told = each["error"] or f"recommended {chosen.get('variant') or 'none'}"
@@ -102,13 +113,13 @@ def _run_several(
         raise typer.Exit(EXIT_FAILED)
 
 
-def _run_shown(recipe: Recipe, install: bool, cluster: str | None, all_columns: bool) -> dict[str, Any]:
+def _run_shown(recipe: Recipe, install: bool, where: Where, all_columns: bool) -> dict[str, Any]:
     """Run with progress on standard error, then print the table, the choice, the gates and where the report is."""
     import quantkit
     from quantkit.cli.display import Display
 
     with Display(console(stderr=True)) as display:
-        result = quantkit.run(recipe, display, install=install, cluster=cluster)
+        result = quantkit.run(recipe, display, install=install, cluster=where.cluster, store=where.store)
     _show(result, all_columns, errors_told=console().is_terminal and not VOICE.quiet)
     say(f"report: {report_page(recipe)}")
     return result
@@ -128,7 +139,7 @@ def _show(content: dict[str, Any], all_columns: bool, *, errors_told: bool = Fal
         say(line)
 
 
-def _run_as_json(recipe: Recipe, install: bool, cluster: str | None) -> dict[str, Any]:
+def _run_as_json(recipe: Recipe, install: bool, where: Where) -> dict[str, Any]:
     """Run with every event as a line of JSON on standard output; the last says how it ended and where the report is."""
     import quantkit
     from quantkit.pipeline.run import outcome
@@ -137,7 +148,7 @@ def _run_as_json(recipe: Recipe, install: bool, cluster: str | None) -> dict[str
     log = EventLog(sys.stdout)
     log.write("start", name=recipe.name, folder=str(recipe.folder))
     try:
-        result = quantkit.run(recipe, log, install=install, cluster=cluster)
+        result = quantkit.run(recipe, log, install=install, cluster=where.cluster, store=where.store)
     except BaseException as error:
         log.write("error", kind=type(error).__name__, text=str(error))
         raise

@@ -20,7 +20,9 @@ from typing import Any, TypeVar
 
 from quantkit.errors import OutputError, QuantkitError
 from quantkit.pipeline.cluster_task import Board, Done, Sent, perform, ready
-from quantkit.pipeline.workers import Task, Work
+from quantkit.pipeline.store import Store
+from quantkit.pipeline.store_workers import ThroughStore
+from quantkit.pipeline.workers import HERE, Task, Work, Workers
 from quantkit.system import threads as threads_of
 from quantkit.system.distribution import install_line, own_version
 from quantkit.system.locks import break_lock
@@ -116,6 +118,9 @@ class Cluster:
         finally:
             self._marks.remove(mark)
             mark.unlink(missing_ok=True)
+
+    def keep(self, files: Sequence[Path]) -> None:
+        """They lie beside folders that all share."""
 
     def do(self, task: Task, work: Work[T], observer: Observer) -> T:
         """Have it done by a node, and by another one where that dies.
@@ -321,6 +326,25 @@ class Cluster:
 
 def _first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+@contextmanager
+def joined_through(address: str | None, url: str | None) -> Iterator[Workers]:
+    """Inside the block, the cluster at an address, whose nodes share object storage, or folders without a ``url``.
+
+    Without an address it is this process that works.
+
+    Raises:
+        QuantkitError: a store is named and no cluster; see :func:`joined` and :class:`quantkit.pipeline.store.Store`.
+    """
+    if address is None and url is not None:
+        raise QuantkitError("a store lies between the nodes of a cluster, and none is named", "add --cluster ADDRESS")
+    if address is None:
+        yield HERE
+        return
+    store = None if url is None else Store(url)
+    with joined(address) as found:
+        yield found if store is None else ThroughStore(found, store)
 
 
 @contextmanager

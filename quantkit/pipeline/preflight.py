@@ -46,9 +46,30 @@ def preflight(recipe: Recipe) -> None:
     Raises:
         QuantkitError: the first that is wrong, with all else that is beside it.
     """
+    _raise_all(_file_mistakes(recipe), _machine_mistakes(recipe), _scoring_mistakes(recipe))
+
+
+def preflight_of_files(recipe: Recipe) -> None:
+    """Check what the process that reads a run's model and records needs, where others do the work.
+
+    Raises:
+        QuantkitError: the first that is wrong, with all else that is beside it.
+    """
+    _raise_all(_file_mistakes(recipe))
+
+
+def preflight_of_machine(recipe: Recipe) -> None:
+    """Check what a machine needs that does the work of a run.
+
+    Raises:
+        QuantkitError: the first that is wrong, with all else that is beside it.
+    """
+    _raise_all(_machine_mistakes(recipe), _scoring_mistakes(recipe))
+
+
+def _scoring_mistakes(recipe: Recipe) -> Iterator[QuantkitError]:
     scoring = recipe.evaluation
-    _raise_all(
-        _input_mistakes(recipe),
+    found: tuple[Iterable[QuantkitError], ...] = (
         missing(scoring_files(scoring)),
         _failures(
             lambda: check_device("evaluation", scoring.device),
@@ -58,6 +79,8 @@ def preflight(recipe: Recipe) -> None:
         ),
         scoring_mistakes(scoring, longest_input(recipe.model.source)),
     )
+    for mistakes in found:
+        yield from mistakes
 
 
 def check_inputs(recipe: Recipe) -> None:
@@ -66,7 +89,7 @@ def check_inputs(recipe: Recipe) -> None:
     Raises:
         QuantkitError: the first that is wrong, with all else that is beside it.
     """
-    _raise_all(_input_mistakes(recipe))
+    _raise_all(_file_mistakes(recipe), _machine_mistakes(recipe))
 
 
 def check_scoring(spec: EvaluationSpec, models: Sequence[str | Path]) -> None:
@@ -87,7 +110,8 @@ def check_scoring(spec: EvaluationSpec, models: Sequence[str | Path]) -> None:
     )
 
 
-def _input_mistakes(recipe: Recipe) -> Iterator[QuantkitError]:
+def _file_mistakes(recipe: Recipe) -> Iterator[QuantkitError]:
+    """What is wrong with the model and the records."""
     calibrated = any(variant.calibrated for variant in recipe.variants)
     yield from missing(model_files(recipe.model))
     yield from missing(calibration_files(recipe.calibration)) if calibrated else ()
@@ -95,9 +119,15 @@ def _input_mistakes(recipe: Recipe) -> Iterator[QuantkitError]:
     yield from missing(allocation_files(recipe))
     yield from _failures(
         lambda: check_package_source(recipe.model),
-        lambda: check_device("quantization", recipe.quantization.first, recipe.quantization.devices),
         *([lambda: check_data_set(recipe.calibration)] if calibrated else []),
         *(partial(check_data_set, each.data) for each in recipe.recover_variants if each.data is not None),
+    )
+
+
+def _machine_mistakes(recipe: Recipe) -> Iterator[QuantkitError]:
+    """What of quantizing cannot be done on this machine."""
+    yield from _failures(
+        lambda: check_device("quantization", recipe.quantization.first, recipe.quantization.devices),
         *([library] if any(variant.method == LLAMA_CPP for variant in recipe.own_variants) else []),
     )
 

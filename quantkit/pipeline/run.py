@@ -25,7 +25,7 @@ from quantkit.pipeline.duration import foreseen
 from quantkit.pipeline.jobs import needs_calibration, quantize_job, with_sensitivity
 from quantkit.pipeline.library_rows import check_environments
 from quantkit.pipeline.precision import Scored, until_precise, write_cards
-from quantkit.pipeline.preflight import preflight
+from quantkit.pipeline.preflight import preflight, preflight_of_files, preflight_of_machine
 from quantkit.pipeline.rows import other_merge_rows, variant_rows, write_scored_card
 from quantkit.pipeline.stage_needs import beside_peaks, check_bounds, stage_needs
 from quantkit.pipeline.titles import BASELINE_TITLE, CALIBRATION_TITLE, SENSITIVITY_TITLE, SOURCE_TITLE
@@ -101,6 +101,7 @@ def _run(current: Run) -> dict[str, Any]:
         preflight(recipe)
         check_environments(current)
     else:
+        preflight_of_files(recipe)
         checks = current.workers.soon(partial(_check_there, current))
     for warning in recipe.warnings():
         observer.note(f"warning: {warning}")
@@ -203,7 +204,7 @@ def _takes(recipe: Recipe, model: SourceModel, job: Job, tokens: int) -> Seconds
 
 def _checked(recipe: Recipe, _: Observer) -> None:
     """Look for what a recipe needs, where its work is done."""
-    preflight(recipe)
+    preflight_of_machine(recipe)
 
 
 def _needs(current: Run, model: SourceModel, job: Job, tokens: int) -> list[StageNeed] | None:

@@ -18,7 +18,7 @@ from quantkit.pipeline.context import NO_MEMORY
 from quantkit.pipeline.recorded import recorded_run
 from quantkit.pipeline.workers import HERE, Workers
 from quantkit.recipe import Recipe
-from quantkit.report.runs_page import check_page, run_entry, write_runs
+from quantkit.report.runs_page import SUMMARY, check_page, run_entry, write_runs
 from quantkit.system.artifacts import write_text
 from quantkit.system.os_errors import cpu_ran_out
 from quantkit.system.progress import Named, Observer
@@ -66,7 +66,10 @@ def run_several(
     writing = Lock()
 
     def written() -> dict[str, Any]:
-        return write_runs([entries[str(each.folder)] for each in recipes if str(each.folder) in entries], place)
+        told = [entries[str(each.folder)] for each in recipes if str(each.folder) in entries]
+        found = write_runs(told, place)
+        workers.keep((place, place.with_suffix(SUMMARY)))
+        return found
 
     def run_one(number: int, recipe: Recipe) -> None:
         observer.note(f"run {number} of {len(recipes)}: {recipe.name}")

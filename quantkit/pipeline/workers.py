@@ -52,6 +52,9 @@ class Workers(Protocol):
     def share(self, folder: Path) -> AbstractContextManager[None]:
         """Inside the block, the folder of a run is to be seen by all who work."""
 
+    def keep(self, files: Sequence[Path]) -> None:
+        """Keep files that lie beside the folders of runs where these are kept as well."""
+
     def do(self, task: Task, work: Work[T], observer: Observer) -> T:
         """Have a piece of work done, and wait for it."""
 
@@ -70,6 +73,9 @@ class Here:
     def share(self, folder: Path) -> AbstractContextManager[None]:
         """It is seen here."""
         return nullcontext()
+
+    def keep(self, files: Sequence[Path]) -> None:
+        """They are here."""
 
     def do(self, task: Task, work: Work[T], observer: Observer) -> T:
         """Do it now."""

@@ -14,7 +14,10 @@ from quantkit.system.validation import located
 
 def _on_disk(folder: str) -> str:
     if re.match(r"\w[\w+.-]*://", folder):
-        raise ValueError(f"{folder} is not a folder of a disk: give one, such as a shared one that is mounted")
+        raise ValueError(
+            f"{folder} is not a folder of a disk: give one; on a cluster, quantkit run --store has results in object"
+            " storage as well"
+        )
     return folder
 
 
