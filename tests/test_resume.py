@@ -127,9 +127,11 @@ def test_a_variant_goes_on_where_it_was_cut_short(
 def test_what_a_format_cannot_hold_exactly_lies_beside_what_it_stores(model: Path, tmp_path: Path) -> None:
     for name, has_exact in (("gptq", False), ("int8", True)):
         with pytest.raises(KeyboardInterrupt):
-            quantize(job(model), variant(name), tmp_path / name, on_segment=cut_after(1))
-        header = (layers_folder(tmp_path / name) / "model.layers.0" / "model.safetensors").read_bytes()
-        assert (f".{EXACT}codes".encode() in header) == has_exact
+            quantize(job(model), variant(name), tmp_path / name, on_segment=cut_after(BLOCKS))
+        blocks = (layers_folder(tmp_path / name) / f"model.layers.{index}" for index in range(BLOCKS))
+        headers = [(block / "model.safetensors").read_bytes() for block in blocks]
+        # of int8 scales the format holds all but one of a hundred and thirty exactly: a block may have none
+        assert any(f".{EXACT}codes".encode() in header for header in headers) == has_exact
 
 
 @pytest.mark.parametrize("name", ["gptq", "awq+gptq", "correction"])
