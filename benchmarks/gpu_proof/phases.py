@@ -31,7 +31,7 @@ WATCHED = {
     "quantkit.quantization.solved_layers:SolvedLayers.take": "pack",
     "quantkit.quantization.solved_layers:SolvedLayers.segment_done": "store",
     "quantkit.quantization.solved_layers:SolvedLayers.settle": "store",
-    "quantkit.quantization.variant:write_export": "write",
+    "quantkit.quantization.solved_variant:write_export": "write",
 }
 """What is timed, as ``module:name``, and as which phase it counts."""
 REST = "forward and the rest"
