@@ -98,6 +98,7 @@ def test_a_part_that_hangs_or_crashes_leaves_the_others_and_what_it_said(
     found = proof.Proof(setting, tmp_path, time.monotonic() + 60).run(["facts", "tests", "bytes"])
     assert time.monotonic() - started < 40
     assert [part.state for part in found] == ["cut", "failed", "done"]
+    assert found[1].log.splitlines()[-1] == "it was ended by SIGABRT"
     assert found[0].lines == ["<one>"]
     assert found[2].figures == {"a": 1}
     assert "<li>&lt;one&gt;</li>" in (tmp_path / "gpu-proof.html").read_text()

@@ -132,7 +132,10 @@ def run_limited(arguments: Sequence[str], log: Path, seconds: float) -> str:
             arguments, cwd=ROOT, env=environment, stdout=words, stderr=subprocess.STDOUT, start_new_session=True
         )
         try:
-            return "done" if child.wait(seconds) == 0 else "failed"
+            code = child.wait(seconds)
+            if code < 0:  # then it has said nothing itself
+                words.write(f"\nit was ended by {signal.Signals(-code).name}\n".encode())
+            return "done" if code == 0 else "failed"
         except subprocess.TimeoutExpired:
             return "cut"
         finally:  # also where somebody interrupts
