@@ -160,7 +160,7 @@ def scale_shapes(skeleton: Skeleton, rounding: CacheRounding) -> dict[str, tuple
 
     Of one for each head as many as the config says that keys and values have; see :meth:`Largest.scales`.
     """
-    config, found = skeleton.model.config.get_text_config(), {}
+    config, found = skeleton.model.config.get_text_config(), dict[str, tuple[int, ...]]()
     whole = config.num_attention_heads
     for segment in skeleton.segments:
         paths = {layer.path: layer.name for layer in segment.layers}

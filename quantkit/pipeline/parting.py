@@ -58,7 +58,8 @@ def parted(
     kinds = [[place for place in places if variants[place].calibrated is told] for told in (True, False)]
     dealt = [[_dealt(kind, count + 1, own) for count in range(min(workers, len(kind)))] for kind in kinds if kind]
     ways = [[part for parts in way for part in parts] for way in product(*dealt)]
-    return sorted(min(ways, key=lambda way: end(way) * WORTH ** len(way)), key=takes, reverse=True)
+    soonest = min(ways, key=lambda way: end(way) * WORTH ** len(way))
+    return sorted(soonest, key=takes, reverse=True)
 
 
 def _dealt(places: Sequence[int], count: int, own: dict[int, float]) -> list[list[int]]:

@@ -166,7 +166,7 @@ class SolvedVariant:
         lost = next((name for name in parts if self.solved.replaces(name) and name not in floats), None)
         if lost is not None:
             raise QuantizationError(
-                f"{self.name}: a transform changes {lost}, which lies in a tensor that is written whole",
+                f"{self.variant.name}: a transform changes {lost}, which lies in a tensor that is written whole",
                 "leave out the transform",
             )
 
