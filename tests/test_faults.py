@@ -235,12 +235,12 @@ def full_until(monkeypatch: pytest.MonkeyPatch, attempts: list[Any], count: int,
 
 ROWS = tiny_rows(count=64, shortest=48, longest=48)
 STEPS = [
-    ("one-pass", 2, False),
-    ("recompute", 2, False),
+    ("one-pass", 3, False),
+    ("recompute", 3, False),
     ("recompute", 4, False),
-    ("recompute", 7, False),
-    ("recompute", 13, False),
-    ("recompute", 13, True),
+    ("recompute", 8, False),
+    ("recompute", 14, False),
+    ("recompute", 14, True),
 ]
 
 
