@@ -262,7 +262,7 @@ def test_what_cannot_be_dealt_runs_on_one_device(llama: Path, tmp_path: Path, mo
 
     assert told(job(llama, 2), variant("rtn"), "rtn") == []
     few = "the walk takes 1 of 2 devices: it has no more than 1 batch"
-    assert told(job(llama, 2, rows=2), variant(), "one") == [few]
+    assert told(job(llama, 2, rows=1), variant(), "one") == [few]
     tuned = variant("rtn", tune={"steps": 1})
     why = "the walk takes 1 of 2 devices: what tunes or learns goes from batch to batch"
     assert told(job(llama, 2), tuned, "tuned") == [why]
