@@ -21,7 +21,7 @@ ENOUGH = 2.0
 """Seconds after which no further run begins: one of so many tells as much as several that are short."""
 BATCH_RUNS = 2
 PROMPT_TOKENS = 64
-NEW_TOKENS = 32
+NEW_TOKENS = 16
 
 
 def measure_speed(
