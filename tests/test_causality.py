@@ -43,8 +43,8 @@ def test_calibration_rows_of_one_that_looks_both_ways_share_batches_of_their_len
     (tmp_path / "text.jsonl").write_text('{"text": "one"}\n{"text": "two and three"}\n{"text": "four"}\n')
     seen: list[Batch] = []
 
-    def counted(*args: Any) -> list[Batch]:
-        seen.extend(make_batches(*args))
+    def counted(*args: Any, **keys: Any) -> list[Batch]:
+        seen.extend(make_batches(*args, **keys))
         return seen
 
     monkeypatch.setattr(job, "make_batches", counted)
