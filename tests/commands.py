@@ -13,20 +13,20 @@ from pathlib import Path
 MAIN = [sys.executable, "-c", "from quantkit.cli import main; main()"]
 STEPPING = """
 import sys
-from quantkit.engine.walk import Walk
-walk = Walk.{method}
+from quantkit.engine.calibrating import Calibration
+own = Calibration.{method}
 calls = []
 def stepping(self, *given, **keys):
     calls.append(given)
     print(len(calls), flush=True)
     if sys.stdin.readline() == "all\\n":
-        Walk.{method} = walk
-    return walk(self, *given, **keys)
-Walk.{method} = stepping
+        Calibration.{method} = own
+    return own(self, *given, **keys)
+Calibration.{method} = stepping
 from quantkit.cli import main
 main()
 """
-"""A command that says before each call of a walk's method how many there were, and waits for a line."""
+"""A command that says before each call of a method of its walk how many there were, and waits for a line."""
 
 
 def command(*arguments: object) -> list[str]:
@@ -41,7 +41,7 @@ def run_command(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 @contextmanager
 def stepping(method: str, *arguments: object) -> Iterator[subprocess.Popen[str]]:
-    """A command that waits before each call of a walk's method; killed when the block ends."""
+    """A command that waits before each call of a method of its walk; killed when the block ends."""
     pipe = subprocess.PIPE
     # A shell starts background jobs with SIGINT ignored, and children inherit that.
     heard = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
