@@ -74,7 +74,7 @@ class Store:
                 self._system.rm_file(self._path(name))
             except FileNotFoundError:
                 continue
-            except Exception as error:
+            except Exception as error:  # whatever fsspec's file systems raise
                 raise self._refused("remove", name, error) from error
 
     def names(self, folder: str) -> list[str]:
@@ -88,7 +88,7 @@ class Store:
             return found(self._path(folder))
         except FileNotFoundError:
             return []
-        except Exception as error:
+        except Exception as error:  # whatever fsspec's file systems raise
             raise self._refused("list", folder, error) from error
 
     def _path(self, name: str) -> str:
@@ -128,6 +128,6 @@ def _opened(url: str) -> tuple[Any, str]:
         package = PACKAGES.get(parts.scheme, "")
         remedy = f"pip install {package}, here and on all nodes" if package else redacted(str(error))
         raise QuantkitError(f"{parts.scheme}:// needs a package that is not installed", remedy) from error
-    except Exception as error:
+    except Exception as error:  # whatever fsspec's file systems raise
         raise QuantkitError(f"{url} cannot be used: {redacted(str(error))}", GOES_ON) from error
     return system, str(root).rstrip("/")
