@@ -151,12 +151,12 @@ _PATHS = rf"| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*{_ENDING}"
 _TEKKEN = rf"{_LOWER_LAST}|{_UPPER_FIRST}|\p{{N}}{_PATHS}"
 _GPT4O = rf"{_LOWER_LAST}{_SUFFIXES}?|{_UPPER_FIRST}{_SUFFIXES}?|\p{{N}}{{1,3}}{_PATHS}"
 _QWEN35 = rf"{_SUFFIXES}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*{_ENDING}"
-_ASIAN = "[一-龥぀-ゟ゠-ヿ]+"  # noqa: RUF001
+_ASIAN = "[一-龥぀-ゟ゠-ヿ]+"  # noqa: RUF001 - the letters that the pattern is of
 _DEEPSEEK3 = (
     r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
     rf"| ?[\p{{P}}\p{{S}}]+[\r\n]*{_ENDING}"
 )
-_BLOOM = r" ?[^(\s|[.,!?…。，、।۔،])]+"  # noqa: RUF001
+_BLOOM = r" ?[^(\s|[.,!?…。，、।۔،])]+"  # noqa: RUF001 - marks of other scripts, as they are
 _THREES = rf"{_WORDS}|\p{{N}}{{1,3}}{_MARKS}{_ENDING}"
 _ONES = rf"{_WORDS}|\p{{N}}{_MARKS}{_ENDING}"
 _PLAIN, _COMPOSED = Splitting((GPT2,)), Splitting((GPT2,), composed=True)

@@ -109,7 +109,7 @@ def perform(sent: Sent, key: str, board: Any) -> Done:
 def ready() -> None:
     """What a node does first: it loads what most tasks need, so that the first of them need not."""
     import quantkit.evaluation.stage
-    import quantkit.quantization  # noqa: F401
+    import quantkit.quantization  # noqa: F401 - loaded for those who come next
 
 
 class Board:
